@@ -1,0 +1,137 @@
+//! The one error type of the crate. Every variant names the op and the argument, what was expected
+//! and what came.
+
+/// What went wrong in a call of this crate.
+#[non_exhaustive]
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An argument's length, rank or shape does not fit the op or the other arguments.
+    #[error("{op}: `{arg}` has shape {got}, expected {expected}")]
+    Shape {
+        /// The op that refused.
+        op: &'static str,
+        /// The argument it refused.
+        arg: &'static str,
+        /// The shape it would have taken.
+        expected: String,
+        /// The shape it was given.
+        got: String,
+    },
+    /// An argument's element type is not one that the op takes.
+    #[error("{op}: `{arg}` has dtype {got}, expected {expected}")]
+    Dtype {
+        /// The op that refused.
+        op: &'static str,
+        /// The argument it refused.
+        arg: &'static str,
+        /// The element types it would have taken.
+        expected: String,
+        /// The element type it was given.
+        got: String,
+    },
+    /// An argument is on another device than the op's other arguments, or on one without kernels.
+    #[error("{op}: `{arg}` is on device {got}, expected {expected}")]
+    Device {
+        /// The op that refused.
+        op: &'static str,
+        /// The argument it refused.
+        arg: &'static str,
+        /// The device it would have taken.
+        expected: String,
+        /// The device it was given.
+        got: String,
+    },
+    /// A setting is out of its range, not finite, or does not go with the arguments given.
+    #[error("{op}: option `{option}` is {got}, expected {expected}")]
+    Option {
+        /// The op that refused.
+        op: &'static str,
+        /// The setting it refused.
+        option: &'static str,
+        /// The values it would have taken.
+        expected: String,
+        /// The value it was given.
+        got: String,
+    },
+    /// A target token id that is neither in the vocabulary nor `ignore_index`.
+    #[error("{op}: `targets`[{row}] is {target}, expected 0..{vocab} or ignore_index")]
+    Target {
+        /// The op that refused.
+        op: &'static str,
+        /// The row of the target, counted over all leading dimensions.
+        row: usize,
+        /// The id it was given.
+        target: i64,
+        /// The size of the vocabulary.
+        vocab: usize,
+    },
+    /// Too few unmasked elements for the result to be defined.
+    #[error("{op}: `{arg}` keeps {got} element(s), expected at least {expected}")]
+    Mask {
+        /// The op that refused.
+        op: &'static str,
+        /// The mask it refused.
+        arg: &'static str,
+        /// The least number of unmasked elements.
+        expected: usize,
+        /// How many there are.
+        got: usize,
+    },
+    /// An error of the tensor library.
+    #[cfg(feature = "candle")]
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+/// A result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Lets the ops be used with `?` in functions that return candle's own result.
+#[cfg(feature = "candle")]
+impl From<Error> for candle_core::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Candle(inner) => inner,
+            other => candle_core::Error::wrap(other),
+        }
+    }
+}
+
+impl Error {
+    /// `Ok` when a raw slice has the length that the other arguments ask for.
+    pub(crate) fn check_len(
+        op: &'static str,
+        arg: &'static str,
+        got: usize,
+        expected: usize,
+    ) -> Result<()> {
+        if got == expected {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op,
+            arg,
+            expected: format!("[{expected}]"),
+            got: format!("[{got}]"),
+        })
+    }
+
+    /// `Ok` when a setting is finite and `valid`; `expected` says in words what is.
+    pub(crate) fn check_option(
+        op: &'static str,
+        option: &'static str,
+        value: f32,
+        valid: bool,
+        expected: &str,
+    ) -> Result<()> {
+        if value.is_finite() && valid {
+            return Ok(());
+        }
+        Err(Error::Option {
+            op,
+            option,
+            expected: expected.into(),
+            got: value.to_string(),
+        })
+    }
+}
