@@ -108,30 +108,20 @@ impl Error {
         if got == expected {
             return Ok(());
         }
-        Err(Error::Shape {
-            op,
-            arg,
-            expected: format!("[{expected}]"),
-            got: format!("[{got}]"),
-        })
+        Err(Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") })
     }
 
     /// `Ok` when a setting is finite and `valid`; `expected` says in words what is.
     pub(crate) fn check_option(
         op: &'static str,
         option: &'static str,
-        value: f32,
+        value: f64,
         valid: bool,
         expected: &str,
     ) -> Result<()> {
         if value.is_finite() && valid {
             return Ok(());
         }
-        Err(Error::Option {
-            op,
-            option,
-            expected: expected.into(),
-            got: value.to_string(),
-        })
+        Err(Error::Option { op, option, expected: expected.into(), got: value.to_string() })
     }
 }

@@ -40,12 +40,7 @@ pub(crate) fn check_dtype(
         return Ok(());
     }
     let names: Vec<&str> = expected.iter().map(DType::as_str).collect();
-    Err(Error::Dtype {
-        op,
-        arg,
-        expected: names.join(", "),
-        got: tensor.dtype().as_str().into(),
-    })
+    Err(Error::Dtype { op, arg, expected: names.join(", "), got: tensor.dtype().as_str().into() })
 }
 
 /// `Ok` when the tensor is on the device of the op's first argument.
@@ -82,12 +77,7 @@ pub(crate) fn check_arg(
 
 /// The error of an op that has no kernels for the tensor's device.
 pub(crate) fn no_kernels(op: &'static str, arg: &'static str, device: &Device) -> Error {
-    Error::Device {
-        op,
-        arg,
-        expected: "cpu".into(),
-        got: format!("{:?}", device.location()),
-    }
+    Error::Device { op, arg, expected: "cpu".into(), got: format!("{:?}", device.location()) }
 }
 
 /// A contiguous CPU tensor's elements, held for reading.
@@ -122,11 +112,7 @@ pub(crate) fn view<'a, T: WithDType>(
         return Err(no_kernels(op, arg, tensor.device()));
     }
     let range = contiguous_range(layout)?;
-    Ok(View {
-        storage,
-        range,
-        element: PhantomData,
-    })
+    Ok(View { storage, range, element: PhantomData })
 }
 
 /// The elements of a contiguous CPU storage inside a custom op.

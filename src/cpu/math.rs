@@ -21,11 +21,7 @@ pub(crate) fn exp(x: f32) -> f32 {
 
     // Comparisons, not min and max: those would drop NaN.
     let clamped = if x > OVERFLOW { OVERFLOW } else { x };
-    let clamped = if clamped < UNDERFLOW {
-        UNDERFLOW
-    } else {
-        clamped
-    };
+    let clamped = if clamped < UNDERFLOW { UNDERFLOW } else { clamped };
 
     let shifted = clamped.mul_add(LOG2_E, ROUND);
     let n = shifted - ROUND;
@@ -65,10 +61,7 @@ pub(crate) fn max(values: &[f32]) -> f32 {
         }
     }
     let rest = chunks.remainder().iter().copied();
-    lanes
-        .into_iter()
-        .chain(rest)
-        .fold(f32::NEG_INFINITY, larger)
+    lanes.into_iter().chain(rest).fold(f32::NEG_INFINITY, larger)
 }
 
 /// Adds the lanes up as a balanced tree.
@@ -105,11 +98,7 @@ mod tests {
             } else {
                 let rounded = exact as f32;
                 let ulp = f64::from(f32::from_bits(rounded.to_bits() + 1)) - f64::from(rounded);
-                let error = if y.is_infinite() {
-                    0.5
-                } else {
-                    (f64::from(y) - exact).abs() / ulp
-                };
+                let error = if y.is_infinite() { 0.5 } else { (f64::from(y) - exact).abs() / ulp };
                 worst = worst.max(error);
             }
         }

@@ -181,10 +181,7 @@ mod tests {
 
     #[test]
     fn rows_may_be_empty() {
-        let rows = Rows::<f32> {
-            data: &[],
-            width: 0,
-        };
+        let rows = Rows::<f32> { data: &[], width: 0 };
         let (a, b) = rows.split(3);
         assert!(a.row(2).is_empty() && b.data.is_empty());
     }

@@ -1,0 +1,429 @@
+//! The logprob op: the reference against other projects' functions, the CPU and the tensor layer
+//! against the reference, and what must hold for any input.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use common::*;
+use half::{bf16, f16};
+use ppo_kernels::logprob::cpu::{self, Outputs, RowStats, RowStatsMut, Upstream};
+use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, reference, LogprobOptions};
+use ppo_kernels::Error;
+use rand::rngs::StdRng;
+use rand::Rng;
+
+/// f32 against f64: exp to 2 ulp and sums in lanes, on values of magnitude up to about 100.
+const REL: f64 = 2e-6;
+const ABS: f64 = 4e-6;
+
+fn options(temperature: f64) -> LogprobOptions {
+    LogprobOptions { temperature, ..Default::default() }
+}
+
+/// How well a peer's own arithmetic agrees with f64: relative, absolute.
+fn golden_tolerance(case: &Golden) -> (f64, f64) {
+    match case.dtype.as_str() {
+        "float64" => (1e-9, 1e-10),
+        "float32" => (1e-5, 1e-5),
+        // Inputs are exact, but the peer's result has 8 bits.
+        "bfloat16" => (1e-2, 1e-2),
+        other => panic!("{other}"),
+    }
+}
+
+#[test]
+fn reference_equals_the_peers_log_probabilities() {
+    let cases = golden("logprob");
+    for case in &cases {
+        let (mut logits, vocab) = (case.input("logits"), *case.shape("logits").last().unwrap());
+        let targets = if case.inputs.contains_key("index") {
+            // TRL's form with K indices a position is K targets on the same row.
+            let k = *case.shape("index").last().unwrap();
+            let rows = logits.chunks(vocab).flat_map(|row| std::iter::repeat_n(row, k));
+            logits = rows.flatten().copied().collect();
+            case.input("index")
+        } else {
+            case.input("labels")
+        };
+        let targets: Vec<i64> = targets.iter().map(|&t| t as i64).collect();
+        let options = options(case.optional("temperature").unwrap_or(1.0));
+
+        let (logp, _) = reference::forward(&logits, &targets, vocab, &options);
+        let (rel, abs) = golden_tolerance(case);
+        for key in case.outputs.keys() {
+            let (what, want) = (format!("{} {key}", case.id), case.output(key));
+            if key.starts_with("logp") {
+                assert_close(&what, &logp, &want, rel, abs);
+            } else {
+                let (up, zeros) = (case.input("grad_out"), vec![0.0; targets.len()]);
+                let grad = reference::backward(&logits, &targets, vocab, &options, &up, &zeros);
+                assert_close(&what, &grad, &want, rel, abs);
+            }
+        }
+    }
+    assert_eq!(cases.len(), 32);
+}
+
+#[test]
+fn reference_equals_the_peers_entropy() {
+    let (mut ran, mut nan_at_the_peer) = (0, 0);
+    for case in golden("entropy") {
+        // sum_pi_squared is another quantity; compute_entropy_loss is a masked mean of this one.
+        if !case.outputs.contains_key("entropy") {
+            continue;
+        }
+        let (logits, vocab) = (case.input("logits"), *case.shape("logits").last().unwrap());
+        let targets = vec![0; logits.len() / vocab];
+        let options = options(case.optional("temperature").unwrap_or(1.0));
+        let (_, entropy) = reference::forward(&logits, &targets, vocab, &options);
+        let (rel, abs) = golden_tolerance(&case);
+        let mut want = case.output("entropy");
+        if case.inputs.get("kind").is_some_and(|kind| kind == "neginf") {
+            // The peers make NaN of a -inf logit; where they do, any number of ours will do.
+            nan_at_the_peer += 1;
+            for (w, &ours) in want.iter_mut().zip(&entropy).filter(|(w, _)| w.is_nan()) {
+                assert!(ours.is_finite());
+                *w = ours;
+            }
+        } else if case.outputs.contains_key("grad_logits") {
+            let (up, zeros) = (case.input("grad_out"), vec![0.0; targets.len()]);
+            let grad = reference::backward(&logits, &targets, vocab, &options, &zeros, &up);
+            let what = format!("{} grad", case.id);
+            assert_close(&what, &grad, &case.output("grad_logits"), rel, abs);
+        }
+        assert_close(&case.id, &entropy, &want, rel, abs);
+        ran += 1;
+    }
+    assert_eq!((ran, nan_at_the_peer), (34, 4));
+}
+
+#[test]
+fn reference_gradient_is_the_derivative_of_the_reference() {
+    let mut rng = rng(1);
+    for temperature in [1.0, 0.6, 2.5] {
+        let (rows, vocab) = (3, 7);
+        let logits = wide(&uniform(&mut rng, rows * vocab, 3.0));
+        let targets = [4, -100, 0];
+        let options = LogprobOptions { temperature, ignore_index: Some(-100) };
+        let up_logp = wide(&uniform(&mut rng, rows, 1.0));
+        let up_entropy = wide(&uniform(&mut rng, rows, 1.0));
+        let numeric = finite_difference(&logits, |z| {
+            let (logp, entropy) = reference::forward(z, &targets, vocab, &options);
+            dot(&up_logp, &logp) + dot(&up_entropy, &entropy)
+        });
+        let grad = reference::backward(&logits, &targets, vocab, &options, &up_logp, &up_entropy);
+        assert_close("grad", &grad, &numeric, 1e-7, 1e-8);
+    }
+}
+
+/// Rows as they are met in practice, and worse.
+struct Case {
+    name: &'static str,
+    vocab: usize,
+    rows: Vec<f32>,
+}
+
+impl Case {
+    fn count(&self) -> usize {
+        self.rows.len() / self.vocab
+    }
+}
+
+/// Odd vocabularies around every block and lane boundary, flat, peaked and far from 0.
+fn cases(rng: &mut StdRng) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for vocab in [1, 2, 3, 15, 16, 17, 257, 1000, 2047, 2048, 2049, 5003] {
+        let rows = 3;
+        let flat = uniform(rng, rows * vocab, 4.0);
+        let mut peaked = flat.clone();
+        for row in 0..rows {
+            peaked[row * vocab + rng.random_range(0..vocab)] += 60.0;
+        }
+        // Rounded, so that adding the offset is exact and only our arithmetic is tested.
+        let offset = flat.iter().map(|z| (z * 64.0).round() / 64.0 + 1e4).collect();
+        let mut masked = flat.clone();
+        for z in &mut masked {
+            if rng.random_bool(0.7) {
+                *z = f32::NEG_INFINITY;
+            }
+        }
+        for row in 0..rows {
+            masked[row * vocab] = 1.0;
+        }
+        // The maximum is last: every block before it must be rescaled.
+        let rising = (0..rows * vocab).map(|i| (i % vocab) as f32 * (90.0 / vocab as f32));
+        cases.push(Case { name: "rising", vocab, rows: rising.collect() });
+        cases.push(Case { name: "flat", vocab, rows: flat });
+        cases.push(Case { name: "peaked", vocab, rows: peaked });
+        cases.push(Case { name: "offset", vocab, rows: offset });
+        cases.push(Case { name: "masked", vocab, rows: masked });
+    }
+    cases
+}
+
+#[test]
+fn tensors_agree_with_the_reference_in_every_dtype() {
+    let mut rng = rng(2);
+    for case in cases(&mut rng) {
+        for (dtype, temperature) in
+            [(DType::F32, 1.0), (DType::F32, 0.7), (DType::BF16, 1.0), (DType::F16, 1.3)]
+        {
+            for device in devices() {
+                check_against_reference(&case, dtype, temperature, &device, &mut rng);
+            }
+        }
+    }
+}
+
+fn check_against_reference(
+    case: &Case,
+    dtype: DType,
+    temperature: f64,
+    device: &Device,
+    rng: &mut StdRng,
+) {
+    let (rows, vocab) = (case.count(), case.vocab);
+    let what = format!("{} V={vocab} {dtype:?} τ={temperature}", case.name);
+    let targets: Vec<i64> = (0..rows).map(|_| rng.random_range(0..vocab as i64)).collect();
+    let options = options(temperature);
+    let logits = Tensor::from_slice(&case.rows, (rows, vocab), device).unwrap();
+    let logits = Var::from_tensor(&logits.to_dtype(dtype).unwrap()).unwrap();
+    let (up_logp, up_entropy) = (uniform(rng, rows, 1.0), uniform(rng, rows, 1.0));
+
+    let ids = Tensor::from_slice(&targets, rows, device).unwrap();
+    let (logp, entropy) = logprobs_and_entropy(&logits, &ids, &options).unwrap();
+    // What the op reads, after rounding to its dtype.
+    let z = to_vec(&logits);
+    let (want_logp, want_entropy) = reference::forward(&z, &targets, vocab, &options);
+    assert_close(&format!("{what} logp"), &to_vec(&logp), &want_logp, REL, ABS);
+    assert_close(&format!("{what} entropy"), &to_vec(&entropy), &want_entropy, REL, ABS);
+    let ids = ids.to_dtype(DType::U32).unwrap();
+    let alone = logprobs(&logits, &ids, &options).unwrap();
+    assert_eq!(to_vec(&alone), to_vec(&logp), "{what}: with and without entropy");
+
+    let up = |g: &[f32]| Tensor::from_slice(g, rows, device).unwrap();
+    let loss = ((logp * up(&up_logp)).unwrap() + (entropy * up(&up_entropy)).unwrap()).unwrap();
+    let grads = loss.sum_all().unwrap().backward().unwrap();
+    let grad = grads.get(&logits).unwrap();
+    assert_eq!(grad.dtype(), dtype);
+    let (a, b) = (wide(&up_logp), wide(&up_entropy));
+    let want = reference::backward(&z, &targets, vocab, &options, &a, &b);
+    // Half a unit in the last place of the gradient's own type.
+    let (rel, abs) = match dtype {
+        DType::BF16 => (2f64.powi(-8), ABS),
+        DType::F16 => (2f64.powi(-11), ABS),
+        _ => (REL, ABS),
+    };
+    assert_close(&format!("{what} grad"), &to_vec(grad), &want, rel, abs);
+}
+
+#[test]
+fn log_probabilities_are_never_positive() {
+    for vocab in [50257, 255, 257, 1001] {
+        let mut rows = vec![-30.0_f32; 2 * vocab];
+        rows[vocab - 1] = 60.0;
+        rows[vocab] = 60.0;
+        let targets = [vocab as i64 - 1, 0];
+        let logp = forward(&rows, &targets, vocab, &options(1.0)).0;
+        assert!(logp.iter().all(|&l| l <= 0.0 && l > -1e-6), "{logp:?}");
+    }
+}
+
+/// logp, entropy and the row statistics (max, log_sum) of the raw layer.
+fn forward(
+    logits: &[f32],
+    targets: &[i64],
+    vocab: usize,
+    options: &LogprobOptions,
+) -> (Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>) {
+    let mut out = [(); 4].map(|()| vec![0.0; targets.len()]);
+    let [logp, entropy, max, log_sum] = &mut out;
+    let stats = Some(RowStatsMut { max, log_sum });
+    let outputs = Outputs { logp, entropy: Some(entropy), stats };
+    cpu::forward(logits, targets, vocab, options, outputs).unwrap();
+    let [logp, entropy, max, log_sum] = out;
+    (logp, entropy, max, log_sum)
+}
+
+/// Outputs and gradient of the raw layer as bits.
+fn all_bits(logits: &[f32], targets: &[i64], vocab: usize, up: &[f32]) -> Vec<Vec<u32>> {
+    let options = options(0.9);
+    let (logp, entropy, max, log_sum) = forward(logits, targets, vocab, &options);
+    let stats = RowStats { max: &max, log_sum: &log_sum, entropy: &entropy };
+    let upstream = Upstream { logp: Some(up), entropy: Some(up) };
+    let mut grad = vec![0.0; logits.len()];
+    cpu::backward(logits, targets, vocab, &options, stats, upstream, &mut grad).unwrap();
+    let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect();
+    vec![bits(&logp), bits(&entropy), bits(&grad)]
+}
+
+#[test]
+fn bits_depend_neither_on_threads_nor_on_the_other_rows() {
+    let mut rng = rng(3);
+    let (rows, vocab) = (37, 4099);
+    let logits = uniform(&mut rng, rows * vocab, 8.0);
+    let targets: Vec<i64> = (0..rows).map(|_| rng.random_range(0..vocab as i64)).collect();
+    let up = uniform(&mut rng, rows, 1.0);
+    let whole = with_threads(1, || all_bits(&logits, &targets, vocab, &up));
+    for threads in [2, 3, 8] {
+        assert!(whole == with_threads(threads, || all_bits(&logits, &targets, vocab, &up)));
+    }
+    for row in [0, 17, 36] {
+        let z = &logits[row * vocab..][..vocab];
+        let alone = all_bits(z, &targets[row..=row], vocab, &up[row..=row]);
+        assert_eq!(alone[0][0], whole[0][row]);
+        assert_eq!(alone[1][0], whole[1][row]);
+        assert!(alone[2][..] == whole[2][row * vocab..][..vocab]);
+    }
+}
+
+#[test]
+fn a_bad_row_is_nan_and_spoils_no_other() {
+    for vocab in [5, 3000] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut logits = vec![0.5; 3 * vocab];
+            logits[vocab + vocab / 2] = bad;
+            let (logp, entropy, ..) = forward(&logits, &[0, 0, 0], vocab, &options(1.0));
+            assert!(logp[1].is_nan() && entropy[1].is_nan());
+            assert!(logp[0].is_finite() && logp[2].is_finite() && entropy[2].is_finite());
+        }
+        let logits = vec![f32::NEG_INFINITY; vocab];
+        let (logp, entropy, ..) = forward(&logits, &[0], vocab, &options(1.0));
+        assert!(logp[0].is_nan() && entropy[0].is_nan());
+        // Blocks of -inf before the first finite logit are legal.
+        let mut logits = vec![f32::NEG_INFINITY; vocab];
+        logits[vocab - 1] = 2.0;
+        let (logp, entropy, ..) = forward(&logits, &[vocab as i64 - 1], vocab, &options(1.0));
+        assert_eq!((logp[0], entropy[0]), (0.0, 0.0));
+        let (logp, ..) = forward(&logits, &[0], vocab, &options(1.0));
+        assert_eq!(logp[0], f32::NEG_INFINITY);
+        // NaN among -inf in a block of its own.
+        logits[0] = f32::NAN;
+        let (logp, ..) = forward(&logits, &[vocab as i64 - 1], vocab, &options(1.0));
+        assert!(logp[0].is_nan());
+    }
+}
+
+#[test]
+fn ignored_rows_are_not_read() {
+    let options = LogprobOptions { ignore_index: Some(-100), ..Default::default() };
+    for device in devices() {
+        let logits = Tensor::new(&[[f32::NAN, 1.0], [0.0, 0.0]], &device).unwrap();
+        let logits = Var::from_tensor(&logits).unwrap();
+        let targets = Tensor::new(&[-100_i64, 1], &device).unwrap();
+        let (logp, entropy) = logprobs_and_entropy(&logits, &targets, &options).unwrap();
+        let half = 0.5_f64.ln();
+        assert_close("logp", &to_vec(&logp), &[0.0, half], REL, ABS);
+        assert_close("entropy", &to_vec(&entropy), &[0.0, -half], REL, ABS);
+        let grads = (logp + entropy).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_close("grad", &to_vec(grads.get(&logits).unwrap()), &[0., 0., -0.5, 0.5], REL, ABS);
+    }
+}
+
+#[test]
+fn a_row_without_upstream_gradient_gets_zeros_whatever_it_holds() {
+    for device in devices() {
+        let logits = Tensor::new(&[[f32::NAN, 1.0], [0.0, 0.0]], &device).unwrap();
+        let logits = Var::from_tensor(&logits).unwrap();
+        let targets = Tensor::new(&[0_u32, 0], &device).unwrap();
+        let logp = logprobs(&logits, &targets, &options(1.0)).unwrap();
+        let grads = logp.get(1).unwrap().backward().unwrap();
+        assert_close("grad", &to_vec(grads.get(&logits).unwrap()), &[0., 0., 0.5, -0.5], REL, ABS);
+    }
+}
+
+#[test]
+fn strided_and_offset_tensors_give_the_same() {
+    let mut rng = rng(4);
+    for device in devices() {
+        let logits = uniform(&mut rng, 2 * 3 * 11, 2.0);
+        let logits = Tensor::from_vec(logits, (2, 3, 11), &device).unwrap();
+        let targets = Tensor::new(&[[1_i64, 10, 4], [0, 7, 2]], &device).unwrap();
+        let plain = logprobs(&logits, &targets, &options(1.0)).unwrap();
+        let other = logprobs(&strided(&logits), &strided(&targets), &options(1.0)).unwrap();
+        assert_eq!(other.dims(), [2, 3]);
+        assert_eq!(to_vec(&plain), to_vec(&other));
+        let swapped = logits.transpose(0, 1).unwrap();
+        let other = logprobs(&swapped, &targets.t().unwrap(), &options(1.0)).unwrap();
+        assert_eq!(to_vec(&plain), to_vec(&other.t().unwrap()));
+    }
+}
+
+#[test]
+fn the_gradient_reaches_a_strided_leaf() {
+    for device in devices() {
+        let logits = Tensor::new(&[[0.0_f32, 1.0, 2.0], [3.0, 1.0, 0.0]], &device).unwrap();
+        let logits = Var::from_tensor(&logits).unwrap();
+        let targets = Tensor::new(&[0_u32, 1, 1], &device).unwrap();
+        let logp = logprobs(&logits.t().unwrap(), &targets, &options(1.0)).unwrap();
+        let grads = logp.sum_all().unwrap().backward().unwrap();
+        let z = to_vec(&logits.t().unwrap());
+        let want = reference::backward(&z, &[0, 1, 1], 2, &options(1.0), &[1.0; 3], &[0.0; 3]);
+        let grad = grads.get(&logits).unwrap().t().unwrap();
+        assert_close("grad", &to_vec(&grad), &want, REL, ABS);
+    }
+}
+
+#[test]
+fn empty_batches_and_single_elements_work() {
+    for device in devices() {
+        let logits = Tensor::zeros((0, 5), DType::F32, &device).unwrap();
+        let targets = Tensor::zeros(0, DType::U32, &device).unwrap();
+        assert_eq!(logprobs(&logits, &targets, &options(1.0)).unwrap().dims(), [0]);
+        let logits = Tensor::new(&[3.0_f32], &device).unwrap();
+        let targets = Tensor::new(0_u32, &device).unwrap();
+        let (logp, entropy) = logprobs_and_entropy(&logits, &targets, &options(1.0)).unwrap();
+        assert_eq!((to_vec(&logp), to_vec(&entropy)), (vec![0.0], vec![0.0]));
+        assert!(logp.dims().is_empty());
+    }
+}
+
+#[test]
+fn half_precision_slices_work_in_the_raw_layer() {
+    let targets = [2_u32];
+    let mut logp = [0.0];
+    let z = [0.0, 1.0, 2.0].map(bf16::from_f32);
+    let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
+    cpu::forward(&z, &targets, 3, &options(1.0), outputs).unwrap();
+    let bf16_logp = logp[0];
+    let z = [0.0, 1.0, 2.0].map(f16::from_f32);
+    let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
+    cpu::forward(&z, &targets, 3, &options(1.0), outputs).unwrap();
+    assert_eq!(logp[0], bf16_logp);
+}
+
+#[test]
+fn bad_input_is_refused_by_name() {
+    let z = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    let t = Tensor::zeros(2, DType::U32, &Device::Cpu).unwrap();
+    let fails = |z: &Tensor, t: &Tensor, o: &LogprobOptions| logprobs(z, t, o).unwrap_err();
+    let ok = options(1.0);
+
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = fails(&z, &t, &options(bad));
+        assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
+    }
+    let error = fails(&z.to_dtype(DType::F64).unwrap(), &t, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "logits", .. }), "{error}");
+    let error = fails(&z, &t.to_dtype(DType::F32).unwrap(), &ok);
+    assert!(matches!(error, Error::Dtype { arg: "targets", .. }), "{error}");
+    let error = fails(&z, &t.reshape((1, 2)).unwrap(), &ok);
+    assert!(matches!(error, Error::Shape { arg: "targets", .. }), "{error}");
+    let error = fails(&Tensor::new(1.0_f32, &Device::Cpu).unwrap(), &t, &ok);
+    assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
+    let error = fails(&Tensor::zeros((2, 0), DType::F32, &Device::Cpu).unwrap(), &t, &ok);
+    assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
+    for bad in [3_i64, -1, -100, i64::MAX, i64::MIN] {
+        let error = fails(&z, &Tensor::new(&[0, bad], &Device::Cpu).unwrap(), &ok);
+        let named =
+            matches!(error, Error::Target { row: 1, target, vocab: 3, .. } if target == bad);
+        assert!(named, "{error}");
+    }
+    let mut logp = [0.0; 2];
+    let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
+    let error = cpu::forward(&[0.0_f32; 5], &[0_u32, 0], 3, &ok, outputs).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "logprob: `logits` has shape [5] for a vocabulary of 3, expected [2, 3]"
+    );
+}
