@@ -217,10 +217,13 @@ impl Sums {
         let mut sums = Sums::NONE;
         let mut buffer = [0.0; BLOCK];
         for block in row.chunks(BLOCK) {
-            vectorise(|| {
-                let z = T::widen(block, &mut buffer);
-                sums = sums.rebase(max(z), scale).add::<ENTROPY>(z, scale);
-            });
+            vectorise(
+                #[inline(always)]
+                || {
+                    let z = T::widen(block, &mut buffer);
+                    sums = sums.rebase(max(z), scale).add::<ENTROPY>(z, scale);
+                },
+            );
         }
         sums
     }
@@ -304,11 +307,14 @@ impl Slope {
         let (mut wide, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
         for (block, (z, grad)) in z.chunks(BLOCK).zip(grad.chunks_mut(BLOCK)).enumerate() {
             let out = &mut out[..z.len()];
-            vectorise(|| {
-                for (o, &z) in out.iter_mut().zip(T::widen(z, &mut wide)) {
-                    *o = self.at(z);
-                }
-            });
+            vectorise(
+                #[inline(always)]
+                || {
+                    for (o, &z) in out.iter_mut().zip(T::widen(z, &mut wide)) {
+                        *o = self.at(z);
+                    }
+                },
+            );
             // In f32, before rounding: near p = 1 the two terms cancel.
             if let Some(o) = target.checked_sub(block * BLOCK).and_then(|t| out.get_mut(t)) {
                 *o += self.grad_logp;
