@@ -1,4 +1,24 @@
-//! Fused kernels for the token-level arithmetic of PPO.
+//! Fused kernels for the token-level arithmetic of PPO and its family: everything between a language
+//! model's logits and its optimiser.
+//!
+//! | op | what it replaces |
+//! |---|---|
+//! | [`logprob`] | a `[tokens, vocabulary]` log-softmax to read one number a row; the entropy with it |
+//! | [`kl`] | per-token KL from log-probabilities, and exact KL over the vocabulary |
+//! | [`gae`] | a loop over time for advantages and returns, with reward shaping before it |
+//! | [`whiten`] | masked mean, variance and normalisation |
+//! | [`ppo_loss`] | the dozens of elementwise steps of the clipped loss, its gradients and statistics |
+//!
+//! Every op is one module with the same rooms:
+//! - `reference`: the oracle, plain f64 loops that can be checked by eye;
+//! - `cpu`: the fused implementation on slices, which allocates nothing;
+//! - the functions of the module itself: candle tensors in and out, with gradients (feature `candle`,
+//!   on by default).
+//!
+//! All ops hold to the same rules. Sums are kept in f32 whatever the type of the logits. What a mask
+//! leaves out counts for nothing and may hold anything, NaN included. The same inputs give the same
+//! bits, for any number of threads, and a row's result does not depend on the rest of the batch.
+//! Nothing panics on bad input: every function returns an [`Error`] that names the argument.
 #![warn(missing_docs)]
 
 pub mod cpu;
