@@ -1,0 +1,287 @@
+//! Whitening on slices. Sums are taken in f64, over leaves of a fixed size that a fixed tree merges.
+
+use super::{EpsPlacement, Moments, WhitenOptions, OP};
+use crate::cpu::math::LANES;
+use crate::cpu::{for_each, reduce, vectorise};
+use crate::error::{Error, Result};
+
+/// Elements of a leaf: x, mask, gradient and result of one stay in the first-level cache.
+const LEAF: usize = 2048;
+
+const KEEP_ALL: [u8; LANES] = [1; LANES];
+
+/// Count, mean and sum of squared deviations of the unmasked elements of `x`.
+///
+/// # Errors
+/// If the mask's length is not that of `x`.
+pub fn masked_moments(x: &[f32], mask: Option<&[u8]>) -> Result<Moments> {
+    check_mask(x, mask)?;
+    Ok(moments(x, mask))
+}
+
+/// Whitens `x` into `out` with the given moments: its own, or those of a larger set.
+///
+/// # Errors
+/// If a length does not fit, `eps` is out of range, or the moments are of too few elements.
+pub fn masked_whiten(
+    x: &[f32],
+    mask: Option<&[u8]>,
+    moments: &Moments,
+    options: &WhitenOptions,
+    out: &mut [f32],
+) -> Result<()> {
+    options.validate()?;
+    check_mask(x, mask)?;
+    Error::check_len(OP, "out", out.len(), x.len())?;
+
+    let scale = Scale::new(moments, options)?;
+    let inv = scale.inv as f32;
+    let back = if options.shift_mean { 0.0 } else { scale.mean.high };
+    for_each(x.len(), LEAF, (x, mask, out), |_, _, (x, mask, out)| {
+        vectorise(
+            #[inline(always)]
+            || map(x, x, mask, out, |x, _| scale.mean.deviation(x) * inv + back),
+        );
+    });
+    Ok(())
+}
+
+/// The gradient with respect to `x` of [`masked_whiten`] with `x`'s own moments.
+///
+/// # Errors
+/// As [`masked_whiten`].
+pub fn masked_whiten_backward(
+    x: &[f32],
+    mask: Option<&[u8]>,
+    moments: &Moments,
+    grad_out: &[f32],
+    options: &WhitenOptions,
+    grad_x: &mut [f32],
+) -> Result<()> {
+    options.validate()?;
+    check_mask(x, mask)?;
+    Error::check_len(OP, "grad_out", grad_out.len(), x.len())?;
+    Error::check_len(OP, "grad_x", grad_x.len(), x.len())?;
+
+    let scale = Scale::new(moments, options)?;
+    let (sum_g, sum_gd) = reduce(
+        x.len(),
+        LEAF,
+        (x, grad_out, mask),
+        |_, _, (x, g, mask)| {
+            vectorise(
+                #[inline(always)]
+                || gradient_sums(x, g, mask, &scale.mean),
+            )
+        },
+        |a, b| (a.0 + b.0, a.1 + b.1),
+    );
+
+    let mean_g = sum_g / moments.count as f64;
+    let offset = if options.shift_mean { -scale.inv * mean_g } else { (1.0 - scale.inv) * mean_g };
+    let (inv, offset) = (scale.inv as f32, offset as f32);
+    let slope = (sum_gd * scale.slope) as f32;
+    for_each(x.len(), LEAF, (x, grad_out, mask, grad_x), |_, _, (x, g, mask, out)| {
+        vectorise(
+            #[inline(always)]
+            || {
+                map(x, g, mask, out, |x, g| scale.mean.deviation(x) * slope + (g * inv + offset));
+            },
+        );
+    });
+    Ok(())
+}
+
+/// The gradient with respect to `x` of [`masked_whiten`] with moments that are constants.
+///
+/// # Errors
+/// As [`masked_whiten`].
+pub fn masked_whiten_with_backward(
+    mask: Option<&[u8]>,
+    moments: &Moments,
+    grad_out: &[f32],
+    options: &WhitenOptions,
+    grad_x: &mut [f32],
+) -> Result<()> {
+    options.validate()?;
+    check_mask(grad_out, mask)?;
+    Error::check_len(OP, "grad_x", grad_x.len(), grad_out.len())?;
+
+    let inv = Scale::new(moments, options)?.inv as f32;
+    for_each(grad_out.len(), LEAF, (grad_out, mask, grad_x), |_, _, (g, mask, out)| {
+        vectorise(
+            #[inline(always)]
+            || map(g, g, mask, out, |g, _| g * inv),
+        );
+    });
+    Ok(())
+}
+
+/// [`masked_moments`] without the check of the mask's length.
+pub(crate) fn moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
+    let leaf = |_, _, (x, mask)| {
+        vectorise(
+            #[inline(always)]
+            || leaf_moments(x, mask),
+        )
+    };
+    reduce(x.len(), LEAF, (x, mask), leaf, Moments::merge)
+}
+
+/// The moments of a few thousand elements in one pass.
+///
+/// Deviations are taken from the first unmasked element, and the sums are in f64. Since that
+/// element is one of the set, (mean - shift)^2 <= m2, so that the subtraction below costs at most a
+/// factor n in relative precision, whatever the mean: 2048 of 2^53.
+#[inline(always)]
+pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
+    let first = match mask {
+        None => 0,
+        Some(mask) => mask.iter().position(|&m| m != 0).unwrap_or(x.len()),
+    };
+    let Some(&shift) = x.get(first) else {
+        return Moments::default();
+    };
+    let shift = f64::from(shift);
+
+    let (mut sums, mut squares, mut counts) = ([0.0_f64; LANES], [0.0_f64; LANES], [0_u32; LANES]);
+    lanes(x, x, mask, |x, _, keep| {
+        for i in 0..LANES {
+            let d = f64::from(x[i]) - shift;
+            let d = if keep[i] != 0 { d } else { 0.0 };
+            sums[i] += d;
+            squares[i] = d.mul_add(d, squares[i]);
+            counts[i] += u32::from(keep[i] != 0);
+        }
+    });
+
+    let count = counts.iter().sum::<u32>();
+    let sum: f64 = sums.iter().sum();
+    let n = f64::from(count);
+    Moments {
+        count: u64::from(count),
+        mean: shift + sum / n,
+        m2: (squares.iter().sum::<f64>() - sum * sum / n).max(0.0),
+    }
+}
+
+/// The sums of g and of g (x - mean) over the unmasked elements.
+#[inline(always)]
+fn gradient_sums(x: &[f32], g: &[f32], mask: Option<&[u8]>, mean: &Mean) -> (f64, f64) {
+    let (mut sum_g, mut sum_gd) = ([0.0_f64; LANES], [0.0_f64; LANES]);
+    lanes(x, g, mask, |x, g, keep| {
+        for i in 0..LANES {
+            let (g, d) = (f64::from(g[i]), f64::from(mean.deviation(x[i])));
+            sum_g[i] += if keep[i] != 0 { g } else { 0.0 };
+            sum_gd[i] += if keep[i] != 0 { g * d } else { 0.0 };
+        }
+    });
+    (sum_g.iter().sum(), sum_gd.iter().sum())
+}
+
+/// Calls `body(a, b, keep)` on `LANES` elements at a time; the last ones are filled up with masked.
+#[inline(always)]
+fn lanes(
+    a: &[f32],
+    b: &[f32],
+    mask: Option<&[u8]>,
+    mut body: impl FnMut(&[f32; LANES], &[f32; LANES], &[u8; LANES]),
+) {
+    let (full_a, rest_a) = a.as_chunks();
+    let (full_b, rest_b) = b.as_chunks();
+    let mut last_keep = [0; LANES];
+    match mask {
+        None => {
+            for (a, b) in full_a.iter().zip(full_b) {
+                body(a, b, &KEEP_ALL);
+            }
+            last_keep[..rest_a.len()].fill(1);
+        }
+        Some(mask) => {
+            let (full_mask, rest_mask) = mask.as_chunks();
+            for ((a, b), keep) in full_a.iter().zip(full_b).zip(full_mask) {
+                body(a, b, keep);
+            }
+            last_keep[..rest_mask.len()].copy_from_slice(rest_mask);
+        }
+    }
+    let (mut last_a, mut last_b) = ([0.0; LANES], [0.0; LANES]);
+    last_a[..rest_a.len()].copy_from_slice(rest_a);
+    last_b[..rest_b.len()].copy_from_slice(rest_b);
+    body(&last_a, &last_b, &last_keep);
+}
+
+/// `out = f(a, b)` where unmasked, else 0.
+#[inline(always)]
+fn map(a: &[f32], b: &[f32], mask: Option<&[u8]>, out: &mut [f32], f: impl Fn(f32, f32) -> f32) {
+    let inputs = a.iter().zip(b);
+    match mask {
+        None => {
+            for (out, (&a, &b)) in out.iter_mut().zip(inputs) {
+                *out = f(a, b);
+            }
+        }
+        Some(mask) => {
+            for ((out, (&a, &b)), &keep) in out.iter_mut().zip(inputs).zip(mask) {
+                let y = f(a, b);
+                *out = if keep != 0 { y } else { 0.0 };
+            }
+        }
+    }
+}
+
+/// A mean in two floats: x minus the first is exact where x is near, so that a large mean costs the
+/// deviations no digits.
+struct Mean {
+    high: f32,
+    low: f32,
+}
+
+impl Mean {
+    #[inline(always)]
+    fn deviation(&self, x: f32) -> f32 {
+        (x - self.high) - self.low
+    }
+}
+
+/// What moments and options come down to.
+struct Scale {
+    mean: Mean,
+    /// 1 / sqrt(var + eps), or 1 / (std + eps).
+    inv: f64,
+    /// d inv / d var * 2 / (n - 1): the gradient's slope in x - mean, per sum of g (x - mean).
+    slope: f64,
+}
+
+impl Scale {
+    fn new(moments: &Moments, options: &WhitenOptions) -> Result<Self> {
+        let divisor = options.divisor(moments)?;
+        let variance = moments.m2 / divisor;
+        let eps = options.eps;
+        let (inv, d_inv_d_var) = match options.eps_placement {
+            EpsPlacement::Variance => {
+                let inv = (variance + eps).sqrt().recip();
+                (inv, -0.5 * inv.powi(3))
+            }
+            EpsPlacement::Std => {
+                let std = variance.sqrt();
+                let inv = (std + eps).recip();
+                (inv, -0.5 * inv.powi(2) / std)
+            }
+        };
+        let high = moments.mean as f32;
+        Ok(Scale {
+            mean: Mean { high, low: (moments.mean - f64::from(high)) as f32 },
+            inv,
+            // All elements are equal: what it multiplies is 0.
+            slope: if variance == 0.0 { 0.0 } else { 2.0 * d_inv_d_var / divisor },
+        })
+    }
+}
+
+fn check_mask(x: &[f32], mask: Option<&[u8]>) -> Result<()> {
+    match mask {
+        Some(mask) => Error::check_len(OP, "mask", mask.len(), x.len()),
+        None => Ok(()),
+    }
+}

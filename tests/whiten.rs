@@ -1,0 +1,430 @@
+//! The whiten op: the reference against other projects' functions, the CPU and the tensor layer
+//! against the reference, and what must hold for any input.
+
+mod common;
+
+use candle_core::{DType, Tensor, Var};
+use common::*;
+use ppo_kernels::whiten::{
+    cpu, masked_moments, masked_whiten, masked_whiten_with, reference, EpsPlacement, Moments,
+    RunningMoments, WhitenOptions,
+};
+use ppo_kernels::Error;
+
+/// f32 against f64: a few roundings of values of magnitude up to about 5.
+const REL: f64 = 1e-6;
+const ABS: f64 = 1e-6;
+
+/// The peers' float64, and verl's and NeMo's 1e-8 added to the number of tokens.
+const GOLDEN_REL: f64 = 2e-8;
+const GOLDEN_ABS: f64 = 2e-8;
+
+fn all_options() -> Vec<WhitenOptions> {
+    let mut all = Vec::new();
+    for eps_placement in [EpsPlacement::Variance, EpsPlacement::Std] {
+        for unbiased in [true, false] {
+            for shift_mean in [true, false] {
+                for eps in [1e-8, 0.1] {
+                    all.push(WhitenOptions { eps, eps_placement, unbiased, shift_mean });
+                }
+            }
+        }
+    }
+    all
+}
+
+/// What the mask keeps; the peers whiten masked elements too, with the same mean and variance.
+fn kept(values: &[f64], mask: &[u8]) -> Vec<f64> {
+    let pairs = values.iter().zip(mask);
+    pairs.map(|(&v, &m)| if m != 0 { v } else { 0.0 }).collect()
+}
+
+#[test]
+fn reference_equals_the_peers_whitening() {
+    let mut ran = 0;
+    for case in golden("masked_stats") {
+        let function = case.function.as_str();
+        if function.ends_with("agg_loss") || function.ends_with("aggregate_loss") {
+            continue; // aggregation belongs to the ppo_loss op
+        }
+        let close = |what: &str, got: &[f64], want: &[f64]| {
+            assert_close(&format!("{} {what}", case.id), got, want, GOLDEN_REL, GOLDEN_ABS);
+        };
+        let x = case.input("values");
+        let masked = case.inputs.contains_key("mask");
+        let mask = if masked { case.mask("mask") } else { vec![1; x.len()] };
+        let moments = reference::masked_moments(&x, Some(&mask));
+        ran += 1;
+
+        if case.outputs.contains_key("mean") {
+            let mean = case.output("mean");
+            if mean[0].is_nan() {
+                // TRL v0.11 lets NaN through the mask; we do not.
+                assert!(case.id.ends_with("-081") && moments.mean.is_finite());
+            } else {
+                close("mean", &[moments.mean], &mean);
+            }
+        }
+        for (key, unbiased) in [("var_unbiased", true), ("var_biased", false)] {
+            if case.outputs.contains_key(key) {
+                close(key, &[moments.variance(unbiased)], &case.output(key));
+            }
+        }
+        if function == "trl.core.whiten" {
+            for (key, shift_mean) in [("whitened", true), ("whitened_noshift", false)] {
+                let options = WhitenOptions { shift_mean, ..Default::default() };
+                close(key, &reference::masked_whiten(&x, None, &options), &case.output(key));
+            }
+        } else if case.outputs.contains_key("whitened") {
+            let shift_mean = case.inputs["shift_mean"].as_bool().unwrap();
+            let options = WhitenOptions { shift_mean, ..Default::default() };
+            let got = reference::masked_whiten(&x, Some(&mask), &options);
+            close("whitened", &got, &kept(&case.output("whitened"), &mask));
+            check_peer_gradient(&case, &x, &mask, &options);
+        } else if case.outputs.contains_key("normalized_dim1") {
+            // OpenRLHF: row by row, biased, and the variance is bounded rather than added to.
+            let width = case.shape("values")[1];
+            let options = WhitenOptions {
+                eps: f64::from(f32::MIN_POSITIVE),
+                unbiased: false,
+                ..Default::default()
+            };
+            let (up, want) = (case.input("grad_out"), case.output("normalized_dim1"));
+            let want_grad = case.output("grad_values");
+            for at in (0..x.len()).step_by(width) {
+                let row = at..at + width;
+                let (x, mask) = (&x[row.clone()], &mask[row.clone()]);
+                if reference::masked_moments(x, Some(mask)).variance(false) <= 1e-8 {
+                    continue; // the bound is reached
+                }
+                let got = reference::masked_whiten(x, Some(mask), &options);
+                close("normalized", &got, &want[row.clone()]);
+                let up = &up[row.clone()];
+                let got = reference::masked_whiten_backward(x, Some(mask), up, &options);
+                close("gradient", &got, &want_grad[row]);
+            }
+        }
+    }
+    assert_eq!(ran, 82 - 48);
+}
+
+/// The peers' output has masked elements in it, so their gradient has too: it is linear in the
+/// upstream gradient, whose masked part is taken off by hand.
+fn check_peer_gradient(case: &Golden, x: &[f64], mask: &[u8], options: &WhitenOptions) {
+    let up = case.input("grad_out_whiten");
+    let want = case.output("grad_values_whiten");
+    let moments = reference::masked_moments(x, Some(mask));
+    let everything = |x: &[f64]| {
+        let moments = reference::masked_moments(x, Some(mask));
+        reference::masked_whiten_with(x, None, &moments, options)
+    };
+    let masked_up: Vec<f64> =
+        up.iter().zip(mask).map(|(&g, &m)| if m == 0 { g } else { 0.0 }).collect();
+    let from_masked = finite_difference(x, |x| dot(&masked_up, &everything(x)));
+    let got = reference::masked_whiten_backward(x, Some(mask), &up, options);
+    let got: Vec<f64> = got.iter().zip(&from_masked).map(|(a, b)| a + b).collect();
+    assert!(moments.count > 1);
+    // Half of it is a finite difference.
+    assert_close(&format!("{} gradient", case.id), &got, &want, 1e-7, 1e-7);
+}
+
+#[test]
+fn reference_gradient_is_the_derivative_of_the_reference() {
+    let mut rng = rng(1);
+    for options in all_options() {
+        let x = wide(&uniform(&mut rng, 9, 2.0));
+        let up = wide(&uniform(&mut rng, 9, 1.0));
+        let mask = [1, 0, 1, 1, 0, 1, 1, 1, 0];
+        for mask in [None, Some(&mask[..])] {
+            let numeric =
+                finite_difference(&x, |x| dot(&up, &reference::masked_whiten(x, mask, &options)));
+            let grad = reference::masked_whiten_backward(&x, mask, &up, &options);
+            assert_close("grad", &grad, &numeric, 1e-7, 1e-8);
+
+            let moments = Moments { count: 7, mean: 0.3, m2: 11.0 };
+            let whiten = |x: &[f64]| reference::masked_whiten_with(x, mask, &moments, &options);
+            let numeric = finite_difference(&x, |x| dot(&up, &whiten(x)));
+            let grad = reference::masked_whiten_with_backward(mask, &moments, &up, &options);
+            assert_close("grad with", &grad, &numeric, 1e-7, 1e-8);
+        }
+    }
+}
+
+/// Lengths around the boundaries of lanes and leaves.
+const LENGTHS: [usize; 9] = [2, 3, 15, 16, 17, 2047, 2048, 2049, 10_007];
+
+#[test]
+fn tensors_agree_with_the_reference_and_nan_behind_the_mask_does_no_harm() {
+    let mut rng = rng(2);
+    for device in devices() {
+        for n in LENGTHS {
+            for options in all_options() {
+                let (mut x, mut up) = (uniform(&mut rng, n, 3.0), uniform(&mut rng, n, 1.0));
+                let mut mask = random_mask(&mut rng, n, 0.7);
+                mask[..2].fill(1);
+                for masked in [false, true] {
+                    if masked {
+                        for i in (0..n).filter(|&i| mask[i] == 0) {
+                            (x[i], up[i]) = (f32::NAN, f32::NAN);
+                        }
+                    }
+                    let bytes = masked.then_some(mask.as_slice());
+                    let mask = masked.then(|| Tensor::from_slice(&mask, n, &device).unwrap());
+                    let mask = mask.as_ref();
+                    let what = format!("n={n} masked={masked} {options:?}");
+                    let (x64, up64) = (wide(&x), wide(&up));
+                    let var = Var::from_slice(&x, n, &device).unwrap();
+                    let up = Tensor::from_slice(&up, n, &device).unwrap();
+
+                    let check = |y: &Tensor, want: &[f64], want_grad: &[f64]| {
+                        assert_close(&what, &to_vec(y), want, REL, ABS);
+                        // NaN upstream must not be multiplied on the way in either.
+                        let loss = y.mul(&up).unwrap().sum_all().unwrap();
+                        let grads = loss.backward().unwrap();
+                        assert_close(
+                            &what,
+                            &to_vec(grads.get(&var).unwrap()),
+                            want_grad,
+                            REL,
+                            3.0 * ABS,
+                        );
+                    };
+                    let y = masked_whiten(&var, mask, &options).unwrap();
+                    check(
+                        &y,
+                        &reference::masked_whiten(&x64, bytes, &options),
+                        &reference::masked_whiten_backward(&x64, bytes, &up64, &options),
+                    );
+                    let moments = Moments { count: 5, mean: -0.7, m2: 9.0 };
+                    let y = masked_whiten_with(&var, mask, &moments, &options).unwrap();
+                    check(
+                        &y,
+                        &reference::masked_whiten_with(&x64, bytes, &moments, &options),
+                        &reference::masked_whiten_with_backward(bytes, &moments, &up64, &options),
+                    );
+                    let got = masked_moments(&var, mask).unwrap();
+                    check_moments(&what, got, reference::masked_moments(&x64, bytes), 1e-12);
+                }
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn check_moments(what: &str, got: Moments, want: Moments, rel: f64) {
+    assert_eq!(got.count, want.count, "{what}");
+    assert_close(&format!("{what} mean"), &[got.mean], &[want.mean], rel, 1e-14);
+    assert_close(&format!("{what} m2"), &[got.m2], &[want.m2], rel, 1e-14);
+}
+
+#[test]
+fn a_large_mean_costs_a_tiny_variance_no_digits() {
+    let mut rng = rng(3);
+    let n = 5000;
+    // Steps of 1/64 around 2^17: exact in f32.
+    let mut x: Vec<f32> = uniform(&mut rng, n, 8.0);
+    x.iter_mut().for_each(|v| *v = 131_072.0 + v.round() / 64.0);
+    let want = reference::masked_moments(&wide(&x), None);
+    check_moments("offset", cpu::masked_moments(&x, None).unwrap(), want, 1e-10);
+
+    let options = WhitenOptions::default();
+    let mut y = vec![0.0; n];
+    cpu::masked_whiten(&x, None, &want, &options, &mut y).unwrap();
+    assert_close(
+        "offset",
+        &wide(&y),
+        &reference::masked_whiten(&wide(&x), None, &options),
+        REL,
+        ABS,
+    );
+    let up = uniform(&mut rng, n, 1.0);
+    cpu::masked_whiten_backward(&x, None, &want, &up, &options, &mut y).unwrap();
+    let grad = reference::masked_whiten_backward(&wide(&x), None, &wide(&up), &options);
+    let scale = grad.iter().fold(0.0_f64, |a, g| a.max(g.abs()));
+    assert_close("offset grad", &wide(&y), &grad, REL, ABS * scale);
+
+    // One value far off, at the place the sums are shifted by.
+    x[0] = -3e9;
+    let want = reference::masked_moments(&wide(&x), None);
+    check_moments("outlier", cpu::masked_moments(&x, None).unwrap(), want, 1e-10);
+}
+
+#[test]
+fn equal_elements_come_out_as_zero_with_a_finite_gradient() {
+    for options in all_options() {
+        let var = Var::new(&[2.5f32; 5], &candle_core::Device::Cpu).unwrap();
+        let y = masked_whiten(&var, None, &options).unwrap();
+        let mean = if options.shift_mean { 0.0 } else { 2.5 };
+        assert_eq!(to_vec(&y), [mean; 5]);
+        let up = [1.0, -2.0, 0.5, 0.25, 3.0];
+        let weights = Tensor::new(&up.map(|g| g as f32), var.device()).unwrap();
+        let grads = y.mul(&weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let want = reference::masked_whiten_backward(&[2.5; 5], None, &up, &options);
+        assert!(want.iter().all(|g| g.is_finite()));
+        // 1 / sqrt(1e-8) is a factor of up to 1e8 on differences that f32 rounds.
+        let scale = want.iter().fold(1.0_f64, |a, g| a.max(g.abs()));
+        assert_close("grad", &to_vec(grads.get(&var).unwrap()), &want, REL, ABS * scale);
+    }
+}
+
+#[test]
+fn merged_moments_are_those_of_the_whole() {
+    let mut rng = rng(4);
+    let x = wide(&uniform(&mut rng, 1000, 2.0));
+    let whole = reference::masked_moments(&x, None);
+    for cut in [0, 1, 2, 500, 999, 1000] {
+        let a = reference::masked_moments(&x[..cut], None);
+        let b = reference::masked_moments(&x[cut..], None);
+        check_moments(&format!("cut at {cut}"), a.merge(b), whole, 1e-12);
+        check_moments(&format!("cut at {cut}, swapped"), b.merge(a), whole, 1e-12);
+    }
+    assert_eq!(Moments::default().merge(Moments::default()), Moments::default());
+}
+
+#[test]
+fn running_moments_are_those_of_all_batches_together() {
+    let mut rng = rng(5);
+    let mut running = RunningMoments::new();
+    assert_eq!((running.mean(), running.std()), (0.0, 1.0));
+    running.update(&[]);
+    running.update(&[4.0]);
+    assert_eq!((running.mean(), running.std()), (4.0, 1.0));
+    let mut all = vec![4.0];
+    for n in [1, 8, 3] {
+        let batch = uniform(&mut rng, n, 3.0);
+        let moments = running.update(&batch);
+        check_moments("batch", moments, reference::masked_moments(&wide(&batch), None), 1e-12);
+        all.extend(batch);
+    }
+    let want = reference::masked_moments(&wide(&all), None);
+    check_moments("running", running.moments(), want, 1e-12);
+    assert_close("std", &[running.std()], &[want.std(true)], 1e-12, 0.0);
+    assert_eq!(RunningMoments::resume(running.moments()), running);
+}
+
+#[test]
+fn any_layout_and_any_rank_will_do() {
+    let mut rng = rng(6);
+    let options = WhitenOptions::default();
+    for device in devices() {
+        for shape in [vec![24], vec![4, 6], vec![2, 3, 4]] {
+            let x = Tensor::from_vec(uniform(&mut rng, 24, 2.0), shape.clone(), &device).unwrap();
+            let mask = Tensor::from_vec(random_mask(&mut rng, 24, 0.8), shape, &device).unwrap();
+            let plain = masked_whiten(&x, Some(&mask), &options).unwrap();
+            assert_eq!(plain.dims(), x.dims());
+
+            let var = Var::from_tensor(&x).unwrap();
+            let (x2, mask2) = (strided(&var), strided(&mask));
+            let y = masked_whiten(&x2, Some(&mask2), &options).unwrap();
+            assert_eq!(to_vec(&y), to_vec(&plain));
+            assert_eq!(
+                masked_moments(&x2, Some(&mask2)).unwrap(),
+                masked_moments(&x, Some(&mask)).unwrap()
+            );
+            let grads = y.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            let up: Vec<f64> = to_vec(&y).iter().map(|y| 2.0 * y).collect();
+            let bytes: Vec<u8> = to_vec(&mask).iter().map(|&m| m as u8).collect();
+            let want = reference::masked_whiten_backward(&to_vec(&x), Some(&bytes), &up, &options);
+            assert_close("grad", &to_vec(grads.get(&var).unwrap()), &want, REL, 3.0 * ABS);
+        }
+    }
+}
+
+#[test]
+fn constants_stay_constants() {
+    let x = Tensor::new(&[1f32, 2.0, 4.0], &candle_core::Device::Cpu).unwrap();
+    assert!(!masked_whiten(&x, None, &WhitenOptions::default()).unwrap().track_op());
+}
+
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() {
+    let mut rng = rng(7);
+    let n = 100_003;
+    let (x, up) = (uniform(&mut rng, n, 2.0), uniform(&mut rng, n, 1.0));
+    let mask = random_mask(&mut rng, n, 0.8);
+    let options = WhitenOptions::default();
+    let run = || {
+        let moments = cpu::masked_moments(&x, Some(&mask)).unwrap();
+        let (mut y, mut grad) = (vec![0.0; n], vec![0.0; n]);
+        cpu::masked_whiten(&x, Some(&mask), &moments, &options, &mut y).unwrap();
+        cpu::masked_whiten_backward(&x, Some(&mask), &moments, &up, &options, &mut grad).unwrap();
+        let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        (moments.mean.to_bits(), moments.m2.to_bits(), bits(y), bits(grad))
+    };
+    let one = with_threads(1, run);
+    for threads in [2, 3, 8] {
+        assert!(with_threads(threads, run) == one, "{threads} threads");
+    }
+}
+
+#[test]
+fn a_nan_that_is_not_masked_shows() {
+    let x = Tensor::new(&[1f32, f32::NAN, 2.0], &candle_core::Device::Cpu).unwrap();
+    let y = masked_whiten(&x, None, &WhitenOptions::default()).unwrap();
+    assert!(to_vec(&y).iter().all(|y| y.is_nan()));
+}
+
+#[test]
+fn too_few_elements_are_an_error() {
+    let biased = WhitenOptions { unbiased: false, ..Default::default() };
+    let unbiased = WhitenOptions::default();
+    for device in devices() {
+        let x = Tensor::new(&[1f32, 2.0], &device).unwrap();
+        let empty = Tensor::zeros((0, 3), DType::F32, &device).unwrap();
+        let one = Tensor::new(&[0u8, 1], &device).unwrap();
+        let none = Tensor::new(&[0u8, 0], &device).unwrap();
+        let refused =
+            |x: &Tensor, mask: Option<&Tensor>, options: &WhitenOptions| match masked_whiten(
+                x, mask, options,
+            ) {
+                Err(Error::Mask { op: "whiten", arg: "mask", expected, got }) => (expected, got),
+                other => panic!("{other:?}"),
+            };
+        assert_eq!(refused(&x, Some(&one), &unbiased), (2, 1));
+        assert_eq!(refused(&x, Some(&none), &unbiased), (2, 0));
+        assert_eq!(refused(&x, Some(&none), &biased), (1, 0));
+        assert_eq!(refused(&empty, None, &unbiased), (2, 0));
+        let y = masked_whiten(&x, Some(&one), &biased).unwrap();
+        assert_eq!(to_vec(&y), [0.0, 0.0]);
+        assert_eq!(masked_moments(&empty, None).unwrap(), Moments::default());
+        // No element to whiten, but moments to whiten with.
+        let moments = Moments { count: 3, mean: 1.0, m2: 2.0 };
+        let y = masked_whiten_with(&empty, None, &moments, &unbiased).unwrap();
+        assert_eq!(y.dims(), [0, 3]);
+    }
+}
+
+#[test]
+fn errors_name_the_argument() {
+    let options = WhitenOptions::default();
+    let x = Tensor::new(&[1f32, 2.0, 3.0], &candle_core::Device::Cpu).unwrap();
+    let says = |error: Error, words: &[&str]| {
+        let text = error.to_string();
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    };
+    let short = Tensor::new(&[1u8, 1], x.device()).unwrap();
+    let error = masked_whiten(&x, Some(&short), &options).unwrap_err();
+    says(error, &["whiten", "`mask`", "[2]", "[3]"]);
+    let error = masked_whiten(&x, Some(&x), &options).unwrap_err();
+    says(error, &["whiten", "`mask`", "f32", "u8"]);
+    let wide = x.to_dtype(DType::F64).unwrap();
+    says(masked_moments(&wide, None).unwrap_err(), &["whiten", "`x`", "f64", "f32"]);
+    for eps in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40] {
+        let options = WhitenOptions { eps, ..options };
+        says(masked_whiten(&x, None, &options).unwrap_err(), &["whiten", "`eps`"]);
+    }
+
+    let (x, moments) = ([1.0, 2.0], Moments { count: 2, mean: 1.5, m2: 0.5 });
+    let mut out = [0.0; 2];
+    let error = cpu::masked_moments(&x, Some(&[1])).unwrap_err();
+    says(error, &["`mask`", "[1]", "[2]"]);
+    let error = cpu::masked_whiten(&x, None, &moments, &options, &mut out[..1]).unwrap_err();
+    says(error, &["`out`", "[1]", "[2]"]);
+    let grad = [1.0];
+    let error =
+        cpu::masked_whiten_backward(&x, None, &moments, &grad, &options, &mut out).unwrap_err();
+    says(error, &["`grad_out`", "[1]", "[2]"]);
+    let error =
+        cpu::masked_whiten_with_backward(None, &moments, &grad, &options, &mut out).unwrap_err();
+    says(error, &["`grad_x`", "[2]", "[1]"]);
+}
