@@ -1,1 +1,287 @@
-//! gae
+//! Generalised advantage estimation, with the shaping of the rewards in the same pass.
+//!
+//! For a batch of token sequences `[B, T]`, per row, from the last token backwards:
+//!
+//! ```text
+//! r_t     = rewards_t - kl_coef kl_t + score   (the score at one place of the row only)
+//! δ_t     = r_t + γ V_{t+1} - V_t
+//! A_t     = δ_t + γ λ A_{t+1}
+//! returns = A_t + V_t                          (A not whitened)
+//! ```
+//!
+//! (Schulman et al., arXiv 1506.02438; the rewards as in Ziegler et al., arXiv 1909.08593.)
+//!
+//! | argument | shape | type | absent means |
+//! |---|---|---|---|
+//! | values | `[B, T]` | f32 | - |
+//! | rewards | `[B, T]` | f32, dense rewards or scores per token | 0 |
+//! | kl | `[B, T]` | f32, per token, in nats | 0 |
+//! | scores | `[B]` | f32, one a sequence | 0 |
+//! | has_eos | `[B]` | u8, non-zero where the sequence ended by itself | all did |
+//! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
+//! | dones | `[B, T]` | u8, non-zero where an episode ended *with* step t | none did |
+//! | bootstrap | `[B]` | f32, value of the state after the last unmasked token | 0 |
+//! | advantages, returns, rewards (out) | `[B, T]` | f32 | |
+//!
+//! - **Masks** may have padding left and right, and gaps. Masked elements of all inputs, `dones`
+//!   included, are not looked at and may hold NaN; they come out as 0. The scan starts at the last
+//!   unmasked token, so the amount of padding behind it changes no bit. [`MaskMode`] says what a gap
+//!   is. A row without any unmasked token comes out as zeros, its score dropped.
+//! - **Dones**: neither V nor A of step t + 1 (or the bootstrap) is seen by a step with `dones` set.
+//!   CleanRL's flags say that an episode *started* at t: ours at t is CleanRL's at t + 1, and in the
+//!   last column its `next_done`.
+//! - **The score** is scaled and clipped, then the rule for a missing end of sequence is applied, then
+//!   it is added at the place [`ScorePlacement`] says. See [`RewardShaping`].
+//! - **Gradient**: none. Advantages and returns are targets, so the tensors are constants.
+//! - **Moments** of the unmasked advantages come from the same pass, in an order that depends on the
+//!   shape alone, ready for [`masked_whiten_with`](crate::whiten::masked_whiten_with).
+//!
+//! Cost in bytes per token: values 4, and 4 for each of rewards and kl, 1 for each of mask and dones,
+//! read once; 4 for each output, written once.
+
+pub mod cpu;
+pub mod reference;
+#[cfg(feature = "candle")]
+mod tensor;
+
+#[cfg(feature = "candle")]
+pub use tensor::{gae, GaeInputs, GaeOutput};
+
+use crate::error::{Error, Result};
+use crate::whiten::RunningMoments;
+
+const OP: &str = "gae";
+
+/// Options of the op; the default is that of TRL and most others: γ = 1, λ = 0.95, gaps skipped, the
+/// score at the last unmasked token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GaeOptions {
+    /// Discount γ, in 0..=1. Default 1.
+    pub gamma: f64,
+    /// λ of the advantages, in 0..=1. Default 0.95.
+    pub lambda: f64,
+    /// λ of the advantages that the returns are made of, if it is another (NeMo's
+    /// `gae_lambda_value`). Default none.
+    pub value_lambda: Option<f64>,
+    /// What a masked token between unmasked ones is. Default [`MaskMode::Carry`].
+    pub mask_mode: MaskMode,
+    /// How the rewards are made.
+    pub shaping: RewardShaping,
+}
+
+impl Default for GaeOptions {
+    fn default() -> Self {
+        Self {
+            gamma: 1.0,
+            lambda: 0.95,
+            value_lambda: None,
+            mask_mode: MaskMode::Carry,
+            shaping: RewardShaping::default(),
+        }
+    }
+}
+
+/// What a masked token between unmasked ones is. Padding is the same in both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MaskMode {
+    /// No step: V and A are carried over it, so that the output of a tool, say, does not discount
+    /// what comes after (verl, NeMo).
+    #[default]
+    Carry,
+    /// A step with reward 0 and value 0, which discounts (TRL 0.11, OpenRLHF).
+    Multiply,
+}
+
+/// How the rewards are made of dense rewards, the KL to the reference policy and a score a sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RewardShaping {
+    /// β, the weight of the KL penalty; 0 or above. Does nothing without `kl`. Default 0.05 (TRL).
+    pub kl_coef: f64,
+    /// Where the score is added. Default [`ScorePlacement::LastToken`].
+    pub placement: ScorePlacement,
+    /// Scale the score: (score - mean) / std. Default none.
+    pub scale: Option<ScoreScale>,
+    /// Clip the score to -clip..=clip; above 0. DeepSpeed-Chat takes 5, trlx and OpenRLHF 10.
+    /// Default none.
+    pub clip: Option<f64>,
+    /// Which of the two comes first. Default [`ScoreOrder::ScaleThenClip`].
+    pub order: ScoreOrder,
+    /// What happens to the score of a sequence without end-of-sequence token. Default
+    /// [`MissingEos::Keep`]; the others need `scores` and `has_eos`.
+    pub missing_eos: MissingEos,
+}
+
+impl Default for RewardShaping {
+    fn default() -> Self {
+        Self {
+            kl_coef: 0.05,
+            placement: ScorePlacement::LastToken,
+            scale: None,
+            clip: None,
+            order: ScoreOrder::ScaleThenClip,
+            missing_eos: MissingEos::Keep,
+        }
+    }
+}
+
+/// Where the score of a sequence is added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ScorePlacement {
+    /// At the last unmasked token (TRL 0.11, OpenRLHF, verl, NeMo, MOSS).
+    #[default]
+    LastToken,
+    /// One past it if there is room, else at it (TRL since 0.12, DeepSpeed-Chat).
+    ///
+    /// The masked position after the last unmasked token then is a step too, of reward `score`. Its
+    /// value is read, and its return and reward are written, since the value function is trained
+    /// there: mask the value loss accordingly. Its kl and dense reward are not read, and its
+    /// advantage is 0 and not among the moments, since the policy is not trained there. Without
+    /// `scores` it is no step.
+    AfterLastToken,
+}
+
+/// Mean and standard deviation to scale the scores by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ScoreScale {
+    /// Subtracted first; 0 to only divide, as trlx does, and TRL without `use_score_norm`.
+    pub mean: f64,
+    /// Divided by; above 0.
+    pub std: f64,
+}
+
+impl From<&RunningMoments> for ScoreScale {
+    /// Mean and standard deviation of all scores so far. As in TRL, the machine epsilon is added to
+    /// the latter, so that equal scores are no error.
+    fn from(running: &RunningMoments) -> Self {
+        Self { mean: running.mean(), std: running.std() + f64::from(f32::EPSILON) }
+    }
+}
+
+/// Whether scores are scaled before they are clipped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ScoreOrder {
+    /// Scale, then clip: the bounds are in standard deviations (TRL 0.11, MOSS).
+    #[default]
+    ScaleThenClip,
+    /// Clip, then scale: the bounds are in units of the reward model (trlx).
+    ClipThenScale,
+}
+
+/// What happens to the score, already scaled and clipped, of a sequence that was cut off before an
+/// end-of-sequence token.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub enum MissingEos {
+    /// Nothing.
+    #[default]
+    Keep,
+    /// This is subtracted (TRL's `missing_eos_penalty`).
+    Subtract(f64),
+    /// This takes its place, even that of NaN (lm-human-preferences' `penalty_reward_value`).
+    Replace(f64),
+}
+
+impl GaeOptions {
+    pub(crate) fn validate(&self) -> Result<()> {
+        let share = |option, value: f64| {
+            Error::check_option(OP, option, value, (0.0..=1.0).contains(&value), "0 to 1")
+        };
+        share("gamma", self.gamma)?;
+        share("lambda", self.lambda)?;
+        if let Some(lambda) = self.value_lambda {
+            share("value_lambda", lambda)?;
+        }
+        self.shaping.validate()
+    }
+
+    /// λ of the advantages that the returns are made of.
+    fn lambda_of_returns(&self) -> f64 {
+        self.value_lambda.unwrap_or(self.lambda)
+    }
+}
+
+impl RewardShaping {
+    fn validate(&self) -> Result<()> {
+        let check = |option, value: f64, valid, expected| {
+            Error::check_option(OP, option, value, valid, expected)
+        };
+        check("kl_coef", self.kl_coef, self.kl_coef >= 0.0, "finite and 0 or above")?;
+        if let Some(clip) = self.clip {
+            check("clip", clip, clip > 0.0, "finite and above 0")?;
+        }
+        if let Some(ScoreScale { mean, std }) = self.scale {
+            check("scale.mean", mean, true, "finite")?;
+            check("scale.std", std, std > 0.0, "finite and above 0")?;
+        }
+        match self.missing_eos {
+            MissingEos::Keep => Ok(()),
+            MissingEos::Subtract(by) => check("missing_eos", by, true, "finite"),
+            MissingEos::Replace(with) => check("missing_eos", with, true, "finite"),
+        }
+    }
+
+    /// What becomes of a sequence's score before it is added to the rewards.
+    fn score(&self, raw: f64, has_eos: bool) -> f64 {
+        let scale = |score: f64| self.scale.map_or(score, |s| (score - s.mean) / s.std);
+        let clip = |score: f64| self.clip.map_or(score, |c| score.clamp(-c, c));
+        let score = match self.order {
+            ScoreOrder::ScaleThenClip => clip(scale(raw)),
+            ScoreOrder::ClipThenScale => scale(clip(raw)),
+        };
+        match self.missing_eos {
+            MissingEos::Subtract(penalty) if !has_eos => score - penalty,
+            MissingEos::Replace(value) if !has_eos => value,
+            _ => score,
+        }
+    }
+}
+
+/// The inputs as slices, of f32 for [`cpu::gae`] and of f64 for [`reference::gae`]; see
+/// [the module](self) for their meaning.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a, T> {
+    /// Values, `[B, T]`.
+    pub values: &'a [T],
+    /// Dense rewards, `[B, T]`.
+    pub rewards: Option<&'a [T]>,
+    /// KL to the reference policy, `[B, T]`.
+    pub kl: Option<&'a [T]>,
+    /// Scores of the sequences, `[B]`.
+    pub scores: Option<&'a [T]>,
+    /// Whether the sequence has an end-of-sequence token, `[B]`.
+    pub has_eos: Option<&'a [u8]>,
+    /// 0 where masked, `[B, T]`.
+    pub mask: Option<&'a [u8]>,
+    /// Non-zero where an episode ended with step t, `[B, T]`.
+    pub dones: Option<&'a [u8]>,
+    /// Value of the state after the last unmasked token, `[B]`.
+    pub bootstrap: Option<&'a [T]>,
+}
+
+impl<'a, T> Inputs<'a, T> {
+    /// Values alone, to be filled in with `Inputs { mask: Some(..), ..Inputs::new(values) }`.
+    pub fn new(values: &'a [T]) -> Self {
+        Self {
+            values,
+            rewards: None,
+            kl: None,
+            scores: None,
+            has_eos: None,
+            mask: None,
+            dones: None,
+            bootstrap: None,
+        }
+    }
+}
+
+/// An error if the rule for a missing end of sequence lacks the inputs it works on.
+fn check_missing_eos(rule: MissingEos, scores: bool, has_eos: bool) -> Result<()> {
+    if rule == MissingEos::Keep || (scores && has_eos) {
+        return Ok(());
+    }
+    Err(Error::Option {
+        op: OP,
+        option: "missing_eos",
+        expected: "Keep where `scores` or `has_eos` is not given".into(),
+        got: format!("{rule:?}"),
+    })
+}

@@ -1,0 +1,98 @@
+//! The op in plain f64 loops: make a list of steps, then walk it backwards.
+
+use super::{GaeOptions, Inputs, MaskMode, ScorePlacement};
+use crate::whiten::{self, Moments};
+
+/// What [`gae`] returns, each `[B, T]`, and 0 where masked.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gae {
+    /// Advantages.
+    pub advantages: Vec<f64>,
+    /// Returns: the targets of the value function.
+    pub returns: Vec<f64>,
+    /// The rewards after shaping.
+    pub rewards: Vec<f64>,
+    /// Moments of the unmasked advantages.
+    pub moments: Moments,
+}
+
+/// A step of the recurrence.
+struct Step {
+    /// Where its outputs go, and whether the policy is trained there; `None` for a gap.
+    output: Option<(usize, bool)>,
+    reward: f64,
+    value: f64,
+    done: bool,
+}
+
+/// Advantages, returns and shaped rewards of `batch` rows of `seq_len` tokens.
+pub fn gae(inputs: &Inputs<f64>, batch: usize, seq_len: usize, options: &GaeOptions) -> Gae {
+    let zeros = vec![0.0; batch * seq_len];
+    let mut out = Gae {
+        advantages: zeros.clone(),
+        returns: zeros.clone(),
+        rewards: zeros,
+        moments: Moments::default(),
+    };
+    for row in 0..batch {
+        let mut next_value = inputs.bootstrap.map_or(0.0, |bootstrap| bootstrap[row]);
+        let (mut advantage, mut value_advantage) = (0.0, 0.0);
+        for step in steps(inputs, row, seq_len, options).iter().rev() {
+            if step.done {
+                (next_value, advantage, value_advantage) = (0.0, 0.0, 0.0);
+            }
+            let delta = step.reward + options.gamma * next_value - step.value;
+            advantage = delta + options.gamma * options.lambda * advantage;
+            value_advantage = delta + options.gamma * options.lambda_of_returns() * value_advantage;
+            next_value = step.value;
+
+            if let Some((i, is_token)) = step.output {
+                out.advantages[i] = if is_token { advantage } else { 0.0 };
+                out.returns[i] = value_advantage + step.value;
+                out.rewards[i] = step.reward;
+            }
+        }
+    }
+    out.moments = whiten::reference::masked_moments(&out.advantages, inputs.mask);
+    out
+}
+
+/// The steps of a row in order of time, from its first unmasked token on.
+fn steps(inputs: &Inputs<f64>, row: usize, seq_len: usize, options: &GaeOptions) -> Vec<Step> {
+    let at = |t: usize| row * seq_len + t;
+    let keeps = |t: usize| inputs.mask.is_none_or(|mask| mask[at(t)] != 0);
+    let tokens: Vec<usize> = (0..seq_len).filter(|&t| keeps(t)).collect();
+    let (Some(&first), Some(&last)) = (tokens.first(), tokens.last()) else {
+        return Vec::new();
+    };
+
+    let mut steps: Vec<Step> = Vec::new();
+    for t in first..=last {
+        if keeps(t) {
+            let dense = inputs.rewards.map_or(0.0, |rewards| rewards[at(t)]);
+            let penalty = inputs.kl.map_or(0.0, |kl| options.shaping.kl_coef * kl[at(t)]);
+            steps.push(Step {
+                output: Some((at(t), true)),
+                reward: dense - penalty,
+                value: inputs.values[at(t)],
+                done: inputs.dones.is_some_and(|dones| dones[at(t)] != 0),
+            });
+        } else if options.mask_mode == MaskMode::Multiply {
+            steps.push(Step { output: None, reward: 0.0, value: 0.0, done: false });
+        }
+    }
+
+    if let Some(scores) = inputs.scores {
+        let has_eos = inputs.has_eos.is_none_or(|has_eos| has_eos[row] != 0);
+        let score = options.shaping.score(scores[row], has_eos);
+        let has_room = last + 1 < seq_len;
+        if options.shaping.placement == ScorePlacement::AfterLastToken && has_room {
+            let i = at(last + 1);
+            let value = inputs.values[i];
+            steps.push(Step { output: Some((i, false)), reward: score, value, done: false });
+        } else if let Some(step) = steps.last_mut() {
+            step.reward += score;
+        }
+    }
+    steps
+}
