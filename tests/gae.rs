@@ -353,7 +353,7 @@ fn reference_equals_current_trl_with_the_score_after_the_last_token() {
             // Then shaping and the recurrence are two calls, the second on dense rewards.
             let options = WhitenOptions { shift_mean: false, ..Default::default() };
             let rewards = whiten::reference::masked_whiten(&got.rewards, Some(&mask_p1), &options);
-            let options = options_of(&case);
+            let options = options_of(case);
             let inputs =
                 Inputs { rewards: Some(&rewards), mask: Some(&mask_p1), ..Inputs::new(&values) };
             got = check_reference_and_cpu(&case.id, &inputs, seq_len, &options);

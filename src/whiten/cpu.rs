@@ -142,13 +142,13 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     let Some(&shift) = x.get(first) else {
         return Moments::default();
     };
-    let shift = f64::from(shift);
 
     let (mut sums, mut squares, mut counts) = ([0.0_f64; LANES], [0.0_f64; LANES], [0_u32; LANES]);
     lanes(x, x, mask, |x, _, keep| {
         for i in 0..LANES {
-            let d = f64::from(x[i]) - shift;
-            let d = if keep[i] != 0 { d } else { 0.0 };
+            // Chosen in f32, where a register holds twice as many.
+            let x = if keep[i] != 0 { x[i] } else { shift };
+            let d = f64::from(x) - f64::from(shift);
             sums[i] += d;
             squares[i] = d.mul_add(d, squares[i]);
             counts[i] += u32::from(keep[i] != 0);
@@ -160,7 +160,7 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     let n = f64::from(count);
     Moments {
         count: u64::from(count),
-        mean: shift + sum / n,
+        mean: f64::from(shift) + sum / n,
         m2: (squares.iter().sum::<f64>() - sum * sum / n).max(0.0),
     }
 }
@@ -171,9 +171,11 @@ fn gradient_sums(x: &[f32], g: &[f32], mask: Option<&[u8]>, mean: &Mean) -> (f64
     let (mut sum_g, mut sum_gd) = ([0.0_f64; LANES], [0.0_f64; LANES]);
     lanes(x, g, mask, |x, g, keep| {
         for i in 0..LANES {
-            let (g, d) = (f64::from(g[i]), f64::from(mean.deviation(x[i])));
-            sum_g[i] += if keep[i] != 0 { g } else { 0.0 };
-            sum_gd[i] += if keep[i] != 0 { g * d } else { 0.0 };
+            let d = mean.deviation(x[i]);
+            let g = f64::from(if keep[i] != 0 { g[i] } else { 0.0 });
+            let d = f64::from(if keep[i] != 0 { d } else { 0.0 });
+            sum_g[i] += g;
+            sum_gd[i] = g.mul_add(d, sum_gd[i]);
         }
     });
     (sum_g.iter().sum(), sum_gd.iter().sum())
