@@ -144,16 +144,22 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     };
 
     let (mut sums, mut squares, mut counts) = ([0.0_f64; LANES], [0.0_f64; LANES], [0_u32; LANES]);
-    lanes(x, x, mask, |x, _, keep| {
-        for i in 0..LANES {
-            // Chosen in f32, where a register holds twice as many.
-            let x = if keep[i] != 0 { x[i] } else { shift };
-            let d = f64::from(x) - f64::from(shift);
-            sums[i] += d;
-            squares[i] = d.mul_add(d, squares[i]);
-            counts[i] += u32::from(keep[i] != 0);
-        }
-    });
+    lanes(
+        x,
+        x,
+        mask,
+        #[inline(always)]
+        |x, _, keep| {
+            for i in 0..LANES {
+                // Chosen in f32, where a register holds twice as many.
+                let x = if keep[i] != 0 { x[i] } else { shift };
+                let d = f64::from(x) - f64::from(shift);
+                sums[i] += d;
+                squares[i] = d.mul_add(d, squares[i]);
+                counts[i] += u32::from(keep[i] != 0);
+            }
+        },
+    );
 
     let count = counts.iter().sum::<u32>();
     let sum: f64 = sums.iter().sum();
@@ -169,15 +175,21 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
 #[inline(always)]
 fn gradient_sums(x: &[f32], g: &[f32], mask: Option<&[u8]>, mean: &Mean) -> (f64, f64) {
     let (mut sum_g, mut sum_gd) = ([0.0_f64; LANES], [0.0_f64; LANES]);
-    lanes(x, g, mask, |x, g, keep| {
-        for i in 0..LANES {
-            let d = mean.deviation(x[i]);
-            let g = f64::from(if keep[i] != 0 { g[i] } else { 0.0 });
-            let d = f64::from(if keep[i] != 0 { d } else { 0.0 });
-            sum_g[i] += g;
-            sum_gd[i] = g.mul_add(d, sum_gd[i]);
-        }
-    });
+    lanes(
+        x,
+        g,
+        mask,
+        #[inline(always)]
+        |x, g, keep| {
+            for i in 0..LANES {
+                let d = mean.deviation(x[i]);
+                let g = f64::from(if keep[i] != 0 { g[i] } else { 0.0 });
+                let d = f64::from(if keep[i] != 0 { d } else { 0.0 });
+                sum_g[i] += g;
+                sum_gd[i] = g.mul_add(d, sum_gd[i]);
+            }
+        },
+    );
     (sum_g.iter().sum(), sum_gd.iter().sum())
 }
 
