@@ -15,10 +15,11 @@ pub(crate) struct TokenKl {
 impl TokenKl {
     /// Of validated options.
     pub(crate) fn new(options: &KlOptions) -> Self {
+        let limit = |clamp: Option<f64>| clamp.map_or(f32::INFINITY, |c| c as f32);
         Self {
             estimator: options.estimator,
-            log_ratio_limit: options.log_ratio_clamp.unwrap_or(f32::INFINITY),
-            output_limit: options.output_clamp.unwrap_or(f32::INFINITY),
+            log_ratio_limit: limit(options.log_ratio_clamp),
+            output_limit: limit(options.output_clamp),
         }
     }
 
@@ -90,10 +91,7 @@ mod tests {
 
     #[test]
     fn k3_is_accurate_however_small_the_log_ratio() {
-        let options = KlOptions {
-            estimator: KlEstimator::K3,
-            ..KlOptions::default()
-        };
+        let options = KlOptions { estimator: KlEstimator::K3, ..KlOptions::default() };
         for i in -80_000..=80_000 {
             let d = i as f32 / 1000.0;
             for d in [d, d * 1e-3, d * 1e-7] {

@@ -25,6 +25,32 @@
 //!
 //! Cost per token: forward reads 8 bytes and writes 4, backward reads 12 and writes 4 for each
 //! gradient; a mask adds 1 byte read to both.
+//!
+//! # Exact ([`FullKlOptions`])
+//! From two tensors of logits [.., V], f32, f16 or bf16, z of the policy and w of the reference,
+//! with p = softmax(z/temperature) and q = softmax(w/temperature), one f32 for each row [..]:
+//!
+//! - [`KlDirection::Forward`]: KL(p || q) = sum_i p_i (ln p_i - ln q_i)
+//! - [`KlDirection::Reverse`]: KL(q || p) = sum_i q_i (ln q_i - ln p_i)
+//!
+//! Reverse is forward with the two exchanged, so the rest is said for forward. With each row's
+//! maximum taken off before anything else, x = (z - max z)/temperature and
+//! y = (w - max w)/temperature, P = sum e^x, Q = sum e^y and gap = sum e^x (x - y) / P:
+//!
+//! - KL(p || q) = gap + ln(Q/P)
+//! - dKL/dz_i = p_i (x_i - y_i - gap)/temperature, which is p_i (ln p_i - ln q_i - KL)/temperature
+//! - dKL/dw_i = (q_i - p_i)/temperature
+//!
+//! A logit of -inf is probability 0: p_i = 0 adds nothing, and q_i = 0 under p_i > 0 makes the KL
+//! +inf. There dKL/dw is still as above, but dKL/dz does not exist: it is NaN in that row, except
+//! 0 where z_i = -inf. A row with NaN or +inf, or all -inf, in either tensor gives NaN in that
+//! row's value and gradients, and in no other. Rows masked out (mask byte 0 of [..]) are not
+//! read; they give 0 and gradient 0. Nor is a row read in backward whose upstream gradient is 0.
+//!
+//! Cost, for logits of S bytes in each tensor and N rows: forward reads 2 S and writes 24 N (six
+//! f32 per row, kept for backward); backward reads 2 S + 28 N and writes S for each gradient, in
+//! the dtype of the logits.
+
 use crate::error::{Error, Result};
 
 pub mod cpu;
@@ -52,22 +78,63 @@ pub struct KlOptions {
     /// The estimator; `K1` by default.
     pub estimator: KlEstimator,
     /// Clamps d to ± this before the estimator sees it (20 in verl and NeMo-RL); none by default.
-    pub log_ratio_clamp: Option<f32>,
+    pub log_ratio_clamp: Option<f64>,
     /// Clamps the estimate to ± this (10 in verl, OpenRLHF and NeMo-RL); none by default.
-    pub output_clamp: Option<f32>,
+    pub output_clamp: Option<f64>,
 }
 
 impl KlOptions {
     /// `Ok` when both clamps are positive and finite; the error names `op`.
     pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
-        for (option, clamp) in [
-            ("log_ratio_clamp", self.log_ratio_clamp),
-            ("output_clamp", self.output_clamp),
-        ] {
+        for (option, clamp) in
+            [("log_ratio_clamp", self.log_ratio_clamp), ("output_clamp", self.output_clamp)]
+        {
             if let Some(limit) = clamp {
                 Error::check_option(op, option, limit, limit > 0.0, "none or positive")?;
             }
         }
         Ok(())
+    }
+}
+
+/// Over which of the two distributions the exact KL takes its mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KlDirection {
+    /// KL(policy || reference), the mean over the policy: what the sampled estimators estimate.
+    #[default]
+    Forward,
+    /// KL(reference || policy), the mean over the reference, as in distillation.
+    Reverse,
+}
+
+/// How the exact KL is computed from two tensors of logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FullKlOptions {
+    /// The direction; `Forward` by default.
+    pub direction: KlDirection,
+    /// Divides both logits; positive, 1 by default.
+    pub temperature: f64,
+}
+
+impl Default for FullKlOptions {
+    fn default() -> Self {
+        Self { direction: KlDirection::Forward, temperature: 1.0 }
+    }
+}
+
+impl FullKlOptions {
+    /// `Ok` when the temperature is positive and finite; the error names `op`.
+    pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
+        let t = self.temperature;
+        Error::check_option(op, "temperature", t, t > 0.0, "positive")
+    }
+
+    /// The pair as (the distribution of the mean, the other one), from (policy, reference) and
+    /// back.
+    pub(crate) fn order<T>(&self, policy: T, reference: T) -> (T, T) {
+        match self.direction {
+            KlDirection::Forward => (policy, reference),
+            KlDirection::Reverse => (reference, policy),
+        }
     }
 }
