@@ -1,7 +1,126 @@
-//! The KL divergences on slices, fused and parallel. See [`super`] for the formulas.
+//! The fused CPU implementation, see [`super`] for the formulas. The exact KL walks the two rows once,
+//! side by side, in blocks that stay in the L1 cache, with running (maximum, sum, weighted sum).
 
-use super::{KlEstimator, KlOptions};
-use crate::cpu::math;
+use super::{FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
+use crate::cpu::math::{exp, max, sum_lanes, LANES};
+use crate::cpu::{for_each, vectorise, Logit, RowsMut};
+use crate::error::{Error, Result};
+
+/// Columns of a block: with both rows widened and one gradient, 12 KiB of f32.
+const BLOCK: usize = 1024;
+
+/// Logits a thread takes at a time, of each of the two tensors.
+const GRAIN: usize = 32 * 1024;
+
+/// Tokens a thread takes at a time: what it writes stays in the L1 cache until it is masked.
+const TOKEN_GRAIN: usize = 4096;
+
+/// What the sampled KL is computed from, one value a token.
+#[derive(Clone, Copy)]
+pub struct TokenInputs<'a> {
+    /// Log-probabilities under the policy.
+    pub logp: &'a [f32],
+    /// Log-probabilities under the reference.
+    pub ref_logp: &'a [f32],
+    /// Which tokens count; 0 does not.
+    pub mask: Option<&'a [u8]>,
+}
+
+/// Writes the sampled KL of every token to `kl`.
+///
+/// # Errors
+/// If a length does not fit or an option is out of range. Nothing is written then.
+pub fn token_forward(inputs: TokenInputs, options: &KlOptions, kl: &mut [f32]) -> Result<()> {
+    let tokens = inputs.validate(options)?;
+    Error::check_len(TOKEN_OP, "kl", kl.len(), tokens)?;
+    let token = TokenKl::new(options);
+    for_each(tokens, TOKEN_GRAIN, kl, |first, count, kl| {
+        let part = inputs.part(first, count);
+        vectorise(|| {
+            for ((kl, logp), ref_logp) in kl.iter_mut().zip(part.logp).zip(part.ref_logp) {
+                *kl = token.at(logp - ref_logp).0;
+            }
+        });
+        part.clear_masked(kl);
+    });
+    Ok(())
+}
+
+/// Writes the gradient to `logp` and to `ref_logp`, as far as wanted, from the upstream gradient
+/// `grad_kl`. A token with upstream gradient 0 gets 0 whatever it holds.
+///
+/// # Errors
+/// As [`token_forward`].
+pub fn token_backward(
+    inputs: TokenInputs,
+    options: &KlOptions,
+    grad_kl: &[f32],
+    grad_logp: Option<&mut [f32]>,
+    grad_ref_logp: Option<&mut [f32]>,
+) -> Result<()> {
+    let tokens = inputs.validate(options)?;
+    Error::check_len(TOKEN_OP, "grad_kl", grad_kl.len(), tokens)?;
+    let len = |grad: &Option<&mut [f32]>| grad.as_ref().map_or(tokens, |grad| grad.len());
+    Error::check_len(TOKEN_OP, "grad_logp", len(&grad_logp), tokens)?;
+    Error::check_len(TOKEN_OP, "grad_ref_logp", len(&grad_ref_logp), tokens)?;
+
+    let token = TokenKl::new(options);
+    for_each(tokens, TOKEN_GRAIN, (grad_logp, grad_ref_logp), |first, count, grads| {
+        let part = inputs.part(first, count);
+        let upstream = &grad_kl[first..][..count];
+        let write = |grad: &mut [f32], sign: f32| {
+            vectorise(|| {
+                let pairs = part.logp.iter().zip(part.ref_logp);
+                for ((grad, g), (logp, ref_logp)) in grad.iter_mut().zip(upstream).zip(pairs) {
+                    let slope = sign * token.at(logp - ref_logp).1;
+                    *grad = if *g == 0.0 { 0.0 } else { g * slope };
+                }
+            });
+            part.clear_masked(grad);
+        };
+        match grads {
+            (Some(grad_logp), Some(grad_ref_logp)) => {
+                write(grad_logp, 1.0);
+                for (other, grad) in grad_ref_logp.iter_mut().zip(grad_logp) {
+                    *other = -*grad;
+                }
+            }
+            (Some(grad_logp), None) => write(grad_logp, 1.0),
+            (None, Some(grad_ref_logp)) => write(grad_ref_logp, -1.0),
+            (None, None) => {}
+        }
+    });
+    Ok(())
+}
+
+impl<'a> TokenInputs<'a> {
+    /// The number of tokens.
+    fn validate(&self, options: &KlOptions) -> Result<usize> {
+        options.validate(TOKEN_OP)?;
+        let tokens = self.logp.len();
+        Error::check_len(TOKEN_OP, "ref_logp", self.ref_logp.len(), tokens)?;
+        Error::check_len(TOKEN_OP, "mask", self.mask.map_or(tokens, <[u8]>::len), tokens)?;
+        Ok(tokens)
+    }
+
+    fn part(&self, first: usize, count: usize) -> TokenInputs<'a> {
+        TokenInputs {
+            logp: &self.logp[first..][..count],
+            ref_logp: &self.ref_logp[first..][..count],
+            mask: self.mask.map(|mask| &mask[first..][..count]),
+        }
+    }
+
+    /// Zeros where the mask is 0, whatever NaN was computed there.
+    fn clear_masked(&self, values: &mut [f32]) {
+        let Some(mask) = self.mask else { return };
+        vectorise(|| {
+            for (value, &keep) in values.iter_mut().zip(mask) {
+                *value = if keep == 0 { 0.0 } else { *value };
+            }
+        });
+    }
+}
 
 /// The sampled KL of one token: [`KlOptions`] with "no clamp" written as infinity, so that a loop
 /// over tokens has no branch but the one on the estimator, which the compiler takes out of it.
@@ -77,11 +196,340 @@ fn k3(d: f32) -> (f32, f32) {
     let series = series.mul_add(d, -1.666_666_7e-1);
     let series = series.mul_add(d, 0.5) * (d * d);
 
-    let e = math::exp(-d);
+    let e = exp(-d);
     let small = d.abs() < 1.0;
     let value = if small { series } else { e - 1.0 + d };
     let derivative = if small { d - series } else { 1.0 - e };
     (value, derivative)
+}
+
+/// What the exact KL is computed from: two tensors `[N, vocab]`.
+#[derive(Clone, Copy)]
+pub struct FullInputs<'a, T> {
+    /// Logits of the policy.
+    pub logits: &'a [T],
+    /// Logits of the reference.
+    pub ref_logits: &'a [T],
+    /// Columns of a row; above 0.
+    pub vocab: usize,
+    /// Which of the N rows count; 0 does not.
+    pub mask: Option<&'a [u8]>,
+}
+
+/// Values a row that [`full_forward`] leaves, in this order: KL, gap, max z, P, max w, Q in the
+/// terms of [`super`], z being the policy's logits in the forward direction and the reference's in
+/// reverse.
+pub const STATS: usize = 6;
+
+/// Writes `stats [STATS, N]`, of which the first N values are the KL. Reads both logits once.
+///
+/// # Errors
+/// If a length does not fit or an option is out of range. Nothing is written then.
+pub fn full_forward<T: Logit>(
+    inputs: FullInputs<T>,
+    options: &FullKlOptions,
+    stats: &mut [f32],
+) -> Result<()> {
+    let rows = inputs.validate(options)?;
+    check_stats(stats.len(), rows)?;
+
+    let scale = (1.0 / options.temperature) as f32;
+    let (kl, stats) = stats.split_at_mut(rows);
+    let (gap, stats) = stats.split_at_mut(rows);
+    let (max_z, stats) = stats.split_at_mut(rows);
+    let (sum_z, stats) = stats.split_at_mut(rows);
+    let (max_w, sum_w) = stats.split_at_mut(rows);
+    let items = (kl, gap, max_z, sum_z, max_w, sum_w);
+    for_each(rows, GRAIN / inputs.vocab, items, |first, count, items| {
+        let (kl, gap, max_z, sum_z, max_w, sum_w) = items;
+        for i in 0..count {
+            let row = first + i;
+            let of_row = if inputs.keeps(row) {
+                let (z, w) = options.order(inputs.logits, inputs.ref_logits);
+                Sums::of_rows(inputs.row(z, row), inputs.row(w, row), scale).stats()
+            } else {
+                [0.0; STATS]
+            };
+            [kl[i], gap[i], max_z[i], sum_z[i], max_w[i], sum_w[i]] = of_row;
+        }
+    });
+    Ok(())
+}
+
+/// Writes the gradient to `logits` and to `ref_logits` `[N, vocab]`, as far as wanted, in their own
+/// type, from the upstream gradient `grad_kl [N]` and what [`full_forward`] left in `stats`. Reads
+/// both logits once for each gradient, the second time from the L1 cache.
+///
+/// # Errors
+/// As [`full_forward`].
+pub fn full_backward<T: Logit>(
+    inputs: FullInputs<T>,
+    options: &FullKlOptions,
+    stats: &[f32],
+    grad_kl: &[f32],
+    grad_logits: Option<&mut [T]>,
+    grad_ref_logits: Option<&mut [T]>,
+) -> Result<()> {
+    let rows = inputs.validate(options)?;
+    check_stats(stats.len(), rows)?;
+    Error::check_len(FULL_OP, "grad_kl", grad_kl.len(), rows)?;
+    let expected = inputs.logits.len();
+    let len = |grad: &Option<&mut [T]>| grad.as_ref().map_or(expected, |grad| grad.len());
+    Error::check_len(FULL_OP, "grad_logits", len(&grad_logits), expected)?;
+    Error::check_len(FULL_OP, "grad_ref_logits", len(&grad_ref_logits), expected)?;
+
+    let width = inputs.vocab;
+    let scale = (1.0 / options.temperature) as f32;
+    let (z, w) = options.order(inputs.logits, inputs.ref_logits);
+    let (grad_z, grad_w) = options.order(grad_logits, grad_ref_logits);
+    let in_rows = |grad: Option<_>| grad.map(|data| RowsMut { data, width });
+    let grads = (in_rows(grad_z), in_rows(grad_w));
+    for_each(rows, GRAIN / width, grads, |first, count, (mut grad_z, mut grad_w)| {
+        for i in 0..count {
+            let row = first + i;
+            let grad_z = grad_z.as_mut().map(|grad| grad.row(i));
+            let grad_w = grad_w.as_mut().map(|grad| grad.row(i));
+            let of_row = std::array::from_fn(|stat| stats[stat * rows + row]);
+            if !inputs.keeps(row) || grad_kl[row] == 0.0 {
+                fill(grad_z, grad_w, T::ZERO);
+            } else if of_row[0].is_nan() {
+                let mut nan = [T::ZERO];
+                T::narrow(&[f32::NAN], &mut nan);
+                fill(grad_z, grad_w, nan[0]);
+            } else {
+                let slopes = Slopes::new(of_row, scale, grad_kl[row]);
+                slopes.write_rows(inputs.row(z, row), inputs.row(w, row), grad_z, grad_w);
+            }
+        }
+    });
+    Ok(())
+}
+
+impl<'a, T> FullInputs<'a, T> {
+    /// The number of rows.
+    fn validate(&self, options: &FullKlOptions) -> Result<usize> {
+        options.validate(FULL_OP)?;
+        let (len, vocab) = (self.logits.len(), self.vocab);
+        if vocab == 0 || len % vocab != 0 {
+            return Err(Error::Shape {
+                op: FULL_OP,
+                arg: "logits",
+                expected: format!("[N, {}]", vocab.max(1)),
+                got: format!("[{len}] for a vocabulary of {vocab}"),
+            });
+        }
+        let rows = len / vocab;
+        Error::check_len(FULL_OP, "ref_logits", self.ref_logits.len(), len)?;
+        Error::check_len(FULL_OP, "mask", self.mask.map_or(rows, <[u8]>::len), rows)?;
+        Ok(rows)
+    }
+
+    fn keeps(&self, row: usize) -> bool {
+        self.mask.is_none_or(|mask| mask[row] != 0)
+    }
+
+    fn row(&self, logits: &'a [T], row: usize) -> &'a [T] {
+        &logits[row * self.vocab..][..self.vocab]
+    }
+}
+
+fn check_stats(len: usize, rows: usize) -> Result<()> {
+    Error::check_len(FULL_OP, "stats", len, STATS * rows)
+}
+
+fn fill<T: Logit>(grad_z: Option<&mut [T]>, grad_w: Option<&mut [T]>, value: T) {
+    for grad in [grad_z, grad_w].into_iter().flatten() {
+        grad.fill(value);
+    }
+}
+
+/// Running sums over the columns of a pair of rows, with x = (z - max z) scale and
+/// y = (w - max w) scale.
+///
+/// Across blocks they are f64: for nearly equal rows the KL is a small difference of them, of which
+/// f32 would leave few digits.
+#[derive(Clone, Copy)]
+struct Sums {
+    max_z: f32,
+    max_w: f32,
+    /// Σ e^x.
+    sum_z: f64,
+    /// Σ e^y.
+    sum_w: f64,
+    /// Σ e^x (x - y); +inf once a column had p > 0 and q = 0.
+    weighted: f64,
+}
+
+impl Sums {
+    const NONE: Sums = Sums {
+        max_z: f32::NEG_INFINITY,
+        max_w: f32::NEG_INFINITY,
+        sum_z: 0.0,
+        sum_w: 0.0,
+        weighted: 0.0,
+    };
+
+    fn of_rows<T: Logit>(z: &[T], w: &[T], scale: f32) -> Sums {
+        let mut sums = Sums::NONE;
+        let (mut wide_z, mut wide_w) = ([0.0; BLOCK], [0.0; BLOCK]);
+        for (z, w) in z.chunks(BLOCK).zip(w.chunks(BLOCK)) {
+            vectorise(|| {
+                let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
+                sums = sums.rebase(max(z), max(w), scale).add(z, w, scale);
+            });
+        }
+        sums
+    }
+
+    /// The same sums with respect to maxima that include these.
+    fn rebase(self, max_z: f32, max_w: f32, scale: f32) -> Sums {
+        let shift = |from: f32, to: f32| {
+            // From -inf there is nothing to shift: the sums are 0, or NaN or +inf and stay so.
+            if to > from && from > f32::NEG_INFINITY {
+                (f64::from(from) - f64::from(to)) * f64::from(scale)
+            } else {
+                0.0
+            }
+        };
+        let (shift_z, shift_w) = (shift(self.max_z, max_z), shift(self.max_w, max_w));
+        let moved = (self.weighted + (shift_z - shift_w) * self.sum_z) * shift_z.exp();
+        Sums {
+            max_z: if max_z > self.max_z { max_z } else { self.max_z },
+            max_w: if max_w > self.max_w { max_w } else { self.max_w },
+            sum_z: self.sum_z * shift_z.exp(),
+            sum_w: self.sum_w * shift_w.exp(),
+            weighted: if self.weighted == f64::INFINITY { self.weighted } else { moved },
+        }
+    }
+
+    /// With one more block, whose maxima are included already.
+    #[inline(always)]
+    fn add(self, z: &[f32], w: &[f32], scale: f32) -> Sums {
+        // With -inf throughout, -inf - -inf would make NaN of legal columns of probability 0.
+        let base = |max: f32| if max == f32::NEG_INFINITY { 0.0 } else { max };
+        let (max_z, max_w) = (base(self.max_z), base(self.max_w));
+        let terms = |z: f32, w: f32| {
+            let (x, y) = ((z - max_z) * scale, (w - max_w) * scale);
+            let (p, q) = (exp(x), exp(y));
+            let term = if p == 0.0 { 0.0 } else { p * (x - y) };
+            // Not left to x - y: p may be above 0 and yet too small for f32.
+            let outside = (w == f32::NEG_INFINITY) & (z > f32::NEG_INFINITY);
+            (p, q, if outside { f32::INFINITY } else { term })
+        };
+        let (mut sum_z, mut sum_w, mut weighted) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        let (mut chunks_z, mut chunks_w) = (z.chunks_exact(LANES), w.chunks_exact(LANES));
+        for (z, w) in (&mut chunks_z).zip(&mut chunks_w) {
+            for lane in 0..LANES {
+                let (p, q, term) = terms(z[lane], w[lane]);
+                sum_z[lane] += p;
+                sum_w[lane] += q;
+                weighted[lane] += term;
+            }
+        }
+        let rest = chunks_z.remainder().iter().zip(chunks_w.remainder());
+        for (lane, (&z, &w)) in rest.enumerate() {
+            let (p, q, term) = terms(z, w);
+            sum_z[lane] += p;
+            sum_w[lane] += q;
+            weighted[lane] += term;
+        }
+        Sums {
+            sum_z: self.sum_z + f64::from(sum_lanes(sum_z)),
+            sum_w: self.sum_w + f64::from(sum_lanes(sum_w)),
+            weighted: self.weighted + f64::from(sum_lanes(weighted)),
+            ..self
+        }
+    }
+
+    /// In the order of [`STATS`].
+    fn stats(&self) -> [f32; STATS] {
+        let gap = self.weighted / self.sum_z;
+        let kl = gap + (self.sum_w / self.sum_z).ln();
+        // Rounding may take a KL of nearly 0 below it; NaN is to stay.
+        let kl = if kl < 0.0 { 0.0 } else { kl };
+        [kl as f32, gap as f32, self.max_z, self.sum_z as f32, self.max_w, self.sum_w as f32]
+    }
+}
+
+/// The gradients of a pair of rows as functions of the logits.
+#[derive(Clone, Copy)]
+struct Slopes {
+    scale: f32,
+    gap: f32,
+    max_z: f32,
+    max_w: f32,
+    /// 1/P and 1/Q.
+    norm_z: f32,
+    norm_w: f32,
+    /// Upstream gradient over the temperature; to z it is NaN where the KL is +inf.
+    grad_z: f32,
+    grad_w: f32,
+}
+
+impl Slopes {
+    fn new(stats: [f32; STATS], scale: f32, grad_kl: f32) -> Slopes {
+        let [kl, gap, max_z, sum_z, max_w, sum_w] = stats;
+        let grad = grad_kl * scale;
+        Slopes {
+            scale,
+            gap,
+            max_z,
+            max_w,
+            norm_z: 1.0 / sum_z,
+            norm_w: 1.0 / sum_w,
+            grad_z: if kl == f32::INFINITY { f32::NAN } else { grad },
+            grad_w: grad,
+        }
+    }
+
+    fn write_rows<T: Logit>(
+        &self,
+        z: &[T],
+        w: &[T],
+        mut grad_z: Option<&mut [T]>,
+        mut grad_w: Option<&mut [T]>,
+    ) {
+        let (mut wide_z, mut wide_w, mut out) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
+        for (block, (z, w)) in z.chunks(BLOCK).zip(w.chunks(BLOCK)).enumerate() {
+            let columns = block * BLOCK..block * BLOCK + z.len();
+            let out = &mut out[..z.len()];
+            vectorise(|| {
+                let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
+                if let Some(grad) = &mut grad_z {
+                    for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
+                        *o = self.to_z(z, w);
+                    }
+                    T::narrow(out, &mut grad[columns.clone()]);
+                }
+                if let Some(grad) = &mut grad_w {
+                    for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
+                        *o = self.to_w(z, w);
+                    }
+                    T::narrow(out, &mut grad[columns]);
+                }
+            });
+        }
+    }
+
+    /// p (x - y - gap), and 0 where z is -inf.
+    #[inline(always)]
+    fn to_z(&self, z: f32, w: f32) -> f32 {
+        let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
+        let p = exp(x) * self.norm_z;
+        let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
+        if z == f32::NEG_INFINITY {
+            0.0
+        } else {
+            self.grad_z * p * excess
+        }
+    }
+
+    /// q - p.
+    #[inline(always)]
+    fn to_w(&self, z: f32, w: f32) -> f32 {
+        let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
+        self.grad_w * (exp(y) * self.norm_w - exp(x) * self.norm_z)
+    }
 }
 
 #[cfg(test)]

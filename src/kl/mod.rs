@@ -51,10 +51,18 @@
 //! f32 per row, kept for backward); backward reads 2 S + 28 N and writes S for each gradient, in
 //! the dtype of the logits.
 
-use crate::error::{Error, Result};
-
 pub mod cpu;
 pub mod reference;
+#[cfg(feature = "candle")]
+mod tensor;
+
+#[cfg(feature = "candle")]
+pub use tensor::{full_kl, token_kl};
+
+use crate::error::{Error, Result};
+
+const TOKEN_OP: &str = "token_kl";
+const FULL_OP: &str = "full_kl";
 
 /// Which estimator of the KL divergence is made of d = logp - ref_logp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

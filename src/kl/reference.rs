@@ -35,7 +35,8 @@ pub fn token_kl(
         .collect()
 }
 
-/// The gradients of `token_kl` to `logp` and `ref_logp`, for the upstream gradient `grad`.
+/// The gradients of `token_kl` to `logp` and `ref_logp`, for the upstream gradient `grad`. A token
+/// with upstream gradient 0 has gradient 0 whatever it holds.
 pub fn token_kl_backward(
     logp: &[f64],
     ref_logp: &[f64],
@@ -44,7 +45,7 @@ pub fn token_kl_backward(
     options: &KlOptions,
 ) -> (Vec<f64>, Vec<f64>) {
     (0..logp.len())
-        .map(|t| match keeps(mask, t) {
+        .map(|t| match keeps(mask, t) && grad[t] != 0.0 {
             true => grad[t] * token(logp[t] - ref_logp[t], options).1,
             false => 0.0,
         })
