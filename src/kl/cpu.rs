@@ -186,12 +186,12 @@ fn k3(d: f32) -> (f32, f32) {
     // Through d^12/12!, which is below half a unit in the last place of the sum.
     let series = 2.087_675_7e-9_f32;
     let series = series.mul_add(d, -2.505_210_8e-8);
-    let series = series.mul_add(d, 2.755_731_9e-7);
+    let series = series.mul_add(d, 2.755_732e-7);
     let series = series.mul_add(d, -2.755_731_9e-6);
     let series = series.mul_add(d, 2.480_158_7e-5);
     let series = series.mul_add(d, -1.984_127e-4);
     let series = series.mul_add(d, 1.388_888_9e-3);
-    let series = series.mul_add(d, -8.333_333_3e-3);
+    let series = series.mul_add(d, -8.333_333e-3);
     let series = series.mul_add(d, 4.166_666_7e-2);
     let series = series.mul_add(d, -1.666_666_7e-1);
     let series = series.mul_add(d, 0.5) * (d * d);
@@ -497,13 +497,13 @@ impl Slopes {
                 let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
                 if let Some(grad) = &mut grad_z {
                     for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
-                        *o = self.to_z(z, w);
+                        *o = self.z_slope(z, w);
                     }
                     T::narrow(out, &mut grad[columns.clone()]);
                 }
                 if let Some(grad) = &mut grad_w {
                     for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
-                        *o = self.to_w(z, w);
+                        *o = self.w_slope(z, w);
                     }
                     T::narrow(out, &mut grad[columns]);
                 }
@@ -513,7 +513,7 @@ impl Slopes {
 
     /// p (x - y - gap), and 0 where z is -inf.
     #[inline(always)]
-    fn to_z(&self, z: f32, w: f32) -> f32 {
+    fn z_slope(&self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
         let p = exp(x) * self.norm_z;
         let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
@@ -526,7 +526,7 @@ impl Slopes {
 
     /// q - p.
     #[inline(always)]
-    fn to_w(&self, z: f32, w: f32) -> f32 {
+    fn w_slope(&self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
         self.grad_w * (exp(y) * self.norm_w - exp(x) * self.norm_z)
     }

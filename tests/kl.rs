@@ -1,0 +1,782 @@
+//! The kl op: the reference against other projects' functions, the CPU and the tensor layer against
+//! the reference, and what must hold for any input.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use common::*;
+use ppo_kernels::kl::cpu::{self, FullInputs, TokenInputs, STATS};
+use ppo_kernels::kl::{
+    full_kl, reference, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions,
+};
+use ppo_kernels::Error;
+use rand::rngs::StdRng;
+use rand::Rng;
+
+/// f32 against f64: exp to 2 ulp, its argument (of magnitude up to about 20) to half an ulp, sums
+/// in lanes.
+const REL: f64 = 3e-6;
+const ABS: f64 = 1e-6;
+
+const ESTIMATORS: [KlEstimator; 5] = [
+    KlEstimator::K1,
+    KlEstimator::Abs,
+    KlEstimator::K2,
+    KlEstimator::K3,
+    KlEstimator::K3StraightThrough,
+];
+
+/// Every estimator with and without each clamp; the clamps bite for |d| of some units.
+fn all_token_options() -> Vec<KlOptions> {
+    let mut all = Vec::new();
+    for estimator in ESTIMATORS {
+        for log_ratio_clamp in [None, Some(4.0)] {
+            for output_clamp in [None, Some(3.0)] {
+                all.push(KlOptions { estimator, log_ratio_clamp, output_clamp });
+            }
+        }
+    }
+    all
+}
+
+fn all_full_options() -> Vec<FullKlOptions> {
+    let of = |direction, temperature| FullKlOptions { direction, temperature };
+    vec![
+        of(KlDirection::Forward, 1.0),
+        of(KlDirection::Reverse, 1.0),
+        of(KlDirection::Forward, 0.7),
+        of(KlDirection::Reverse, 2.5),
+    ]
+}
+
+#[test]
+fn reference_equals_the_peers_token_kl() {
+    let (mut ran, mut gradients, mut skipped) = (0, 0, Vec::new());
+    for case in golden("kl") {
+        let first = |keys: [&'static str; 3]| {
+            keys.into_iter().find(|key| case.inputs.contains_key(*key)).unwrap_or_default()
+        };
+        let kind = first(["kl_penalty", "kl_type", "kl_estimator"]);
+        // Another form of the same, below; full has a test of its own; what verl's kl_penalty
+        // refuses ("kl+" and its like) has no vectors.
+        let refused = case.outputs.contains_key("raises");
+        if kind.is_empty() || case.text(kind) == "full" || refused {
+            skipped.push(case.id);
+            continue;
+        }
+        let weighted = case.function.contains("importance_sampling_weights");
+        let estimator = match case.text(kind) {
+            "kl" | "k1" => KlEstimator::K1,
+            "abs" => KlEstimator::Abs,
+            "mse" | "k2" => KlEstimator::K2,
+            // A weight of value 1 with the gradient of logp makes the gradient of k3 that of k2.
+            "low_var_kl" | "k3" if weighted => KlEstimator::K3StraightThrough,
+            "low_var_kl" | "k3" => KlEstimator::K3,
+            other => panic!("{other}"),
+        };
+        let (log_ratio_clamp, output_clamp) = match case.peer.as_str() {
+            "verl" if estimator == KlEstimator::K3 => (Some(20.0), Some(10.0)),
+            "verl" | "trl-v0.11.4" => (None, None),
+            "openrlhf" => (None, Some(10.0)),
+            "nemo-rl" => (case.optional("input_clamp_value"), case.optional("output_clamp_value")),
+            other => panic!("{other}"),
+        };
+        let options = KlOptions { estimator, log_ratio_clamp, output_clamp };
+        let logp = case.input(first(["logprob", "log_probs", "logprobs"]));
+        let base = case.input(first(["ref_logprob", "log_probs_base", "logprobs_reference"]));
+        let (rel, abs) = if case.dtype == "float32" { (1e-5, 1e-5) } else { (1e-9, 1e-10) };
+
+        let kl = reference::token_kl(&logp, &base, None, &options);
+        assert_close(&format!("{} kl", case.id), &kl, &case.output("kl"), rel, abs);
+        ran += 1;
+        if weighted && estimator != KlEstimator::K3StraightThrough {
+            // The weight's gradient is that of a ratio times k1 or k2, not one of this op.
+            continue;
+        }
+        let up = case.input("grad_out");
+        let (a, b) = reference::token_kl_backward(&logp, &base, None, &up, &options);
+        for (key, grad) in [
+            ("grad_logprob", &a),
+            ("grad_log_probs", &a),
+            ("grad_logprobs", &a),
+            ("grad_ref_logprob", &b),
+        ] {
+            if case.outputs.contains_key(key) {
+                assert_close(&format!("{} {key}", case.id), grad, &case.output(key), rel, abs);
+                gradients += 1;
+            }
+        }
+    }
+    // Gradients to logp but for NeMo's k1 and k2 with weights, and verl's 22 to ref_logp as well.
+    assert_eq!((ran, gradients), (67, 63 + 22));
+    let skipped: Vec<&str> = skipped.iter().map(|id| &id[id.len() - 2..]).collect();
+    assert_eq!(skipped, ["07", "08", "09", "10", "71", "72", "73"]);
+}
+
+#[test]
+fn reference_equals_the_kl_in_verls_rewards() {
+    let cases = golden("kl");
+    let case = cases.iter().find(|case| case.function.ends_with("compute_rewards")).unwrap();
+    let (logp, base) = (case.input("old_log_prob"), case.input("ref_log_prob"));
+    let kl = reference::token_kl(&logp, &base, None, &KlOptions::default());
+    let scores = case.input("token_level_scores");
+    let rewards: Vec<f64> =
+        scores.iter().zip(&kl).map(|(score, kl)| score - case.number("kl_ratio") * kl).collect();
+    assert_close(&case.id, &rewards, &case.output("rewards"), 1e-9, 1e-10);
+}
+
+#[test]
+fn reference_equals_trls_full_kl() {
+    let mut ran = 0;
+    for case in golden("kl") {
+        if case.inputs.get("kl_penalty").is_none_or(|kind| kind != "full") {
+            continue;
+        }
+        let vocab = *case.shape("logits").last().unwrap();
+        let (z, w, up) = (case.input("logits"), case.input("ref_logits"), case.input("grad_out"));
+        let options = FullKlOptions::default();
+        let kl = reference::full_kl(&z, &w, vocab, None, &options);
+        assert_close(&case.id, &kl, &case.output("kl"), 1e-9, 1e-10);
+
+        // TRL's gradient stops at the log-probabilities: through their log-softmax by hand.
+        let (grad, _) = reference::full_kl_backward(&z, &w, vocab, None, &up, &options);
+        let (logp, mut want) = (case.input("logprob"), case.output("grad_logprob"));
+        for (g, logp) in want.chunks_mut(vocab).zip(logp.chunks(vocab)) {
+            let sum: f64 = g.iter().sum();
+            g.iter_mut().zip(logp).for_each(|(g, logp)| *g -= logp.exp() * sum);
+        }
+        assert_close(&format!("{} grad", case.id), &grad, &want, 1e-9, 1e-10);
+        ran += 1;
+    }
+    assert_eq!(ran, 2);
+}
+
+#[test]
+fn reference_gradients_are_the_derivatives_of_the_reference() {
+    let mut rng = rng(1);
+    let n = 24;
+    for options in all_token_options() {
+        if options.estimator == KlEstimator::K3StraightThrough {
+            continue; // by design not the derivative of its value
+        }
+        let logp = wide(&uniform(&mut rng, n, 5.0));
+        let base = wide(&uniform(&mut rng, n, 5.0));
+        let mask = random_mask(&mut rng, n, 0.8);
+        let up = wide(&uniform(&mut rng, n, 1.0));
+        let value =
+            |a: &[f64], b: &[f64]| dot(&up, &reference::token_kl(a, b, Some(&mask), &options));
+        let (a, b) = reference::token_kl_backward(&logp, &base, Some(&mask), &up, &options);
+        let what = format!("{options:?}");
+        assert_close(&what, &a, &finite_difference(&logp, |x| value(x, &base)), 1e-6, 1e-6);
+        assert_close(&what, &b, &finite_difference(&base, |x| value(&logp, x)), 1e-6, 1e-6);
+    }
+    for options in all_full_options() {
+        let (rows, vocab) = (4, 7);
+        let z = wide(&uniform(&mut rng, rows * vocab, 3.0));
+        let w = wide(&uniform(&mut rng, rows * vocab, 3.0));
+        let (mask, up) = ([1, 0, 1, 1], wide(&uniform(&mut rng, rows, 1.0)));
+        let value = |z: &[f64], w: &[f64]| {
+            dot(&up, &reference::full_kl(z, w, vocab, Some(&mask), &options))
+        };
+        let (a, b) = reference::full_kl_backward(&z, &w, vocab, Some(&mask), &up, &options);
+        let what = format!("{options:?}");
+        assert_close(&what, &a, &finite_difference(&z, |x| value(x, &w)), 1e-7, 1e-8);
+        assert_close(&what, &b, &finite_difference(&w, |x| value(&z, x)), 1e-7, 1e-8);
+    }
+}
+
+#[test]
+fn straight_through_has_the_value_of_k3_and_the_gradient_of_k2() {
+    let of = |estimator| KlOptions { estimator, ..KlOptions::default() };
+    for d in [-3.0, -0.01, 0.0, 0.2, 5.0] {
+        let (value, slope) = reference::token(d, &of(KlEstimator::K3StraightThrough));
+        assert_eq!(value, reference::token(d, &of(KlEstimator::K3)).0);
+        assert_eq!(slope, reference::token(d, &of(KlEstimator::K2)).1);
+    }
+}
+
+#[test]
+fn token_tensors_agree_with_the_reference_for_every_option() {
+    let mut rng = rng(2);
+    let shape = (3, 4099);
+    let n = shape.0 * shape.1;
+    for device in devices() {
+        for options in all_token_options() {
+            for masked in [false, true] {
+                let (mut logp, base) = (uniform(&mut rng, n, 6.0), uniform(&mut rng, n, 6.0));
+                let mask = random_mask(&mut rng, n, 0.7);
+                let bytes = masked.then_some(mask.as_slice());
+                if masked {
+                    for (logp, &keep) in logp.iter_mut().zip(&mask) {
+                        *logp = if keep == 0 { f32::NAN } else { *logp };
+                    }
+                }
+                let up = uniform(&mut rng, n, 1.0);
+                let tensor = |v: &[f32]| Tensor::from_slice(v, shape, &device).unwrap();
+                let (a, b) = (var(&tensor(&logp)), var(&tensor(&base)));
+                let keep = Tensor::from_slice(&mask, shape, &device).unwrap();
+                let kl = token_kl(&a, &b, masked.then_some(&keep), &options).unwrap();
+                let loss = (&kl * tensor(&up)).unwrap().sum_all().unwrap();
+                let grads = loss.backward().unwrap();
+
+                let what = format!("{options:?} masked {masked}");
+                let (logp, base, up) = (wide(&logp), wide(&base), wide(&up));
+                let want = reference::token_kl(&logp, &base, bytes, &options);
+                assert_eq!(kl.dims(), [3, 4099]);
+                assert_close(&what, &to_vec(&kl), &want, REL, ABS);
+                let want = reference::token_kl_backward(&logp, &base, bytes, &up, &options);
+                assert_close(&what, &to_vec(grads.get(&a).unwrap()), &want.0, REL, ABS);
+                assert_close(&what, &to_vec(grads.get(&b).unwrap()), &want.1, REL, ABS);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_clamp_keeps_the_gradient_of_a_hopeless_token_finite() {
+    let logp = [-500.0_f32, 0.0, -0.5];
+    let base = [0.0_f32, -500.0, -0.5];
+    let inputs = TokenInputs { logp: &logp, ref_logp: &base, mask: None };
+    let options =
+        KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: Some(20.0), output_clamp: None };
+    let (mut kl, mut grad) = ([0.0; 3], [0.0; 3]);
+    cpu::token_forward(inputs, &options, &mut kl).unwrap();
+    cpu::token_backward(inputs, &options, &[1.0; 3], Some(&mut grad), None).unwrap();
+    assert!(kl.iter().all(|kl| kl.is_finite()));
+    assert_eq!(grad, [0.0; 3]);
+}
+
+fn var(tensor: &Tensor) -> Var {
+    Var::from_tensor(tensor).unwrap()
+}
+
+/// A pair of logits as it is met in practice, or worse.
+struct Pair {
+    name: &'static str,
+    vocab: usize,
+    z: Vec<f32>,
+    w: Vec<f32>,
+}
+
+const ROWS: usize = 3;
+
+/// Odd vocabularies around every block and lane boundary, near and far, peaked and far from 0.
+fn pairs(rng: &mut StdRng) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    for vocab in [1, 2, 3, 15, 16, 17, 257, 1000, 1023, 1024, 1025, 5003] {
+        let n = ROWS * vocab;
+        let mut add = |name, z: &[f32], w: &[f32]| {
+            pairs.push(Pair { name, vocab, z: z.to_vec(), w: w.to_vec() });
+        };
+        let (flat, other) = (uniform(rng, n, 4.0), uniform(rng, n, 4.0));
+        add("flat", &flat, &other);
+        add("equal", &flat, &flat);
+        let nudge = uniform(rng, n, 0.05);
+        let near: Vec<f32> = flat.iter().zip(&nudge).map(|(z, nudge)| z + nudge).collect();
+        add("near", &flat, &near);
+
+        let mut peaked = flat.clone();
+        for row in 0..ROWS {
+            peaked[row * vocab + rng.random_range(0..vocab)] += 20.0;
+        }
+        add("peaked", &peaked, &other);
+
+        // Rounded, so that adding the offset is exact and only our arithmetic is tested.
+        let moved = |values: &[f32], by: f32| -> Vec<f32> {
+            values.iter().map(|z| (z * 64.0).round() / 64.0 + by).collect()
+        };
+        add("offset", &moved(&flat, 1e4), &moved(&other, -2e4));
+
+        // The policy's support within the reference's; the other way round the KL is +inf.
+        let (mut z, mut w) = (flat.clone(), other.clone());
+        for (i, (z, w)) in z.iter_mut().zip(&mut w).enumerate() {
+            if i % vocab != vocab / 2 && rng.random_bool(0.7) {
+                *z = f32::NEG_INFINITY;
+                *w = if rng.random_bool(0.5) { f32::NEG_INFINITY } else { *w };
+            }
+        }
+        add("masked", &z, &w);
+
+        // The maxima are at opposite ends: in every block one of them moves.
+        let slope = 60.0 / vocab as f32;
+        let rising: Vec<f32> = (0..n).map(|i| (i % vocab) as f32 * slope).collect();
+        let falling: Vec<f32> = rising.iter().map(|z| 3.0 - z * 0.5).collect();
+        add("rising", &rising, &falling);
+        add("falling", &falling, &rising);
+    }
+    pairs
+}
+
+#[test]
+fn full_tensors_agree_with_the_reference_in_every_dtype() {
+    let mut rng = rng(3);
+    for pair in pairs(&mut rng) {
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            for options in all_full_options() {
+                for device in devices() {
+                    check_against_reference(&pair, dtype, &options, &device, &mut rng);
+                }
+            }
+        }
+    }
+}
+
+fn check_against_reference(
+    pair: &Pair,
+    dtype: DType,
+    options: &FullKlOptions,
+    device: &Device,
+    rng: &mut StdRng,
+) {
+    let vocab = pair.vocab;
+    let what = format!("{} V={vocab} {dtype:?} {options:?}", pair.name);
+    let logits = |values: &[f32]| {
+        let logits = Tensor::from_slice(values, (ROWS, vocab), device).unwrap();
+        var(&logits.to_dtype(dtype).unwrap())
+    };
+    let (z, w) = (logits(&pair.z), logits(&pair.w));
+    let up = uniform(rng, ROWS, 1.0);
+    let kl = full_kl(&z, &w, None, options).unwrap();
+    assert_eq!((kl.dims(), kl.dtype()), (&[ROWS][..], DType::F32));
+    // What the op reads, after rounding to its dtype.
+    let (z64, w64) = (to_vec(&z), to_vec(&w));
+    let want = reference::full_kl(&z64, &w64, vocab, None, options);
+    assert_close(&what, &to_vec(&kl), &want, REL, ABS);
+    // x - y - gap is a difference of terms as large as the KL, and gap a mean of 64 such per lane,
+    // good for 4 units in the last place.
+    let largest = want.into_iter().filter(|kl| kl.is_finite()).fold(0.0, f64::max);
+    let abs = ABS + 4.0 * f64::from(f32::EPSILON) * largest;
+
+    let upstream = Tensor::from_slice(&up, ROWS, device).unwrap();
+    let grads = (kl * upstream).unwrap().sum_all().unwrap().backward().unwrap();
+    let want = reference::full_kl_backward(&z64, &w64, vocab, None, &wide(&up), options);
+    // Half a unit in the last place of the gradient's own type.
+    let rel = match dtype {
+        DType::BF16 => 2f64.powi(-8),
+        DType::F16 => 2f64.powi(-11),
+        _ => REL,
+    };
+    for (which, logits, want) in [("policy", &z, want.0), ("reference", &w, want.1)] {
+        let grad = grads.get(logits).unwrap();
+        assert_eq!(grad.dtype(), dtype);
+        assert_close(&format!("{what} {which}"), &to_vec(grad), &want, rel, abs);
+    }
+}
+
+/// The statistics of the raw layer, the KL in front.
+fn forward(z: &[f32], w: &[f32], vocab: usize, options: &FullKlOptions) -> Vec<f32> {
+    let inputs = FullInputs { logits: z, ref_logits: w, vocab, mask: None };
+    let mut stats = vec![0.0; STATS * (z.len() / vocab)];
+    cpu::full_forward(inputs, options, &mut stats).unwrap();
+    stats
+}
+
+/// Gradients of the raw layer.
+fn backward(
+    z: &[f32],
+    w: &[f32],
+    vocab: usize,
+    up: &[f32],
+    options: &FullKlOptions,
+) -> (Vec<f32>, Vec<f32>) {
+    let inputs = FullInputs { logits: z, ref_logits: w, vocab, mask: None };
+    let stats = forward(z, w, vocab, options);
+    let (mut a, mut b) = (vec![0.0; z.len()], vec![0.0; z.len()]);
+    cpu::full_backward(inputs, options, &stats, up, Some(&mut a), Some(&mut b)).unwrap();
+    (a, b)
+}
+
+#[test]
+fn full_kl_of_nearly_equal_models_keeps_its_digits() {
+    let mut rng = rng(4);
+    let vocab = 50_257;
+    let z = uniform(&mut rng, vocab, 8.0);
+    for nudge in [1e-1, 1e-2, 1e-3] {
+        let shift = uniform(&mut rng, vocab, nudge);
+        let w: Vec<f32> = z.iter().zip(&shift).map(|(z, shift)| z + shift).collect();
+        for options in all_full_options() {
+            let kl = f64::from(forward(&z, &w, vocab, &options)[0]);
+            let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
+            // Well under a rounding of ln Q, which is about 10.
+            assert!((kl - want).abs() < 1e-7 + 1e-6 * want, "{kl} {want}");
+        }
+    }
+    // And none of it is lost to an offset between the two.
+    let z: Vec<f32> = z.iter().map(|z| (z * 64.0).round() / 64.0).collect();
+    let w: Vec<f32> = z.iter().map(|z| z + 1e4).collect();
+    assert_eq!(forward(&z, &w, vocab, &FullKlOptions::default())[0], 0.0);
+    let (a, b) = backward(&z, &w, vocab, &[1.0], &FullKlOptions::default());
+    assert!(a.iter().chain(&b).all(|&g| g == 0.0));
+}
+
+#[test]
+fn a_token_the_reference_excludes_makes_the_kl_infinite() {
+    for vocab in [3, 40, 5003] {
+        let (mut z, mut w) = (vec![0.0; vocab], vec![1.0; vocab]);
+        w[0] = f32::NEG_INFINITY;
+        // Later blocks are larger by more than any exp can carry, and p[0] is nothing in f32.
+        z[vocab - 1] = 2000.0;
+        let (z64, w64) = (wide(&z), wide(&w));
+        for options in all_full_options() {
+            let up = [0.5];
+            let kl = wide(&forward(&z, &w, vocab, &options)[..1]);
+            assert_close(
+                "kl",
+                &kl,
+                &reference::full_kl(&z64, &w64, vocab, None, &options),
+                REL,
+                ABS,
+            );
+            let got = backward(&z, &w, vocab, &up, &options);
+            let want = reference::full_kl_backward(&z64, &w64, vocab, None, &wide(&up), &options);
+            assert_close("grad", &wide(&got.0), &want.0, REL, ABS);
+            assert_close("grad ref", &wide(&got.1), &want.1, REL, ABS);
+            if options.direction == KlDirection::Forward {
+                assert_eq!(kl, [f64::INFINITY]);
+                assert!(got.0.iter().all(|g| g.is_nan()) && got.1.iter().all(|g| g.is_finite()));
+            } else {
+                assert!(kl[0].is_finite());
+            }
+        }
+        // Excluded by both is no difference.
+        z[0] = f32::NEG_INFINITY;
+        assert!(forward(&z, &w, vocab, &FullKlOptions::default())[0].is_finite());
+    }
+}
+
+#[test]
+fn a_bad_row_is_nan_and_spoils_no_other() {
+    for vocab in [5, 3000] {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for in_reference in [false, true] {
+                for options in all_full_options() {
+                    let (mut z, mut w) = (vec![0.5_f32; 3 * vocab], vec![0.0; 3 * vocab]);
+                    let spoilt = if in_reference { &mut w } else { &mut z };
+                    if bad == f32::NEG_INFINITY {
+                        spoilt[vocab..2 * vocab].fill(bad); // throughout: no distribution
+                    } else {
+                        spoilt[vocab + vocab / 2] = bad;
+                        spoilt[vocab] = f32::NEG_INFINITY; // legal, and no way out
+                    }
+                    let stats = forward(&z, &w, vocab, &options);
+                    assert_eq!((stats[0], stats[2]), (0.0, 0.0));
+                    assert!(stats[1].is_nan(), "{bad} in reference {in_reference} {options:?}");
+                    let (a, b) = backward(&z, &w, vocab, &[1.0; 3], &options);
+                    for grad in [a, b] {
+                        for (row, grad) in grad.chunks(vocab).enumerate() {
+                            assert!(grad.iter().all(|g| g.is_nan() == (row == 1)));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn blocks_of_excluded_tokens_before_the_first_legal_one_are_legal() {
+    let vocab = 3000;
+    let (mut z, mut w) = (vec![f32::NEG_INFINITY; vocab], vec![f32::NEG_INFINITY; vocab]);
+    (z[vocab - 1], z[vocab - 2], w[vocab - 1], w[vocab - 2]) = (2.0, 2.0, -1.0, 0.0);
+    w[0] = 5.0; // the reference's first block has a token, the policy's none
+    for options in all_full_options() {
+        let kl = wide(&forward(&z, &w, vocab, &options)[..1]);
+        let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options);
+        assert_close("kl", &kl, &want, REL, ABS);
+    }
+    z[0] = f32::NAN; // in a block with no number
+    assert!(forward(&z, &w, vocab, &FullKlOptions::default())[0].is_nan());
+}
+
+#[test]
+fn masked_rows_are_zero_whatever_they_hold() {
+    for device in devices() {
+        let z = [[f32::NAN, 1.0, 2.0], [0.0, 1.0, 2.0], [f32::INFINITY, 0.0, 0.0]];
+        let w = [[0.0_f32, f32::NAN, 2.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]];
+        let z = var(&Tensor::new(&z, &device).unwrap());
+        let w = var(&Tensor::new(&w, &device).unwrap());
+        let mask = Tensor::new(&[0_u8, 7, 0], &device).unwrap();
+        for options in all_full_options() {
+            let kl = full_kl(&z, &w, Some(&mask), &options).unwrap();
+            let row = |t: &Var| to_vec(&t.get(1).unwrap());
+            let want = reference::full_kl(&row(&z), &row(&w), 3, None, &options)[0];
+            assert_close("kl", &to_vec(&kl), &[0.0, want, 0.0], REL, ABS);
+            let grads = kl.sum_all().unwrap().backward().unwrap();
+            let (a, b) = reference::full_kl_backward(&row(&z), &row(&w), 3, None, &[1.0], &options);
+            for (logits, want) in [(&z, a), (&w, b)] {
+                let want = [vec![0.0; 3], want, vec![0.0; 3]].concat();
+                assert_close("grad", &to_vec(grads.get(logits).unwrap()), &want, REL, ABS);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_has_no_upstream_gradient_gets_zero_whatever_it_holds() {
+    for device in devices() {
+        let z = var(&Tensor::new(&[[f32::NAN, 1.0], [0.0, 0.0]], &device).unwrap());
+        let w = var(&Tensor::new(&[[0.0_f32, 0.0], [0.0, f32::INFINITY]], &device).unwrap());
+        let kl = full_kl(&z, &w, None, &FullKlOptions::default()).unwrap();
+        assert!(to_vec(&kl).iter().all(|kl| kl.is_nan()));
+        let up = Tensor::new(&[0.0_f32, -0.0], &device).unwrap();
+        let grads = (kl * up).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(to_vec(grads.get(&z).unwrap()), [0.0; 4]);
+        assert_eq!(to_vec(grads.get(&w).unwrap()), [0.0; 4]);
+
+        let logp = var(&Tensor::new(&[f32::NAN, f32::NEG_INFINITY], &device).unwrap());
+        let base = Tensor::new(&[0.0_f32, 0.0], &device).unwrap();
+        for options in all_token_options() {
+            let kl = token_kl(&logp, &base, None, &options).unwrap();
+            let grads = (kl * &base).unwrap().sum_all().unwrap().backward().unwrap();
+            assert_eq!(to_vec(grads.get(&logp).unwrap()), [0.0; 2]);
+        }
+    }
+}
+
+#[test]
+fn only_tracked_arguments_get_a_gradient() {
+    let mut rng = rng(5);
+    for device in devices() {
+        let mut random = || Tensor::from_vec(uniform(&mut rng, 20, 2.0), (4, 5), &device).unwrap();
+        let (z, w) = (random(), random());
+        for options in all_full_options() {
+            let plain = full_kl(&z, &w, None, &options).unwrap();
+            assert!(!plain.track_op());
+            let (zv, wv) = (var(&z), var(&w));
+            let both = full_kl(&zv, &wv, None, &options).unwrap().backward().unwrap();
+            let policy = full_kl(&zv, &w, None, &options).unwrap().backward().unwrap();
+            let other = full_kl(&z, &wv, None, &options).unwrap().backward().unwrap();
+            let of = |grads: &candle_core::backprop::GradStore, v: &Var| grads.get(v).map(to_vec);
+            assert_eq!(of(&policy, &zv), of(&both, &zv));
+            assert_eq!(of(&other, &wv), of(&both, &wv));
+            assert!(policy.get(&w).is_none() && other.get(&z).is_none());
+        }
+        for options in all_token_options() {
+            assert!(!token_kl(&z, &w, None, &options).unwrap().track_op());
+            let (zv, wv) = (var(&z), var(&w));
+            let both = token_kl(&zv, &wv, None, &options).unwrap().backward().unwrap();
+            let policy = token_kl(&zv, &w, None, &options).unwrap().backward().unwrap();
+            let other = token_kl(&z, &wv, None, &options).unwrap().backward().unwrap();
+            let of = |grads: &candle_core::backprop::GradStore, v: &Var| grads.get(v).map(to_vec);
+            assert_eq!(of(&policy, &zv), of(&both, &zv));
+            assert_eq!(of(&other, &wv), of(&both, &wv));
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn bits_depend_neither_on_threads_nor_on_the_other_rows() {
+    let mut rng = rng(6);
+    let (rows, vocab) = (37, 4099);
+    let z = uniform(&mut rng, rows * vocab, 8.0);
+    let w = uniform(&mut rng, rows * vocab, 8.0);
+    let up = uniform(&mut rng, rows, 1.0);
+    let options = FullKlOptions { temperature: 0.9, ..FullKlOptions::default() };
+    let run = |z: &[f32], w: &[f32], up: &[f32]| {
+        let (a, b) = backward(z, w, vocab, up, &options);
+        [bits(&forward(z, w, vocab, &options)), bits(&a), bits(&b)]
+    };
+    let token = KlOptions { estimator: KlEstimator::K3, ..KlOptions::default() };
+    let run_token = || {
+        let inputs = TokenInputs { logp: &z, ref_logp: &w, mask: None };
+        let (mut kl, mut a, mut b) = (z.clone(), z.clone(), z.clone());
+        cpu::token_forward(inputs, &token, &mut kl).unwrap();
+        cpu::token_backward(inputs, &token, &z, Some(&mut a), Some(&mut b)).unwrap();
+        [bits(&kl), bits(&a), bits(&b)]
+    };
+    let whole = with_threads(1, || run(&z, &w, &up));
+    let tokens = with_threads(1, run_token);
+    for threads in [2, 3, 8] {
+        assert!(whole == with_threads(threads, || run(&z, &w, &up)));
+        assert!(tokens == with_threads(threads, run_token));
+    }
+    for row in [0, 17, 36] {
+        let columns = row * vocab..(row + 1) * vocab;
+        let alone = run(&z[columns.clone()], &w[columns.clone()], &up[row..=row]);
+        assert_eq!(alone[0][0], whole[0][row]);
+        assert!(alone[1][..] == whole[1][columns.clone()]);
+        assert!(alone[2][..] == whole[2][columns]);
+    }
+}
+
+#[test]
+fn strided_and_offset_tensors_give_the_same() {
+    let mut rng = rng(7);
+    for device in devices() {
+        let shape = (2, 3, 11);
+        let mut random = || Tensor::from_vec(uniform(&mut rng, 66, 2.0), shape, &device).unwrap();
+        let (z, w) = (random(), random());
+        let rows = Tensor::new(&[[1_u8, 0, 1], [1, 1, 0]], &device).unwrap();
+        let options = FullKlOptions::default();
+        let plain = full_kl(&z, &w, Some(&rows), &options).unwrap();
+        assert_eq!(plain.dims(), [2, 3]);
+        let other = full_kl(&strided(&z), &strided(&w), Some(&strided(&rows)), &options).unwrap();
+        assert_eq!(to_vec(&plain), to_vec(&other));
+        let swap = |t: &Tensor| t.transpose(0, 1).unwrap();
+        let other = full_kl(&swap(&z), &swap(&w), Some(&swap(&rows)), &options).unwrap();
+        assert_eq!(to_vec(&plain), to_vec(&swap(&other)));
+
+        let options = KlOptions::default();
+        let mask = Tensor::from_vec(random_mask(&mut rng, 66, 0.5), shape, &device).unwrap();
+        let plain = token_kl(&z, &w, Some(&mask), &options).unwrap();
+        let other = token_kl(&strided(&z), &swap(&swap(&w)), Some(&strided(&mask)), &options);
+        assert_eq!(to_vec(&plain), to_vec(&other.unwrap()));
+        let other = token_kl(&swap(&z), &swap(&w), Some(&swap(&mask)), &options).unwrap();
+        assert_eq!(to_vec(&plain), to_vec(&swap(&other)));
+    }
+}
+
+#[test]
+fn the_gradient_reaches_a_strided_leaf() {
+    let mut rng = rng(8);
+    for device in devices() {
+        let mut random =
+            || var(&Tensor::from_vec(uniform(&mut rng, 15, 2.0), (5, 3), &device).unwrap());
+        let (z, w) = (random(), random());
+        let (zt, wt) = (z.t().unwrap(), w.t().unwrap());
+        let options = FullKlOptions::default();
+        let grads = full_kl(&zt, &wt, None, &options).unwrap().backward().unwrap();
+        let (zs, ws) = (to_vec(&zt), to_vec(&wt));
+        let want = reference::full_kl_backward(&zs, &ws, 5, None, &[1.0; 3], &options);
+        for (logits, want) in [(&z, want.0), (&w, want.1)] {
+            let grad = grads.get(logits).unwrap().t().unwrap();
+            assert_close("grad", &to_vec(&grad), &want, REL, ABS);
+        }
+        let options = KlOptions { estimator: KlEstimator::K2, ..KlOptions::default() };
+        let grads = token_kl(&zt, &wt, None, &options).unwrap().backward().unwrap();
+        let want = reference::token_kl_backward(&zs, &ws, None, &[1.0; 15], &options);
+        for (leaf, want) in [(&z, want.0), (&w, want.1)] {
+            let grad = grads.get(leaf).unwrap().t().unwrap();
+            assert_close("grad", &to_vec(&grad), &want, REL, ABS);
+        }
+    }
+}
+
+#[test]
+fn empty_and_single_element_shapes_work() {
+    for device in devices() {
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &device).unwrap();
+        for dims in [&[0][..], &[2, 0], &[], &[1, 1]] {
+            let kl = token_kl(&zeros(dims), &zeros(dims), None, &KlOptions::default()).unwrap();
+            assert_eq!(kl.dims(), dims);
+        }
+        for dims in [&[0, 5][..], &[2, 0, 5], &[1], &[1, 1], &[5]] {
+            let (z, w) = (var(&zeros(dims)), var(&zeros(dims)));
+            let kl = full_kl(&z, &w, None, &FullKlOptions::default()).unwrap();
+            assert_eq!(kl.dims(), &dims[..dims.len() - 1]);
+            assert!(to_vec(&kl).iter().all(|&kl| kl == 0.0));
+            let grads = kl.sum_all().unwrap().backward().unwrap();
+            assert_eq!(grads.get(&z).unwrap().dims(), dims);
+        }
+    }
+}
+
+#[test]
+fn bad_token_input_is_refused_by_name() {
+    let a = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    let mask = Tensor::zeros((2, 3), DType::U8, &Device::Cpu).unwrap();
+    let ok = KlOptions::default();
+    let fails =
+        |a: &Tensor, b: &Tensor, m: &Tensor, o: &KlOptions| token_kl(a, b, Some(m), o).unwrap_err();
+    let (half, flat) = (a.to_dtype(DType::F16).unwrap(), a.flatten_all().unwrap());
+
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = fails(&a, &a, &mask, &KlOptions { log_ratio_clamp: Some(bad), ..ok });
+        assert!(matches!(error, Error::Option { option: "log_ratio_clamp", .. }), "{error}");
+        let error = fails(&a, &a, &mask, &KlOptions { output_clamp: Some(bad), ..ok });
+        assert!(matches!(error, Error::Option { option: "output_clamp", .. }), "{error}");
+    }
+    let error = fails(&half, &a, &mask, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "logp", .. }), "{error}");
+    let error = fails(&a, &half, &mask, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "ref_logp", .. }), "{error}");
+    let error = fails(&a, &flat, &mask, &ok);
+    assert!(matches!(error, Error::Shape { arg: "ref_logp", .. }), "{error}");
+    let error = fails(&a, &a, &a, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "mask", .. }), "{error}");
+    let error = fails(&a, &a, &mask.flatten_all().unwrap(), &ok);
+    assert!(matches!(error, Error::Shape { arg: "mask", .. }), "{error}");
+
+    let (two, three) = ([0.0_f32; 2], [0.0_f32; 3]);
+    let plain = TokenInputs { logp: &three, ref_logp: &three, mask: None };
+    let run = |inputs, len| cpu::token_forward(inputs, &ok, &mut vec![0.0; len]).unwrap_err();
+    let back = |up: &[f32], a: usize, b: usize| {
+        let (mut a, mut b) = (vec![0.0; a], vec![0.0; b]);
+        cpu::token_backward(plain, &ok, up, Some(&mut a), Some(&mut b)).unwrap_err()
+    };
+    for (error, name) in [
+        (run(TokenInputs { ref_logp: &two, ..plain }, 3), "ref_logp"),
+        (run(TokenInputs { mask: Some(&[1, 1]), ..plain }, 3), "mask"),
+        (run(plain, 2), "kl"),
+        (back(&two, 3, 3), "grad_kl"),
+        (back(&three, 2, 3), "grad_logp"),
+        (back(&three, 3, 2), "grad_ref_logp"),
+    ] {
+        assert_eq!(error.to_string(), format!("token_kl: `{name}` has shape [2], expected [3]"));
+    }
+}
+
+#[test]
+fn bad_full_input_is_refused_by_name() {
+    let a = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    let mask = Tensor::zeros(2, DType::U8, &Device::Cpu).unwrap();
+    let ok = FullKlOptions::default();
+    let fails = |a: &Tensor, b: &Tensor, m: &Tensor, o: &FullKlOptions| {
+        full_kl(a, b, Some(m), o).unwrap_err()
+    };
+    let (half, flat) = (a.to_dtype(DType::F16).unwrap(), a.flatten_all().unwrap());
+
+    for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let error = fails(&a, &a, &mask, &FullKlOptions { temperature, ..ok });
+        assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
+    }
+    let error = fails(&a.to_dtype(DType::F64).unwrap(), &a, &mask, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "logits", .. }), "{error}");
+    let error = fails(&a, &half, &mask, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "ref_logits", .. }), "{error}");
+    let error = fails(&a, &flat, &mask, &ok);
+    assert!(matches!(error, Error::Shape { arg: "ref_logits", .. }), "{error}");
+    let error = fails(&a, &a, &a, &ok);
+    assert!(matches!(error, Error::Dtype { arg: "mask", .. }), "{error}");
+    let error = fails(&a, &a, &mask.reshape((2, 1)).unwrap(), &ok);
+    assert!(matches!(error, Error::Shape { arg: "mask", .. }), "{error}");
+    for dims in [&[][..], &[2, 0]] {
+        let none = Tensor::zeros(dims, DType::F32, &Device::Cpu).unwrap();
+        let error = fails(&none, &none, &mask, &ok);
+        assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
+    }
+
+    let (five, six) = ([0.0_f32; 5], [0.0_f32; 6]);
+    let plain = FullInputs { logits: &six[..], ref_logits: &six[..], vocab: 3, mask: None };
+    let run = |inputs, len| cpu::full_forward(inputs, &ok, &mut vec![0.0; len]).unwrap_err();
+    let back = |stats: usize, up: &[f32], a: usize, b: usize| {
+        let (stats, mut a, mut b) = (vec![0.0; stats], vec![0.0; a], vec![0.0; b]);
+        cpu::full_backward(plain, &ok, &stats, up, Some(&mut a), Some(&mut b)).unwrap_err()
+    };
+    for (error, text) in [
+        (
+            run(FullInputs { logits: &five, ..plain }, 12),
+            "`logits` has shape [5] for a vocabulary of 3, expected [N, 3]",
+        ),
+        (
+            run(FullInputs { vocab: 0, ..plain }, 12),
+            "`logits` has shape [6] for a vocabulary of 0, expected [N, 1]",
+        ),
+        (
+            run(FullInputs { ref_logits: &five, ..plain }, 12),
+            "`ref_logits` has shape [5], expected [6]",
+        ),
+        (run(FullInputs { mask: Some(&[1]), ..plain }, 12), "`mask` has shape [1], expected [2]"),
+        (run(plain, 11), "`stats` has shape [11], expected [12]"),
+        (back(11, &[1.0; 2], 6, 6), "`stats` has shape [11], expected [12]"),
+        (back(12, &[1.0; 3], 6, 6), "`grad_kl` has shape [3], expected [2]"),
+        (back(12, &[1.0; 2], 5, 6), "`grad_logits` has shape [5], expected [6]"),
+        (back(12, &[1.0; 2], 6, 5), "`grad_ref_logits` has shape [5], expected [6]"),
+    ] {
+        assert_eq!(error.to_string(), format!("full_kl: {text}"));
+    }
+}
