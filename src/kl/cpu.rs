@@ -36,11 +36,14 @@ pub fn token_forward(inputs: TokenInputs, options: &KlOptions, kl: &mut [f32]) -
     let token = TokenKl::new(options);
     for_each(tokens, TOKEN_GRAIN, kl, |first, count, kl| {
         let part = inputs.part(first, count);
-        vectorise(|| {
-            for ((kl, logp), ref_logp) in kl.iter_mut().zip(part.logp).zip(part.ref_logp) {
-                *kl = token.at(logp - ref_logp).0;
-            }
-        });
+        vectorise(
+            #[inline(always)]
+            || {
+                for ((kl, logp), ref_logp) in kl.iter_mut().zip(part.logp).zip(part.ref_logp) {
+                    *kl = token.at(logp - ref_logp).0;
+                }
+            },
+        );
         part.clear_masked(kl);
     });
     Ok(())
@@ -69,13 +72,16 @@ pub fn token_backward(
         let part = inputs.part(first, count);
         let upstream = &grad_kl[first..][..count];
         let write = |grad: &mut [f32], sign: f32| {
-            vectorise(|| {
-                let pairs = part.logp.iter().zip(part.ref_logp);
-                for ((grad, g), (logp, ref_logp)) in grad.iter_mut().zip(upstream).zip(pairs) {
-                    let slope = sign * token.at(logp - ref_logp).1;
-                    *grad = if *g == 0.0 { 0.0 } else { g * slope };
-                }
-            });
+            vectorise(
+                #[inline(always)]
+                || {
+                    let pairs = part.logp.iter().zip(part.ref_logp);
+                    for ((grad, g), (logp, ref_logp)) in grad.iter_mut().zip(upstream).zip(pairs) {
+                        let slope = sign * token.at(logp - ref_logp).1;
+                        *grad = if *g == 0.0 { 0.0 } else { g * slope };
+                    }
+                },
+            );
             part.clear_masked(grad);
         };
         match grads {
@@ -114,19 +120,26 @@ impl<'a> TokenInputs<'a> {
     /// Zeros where the mask is 0, whatever NaN was computed there.
     fn clear_masked(&self, values: &mut [f32]) {
         let Some(mask) = self.mask else { return };
-        vectorise(|| {
-            for (value, &keep) in values.iter_mut().zip(mask) {
-                *value = if keep == 0 { 0.0 } else { *value };
-            }
-        });
+        vectorise(
+            #[inline(always)]
+            || {
+                for (value, &keep) in values.iter_mut().zip(mask) {
+                    *value = if keep == 0 { 0.0 } else { *value };
+                }
+            },
+        );
     }
 }
 
-/// The sampled KL of one token: [`KlOptions`] with "no clamp" written as infinity, so that a loop
-/// over tokens has no branch but the one on the estimator, which the compiler takes out of it.
+/// The sampled KL of one token: [`KlOptions`] made ready for a loop over tokens. No clamp is a clamp
+/// at infinity, and the estimator is a set of flags to select by: of a `match` the compiler makes a
+/// jump, and a loop with a jump in it is not vectorised.
 #[derive(Clone, Copy)]
 pub(crate) struct TokenKl {
-    estimator: KlEstimator,
+    k1: bool,
+    abs: bool,
+    k2: bool,
+    k3: bool,
     log_ratio_limit: f32,
     output_limit: f32,
 }
@@ -135,8 +148,12 @@ impl TokenKl {
     /// Of validated options.
     pub(crate) fn new(options: &KlOptions) -> Self {
         let limit = |clamp: Option<f64>| clamp.map_or(f32::INFINITY, |c| c as f32);
+        let is = |estimator| options.estimator == estimator;
         Self {
-            estimator: options.estimator,
+            k1: is(KlEstimator::K1),
+            abs: is(KlEstimator::Abs),
+            k2: is(KlEstimator::K2),
+            k3: is(KlEstimator::K3),
             log_ratio_limit: limit(options.log_ratio_clamp),
             output_limit: limit(options.output_clamp),
         }
@@ -146,13 +163,13 @@ impl TokenKl {
     #[inline(always)]
     pub(crate) fn at(self, d: f32) -> (f32, f32) {
         let (d, d_clamped) = clamp(d, self.log_ratio_limit);
-        let (value, derivative) = match self.estimator {
-            KlEstimator::K1 => (d, 1.0),
-            KlEstimator::Abs => (d.abs(), sign(d)),
-            KlEstimator::K2 => (0.5 * d * d, d),
-            KlEstimator::K3 => k3(d),
-            KlEstimator::K3StraightThrough => (k3(d).0, d),
-        };
+        let (k3, k3_slope) = k3(d);
+        let value = if self.k1 { d } else { k3 };
+        let value = if self.abs { d.abs() } else { value };
+        let value = if self.k2 { 0.5 * d * d } else { value };
+        let derivative = if self.k1 { 1.0 } else { d };
+        let derivative = if self.abs { sign(d) } else { derivative };
+        let derivative = if self.k3 { k3_slope } else { derivative };
         let (value, value_clamped) = clamp(value, self.output_limit);
         let blocked = d_clamped | value_clamped;
         (value, if blocked { 0.0 } else { derivative })
@@ -373,10 +390,13 @@ impl Sums {
         let mut sums = Sums::NONE;
         let (mut wide_z, mut wide_w) = ([0.0; BLOCK], [0.0; BLOCK]);
         for (z, w) in z.chunks(BLOCK).zip(w.chunks(BLOCK)) {
-            vectorise(|| {
-                let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
-                sums = sums.rebase(max(z), max(w), scale).add(z, w, scale);
-            });
+            vectorise(
+                #[inline(always)]
+                || {
+                    let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
+                    sums = sums.rebase(max(z), max(w), scale).add(z, w, scale);
+                },
+            );
         }
         sums
     }
@@ -451,7 +471,8 @@ impl Sums {
     }
 }
 
-/// The gradients of a pair of rows as functions of the logits.
+/// The gradients of a pair of rows as functions of the logits. Passed by value: behind a reference
+/// the compiler would have to reload it after every store, and would not vectorise.
 #[derive(Clone, Copy)]
 struct Slopes {
     scale: f32,
@@ -483,7 +504,7 @@ impl Slopes {
     }
 
     fn write_rows<T: Logit>(
-        &self,
+        self,
         z: &[T],
         w: &[T],
         mut grad_z: Option<&mut [T]>,
@@ -493,27 +514,30 @@ impl Slopes {
         for (block, (z, w)) in z.chunks(BLOCK).zip(w.chunks(BLOCK)).enumerate() {
             let columns = block * BLOCK..block * BLOCK + z.len();
             let out = &mut out[..z.len()];
-            vectorise(|| {
-                let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
-                if let Some(grad) = &mut grad_z {
-                    for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
-                        *o = self.z_slope(z, w);
+            vectorise(
+                #[inline(always)]
+                || {
+                    let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
+                    if let Some(grad) = &mut grad_z {
+                        for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
+                            *o = self.z_slope(z, w);
+                        }
+                        T::narrow(out, &mut grad[columns.clone()]);
                     }
-                    T::narrow(out, &mut grad[columns.clone()]);
-                }
-                if let Some(grad) = &mut grad_w {
-                    for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
-                        *o = self.w_slope(z, w);
+                    if let Some(grad) = &mut grad_w {
+                        for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
+                            *o = self.w_slope(z, w);
+                        }
+                        T::narrow(out, &mut grad[columns]);
                     }
-                    T::narrow(out, &mut grad[columns]);
-                }
-            });
+                },
+            );
         }
     }
 
     /// p (x - y - gap), and 0 where z is -inf.
     #[inline(always)]
-    fn z_slope(&self, z: f32, w: f32) -> f32 {
+    fn z_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
         let p = exp(x) * self.norm_z;
         let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
@@ -526,7 +550,7 @@ impl Slopes {
 
     /// q - p.
     #[inline(always)]
-    fn w_slope(&self, z: f32, w: f32) -> f32 {
+    fn w_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
         self.grad_w * (exp(y) * self.norm_w - exp(x) * self.norm_z)
     }
