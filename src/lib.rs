@@ -34,3 +34,8 @@ mod tensor;
 pub mod whiten;
 
 pub use error::{Error, Result};
+
+/// The README's examples, run as tests.
+#[cfg(all(doctest, feature = "candle"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
