@@ -2,7 +2,7 @@
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
 //! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
 
-use super::{Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, OP};
+use super::{Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{reduce, vectorise, Split};
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ pub fn ppo_loss(
     let terms = Terms::new(options, divisor);
     let tokens = Tokens {
         policy: (inputs.logp, inputs.old_logp, inputs.advantages),
-        value: inputs.value.map(|v| (v.values, v.old_values, v.returns)),
+        value: inputs.value,
         entropy: inputs.entropy,
         ref_logp: inputs.ref_logp,
         mask: inputs.mask,
@@ -117,8 +117,7 @@ fn count_kept(mask: Option<&[u8]>, len: usize) -> usize {
 struct Tokens<'a> {
     /// logp, old_logp, advantages.
     policy: (&'a [f32], &'a [f32], &'a [f32]),
-    /// values, old_values, returns.
-    value: Option<(&'a [f32], Option<&'a [f32]>, &'a [f32])>,
+    value: Option<ValueInputs<'a, f32>>,
     entropy: Option<&'a [f32]>,
     ref_logp: Option<&'a [f32]>,
     mask: Option<&'a [u8]>,
@@ -130,6 +129,18 @@ struct Tokens<'a> {
 impl Tokens<'_> {
     fn len(&self) -> usize {
         self.policy.0.len()
+    }
+}
+
+impl<T: Sync> Split for ValueInputs<'_, T> {
+    fn split(self, mid: usize) -> (Self, Self) {
+        let values = self.values.split_at(mid);
+        let old_values = self.old_values.split(mid);
+        let returns = self.returns.split_at(mid);
+        (
+            Self { values: values.0, old_values: old_values.0, returns: returns.0 },
+            Self { values: values.1, old_values: old_values.1, returns: returns.1 },
+        )
     }
 }
 
@@ -308,7 +319,7 @@ impl Terms {
                 || self.kl(weights, block.policy.0, ref_logp, grad_logp.as_deref_mut(), &mut sums),
             );
         }
-        if let Some((values, old_values, returns)) = block.value {
+        if let Some(ValueInputs { values, old_values, returns }) = block.value {
             // Without a clip the old values are not looked at, whatever they are.
             let inputs = (values, old_values.unwrap_or(values), returns);
             let first = kept.map_or((0.0, 0.0), |t| (returns[t], returns[t] - values[t]));
@@ -448,9 +459,10 @@ impl Terms {
             for i in 0..LANES {
                 let keep = w[i] != 0.0;
                 let error = v[i] - r[i];
-                let clipped_value =
-                    clip(v[i], old[i] - self.value_range, old[i] + self.value_range);
-                let clipped_error = clipped_value - r[i];
+                // From differences, which keep their digits where values are far from 0.
+                let moved = v[i] - old[i];
+                let kept_move = clip(moved, -self.value_range, self.value_range);
+                let clipped_error = error + (kept_move - moved);
                 let unclipped_loss = error * error;
                 let clipped_loss = clipped_error * clipped_error;
                 let is_clipped = clipped_loss > unclipped_loss;

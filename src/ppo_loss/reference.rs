@@ -140,9 +140,9 @@ pub fn weights(
     let divisor = options.divisor(tokens, rows, seq_len)?;
 
     let mut weights = vec![0.0; batch * seq_len];
-    for b in 0..batch {
+    for (b, &length) in lengths.iter().enumerate() {
         let row_weight = match options.aggregation {
-            Aggregation::SeqMeanTokenMean => 1.0 / lengths[b] as f64,
+            Aggregation::SeqMeanTokenMean => 1.0 / length as f64,
             _ => 1.0,
         };
         for t in row(b).filter(|&t| keeps(mask, t)) {
