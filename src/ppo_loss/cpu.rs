@@ -272,7 +272,7 @@ struct Terms {
     dual_clip: f32,
     count_outside: bool,
     value_range: f32,
-    kl: TokenKl,
+    kl: KlOptions,
     /// Factors of the gradients: coefficient over denominator.
     policy_scale: f32,
     value_scale: f32,
@@ -292,7 +292,7 @@ impl Terms {
             dual_clip: off(options.dual_clip),
             count_outside: options.clip_fraction == ClipFractionKind::RatioOutside,
             value_range: off(options.value_clip_range),
-            kl: TokenKl::new(&options.kl),
+            kl: options.kl,
             policy_scale: (1.0 / divisor) as f32,
             value_scale: (options.value_coef / divisor) as f32,
             entropy_scale: (-options.entropy_coef / divisor) as f32,
@@ -412,12 +412,31 @@ impl Terms {
         weights: &[f32],
         logp: &[f32],
         ref_logp: &[f32],
+        grad: Option<&mut [f32]>,
+        sums: &mut Sums,
+    ) {
+        // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
+        let grad = grad.filter(|_| self.kl_scale != 0.0);
+        let inputs = (weights, logp, ref_logp);
+        // A loop for each: with the choice inside, the compiler would leave it scalar.
+        match self.kl.estimator {
+            e @ KlEstimator::K1 => self.kl_by(e, inputs, grad, sums),
+            e @ KlEstimator::Abs => self.kl_by(e, inputs, grad, sums),
+            e @ KlEstimator::K2 => self.kl_by(e, inputs, grad, sums),
+            e @ KlEstimator::K3 => self.kl_by(e, inputs, grad, sums),
+            e @ KlEstimator::K3StraightThrough => self.kl_by(e, inputs, grad, sums),
+        }
+    }
+
+    #[inline(always)]
+    fn kl_by(
+        &self,
+        estimator: KlEstimator,
+        (weights, logp, ref_logp): (&[f32], &[f32], &[f32]),
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
     ) {
-        if self.kl_scale == 0.0 {
-            grad = None;
-        }
+        let kl = TokenKl::new(&KlOptions { estimator, ..self.kl });
         let (mut loss, mut total) = (ZERO, ZERO);
         for at in (0..weights.len()).step_by(LANES) {
             let (w, new, reference) = (load(weights, at), load(logp, at), load(ref_logp, at));
@@ -425,7 +444,7 @@ impl Terms {
             for i in 0..LANES {
                 // Every estimate of d = 0 is 0.
                 let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
-                let (value, derivative) = self.kl.at(d);
+                let (value, derivative) = kl.at(d);
                 loss[i] += w[i] * value;
                 total[i] += value;
                 g[i] += derivative * w[i] * self.kl_scale;
