@@ -85,6 +85,9 @@ impl<T: Copy> Data<T> {
     }
 }
 
+/// Something done to a batch before it is used.
+type Change = fn(&mut Data<f32>);
+
 /// A rollout with everything given, on the scale of real ones, all tokens unmasked.
 fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
     let n = batch * seq_len;
@@ -899,7 +902,7 @@ fn an_input_that_is_only_reported_cannot_spoil_the_loss() {
 #[test]
 fn nan_in_an_unmasked_token_reaches_the_loss() {
     let data = rollout(&mut rng(8), 2, 9);
-    let spoilt: [fn(&mut Data<f32>); 5] = [
+    let spoilt: [Change; 5] = [
         |d| d.logp[5] = f32::NAN,
         |d| d.old_logp[5] = f32::NAN,
         |d| d.advantages[5] = f32::NAN,
@@ -1306,7 +1309,7 @@ fn options_out_of_range_are_refused_by_name() {
 fn options_that_need_a_missing_input_are_refused_by_name() {
     let default = PpoLossOptions::default();
     let full = rollout(&mut rng(18), 2, 3);
-    let without: [(&str, PpoLossOptions, fn(&mut Data<f32>)); 3] = [
+    let without: [(&str, PpoLossOptions, Change); 3] = [
         ("value_clip_range", default, |d| d.old_values = None),
         ("entropy_coef", PpoLossOptions { entropy_coef: 0.1, ..default }, |d| d.entropy = None),
         ("kl_coef", PpoLossOptions { kl_coef: 0.1, ..default }, |d| d.ref_logp = None),
@@ -1327,7 +1330,7 @@ fn options_that_need_a_missing_input_are_refused_by_name() {
 #[test]
 fn slices_of_the_wrong_length_are_refused_by_name() {
     let full = rollout(&mut rng(19), 2, 3);
-    let cut: [(&str, fn(&mut Data<f32>)); 9] = [
+    let cut: [(&str, Change); 9] = [
         ("logp", |d| d.logp.truncate(5)),
         ("old_logp", |d| d.old_logp.truncate(5)),
         ("advantages", |d| d.advantages.push(0.0)),

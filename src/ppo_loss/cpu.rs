@@ -8,6 +8,7 @@ use crate::cpu::{reduce, vectorise, Split};
 use crate::error::{Error, Result};
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
+use crate::whiten::Moments;
 
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK: usize = 4096;
@@ -272,7 +273,7 @@ struct Terms {
     dual_clip: f32,
     count_outside: bool,
     value_range: f32,
-    kl: KlOptions,
+    kl: TokenKl,
     /// Factors of the gradients: coefficient over denominator.
     policy_scale: f32,
     value_scale: f32,
@@ -292,7 +293,7 @@ impl Terms {
             dual_clip: off(options.dual_clip),
             count_outside: options.clip_fraction == ClipFractionKind::RatioOutside,
             value_range: off(options.value_clip_range),
-            kl: options.kl,
+            kl: TokenKl::new(&options.kl),
             policy_scale: (1.0 / divisor) as f32,
             value_scale: (options.value_coef / divisor) as f32,
             entropy_scale: (-options.entropy_coef / divisor) as f32,
@@ -306,7 +307,7 @@ impl Terms {
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
         let kept = weights.iter().position(|&w| w != 0.0);
-        let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as f64, ..Sums::NONE };
+        let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
         let grad_logp = &mut block.grad_logp;
         vectorise(
@@ -399,7 +400,7 @@ impl Terms {
         sums.k1 = sum(k1);
         sums.k2 = sum(k2);
         sums.k3 = sum(k3);
-        sums.ratio = Moments::around(1.0, sums.tokens, sum(ratios), sum(squares));
+        sums.ratio = moments(1.0, sums.tokens, sum(ratios), sum(squares));
         sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
         sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
         sums.advantages = sum(advantage);
@@ -416,27 +417,7 @@ impl Terms {
         sums: &mut Sums,
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
-        let grad = grad.filter(|_| self.kl_scale != 0.0);
-        let inputs = (weights, logp, ref_logp);
-        // A loop for each: with the choice inside, the compiler would leave it scalar.
-        match self.kl.estimator {
-            e @ KlEstimator::K1 => self.kl_by(e, inputs, grad, sums),
-            e @ KlEstimator::Abs => self.kl_by(e, inputs, grad, sums),
-            e @ KlEstimator::K2 => self.kl_by(e, inputs, grad, sums),
-            e @ KlEstimator::K3 => self.kl_by(e, inputs, grad, sums),
-            e @ KlEstimator::K3StraightThrough => self.kl_by(e, inputs, grad, sums),
-        }
-    }
-
-    #[inline(always)]
-    fn kl_by(
-        &self,
-        estimator: KlEstimator,
-        (weights, logp, ref_logp): (&[f32], &[f32], &[f32]),
-        mut grad: Option<&mut [f32]>,
-        sums: &mut Sums,
-    ) {
-        let kl = TokenKl::new(&KlOptions { estimator, ..self.kl });
+        let mut grad = grad.filter(|_| self.kl_scale != 0.0);
         let (mut loss, mut total) = (ZERO, ZERO);
         for at in (0..weights.len()).step_by(LANES) {
             let (w, new, reference) = (load(weights, at), load(logp, at), load(ref_logp, at));
@@ -444,7 +425,7 @@ impl Terms {
             for i in 0..LANES {
                 // Every estimate of d = 0 is 0.
                 let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
-                let (value, derivative) = kl.at(d);
+                let (value, derivative) = self.kl.at(d);
                 loss[i] += w[i] * value;
                 total[i] += value;
                 g[i] += derivative * w[i] * self.kl_scale;
@@ -502,7 +483,7 @@ impl Terms {
             }
         }
         let around = |first: f32, total, squares| {
-            Moments::around(f64::from(first), sums.tokens, sum(total), sum(squares))
+            moments(f64::from(first), sums.tokens, sum(total), sum(squares))
         };
         sums.returns = around(first.0, target, target_squares);
         sums.residuals = around(first.1, residual, residual_squares);
@@ -537,49 +518,21 @@ impl Terms {
     }
 }
 
-/// Count, mean and sum of squared deviations.
-#[derive(Clone, Copy)]
-struct Moments {
-    count: f64,
-    mean: f64,
-    squares: f64,
-}
-
-impl Moments {
-    const NONE: Self = Self { count: 0.0, mean: 0.0, squares: 0.0 };
-
-    /// Of `count` numbers x, from the sums of x - centre and (x - centre)².
-    fn around(centre: f64, count: f64, sum: f64, squares: f64) -> Self {
-        if count == 0.0 {
-            return Self::NONE;
-        }
-        let shift = sum / count;
-        // Comparison, not max: NaN stays NaN.
-        let squares = squares - shift * sum;
-        Self { count, mean: centre + shift, squares: if squares < 0.0 { 0.0 } else { squares } }
+/// The moments of `count` numbers x, from the sums of x - centre and (x - centre)².
+fn moments(centre: f64, count: u64, sum: f64, squares: f64) -> Moments {
+    if count == 0 {
+        return Moments::default();
     }
-
-    /// Chan, Golub and LeVeque 1979.
-    fn merge(self, other: Self) -> Self {
-        if self.count == 0.0 || other.count == 0.0 {
-            return if self.count == 0.0 { other } else { self };
-        }
-        let count = self.count + other.count;
-        let apart = other.mean - self.mean;
-        Self {
-            count,
-            mean: self.mean + apart * (other.count / count),
-            squares: self.squares
-                + other.squares
-                + apart * apart * (self.count * (other.count / count)),
-        }
-    }
+    let shift = sum / count as f64;
+    let m2 = squares - shift * sum;
+    // Comparison, not max: NaN stays NaN.
+    Moments { count, mean: centre + shift, m2: if m2 < 0.0 { 0.0 } else { m2 } }
 }
 
 /// What a run of tokens adds up to. The losses are weighted by row, the rest is plain.
 #[derive(Clone, Copy)]
 struct Sums {
-    tokens: f64,
+    tokens: u64,
     policy_loss: f64,
     value_loss: f64,
     entropy_loss: f64,
@@ -602,7 +555,7 @@ struct Sums {
 
 impl Sums {
     const NONE: Self = Self {
-        tokens: 0.0,
+        tokens: 0,
         policy_loss: 0.0,
         value_loss: 0.0,
         entropy_loss: 0.0,
@@ -613,14 +566,14 @@ impl Sums {
         k1: 0.0,
         k2: 0.0,
         k3: 0.0,
-        ratio: Moments::NONE,
+        ratio: Moments { count: 0, mean: 0.0, m2: 0.0 },
         ratio_min: f64::INFINITY,
         ratio_max: f64::NEG_INFINITY,
         entropy: 0.0,
         kl: 0.0,
         advantages: 0.0,
-        returns: Moments::NONE,
-        residuals: Moments::NONE,
+        returns: Moments { count: 0, mean: 0.0, m2: 0.0 },
+        residuals: Moments { count: 0, mean: 0.0, m2: 0.0 },
     };
 
     fn merge(self, other: Self) -> Self {
@@ -651,8 +604,8 @@ impl Sums {
         let given = |present: bool, x: f64| if present { x } else { f64::NAN };
         let (value, entropy) = (inputs.value.is_some(), inputs.entropy.is_some());
         // 0 / 0 is NaN where there is no token.
-        let mean = |sum: f64| sum / self.tokens;
-        let any = self.tokens > 0.0;
+        let mean = |sum: f64| sum / self.tokens as f64;
+        let any = self.tokens > 0;
 
         // A sum whose coefficient is 0 stays out, so that its NaN does.
         let term = |coef: f64, sum: f64| if coef == 0.0 { 0.0 } else { coef * (sum / divisor) };
@@ -660,7 +613,7 @@ impl Sums {
         let loss = policy_loss + term(options.value_coef, self.value_loss)
             - term(options.entropy_coef, self.entropy_loss)
             + term(options.kl_coef, self.kl_loss);
-        let explained = given(self.returns.squares != 0.0, self.residuals.squares);
+        let explained = given(self.returns.m2 != 0.0, self.residuals.m2);
         PpoStats {
             loss,
             policy_loss,
@@ -672,7 +625,7 @@ impl Sums {
             approx_kl_k2: mean(self.k2),
             approx_kl_k3: mean(self.k3),
             ratio_mean: given(any, self.ratio.mean),
-            ratio_var: mean(self.ratio.squares),
+            ratio_var: self.ratio.variance(false),
             ratio_min: given(any, self.ratio_min),
             ratio_max: given(any, self.ratio_max),
             entropy_mean: given(entropy, mean(self.entropy)),
@@ -680,8 +633,8 @@ impl Sums {
             advantage_mean: mean(self.advantages),
             return_mean: given(value && any, self.returns.mean),
             value_mean: given(value && any, self.returns.mean - self.residuals.mean),
-            explained_variance: 1.0 - explained / self.returns.squares,
-            tokens: self.tokens,
+            explained_variance: 1.0 - explained / self.returns.m2,
+            tokens: self.tokens as f64,
         }
     }
 }
