@@ -222,8 +222,8 @@ pub struct ValueInputs<'a, T> {
     pub returns: &'a [T],
 }
 
-/// The inputs of the loss as slices of `[batch * seq_len]`, row by row: f32 for [`cpu`], f64 for
-/// [`reference`].
+/// The inputs of the loss as slices of `[batch * seq_len]`, row by row: f32 for [`mod@cpu`], f64 for
+/// [`mod@reference`].
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a, T> {
     /// B, the number of responses.
@@ -388,29 +388,27 @@ impl PpoStats {
 
     /// The inverse of [`PpoStats::to_array`].
     pub fn from_array(array: [f64; Self::LEN]) -> Self {
-        let [loss, policy_loss, value_loss, clip_fraction, lower_clip_fraction, value_clip_fraction, approx_kl_k1, approx_kl_k2, approx_kl_k3, ratio_mean, ratio_var, ratio_min, ratio_max, entropy_mean, kl_mean, advantage_mean, return_mean, value_mean, explained_variance, tokens] =
-            array;
         Self {
-            loss,
-            policy_loss,
-            value_loss,
-            clip_fraction,
-            lower_clip_fraction,
-            value_clip_fraction,
-            approx_kl_k1,
-            approx_kl_k2,
-            approx_kl_k3,
-            ratio_mean,
-            ratio_var,
-            ratio_min,
-            ratio_max,
-            entropy_mean,
-            kl_mean,
-            advantage_mean,
-            return_mean,
-            value_mean,
-            explained_variance,
-            tokens,
+            loss: array[0],
+            policy_loss: array[1],
+            value_loss: array[2],
+            clip_fraction: array[3],
+            lower_clip_fraction: array[4],
+            value_clip_fraction: array[5],
+            approx_kl_k1: array[6],
+            approx_kl_k2: array[7],
+            approx_kl_k3: array[8],
+            ratio_mean: array[9],
+            ratio_var: array[10],
+            ratio_min: array[11],
+            ratio_max: array[12],
+            entropy_mean: array[13],
+            kl_mean: array[14],
+            advantage_mean: array[15],
+            return_mean: array[16],
+            value_mean: array[17],
+            explained_variance: array[18],
+            tokens: array[19],
         }
     }
 }
