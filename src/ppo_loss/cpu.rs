@@ -1,0 +1,640 @@
+//! The fused CPU implementation. The tokens are cut into blocks that stay in the cache; each term
+//! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
+//! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
+
+use super::{Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
+use crate::cpu::math::{exp, sum_lanes, LANES};
+use crate::cpu::{reduce, vectorise, Split};
+use crate::error::{Error, Result};
+use crate::kl::cpu::TokenKl;
+use crate::kl::{KlEstimator, KlOptions};
+use crate::whiten::Moments;
+
+/// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
+const BLOCK: usize = 4096;
+
+/// Where the gradients go, each `[batch * seq_len]`; what is `None` is not computed.
+#[derive(Debug, Default)]
+pub struct Gradients<'a> {
+    /// With respect to logp.
+    pub logp: Option<&'a mut [f32]>,
+    /// With respect to values; only with values.
+    pub values: Option<&'a mut [f32]>,
+    /// With respect to entropy; only with entropy.
+    pub entropy: Option<&'a mut [f32]>,
+}
+
+/// Loss, statistics and gradients, for an upstream gradient of 1. Reads the mask twice and every
+/// other input once.
+///
+/// # Errors
+/// If a length does not fit, an option is out of range or asks for an input that is missing, or no
+/// token is unmasked and the denominator is not given. Nothing is written then.
+pub fn ppo_loss(
+    inputs: &Inputs<f32>,
+    options: &PpoLossOptions,
+    gradients: Gradients,
+) -> Result<PpoStats> {
+    let (n, seq_len) = (inputs.validate(options)?, inputs.seq_len);
+    for (arg, gradient, expected) in [
+        ("grad_logp", &gradients.logp, n),
+        ("grad_values", &gradients.values, inputs.value.map_or(0, |_| n)),
+        ("grad_entropy", &gradients.entropy, inputs.entropy.map_or(0, |_| n)),
+    ] {
+        let got = gradient.as_ref().map_or(expected, |g| g.len());
+        Error::check_len(OP, arg, got, expected)?;
+    }
+    let (kept, rows) = count(inputs, options.aggregation);
+    let divisor = options.divisor(kept, rows, seq_len)?;
+
+    let terms = Terms::new(options, divisor);
+    let tokens = Tokens {
+        policy: (inputs.logp, inputs.old_logp, inputs.advantages),
+        value: inputs.value,
+        entropy: inputs.entropy,
+        ref_logp: inputs.ref_logp,
+        mask: inputs.mask,
+        grad_logp: gradients.logp,
+        grad_values: gradients.values,
+        grad_entropy: gradients.entropy,
+    };
+    let blocks = |tokens: Tokens, weight: f32| {
+        let leaf = |_, _, block: Tokens| terms.sum(block, RowWeight::Given(weight));
+        reduce(tokens.len(), BLOCK, tokens, leaf, Sums::merge)
+    };
+    let sums = match options.aggregation {
+        Aggregation::SeqMeanTokenMean if seq_len > BLOCK => {
+            let row = |_, len, row: Tokens| {
+                let weight = 1.0 / count_kept(row.mask, len) as f32;
+                blocks(row, weight)
+            };
+            reduce(n, seq_len, tokens, row, Sums::merge)
+        }
+        Aggregation::SeqMeanTokenMean if seq_len > 0 => {
+            let whole_rows = BLOCK / seq_len * seq_len;
+            let leaf = |_, _, block: Tokens| terms.sum(block, RowWeight::OneOverLength(seq_len));
+            reduce(n, whole_rows, tokens, leaf, Sums::merge)
+        }
+        _ => blocks(tokens, 1.0),
+    };
+    Ok(sums.stats(inputs, options, divisor))
+}
+
+/// How many tokens are unmasked, and how many rows have one if the aggregation asks.
+fn count<T>(inputs: &Inputs<T>, aggregation: Aggregation) -> (usize, usize) {
+    let (batch, seq_len) = (inputs.batch, inputs.seq_len);
+    let Some(mask) = inputs.mask else {
+        return (batch * seq_len, if seq_len > 0 { batch } else { 0 });
+    };
+    let add = |a: usize, b: usize| a + b;
+    // A mask is one byte a token.
+    let grain = 16 * BLOCK;
+    let leaf = |_, len, part: &[u8]| count_kept(Some(part), len);
+    let tokens = reduce(mask.len(), grain, mask, leaf, add);
+    let by_row =
+        matches!(aggregation, Aggregation::SeqMeanTokenSum | Aggregation::SeqMeanTokenMean);
+    if !by_row || seq_len == 0 {
+        return (tokens, 0);
+    }
+    let grain = (grain / seq_len).max(1) * seq_len;
+    let leaf = |_, _, part: &[u8]| {
+        part.chunks_exact(seq_len).filter(|row| row.iter().any(|&m| m != 0)).count()
+    };
+    (tokens, reduce(mask.len(), grain, mask, leaf, add))
+}
+
+/// How many of the `len` tokens are unmasked.
+fn count_kept(mask: Option<&[u8]>, len: usize) -> usize {
+    match mask {
+        Some(mask) => vectorise(
+            #[inline(always)]
+            || mask.iter().filter(|&&m| m != 0).count(),
+        ),
+        None => len,
+    }
+}
+
+/// A run of tokens: its part of every input and gradient.
+struct Tokens<'a> {
+    /// logp, old_logp, advantages.
+    policy: (&'a [f32], &'a [f32], &'a [f32]),
+    value: Option<ValueInputs<'a, f32>>,
+    entropy: Option<&'a [f32]>,
+    ref_logp: Option<&'a [f32]>,
+    mask: Option<&'a [u8]>,
+    grad_logp: Option<&'a mut [f32]>,
+    grad_values: Option<&'a mut [f32]>,
+    grad_entropy: Option<&'a mut [f32]>,
+}
+
+impl Tokens<'_> {
+    fn len(&self) -> usize {
+        self.policy.0.len()
+    }
+}
+
+impl<T: Sync> Split for ValueInputs<'_, T> {
+    fn split(self, mid: usize) -> (Self, Self) {
+        let values = self.values.split_at(mid);
+        let old_values = self.old_values.split(mid);
+        let returns = self.returns.split_at(mid);
+        (
+            Self { values: values.0, old_values: old_values.0, returns: returns.0 },
+            Self { values: values.1, old_values: old_values.1, returns: returns.1 },
+        )
+    }
+}
+
+impl Split for Tokens<'_> {
+    fn split(self, mid: usize) -> (Self, Self) {
+        let policy = self.policy.split(mid);
+        let value = self.value.split(mid);
+        let entropy = self.entropy.split(mid);
+        let ref_logp = self.ref_logp.split(mid);
+        let mask = self.mask.split(mid);
+        let grad_logp = self.grad_logp.split(mid);
+        let grad_values = self.grad_values.split(mid);
+        let grad_entropy = self.grad_entropy.split(mid);
+        (
+            Self {
+                policy: policy.0,
+                value: value.0,
+                entropy: entropy.0,
+                ref_logp: ref_logp.0,
+                mask: mask.0,
+                grad_logp: grad_logp.0,
+                grad_values: grad_values.0,
+                grad_entropy: grad_entropy.0,
+            },
+            Self {
+                policy: policy.1,
+                value: value.1,
+                entropy: entropy.1,
+                ref_logp: ref_logp.1,
+                mask: mask.1,
+                grad_logp: grad_logp.1,
+                grad_values: grad_values.1,
+                grad_entropy: grad_entropy.1,
+            },
+        )
+    }
+}
+
+/// The weight of a token in its aggregation, but for the denominator.
+#[derive(Clone, Copy)]
+enum RowWeight {
+    /// This one.
+    Given(f32),
+    /// One over the number of unmasked tokens in the row, of rows of this length.
+    OneOverLength(usize),
+}
+
+impl RowWeight {
+    /// The weights of whole rows, or of any run of tokens for `Given`; 0 where masked.
+    fn write(self, mask: Option<&[u8]>, weights: &mut [f32]) {
+        let len = weights.len();
+        let width = match self {
+            Self::Given(_) => len.max(1),
+            Self::OneOverLength(seq_len) => seq_len,
+        };
+        for (row, weights) in weights.chunks_mut(width).enumerate() {
+            let mask = mask.map(|mask| &mask[row * width..][..weights.len()]);
+            let weight = match self {
+                Self::Given(weight) => weight,
+                Self::OneOverLength(_) => 1.0 / count_kept(mask, width) as f32,
+            };
+            let Some(mask) = mask else {
+                weights.fill(weight);
+                continue;
+            };
+            vectorise(
+                #[inline(always)]
+                || {
+                    for (w, &m) in weights.iter_mut().zip(mask) {
+                        *w = if m != 0 { weight } else { 0.0 };
+                    }
+                },
+            );
+        }
+    }
+}
+
+/// One f32 for each lane.
+type Lanes = [f32; LANES];
+
+const ZERO: Lanes = [0.0; LANES];
+
+/// The lanes of `x` from `at` on; 0 past its end.
+#[inline(always)]
+fn load(x: &[f32], at: usize) -> Lanes {
+    let x = &x[at..];
+    match x.first_chunk() {
+        Some(full) => *full,
+        None => std::array::from_fn(|lane| x.get(lane).copied().unwrap_or(0.0)),
+    }
+}
+
+/// Writes the lanes to `x` from `at` on, up to its end.
+#[inline(always)]
+fn store(x: &mut [f32], at: usize, lanes: Lanes) {
+    let x = &mut x[at..];
+    match x.first_chunk_mut() {
+        Some(full) => *full = lanes,
+        None => x.iter_mut().zip(lanes).for_each(|(x, lane)| *x = lane),
+    }
+}
+
+#[inline(always)]
+fn select(condition: bool, yes: f32, no: f32) -> f32 {
+    if condition {
+        yes
+    } else {
+        no
+    }
+}
+
+/// `x` within the bounds. Comparisons, so that NaN stays NaN and a NaN bound is none.
+#[inline(always)]
+fn clip(x: f32, low: f32, high: f32) -> f32 {
+    let x = select(x < low, low, x);
+    select(x > high, high, x)
+}
+
+#[inline(always)]
+fn sum(lanes: Lanes) -> f64 {
+    f64::from(sum_lanes(lanes))
+}
+
+/// The options in f32, "off" written as infinity, so that the loops over tokens have no branch.
+struct Terms {
+    log_ratio_limit: f32,
+    low: f32,
+    high: f32,
+    dual_clip: f32,
+    count_outside: bool,
+    value_range: f32,
+    kl: TokenKl,
+    /// Factors of the gradients: coefficient over denominator.
+    policy_scale: f32,
+    value_scale: f32,
+    entropy_scale: f32,
+    kl_scale: f32,
+}
+
+impl Terms {
+    /// Of validated options.
+    fn new(options: &PpoLossOptions, divisor: f64) -> Self {
+        let off = |limit: Option<f64>| limit.map_or(f32::INFINITY, |limit| limit as f32);
+        let (low, high) = options.ratio_bounds();
+        Self {
+            log_ratio_limit: off(options.log_ratio_clamp),
+            low: low as f32,
+            high: high as f32,
+            dual_clip: off(options.dual_clip),
+            count_outside: options.clip_fraction == ClipFractionKind::RatioOutside,
+            value_range: off(options.value_clip_range),
+            kl: TokenKl::new(&options.kl),
+            policy_scale: (1.0 / divisor) as f32,
+            value_scale: (options.value_coef / divisor) as f32,
+            entropy_scale: (-options.entropy_coef / divisor) as f32,
+            kl_scale: (options.kl_coef / divisor) as f32,
+        }
+    }
+
+    /// Sums and gradients of at most [`BLOCK`] tokens.
+    fn sum(&self, mut block: Tokens, row_weight: RowWeight) -> Sums {
+        let mut weights = [0.0; BLOCK];
+        let weights = &mut weights[..block.len()];
+        row_weight.write(block.mask, weights);
+        let kept = weights.iter().position(|&w| w != 0.0);
+        let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
+
+        let grad_logp = &mut block.grad_logp;
+        vectorise(
+            #[inline(always)]
+            || self.policy(weights, block.policy, grad_logp.as_deref_mut(), &mut sums),
+        );
+        if let Some(ref_logp) = block.ref_logp {
+            vectorise(
+                #[inline(always)]
+                || self.kl(weights, block.policy.0, ref_logp, grad_logp.as_deref_mut(), &mut sums),
+            );
+        }
+        if let Some(ValueInputs { values, old_values, returns }) = block.value {
+            // Without a clip the old values are not looked at, whatever they are.
+            let inputs = (values, old_values.unwrap_or(values), returns);
+            let first = kept.map_or((0.0, 0.0), |t| (returns[t], returns[t] - values[t]));
+            vectorise(
+                #[inline(always)]
+                || self.value(weights, inputs, first, block.grad_values, &mut sums),
+            );
+        }
+        if let Some(entropy) = block.entropy {
+            vectorise(
+                #[inline(always)]
+                || self.entropy(weights, entropy, block.grad_entropy, &mut sums),
+            );
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn policy(
+        &self,
+        weights: &[f32],
+        (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
+        mut grad: Option<&mut [f32]>,
+        sums: &mut Sums,
+    ) {
+        const K3: KlOptions =
+            KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
+        let k3_of = TokenKl::new(&K3);
+        let (mut loss, mut clipped, mut lower_clipped) = (ZERO, ZERO, ZERO);
+        let (mut k1, mut k2, mut k3) = (ZERO, ZERO, ZERO);
+        let (mut ratios, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
+        let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        for at in (0..weights.len()).step_by(LANES) {
+            let w = load(weights, at);
+            let (new, old, a) = (load(logp, at), load(old_logp, at), load(advantages, at));
+            let mut g = ZERO;
+            for i in 0..LANES {
+                // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
+                let keep = w[i] != 0.0;
+                let raw = select(keep, new[i] - old[i], 0.0);
+                let a = select(keep, a[i], 0.0);
+                let d = clip(raw, -self.log_ratio_limit, self.log_ratio_limit);
+                let clamped = (raw < -self.log_ratio_limit) | (raw > self.log_ratio_limit);
+                let ratio = exp(d);
+
+                let unclipped_loss = -ratio * a;
+                let clipped_loss = -clip(ratio, self.low, self.high) * a;
+                let is_clipped = clipped_loss > unclipped_loss;
+                let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
+                let is_lower = larger > bound;
+                let blocked = is_clipped | is_lower | clamped;
+                g[i] = select(blocked | !keep, 0.0, unclipped_loss * w[i] * self.policy_scale);
+
+                let is_outside = (ratio < self.low) | (ratio > self.high);
+                let counts = (self.count_outside & is_outside) | (!self.count_outside & is_clipped);
+                loss[i] += w[i] * select(is_lower, bound, larger);
+                clipped[i] += select(counts & keep, 1.0, 0.0);
+                lower_clipped[i] += select(is_lower, 1.0, 0.0);
+                k1[i] -= d;
+                k2[i] += 0.5 * d * d;
+                k3[i] += k3_of.at(-d).0;
+                // Around 1, where ratios are, so that the variance keeps its digits.
+                ratios[i] += ratio - 1.0;
+                squares[i] += (ratio - 1.0) * (ratio - 1.0);
+                min[i] = select(keep & (ratio < min[i]), ratio, min[i]);
+                max[i] = select(keep & (ratio > max[i]), ratio, max[i]);
+                advantage[i] += a;
+            }
+            if let Some(grad) = &mut grad {
+                store(grad, at, g);
+            }
+        }
+        sums.policy_loss = sum(loss);
+        sums.clipped = sum(clipped);
+        sums.lower_clipped = sum(lower_clipped);
+        sums.k1 = sum(k1);
+        sums.k2 = sum(k2);
+        sums.k3 = sum(k3);
+        sums.ratio = moments(1.0, sums.tokens, sum(ratios), sum(squares));
+        sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
+        sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
+        sums.advantages = sum(advantage);
+    }
+
+    /// Adds its gradient to the policy term's.
+    #[inline(always)]
+    fn kl(
+        &self,
+        weights: &[f32],
+        logp: &[f32],
+        ref_logp: &[f32],
+        grad: Option<&mut [f32]>,
+        sums: &mut Sums,
+    ) {
+        // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
+        let mut grad = grad.filter(|_| self.kl_scale != 0.0);
+        let (mut loss, mut total) = (ZERO, ZERO);
+        for at in (0..weights.len()).step_by(LANES) {
+            let (w, new, reference) = (load(weights, at), load(logp, at), load(ref_logp, at));
+            let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at));
+            for i in 0..LANES {
+                // Every estimate of d = 0 is 0.
+                let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
+                let (value, derivative) = self.kl.at(d);
+                loss[i] += w[i] * value;
+                total[i] += value;
+                g[i] += derivative * w[i] * self.kl_scale;
+            }
+            if let Some(grad) = &mut grad {
+                store(grad, at, g);
+            }
+        }
+        sums.kl_loss = sum(loss);
+        sums.kl = sum(total);
+    }
+
+    /// `first` is the first unmasked return and its residual: variances are taken around them, so
+    /// that they keep their digits far from 0.
+    #[inline(always)]
+    fn value(
+        &self,
+        weights: &[f32],
+        (values, old_values, returns): (&[f32], &[f32], &[f32]),
+        first: (f32, f32),
+        mut grad: Option<&mut [f32]>,
+        sums: &mut Sums,
+    ) {
+        let (mut loss, mut clipped) = (ZERO, ZERO);
+        let (mut target, mut target_squares) = (ZERO, ZERO);
+        let (mut residual, mut residual_squares) = (ZERO, ZERO);
+        for at in (0..weights.len()).step_by(LANES) {
+            let w = load(weights, at);
+            let (v, old, r) = (load(values, at), load(old_values, at), load(returns, at));
+            let mut g = ZERO;
+            for i in 0..LANES {
+                let keep = w[i] != 0.0;
+                let error = v[i] - r[i];
+                // From differences, which keep their digits where values are far from 0.
+                let moved = v[i] - old[i];
+                let kept_move = clip(moved, -self.value_range, self.value_range);
+                let clipped_error = error + (kept_move - moved);
+                let unclipped_loss = error * error;
+                let clipped_loss = clipped_error * clipped_error;
+                let is_clipped = clipped_loss > unclipped_loss;
+                let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                g[i] = select(is_clipped | !keep, 0.0, error * w[i] * self.value_scale);
+
+                loss[i] += select(keep, w[i] * larger, 0.0);
+                clipped[i] += select(is_clipped & keep, 1.0, 0.0);
+                let x = select(keep, r[i] - first.0, 0.0);
+                target[i] += x;
+                target_squares[i] += x * x;
+                let x = select(keep, -error - first.1, 0.0);
+                residual[i] += x;
+                residual_squares[i] += x * x;
+            }
+            if let Some(grad) = &mut grad {
+                store(grad, at, g);
+            }
+        }
+        let around = |first: f32, total, squares| {
+            moments(f64::from(first), sums.tokens, sum(total), sum(squares))
+        };
+        sums.returns = around(first.0, target, target_squares);
+        sums.residuals = around(first.1, residual, residual_squares);
+        sums.value_loss = 0.5 * sum(loss);
+        sums.value_clipped = sum(clipped);
+    }
+
+    #[inline(always)]
+    fn entropy(
+        &self,
+        weights: &[f32],
+        entropy: &[f32],
+        mut grad: Option<&mut [f32]>,
+        sums: &mut Sums,
+    ) {
+        let (mut loss, mut total) = (ZERO, ZERO);
+        for at in (0..weights.len()).step_by(LANES) {
+            let (w, h) = (load(weights, at), load(entropy, at));
+            let mut g = ZERO;
+            for i in 0..LANES {
+                let h = select(w[i] != 0.0, h[i], 0.0);
+                loss[i] += w[i] * h;
+                total[i] += h;
+                g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
+            }
+            if let Some(grad) = &mut grad {
+                store(grad, at, g);
+            }
+        }
+        sums.entropy_loss = sum(loss);
+        sums.entropy = sum(total);
+    }
+}
+
+/// The moments of `count` numbers x, from the sums of x - centre and (x - centre)².
+fn moments(centre: f64, count: u64, sum: f64, squares: f64) -> Moments {
+    if count == 0 {
+        return Moments::default();
+    }
+    let shift = sum / count as f64;
+    let m2 = squares - shift * sum;
+    // Comparison, not max: NaN stays NaN.
+    Moments { count, mean: centre + shift, m2: if m2 < 0.0 { 0.0 } else { m2 } }
+}
+
+/// What a run of tokens adds up to. The losses are weighted by row, the rest is plain.
+#[derive(Clone, Copy)]
+struct Sums {
+    tokens: u64,
+    policy_loss: f64,
+    value_loss: f64,
+    entropy_loss: f64,
+    kl_loss: f64,
+    clipped: f64,
+    lower_clipped: f64,
+    value_clipped: f64,
+    k1: f64,
+    k2: f64,
+    k3: f64,
+    ratio: Moments,
+    ratio_min: f64,
+    ratio_max: f64,
+    entropy: f64,
+    kl: f64,
+    advantages: f64,
+    returns: Moments,
+    residuals: Moments,
+}
+
+impl Sums {
+    const NONE: Self = Self {
+        tokens: 0,
+        policy_loss: 0.0,
+        value_loss: 0.0,
+        entropy_loss: 0.0,
+        kl_loss: 0.0,
+        clipped: 0.0,
+        lower_clipped: 0.0,
+        value_clipped: 0.0,
+        k1: 0.0,
+        k2: 0.0,
+        k3: 0.0,
+        ratio: Moments { count: 0, mean: 0.0, m2: 0.0 },
+        ratio_min: f64::INFINITY,
+        ratio_max: f64::NEG_INFINITY,
+        entropy: 0.0,
+        kl: 0.0,
+        advantages: 0.0,
+        returns: Moments { count: 0, mean: 0.0, m2: 0.0 },
+        residuals: Moments { count: 0, mean: 0.0, m2: 0.0 },
+    };
+
+    fn merge(self, other: Self) -> Self {
+        Self {
+            tokens: self.tokens + other.tokens,
+            policy_loss: self.policy_loss + other.policy_loss,
+            value_loss: self.value_loss + other.value_loss,
+            entropy_loss: self.entropy_loss + other.entropy_loss,
+            kl_loss: self.kl_loss + other.kl_loss,
+            clipped: self.clipped + other.clipped,
+            lower_clipped: self.lower_clipped + other.lower_clipped,
+            value_clipped: self.value_clipped + other.value_clipped,
+            k1: self.k1 + other.k1,
+            k2: self.k2 + other.k2,
+            k3: self.k3 + other.k3,
+            ratio: self.ratio.merge(other.ratio),
+            ratio_min: self.ratio_min.min(other.ratio_min),
+            ratio_max: self.ratio_max.max(other.ratio_max),
+            entropy: self.entropy + other.entropy,
+            kl: self.kl + other.kl,
+            advantages: self.advantages + other.advantages,
+            returns: self.returns.merge(other.returns),
+            residuals: self.residuals.merge(other.residuals),
+        }
+    }
+
+    fn stats(&self, inputs: &Inputs<f32>, options: &PpoLossOptions, divisor: f64) -> PpoStats {
+        let given = |present: bool, x: f64| if present { x } else { f64::NAN };
+        let (value, entropy) = (inputs.value.is_some(), inputs.entropy.is_some());
+        // 0 / 0 is NaN where there is no token.
+        let mean = |sum: f64| sum / self.tokens as f64;
+        let any = self.tokens > 0;
+
+        // A sum whose coefficient is 0 stays out, so that its NaN does.
+        let term = |coef: f64, sum: f64| if coef == 0.0 { 0.0 } else { coef * (sum / divisor) };
+        let policy_loss = self.policy_loss / divisor;
+        let loss = policy_loss + term(options.value_coef, self.value_loss)
+            - term(options.entropy_coef, self.entropy_loss)
+            + term(options.kl_coef, self.kl_loss);
+        let explained = given(self.returns.m2 != 0.0, self.residuals.m2);
+        PpoStats {
+            loss,
+            policy_loss,
+            value_loss: given(value, self.value_loss / divisor),
+            clip_fraction: mean(self.clipped),
+            lower_clip_fraction: mean(self.lower_clipped),
+            value_clip_fraction: given(value, mean(self.value_clipped)),
+            approx_kl_k1: mean(self.k1),
+            approx_kl_k2: mean(self.k2),
+            approx_kl_k3: mean(self.k3),
+            ratio_mean: given(any, self.ratio.mean),
+            ratio_var: self.ratio.variance(false),
+            ratio_min: given(any, self.ratio_min),
+            ratio_max: given(any, self.ratio_max),
+            entropy_mean: given(entropy, mean(self.entropy)),
+            kl_mean: given(inputs.ref_logp.is_some(), mean(self.kl)),
+            advantage_mean: mean(self.advantages),
+            return_mean: given(value && any, self.returns.mean),
+            value_mean: given(value && any, self.returns.mean - self.residuals.mean),
+            explained_variance: 1.0 - explained / self.returns.m2,
+            tokens: self.tokens as f64,
+        }
+    }
+}

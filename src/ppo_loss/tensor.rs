@@ -1,0 +1,361 @@
+//! The candle function. Loss, statistics and gradients are made at once, in one pass; a custom op
+//! then ties the loss to its inputs, and its backward only scales the gradients that are there.
+
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor,
+};
+
+use super::cpu::{self, Gradients};
+use super::{Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
+use crate::error::{Error, Result};
+use crate::tensor::{check_arg, check_dtype, constant, no_kernels, view, View};
+
+/// The inputs of the value term, each `[B, T]` f32.
+#[derive(Debug, Clone, Copy)]
+pub struct PpoLossValueInputs<'a> {
+    /// The critic's predictions, which get the gradient.
+    pub values: &'a Tensor,
+    /// Its predictions at the time of the rollout; may be `None` when values are not clipped.
+    pub old_values: Option<&'a Tensor>,
+    /// The targets of the regression.
+    pub returns: &'a Tensor,
+}
+
+/// The inputs of the loss, each `[B, T]`; f32, but for the mask.
+#[derive(Debug, Clone, Copy)]
+pub struct PpoLossInputs<'a> {
+    /// Log-probabilities under the policy that is trained, which get the gradient.
+    pub logp: &'a Tensor,
+    /// Log-probabilities under the policy that made the rollout.
+    pub old_logp: &'a Tensor,
+    /// Advantages, already whitened if they are to be.
+    pub advantages: &'a Tensor,
+    /// For the value term.
+    pub value: Option<PpoLossValueInputs<'a>>,
+    /// Entropy of the policy's distribution at each token, which gets the gradient.
+    pub entropy: Option<&'a Tensor>,
+    /// Log-probabilities under the reference model, for the KL term.
+    pub ref_logp: Option<&'a Tensor>,
+    /// u8, 0 masks a token out; `None` keeps all.
+    pub mask: Option<&'a Tensor>,
+}
+
+/// What [`ppo_loss`] returns.
+#[derive(Debug, Clone)]
+pub struct PpoLossOutput {
+    /// The loss, a scalar f32 with gradient to logp, values and entropy.
+    pub loss: Tensor,
+    /// The statistics, on the device of the inputs.
+    pub stats: PpoStatsTensor,
+}
+
+/// The statistics where they were computed, so that nobody has to wait for them.
+#[derive(Debug, Clone)]
+pub struct PpoStatsTensor(Tensor);
+
+impl PpoStatsTensor {
+    /// f32 `[PpoStats::LEN]`, in the order of [`PpoStats::NAMES`].
+    pub fn tensor(&self) -> &Tensor {
+        &self.0
+    }
+
+    /// Brings them to the host, which waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_host(&self) -> Result<PpoStats> {
+        let mut array = [0.0; PpoStats::LEN];
+        for (x, stat) in array.iter_mut().zip(self.0.to_vec1::<f32>()?) {
+            *x = f64::from(stat);
+        }
+        Ok(PpoStats::from_array(array))
+    }
+}
+
+/// The PPO loss with its statistics. See [the module](super) for the formula.
+///
+/// # Errors
+/// If a shape, dtype or device does not fit, an option is out of range or asks for an input that is
+/// missing, or no token is unmasked and the denominator is not given.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// use ppo_kernels::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions};
+///
+/// # fn main() -> ppo_kernels::Result<()> {
+/// let logp = Var::new(&[[-1.0_f32, -2.0]], &Device::Cpu)?;
+/// let old_logp = Tensor::new(&[[-1.0_f32, -3.0]], &Device::Cpu)?;
+/// let advantages = Tensor::new(&[[1.0_f32, 1.0]], &Device::Cpu)?;
+/// let inputs = PpoLossInputs {
+///     logp: &logp,
+///     old_logp: &old_logp,
+///     advantages: &advantages,
+///     value: None,
+///     entropy: None,
+///     ref_logp: None,
+///     mask: None,
+/// };
+/// let output = ppo_loss(&inputs, &PpoLossOptions::default())?;
+/// let grads = output.loss.backward()?;
+/// // The second token's ratio is e, beyond 1.2: no gradient.
+/// assert_eq!(grads.get(&logp).unwrap().to_vec2::<f32>()?, [[-0.5, 0.0]]);
+/// assert_eq!(output.stats.to_host()?.clip_fraction, 0.5);
+/// # Ok(())
+/// # }
+/// ```
+pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoLossOutput> {
+    options.validate()?;
+    let (shape, device) = check(inputs)?;
+    let value = inputs.value;
+    options.validate_inputs(
+        value.is_some_and(|v| v.old_values.is_none()),
+        inputs.entropy.is_some(),
+        inputs.ref_logp.is_some(),
+    )?;
+
+    // These stay in the graph; everything else is only read.
+    let logp = inputs.logp.contiguous()?;
+    let values = value.map(|v| v.values.contiguous()).transpose()?;
+    let entropy = inputs.entropy.map(Tensor::contiguous).transpose()?;
+    let plain = |tensor: &Tensor| tensor.detach().contiguous();
+    let tensors = Contiguous {
+        logp: logp.detach(),
+        old_logp: plain(inputs.old_logp)?,
+        advantages: plain(inputs.advantages)?,
+        values: values.as_ref().map(Tensor::detach),
+        old_values: value.and_then(|v| v.old_values).map(plain).transpose()?,
+        returns: value.map(|v| plain(v.returns)).transpose()?,
+        entropy: entropy.as_ref().map(Tensor::detach),
+        ref_logp: inputs.ref_logp.map(plain).transpose()?,
+        mask: inputs.mask.map(plain).transpose()?,
+    };
+
+    // An entropy that is only reported gets no gradient.
+    let entropy = entropy.filter(|_| options.entropy_coef != 0.0);
+    let tracked = |tensor: &Option<Tensor>| tensor.as_ref().is_some_and(Tensor::track_op);
+    let wanted =
+        Wanted { logp: logp.track_op(), values: tracked(&values), entropy: tracked(&entropy) };
+    let computed = match device {
+        Device::Cpu => tensors.on_cpu(shape, options, wanted)?,
+        other => return Err(no_kernels(OP, "logp", other)),
+    };
+    let stats = PpoStatsTensor(computed.stats);
+    let loss = stats.0.get(0)?;
+
+    let pairs = [
+        (Some(logp), computed.grad_logp),
+        (values, computed.grad_values),
+        (entropy, computed.grad_entropy),
+    ];
+    let (args, grads): (Vec<_>, Vec<_>) =
+        pairs.into_iter().filter_map(|(arg, grad)| arg.zip(grad)).unzip();
+    let op = Saved { loss, grads };
+    let loss = match args.as_slice() {
+        [a] => a.apply_op1(op)?,
+        [a, b] => a.apply_op2(b, op)?,
+        [a, b, c] => a.apply_op3(b, c, op)?,
+        _ => op.loss,
+    };
+    Ok(PpoLossOutput { loss, stats })
+}
+
+/// Shape and device of all inputs.
+fn check<'a>(inputs: &PpoLossInputs<'a>) -> Result<((usize, usize), &'a Device)> {
+    let logp = inputs.logp;
+    check_dtype(OP, "logp", logp, &[DType::F32])?;
+    let &[batch, seq_len] = logp.dims() else {
+        return Err(Error::Shape {
+            op: OP,
+            arg: "logp",
+            expected: "[B, T]".into(),
+            got: format!("{:?}", logp.dims()),
+        });
+    };
+    let value = inputs.value;
+    for (arg, tensor, dtype) in [
+        ("old_logp", Some(inputs.old_logp), DType::F32),
+        ("advantages", Some(inputs.advantages), DType::F32),
+        ("values", value.map(|v| v.values), DType::F32),
+        ("old_values", value.and_then(|v| v.old_values), DType::F32),
+        ("returns", value.map(|v| v.returns), DType::F32),
+        ("entropy", inputs.entropy, DType::F32),
+        ("ref_logp", inputs.ref_logp, DType::F32),
+        ("mask", inputs.mask, DType::U8),
+    ] {
+        if let Some(tensor) = tensor {
+            check_arg(OP, arg, tensor, logp.dims(), &[dtype], logp.device())?;
+        }
+    }
+    Ok(((batch, seq_len), logp.device()))
+}
+
+/// The inputs, checked, contiguous and out of the graph.
+struct Contiguous {
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    values: Option<Tensor>,
+    old_values: Option<Tensor>,
+    returns: Option<Tensor>,
+    entropy: Option<Tensor>,
+    ref_logp: Option<Tensor>,
+    mask: Option<Tensor>,
+}
+
+/// Which gradients are asked for.
+#[derive(Clone, Copy)]
+struct Wanted {
+    logp: bool,
+    values: bool,
+    entropy: bool,
+}
+
+/// What the pass leaves on the device.
+struct Computed {
+    /// `[PpoStats::LEN]`, the loss first.
+    stats: Tensor,
+    grad_logp: Option<Tensor>,
+    grad_values: Option<Tensor>,
+    grad_entropy: Option<Tensor>,
+}
+
+impl Contiguous {
+    fn on_cpu(
+        &self,
+        shape: (usize, usize),
+        options: &PpoLossOptions,
+        wanted: Wanted,
+    ) -> Result<Computed> {
+        let logp = f32s("logp", &self.logp)?;
+        let old_logp = f32s("old_logp", &self.old_logp)?;
+        let advantages = f32s("advantages", &self.advantages)?;
+        let values = optional("values", &self.values)?;
+        let old_values = optional("old_values", &self.old_values)?;
+        let returns = optional("returns", &self.returns)?;
+        let entropy = optional("entropy", &self.entropy)?;
+        let ref_logp = optional("ref_logp", &self.ref_logp)?;
+        let mask = self.mask.as_ref().map(|t| view::<u8>(OP, "mask", t)).transpose()?;
+
+        let (batch, seq_len) = shape;
+        let inputs =
+            Inputs {
+                batch,
+                seq_len,
+                logp: &logp,
+                old_logp: &old_logp,
+                advantages: &advantages,
+                value: values.as_deref().zip(returns.as_deref()).map(|(values, returns)| {
+                    ValueInputs { values, old_values: old_values.as_deref(), returns }
+                }),
+                entropy: entropy.as_deref(),
+                ref_logp: ref_logp.as_deref(),
+                mask: mask.as_deref(),
+            };
+        let room = |wanted: bool| wanted.then(|| vec![0.0; batch * seq_len]);
+        let mut grads = [room(wanted.logp), room(wanted.values), room(wanted.entropy)];
+        let [logp, values, entropy] = grads.each_mut().map(Option::as_deref_mut);
+        let stats = cpu::ppo_loss(&inputs, options, Gradients { logp, values, entropy })?;
+
+        let stats = stats.to_array().map(|x| x as f32).to_vec();
+        let [grad_logp, grad_values, grad_entropy] =
+            grads.map(|grad| grad.map(|grad| constant(grad, shape)));
+        let stats = constant(stats, PpoStats::LEN);
+        Ok(Computed { stats, grad_logp, grad_values, grad_entropy })
+    }
+}
+
+fn f32s<'a>(arg: &'static str, tensor: &'a Tensor) -> Result<View<'a, f32>> {
+    view(OP, arg, tensor)
+}
+
+fn optional<'a>(arg: &'static str, tensor: &'a Option<Tensor>) -> Result<Option<View<'a, f32>>> {
+    tensor.as_ref().map(|tensor| f32s(arg, tensor)).transpose()
+}
+
+/// The loss and its gradients with respect to the op's arguments, in their order.
+struct Saved {
+    loss: Tensor,
+    grads: Vec<Tensor>,
+}
+
+impl Saved {
+    const NAME: &'static str = "ppo-loss";
+
+    fn forward(&self) -> candle_core::Result<(CpuStorage, Shape)> {
+        let loss = self.loss.to_scalar::<f32>()?;
+        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
+    }
+
+    fn backward(&self, arg: usize, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.grads[arg].broadcast_mul(upstream).map(Some)
+    }
+}
+
+impl CustomOp1 for Saved {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward()
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, up: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        self.backward(0, up)
+    }
+}
+
+impl CustomOp2 for Saved {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward()
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        up: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((self.backward(0, up)?, self.backward(1, up)?))
+    }
+}
+
+impl CustomOp3 for Saved {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> candle_core::Result<(CpuStorage, Shape)> {
+        self.forward()
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        up: &Tensor,
+    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        Ok((self.backward(0, up)?, self.backward(1, up)?, self.backward(2, up)?))
+    }
+}

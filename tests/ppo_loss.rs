@@ -1,0 +1,1437 @@
+//! The PPO loss: the reference against other projects' losses, the CPU and the tensor layer against
+//! the reference, and what must hold for any input.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor, Var};
+use common::*;
+use ppo_kernels::kl::reference::token_kl;
+use ppo_kernels::kl::{KlEstimator, KlOptions};
+use ppo_kernels::ppo_loss::cpu::{self, Gradients};
+use ppo_kernels::ppo_loss::{
+    ppo_loss, reference, Aggregation, ClipFractionKind, Inputs, PpoLossInputs, PpoLossOptions,
+    PpoLossValueInputs, PpoStats, ValueInputs,
+};
+use ppo_kernels::Error;
+use rand::rngs::StdRng;
+use serde_json::Value;
+
+/// The peers' arithmetic is f64 like the reference's: relative, absolute.
+const EXACT: (f64, f64) = (1e-9, 1e-10);
+
+/// The peer adds 1e-8 to a divisor of 1 or more, once or twice.
+const EPSILON: (f64, f64) = (2.1e-8, 1e-10);
+
+/// The peer rounds this number to f32.
+const SINGLE: (f64, f64) = (1e-7, 0.0);
+
+/// f32 against f64: exp to 2 ulp, a product of a few factors.
+const REL: f64 = 2e-6;
+
+/// The same for sums of terms that cancel, as a share of the largest of them.
+const ABS: f64 = 1e-6;
+
+/// Inputs that own what [`Inputs`] borrows.
+#[derive(Clone, Default)]
+struct Data<T> {
+    batch: usize,
+    seq_len: usize,
+    logp: Vec<T>,
+    old_logp: Vec<T>,
+    advantages: Vec<T>,
+    values: Option<Vec<T>>,
+    old_values: Option<Vec<T>>,
+    returns: Option<Vec<T>>,
+    entropy: Option<Vec<T>>,
+    ref_logp: Option<Vec<T>>,
+    mask: Option<Vec<u8>>,
+}
+
+impl<T: Copy> Data<T> {
+    fn inputs(&self) -> Inputs<'_, T> {
+        let values = self.values.as_deref().zip(self.returns.as_deref());
+        Inputs {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            logp: &self.logp,
+            old_logp: &self.old_logp,
+            advantages: &self.advantages,
+            value: values.map(|(values, returns)| ValueInputs {
+                values,
+                old_values: self.old_values.as_deref(),
+                returns,
+            }),
+            entropy: self.entropy.as_deref(),
+            ref_logp: self.ref_logp.as_deref(),
+            mask: self.mask.as_deref(),
+        }
+    }
+
+    fn map<U>(&self, f: impl Fn(T) -> U) -> Data<U> {
+        let all = |x: &Vec<T>| x.iter().map(|&x| f(x)).collect();
+        Data {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            logp: all(&self.logp),
+            old_logp: all(&self.old_logp),
+            advantages: all(&self.advantages),
+            values: self.values.as_ref().map(all),
+            old_values: self.old_values.as_ref().map(all),
+            returns: self.returns.as_ref().map(all),
+            entropy: self.entropy.as_ref().map(all),
+            ref_logp: self.ref_logp.as_ref().map(all),
+            mask: self.mask.clone(),
+        }
+    }
+}
+
+/// Something done to a batch before it is used.
+type Change = fn(&mut Data<f32>);
+
+/// A rollout with everything given, on the scale of real ones, all tokens unmasked.
+fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
+    let n = batch * seq_len;
+    let mut near = |x: &[f32], scale| -> Vec<f32> {
+        x.iter().zip(uniform(rng, n, scale)).map(|(x, noise)| x + noise).collect()
+    };
+    let logp = near(&vec![-2.0; n], 1.9);
+    let values = near(&vec![0.5; n], 1.0);
+    Data {
+        batch,
+        seq_len,
+        old_logp: near(&logp, 0.6),
+        ref_logp: Some(near(&logp, 0.9)),
+        advantages: near(&vec![0.1; n], 1.5),
+        old_values: Some(near(&values, 0.4)),
+        returns: Some(near(&values, 0.7)),
+        entropy: Some(near(&vec![1.5; n], 1.4)),
+        logp,
+        values: Some(values),
+        mask: None,
+    }
+}
+
+fn run(data: &Data<f64>, options: &PpoLossOptions) -> reference::Output {
+    reference::ppo_loss(&data.inputs(), options).unwrap()
+}
+
+/// Stats and gradients of the raw layer; empty gradients for what is not given.
+fn run_cpu(data: &Data<f32>, options: &PpoLossOptions) -> (PpoStats, [Vec<f32>; 3]) {
+    let n = data.logp.len();
+    // Filled with NaN, to see that every element is written.
+    let room = |given: bool| vec![f32::NAN; if given { n } else { 0 }];
+    let mut grads = [room(true), room(data.values.is_some()), room(data.entropy.is_some())];
+    let [logp, values, entropy] = grads.each_mut().map(|g| Some(g.as_mut_slice()));
+    let stats = cpu::ppo_loss(&data.inputs(), options, Gradients { logp, values, entropy });
+    (stats.unwrap(), grads)
+}
+
+// ---- other projects' vectors ----
+
+/// Everything off that not every project has: no clamp, no value clip, no coefficients.
+fn plain() -> PpoLossOptions {
+    PpoLossOptions {
+        log_ratio_clamp: None,
+        value_clip_range: None,
+        value_coef: 1.0,
+        ..Default::default()
+    }
+}
+
+/// A policy-only batch of a case, by the names of its inputs.
+fn policy_data(case: &Golden, logp: &str, old: &str, mask: Option<&str>) -> Data<f64> {
+    let shape = case.shape(logp);
+    // CleanRL's batches are flat.
+    let (batch, seq_len) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
+    Data {
+        batch,
+        seq_len,
+        logp: case.input(logp),
+        old_logp: case.input(old),
+        advantages: case.input("advantages"),
+        mask: mask.map(|key| case.mask(key)),
+        ..Default::default()
+    }
+}
+
+/// A batch for the value term alone: ratio 1 and advantage 0 make the policy term 0.
+fn value_data(case: &Golden, values: &str, old: &str, mask: Option<&str>) -> Data<f64> {
+    let shape = case.shape(values);
+    let zeros = vec![0.0; shape[0] * shape[1]];
+    Data {
+        batch: shape[0],
+        seq_len: shape[1],
+        logp: zeros.clone(),
+        old_logp: zeros.clone(),
+        advantages: zeros,
+        values: Some(case.input(values)),
+        old_values: Some(case.input(old)),
+        returns: Some(case.input("returns")),
+        mask: mask.map(|key| case.mask(key)),
+        ..Default::default()
+    }
+}
+
+/// A number in a case's nested settings; `None` if it or the settings are missing.
+fn setting(case: &Golden, group: &str, key: &str) -> Option<f64> {
+    case.inputs.get(group)?.get(key)?.as_f64()
+}
+
+/// verl's aggregation by name, with the sizes of the whole batch if given.
+fn verl_aggregation(mode: &str, size: impl Fn(&str) -> Option<f64>) -> PpoLossOptions {
+    let per_rank = |key| size(key).map(|whole: f64| whole / size("dp_size").unwrap_or(1.0));
+    let (aggregation, denominator) = match mode {
+        "token-mean" => (Aggregation::TokenMean, per_rank("batch_num_tokens")),
+        "seq-mean-token-sum" => (Aggregation::SeqMeanTokenSum, per_rank("global_batch_size")),
+        "seq-mean-token-mean" => (Aggregation::SeqMeanTokenMean, per_rank("global_batch_size")),
+        "seq-mean-token-sum-norm" => (Aggregation::SeqMeanTokenSumNorm, size("loss_scale_factor")),
+        other => panic!("{other}"),
+    };
+    PpoLossOptions { aggregation, denominator, ..plain() }
+}
+
+/// OpenRLHF's: by token, or by sequence.
+fn openrlhf_aggregation(case: &Golden, by_token: bool) -> PpoLossOptions {
+    let mode = if by_token { "token-mean" } else { "seq-mean-token-mean" };
+    verl_aggregation(mode, |key| case.optional(key))
+}
+
+/// verl, OpenRLHF and ours divide a row by its length; theirs adds 1e-8 to it.
+fn tolerance_of(aggregation: Aggregation) -> (f64, f64) {
+    if aggregation == Aggregation::SeqMeanTokenMean {
+        EPSILON
+    } else {
+        EXACT
+    }
+}
+
+fn is_true(case: &Golden, key: &str) -> bool {
+    case.inputs[key].as_bool().unwrap()
+}
+
+/// Asserts that ours is the case's output of that name.
+#[track_caller]
+fn expect(case: &Golden, key: &str, ours: &[f64], (rel, abs): (f64, f64)) {
+    assert_close(&format!("{} {key}", case.id), ours, &case.output(key), rel, abs);
+}
+
+/// The gradient of an output whose upstream gradient is in `grad_out`.
+#[track_caller]
+fn expect_grad(case: &Golden, key: &str, ours: &[f64], tolerance: (f64, f64)) {
+    let upstream = case.optional("grad_out").unwrap_or(1.0);
+    let scaled: Vec<f64> = ours.iter().map(|g| g * upstream).collect();
+    expect(case, key, &scaled, tolerance);
+}
+
+/// Asserts that ours is an entry of a case's nested output.
+#[track_caller]
+fn expect_stat(case: &Golden, group: &str, key: &str, ours: f64, (rel, abs): (f64, f64)) {
+    let want = flatten(&case.outputs[group][key]);
+    assert_close(&format!("{} {group} {key}", case.id), &[ours], &want, rel, abs);
+}
+
+#[test]
+fn aggregation_equals_verl_and_openrlhf() {
+    let mut ran = 0;
+    for case in golden("masked_stats") {
+        let (key, mask, options) = match case.function.rsplit('.').next().unwrap() {
+            "agg_loss" => {
+                let options =
+                    verl_aggregation(case.text("loss_agg_mode"), |key| case.optional(key));
+                ("loss_mat", "loss_mask", options)
+            }
+            "aggregate_loss" => {
+                let options = openrlhf_aggregation(&case, is_true(&case, "token_level_loss"));
+                ("loss", "loss_mask", options)
+            }
+            // Masked means and whitening: other ops.
+            _ => continue,
+        };
+        let (terms, shape) = (case.input(key), case.shape(key));
+        let mask = case.mask(mask);
+        let weights = reference::weights(Some(&mask), shape[0], shape[1], &options).unwrap();
+        let tolerance = tolerance_of(options.aggregation);
+        expect(&case, "loss", &[dot(&weights, &terms)], tolerance);
+        expect_grad(&case, &format!("grad_{key}"), &weights, tolerance);
+        ran += 1;
+    }
+    assert_eq!(ran, 48);
+}
+
+#[test]
+fn reference_equals_verl_policy_losses() {
+    let (mut ran, mut skipped) = (0, 0);
+    for case in golden("policy_loss_verl") {
+        let function = case.function.rsplit('.').next().unwrap();
+        let prefix = match function {
+            "compute_policy_loss_vanilla" => "clip_ratio",
+            "compute_policy_loss" => "cliprange",
+            // Other objectives than the clipped surrogate: gspo, sapo, cispo, geo_mean, gpg,
+            // clip_cov, kl_cov, reinforce.
+            _ => {
+                skipped += 1;
+                continue;
+            }
+        };
+        // Importance weights for the rollout engine's log-probabilities are no part of this loss.
+        if case.inputs.contains_key("rollout_is_weights") {
+            skipped += 1;
+            continue;
+        }
+        let data = policy_data(&case, "log_prob", "old_log_prob", Some("response_mask"));
+        let both = case.number(prefix);
+        let size = |key: &str| setting(&case, "global_batch_info", key);
+        let options = PpoLossOptions {
+            clip_range: case.optional(&format!("{prefix}_low")).unwrap_or(both),
+            clip_range_high: Some(case.optional(&format!("{prefix}_high")).unwrap_or(both)),
+            dual_clip: Some(case.optional("clip_ratio_c").unwrap_or(3.0)),
+            log_ratio_clamp: Some(20.0),
+            ..verl_aggregation(case.text("loss_agg_mode"), size)
+        };
+        let ours = run(&data, &options);
+        let tolerance = tolerance_of(options.aggregation);
+        expect(&case, "loss", &[ours.stats.loss], tolerance);
+        expect_grad(&case, "grad_log_prob", &ours.grad_logp, tolerance);
+        expect(&case, "pg_clipfrac", &[ours.stats.clip_fraction], EPSILON);
+        expect(&case, "pg_clipfrac_lower", &[ours.stats.lower_clip_fraction], EPSILON);
+        expect(&case, "ppo_kl", &[ours.stats.approx_kl_k1], EPSILON);
+        ran += 1;
+    }
+    assert_eq!((ran, skipped), (20, 33));
+}
+
+#[test]
+fn reference_equals_openrlhf_policy_losses() {
+    let (mut ran, mut skipped) = (0, 0);
+    for case in golden("policy_loss_others").iter().filter(|case| case.peer == "openrlhf") {
+        let settings = &case.inputs.get("options");
+        let sequence_ratio = settings.is_some_and(|s| s.get("policy_loss_type").is_some());
+        // Importance weights for vLLM's log-probabilities; GSPO.
+        if case.function.contains("vLLM") || sequence_ratio {
+            skipped += 1;
+            continue;
+        }
+        let data = policy_data(case, "log_probs", "old_log_probs", Some("action_mask"));
+        let by_token =
+            settings.and_then(|s| s.get("token_level_loss")) != Some(&Value::Bool(false));
+        let options = PpoLossOptions {
+            clip_range_high: setting(case, "options", "clip_eps_high"),
+            dual_clip: setting(case, "options", "dual_clip"),
+            log_ratio_clamp: Some(20.0),
+            ..openrlhf_aggregation(case, by_token)
+        };
+        let ours = run(&data, &options);
+        let tolerance = tolerance_of(options.aggregation);
+        expect(case, "loss", &[ours.stats.loss], tolerance);
+        expect_grad(case, "grad_log_probs", &ours.grad_logp, tolerance);
+        expect(case, "clip_ratio", &[ours.stats.clip_fraction], EXACT);
+        // OpenRLHF clamps for the loss, but not for this number.
+        let unclamped = PpoLossOptions { log_ratio_clamp: None, ..options };
+        expect(case, "ppo_kl", &[run(&data, &unclamped).stats.approx_kl_k1], EXACT);
+        ran += 1;
+    }
+    assert_eq!((ran, skipped), (11, 7));
+}
+
+#[test]
+fn reference_equals_trl_losses() {
+    let (mut ran, mut skipped) = (0, 0);
+    for case in golden("policy_loss_others").iter().filter(|case| case.peer == "trl-v0.11.4") {
+        // There TRL drops the batch; the caller can, by `ratio_mean`.
+        if case.function.contains("ratio_threshold exceeded") {
+            skipped += 1;
+            continue;
+        }
+        let mut data = policy_data(case, "logprobs", "old_logprobs", Some("mask"));
+        data.values = Some(case.input("vpreds"));
+        data.old_values = Some(case.input("values"));
+        data.returns = Some(case.input("returns"));
+        let coef = case.number("vf_coef");
+        let options = PpoLossOptions {
+            clip_range: case.number("cliprange"),
+            value_clip_range: case.optional("cliprange_value"),
+            value_coef: coef,
+            ..plain()
+        };
+        let ours = run(&data, &options);
+        let stats = ours.stats;
+        expect(case, "pg_loss", &[stats.policy_loss], EXACT);
+        expect(case, "vf_loss_times_coef", &[coef * stats.value_loss], EXACT);
+        expect(case, "grad_logprobs", &ours.grad_logp, EXACT);
+        expect(case, "grad_vpreds", &ours.grad_values, EXACT);
+        for (key, ours) in [
+            ("loss/total", stats.loss),
+            ("loss/policy", stats.policy_loss),
+            ("loss/value", stats.value_loss),
+            ("policy/approxkl", stats.approx_kl_k2),
+            ("policy/policykl", stats.approx_kl_k1),
+            ("policy/clipfrac", stats.clip_fraction),
+            ("policy/advantages_mean", stats.advantage_mean),
+            ("returns/mean", stats.return_mean),
+            ("val/vpred", stats.value_mean),
+            ("val/clipfrac", stats.value_clip_fraction),
+        ] {
+            expect_stat(case, "stats", key, ours, EXACT);
+        }
+        ran += 1;
+    }
+    for case in golden("policy_loss_others").iter().filter(|case| case.peer == "trl") {
+        // The value mean reaches one token further than the policy mean: two masks, two calls.
+        let lengths = case.input("sequence_lengths");
+        let shape = case.shape("new_logprobs");
+        let mask = |extra: f64| -> Vec<u8> {
+            let row = |&len: &f64| (0..shape[1]).map(move |t| u8::from(t as f64 <= len + extra));
+            lengths.iter().flat_map(row).collect()
+        };
+        let options = PpoLossOptions {
+            clip_range: case.number("cliprange"),
+            value_clip_range: case.optional("cliprange_value"),
+            value_coef: case.number("vf_coef"),
+            ..plain()
+        };
+        let mut data = policy_data(case, "new_logprobs", "old_logprobs", None);
+        data.mask = Some(mask(0.0));
+        let policy = run(&data, &options);
+        let mut data = value_data(case, "vpred", "values", None);
+        data.mask = Some(mask(1.0));
+        let value = run(&data, &options);
+        expect(case, "pg_loss", &[policy.stats.policy_loss], EXACT);
+        expect(case, "vf_loss", &[value.stats.value_loss], EXACT);
+        expect(case, "vf_clipfrac", &[value.stats.value_clip_fraction], SINGLE);
+        expect(case, "loss", &[policy.stats.loss + value.stats.loss], EXACT);
+        expect(case, "grad_new_logprobs", &policy.grad_logp, EXACT);
+        expect(case, "grad_vpred", &value.grad_values, EXACT);
+        ran += 1;
+    }
+    assert_eq!((ran, skipped), (4, 1));
+}
+
+#[test]
+fn reference_equals_cleanrl_losses() {
+    let mut ran = 0;
+    for case in golden("policy_loss_others").iter().filter(|case| case.peer == "cleanrl") {
+        let data = Data {
+            batch: 1,
+            seq_len: case.shape("newlogprob")[0],
+            logp: case.input("newlogprob"),
+            old_logp: case.input("b_logprobs"),
+            // Whitened before the loss.
+            advantages: case.output("mb_advantages"),
+            values: Some(case.input("newvalue")),
+            old_values: Some(case.input("b_values")),
+            returns: Some(case.input("b_returns")),
+            entropy: Some(case.input("entropy")),
+            ..Default::default()
+        };
+        let clip = case.number("clip_coef");
+        let options = PpoLossOptions {
+            clip_range: clip,
+            value_clip_range: is_true(case, "clip_vloss").then_some(clip),
+            value_coef: case.number("vf_coef"),
+            entropy_coef: case.number("ent_coef"),
+            clip_fraction: ClipFractionKind::RatioOutside,
+            ..plain()
+        };
+        let ours = run(&data, &options);
+        for (key, ours) in [
+            ("loss", ours.stats.loss),
+            ("pg_loss", ours.stats.policy_loss),
+            ("v_loss", ours.stats.value_loss),
+            ("entropy_loss", ours.stats.entropy_mean),
+            ("old_approx_kl", ours.stats.approx_kl_k1),
+            ("approx_kl", ours.stats.approx_kl_k3),
+        ] {
+            expect(case, key, &[ours], EXACT);
+        }
+        expect(case, "clipfrac", &[ours.stats.clip_fraction], SINGLE);
+        expect(case, "grad_newlogprob", &ours.grad_logp, EXACT);
+        expect(case, "grad_newvalue", &ours.grad_values, EXACT);
+        expect(case, "grad_entropy", &ours.grad_entropy, EXACT);
+        ran += 1;
+    }
+    assert_eq!(ran, 3);
+}
+
+#[test]
+fn reference_equals_deepspeed_chat_and_trlx_losses() {
+    let mut ran = 0;
+    for case in golden("policy_loss_others") {
+        let mut data = match case.peer.as_str() {
+            "deepspeed-chat" | "trlx" => {
+                policy_data(&case, "logprobs", "old_logprobs", Some("mask"))
+            }
+            _ => continue,
+        };
+        let mut options = PpoLossOptions { clip_range: case.number("cliprange"), ..plain() };
+        if case.peer == "trlx" {
+            data.values = Some(case.input("values"));
+            data.old_values = Some(case.input("old_values"));
+            data.returns = Some(case.input("returns"));
+            options.value_clip_range = case.optional("cliprange_value");
+            options.value_coef = case.number("vf_coef");
+        }
+        let ours = run(&data, &options);
+        expect(&case, "loss", &[ours.stats.loss], EXACT);
+        expect_grad(&case, "grad_logprobs", &ours.grad_logp, EXACT);
+        if case.peer == "trlx" {
+            expect_grad(&case, "grad_values", &ours.grad_values, EXACT);
+            // trlx divides by all positions, padding included.
+            let kept_share = ours.stats.tokens / data.logp.len() as f64;
+            for (key, ours) in [
+                ("losses/policy_loss", ours.stats.policy_loss),
+                ("losses/value_loss", ours.stats.value_loss),
+                ("values/mean", ours.stats.value_mean),
+                ("values/clipfrac", ours.stats.value_clip_fraction),
+                ("returns/mean", ours.stats.return_mean),
+                ("policy/clipfrac", ours.stats.clip_fraction),
+                ("policy/approx_kl", ours.stats.approx_kl_k3 * kept_share),
+                ("ratio", ours.stats.ratio_mean),
+            ] {
+                expect_stat(&case, "stats", key, ours, EXACT);
+            }
+        }
+        ran += 1;
+    }
+    assert_eq!(ran, 4);
+}
+
+#[test]
+fn reference_equals_nemo_policy_losses() {
+    let (mut ran, mut skipped) = (0, 0);
+    for case in golden("policy_loss_others").iter().filter(|case| case.peer == "nemo-rl") {
+        let settings = case.inputs["options"].as_object().unwrap();
+        // GSPO, CISPO, REINFORCE, importance weights for the rollout engine's log-probabilities.
+        let other = [
+            "sequence_level_importance_ratios",
+            "use_cispo",
+            "disable_ppo_ratio",
+            "use_importance_sampling_correction",
+            "use_on_policy_kl_approximation",
+        ];
+        if other.iter().any(|key| settings.contains_key(*key)) {
+            skipped += 1;
+            continue;
+        }
+        // [B, S] tensors start one position before the log-probabilities.
+        let [batch, seq_len] = case.shape("next_token_logprobs")[..] else { panic!() };
+        let after_first = |key: &str| -> Vec<f64> {
+            case.input(key).chunks(seq_len + 1).flat_map(|row| row[1..].to_vec()).collect()
+        };
+        let samples = case.input("sample_mask");
+        let mask = after_first("token_mask").into_iter().enumerate();
+        let mask = mask.map(|(t, m)| u8::from(m * samples[t / seq_len] != 0.0)).collect();
+        let logp = case.input("next_token_logprobs");
+        let on_policy = settings.contains_key("force_on_policy_ratio");
+        let data = Data {
+            batch,
+            seq_len,
+            old_logp: if on_policy { logp.clone() } else { after_first("prev_logprobs") },
+            logp,
+            advantages: after_first("advantages"),
+            ref_logp: Some(after_first("reference_policy_logprobs")),
+            mask: Some(mask),
+            ..Default::default()
+        };
+        let number = |key| setting(case, "options", key);
+        let by_token = settings.get("token_level_loss") != Some(&Value::Bool(false));
+        let (aggregation, denominator) = match by_token {
+            true => (Aggregation::TokenMean, "global_valid_toks"),
+            false => (Aggregation::SeqMeanTokenMean, "global_valid_seqs"),
+        };
+        let estimator = match settings.get("reference_policy_kl_type").and_then(Value::as_str) {
+            None => KlEstimator::K3,
+            Some("k2") => KlEstimator::K2,
+            Some(other) => panic!("{other}"),
+        };
+        let kl_coef = number("reference_policy_kl_penalty").unwrap_or(0.01);
+        let options = PpoLossOptions {
+            clip_range_high: number("ratio_clip_max"),
+            dual_clip: number("ratio_clip_c"),
+            kl_coef,
+            kl: KlOptions { estimator, log_ratio_clamp: Some(20.0), output_clamp: Some(10.0) },
+            aggregation,
+            denominator: Some(case.number(denominator)),
+            ..plain()
+        };
+        let ours = run(&data, &options);
+        expect(case, "loss", &[ours.stats.loss], EPSILON);
+        // NeMo-RL weights the KL with e^(logp - detached logp), which is 1 but has a gradient, the
+        // score function's: the KL itself.
+        let kl = token_kl(&data.logp, data.ref_logp.as_ref().unwrap(), None, &options.kl);
+        let weights = reference::weights(data.mask.as_deref(), batch, seq_len, &options).unwrap();
+        let with_score: Vec<f64> =
+            (0..kl.len()).map(|t| ours.grad_logp[t] + weights[t] * kl_coef * kl[t]).collect();
+        expect_grad(case, "grad_next_token_logprobs", &with_score, EPSILON);
+        expect_stat(case, "metrics", "probs_ratio", ours.stats.ratio_mean, EPSILON);
+        expect_stat(case, "metrics", "probs_ratio_min", ours.stats.ratio_min, EXACT);
+        expect_stat(case, "metrics", "probs_ratio_max", ours.stats.ratio_max, EXACT);
+        if by_token && kl_coef != 0.0 {
+            expect_stat(case, "metrics", "kl_penalty", ours.stats.kl_mean, EPSILON);
+        }
+        ran += 1;
+    }
+    assert_eq!((ran, skipped), (6, 8));
+}
+
+#[test]
+fn reference_equals_the_peers_value_losses() {
+    let mut ran = 0;
+    for case in golden("value_loss") {
+        let (names, range, mut options, clip_fraction) = match case.peer.as_str() {
+            "verl" => {
+                let options = verl_aggregation(case.text("loss_agg_mode"), |_| None);
+                (["vpreds", "values", "response_mask"], "cliprange_value", options, true)
+            }
+            "openrlhf" => {
+                let options = openrlhf_aggregation(&case, is_true(&case, "token_level_loss"));
+                (["values", "old_values", "action_mask"], "clip_eps", options, false)
+            }
+            "deepspeed-chat" => {
+                (["values", "old_values", "mask"], "cliprange_value", plain(), false)
+            }
+            "nemo-rl" => {
+                let denominator = case.optional("global_valid_toks");
+                let options = PpoLossOptions { denominator, ..plain() };
+                (["values_pred", "values", "token_mask"], "cliprange", options, false)
+            }
+            other => panic!("{other}"),
+        };
+        options.value_clip_range = case.optional(range);
+        let data = value_data(&case, names[0], names[1], Some(names[2]));
+        let ours = run(&data, &options);
+        let nemo = case.peer == "nemo-rl";
+        let tolerance = if nemo { EPSILON } else { tolerance_of(options.aggregation) };
+        expect(&case, "loss", &[ours.stats.loss], tolerance);
+        expect_grad(&case, &format!("grad_{}", names[0]), &ours.grad_values, tolerance);
+        if clip_fraction {
+            expect(&case, "vf_clipfrac", &[ours.stats.value_clip_fraction], EPSILON);
+        }
+        if nemo {
+            let clipped = ours.stats.value_clip_fraction;
+            expect_stat(&case, "metrics", "vf_clipfrac", clipped, EPSILON);
+            expect_stat(&case, "metrics", "returns_mean", ours.stats.return_mean, EPSILON);
+        }
+        ran += 1;
+    }
+    assert_eq!(ran, 39);
+}
+
+// ---- the reference itself ----
+
+/// Every option away from its default, one or a few at a time.
+fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
+    let default = PpoLossOptions::default();
+    let all_terms = PpoLossOptions { entropy_coef: 0.03, kl_coef: 0.2, ..default };
+    let kl = |estimator, output_clamp| PpoLossOptions {
+        kl: KlOptions { estimator, log_ratio_clamp: Some(0.6), output_clamp },
+        ..all_terms
+    };
+    let aggregation = |aggregation| PpoLossOptions { aggregation, ..all_terms };
+    vec![
+        ("default", default),
+        ("all terms", all_terms),
+        (
+            "asymmetric clip",
+            PpoLossOptions { clip_range: 0.1, clip_range_high: Some(0.4), ..default },
+        ),
+        ("dual clip", PpoLossOptions { dual_clip: Some(1.3), ..default }),
+        ("tight clamp", PpoLossOptions { log_ratio_clamp: Some(0.25), ..default }),
+        ("no clamp", PpoLossOptions { log_ratio_clamp: None, ..default }),
+        ("no value clip", PpoLossOptions { value_clip_range: None, value_coef: 0.7, ..default }),
+        ("no value coefficient", PpoLossOptions { value_coef: 0.0, ..default }),
+        (
+            "ratio outside",
+            PpoLossOptions { clip_fraction: ClipFractionKind::RatioOutside, ..default },
+        ),
+        ("kl k1", kl(KlEstimator::K1, None)),
+        ("kl abs", kl(KlEstimator::Abs, None)),
+        ("kl k2", kl(KlEstimator::K2, Some(0.1))),
+        ("kl k3", kl(KlEstimator::K3, Some(0.1))),
+        ("kl k3 straight through", kl(KlEstimator::K3StraightThrough, None)),
+        ("seq-mean-token-sum", aggregation(Aggregation::SeqMeanTokenSum)),
+        ("seq-mean-token-mean", aggregation(Aggregation::SeqMeanTokenMean)),
+        ("seq-mean-token-sum-norm", aggregation(Aggregation::SeqMeanTokenSumNorm)),
+        ("constant", aggregation(Aggregation::Constant(77.0))),
+        ("given denominator", PpoLossOptions { denominator: Some(123.0), ..all_terms }),
+        (
+            "given number of rows",
+            PpoLossOptions { denominator: Some(9.0), ..aggregation(Aggregation::SeqMeanTokenMean) },
+        ),
+    ]
+}
+
+/// The loss as a function of (logp, values, entropy), laid end to end.
+fn loss_at(data: &Data<f64>, options: &PpoLossOptions, x: &[f64]) -> f64 {
+    let n = data.logp.len();
+    let mut data = data.clone();
+    data.logp = x[..n].to_vec();
+    data.values = Some(x[n..2 * n].to_vec());
+    data.entropy = Some(x[2 * n..].to_vec());
+    run(&data, options).stats.loss
+}
+
+#[test]
+fn reference_gradient_is_the_derivative_of_the_reference() {
+    let mut rng = rng(1);
+    for (name, mut options) in option_sets() {
+        let (batch, seq_len) = (4, 6);
+        let mut data = rollout(&mut rng, batch, seq_len).map(f64::from);
+        data.mask = Some(random_mask(&mut rng, batch * seq_len, 0.7));
+        if options.kl.estimator == KlEstimator::K3StraightThrough {
+            // Its gradient is by design not the derivative of its value.
+            options.kl.estimator = KlEstimator::K3;
+        }
+        let upstream = f64::from(uniform(&mut rng, 1, 2.0)[0]);
+        let x = [&data.logp, data.values.as_ref().unwrap(), data.entropy.as_ref().unwrap()];
+        let x: Vec<f64> = x.into_iter().flatten().copied().collect();
+        let numeric = finite_difference(&x, |x| upstream * loss_at(&data, &options, x));
+        let ours = run(&data, &options);
+        let grad = [ours.grad_logp, ours.grad_values, ours.grad_entropy].concat();
+        let grad: Vec<f64> = grad.iter().map(|g| g * upstream).collect();
+        assert_close(name, &grad, &numeric, 1e-7, 1e-9);
+    }
+}
+
+#[test]
+fn the_gradient_of_the_straight_through_kl_is_that_of_k2() {
+    let data = rollout(&mut rng(2), 3, 5).map(f64::from);
+    let grad = |estimator| {
+        let kl = KlOptions { estimator, ..KlOptions::default() };
+        run(&data, &PpoLossOptions { kl_coef: 0.5, kl, ..Default::default() }).grad_logp
+    };
+    assert_eq!(grad(KlEstimator::K3StraightThrough), grad(KlEstimator::K2));
+}
+
+#[test]
+fn at_ratio_one_the_gradient_flows() {
+    let mut data = rollout(&mut rng(3), 2, 20);
+    data.old_logp = data.logp.clone();
+    data.old_values = data.values.clone();
+    // Even with nothing but the point itself inside the clip ranges.
+    for clip_range in [0.2, 0.0] {
+        let options = PpoLossOptions {
+            clip_range,
+            value_clip_range: Some(clip_range),
+            dual_clip: Some(3.0),
+            ..Default::default()
+        };
+        let (stats, [grad, grad_values, _]) = run_cpu(&data, &options);
+        let want: Vec<f64> = data.advantages.iter().map(|&a| -f64::from(a) / 40.0).collect();
+        assert_close("grad", &wide(&grad), &want, REL, 0.0);
+        assert!(grad_values.iter().all(|&g| g != 0.0));
+        assert_eq!((stats.clip_fraction, stats.ratio_var, stats.approx_kl_k3), (0.0, 0.0, 0.0));
+        assert_eq!((stats.ratio_min, stats.ratio_max, stats.value_clip_fraction), (1.0, 1.0, 0.0));
+    }
+}
+
+/// One token: loss and gradient with respect to logp, from both implementations.
+fn one_token(log_ratio: f64, advantage: f64, options: &PpoLossOptions) -> (f64, f64) {
+    let data = Data {
+        batch: 1,
+        seq_len: 1,
+        logp: vec![log_ratio],
+        old_logp: vec![0.0],
+        advantages: vec![advantage],
+        ..Default::default()
+    };
+    let want = run(&data, options);
+    let (stats, [grad, ..]) = run_cpu(&data.map(|x| x as f32), options);
+    assert_close("loss", &[stats.loss], &[want.stats.loss], REL, 0.0);
+    assert_close("grad", &wide(&grad), &want.grad_logp, REL, 0.0);
+    (want.stats.loss, want.grad_logp[0])
+}
+
+#[test]
+fn the_clip_stops_only_what_would_push_further_out() {
+    let options =
+        PpoLossOptions { clip_range: 0.1, clip_range_high: Some(0.4), ..Default::default() };
+    let (above, inside, below) = (1.5_f64.ln(), 1.3_f64.ln(), 0.8_f64.ln());
+    let (loss, grad) = one_token(above, 2.0, &options);
+    assert!((loss + 2.8).abs() < 1e-12 && grad == 0.0);
+    let (loss, grad) = one_token(above, -2.0, &options);
+    assert!((loss - 3.0).abs() < 1e-12 && (grad - 3.0).abs() < 1e-12);
+    let (loss, grad) = one_token(inside, 2.0, &options);
+    assert!((loss + 2.6).abs() < 1e-12 && (grad + 2.6).abs() < 1e-12);
+    let (loss, grad) = one_token(below, -2.0, &options);
+    assert!((loss - 1.8).abs() < 1e-12 && grad == 0.0);
+    let (loss, grad) = one_token(below, 2.0, &options);
+    assert!((loss + 1.6).abs() < 1e-12 && (grad + 1.6).abs() < 1e-12);
+}
+
+#[test]
+fn the_dual_clip_bounds_the_loss_of_negative_advantages_only() {
+    let options = PpoLossOptions { dual_clip: Some(3.0), ..Default::default() };
+    let far = 10.0_f64.ln();
+    assert_eq!(one_token(far, -2.0, &options), (6.0, 0.0));
+    let (loss, grad) = one_token(far, -2.0, &PpoLossOptions::default());
+    assert!((loss - 20.0).abs() < 1e-12 && (grad - 20.0).abs() < 1e-12);
+    let (loss, grad) = one_token(far, 2.0, &options);
+    assert!((loss + 2.4).abs() < 1e-12 && grad == 0.0);
+    let (loss, grad) = one_token(2.5_f64.ln(), -2.0, &options);
+    assert!((loss - 5.0).abs() < 1e-12 && (grad - 5.0).abs() < 1e-12);
+}
+
+#[test]
+fn the_log_ratio_clamp_keeps_the_loss_finite_and_stops_the_gradient() {
+    let (loss, grad) = one_token(500.0, -1.0, &PpoLossOptions::default());
+    assert!((loss - 20_f64.exp()).abs() < 1e-3 && grad == 0.0);
+    let (_, grad) = one_token(f64::NEG_INFINITY, 1.0, &PpoLossOptions::default());
+    assert_eq!(grad, 0.0);
+    let off = PpoLossOptions { log_ratio_clamp: None, ..Default::default() };
+    let (loss, grad) = one_token(30.0, -1.0, &off);
+    assert!(loss > 1e13 && grad > 1e13);
+}
+
+// ---- the CPU against the reference ----
+
+/// Asserts closeness as a share of the largest element.
+#[track_caller]
+fn assert_close_scaled(what: &str, got: &[f32], want: &[f64]) {
+    let largest = want.iter().fold(0.0_f64, |m, w| m.max(w.abs()));
+    assert_close(what, &wide(got), want, REL, ABS * largest);
+}
+
+#[track_caller]
+fn assert_stats_close(what: &str, got: &PpoStats, want: &PpoStats, terms: f64) {
+    for ((name, g), w) in PpoStats::NAMES.iter().zip(got.to_array()).zip(want.to_array()) {
+        // Losses scale with the sum of the weights; the rest is of the order of 1.
+        let scale = if name.contains("loss") { terms.max(1.0) } else { 1.0 };
+        assert_close(&format!("{what} {name}"), &[g], &[w], 5.0 * REL, 2.0 * ABS * scale);
+    }
+}
+
+#[track_caller]
+fn check_cpu(what: &str, data: &Data<f32>, options: &PpoLossOptions) {
+    let want = run(&data.map(f64::from), options);
+    let (stats, [logp, values, entropy]) = run_cpu(data, options);
+    let weights =
+        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, options).unwrap();
+    assert_stats_close(what, &stats, &want.stats, weights.iter().sum());
+    assert_close_scaled(&format!("{what} grad_logp"), &logp, &want.grad_logp);
+    assert_close_scaled(&format!("{what} grad_values"), &values, &want.grad_values);
+    assert_close_scaled(&format!("{what} grad_entropy"), &entropy, &want.grad_entropy);
+}
+
+/// Around every lane and block boundary: short rows, long rows, one row, one column.
+const SHAPES: [(usize, usize); 11] = [
+    (1, 1),
+    (3, 7),
+    (1, 16),
+    (5, 17),
+    (40, 130),
+    (1, 4097),
+    (3, 4096),
+    (2, 5000),
+    (300, 1),
+    (2049, 2),
+    (2, 13000),
+];
+
+#[test]
+fn cpu_agrees_with_the_reference_for_every_option_and_shape() {
+    let mut rng = rng(4);
+    for (batch, seq_len) in SHAPES {
+        for (name, options) in option_sets() {
+            let mut data = rollout(&mut rng, batch, seq_len);
+            let what = format!("{name} [{batch}, {seq_len}]");
+            check_cpu(&what, &data, &options);
+            let mut mask = random_mask(&mut rng, batch * seq_len, 0.7);
+            // Right padding, any non-zero byte keeps, and the last row is fully masked.
+            for row in mask.chunks_mut(seq_len) {
+                row[seq_len - seq_len / 3..].fill(0);
+                row[0] = 255;
+            }
+            if batch > 1 {
+                mask[(batch - 1) * seq_len..].fill(0);
+            }
+            data.mask = Some(mask);
+            check_cpu(&format!("{what} masked"), &data, &options);
+        }
+    }
+}
+
+#[test]
+fn statistics_keep_their_digits_far_from_zero() {
+    let mut data = rollout(&mut rng(5), 7, 900);
+    // Exact in f32, so that both see the same deviations.
+    let offset =
+        |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 64.0).round() / 64.0 + 1e4);
+    offset(data.values.as_mut().unwrap());
+    offset(data.returns.as_mut().unwrap());
+    offset(data.old_values.as_mut().unwrap());
+    check_cpu("offset", &data, &PpoLossOptions::default());
+    // A ratio next to 1, where r - 1 - d is eight digits below r.
+    data.old_logp = data.logp.iter().map(|&l| l + 1.0 / 8192.0).collect();
+    let want = run(&data.map(f64::from), &PpoLossOptions::default()).stats;
+    let (got, _) = run_cpu(&data, &PpoLossOptions::default());
+    assert_close("k3", &[got.approx_kl_k3], &[want.approx_kl_k3], 1e-5, 0.0);
+}
+
+#[test]
+fn optional_terms_fall_away() {
+    let mut data = rollout(&mut rng(6), 3, 30);
+    (data.values, data.entropy, data.ref_logp) = (None, None, None);
+    check_cpu("policy only", &data, &PpoLossOptions::default());
+    let (stats, _) = run_cpu(&data, &PpoLossOptions::default());
+    assert_eq!(stats.loss, stats.policy_loss);
+    let absent = ["value", "return", "entropy", "kl_mean", "explained"];
+    for (name, x) in PpoStats::NAMES.iter().zip(stats.to_array()) {
+        assert_eq!(x.is_nan(), absent.iter().any(|a| name.starts_with(a)), "{name}");
+    }
+    // Gradients that nobody wants change nothing.
+    let full = rollout(&mut rng(6), 3, 30);
+    let none = cpu::ppo_loss(&full.inputs(), &PpoLossOptions::default(), Gradients::default());
+    assert_eq!(none.unwrap(), run_cpu(&full, &PpoLossOptions::default()).0);
+    // No clip, no old values.
+    let mut full = full;
+    full.old_values = None;
+    let options = PpoLossOptions { value_clip_range: None, ..Default::default() };
+    check_cpu("no old values", &full, &options);
+}
+
+#[test]
+fn an_input_that_is_only_reported_cannot_spoil_the_loss() {
+    let mut data = rollout(&mut rng(7), 2, 9);
+    data.ref_logp.as_mut().unwrap()[3] = f32::NEG_INFINITY;
+    data.entropy.as_mut().unwrap()[4] = f32::NAN;
+    let (stats, grads) = run_cpu(&data, &PpoLossOptions::default());
+    assert!(stats.loss.is_finite() && stats.entropy_mean.is_nan());
+    assert!(grads.iter().flatten().all(|g| g.is_finite()));
+}
+
+#[test]
+fn nan_in_an_unmasked_token_reaches_the_loss() {
+    let data = rollout(&mut rng(8), 2, 9);
+    let spoilt: [Change; 5] = [
+        |d| d.logp[5] = f32::NAN,
+        |d| d.old_logp[5] = f32::NAN,
+        |d| d.advantages[5] = f32::NAN,
+        |d| d.values.as_mut().unwrap()[5] = f32::NAN,
+        |d| d.returns.as_mut().unwrap()[5] = f32::NAN,
+    ];
+    for spoil in spoilt {
+        let mut data = data.clone();
+        spoil(&mut data);
+        assert!(run_cpu(&data, &PpoLossOptions::default()).0.loss.is_nan());
+        assert!(run(&data.map(f64::from), &PpoLossOptions::default()).stats.loss.is_nan());
+    }
+}
+
+/// The same with NaN in every input at every masked token.
+fn with_nan_under_the_mask(data: &Data<f32>) -> Data<f32> {
+    let mut data = data.clone();
+    let mask = data.mask.clone().unwrap();
+    let Data { logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp, .. } =
+        &mut data;
+    let optional = [values, old_values, returns, entropy, ref_logp].into_iter().flatten();
+    for x in [logp, old_logp, advantages].into_iter().chain(optional) {
+        for (x, _) in x.iter_mut().zip(&mask).filter(|(_, &m)| m == 0) {
+            *x = f32::NAN;
+        }
+    }
+    data
+}
+
+fn bits(stats: &PpoStats, grads: &[Vec<f32>; 3]) -> (Vec<u64>, Vec<u32>) {
+    let stats = stats.to_array().iter().map(|x| x.to_bits()).collect();
+    (stats, grads.iter().flatten().map(|x| x.to_bits()).collect())
+}
+
+#[test]
+fn what_is_masked_may_hold_nan_and_gets_zero() {
+    let mut rng = rng(9);
+    for (name, options) in option_sets() {
+        for (batch, seq_len) in [(3, 37), (2, 5000)] {
+            let mut data = rollout(&mut rng, batch, seq_len);
+            let mut mask = random_mask(&mut rng, batch * seq_len, 0.5);
+            // The first token of a block too.
+            mask[0] = 0;
+            data.mask = Some(mask.clone());
+            let (stats, grads) = run_cpu(&data, &options);
+            let (nan_stats, nan_grads) = run_cpu(&with_nan_under_the_mask(&data), &options);
+            assert_eq!(bits(&nan_stats, &nan_grads), bits(&stats, &grads), "{name}");
+            for grad in &grads {
+                let masked = grad.iter().zip(&mask).filter(|(_, &m)| m == 0);
+                assert!(masked.into_iter().all(|(g, _)| g.to_bits() == 0), "{name}");
+            }
+            let wide = with_nan_under_the_mask(&data).map(f64::from);
+            assert!(run(&wide, &options).stats.loss.is_finite());
+        }
+    }
+}
+
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() {
+    let mut rng = rng(10);
+    for (batch, seq_len) in [(1, 100_003), (900, 131), (5, 20_000)] {
+        let mut data = rollout(&mut rng, batch, seq_len);
+        data.mask = Some(random_mask(&mut rng, batch * seq_len, 0.8));
+        for aggregation in [Aggregation::TokenMean, Aggregation::SeqMeanTokenMean] {
+            let options = PpoLossOptions {
+                aggregation,
+                kl_coef: 0.1,
+                entropy_coef: 0.1,
+                ..Default::default()
+            };
+            let on = |threads| {
+                with_threads(threads, || {
+                    let (stats, grads) = run_cpu(&data, &options);
+                    bits(&stats, &grads)
+                })
+            };
+            let one = on(1);
+            for threads in [2, 3, 8] {
+                assert!(on(threads) == one, "{threads} threads, [{batch}, {seq_len}]");
+            }
+        }
+    }
+}
+
+#[test]
+fn parts_with_the_whole_denominator_add_up_to_the_whole() {
+    let mut rng = rng(11);
+    let (batch, seq_len) = (6, 50);
+    let mut data = rollout(&mut rng, batch, seq_len);
+    let mut mask = random_mask(&mut rng, batch * seq_len, 0.6);
+    mask[2 * seq_len..3 * seq_len].fill(0);
+    data.mask = Some(mask.clone());
+    let tokens = mask.iter().filter(|&&m| m != 0).count() as f64;
+    for (aggregation, denominator) in [
+        (Aggregation::TokenMean, tokens),
+        (Aggregation::SeqMeanTokenSum, 5.0),
+        (Aggregation::SeqMeanTokenMean, 5.0),
+        (Aggregation::SeqMeanTokenSumNorm, 50.0),
+    ] {
+        let options = PpoLossOptions { aggregation, ..Default::default() };
+        let (whole, [whole_grad, ..]) = run_cpu(&data, &options);
+        let given = PpoLossOptions { denominator: Some(denominator), ..options };
+        let (mut loss, mut grad) = (0.0, Vec::new());
+        for b in 0..batch {
+            let part = row(&data, b);
+            let (stats, [part_grad, ..]) = run_cpu(&part, &given);
+            loss += stats.loss;
+            grad.extend(part_grad);
+        }
+        assert_close("loss", &[loss], &[whole.loss], REL, ABS);
+        assert_eq!(grad, whole_grad);
+    }
+}
+
+/// Row `b` as a batch of its own.
+fn row(data: &Data<f32>, b: usize) -> Data<f32> {
+    let range = b * data.seq_len..(b + 1) * data.seq_len;
+    let cut = |x: &Vec<f32>| x[range.clone()].to_vec();
+    Data {
+        batch: 1,
+        seq_len: data.seq_len,
+        logp: cut(&data.logp),
+        old_logp: cut(&data.old_logp),
+        advantages: cut(&data.advantages),
+        values: data.values.as_ref().map(cut),
+        old_values: data.old_values.as_ref().map(cut),
+        returns: data.returns.as_ref().map(cut),
+        entropy: data.entropy.as_ref().map(cut),
+        ref_logp: data.ref_logp.as_ref().map(cut),
+        mask: data.mask.as_ref().map(|mask| mask[range.clone()].to_vec()),
+    }
+}
+
+#[test]
+fn a_batch_without_tokens_needs_a_denominator() {
+    let mut data = rollout(&mut rng(12), 2, 5);
+    data.mask = Some(vec![0; 10]);
+    for aggregation in [
+        Aggregation::TokenMean,
+        Aggregation::SeqMeanTokenSum,
+        Aggregation::SeqMeanTokenMean,
+        Aggregation::SeqMeanTokenSumNorm,
+    ] {
+        let options = PpoLossOptions { aggregation, ..Default::default() };
+        let error = cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err();
+        assert!(matches!(error, Error::Mask { arg: "mask", expected: 1, got: 0, .. }));
+        assert!(reference::ppo_loss(&data.map(f64::from).inputs(), &options).is_err());
+        for options in [
+            PpoLossOptions { denominator: Some(8.0), ..options },
+            PpoLossOptions { aggregation: Aggregation::Constant(8.0), ..options },
+        ] {
+            let (stats, grads) = run_cpu(&data, &options);
+            assert_eq!((stats.loss, stats.policy_loss, stats.tokens), (0.0, 0.0, 0.0));
+            assert!(grads.iter().flatten().all(|g| g.to_bits() == 0));
+            assert!(stats.clip_fraction.is_nan() && stats.ratio_min.is_nan());
+            check_cpu("no tokens", &data, &options);
+        }
+    }
+}
+
+#[test]
+fn empty_shapes_are_batches_without_tokens() {
+    for (batch, seq_len) in [(0, 0), (0, 5), (5, 0)] {
+        let data = Data::<f32> { batch, seq_len, ..Default::default() };
+        for aggregation in [Aggregation::TokenMean, Aggregation::SeqMeanTokenMean] {
+            let options = PpoLossOptions { aggregation, ..Default::default() };
+            let error = cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err();
+            assert!(matches!(error, Error::Mask { .. }));
+            let options = PpoLossOptions { denominator: Some(1.0), ..options };
+            assert_eq!(run_cpu(&data, &options).0.loss, 0.0);
+        }
+    }
+}
+
+// ---- the tensor layer ----
+
+/// The tensors of a batch; those that take a gradient are variables.
+struct Tensors {
+    logp: Var,
+    values: Option<Var>,
+    entropy: Option<Var>,
+    old_logp: Tensor,
+    advantages: Tensor,
+    old_values: Option<Tensor>,
+    returns: Option<Tensor>,
+    ref_logp: Option<Tensor>,
+    mask: Option<Tensor>,
+}
+
+impl Tensors {
+    fn new(data: &Data<f32>, device: &Device) -> Self {
+        let shape = (data.batch, data.seq_len);
+        let tensor = |x: &Vec<f32>| Tensor::from_slice(x, shape, device).unwrap();
+        let var = |x: &Vec<f32>| Var::from_tensor(&tensor(x)).unwrap();
+        Self {
+            logp: var(&data.logp),
+            values: data.values.as_ref().map(var),
+            entropy: data.entropy.as_ref().map(var),
+            old_logp: tensor(&data.old_logp),
+            advantages: tensor(&data.advantages),
+            old_values: data.old_values.as_ref().map(tensor),
+            returns: data.returns.as_ref().map(tensor),
+            ref_logp: data.ref_logp.as_ref().map(tensor),
+            mask: data.mask.as_ref().map(|m| Tensor::from_slice(m, shape, device).unwrap()),
+        }
+    }
+
+    fn inputs(&self) -> PpoLossInputs<'_> {
+        PpoLossInputs {
+            logp: &self.logp,
+            old_logp: &self.old_logp,
+            advantages: &self.advantages,
+            value: self.values.as_deref().zip(self.returns.as_ref()).map(|(values, returns)| {
+                PpoLossValueInputs { values, old_values: self.old_values.as_ref(), returns }
+            }),
+            entropy: self.entropy.as_deref(),
+            ref_logp: self.ref_logp.as_ref(),
+            mask: self.mask.as_ref(),
+        }
+    }
+}
+
+#[test]
+fn tensors_agree_with_the_reference() {
+    let mut rng = rng(13);
+    for device in devices() {
+        for (name, options) in option_sets() {
+            let mut data = rollout(&mut rng, 5, 23);
+            data.mask = Some(random_mask(&mut rng, 5 * 23, 0.7));
+            let want = run(&data.map(f64::from), &options);
+            let tensors = Tensors::new(&with_nan_under_the_mask(&data), &device);
+            let output = ppo_loss(&tensors.inputs(), &options).unwrap();
+            assert!(output.loss.dims().is_empty() && output.loss.dtype() == DType::F32);
+            assert_eq!(output.stats.tensor().dims(), [PpoStats::LEN]);
+            let stats = output.stats.to_host().unwrap();
+            assert_eq!(to_vec(&output.loss)[0], stats.loss);
+            let weights = reference::weights(data.mask.as_deref(), 5, 23, &options).unwrap();
+            assert_stats_close(name, &stats, &want.stats, weights.iter().sum());
+
+            let upstream = -1.75;
+            let grads = (output.loss * upstream).unwrap().backward().unwrap();
+            let check = |what: &str, var: &Var, want: &[f64]| {
+                let want: Vec<f64> = want.iter().map(|g| g * upstream).collect();
+                let got = grads.get(var).unwrap().flatten_all().unwrap();
+                assert_close_scaled(&format!("{name} {what}"), &got.to_vec1().unwrap(), &want);
+            };
+            check("logp", &tensors.logp, &want.grad_logp);
+            check("values", tensors.values.as_ref().unwrap(), &want.grad_values);
+            if options.entropy_coef != 0.0 {
+                check("entropy", tensors.entropy.as_ref().unwrap(), &want.grad_entropy);
+            }
+        }
+    }
+}
+
+#[test]
+fn every_combination_of_tracked_tensors_gets_its_gradients() {
+    let data = rollout(&mut rng(14), 2, 6);
+    let options = PpoLossOptions { entropy_coef: 0.1, ..Default::default() };
+    let want = run(&data.map(f64::from), &options);
+    for device in devices() {
+        for tracked in 0..8 {
+            let tensors = Tensors::new(&data, &device);
+            let pick = |bit: usize, var: &Var| {
+                if tracked >> bit & 1 == 1 {
+                    var.as_tensor().clone()
+                } else {
+                    var.as_detached_tensor()
+                }
+            };
+            let vars = [
+                &tensors.logp,
+                tensors.values.as_ref().unwrap(),
+                tensors.entropy.as_ref().unwrap(),
+            ];
+            let [logp, values, entropy] = [0, 1, 2].map(|i| pick(i, vars[i]));
+            let mut inputs = tensors.inputs();
+            (inputs.logp, inputs.entropy) = (&logp, Some(&entropy));
+            inputs.value.as_mut().unwrap().values = &values;
+            let loss = ppo_loss(&inputs, &options).unwrap().loss;
+            assert_eq!(loss.track_op(), tracked != 0);
+            let grads = loss.backward().unwrap();
+            let wants = [&want.grad_logp, &want.grad_values, &want.grad_entropy];
+            for (i, (var, want)) in vars.into_iter().zip(wants).enumerate() {
+                let grad = grads.get(var).filter(|_| tracked != 0);
+                assert_eq!(grad.is_some(), tracked >> i & 1 == 1);
+                if let Some(grad) = grad {
+                    let grad = grad.flatten_all().unwrap().to_vec1().unwrap();
+                    assert_close_scaled("grad", &grad, want);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn strided_and_offset_tensors_give_the_same() {
+    let mut data = rollout(&mut rng(15), 4, 9);
+    data.mask = Some(random_mask(&mut rng(16), 36, 0.7));
+    for device in devices() {
+        let t = Tensors::new(&data, &device);
+        let options = PpoLossOptions { entropy_coef: 0.1, kl_coef: 0.1, ..Default::default() };
+        let plain = ppo_loss(&t.inputs(), &options).unwrap();
+        let optional = |x: &Option<Tensor>| x.as_ref().map(strided);
+        let (old_values, returns) = (optional(&t.old_values), optional(&t.returns));
+        let (ref_logp, mask) = (optional(&t.ref_logp), optional(&t.mask));
+        let [logp, values, entropy, old_logp, advantages] = [
+            &t.logp,
+            t.values.as_deref().unwrap(),
+            t.entropy.as_deref().unwrap(),
+            &t.old_logp,
+            &t.advantages,
+        ]
+        .map(strided);
+        let inputs = PpoLossInputs {
+            logp: &logp,
+            old_logp: &old_logp,
+            advantages: &advantages,
+            value: Some(PpoLossValueInputs {
+                values: &values,
+                old_values: old_values.as_ref(),
+                returns: returns.as_ref().unwrap(),
+            }),
+            entropy: Some(&entropy),
+            ref_logp: ref_logp.as_ref(),
+            mask: mask.as_ref(),
+        };
+        let other = ppo_loss(&inputs, &options).unwrap();
+        assert_eq!(to_vec(other.stats.tensor()), to_vec(plain.stats.tensor()));
+        let (plain, other) = (plain.loss.backward().unwrap(), other.loss.backward().unwrap());
+        for var in [&t.logp, t.values.as_ref().unwrap(), t.entropy.as_ref().unwrap()] {
+            assert_eq!(to_vec(other.get(var).unwrap()), to_vec(plain.get(var).unwrap()));
+        }
+    }
+}
+
+#[test]
+fn the_loss_trains_a_graph_behind_its_inputs() {
+    for device in devices() {
+        let x = Var::from_tensor(&Tensor::new(&[[-1.0_f32, -2.0]], &device).unwrap()).unwrap();
+        let (logp, values) = ((&*x * 0.5).unwrap(), (&*x * 3.0).unwrap());
+        let zeros = x.zeros_like().unwrap();
+        let inputs = PpoLossInputs {
+            logp: &logp,
+            old_logp: &logp,
+            advantages: &x.ones_like().unwrap(),
+            value: Some(PpoLossValueInputs { values: &values, old_values: None, returns: &zeros }),
+            entropy: None,
+            ref_logp: None,
+            mask: None,
+        };
+        let options =
+            PpoLossOptions { value_clip_range: None, value_coef: 1.0, ..Default::default() };
+        let grads = ppo_loss(&inputs, &options).unwrap().loss.backward().unwrap();
+        // Per token (-1 * 0.5 + 3 x * 3) / 2; old_logp is detached although it is tracked.
+        assert_close("grad", &to_vec(grads.get(&x).unwrap()), &[-4.75, -9.25], REL, 0.0);
+    }
+}
+
+// ---- errors ----
+
+#[test]
+fn options_out_of_range_are_refused_by_name() {
+    let data = rollout(&mut rng(17), 2, 3);
+    let default = PpoLossOptions::default();
+    let nan = f64::NAN;
+    let kl = |kl| PpoLossOptions { kl, ..default };
+    for (name, options) in [
+        ("clip_range", PpoLossOptions { clip_range: -0.1, ..default }),
+        ("clip_range", PpoLossOptions { clip_range: nan, ..default }),
+        ("clip_range_high", PpoLossOptions { clip_range_high: Some(-0.1), ..default }),
+        ("dual_clip", PpoLossOptions { dual_clip: Some(1.0), ..default }),
+        ("log_ratio_clamp", PpoLossOptions { log_ratio_clamp: Some(0.0), ..default }),
+        ("value_clip_range", PpoLossOptions { value_clip_range: Some(-1.0), ..default }),
+        ("value_coef", PpoLossOptions { value_coef: f64::INFINITY, ..default }),
+        ("entropy_coef", PpoLossOptions { entropy_coef: nan, ..default }),
+        ("kl_coef", PpoLossOptions { kl_coef: nan, ..default }),
+        ("log_ratio_clamp", kl(KlOptions { log_ratio_clamp: Some(-1.0), ..default.kl })),
+        ("output_clamp", kl(KlOptions { output_clamp: Some(nan), ..default.kl })),
+        ("denominator", PpoLossOptions { denominator: Some(0.0), ..default }),
+        (
+            "denominator",
+            PpoLossOptions {
+                aggregation: Aggregation::Constant(3.0),
+                denominator: Some(3.0),
+                ..default
+            },
+        ),
+        ("aggregation", PpoLossOptions { aggregation: Aggregation::Constant(0.0), ..default }),
+    ] {
+        let tensors = Tensors::new(&data, &Device::Cpu);
+        for error in [
+            cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err(),
+            reference::ppo_loss(&data.map(f64::from).inputs(), &options).unwrap_err(),
+            ppo_loss(&tensors.inputs(), &options).unwrap_err(),
+        ] {
+            assert!(matches!(&error, Error::Option { option, .. } if *option == name), "{error}");
+            assert!(error.to_string().starts_with("ppo_loss: option"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn options_that_need_a_missing_input_are_refused_by_name() {
+    let default = PpoLossOptions::default();
+    let full = rollout(&mut rng(18), 2, 3);
+    let without: [(&str, PpoLossOptions, Change); 3] = [
+        ("value_clip_range", default, |d| d.old_values = None),
+        ("entropy_coef", PpoLossOptions { entropy_coef: 0.1, ..default }, |d| d.entropy = None),
+        ("kl_coef", PpoLossOptions { kl_coef: 0.1, ..default }, |d| d.ref_logp = None),
+    ];
+    for (name, options, remove) in without {
+        let mut data = full.clone();
+        remove(&mut data);
+        let tensors = Tensors::new(&data, &Device::Cpu);
+        for error in [
+            cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err(),
+            ppo_loss(&tensors.inputs(), &options).unwrap_err(),
+        ] {
+            assert!(matches!(&error, Error::Option { option, .. } if *option == name), "{error}");
+        }
+    }
+}
+
+#[test]
+fn slices_of_the_wrong_length_are_refused_by_name() {
+    let full = rollout(&mut rng(19), 2, 3);
+    let cut: [(&str, Change); 9] = [
+        ("logp", |d| d.logp.truncate(5)),
+        ("old_logp", |d| d.old_logp.truncate(5)),
+        ("advantages", |d| d.advantages.push(0.0)),
+        ("values", |d| d.values.as_mut().unwrap().truncate(5)),
+        ("old_values", |d| d.old_values.as_mut().unwrap().truncate(5)),
+        ("returns", |d| d.returns.as_mut().unwrap().truncate(5)),
+        ("entropy", |d| d.entropy.as_mut().unwrap().truncate(5)),
+        ("ref_logp", |d| d.ref_logp.as_mut().unwrap().truncate(5)),
+        ("mask", |d| d.mask = Some(vec![1; 5])),
+    ];
+    let fails = |data: &Data<f32>, gradients: Gradients, name: &str| {
+        let options = PpoLossOptions::default();
+        let error = cpu::ppo_loss(&data.inputs(), &options, gradients).unwrap_err();
+        assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
+    };
+    for (name, cut) in cut {
+        let mut data = full.clone();
+        cut(&mut data);
+        fails(&data, Gradients::default(), name);
+    }
+    let mut room = [0.0; 5];
+    let logp = Gradients { logp: Some(&mut room), ..Default::default() };
+    fails(&full, logp, "grad_logp");
+    let values = Gradients { values: Some(&mut room), ..Default::default() };
+    fails(&full, values, "grad_values");
+    let entropy = Gradients { entropy: Some(&mut room), ..Default::default() };
+    fails(&full, entropy, "grad_entropy");
+    // A gradient for what is not there.
+    let mut data = full.clone();
+    data.values = None;
+    let mut room = [0.0; 6];
+    let values = Gradients { values: Some(&mut room), ..Default::default() };
+    fails(&data, values, "grad_values");
+    data.batch = usize::MAX;
+    fails(&data, Gradients::default(), "logp");
+}
+
+#[test]
+fn tensors_of_the_wrong_shape_or_dtype_are_refused_by_name() {
+    let data = rollout(&mut rng(20), 2, 3);
+    let mut tensors = Tensors::new(&data, &Device::Cpu);
+    tensors.mask = Some(Tensor::ones((2, 3), DType::U8, &Device::Cpu).unwrap());
+    let options = PpoLossOptions::default();
+    let names = [
+        "old_logp",
+        "advantages",
+        "values",
+        "old_values",
+        "returns",
+        "entropy",
+        "ref_logp",
+        "mask",
+    ];
+    let narrow = Tensor::zeros((2, 2), DType::F32, &Device::Cpu).unwrap();
+    let narrow_mask = narrow.to_dtype(DType::U8).unwrap();
+    let double = Tensor::zeros((2, 3), DType::F64, &Device::Cpu).unwrap();
+    for name in names {
+        let wrong_shape = if name == "mask" { &narrow_mask } else { &narrow };
+        for (wrong, is_shape) in [(wrong_shape, true), (&double, false)] {
+            let mut inputs = tensors.inputs();
+            let value = inputs.value.as_mut().unwrap();
+            match name {
+                "old_logp" => inputs.old_logp = wrong,
+                "advantages" => inputs.advantages = wrong,
+                "values" => value.values = wrong,
+                "old_values" => value.old_values = Some(wrong),
+                "returns" => value.returns = wrong,
+                "entropy" => inputs.entropy = Some(wrong),
+                "ref_logp" => inputs.ref_logp = Some(wrong),
+                _ => inputs.mask = Some(wrong),
+            }
+            let error = ppo_loss(&inputs, &options).unwrap_err();
+            let named = match &error {
+                Error::Shape { arg, .. } => is_shape && *arg == name,
+                Error::Dtype { arg, .. } => !is_shape && *arg == name,
+                _ => false,
+            };
+            assert!(named, "{name}: {error}");
+        }
+    }
+    let mut inputs = tensors.inputs();
+    let flat = Tensor::zeros(6, DType::F32, &Device::Cpu).unwrap();
+    inputs.logp = &flat;
+    let error = ppo_loss(&inputs, &options).unwrap_err();
+    assert!(matches!(error, Error::Shape { arg: "logp", .. }), "{error}");
+    inputs.logp = &double;
+    let error = ppo_loss(&inputs, &options).unwrap_err();
+    assert!(matches!(error, Error::Dtype { arg: "logp", .. }), "{error}");
+    // An error of the pass itself keeps its type.
+    tensors.mask = Some(Tensor::zeros((2, 3), DType::U8, &Device::Cpu).unwrap());
+    let error = ppo_loss(&tensors.inputs(), &options).unwrap_err();
+    assert!(matches!(error, Error::Mask { arg: "mask", .. }), "{error}");
+}
+
+#[test]
+fn statistics_have_one_name_each_and_come_back_as_they_went() {
+    let array: [f64; PpoStats::LEN] = std::array::from_fn(|i| i as f64);
+    let stats = PpoStats::from_array(array);
+    assert_eq!(stats.to_array(), array);
+    // The fields by their names, as the derived Debug writes them.
+    let fields = PpoStats::NAMES.iter().enumerate().map(|(i, name)| format!("{name}: {i}.0"));
+    let fields: Vec<String> = fields.collect();
+    assert_eq!(format!("{stats:?}"), format!("PpoStats {{ {} }}", fields.join(", ")));
+}
