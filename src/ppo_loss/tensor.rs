@@ -40,6 +40,14 @@ pub struct PpoLossInputs<'a> {
     pub mask: Option<&'a Tensor>,
 }
 
+impl<'a> PpoLossInputs<'a> {
+    /// The policy term alone, to be filled in with
+    /// `PpoLossInputs { mask: Some(..), ..PpoLossInputs::new(logp, old_logp, advantages) }`.
+    pub fn new(logp: &'a Tensor, old_logp: &'a Tensor, advantages: &'a Tensor) -> Self {
+        Self { logp, old_logp, advantages, value: None, entropy: None, ref_logp: None, mask: None }
+    }
+}
+
 /// What [`ppo_loss`] returns.
 #[derive(Debug, Clone)]
 pub struct PpoLossOutput {
@@ -86,15 +94,7 @@ impl PpoStatsTensor {
 /// let logp = Var::new(&[[-1.0_f32, -2.0]], &Device::Cpu)?;
 /// let old_logp = Tensor::new(&[[-1.0_f32, -3.0]], &Device::Cpu)?;
 /// let advantages = Tensor::new(&[[1.0_f32, 1.0]], &Device::Cpu)?;
-/// let inputs = PpoLossInputs {
-///     logp: &logp,
-///     old_logp: &old_logp,
-///     advantages: &advantages,
-///     value: None,
-///     entropy: None,
-///     ref_logp: None,
-///     mask: None,
-/// };
+/// let inputs = PpoLossInputs::new(&logp, &old_logp, &advantages);
 /// let output = ppo_loss(&inputs, &PpoLossOptions::default())?;
 /// let grads = output.loss.backward()?;
 /// // The second token's ratio is e, beyond 1.2: no gradient.
