@@ -75,6 +75,22 @@ pub(crate) fn check_arg(
     check_shape(op, arg, tensor, shape)
 }
 
+/// An argument that may be left out: checked like [`check_arg`], contiguous and out of the graph.
+pub(crate) fn optional_arg(
+    op: &'static str,
+    arg: &'static str,
+    tensor: Option<&Tensor>,
+    shape: &[usize],
+    dtype: DType,
+    device: &Device,
+) -> Result<Option<Tensor>> {
+    let Some(tensor) = tensor else {
+        return Ok(None);
+    };
+    check_arg(op, arg, tensor, shape, &[dtype], device)?;
+    Ok(Some(tensor.detach().contiguous()?))
+}
+
 /// The error of an op that has no kernels for the tensor's device.
 pub(crate) fn no_kernels(op: &'static str, arg: &'static str, device: &Device) -> Error {
     Error::Device { op, arg, expected: "cpu".into(), got: format!("{:?}", device.location()) }
@@ -113,6 +129,15 @@ pub(crate) fn view<'a, T: WithDType>(
     }
     let range = contiguous_range(layout)?;
     Ok(View { storage, range, element: PhantomData })
+}
+
+/// [`view`] of an argument that may be left out.
+pub(crate) fn optional_view<'a, T: WithDType>(
+    op: &'static str,
+    arg: &'static str,
+    tensor: &'a Option<Tensor>,
+) -> Result<Option<View<'a, T>>> {
+    tensor.as_ref().map(|tensor| view(op, arg, tensor)).transpose()
 }
 
 /// The elements of a contiguous CPU storage inside a custom op.

@@ -1,11 +1,11 @@
 //! The candle function.
 
-use candle_core::{DType, Device, Tensor, WithDType};
+use candle_core::{DType, Tensor};
 
 use super::cpu::{self, Outputs};
 use super::{GaeOptions, Inputs, OP};
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, constant, view, View};
+use crate::tensor::{check_dtype, constant, optional_arg, optional_view, view};
 use crate::whiten::Moments;
 
 /// The inputs of [`gae`]; see [the module](super) for their meaning.
@@ -101,13 +101,13 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
     let (tokens, rows, device) = ([batch, seq_len], [batch], values.device());
 
     let values = values.contiguous()?;
-    let rewards = argument::<f32>("rewards", inputs.rewards, &tokens, device)?;
-    let kl = argument::<f32>("kl", inputs.kl, &tokens, device)?;
-    let scores = argument::<f32>("scores", inputs.scores, &rows, device)?;
-    let has_eos = argument::<u8>("has_eos", inputs.has_eos, &rows, device)?;
-    let mask = argument::<u8>("mask", inputs.mask, &tokens, device)?;
-    let dones = argument::<u8>("dones", inputs.dones, &tokens, device)?;
-    let bootstrap = argument::<f32>("bootstrap", inputs.bootstrap, &rows, device)?;
+    let rewards = optional_arg(OP, "rewards", inputs.rewards, &tokens, DType::F32, device)?;
+    let kl = optional_arg(OP, "kl", inputs.kl, &tokens, DType::F32, device)?;
+    let scores = optional_arg(OP, "scores", inputs.scores, &rows, DType::F32, device)?;
+    let has_eos = optional_arg(OP, "has_eos", inputs.has_eos, &rows, DType::U8, device)?;
+    let mask = optional_arg(OP, "mask", inputs.mask, &tokens, DType::U8, device)?;
+    let dones = optional_arg(OP, "dones", inputs.dones, &tokens, DType::U8, device)?;
+    let bootstrap = optional_arg(OP, "bootstrap", inputs.bootstrap, &rows, DType::F32, device)?;
 
     let mut advantages = vec![0.0; batch * seq_len];
     let mut returns = vec![0.0; batch * seq_len];
@@ -115,13 +115,13 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
     let moments = cpu::gae(
         Inputs {
             values: &view::<f32>(OP, "values", &values)?,
-            rewards: elements("rewards", &rewards)?.as_deref(),
-            kl: elements("kl", &kl)?.as_deref(),
-            scores: elements("scores", &scores)?.as_deref(),
-            has_eos: elements("has_eos", &has_eos)?.as_deref(),
-            mask: elements("mask", &mask)?.as_deref(),
-            dones: elements("dones", &dones)?.as_deref(),
-            bootstrap: elements("bootstrap", &bootstrap)?.as_deref(),
+            rewards: optional_view(OP, "rewards", &rewards)?.as_deref(),
+            kl: optional_view(OP, "kl", &kl)?.as_deref(),
+            scores: optional_view(OP, "scores", &scores)?.as_deref(),
+            has_eos: optional_view(OP, "has_eos", &has_eos)?.as_deref(),
+            mask: optional_view(OP, "mask", &mask)?.as_deref(),
+            dones: optional_view(OP, "dones", &dones)?.as_deref(),
+            bootstrap: optional_view(OP, "bootstrap", &bootstrap)?.as_deref(),
         },
         batch,
         seq_len,
@@ -135,25 +135,4 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
         rewards: tensor(shaped),
         moments,
     })
-}
-
-/// An optional argument, checked and contiguous.
-fn argument<T: WithDType>(
-    arg: &'static str,
-    tensor: Option<&Tensor>,
-    shape: &[usize],
-    device: &Device,
-) -> Result<Option<Tensor>> {
-    let Some(tensor) = tensor else {
-        return Ok(None);
-    };
-    check_arg(OP, arg, tensor, shape, &[T::DTYPE], device)?;
-    Ok(Some(tensor.contiguous()?))
-}
-
-fn elements<'a, T: WithDType>(
-    arg: &'static str,
-    tensor: &'a Option<Tensor>,
-) -> Result<Option<View<'a, T>>> {
-    tensor.as_ref().map(|tensor| view(OP, arg, tensor)).transpose()
 }

@@ -7,7 +7,9 @@ use super::cpu::{self, FullInputs, TokenInputs, STATS};
 use super::{FullKlOptions, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, constant, no_kernels, slice, view, View};
+use crate::tensor::{
+    check_arg, check_dtype, constant, no_kernels, optional_arg, optional_view, slice, view,
+};
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
 ///
@@ -40,7 +42,7 @@ pub fn token_kl(
     check_dtype(TOKEN_OP, "logp", logp, &[DType::F32])?;
     let (shape, device) = (logp.dims(), logp.device());
     check_arg(TOKEN_OP, "ref_logp", ref_logp, shape, &[DType::F32], device)?;
-    let mask = checked_mask(TOKEN_OP, mask, shape, logp)?;
+    let mask = optional_arg(TOKEN_OP, "mask", mask, shape, DType::U8, device)?;
     if !device.is_cpu() {
         return Err(no_kernels(TOKEN_OP, "logp", device));
     }
@@ -88,7 +90,7 @@ pub fn full_kl(
         });
     };
     check_arg(FULL_OP, "ref_logits", ref_logits, shape, &[logits.dtype()], device)?;
-    let mask = checked_mask(FULL_OP, mask, leading, logits)?;
+    let mask = optional_arg(FULL_OP, "mask", mask, leading, DType::U8, device)?;
     if !device.is_cpu() {
         return Err(no_kernels(FULL_OP, "logits", device));
     }
@@ -97,22 +99,6 @@ pub fn full_kl(
     let op = FullKl { mask, options: *options };
     let stats = matrix(logits)?.apply_op2(&matrix(ref_logits)?, op)?;
     Ok(stats.get(0)?.reshape(leading)?)
-}
-
-/// The mask, of this shape and on the device of the op's first argument, made contiguous.
-fn checked_mask(
-    op: &'static str,
-    mask: Option<&Tensor>,
-    shape: &[usize],
-    first: &Tensor,
-) -> Result<Option<Tensor>> {
-    let Some(mask) = mask else { return Ok(None) };
-    check_arg(op, "mask", mask, shape, &[DType::U8], first.device())?;
-    Ok(Some(mask.contiguous()?))
-}
-
-fn mask_view<'a>(op: &'static str, mask: &'a Option<Tensor>) -> Result<Option<View<'a, u8>>> {
-    mask.as_ref().map(|mask| view(op, "mask", mask)).transpose()
 }
 
 /// logp and ref_logp to the KL, all of one shape.
@@ -133,7 +119,7 @@ impl CustomOp2 for TokenKl {
         ref_logp: &CpuStorage,
         l2: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let mask = mask_view(TOKEN_OP, &self.mask)?;
+        let mask = optional_view(TOKEN_OP, "mask", &self.mask)?;
         let (logp, ref_logp) = (slice::<f32>(logp, l1)?, slice::<f32>(ref_logp, l2)?);
         let mut kl = vec![0.0; logp.len()];
         let inputs = TokenInputs { logp, ref_logp, mask: mask.as_deref() };
@@ -149,7 +135,7 @@ impl CustomOp2 for TokenKl {
         grad: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let mask = mask_view(TOKEN_OP, &self.mask)?;
+        let mask = optional_view(TOKEN_OP, "mask", &self.mask)?;
         let a = view::<f32>(TOKEN_OP, "logp", logp)?;
         let b = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
         let inputs = TokenInputs { logp: &a, ref_logp: &b, mask: mask.as_deref() };
@@ -221,7 +207,7 @@ impl FullKl {
         ref_logits: &CpuStorage,
         l2: &Layout,
     ) -> Result<Vec<f32>> {
-        let mask = mask_view(FULL_OP, &self.mask)?;
+        let mask = optional_view(FULL_OP, "mask", &self.mask)?;
         let (rows, vocab) = l1.shape().dims2()?;
         let inputs = FullInputs {
             logits: slice::<T>(logits, l1)?,
@@ -241,7 +227,7 @@ impl FullKl {
         stats: &Tensor,
         grad_kl: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mask = mask_view(FULL_OP, &self.mask)?;
+        let mask = optional_view(FULL_OP, "mask", &self.mask)?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
         let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
         let vocab = logits.dims()[1];

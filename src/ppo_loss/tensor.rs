@@ -8,7 +8,7 @@ use candle_core::{
 use super::cpu::{self, Gradients};
 use super::{Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, constant, no_kernels, view, View};
+use crate::tensor::{check_arg, check_dtype, constant, no_kernels, optional_view, view};
 
 /// The inputs of the value term, each `[B, T]` f32.
 #[derive(Debug, Clone, Copy)]
@@ -226,15 +226,15 @@ impl Contiguous {
         options: &PpoLossOptions,
         wanted: Wanted,
     ) -> Result<Computed> {
-        let logp = f32s("logp", &self.logp)?;
-        let old_logp = f32s("old_logp", &self.old_logp)?;
-        let advantages = f32s("advantages", &self.advantages)?;
-        let values = optional("values", &self.values)?;
-        let old_values = optional("old_values", &self.old_values)?;
-        let returns = optional("returns", &self.returns)?;
-        let entropy = optional("entropy", &self.entropy)?;
-        let ref_logp = optional("ref_logp", &self.ref_logp)?;
-        let mask = self.mask.as_ref().map(|t| view::<u8>(OP, "mask", t)).transpose()?;
+        let logp = view::<f32>(OP, "logp", &self.logp)?;
+        let old_logp = view::<f32>(OP, "old_logp", &self.old_logp)?;
+        let advantages = view::<f32>(OP, "advantages", &self.advantages)?;
+        let values = optional_view(OP, "values", &self.values)?;
+        let old_values = optional_view(OP, "old_values", &self.old_values)?;
+        let returns = optional_view(OP, "returns", &self.returns)?;
+        let entropy = optional_view(OP, "entropy", &self.entropy)?;
+        let ref_logp = optional_view(OP, "ref_logp", &self.ref_logp)?;
+        let mask = optional_view(OP, "mask", &self.mask)?;
 
         let (batch, seq_len) = shape;
         let inputs =
@@ -262,14 +262,6 @@ impl Contiguous {
         let stats = constant(stats, PpoStats::LEN);
         Ok(Computed { stats, grad_logp, grad_values, grad_entropy })
     }
-}
-
-fn f32s<'a>(arg: &'static str, tensor: &'a Tensor) -> Result<View<'a, f32>> {
-    view(OP, arg, tensor)
-}
-
-fn optional<'a>(arg: &'static str, tensor: &'a Option<Tensor>) -> Result<Option<View<'a, f32>>> {
-    tensor.as_ref().map(|tensor| f32s(arg, tensor)).transpose()
 }
 
 /// The loss and its gradients with respect to the op's arguments, in their order.

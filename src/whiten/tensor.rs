@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
 
 use super::{cpu, Moments, WhitenOptions, OP};
 use crate::error::Result;
-use crate::tensor::{check_arg, check_dtype, constant, no_kernels, slice, view, View};
+use crate::tensor::{check_dtype, constant, no_kernels, optional_arg, optional_view, slice, view};
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` (f32, any shape).
 /// `mask` is u8 of the same shape; without it every element counts.
@@ -13,7 +13,7 @@ use crate::tensor::{check_arg, check_dtype, constant, no_kernels, slice, view, V
 /// If a shape, dtype or device does not fit.
 pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<Moments> {
     let (x, mask) = arguments(x, mask)?;
-    moments(&x, mask.as_ref())
+    moments(&x, &mask)
 }
 
 /// Whitens `x` (f32, any shape) over its unmasked elements. `mask` is u8 of the same shape; masked
@@ -37,7 +37,7 @@ pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<Moments> {
 /// ```
 pub fn masked_whiten(x: &Tensor, mask: Option<&Tensor>, options: &WhitenOptions) -> Result<Tensor> {
     let (x, mask) = arguments(x, mask)?;
-    let moments = moments(&x, mask.as_ref())?;
+    let moments = moments(&x, &mask)?;
     whiten(&x, mask, moments, true, options)
 }
 
@@ -61,16 +61,13 @@ fn arguments(x: &Tensor, mask: Option<&Tensor>) -> Result<(Tensor, Option<Tensor
     if !x.device().is_cpu() {
         return Err(no_kernels(OP, "x", x.device()));
     }
-    if let Some(mask) = mask {
-        check_arg(OP, "mask", mask, x.dims(), &[DType::U8], x.device())?;
-    }
-    let mask = mask.map(|mask| mask.detach().contiguous()).transpose()?;
+    let mask = optional_arg(OP, "mask", mask, x.dims(), DType::U8, x.device())?;
     Ok((x.contiguous()?, mask))
 }
 
-fn moments(x: &Tensor, mask: Option<&Tensor>) -> Result<Moments> {
+fn moments(x: &Tensor, mask: &Option<Tensor>) -> Result<Moments> {
     let x = view::<f32>(OP, "x", x)?;
-    let mask = mask.map(|mask| view::<u8>(OP, "mask", mask)).transpose()?;
+    let mask = optional_view(OP, "mask", mask)?;
     cpu::masked_moments(&x, mask.as_deref())
 }
 
@@ -106,7 +103,7 @@ impl CustomOp1 for Whiten {
         layout: &Layout,
     ) -> candle_core::Result<(CpuStorage, Shape)> {
         let x = slice::<f32>(storage, layout)?;
-        let mask = self.mask()?;
+        let mask = optional_view(OP, "mask", &self.mask)?;
         let mut out = vec![0.0; x.len()];
         cpu::masked_whiten(x, mask.as_deref(), &self.moments, &self.options, &mut out)?;
         Ok((CpuStorage::F32(out), layout.shape().clone()))
@@ -120,7 +117,7 @@ impl CustomOp1 for Whiten {
     ) -> candle_core::Result<Option<Tensor>> {
         let grad_out = grad_out.contiguous()?;
         let grad = view::<f32>(OP, "grad_out", &grad_out)?;
-        let mask = self.mask()?;
+        let mask = optional_view(OP, "mask", &self.mask)?;
         let mask = mask.as_deref();
         let mut grad_x = vec![0.0; grad.len()];
         let (moments, options) = (&self.moments, &self.options);
@@ -131,12 +128,5 @@ impl CustomOp1 for Whiten {
             cpu::masked_whiten_with_backward(mask, moments, &grad, options, &mut grad_x)?;
         }
         Ok(Some(constant(grad_x, x.shape())))
-    }
-}
-
-impl Whiten {
-    fn mask(&self) -> Result<Option<View<'_, u8>>> {
-        let mask = self.mask.as_ref();
-        mask.map(|mask| view::<u8>(OP, "mask", mask)).transpose()
     }
 }
