@@ -146,7 +146,7 @@ impl DecoderConfig {
     }
 
     /// Rotary frequencies, one for each pair of dimensions of a head, in radians a token.
-    fn frequencies(&self) -> Vec<f32> {
+    pub(super) fn frequencies(&self) -> Vec<f32> {
         (0..self.head_dim / 2)
             .map(|i| {
                 let frequency = self
