@@ -163,8 +163,9 @@ fn check_prompts(decoder: &Decoder, prompts: &[Vec<u32>], sampling: &Sampling) -
     Ok(longest)
 }
 
-/// Draws a token from its logits. -inf is a token that cannot come; NaN and +inf are errors.
-fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<u32> {
+/// Draws a token from its logits. -inf is a token that cannot come; NaN, +inf and nothing but -inf
+/// are errors.
+pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<u32> {
     let mut best = 0;
     for (token, &logit) in logits.iter().enumerate() {
         ensure!(

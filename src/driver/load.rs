@@ -341,6 +341,13 @@ fn read_gguf_tensor(
     name: &str,
     device: &Device,
 ) -> Result<Tensor> {
+    // candle trusts the shape: a damaged one would overflow there, or be an empty slice.
+    let shape = content.tensor_infos[name].shape.dims();
+    let elements = (shape.iter()).try_fold(1usize, |product, &dim| product.checked_mul(dim));
+    ensure!(
+        elements.is_some_and(|elements| (1..1 << 40).contains(&elements)),
+        "tensor {name}: {shape:?} is no shape of a weight"
+    );
     (content.tensor(file, name, device))
         .and_then(|tensor| tensor.dequantize(device))
         .with_context(|| format!("tensor {name}"))

@@ -40,6 +40,8 @@ impl Tokenizer {
 
     /// Reads a `tokenizer.json`.
     pub fn from_json(json: &[u8], eos: Vec<u32>, pad: u32) -> Result<Self> {
+        // `tokenizers` panics on some text that is no JSON at all.
+        serde_json::from_slice::<serde::de::IgnoredAny>(json)?;
         let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))?;
         Ok(Self::from_tokenizers(inner, eos, pad))
     }
