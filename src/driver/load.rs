@@ -38,7 +38,7 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
 }
 
 /// Writes `config.json`, `tokenizer.json` and `model.safetensors` into `dir`, which is made when
-/// it is missing; [`load`] reads them back.
+/// it is missing; [`load`] reads them back, and so does transformers.
 pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> {
     let mut config = match serde_json::to_value(decoder.config())? {
         Value::Object(config) => config,
@@ -55,8 +55,19 @@ pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> 
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
     };
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    write("config.json", serde_json::to_string_pretty(&config)?)?;
-    write("tokenizer.json", tokenizer.to_json()?)?;
+    write(CONFIG, serde_json::to_string_pretty(&config)?)?;
+    write(TOKENIZER, tokenizer.to_json()?)?;
+    // Without it transformers takes the tokenizer for SentencePiece and adds tokens of its own.
+    let tokenizer_config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.eos().first().and_then(|&id| tokenizer.token(id)),
+        "pad_token": tokenizer.token(tokenizer.pad()),
+        "clean_up_tokenization_spaces": false,
+    });
+    write(
+        "tokenizer_config.json",
+        serde_json::to_string_pretty(&tokenizer_config)?,
+    )?;
     save_tensors(&dir.join(WEIGHTS), decoder.tensors())
 }
 

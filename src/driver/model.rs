@@ -104,13 +104,14 @@ impl DecoderConfig {
             );
         }
         ensure!(
-            self.num_attention_heads % self.num_key_value_heads == 0,
+            self.num_attention_heads
+                .is_multiple_of(self.num_key_value_heads),
             "num_key_value_heads: expected a divisor of num_attention_heads ({}), got {}",
             self.num_attention_heads,
             self.num_key_value_heads
         );
         ensure!(
-            self.head_dim % 2 == 0,
+            self.head_dim.is_multiple_of(2),
             "head_dim: expected an even number, got {}",
             self.head_dim
         );

@@ -93,6 +93,11 @@ impl Tokenizer {
             .map_err(|error| anyhow!(error).context("cannot decode"))
     }
 
+    /// The text of one token as the vocabulary has it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// The ids that end a text, ascending; may be empty.
     pub fn eos(&self) -> &[u32] {
         &self.eos
