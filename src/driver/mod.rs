@@ -1,1 +1,6 @@
 //! driver
+
+pub mod generate;
+pub mod load;
+pub mod model;
+pub mod tokenizer;
