@@ -1,1 +1,2 @@
 //! driver
+pub mod config;
