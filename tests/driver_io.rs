@@ -15,8 +15,7 @@ fn resolve(flags: &[&str]) -> Result<Settings, String> {
         .try_get_matches_from([&["train"], flags].concat())
         .map_err(|error| error.to_string())?;
     let args = TrainArgs::from_arg_matches(&matches).map_err(|error| error.to_string())?;
-    args.resolve(&matches, EMBEDDED)
-        .map_err(|error| format!("{error:#}"))
+    args.resolve(&matches, EMBEDDED).map_err(|error| format!("{error:#}"))
 }
 
 fn refused(flags: &[&str], message: &str) {
@@ -32,10 +31,7 @@ fn write(path: &Path, text: impl AsRef<[u8]>) -> String {
 #[test]
 fn later_layers_win() {
     let dir = tempfile::tempdir().unwrap();
-    let file = write(
-        &dir.path().join("c.toml"),
-        "steps = 5\nseed = 3\nkl_coef = 1\n",
-    );
+    let file = write(&dir.path().join("c.toml"), "steps = 5\nseed = 3\nkl_coef = 1\n");
 
     let defaults = Settings::default();
     assert_eq!(defaults.steps, 20);
@@ -46,10 +42,7 @@ fn later_layers_win() {
     assert_eq!(embedded.batch_size, defaults.batch_size);
 
     let from_file = resolve(&["--config", &file]).unwrap();
-    assert_eq!(
-        (from_file.steps, from_file.seed, from_file.kl_coef),
-        (5, 3, 1.0)
-    );
+    assert_eq!((from_file.steps, from_file.seed, from_file.kl_coef), (5, 3, 1.0));
     assert_eq!(from_file.reward, RewardKind::Length);
 
     // A flag wins even where it says the default.
@@ -58,21 +51,14 @@ fn later_layers_win() {
 
     let real = resolve(&["--model", "m.gguf", "--prompts", "p.txt"]).unwrap();
     assert_eq!((real.steps, real.reward), (20, RewardKind::Sentiment));
-    let model = write(
-        &dir.path().join("m.toml"),
-        "model = \"m.gguf\"\nprompts = \"p.txt\"\n",
-    );
+    let model = write(&dir.path().join("m.toml"), "model = \"m.gguf\"\nprompts = \"p.txt\"\n");
     assert_eq!(resolve(&["--config", &model]).unwrap().steps, 20);
 }
 
 #[test]
 fn switches_take_an_optional_value() {
     assert!(resolve(&["--whiten-rewards"]).unwrap().whiten_rewards);
-    assert!(
-        !resolve(&["--whiten-advantages", "false", "--steps", "3"])
-            .unwrap()
-            .whiten_advantages
-    );
+    assert!(!resolve(&["--whiten-advantages", "false", "--steps", "3"]).unwrap().whiten_advantages);
     refused(&["--whiten-rewards", "perhaps"], "--whiten-rewards");
 }
 
@@ -117,19 +103,13 @@ fn resolved_settings_load_again_unchanged_but_for_the_folder() {
     assert_eq!(Settings { out: None, ..first }, again);
 
     let defaults = Settings::default();
-    let file = write(
-        &dir.path().join("defaults.toml"),
-        defaults.to_toml().unwrap(),
-    );
+    let file = write(&dir.path().join("defaults.toml"), defaults.to_toml().unwrap());
     assert_eq!(resolve(&["--config", &file]).unwrap(), defaults);
 }
 
 #[test]
 fn every_number_out_of_range_names_its_flag() {
-    refused(
-        &["--clip-range", "nan"],
-        "--clip-range is NaN, expected a finite number above 0",
-    );
+    refused(&["--clip-range", "nan"], "--clip-range is NaN, expected a finite number above 0");
     for flag in [
         "--temperature",
         "--top-p",
@@ -158,12 +138,7 @@ fn every_number_out_of_range_names_its_flag() {
         // `-inf` apart from its flag reads as the flag -i.
         refused(&[&format!("{flag}=-inf")], &format!("{flag} is "));
     }
-    for flag in [
-        "--temperature",
-        "--top-p",
-        "--clip-range",
-        "--max-grad-norm",
-    ] {
+    for flag in ["--temperature", "--top-p", "--clip-range", "--max-grad-norm"] {
         refused(&[flag, "0"], &format!("{flag} is 0"));
     }
     refused(&["--gamma", "1.01"], "--gamma is 1.01");
@@ -215,10 +190,7 @@ fn settings_that_do_not_fit_together_are_refused() {
     );
     refused(&["--model", "m.gguf"], "--prompts is missing");
     refused(&["--reward", "regex"], "--reward-pattern is missing");
-    refused(
-        &["--reward", "command", "--reward-command", "  "],
-        "--reward-command is missing",
-    );
+    refused(&["--reward", "command", "--reward-command", "  "], "--reward-command is missing");
     refused(
         &["--reward", "sentiment", "--reward-pattern", "a"],
         "--reward-pattern has no effect with --reward sentiment; add --reward regex",
@@ -251,10 +223,7 @@ fn a_config_file_is_refused_with_file_line_and_key() {
 
     let missing = dir.path().join("none.toml");
     refused(&["--config", missing.to_str().unwrap()], "none.toml");
-    refused(
-        &["--config", dir.path().to_str().unwrap()],
-        "cannot read --config",
-    );
+    refused(&["--config", dir.path().to_str().unwrap()], "cannot read --config");
     let binary = write(&dir.path().join("b.toml"), [0xff, 0xfe, 0x00]);
     refused(&["--config", &binary], "cannot read --config");
 }

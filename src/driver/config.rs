@@ -1,5 +1,5 @@
-//! The settings of a training run: one flat struct that is at once the flags of `train`, the keys of a TOML file and
-//! the `config.toml` of the run folder.
+//! The settings of a training run: one flat struct that is at once the flags of `train`, the keys
+//! of a TOML file and the `config.toml` of the run folder.
 //!
 //! Layers, the later one wins:
 //!
@@ -8,9 +8,10 @@
 //! 3. the file of `--config FILE`;
 //! 4. the flags that were really given.
 //!
-//! The keys of the file are the flags with `_` for `-`: `--clip-range 0.1` is `clip_range = 0.1`. Paths are relative to
-//! the working directory, in the file too. [`Settings::to_toml`] writes every setting but `out`, so that
-//! `train --config OLD_RUN/config.toml` is the same run again, in a new folder.
+//! The keys of the file are the flags with `_` for `-`: `--clip-range 0.1` is `clip_range = 0.1`.
+//! Paths are relative to the working directory, in the file too. [`Settings::to_toml`] writes every
+//! setting but `out`, so that `train --config OLD_RUN/config.toml` is the same run again, in a new
+//! folder.
 
 use std::path::{Path, PathBuf};
 
@@ -56,7 +57,8 @@ pub enum AggregationKind {
     SeqMeanTokenSumNorm,
 }
 
-/// The per-token estimate of the KL divergence that is subtracted from the reward; d = logp - ref_logp.
+/// The per-token estimate of the KL divergence that is subtracted from the reward, with
+/// d = logp - ref_logp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum KlEstimatorKind {
@@ -90,23 +92,26 @@ pub enum LrScheduleKind {
     Constant,
 }
 
-/// Every setting of a run. The defaults are stated once, at the fields; [`Settings::default`] reads them from there.
+/// Every setting of a run. The defaults are stated once, at the fields; [`Settings::default`] reads
+/// them from there.
 #[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 #[command(allow_negative_numbers = true)]
 pub struct Settings {
-    /// Model to train: a Hugging Face folder or a GGUF file. Without it, a small embedded model is fitted to an
-    /// embedded text first
+    /// Model to train: a Hugging Face folder or a GGUF file. Without it, a small embedded model is
+    /// fitted to an embedded text first
     #[arg(long, value_name = "PATH", value_parser = utf8_path, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
 
-    /// Prompts: a text file with one a line, or a .jsonl file with one {"prompt": ".."} a line. Needed with --model
+    /// Prompts: a text file with one a line, or a .jsonl file with one {"prompt": ".."} a line.
+    /// Needed with --model
     #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompts: Option<PathBuf>,
 
-    /// Folder for metrics, samples, settings and weights; it must not hold a run [default: the next free runs/train-N]
+    /// Folder for metrics, samples, settings and weights; it must not hold a run [default: the next
+    /// free runs/train-N]
     #[arg(long, value_name = "DIR", value_parser = utf8_path, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub out: Option<PathBuf>,
@@ -124,37 +129,31 @@ pub struct Settings {
     pub device: DeviceName,
 
     /// Steps of language modelling that fit the embedded model before PPO; no effect with --model
-    #[arg(long, value_name = "N", value_parser = count, default_value_t = 300, help_heading = "Run")]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 300,
+        help_heading = "Run")]
     pub lm_steps: usize,
 
     /// Responses sampled a step
-    #[arg(long, value_name = "N", value_parser = count, default_value_t = 8, help_heading = "Rollout")]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 8,
+        help_heading = "Rollout")]
     pub batch_size: usize,
 
     /// Longest response, in tokens
-    #[arg(long, value_name = "N", value_parser = count, default_value_t = 24, help_heading = "Rollout")]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 24,
+        help_heading = "Rollout")]
     pub max_new_tokens: usize,
 
     /// Sampling temperature, above 0; the log-probabilities are taken at the same temperature
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        help_heading = "Rollout"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Rollout")]
     pub temperature: f64,
 
     /// Sample from the K most likely tokens; 0 means all
-    #[arg(long, value_name = "K", value_parser = count, default_value_t = 0, help_heading = "Rollout")]
+    #[arg(long, value_name = "K", value_parser = count, default_value_t = 0,
+        help_heading = "Rollout")]
     pub top_k: usize,
 
     /// Sample from the fewest tokens whose probabilities reach this sum; 1 means all
-    #[arg(
-        long,
-        value_name = "P",
-        default_value_t = 1.0,
-        help_heading = "Rollout"
-    )]
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Rollout")]
     pub top_p: f64,
 
     /// What a response is scored by
@@ -162,32 +161,23 @@ pub struct Settings {
     pub reward: RewardKind,
 
     /// Response length that scores 1 with --reward length, in words
-    #[arg(long, value_name = "WORDS", value_parser = count, default_value_t = 12, help_heading = "Reward")]
+    #[arg(long, value_name = "WORDS", value_parser = count, default_value_t = 12,
+        help_heading = "Reward")]
     pub reward_length: usize,
 
     /// Regular expression of --reward regex, in the syntax of the Rust crate regex
-    #[arg(
-        long,
-        value_name = "REGEX",
-        allow_hyphen_values = true,
-        help_heading = "Reward"
-    )]
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true, help_heading = "Reward")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reward_pattern: Option<String>,
 
-    /// Shell command of --reward command: reads one {"prompt": .., "response": ..} a line, writes one {"score": ..} a
-    /// line in the same order
+    /// Shell command of --reward command: reads one {"prompt": .., "response": ..} a line, writes
+    /// one {"score": ..} a line in the same order
     #[arg(long, value_name = "COMMAND", help_heading = "Reward")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reward_command: Option<String>,
 
     /// Longest time the command may take for one batch, in seconds
-    #[arg(
-        long,
-        value_name = "SECONDS",
-        default_value_t = 60.0,
-        help_heading = "Reward"
-    )]
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, help_heading = "Reward")]
     pub reward_timeout: f64,
 
     /// Bound on |score|, applied before the KL penalty [default: off]
@@ -201,12 +191,7 @@ pub struct Settings {
     pub missing_eos_penalty: Option<f64>,
 
     /// KL coefficient: the weight of the KL penalty in the reward
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 0.05,
-        help_heading = "KL penalty"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 0.05, help_heading = "KL penalty")]
     pub kl_coef: f64,
 
     /// Per-token KL estimator
@@ -214,43 +199,24 @@ pub struct Settings {
     pub kl_estimator: KlEstimatorKind,
 
     /// How the KL coefficient moves
-    #[arg(long, value_enum, default_value_t = KlControllerKind::Constant, help_heading = "KL penalty")]
+    #[arg(long, value_enum, default_value_t = KlControllerKind::Constant,
+        help_heading = "KL penalty")]
     pub kl_controller: KlControllerKind,
 
     /// KL that the adaptive controller steers to, in nats a response
-    #[arg(
-        long,
-        value_name = "NATS",
-        default_value_t = 6.0,
-        help_heading = "KL penalty"
-    )]
+    #[arg(long, value_name = "NATS", default_value_t = 6.0, help_heading = "KL penalty")]
     pub kl_target: f64,
 
     /// Time constant of the adaptive controller, in responses
-    #[arg(
-        long,
-        value_name = "N",
-        default_value_t = 10000.0,
-        help_heading = "KL penalty"
-    )]
+    #[arg(long, value_name = "N", default_value_t = 10000.0, help_heading = "KL penalty")]
     pub kl_horizon: f64,
 
     /// Discount factor, in [0, 1]
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        help_heading = "Advantages"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Advantages")]
     pub gamma: f64,
 
     /// Trace decay of GAE, in [0, 1]
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 0.95,
-        help_heading = "Advantages"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 0.95, help_heading = "Advantages")]
     pub lambda: f64,
 
     /// Whiten the advantages over the batch
@@ -280,7 +246,8 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_range_high: Option<f64>,
 
-    /// Bound of the dual clip, above 1: for negative advantages the loss is at most X |A| [default: off]
+    /// Bound of the dual clip, above 1: for negative advantages the loss is at most X |A| [default:
+    /// off]
     #[arg(long, value_name = "X", help_heading = "Loss")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dual_clip: Option<f64>,
@@ -302,34 +269,20 @@ pub struct Settings {
     pub aggregation: AggregationKind,
 
     /// Learning rate of the policy
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1e-5,
-        help_heading = "Optimiser"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
     pub learning_rate: f64,
 
     /// Learning rate of the critic
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1e-5,
-        help_heading = "Optimiser"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
     pub value_learning_rate: f64,
 
     /// Decoupled weight decay of AdamW
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 0.0,
-        help_heading = "Optimiser"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Optimiser")]
     pub weight_decay: f64,
 
     /// PPO steps over which the learning rates rise linearly from 0
-    #[arg(long, value_name = "N", value_parser = count, default_value_t = 0, help_heading = "Optimiser")]
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 0,
+        help_heading = "Optimiser")]
     pub warmup_steps: usize,
 
     /// Learning rates after the warm-up
@@ -337,12 +290,7 @@ pub struct Settings {
     pub lr_schedule: LrScheduleKind,
 
     /// Largest global norm of a gradient; larger ones are scaled down to it
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 1.0,
-        help_heading = "Optimiser"
-    )]
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Optimiser")]
     pub max_grad_norm: f64,
 }
 
@@ -358,7 +306,8 @@ impl Default for Settings {
 /// The flags of `train`: the settings and the file they start from.
 #[derive(Debug, Clone, Args)]
 pub struct TrainArgs {
-    /// TOML file of settings; a flag beside it overrides its value. The config.toml of a run repeats that run
+    /// TOML file of settings; a flag beside it overrides its value. The config.toml of a run
+    /// repeats that run
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub config: Option<PathBuf>,
 
@@ -370,12 +319,12 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// Lays the layers over each other and validates the result.
     ///
-    /// `matches` is what `self` was parsed from: it knows which flags were really given. `embedded` is the TOML text of
-    /// the embedded run's settings.
+    /// `matches` is what `self` was parsed from: it knows which flags were really given. `embedded`
+    /// is the TOML text of the embedded run's settings.
     ///
     /// # Errors
-    /// A file that cannot be read, is not TOML, or has an unknown key or a value of the wrong type (the message has
-    /// file, line and key); a setting out of its range (the message has the flag).
+    /// A file that cannot be read, is not TOML, or has an unknown key or a value of the wrong type
+    /// (the message has file, line and key); a setting out of its range (the message has the flag).
     pub fn resolve(&self, matches: &ArgMatches, embedded: &str) -> Result<Settings> {
         let file = match &self.config {
             Some(path) => read_config(path)?,
@@ -391,9 +340,7 @@ impl TrainArgs {
         }
         table.extend(file);
         table.extend(flags);
-        let settings: Settings = table
-            .try_into()
-            .context("cannot put the settings together")?;
+        let settings: Settings = table.try_into().context("cannot put the settings together")?;
         settings.validate()?;
 
         for (flag, needs) in [
@@ -440,7 +387,6 @@ impl Settings {
 
         for (flag, value) in [
             ("--temperature", Some(self.temperature)),
-            ("--reward-timeout", Some(self.reward_timeout)),
             ("--score-clip", self.score_clip),
             ("--kl-target", Some(self.kl_target)),
             ("--kl-horizon", Some(self.kl_horizon)),
@@ -462,38 +408,19 @@ impl Settings {
         ] {
             in_range(flag, value, |x| x >= 0.0, "of at least 0")?;
         }
-        in_range(
-            "--gamma",
-            Some(self.gamma),
-            |x| (0.0..=1.0).contains(&x),
-            "in [0, 1]",
-        )?;
-        in_range(
-            "--lambda",
-            Some(self.lambda),
-            |x| (0.0..=1.0).contains(&x),
-            "in [0, 1]",
-        )?;
-        in_range(
-            "--top-p",
-            Some(self.top_p),
-            |x| x > 0.0 && x <= 1.0,
-            "in (0, 1]",
-        )?;
+        in_range("--gamma", Some(self.gamma), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
+        in_range("--lambda", Some(self.lambda), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
+        in_range("--top-p", Some(self.top_p), |x| x > 0.0 && x <= 1.0, "in (0, 1]")?;
+        let timeout = Some(self.reward_timeout);
+        in_range("--reward-timeout", timeout, |x| x > 0.0 && x <= 1e6, "in (0, 1e6]")?;
         in_range("--dual-clip", self.dual_clip, |x| x > 1.0, "above 1")?;
 
-        for (flag, path) in [
-            ("--model", &self.model),
-            ("--prompts", &self.prompts),
-            ("--out", &self.out),
-        ] {
+        for (flag, path) in
+            [("--model", &self.model), ("--prompts", &self.prompts), ("--out", &self.out)]
+        {
             if let Some(path) = path {
                 ensure!(!path.as_os_str().is_empty(), "{flag} is empty");
-                ensure!(
-                    path.to_str().is_some(),
-                    "{flag} is not UTF-8: {}",
-                    path.display()
-                );
+                ensure!(path.to_str().is_some(), "{flag} is not UTF-8: {}", path.display());
             }
         }
         ensure!(
@@ -508,13 +435,10 @@ impl Settings {
         Ok(())
     }
 
-    /// The settings as a TOML file that `--config` reads. `out` is left out: the file lies in it, and the same run again
-    /// needs another.
+    /// The settings as a TOML file that `--config` reads. `out` is left out: the file lies in it,
+    /// and the same run again needs another.
     pub fn to_toml(&self) -> Result<String> {
-        let settings = Self {
-            out: None,
-            ..self.clone()
-        };
+        let settings = Self { out: None, ..self.clone() };
         toml::to_string(&settings).context("cannot write the settings as TOML")
     }
 }
@@ -525,17 +449,15 @@ fn read_config(path: &Path) -> Result<Table> {
     parse_settings(&text).with_context(|| format!("--config {} is refused", path.display()))
 }
 
-/// The keys that `text` sets. It is read as [`Settings`] first: those errors show the line, key and value.
+/// The keys that `text` sets. It is read as [`Settings`] first: those errors show the line, key and
+/// value.
 fn parse_settings(text: &str) -> Result<Table> {
     toml::from_str::<Settings>(text)?;
     Ok(toml::from_str(text)?)
 }
 
 fn at_least_one(flag: &str, value: usize) -> Result<()> {
-    ensure!(
-        value > 0,
-        "{flag} is {value}, expected a whole number above 0"
-    );
+    ensure!(value > 0, "{flag} is {value}, expected a whole number above 0");
     Ok(())
 }
 
@@ -567,9 +489,7 @@ fn flag_of(key: &str) -> String {
 }
 
 fn value_name(value: impl ValueEnum) -> String {
-    value
-        .to_possible_value()
-        .map_or_else(String::new, |name| name.get_name().to_owned())
+    value.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned())
 }
 
 /// A whole number; TOML holds nothing above `i64::MAX`.

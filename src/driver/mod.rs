@@ -1,2 +1,5 @@
 //! driver
 pub mod config;
+pub mod prompts;
+pub mod report;
+pub mod reward;
