@@ -175,7 +175,7 @@ fn in_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
 fn kill(child: &mut Child) {
     #[cfg(unix)]
     let _ = Command::new("sh")
-        .args(["-c", &format!("kill -s KILL -{}", child.id())])
+        .args(["-c", &format!("kill -s KILL -- -{}", child.id())])
         .stderr(Stdio::null())
         .status();
     let _ = child.kill();
