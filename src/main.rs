@@ -1,1 +1,73 @@
-fn main() {}
+//! The command line: `ppo-kernels train` trains a language model with PPO.
+//!
+//! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error; 2 for a command line that
+//! cannot be read; 130 when a second Ctrl-C quits at once.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result};
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use ppo_kernels::driver::config::TrainArgs;
+use ppo_kernels::driver::{embedded, train};
+
+const EMBEDDED: &str =
+    "The defaults are for a real model. Without --model the embedded run has settings of its own; \
+the config.toml of its folder shows them.";
+
+/// PPO for language models, from fused kernels
+#[derive(Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a language model with PPO; with no option, a small embedded one
+    #[command(after_help = EMBEDDED)]
+    Train(Box<TrainArgs>),
+}
+
+fn main() -> ExitCode {
+    // The matches are kept: they know which flags were given and which are defaults.
+    let matches = Cli::command().get_matches();
+    let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    match run(&cli.command, &matches) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format!("error: {error:#}").trim_end());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
+    match command {
+        Command::Train(args) => {
+            let matches = matches.subcommand_matches("train").context("no flags of train")?;
+            let settings = args.resolve(matches, embedded::SETTINGS)?;
+            train::run(&settings, stop_on_ctrl_c()?)
+        }
+    }
+}
+
+/// A flag that the first Ctrl-C sets; the second one quits.
+fn stop_on_ctrl_c() -> Result<&'static AtomicBool> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| {
+        if STOP.swap(true, Ordering::SeqCst) {
+            std::process::exit(130);
+        }
+        say("stopping after this step; Ctrl-C again quits at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(&STOP)
+}
+
+/// A line on stderr; that it cannot be written is no reason to panic.
+fn say(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}

@@ -1,6 +1,30 @@
-//! driver
+//! The training program behind `ppo-kernels train`, and an example of how the crate is used: PPO on a
+//! language model, with nothing of the crate but its public functions.
+//!
+//! | phase | module | ops |
+//! |---|---|---|
+//! | sample a response to each prompt and score it | [`rollout`] | - |
+//! | log-probabilities, KL, values, advantages | [`experience`] | `logprob`, `kl`, `gae`, `whiten` |
+//! | clipped gradient steps in minibatches | [`update`] | `logprob`, `ppo_loss` |
+//!
+//! [`trainer`] does the three in a row, step by step; [`train`] is the whole run. The models are in
+//! [`model`], [`load`], [`tokenizer`] and [`generate`]; what the user gives and gets in [`config`],
+//! [`prompts`], [`reward`] and [`report`]; the run that needs no file at all in [`embedded`].
 
+pub mod config;
+pub mod embedded;
+pub mod experience;
 pub mod generate;
+pub mod kl_controller;
 pub mod load;
 pub mod model;
+pub mod optim;
+pub mod prompts;
+pub mod report;
+pub mod reward;
+pub mod rollout;
+pub mod sequences;
 pub mod tokenizer;
+pub mod train;
+pub mod trainer;
+pub mod update;

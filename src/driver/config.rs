@@ -1,0 +1,516 @@
+//! The settings of a training run: one flat struct that is at once the flags of `train`, the keys
+//! of a TOML file and the `config.toml` of the run folder.
+//!
+//! Layers, the later one wins:
+//!
+//! 1. the defaults of [`Settings`], chosen for a real model;
+//! 2. the settings of the embedded run, when neither the file nor the flags name a model;
+//! 3. the file of `--config FILE`;
+//! 4. the flags that were really given.
+//!
+//! The keys of the file are the flags with `_` for `-`: `--clip-range 0.1` is `clip_range = 0.1`.
+//! Paths are relative to the working directory, in the file too. [`Settings::to_toml`] writes every
+//! setting but `out`, so that `train --config OLD_RUN/config.toml` is the same run again, in a new
+//! folder.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, ensure, Context, Result};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
+use serde::{Deserialize, Serialize};
+use toml::Table;
+
+/// Where the tensors live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceName {
+    /// The processor.
+    Cpu,
+}
+
+/// What a response is scored by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum RewardKind {
+    /// Positive and negative English words, in [-1, 1]
+    Sentiment,
+    /// Nearness to --reward-length words, in [0, 1]
+    Length,
+    /// 1 if --reward-pattern matches, else 0
+    Regex,
+    /// Whatever the program --reward-command answers
+    Command,
+}
+
+/// How the per-token losses become one number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AggregationKind {
+    /// Mean over all tokens of the minibatch
+    TokenMean,
+    /// Sum over each response's tokens, mean over responses
+    SeqMeanTokenSum,
+    /// Mean over each response's tokens, mean over responses
+    SeqMeanTokenMean,
+    /// Sum over all tokens, divided by the padded response length
+    SeqMeanTokenSumNorm,
+}
+
+/// The per-token estimate of the KL divergence that is subtracted from the reward, with
+/// d = logp - ref_logp.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KlEstimatorKind {
+    /// d
+    K1,
+    /// |d|
+    Abs,
+    /// d^2 / 2
+    K2,
+    /// exp(-d) - 1 + d
+    K3,
+}
+
+/// How the KL coefficient moves during the run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KlControllerKind {
+    /// Stays at --kl-coef
+    Constant,
+    /// Starts at --kl-coef and steers the measured KL towards --kl-target
+    Adaptive,
+}
+
+/// The learning rate after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LrScheduleKind {
+    /// Falls linearly to 0 at the last step
+    Linear,
+    /// Stays
+    Constant,
+}
+
+/// Every setting of a run. The defaults are stated once, at the fields; [`Settings::default`] reads
+/// them from there.
+#[derive(Debug, Clone, PartialEq, Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+#[command(allow_negative_numbers = true)]
+pub struct Settings {
+    /// Model to train: a Hugging Face folder or a GGUF file. Without it, a small embedded model is
+    /// fitted to an embedded text first
+    #[arg(long, value_name = "PATH", value_parser = utf8_path, help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<PathBuf>,
+
+    /// Prompts: a text file with one a line, or a .jsonl file with one {"prompt": ".."} a line.
+    /// Needed with --model
+    #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<PathBuf>,
+
+    /// Folder for metrics, samples, settings and weights; it must not hold a run [default: the next
+    /// free runs/train-N]
+    #[arg(long, value_name = "DIR", value_parser = utf8_path, help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub out: Option<PathBuf>,
+
+    /// PPO steps; each is one rollout and its update
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 20, help_heading = "Run")]
+    pub steps: usize,
+
+    /// Seed of everything random; on the CPU the same seed gives the same run
+    #[arg(long, value_name = "N", value_parser = seed, default_value_t = 0, help_heading = "Run")]
+    pub seed: u64,
+
+    /// Device to compute on
+    #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Run")]
+    pub device: DeviceName,
+
+    /// Steps of language modelling that fit the embedded model before PPO; no effect with --model
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 300,
+        help_heading = "Run")]
+    pub lm_steps: usize,
+
+    /// Responses sampled a step
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 8,
+        help_heading = "Rollout")]
+    pub batch_size: usize,
+
+    /// Longest response, in tokens
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 24,
+        help_heading = "Rollout")]
+    pub max_new_tokens: usize,
+
+    /// Sampling temperature, above 0; the log-probabilities are taken at the same temperature
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Rollout")]
+    pub temperature: f64,
+
+    /// Sample from the K most likely tokens; 0 means all
+    #[arg(long, value_name = "K", value_parser = count, default_value_t = 0,
+        help_heading = "Rollout")]
+    pub top_k: usize,
+
+    /// Sample from the fewest tokens whose probabilities reach this sum; 1 means all
+    #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Rollout")]
+    pub top_p: f64,
+
+    /// What a response is scored by
+    #[arg(long, value_enum, default_value_t = RewardKind::Sentiment, help_heading = "Reward")]
+    pub reward: RewardKind,
+
+    /// Response length that scores 1 with --reward length, in words
+    #[arg(long, value_name = "WORDS", value_parser = count, default_value_t = 12,
+        help_heading = "Reward")]
+    pub reward_length: usize,
+
+    /// Regular expression of --reward regex, in the syntax of the Rust crate regex
+    #[arg(long, value_name = "REGEX", allow_hyphen_values = true, help_heading = "Reward")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward_pattern: Option<String>,
+
+    /// Shell command of --reward command: reads one {"prompt": .., "response": ..} a line, writes
+    /// one {"score": ..} a line in the same order
+    #[arg(long, value_name = "COMMAND", help_heading = "Reward")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward_command: Option<String>,
+
+    /// Longest time the command may take for one batch, in seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0, help_heading = "Reward")]
+    pub reward_timeout: f64,
+
+    /// Bound on |score|, applied before the KL penalty [default: off]
+    #[arg(long, value_name = "X", help_heading = "Reward")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score_clip: Option<f64>,
+
+    /// Subtracted from the score of a response that does not end by itself [default: off]
+    #[arg(long, value_name = "X", help_heading = "Reward")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missing_eos_penalty: Option<f64>,
+
+    /// KL coefficient: the weight of the KL penalty in the reward
+    #[arg(long, value_name = "X", default_value_t = 0.05, help_heading = "KL penalty")]
+    pub kl_coef: f64,
+
+    /// Per-token KL estimator
+    #[arg(long, value_enum, default_value_t = KlEstimatorKind::K1, help_heading = "KL penalty")]
+    pub kl_estimator: KlEstimatorKind,
+
+    /// How the KL coefficient moves
+    #[arg(long, value_enum, default_value_t = KlControllerKind::Constant,
+        help_heading = "KL penalty")]
+    pub kl_controller: KlControllerKind,
+
+    /// KL that the adaptive controller steers to, in nats a response
+    #[arg(long, value_name = "NATS", default_value_t = 6.0, help_heading = "KL penalty")]
+    pub kl_target: f64,
+
+    /// Time constant of the adaptive controller, in responses
+    #[arg(long, value_name = "N", default_value_t = 10000.0, help_heading = "KL penalty")]
+    pub kl_horizon: f64,
+
+    /// Discount factor, in [0, 1]
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Advantages")]
+    pub gamma: f64,
+
+    /// Trace decay of GAE, in [0, 1]
+    #[arg(long, value_name = "X", default_value_t = 0.95, help_heading = "Advantages")]
+    pub lambda: f64,
+
+    /// Whiten the advantages over the batch
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        action = clap::ArgAction::Set, default_value_t = true, help_heading = "Advantages")]
+    pub whiten_advantages: bool,
+
+    /// Divide the rewards by their standard deviation over the batch
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        action = clap::ArgAction::Set, default_value_t = false, help_heading = "Advantages")]
+    pub whiten_rewards: bool,
+
+    /// Passes over each rollout
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 2, help_heading = "Loss")]
+    pub ppo_epochs: usize,
+
+    /// Responses in one optimiser step; divides --batch-size
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 4, help_heading = "Loss")]
+    pub minibatch_size: usize,
+
+    /// Clip range of the probability ratio: 1 - X to 1 + X
+    #[arg(long, value_name = "X", default_value_t = 0.2, help_heading = "Loss")]
+    pub clip_range: f64,
+
+    /// Upper clip range, where it differs from the lower [default: --clip-range]
+    #[arg(long, value_name = "X", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_range_high: Option<f64>,
+
+    /// Bound of the dual clip, above 1: for negative advantages the loss is at most X |A| [default:
+    /// off]
+    #[arg(long, value_name = "X", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dual_clip: Option<f64>,
+
+    /// Clip range of the value around the old value
+    #[arg(long, value_name = "X", default_value_t = 0.2, help_heading = "Loss")]
+    pub value_clip_range: f64,
+
+    /// Weight of the value loss
+    #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Loss")]
+    pub value_coef: f64,
+
+    /// Weight of the entropy bonus
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
+    pub entropy_coef: f64,
+
+    /// How the per-token losses become one number
+    #[arg(long, value_enum, default_value_t = AggregationKind::TokenMean, help_heading = "Loss")]
+    pub aggregation: AggregationKind,
+
+    /// Learning rate of the policy
+    #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
+    pub learning_rate: f64,
+
+    /// Learning rate of the critic
+    #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
+    pub value_learning_rate: f64,
+
+    /// Decoupled weight decay of AdamW
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Optimiser")]
+    pub weight_decay: f64,
+
+    /// PPO steps over which the learning rates rise linearly from 0
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 0,
+        help_heading = "Optimiser")]
+    pub warmup_steps: usize,
+
+    /// Learning rates after the warm-up
+    #[arg(long, value_enum, default_value_t = LrScheduleKind::Linear, help_heading = "Optimiser")]
+    pub lr_schedule: LrScheduleKind,
+
+    /// Largest global norm of a gradient; larger ones are scaled down to it
+    #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Optimiser")]
+    pub max_grad_norm: f64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self::augment_args(clap::Command::new("train"))
+            .try_get_matches_from(["train"])
+            .and_then(|matches| Self::from_arg_matches(&matches))
+            .expect("every setting has a default or is optional")
+    }
+}
+
+/// The flags of `train`: the settings and the file they start from.
+#[derive(Debug, Clone, Args)]
+pub struct TrainArgs {
+    /// TOML file of settings; a flag beside it overrides its value. The config.toml of a run
+    /// repeats that run
+    #[arg(long, value_name = "FILE", help_heading = "Run")]
+    pub config: Option<PathBuf>,
+
+    /// The settings as parsed, with defaults where a flag was not given.
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+impl TrainArgs {
+    /// Lays the layers over each other and validates the result.
+    ///
+    /// `matches` is what `self` was parsed from: it knows which flags were really given. `embedded`
+    /// is the TOML text of the embedded run's settings.
+    ///
+    /// # Errors
+    /// A file that cannot be read, is not TOML, or has an unknown key or a value of the wrong type
+    /// (the message has file, line and key); a setting out of its range (the message has the flag).
+    pub fn resolve(&self, matches: &ArgMatches, embedded: &str) -> Result<Settings> {
+        let file = match &self.config {
+            Some(path) => read_config(path)?,
+            None => Table::new(),
+        };
+        let given = |key: &str| matches.value_source(key) == Some(ValueSource::CommandLine);
+        let mut flags = Table::try_from(&self.settings).context("cannot lay out the flags")?;
+        flags.retain(|key, _| given(key));
+
+        let mut table = Table::new();
+        if !file.contains_key("model") && !flags.contains_key("model") {
+            table.extend(parse_settings(embedded).context("settings of the embedded run")?);
+        }
+        table.extend(file);
+        table.extend(flags);
+        let settings: Settings = table.try_into().context("cannot put the settings together")?;
+        settings.validate()?;
+
+        for (flag, needs) in [
+            ("reward_length", RewardKind::Length),
+            ("reward_pattern", RewardKind::Regex),
+            ("reward_command", RewardKind::Command),
+        ] {
+            ensure!(
+                !given(flag) || settings.reward == needs,
+                "{} has no effect with --reward {}; add --reward {}",
+                flag_of(flag),
+                value_name(settings.reward),
+                value_name(needs)
+            );
+        }
+        Ok(settings)
+    }
+}
+
+impl Settings {
+    /// Checks every value that can be judged without opening a file.
+    ///
+    /// # Errors
+    /// Names the flag, its value and what was expected.
+    pub fn validate(&self) -> Result<()> {
+        at_least_one("--steps", self.steps)?;
+        at_least_one("--batch-size", self.batch_size)?;
+        at_least_one("--minibatch-size", self.minibatch_size)?;
+        at_least_one("--ppo-epochs", self.ppo_epochs)?;
+        at_least_one("--max-new-tokens", self.max_new_tokens)?;
+        at_least_one("--reward-length", self.reward_length)?;
+        ensure!(
+            self.batch_size.is_multiple_of(self.minibatch_size),
+            "--minibatch-size is {}, expected a divisor of --batch-size {}",
+            self.minibatch_size,
+            self.batch_size
+        );
+        ensure!(
+            i64::try_from(self.seed).is_ok(),
+            "--seed is {}, expected at most {}",
+            self.seed,
+            i64::MAX
+        );
+
+        for (flag, value) in [
+            ("--temperature", Some(self.temperature)),
+            ("--score-clip", self.score_clip),
+            ("--kl-target", Some(self.kl_target)),
+            ("--kl-horizon", Some(self.kl_horizon)),
+            ("--clip-range", Some(self.clip_range)),
+            ("--clip-range-high", self.clip_range_high),
+            ("--value-clip-range", Some(self.value_clip_range)),
+            ("--max-grad-norm", Some(self.max_grad_norm)),
+        ] {
+            in_range(flag, value, |x| x > 0.0, "above 0")?;
+        }
+        for (flag, value) in [
+            ("--missing-eos-penalty", self.missing_eos_penalty),
+            ("--kl-coef", Some(self.kl_coef)),
+            ("--value-coef", Some(self.value_coef)),
+            ("--entropy-coef", Some(self.entropy_coef)),
+            ("--learning-rate", Some(self.learning_rate)),
+            ("--value-learning-rate", Some(self.value_learning_rate)),
+            ("--weight-decay", Some(self.weight_decay)),
+        ] {
+            in_range(flag, value, |x| x >= 0.0, "of at least 0")?;
+        }
+        in_range("--gamma", Some(self.gamma), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
+        in_range("--lambda", Some(self.lambda), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
+        in_range("--top-p", Some(self.top_p), |x| x > 0.0 && x <= 1.0, "in (0, 1]")?;
+        let timeout = Some(self.reward_timeout);
+        in_range("--reward-timeout", timeout, |x| x > 0.0 && x <= 1e6, "in (0, 1e6]")?;
+        in_range("--dual-clip", self.dual_clip, |x| x > 1.0, "above 1")?;
+
+        for (flag, path) in
+            [("--model", &self.model), ("--prompts", &self.prompts), ("--out", &self.out)]
+        {
+            if let Some(path) = path {
+                ensure!(!path.as_os_str().is_empty(), "{flag} is empty");
+                ensure!(path.to_str().is_some(), "{flag} is not UTF-8: {}", path.display());
+            }
+        }
+        ensure!(
+            self.model.is_none() || self.prompts.is_some(),
+            "--prompts is missing: with --model, name a file of prompts"
+        );
+        match self.reward {
+            RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, self.reward)?,
+            RewardKind::Command => needed("--reward-command", &self.reward_command, self.reward)?,
+            RewardKind::Sentiment | RewardKind::Length => {}
+        }
+        Ok(())
+    }
+
+    /// The settings as a TOML file that `--config` reads. `out` is left out: the file lies in it,
+    /// and the same run again needs another.
+    pub fn to_toml(&self) -> Result<String> {
+        let settings = Self { out: None, ..self.clone() };
+        toml::to_string(&settings).context("cannot write the settings as TOML")
+    }
+}
+
+fn read_config(path: &Path) -> Result<Table> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read --config {}", path.display()))?;
+    parse_settings(&text).with_context(|| format!("--config {} is refused", path.display()))
+}
+
+/// The keys that `text` sets. It is read as [`Settings`] first: those errors show the line, key and
+/// value.
+fn parse_settings(text: &str) -> Result<Table> {
+    toml::from_str::<Settings>(text)?;
+    Ok(toml::from_str(text)?)
+}
+
+fn at_least_one(flag: &str, value: usize) -> Result<()> {
+    ensure!(value > 0, "{flag} is {value}, expected a whole number above 0");
+    Ok(())
+}
+
+fn in_range(
+    flag: &str,
+    value: Option<f64>,
+    valid: impl Fn(f64) -> bool,
+    expected: &str,
+) -> Result<()> {
+    match value {
+        Some(x) if !(x.is_finite() && valid(x)) => {
+            bail!("{flag} is {x}, expected a finite number {expected}")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn needed(flag: &str, value: &Option<String>, reward: RewardKind) -> Result<()> {
+    ensure!(
+        value.as_ref().is_some_and(|text| !text.trim().is_empty()),
+        "{flag} is missing: --reward {} needs it",
+        value_name(reward)
+    );
+    Ok(())
+}
+
+fn flag_of(key: &str) -> String {
+    format!("--{}", key.replace('_', "-"))
+}
+
+fn value_name(value: impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned())
+}
+
+/// A whole number; TOML holds nothing above `i64::MAX`.
+fn count(text: &str) -> Result<usize, String> {
+    text.parse::<usize>()
+        .ok()
+        .filter(|&n| i64::try_from(n).is_ok())
+        .ok_or_else(|| "expected a whole number of at least 0".to_owned())
+}
+
+fn seed(text: &str) -> Result<u64, String> {
+    text.parse::<u64>()
+        .ok()
+        .filter(|&n| i64::try_from(n).is_ok())
+        .ok_or_else(|| format!("expected a whole number from 0 to {}", i64::MAX))
+}
+
+/// A path that TOML can hold.
+fn utf8_path(text: &str) -> Result<PathBuf, String> {
+    if text.is_empty() {
+        return Err("expected a path".to_owned());
+    }
+    Ok(PathBuf::from(text))
+}

@@ -1,0 +1,331 @@
+//! What a run shows and leaves behind.
+//!
+//! The run folder:
+//!
+//! | file | content |
+//! |---|---|
+//! | `config.toml` | the settings as resolved; `--config` reads them |
+//! | `metrics.jsonl` | one object a step |
+//! | `samples.jsonl` | one object a response |
+//! | `weights/` | the trained model, written by the trainer |
+//!
+//! Each line is on the disk before the next step starts. A number that is not finite is `null`, as
+//! JSON has no other way to say it.
+
+use std::fmt::Write as _;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{bail, ensure, Context, Result};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::config::Settings;
+
+const CONFIG: &str = "config.toml";
+const METRICS: &str = "metrics.jsonl";
+const SAMPLES: &str = "samples.jsonl";
+const WEIGHTS: &str = "weights";
+
+/// The folder of a run. Dropped before anything was recorded, it takes its own empty files with it,
+/// so that a run that fails at the start does not block its folder.
+#[derive(Debug)]
+pub struct Run {
+    dir: PathBuf,
+    /// The folders that did not exist before, outermost first.
+    created: Vec<PathBuf>,
+    metrics: File,
+    samples: File,
+    recorded: bool,
+}
+
+/// One line of `samples.jsonl`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SampleRecord<'a> {
+    /// The step that the response was sampled in, from 1; 0 before training.
+    pub step: usize,
+    /// The prompt's text.
+    pub prompt: &'a str,
+    /// The response's text.
+    pub response: &'a str,
+    /// What the reward gave.
+    pub score: f32,
+    /// KL to the reference, in nats over the response, where it was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f32>,
+    /// Whether the response ended by itself.
+    pub finished: bool,
+}
+
+impl Run {
+    /// Makes the folder `--out`, or the next free `runs/train-N`, with the settings in it.
+    ///
+    /// # Errors
+    /// A folder that holds a run already, or that cannot be made or written. Names `--out`.
+    pub fn create(settings: &Settings) -> Result<Self> {
+        let config = settings.to_toml()?;
+        let (dir, created) = match &settings.out {
+            Some(dir) => (dir.clone(), make_folder(dir)?),
+            None => make_next_free(Path::new("runs"))?,
+        };
+        let made = Self::fill(&dir, &config);
+        if made.is_err() {
+            remove_folders(&created);
+        }
+        let (metrics, samples) = made?;
+        Ok(Self { dir, created, metrics, samples, recorded: false })
+    }
+
+    /// Makes the three files, or none.
+    fn fill(dir: &Path, config: &str) -> Result<(File, File)> {
+        for name in [CONFIG, METRICS, SAMPLES, WEIGHTS] {
+            ensure!(
+                fs::symlink_metadata(dir.join(name)).is_err(),
+                "--out {} already holds a run (it has {name}); name another folder",
+                dir.display()
+            );
+        }
+        let mut made = Vec::new();
+        let mut make = |name: &'static str| {
+            made.push(name);
+            OpenOptions::new().write(true).create_new(true).open(dir.join(name))
+        };
+        let files = make(CONFIG).and_then(|mut file| {
+            file.write_all(config.as_bytes())?;
+            Ok((make(METRICS)?, make(SAMPLES)?))
+        });
+        files.with_context(|| {
+            // The last one is that which could not be made.
+            made.pop();
+            remove_files(dir, &made);
+            format!("--out {} cannot be written", dir.display())
+        })
+    }
+
+    /// The folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The folder for the trained weights, inside the run folder; not made yet.
+    pub fn weights_dir(&self) -> PathBuf {
+        self.dir.join(WEIGHTS)
+    }
+
+    /// Adds one line to `metrics.jsonl`: `values` and `step`, which counts from 1.
+    pub fn metrics(&mut self, step: usize, values: &Map<String, Value>) -> Result<()> {
+        let mut line = Map::from_iter([("step".to_owned(), Value::from(step))]);
+        line.extend(values.clone());
+        self.recorded = true;
+        append(&mut self.metrics, &[line])
+            .with_context(|| format!("cannot write {}", self.dir.join(METRICS).display()))
+    }
+
+    /// Adds lines to `samples.jsonl`.
+    pub fn samples(&mut self, records: &[SampleRecord]) -> Result<()> {
+        self.recorded = true;
+        append(&mut self.samples, records)
+            .with_context(|| format!("cannot write {}", self.dir.join(SAMPLES).display()))
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.recorded && !self.weights_dir().exists() {
+            remove_files(&self.dir, &[CONFIG, METRICS, SAMPLES]);
+            remove_folders(&self.created);
+        }
+    }
+}
+
+/// Writes whole lines in one call, so that a run that is killed leaves no half line.
+fn append(file: &mut File, records: &[impl Serialize]) -> Result<()> {
+    let mut lines = Vec::new();
+    for record in records {
+        serde_json::to_writer(&mut lines, record)?;
+        lines.push(b'\n');
+    }
+    Ok(file.write_all(&lines)?)
+}
+
+/// Makes `dir` and its parents; returns those that did not exist, outermost first.
+fn make_folder(dir: &Path) -> Result<Vec<PathBuf>> {
+    let missing = |path: &&Path| !path.as_os_str().is_empty() && !path.exists();
+    let mut created: Vec<PathBuf> =
+        dir.ancestors().take_while(missing).map(Path::to_path_buf).collect();
+    created.reverse();
+    let made = fs::create_dir_all(dir);
+    if made.is_err() {
+        remove_folders(&created);
+    }
+    made.with_context(|| format!("--out {} cannot be made", dir.display()))?;
+    Ok(created)
+}
+
+/// Makes the first of `parent/train-1`, `parent/train-2`, .. that does not exist.
+fn make_next_free(parent: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
+    let mut created = make_folder(parent)?;
+    for n in 1_u64.. {
+        let dir = parent.join(format!("train-{n}"));
+        match fs::create_dir(&dir) {
+            Ok(()) => {
+                created.push(dir.clone());
+                return Ok((dir, created));
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                remove_folders(&created);
+                return Err(error)
+                    .with_context(|| format!("--out {} cannot be made", dir.display()));
+            }
+        }
+    }
+    bail!("--out: no runs/train-N is free")
+}
+
+fn remove_files(dir: &Path, names: &[&str]) {
+    for name in names {
+        let _ = fs::remove_file(dir.join(name));
+    }
+}
+
+/// Removes folders, innermost first, as far as they are empty.
+fn remove_folders(outermost_first: &[PathBuf]) {
+    for dir in outermost_first.iter().rev() {
+        let _ = fs::remove_dir(dir);
+    }
+}
+
+/// The columns of the step line: heading, metric, width, decimals.
+const COLUMNS: [(&str, &str, usize, usize); 11] = [
+    ("score", "objective/scores", 8, 3),
+    ("kl", "objective/kl", 8, 3),
+    ("policy loss", "loss/policy_avg", 12, 4),
+    ("value loss", "loss/value_avg", 11, 4),
+    ("clipped", "policy/clipfrac_avg", 8, 3),
+    ("entropy", "objective/entropy", 8, 3),
+    ("tokens/s", "perf/throughput", 9, 0),
+    ("rollout s", "timing_s/rollout", 10, 2),
+    ("experience s", "timing_s/experience", 13, 2),
+    ("update s", "timing_s/update", 9, 2),
+    ("step s", "timing_s/step", 8, 2),
+];
+/// Steps after which the heading is shown again.
+const HEADING_EVERY: usize = 25;
+
+/// The heading over the step lines.
+pub fn heading() -> String {
+    let mut line = format!("{:>9}", "step");
+    for (heading, _, width, _) in COLUMNS {
+        let _ = write!(line, " {heading:>width$}");
+    }
+    line
+}
+
+/// One line for a step: `step/steps`, then the columns of [`heading`]. A metric that is not finite
+/// (`null`) shows as `nan`, one that is missing as `-`.
+pub fn step_line(step: usize, steps: usize, values: &Map<String, Value>) -> String {
+    let mut line = format!("{:>9}", format!("{step}/{steps}"));
+    for (_, metric, width, decimals) in COLUMNS {
+        let cell = match values.get(metric) {
+            None => "-".to_owned(),
+            Some(value) => value.as_f64().map_or("nan".to_owned(), |x| number(x, width, decimals)),
+        };
+        let _ = write!(line, " {cell:>width$}");
+    }
+    line
+}
+
+/// With fixed decimals, or in exponential form where that would break the column.
+fn number(x: f64, width: usize, decimals: usize) -> String {
+    let fixed = format!("{x:.decimals$}");
+    if fixed.len() <= width {
+        fixed
+    } else {
+        format!("{x:.1e}")
+    }
+}
+
+/// Progress bars on stderr, if that is a terminal, and lines on stdout.
+#[derive(Debug)]
+pub struct Progress {
+    bars: MultiProgress,
+    lines: usize,
+}
+
+impl Progress {
+    /// Without a bar yet.
+    pub fn new() -> Self {
+        let target = if io::stderr().is_terminal() {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        Self { bars: MultiProgress::with_draw_target(target), lines: 0 }
+    }
+
+    /// A bar that shows `phase`, how many of `len` `unit`s (such as "tokens") are done, their rate
+    /// and the time that is left. It goes away when it is dropped.
+    pub fn bar(&self, phase: &'static str, len: usize, unit: &'static str) -> Bar {
+        let rate = move |state: &ProgressState, out: &mut dyn std::fmt::Write| {
+            let _ = write!(out, "{:.1} {unit}/s", state.per_sec());
+        };
+        let style = ProgressStyle::with_template(
+            "{prefix:>10} [{bar:30}] {pos}/{len} {msg}, {rate}, {eta} left",
+        )
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .with_key("rate", rate)
+        .progress_chars("=> ");
+        let bar = ProgressBar::new(len as u64).with_prefix(phase).with_message(unit);
+        let bar = self.bars.add(bar.with_style(style));
+        bar.tick();
+        Bar(bar)
+    }
+
+    /// Writes lines to stdout, clear of the bars. A reader that went away does not end the run.
+    pub fn line(&self, text: &str) {
+        self.bars.suspend(|| {
+            let mut stdout = io::stdout().lock();
+            let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+        });
+    }
+
+    /// Writes the line of a step, under a heading at first and every few steps.
+    pub fn step(&mut self, step: usize, steps: usize, values: &Map<String, Value>) {
+        if self.lines.is_multiple_of(HEADING_EVERY) {
+            self.line(&heading());
+        }
+        self.lines += 1;
+        self.line(&step_line(step, steps, values));
+    }
+}
+
+impl Default for Progress {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A bar of [`Progress`].
+#[derive(Debug)]
+pub struct Bar(ProgressBar);
+
+impl Bar {
+    /// `n` more are done.
+    pub fn inc(&self, n: usize) {
+        self.0.inc(n as u64);
+    }
+
+    /// How many are done.
+    pub fn position(&self) -> usize {
+        self.0.position() as usize
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}

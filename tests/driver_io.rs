@@ -1,0 +1,575 @@
+//! The driver's settings, rewards, prompt files and run folder.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Command, FromArgMatches};
+use ppo_kernels::driver::config::{RewardKind, Settings, TrainArgs};
+use ppo_kernels::driver::prompts;
+use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord};
+use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
+use serde_json::{json, Map, Value};
+
+// ---------------------------------------------------------------- settings
+
+const EMBEDDED: &str = "steps = 11\nreward = \"length\"\n";
+
+/// The settings that `train FLAGS` resolves to, or the error's whole chain.
+fn resolve(flags: &[&str]) -> Result<Settings, String> {
+    let matches = TrainArgs::augment_args(Command::new("train"))
+        .try_get_matches_from([&["train"], flags].concat())
+        .map_err(|error| error.to_string())?;
+    let args = TrainArgs::from_arg_matches(&matches).map_err(|error| error.to_string())?;
+    args.resolve(&matches, EMBEDDED).map_err(|error| format!("{error:#}"))
+}
+
+fn refused(flags: &[&str], message: &str) {
+    let error = resolve(flags).expect_err(&format!("{flags:?} should be refused"));
+    assert!(error.contains(message), "{flags:?} gave: {error}");
+}
+
+fn write(path: &Path, text: impl AsRef<[u8]>) -> String {
+    fs::write(path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn later_layers_win() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = write(&dir.path().join("c.toml"), "steps = 5\nseed = 3\nkl_coef = 1\n");
+
+    let defaults = Settings::default();
+    assert_eq!(defaults.steps, 20);
+    assert_eq!(defaults.reward, RewardKind::Sentiment);
+
+    let embedded = resolve(&[]).unwrap();
+    assert_eq!((embedded.steps, embedded.reward), (11, RewardKind::Length));
+    assert_eq!(embedded.batch_size, defaults.batch_size);
+
+    let from_file = resolve(&["--config", &file]).unwrap();
+    assert_eq!((from_file.steps, from_file.seed, from_file.kl_coef), (5, 3, 1.0));
+    assert_eq!(from_file.reward, RewardKind::Length);
+
+    // A flag wins even where it says the default.
+    let flags = resolve(&["--config", &file, "--steps", "20", "--kl-coef=0.5"]).unwrap();
+    assert_eq!((flags.steps, flags.seed, flags.kl_coef), (20, 3, 0.5));
+
+    let real = resolve(&["--model", "m.gguf", "--prompts", "p.txt"]).unwrap();
+    assert_eq!((real.steps, real.reward), (20, RewardKind::Sentiment));
+    let model = write(&dir.path().join("m.toml"), "model = \"m.gguf\"\nprompts = \"p.txt\"\n");
+    assert_eq!(resolve(&["--config", &model]).unwrap().steps, 20);
+}
+
+#[test]
+fn switches_take_an_optional_value() {
+    assert!(resolve(&["--whiten-rewards"]).unwrap().whiten_rewards);
+    assert!(!resolve(&["--whiten-advantages", "false", "--steps", "3"]).unwrap().whiten_advantages);
+    refused(&["--whiten-rewards", "perhaps"], "--whiten-rewards");
+}
+
+#[test]
+fn resolved_settings_load_again_unchanged_but_for_the_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = [
+        "--out",
+        "runs/somewhere",
+        "--clip-range",
+        "0.1",
+        "--clip-range-high",
+        "0.30000000000000004",
+        "--dual-clip",
+        "3",
+        "--score-clip",
+        "1e-7",
+        "--missing-eos-penalty",
+        "1",
+        "--seed",
+        "9223372036854775807",
+        "--reward",
+        "regex",
+        "--reward-pattern",
+        "-\"'\\w+ \u{e9}\n",
+        "--kl-estimator",
+        "k3",
+        "--kl-controller",
+        "adaptive",
+        "--aggregation",
+        "seq-mean-token-sum-norm",
+        "--lr-schedule",
+        "constant",
+        "--learning-rate",
+        "3.3e-6",
+        "--whiten-rewards",
+    ];
+    let first = resolve(&flags).unwrap();
+    let file = write(&dir.path().join("config.toml"), first.to_toml().unwrap());
+    let again = resolve(&["--config", &file]).unwrap();
+    assert_eq!(again.out, None);
+    assert_eq!(Settings { out: None, ..first }, again);
+
+    let defaults = Settings::default();
+    let file = write(&dir.path().join("defaults.toml"), defaults.to_toml().unwrap());
+    assert_eq!(resolve(&["--config", &file]).unwrap(), defaults);
+}
+
+#[test]
+fn every_number_out_of_range_names_its_flag() {
+    refused(&["--clip-range", "nan"], "--clip-range is NaN, expected a finite number above 0");
+    for flag in [
+        "--temperature",
+        "--top-p",
+        "--reward-timeout",
+        "--score-clip",
+        "--missing-eos-penalty",
+        "--kl-coef",
+        "--kl-target",
+        "--kl-horizon",
+        "--gamma",
+        "--lambda",
+        "--clip-range",
+        "--clip-range-high",
+        "--dual-clip",
+        "--value-clip-range",
+        "--value-coef",
+        "--entropy-coef",
+        "--learning-rate",
+        "--value-learning-rate",
+        "--weight-decay",
+        "--max-grad-norm",
+    ] {
+        for value in ["nan", "inf", "-1"] {
+            refused(&[flag, value], &format!("{flag} is "));
+        }
+        // `-inf` apart from its flag reads as the flag -i.
+        refused(&[&format!("{flag}=-inf")], &format!("{flag} is "));
+    }
+    for flag in ["--temperature", "--top-p", "--clip-range", "--max-grad-norm"] {
+        refused(&[flag, "0"], &format!("{flag} is 0"));
+    }
+    refused(&["--gamma", "1.01"], "--gamma is 1.01");
+    refused(&["--dual-clip", "1"], "--dual-clip is 1, expected");
+    for flag in [
+        "--steps",
+        "--batch-size",
+        "--minibatch-size",
+        "--ppo-epochs",
+        "--max-new-tokens",
+        "--reward-length",
+    ] {
+        refused(&[flag, "0"], &format!("{flag} is 0"));
+        refused(&[flag, "-1"], flag);
+        refused(&[flag, "1.5"], flag);
+        refused(&[flag, "9223372036854775808"], flag);
+    }
+    refused(&["--seed", "9223372036854775808"], "--seed");
+}
+
+#[test]
+fn every_float_setting_is_checked() {
+    // A float field that validate() forgets would let this NaN through.
+    let table = toml::Table::try_from(Settings {
+        score_clip: Some(1.0),
+        missing_eos_penalty: Some(1.0),
+        clip_range_high: Some(1.0),
+        dual_clip: Some(2.0),
+        ..Settings::default()
+    })
+    .unwrap();
+    let floats: Vec<_> = table.iter().filter(|(_, v)| v.is_float()).collect();
+    assert_eq!(floats.len(), 20);
+    for (key, _) in floats {
+        let mut table = table.clone();
+        table.insert(key.clone(), toml::Value::Float(f64::NAN));
+        let settings: Settings = table.try_into().unwrap();
+        let error = settings.validate().unwrap_err().to_string();
+        let flag = format!("--{} is NaN", key.replace('_', "-"));
+        assert!(error.contains(&flag), "{error}");
+    }
+}
+
+#[test]
+fn settings_that_do_not_fit_together_are_refused() {
+    refused(
+        &["--batch-size", "6", "--minibatch-size", "4"],
+        "--minibatch-size is 4, expected a divisor of --batch-size 6",
+    );
+    refused(&["--model", "m.gguf"], "--prompts is missing");
+    refused(&["--reward", "regex"], "--reward-pattern is missing");
+    refused(&["--reward", "command", "--reward-command", "  "], "--reward-command is missing");
+    refused(
+        &["--reward", "sentiment", "--reward-pattern", "a"],
+        "--reward-pattern has no effect with --reward sentiment; add --reward regex",
+    );
+    refused(&["--out", ""], "--out");
+    refused(&["--reward", "kindness"], "kindness");
+    refused(&["--no-such-flag"], "--no-such-flag");
+}
+
+#[test]
+fn a_config_file_is_refused_with_file_line_and_key() {
+    let dir = tempfile::tempdir().unwrap();
+    for (text, messages) in [
+        ("steps = 3\nclip_rage = 0.1\n", ["line 2", "clip_rage"]),
+        ("seed = 1\nsteps = \"many\"\n", ["line 2", "steps"]),
+        ("steps = -1\n", ["line 1", "steps"]),
+        ("reward = \"kindness\"\n", ["line 1", "kindness"]),
+        ("[run]\nsteps = 3\n", ["line 1", "run"]),
+        ("steps = \n", ["line 1", "steps"]),
+        ("steps = 1\nsteps = 2\n", ["line 2", "steps"]),
+    ] {
+        let file = write(&dir.path().join("c.toml"), text);
+        refused(&["--config", &file], &format!("--config {file}"));
+        for message in messages {
+            refused(&["--config", &file], message);
+        }
+    }
+    let file = write(&dir.path().join("c.toml"), "clip_range = nan\n");
+    refused(&["--config", &file], "--clip-range is NaN");
+
+    let missing = dir.path().join("none.toml");
+    refused(&["--config", missing.to_str().unwrap()], "none.toml");
+    refused(&["--config", dir.path().to_str().unwrap()], "cannot read --config");
+    let binary = write(&dir.path().join("b.toml"), [0xff, 0xfe, 0x00]);
+    refused(&["--config", &binary], "cannot read --config");
+}
+
+// ---------------------------------------------------------------- rewards
+
+fn samples<'a>(responses: &[&'a str]) -> Vec<Sample<'a>> {
+    responses.iter().map(|response| Sample { prompt: "Say", response }).collect()
+}
+
+fn score(settings: &Settings, responses: &[&str]) -> Vec<f32> {
+    build(settings).unwrap().score(&samples(responses)).unwrap()
+}
+
+#[test]
+fn sentiment_follows_the_feeling_of_the_words() {
+    for (worse, better) in [
+        ("It was a bad day.", "It was a day."),
+        ("It was a day.", "It was a good day."),
+        ("It was a good day.", "It was a very good day."),
+        ("It was a good day.", "It was a wonderful day."),
+        ("It was a slightly good day.", "It was a good day."),
+        ("It was not a good day.", "It was a day."),
+        ("It was a bad day.", "It was not good."),
+        ("It wasn\u{2019}t good.", "It wasn\u{2019}t bad."),
+        ("It is good. Never again, though.", "It is good, and it is kind."),
+        ("awful", "AWFULLY? No: wonderful!"),
+        ("He was happy and felt sad.", "He was happy."),
+        ("I never was not sad.", "I never was sad."),
+    ] {
+        assert!(sentiment(worse) < sentiment(better), "{worse:?} {better:?}");
+    }
+    // A negation holds for its clause only.
+    assert!(sentiment("No, it is good.") > 0.4);
+    assert!(sentiment("not sad but happy") > sentiment("not sad"));
+    assert_eq!(sentiment("good"), (0.5f32).tanh());
+    assert_eq!(sentiment("GOOD!"), sentiment("good"));
+    for empty in ["", " ", "...", "the mat", "'", "\u{1f600}"] {
+        assert_eq!(sentiment(empty), 0.0, "{empty:?}");
+    }
+    let much = "wonderful ".repeat(1000);
+    assert!(sentiment(&much) <= 1.0 && sentiment(&much) > 0.99);
+    assert!(sentiment(&"terrible ".repeat(1000)) >= -1.0);
+}
+
+#[test]
+fn length_is_1_at_the_target_and_falls_on_both_sides() {
+    assert_eq!(nearness(4, 4), 1.0);
+    assert_eq!(nearness(2, 4), 0.5);
+    assert_eq!(nearness(8, 4), 0.5);
+    assert_eq!(nearness(0, 4), 0.0);
+    assert!(nearness(100, 4) > nearness(101, 4));
+    let settings = Settings { reward: RewardKind::Length, reward_length: 2, ..Settings::default() };
+    assert_eq!(score(&settings, &["", "a", " a\n b ", "a b c d"]), [0.0, 0.5, 1.0, 0.5]);
+}
+
+#[test]
+fn regex_is_1_where_the_pattern_matches() {
+    let mut settings = Settings {
+        reward: RewardKind::Regex,
+        reward_pattern: Some(r"(?i)\bmat\b".to_owned()),
+        ..Settings::default()
+    };
+    assert_eq!(score(&settings, &["the Mat.", "the matter", ""]), [1.0, 0.0, 0.0]);
+    settings.reward_pattern = Some("(".to_owned());
+    let error = format!("{:#}", build(&settings).err().unwrap());
+    assert!(error.contains("--reward-pattern `(` is refused"), "{error}");
+}
+
+const QUICK: Duration = Duration::from_secs(20);
+
+fn command_scores(command: &str, timeout: Duration, n: usize) -> Result<Vec<f32>, String> {
+    let responses = vec!["a \"quoted\"\nline \u{e9}"; n];
+    CommandReward::new(command, timeout)
+        .score(&samples(&responses))
+        .map_err(|error| format!("{error:#}"))
+}
+
+#[test]
+fn a_command_gets_every_sample_and_its_scores_come_back_in_order() {
+    // Counts lines, and scores 100 where one is not the object that was promised.
+    let command = r#"awk '{
+        want = "{\"prompt\":\"Say\",\"response\":\"a \\\"quoted\\\"\\nline é\"}"
+        print "{\"score\": " ($0 == want ? NR / 2 : 100) ", \"why\": \"because\"}\n"
+    }'"#;
+    assert_eq!(command_scores(command, QUICK, 3).unwrap(), [0.5, 1.0, 1.5]);
+    assert!(command_scores("exit 1", QUICK, 0).unwrap().is_empty());
+}
+
+#[test]
+fn a_command_may_read_all_before_it_writes_or_write_before_it_reads() {
+    let n = 20_000; // 1 MB in, and 300 kB out: far above what a pipe holds
+    let all = r#"cat > /dev/null; for i in $(seq 20000); do echo '{"score": 1}'; done"#;
+    assert_eq!(command_scores(all, QUICK, n).unwrap().len(), n);
+    let first = r#"for i in $(seq 20000); do echo '{"score": 1}'; done; cat > /dev/null"#;
+    assert_eq!(command_scores(first, QUICK, n).unwrap().len(), n);
+    let never = r#"for i in $(seq 20000); do echo '{"score": 1}'; done"#;
+    assert_eq!(command_scores(never, QUICK, n).unwrap().len(), n);
+    let noisy = r#"for i in $(seq 20000); do echo noise >&2; echo '{"score": 1}'; done"#;
+    assert_eq!(command_scores(noisy, QUICK, n).unwrap().len(), n);
+}
+
+#[test]
+fn nonsense_from_a_command_is_refused_and_quoted() {
+    for (command, message) in [
+        (r#"echo '{"score": 1}'"#, "the answer has 1 lines for 2 samples"),
+        (r#"yes '{"score": 1}' | head -n 3"#, "the answer has 3 lines for 2 samples"),
+        ("true", "the answer has 0 lines for 2 samples"),
+        ("echo hello", "line 1 of the answer is not {\"score\": NUMBER}: `hello`"),
+        (r#"yes '{"score": NaN}' | head -n 2"#, "line 1 of the answer is not"),
+        (r#"yes '{"score": 1e99}' | head -n 2"#, "line 1 of the answer has a score past 32 bits"),
+        (r#"yes '{"score": 1e999}' | head -n 2"#, "line 1 of the answer is not"),
+        (r#"yes '{"score": null}' | head -n 2"#, "line 1 of the answer is not"),
+        (r#"yes '{"score": "1"}' | head -n 2"#, "line 1 of the answer is not"),
+        (r#"yes '{"Score": 1}' | head -n 2"#, "line 1 of the answer is not"),
+        ("yes '[1]' | head -n 2", "line 1 of the answer is not"),
+        (r"printf '\377\n'", "the answer is not UTF-8"),
+        ("yes", "its answer is longer than"),
+        ("head -c 5000000 /dev/zero", "its answer is longer than"),
+        ("exit 3", "it ended with exit status: 3"),
+        ("kill -s KILL $$", "it ended with signal: 9"),
+        ("no-such-program-at-all", "its standard error ends:\n"),
+        ("seq 100000 >&2; echo the cause >&2; exit 1", "the cause"),
+        ("echo a word >&2; echo hello", "a word"),
+    ] {
+        let error = command_scores(command, QUICK, 2).expect_err(command);
+        assert!(error.contains(&format!("--reward-command `{command}`")), "{error}");
+        assert!(error.contains(message), "{command} gave: {error}");
+        assert!(error.len() < 4000, "{} bytes", error.len());
+    }
+    let long = command_scores("head -c 9999 /dev/zero | tr '\\0' x", QUICK, 1).unwrap_err();
+    assert!(long.len() < 1000, "{long}");
+}
+
+#[test]
+fn a_command_that_hangs_is_ended_with_all_its_children() {
+    let dir = tempfile::tempdir().unwrap();
+    let mark = dir.path().join("mark");
+    let write_later = format!("(sleep 2; echo alive > {}) & ", mark.display());
+    let timeout = Duration::from_millis(300);
+    let start = Instant::now();
+    for command in [
+        "sleep 60".to_owned(),
+        "sleep 60 < /dev/null > /dev/null".to_owned(),
+        "exec > /dev/null; sleep 60".to_owned(),
+        "sleep 60 & echo '{\"score\": 1}'".to_owned(),
+        "trap '' TERM INT HUP; sleep 60; sleep 60".to_owned(),
+        format!("{write_later} echo the reason >&2; wait"),
+    ] {
+        let error = command_scores(&command, timeout, 100_000).expect_err(&command);
+        assert!(error.contains("it did not end within 0.3 s (--reward-timeout)"), "{error}");
+        assert_eq!(error.contains("the reason"), command.contains("the reason"), "{error}");
+    }
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(!mark.exists(), "a child of the command lived on");
+}
+
+#[test]
+fn a_command_is_tried_before_the_run() {
+    let settings = |command: &str| Settings {
+        reward: RewardKind::Command,
+        reward_command: Some(command.to_owned()),
+        reward_timeout: 20.0,
+        ..Settings::default()
+    };
+    let error = format!("{:#}", build(&settings("echo no")).err().unwrap());
+    assert!(error.contains("was tried before the run: --reward-command `echo no`"), "{error}");
+    let good = settings(r#"sed 's/.*/{"score": -0.25}/'"#);
+    assert_eq!(score(&good, &["a", "b"]), [-0.25, -0.25]);
+    assert_eq!(build(&good).unwrap().name(), "command");
+}
+
+// ---------------------------------------------------------------- prompts
+
+#[test]
+fn prompts_are_read_from_text_and_jsonl() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        write(&path, text);
+        prompts::read(&path).unwrap()
+    };
+    assert_eq!(
+        read("p.txt", "\u{feff}one\r\n\r\n  two \n \n{\"prompt\": 3}"),
+        ["one", "two", "{\"prompt\": 3}"]
+    );
+    assert_eq!(read("no-extension", "one"), ["one"]);
+    let jsonl = "\u{feff}{\"prompt\": \"one\\ntwo \", \"id\": 3}\r\n\n{\"prompt\":\"\u{e9}\"}";
+    assert_eq!(read("p.jsonl", jsonl), ["one\ntwo ", "\u{e9}"]);
+}
+
+#[test]
+fn a_bad_prompt_file_is_refused_with_file_and_line() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, text, message) in [
+        ("empty.txt", &b""[..], " holds no prompt"),
+        ("blank.txt", b"\xef\xbb\xbf\n \r\n", " holds no prompt"),
+        ("blank.jsonl", b"\n\n", " holds no prompt"),
+        ("binary.txt", b"good\n\xff\xfe", ":2: not UTF-8"),
+        ("a.jsonl", b"\n{\"prompt\": 1}", ":2: expected {\"prompt\": \"..\"}"),
+        ("b.jsonl", b"{\"text\": \"a\"}", ":1: expected"),
+        ("c.jsonl", b"{\"prompt\": \"a\"}\nplain", ":2: expected"),
+        ("d.jsonl", b"[\"a\"]", ":1: expected"),
+        ("e.jsonl", b"{\"prompt\": \" \"}", ":1: the prompt is empty"),
+    ] {
+        let path = dir.path().join(name);
+        write(&path, text);
+        let error = format!("{:#}", prompts::read(&path).unwrap_err());
+        let place = format!("--prompts {}{message}", path.display());
+        assert!(error.starts_with(&place), "{error}");
+    }
+    for path in [dir.path(), &dir.path().join("none.txt")] {
+        let error = format!("{:#}", prompts::read(path).unwrap_err());
+        let place = format!("cannot read --prompts {}: ", path.display());
+        assert!(error.starts_with(&place), "{error}");
+    }
+}
+
+// ---------------------------------------------------------------- report
+
+fn into(dir: &Path) -> Settings {
+    Settings { out: Some(dir.to_owned()), ..Settings::default() }
+}
+
+fn lines(path: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn metrics(values: Value) -> Map<String, Value> {
+    values.as_object().unwrap().clone()
+}
+
+#[test]
+fn a_run_folder_holds_what_was_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("deep/er/run");
+    let settings = into(&out);
+    let mut run = Run::create(&settings).unwrap();
+    assert_eq!(run.dir(), out);
+    assert_eq!(run.weights_dir(), out.join("weights"));
+
+    let values = metrics(json!({"objective/kl": 0.5, "loss/value_avg": f64::NAN}));
+    run.metrics(1, &values).unwrap();
+    // On the disk while the run goes on.
+    assert_eq!(
+        lines(&out.join("metrics.jsonl")),
+        [json!({"step": 1, "objective/kl": 0.5, "loss/value_avg": null})]
+    );
+    let record = SampleRecord {
+        step: 0,
+        prompt: "The \"cat\"\n",
+        response: "sat",
+        score: f32::INFINITY,
+        kl: None,
+        finished: true,
+    };
+    run.samples(&[record.clone(), SampleRecord { step: 1, kl: Some(0.25), score: 1.0, ..record }])
+        .unwrap();
+    assert_eq!(
+        lines(&out.join("samples.jsonl")),
+        [
+            json!({"step": 0, "prompt": "The \"cat\"\n", "response": "sat", "score": null,
+                "finished": true}),
+            json!({"step": 1, "prompt": "The \"cat\"\n", "response": "sat", "score": 1.0,
+                "kl": 0.25, "finished": true}),
+        ]
+    );
+    drop(run);
+    assert_eq!(lines(&out.join("metrics.jsonl")).len(), 1);
+    let config = fs::read_to_string(out.join("config.toml")).unwrap();
+    assert_eq!(toml::from_str::<Settings>(&config).unwrap(), Settings::default());
+}
+
+#[test]
+fn a_folder_that_holds_a_run_is_refused_and_left_alone() {
+    for name in ["metrics.jsonl", "config.toml", "samples.jsonl", "weights"] {
+        let dir = tempfile::tempdir().unwrap();
+        write(&dir.path().join(name), "precious");
+        let error = Run::create(&into(dir.path())).unwrap_err().to_string();
+        let message = format!("--out {} already holds a run (it has {name})", dir.path().display());
+        assert!(error.starts_with(&message), "{error}");
+        assert_eq!(fs::read_to_string(dir.path().join(name)).unwrap(), "precious");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+    // Files of another kind do not matter.
+    let dir = tempfile::tempdir().unwrap();
+    write(&dir.path().join("notes.txt"), "mine");
+    drop(Run::create(&into(dir.path())).unwrap());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_refused_and_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    write(&file, "mine");
+    for out in [file.clone(), file.join("below"), dir.path().join("a/\0/b")] {
+        let error = format!("{:#}", Run::create(&into(&out)).unwrap_err());
+        assert!(error.contains(&format!("--out {}", out.display())), "{error}");
+    }
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    // Root may write anywhere but here.
+    if cfg!(target_os = "linux") {
+        let error = format!("{:#}", Run::create(&into(Path::new("/proc/run"))).unwrap_err());
+        assert!(error.contains("--out /proc/run"), "{error}");
+    }
+}
+
+#[test]
+fn a_run_without_a_record_takes_its_files_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("a/b");
+    drop(Run::create(&into(&out)).unwrap());
+    assert!(!dir.path().join("a").exists());
+    let mut run = Run::create(&into(&out)).unwrap();
+    run.metrics(1, &Map::new()).unwrap();
+    drop(run);
+    assert!(Run::create(&into(&out)).is_err());
+    assert!(out.join("config.toml").exists());
+}
+
+#[test]
+fn step_lines_stay_in_their_columns() {
+    let values = metrics(json!({
+        "objective/scores": 0.25, "objective/kl": f64::NAN, "loss/policy_avg": -1.5e-3,
+        "loss/value_avg": 1e12, "policy/clipfrac_avg": 0, "perf/throughput": 1234.4,
+        "timing_s/rollout": 12.345,
+    }));
+    assert_eq!(
+        [heading(), step_line(3, 20, &values), step_line(1000, 1000, &Map::new())],
+        [
+            "     step    score       kl  policy loss  value loss  clipped  entropy  tokens/s  \
+             rollout s  experience s  update s   step s",
+            "     3/20    0.250      nan      -0.0015      1.0e12    0.000        -      1234      \
+             12.35             -         -        -",
+            "1000/1000        -        -            -           -        -        -         -          \
+             -             -         -        -",
+        ]
+    );
+}
