@@ -13,6 +13,7 @@ use rand::seq::SliceRandom;
 use rand::SeedableRng;
 use serde_json::json;
 
+use super::load::Loaded;
 use super::model::{Decoder, DecoderConfig};
 use super::optim::{Optimizer, Schedule};
 use super::tokenizer::Tokenizer;
@@ -40,7 +41,7 @@ pub fn prompts() -> Vec<String> {
 }
 
 /// A tokenizer of the corpus's words and its full stop. Any other word is an error of `encode`.
-pub fn tokenizer() -> Result<Tokenizer> {
+fn tokenizer() -> Result<Tokenizer> {
     let words: BTreeSet<&str> = CORPUS.split_whitespace().map(|w| w.trim_matches('.')).collect();
     let tokens = [PAD, EOS, "."].into_iter().chain(words);
     let vocab: serde_json::Map<_, _> =
@@ -62,10 +63,11 @@ pub fn tokenizer() -> Result<Tokenizer> {
     Ok(Tokenizer::from_tokenizers(inner, vec![1], 0))
 }
 
-/// A new decoder of the embedded run's shape.
-pub fn decoder(vocab_size: usize, seed: u64, device: &Device) -> Result<Decoder> {
+/// The tokenizer, and a new decoder of the embedded run's shape.
+pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
+    let tokenizer = tokenizer()?;
     let config = DecoderConfig {
-        vocab_size,
+        vocab_size: tokenizer.vocab_size(),
         hidden_size: 64,
         intermediate_size: 176,
         num_hidden_layers: 2,
@@ -79,7 +81,7 @@ pub fn decoder(vocab_size: usize, seed: u64, device: &Device) -> Result<Decoder>
         tie_word_embeddings: true,
         initializer_range: 0.05,
     };
-    Decoder::random(config, seed, device)
+    Ok(Loaded { decoder: Decoder::random(config, seed, device)?, tokenizer })
 }
 
 /// Fits the decoder to the corpus by next-token cross-entropy, in nats a token. `on_step` is told

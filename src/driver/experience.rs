@@ -1,0 +1,197 @@
+//! The second phase of a step: what the models say of the responses, and the advantages.
+//!
+//! ```text
+//! old_logp             policy      as it sampled, at the sampling temperature
+//! ref_logp             reference   as the policy was before the run
+//! values               critic      of the state before each token
+//! kl                   = estimate of KL(policy || reference), per token
+//! rewards              = -kl_coef kl, plus the score at the response's last token
+//! advantages, returns  = GAE over the rewards; the advantages are then whitened over the batch
+//! ```
+
+use anyhow::Result;
+use candle_core::Tensor;
+use serde_json::{json, Map, Value};
+
+use super::config::{KlEstimatorKind, Settings};
+use super::model::{Critic, Decoder};
+use super::rollout::Rollout;
+use super::sequences::Sequences;
+use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping};
+use crate::kl::{token_kl, KlEstimator, KlOptions};
+use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
+
+/// What the update needs of a rollout; all tensors f32 `[B, R]`, without gradient.
+pub struct Experience {
+    /// Prompts with responses.
+    pub sequences: Sequences,
+    /// Log-probabilities under the policy that sampled.
+    pub old_logp: Tensor,
+    /// The critic's values at that time.
+    pub values: Tensor,
+    /// Advantages, whitened if the settings say so.
+    pub advantages: Tensor,
+    /// Targets of the critic.
+    pub returns: Tensor,
+    /// KL of each response to the reference, in nats.
+    pub kl: Vec<f32>,
+    /// The metrics of this phase.
+    pub metrics: Map<String, Value>,
+}
+
+impl Experience {
+    /// Evaluates the rollout and estimates its advantages.
+    pub fn collect(
+        rollout: &Rollout,
+        policy: &Decoder,
+        reference: &Decoder,
+        critic: &Critic,
+        kl_coef: f64,
+        settings: &Settings,
+    ) -> Result<Self> {
+        let sequences = Sequences::from(&rollout.generation);
+        let chunk = settings.minibatch_size;
+        let logp = |decoder: &Decoder| {
+            in_chunks(&sequences, chunk, |some| {
+                Ok(some.logp_and_entropy(decoder, settings.temperature)?.0)
+            })
+        };
+        let old_logp = logp(&policy.no_grad())?;
+        let ref_logp = logp(reference)?;
+        let critic = critic.no_grad();
+        let values = in_chunks(&sequences, chunk, |some| some.values(&critic))?;
+
+        let options =
+            KlOptions { estimator: estimator(settings.kl_estimator), ..KlOptions::default() };
+        let token_kl = token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)?;
+        let shaped = estimate(rollout, &sequences.mask, &values, &token_kl, kl_coef, settings)?;
+        let Estimate { advantages, returns, rewards } = shaped;
+
+        let kl: Vec<f32> = token_kl.sum(1)?.to_vec1()?;
+        let mut metrics = response_metrics(rollout);
+        let mut put = |name: String, value: f64| metrics.insert(name, json!(value));
+        put("objective/kl".into(), mean(&kl));
+        put("objective/kl_coef".into(), kl_coef);
+        put("objective/entropy".into(), -mean_of_sums(&old_logp)?);
+        put("objective/rlhf_reward".into(), mean_of_sums(&rewards)?);
+        put("objective/non_score_reward".into(), -kl_coef * mean(&kl));
+        for (name, tensor) in
+            [("values", &values), ("returns", &returns), ("advantages", &advantages)]
+        {
+            let kept = kept(tensor, &sequences.mask)?;
+            put(format!("critic/{name}/mean"), mean(&kept));
+            put(format!("critic/{name}/min"), extreme(&kept, f32::min));
+            put(format!("critic/{name}/max"), extreme(&kept, f32::max));
+        }
+        Ok(Self { sequences, old_logp, values, advantages, returns, kl, metrics })
+    }
+}
+
+struct Estimate {
+    advantages: Tensor,
+    returns: Tensor,
+    /// As shaped, before any whitening.
+    rewards: Tensor,
+}
+
+/// Shapes the rewards, runs GAE over them, and whitens.
+fn estimate(
+    rollout: &Rollout,
+    mask: &Tensor,
+    values: &Tensor,
+    kl: &Tensor,
+    kl_coef: f64,
+    settings: &Settings,
+) -> Result<Estimate> {
+    let scores = Tensor::new(rollout.scores.as_slice(), mask.device())?;
+    let has_eos: Vec<u8> = rollout.generation.finished.iter().map(|&f| u8::from(f)).collect();
+    let has_eos = Tensor::new(has_eos, mask.device())?;
+    let plain = GaeInputs { mask: Some(mask), ..GaeInputs::new(values) };
+    let shaped =
+        GaeInputs { kl: Some(kl), scores: Some(&scores), has_eos: Some(&has_eos), ..plain };
+
+    let options =
+        GaeOptions { gamma: settings.gamma, lambda: settings.lambda, ..GaeOptions::default() };
+    let missing_eos = settings.missing_eos_penalty.map_or(MissingEos::Keep, MissingEos::Subtract);
+    let shaping = RewardShaping {
+        kl_coef,
+        clip: settings.score_clip,
+        missing_eos,
+        ..RewardShaping::default()
+    };
+    let out = gae(&shaped, &GaeOptions { shaping, ..options })?;
+    let rewards = out.rewards.clone();
+
+    // One token alone has no variance to whiten by.
+    let can_whiten = out.moments.count > 1;
+    let GaeOutput { advantages, returns, moments, .. } = if settings.whiten_rewards && can_whiten {
+        let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
+        let scaled = masked_whiten(&rewards, Some(mask), &scaling)?;
+        gae(&GaeInputs { rewards: Some(&scaled), ..plain }, &options)?
+    } else {
+        out
+    };
+    let advantages = if settings.whiten_advantages && can_whiten {
+        masked_whiten_with(&advantages, Some(mask), &moments, &WhitenOptions::default())?
+    } else {
+        advantages
+    };
+    Ok(Estimate { advantages, returns, rewards })
+}
+
+fn response_metrics(rollout: &Rollout) -> Map<String, Value> {
+    let generation = &rollout.generation;
+    let lengths: Vec<f32> = generation.responses.iter().map(|r| r.len() as f32).collect();
+    let num_eos = generation.finished.iter().filter(|&&finished| finished).count();
+    let cut = 1.0 - num_eos as f64 / lengths.len() as f64;
+    let all = [
+        ("objective/scores", mean(&rollout.scores)),
+        ("val/num_eos_tokens", num_eos as f64),
+        ("response_length/mean", mean(&lengths)),
+        ("response_length/clip_ratio", cut),
+    ];
+    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+}
+
+/// Evaluates `size` sequences at a time, which bounds the memory of logits and activations.
+fn in_chunks(
+    sequences: &Sequences,
+    size: usize,
+    mut evaluate: impl FnMut(&Sequences) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let rows: Vec<usize> = (0..sequences.len()).collect();
+    let parts: Vec<Tensor> = (rows.chunks(size))
+        .map(|rows| evaluate(&sequences.select(rows)?))
+        .collect::<Result<_>>()?;
+    Ok(Tensor::cat(&parts, 0)?)
+}
+
+fn estimator(kind: KlEstimatorKind) -> KlEstimator {
+    match kind {
+        KlEstimatorKind::K1 => KlEstimator::K1,
+        KlEstimatorKind::Abs => KlEstimator::Abs,
+        KlEstimatorKind::K2 => KlEstimator::K2,
+        KlEstimatorKind::K3 => KlEstimator::K3,
+    }
+}
+
+/// The unmasked elements.
+fn kept(tensor: &Tensor, mask: &Tensor) -> Result<Vec<f32>> {
+    let all: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+    let mask: Vec<u8> = mask.flatten_all()?.to_vec1()?;
+    Ok(all.into_iter().zip(mask).filter(|&(_, keep)| keep != 0).map(|(x, _)| x).collect())
+}
+
+/// The mean over sequences of the sums over tokens of a tensor that is 0 where masked.
+fn mean_of_sums(per_token: &Tensor) -> Result<f64> {
+    Ok(mean(&per_token.sum(1)?.to_vec1()?))
+}
+
+/// Of f32 values, in f64.
+pub(super) fn mean(values: &[f32]) -> f64 {
+    values.iter().map(|&x| f64::from(x)).sum::<f64>() / values.len() as f64
+}
+
+fn extreme(values: &[f32], of: fn(f32, f32) -> f32) -> f64 {
+    values.iter().copied().reduce(of).map_or(f64::NAN, f64::from)
+}

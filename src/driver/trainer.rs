@@ -1,0 +1,171 @@
+//! PPO, one step at a time: rollout, experience, update.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use rand::rngs::StdRng;
+use rand::SeedableRng;
+use serde_json::{json, Map, Value};
+
+use super::config::{KlControllerKind, LrScheduleKind, Settings};
+use super::experience::{mean, Experience};
+use super::kl_controller::KlController;
+use super::model::{Critic, Decoder};
+use super::optim::Schedule;
+use super::rollout::{Prompts, Rollout, Sampler};
+use super::update::{Learner, Rates, Update};
+
+/// The state of a run.
+pub struct Trainer {
+    /// Policy and critic.
+    pub learner: Learner,
+    /// Tokenizer, sampling and reward.
+    pub sampler: Sampler,
+    /// The prompts that are left.
+    pub prompts: Prompts,
+    settings: Settings,
+    reference: Decoder,
+    controller: KlController,
+    rng: StdRng,
+}
+
+/// What a step did.
+pub struct Step {
+    /// The responses it sampled.
+    pub rollout: Rollout,
+    /// KL of each response to the reference, in nats.
+    pub kl: Vec<f32>,
+    /// Optimiser steps that were skipped, as their loss or a gradient norm was not finite.
+    pub skipped: usize,
+    /// All metrics of the step.
+    pub metrics: Map<String, Value>,
+}
+
+impl Trainer {
+    /// Starts from `policy`: the reference is a frozen copy of it, and the critic one with a value
+    /// head. The settings must be valid.
+    pub fn new(
+        policy: Decoder,
+        sampler: Sampler,
+        prompts: Prompts,
+        settings: &Settings,
+    ) -> Result<Self> {
+        let reference = policy.frozen()?;
+        let critic = Critic::new(policy.duplicate()?, settings.seed)?;
+        let coef = settings.kl_coef;
+        let controller = match settings.kl_controller {
+            KlControllerKind::Constant => KlController::Constant { coef },
+            KlControllerKind::Adaptive => {
+                let (target, horizon) = (settings.kl_target, settings.kl_horizon);
+                KlController::Adaptive { coef, target, horizon }
+            }
+        };
+        Ok(Self {
+            learner: Learner::new(policy, critic, settings)?,
+            sampler,
+            prompts,
+            settings: settings.clone(),
+            reference,
+            controller,
+            rng: StdRng::seed_from_u64(settings.seed),
+        })
+    }
+
+    /// Step `step`, counted from 0. `on_token` is told how many tokens the rollout added at each
+    /// position, `on_minibatch` of each optimiser step.
+    pub fn step(
+        &mut self,
+        step: usize,
+        on_token: &mut dyn FnMut(usize),
+        on_minibatch: &mut dyn FnMut(),
+    ) -> Result<Step> {
+        let mut watch = Stopwatch::start();
+        let batch_size = self.settings.batch_size;
+        let prompts = self.prompts.draw(batch_size, &mut self.rng);
+        let rollout =
+            self.sampler.answer(&self.learner.policy, prompts, &mut self.rng, on_token)?;
+        watch.lap("rollout");
+
+        let Learner { policy, critic, .. } = &self.learner;
+        let kl_coef = self.controller.coef();
+        let experience = Experience::collect(
+            &rollout,
+            policy,
+            &self.reference,
+            critic,
+            kl_coef,
+            &self.settings,
+        )?;
+        watch.lap("experience");
+
+        let rates = Rates {
+            policy: self.rate(self.settings.learning_rate, step),
+            value: self.rate(self.settings.value_learning_rate, step),
+        };
+        let Update { skipped, metrics: update_metrics, .. } =
+            self.learner.update(&experience, rates, &mut self.rng, on_minibatch)?;
+        watch.lap("update");
+        self.controller.update(mean(&experience.kl), batch_size);
+
+        let mut metrics = experience.metrics;
+        metrics.extend(update_metrics);
+        let tokens: usize = rollout.generation.responses.iter().map(Vec::len).sum();
+        let seconds = watch.total();
+        metrics.extend(watch.metrics());
+        for (name, value) in [
+            ("perf/throughput", json!(tokens as f64 / seconds)),
+            ("update/skipped", json!(skipped)),
+            ("lr", json!(rates.policy)),
+            ("episode", json!((step + 1) * batch_size)),
+        ] {
+            metrics.insert(name.into(), value);
+        }
+        Ok(Step { rollout, kl: experience.kl, skipped, metrics })
+    }
+
+    /// Answers the first prompts with the policy as it is now; the same ones, with the same chances,
+    /// at each call.
+    pub fn show(&mut self, count: usize) -> Result<Rollout> {
+        let prompts = self.prompts.first(count).to_vec();
+        let mut rng = StdRng::seed_from_u64(self.settings.seed);
+        self.sampler.answer(&self.learner.policy, prompts, &mut rng, &mut |_| {})
+    }
+
+    fn rate(&self, peak: f64, step: usize) -> f64 {
+        let schedule = Schedule {
+            peak,
+            warmup: self.settings.warmup_steps,
+            total: self.settings.steps,
+            decay: self.settings.lr_schedule == LrScheduleKind::Linear,
+        };
+        schedule.at(step)
+    }
+}
+
+/// Seconds of each phase.
+struct Stopwatch {
+    start: Instant,
+    last: Instant,
+    laps: Vec<(&'static str, f64)>,
+}
+
+impl Stopwatch {
+    fn start() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, laps: Vec::new() }
+    }
+
+    fn lap(&mut self, phase: &'static str) {
+        self.laps.push((phase, self.last.elapsed().as_secs_f64()));
+        self.last = Instant::now();
+    }
+
+    fn total(&self) -> f64 {
+        self.start.elapsed().as_secs_f64()
+    }
+
+    fn metrics(&self) -> Map<String, Value> {
+        let laps = self.laps.iter().copied().chain([("step", self.total())]);
+        laps.map(|(phase, seconds)| (format!("timing_s/{phase}"), json!(seconds))).collect()
+    }
+}

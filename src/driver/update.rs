@@ -1,0 +1,190 @@
+//! The third phase of a step: several passes of clipped gradient steps over the experience, in
+//! shuffled minibatches. Policy and critic share one loss and one backward pass, and have an
+//! optimiser, a learning rate and a gradient norm each.
+
+use anyhow::Result;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+use serde_json::{json, Map, Value};
+
+use super::config::{AggregationKind, Settings};
+use super::experience::Experience;
+use super::model::{Critic, Decoder};
+use super::optim::Optimizer;
+use super::sequences::select_rows;
+use crate::ppo_loss::{
+    ppo_loss, Aggregation, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoLossValueInputs,
+    PpoStats,
+};
+
+/// Learning rates of a step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// Of the policy.
+    pub policy: f64,
+    /// Of the critic.
+    pub value: f64,
+}
+
+/// The networks that learn, and how.
+pub struct Learner {
+    /// The policy.
+    pub policy: Decoder,
+    /// The critic.
+    pub critic: Critic,
+    policy_optimizer: Optimizer,
+    value_optimizer: Optimizer,
+    options: PpoLossOptions,
+    epochs: usize,
+    minibatch_size: usize,
+    temperature: f64,
+}
+
+/// What an optimiser step left behind.
+struct Taken {
+    stats: PpoStats,
+    policy_norm: f64,
+    value_norm: f64,
+}
+
+/// What the optimiser steps of one update did.
+pub struct Update {
+    /// Optimiser steps that were not applied, as their loss or a gradient norm was not finite.
+    pub skipped: usize,
+    /// Optimiser steps that were applied.
+    pub applied: usize,
+    /// The metrics of this phase: means over the applied steps, null where there is none.
+    pub metrics: Map<String, Value>,
+}
+
+impl Learner {
+    /// For a trainable policy and critic.
+    pub fn new(policy: Decoder, critic: Critic, settings: &Settings) -> Result<Self> {
+        let optimizer = |parameters: Vec<_>| {
+            Optimizer::new(&parameters, settings.weight_decay, settings.max_grad_norm)
+        };
+        Ok(Self {
+            policy_optimizer: optimizer(policy.parameters())?,
+            value_optimizer: optimizer(critic.parameters())?,
+            policy,
+            critic,
+            options: PpoLossOptions {
+                clip_range: settings.clip_range,
+                clip_range_high: settings.clip_range_high,
+                dual_clip: settings.dual_clip,
+                value_clip_range: Some(settings.value_clip_range),
+                value_coef: settings.value_coef,
+                entropy_coef: settings.entropy_coef,
+                aggregation: aggregation(settings.aggregation),
+                ..PpoLossOptions::default()
+            },
+            epochs: settings.ppo_epochs,
+            minibatch_size: settings.minibatch_size,
+            temperature: settings.temperature,
+        })
+    }
+
+    /// Optimiser steps of one update of `batch_size` responses.
+    pub fn steps(&self, batch_size: usize) -> usize {
+        self.epochs * batch_size.div_ceil(self.minibatch_size)
+    }
+
+    /// Learns from the experience. `on_minibatch` is called after each optimiser step.
+    pub fn update(
+        &mut self,
+        experience: &Experience,
+        rates: Rates,
+        rng: &mut StdRng,
+        on_minibatch: &mut dyn FnMut(),
+    ) -> Result<Update> {
+        let mut rows: Vec<usize> = (0..experience.sequences.len()).collect();
+        let mut taken = Vec::new();
+        let mut skipped = 0;
+        for _ in 0..self.epochs {
+            rows.shuffle(rng);
+            for rows in rows.chunks(self.minibatch_size) {
+                match self.minibatch(experience, rows, rates)? {
+                    Some(step) => taken.push(step),
+                    None => skipped += 1,
+                }
+                on_minibatch();
+            }
+        }
+        Ok(Update { skipped, applied: taken.len(), metrics: metrics(&taken) })
+    }
+
+    /// One optimiser step of both networks, or none if it would not be finite.
+    fn minibatch(
+        &mut self,
+        experience: &Experience,
+        rows: &[usize],
+        rates: Rates,
+    ) -> Result<Option<Taken>> {
+        let PpoLossOutput { loss, stats } = self.loss(experience, rows)?;
+        let stats = stats.to_host()?;
+        if !stats.loss.is_finite() {
+            return Ok(None);
+        }
+        let grads = loss.backward()?;
+        let policy_norm = self.policy_optimizer.grad_norm(&grads)?;
+        let value_norm = self.value_optimizer.grad_norm(&grads)?;
+        if !(policy_norm.is_finite() && value_norm.is_finite()) {
+            return Ok(None);
+        }
+        self.policy_optimizer.apply(&grads, policy_norm, rates.policy)?;
+        self.value_optimizer.apply(&grads, value_norm, rates.value)?;
+        Ok(Some(Taken { stats, policy_norm, value_norm }))
+    }
+
+    /// The loss of these rows of the experience, with its graph into policy and critic.
+    pub fn loss(&self, experience: &Experience, rows: &[usize]) -> Result<PpoLossOutput> {
+        let sequences = experience.sequences.select(rows)?;
+        let (logp, entropy) = sequences.logp_and_entropy(&self.policy, self.temperature)?;
+        let values = sequences.values(&self.critic)?;
+        let inputs = PpoLossInputs {
+            logp: &logp,
+            old_logp: &select_rows(&experience.old_logp, rows)?,
+            advantages: &select_rows(&experience.advantages, rows)?,
+            value: Some(PpoLossValueInputs {
+                values: &values,
+                old_values: Some(&select_rows(&experience.values, rows)?),
+                returns: &select_rows(&experience.returns, rows)?,
+            }),
+            entropy: Some(&entropy),
+            ref_logp: None,
+            mask: Some(&sequences.mask),
+        };
+        Ok(ppo_loss(&inputs, &self.options)?)
+    }
+}
+
+fn aggregation(kind: AggregationKind) -> Aggregation {
+    match kind {
+        AggregationKind::TokenMean => Aggregation::TokenMean,
+        AggregationKind::SeqMeanTokenSum => Aggregation::SeqMeanTokenSum,
+        AggregationKind::SeqMeanTokenMean => Aggregation::SeqMeanTokenMean,
+        AggregationKind::SeqMeanTokenSumNorm => Aggregation::SeqMeanTokenSumNorm,
+    }
+}
+
+fn metrics(taken: &[Taken]) -> Map<String, Value> {
+    let mean = |of: &dyn Fn(&Taken) -> f64| taken.iter().map(of).sum::<f64>() / taken.len() as f64;
+    let ratio = mean(&|t| t.stats.ratio_mean);
+    // TRL's: the variance of the minibatches' means.
+    let squares = taken.iter().map(|t| (t.stats.ratio_mean - ratio).powi(2)).sum::<f64>();
+    let ratio_var = squares / (taken.len() as f64 - 1.0).max(1.0);
+    let all = [
+        ("loss/policy_avg", mean(&|t| t.stats.policy_loss)),
+        ("loss/value_avg", mean(&|t| t.stats.value_loss)),
+        ("policy/approxkl_avg", mean(&|t| t.stats.approx_kl_k2)),
+        ("policy/clipfrac_avg", mean(&|t| t.stats.clip_fraction)),
+        ("policy/entropy_avg", mean(&|t| t.stats.entropy_mean)),
+        ("val/clipfrac_avg", mean(&|t| t.stats.value_clip_fraction)),
+        ("val/ratio", ratio),
+        ("val/ratio_var", ratio_var),
+        ("val/explained_var", mean(&|t| t.stats.explained_variance)),
+        ("grad_norm/policy", mean(&|t| t.policy_norm)),
+        ("grad_norm/value", mean(&|t| t.value_norm)),
+    ];
+    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+}
