@@ -37,12 +37,7 @@ impl KlController {
     /// Takes in the mean KL of a step's sequences (nats, summed over tokens) and how many there
     /// were. A KL that is not finite leaves the coefficient as it is.
     pub fn update(&mut self, kl: f64, episodes: usize) {
-        if let Self::Adaptive {
-            coef,
-            target,
-            horizon,
-        } = self
-        {
+        if let Self::Adaptive { coef, target, horizon } = self {
             if kl.is_finite() {
                 let error = (kl / *target - 1.0).clamp(-Self::MAX_ERROR, Self::MAX_ERROR);
                 *coef *= 1.0 + error * episodes as f64 / *horizon;

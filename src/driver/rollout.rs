@@ -35,9 +35,9 @@ impl Prompts {
         ensure!(!texts.is_empty(), "--prompts holds no prompt");
         let encode = |(i, text): (usize, String)| {
             let number = i + 1;
-            let ids = tokenizer
-                .encode(&text)
-                .with_context(|| format!("--prompts: prompt {number}, {text:?}, cannot be encoded"))?;
+            let ids = tokenizer.encode(&text).with_context(|| {
+                format!("--prompts: prompt {number}, {text:?}, cannot be encoded")
+            })?;
             ensure!(!ids.is_empty(), "--prompts: prompt {number}, {text:?}, has no token");
             ensure!(
                 ids.len() + max_new_tokens <= context,
