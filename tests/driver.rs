@@ -1,0 +1,538 @@
+//! The driver's PPO: optimiser, KL controller, experience, update, and whole short runs of the
+//! embedded model.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use candle_core::{DType, Device, Tensor, Var, D};
+use candle_nn::Optimizer as _;
+use common::{assert_close, golden, rng, to_vec, uniform};
+use ppo_kernels::driver::config::{KlControllerKind, RewardKind, Settings};
+use ppo_kernels::driver::embedded;
+use ppo_kernels::driver::experience::Experience;
+use ppo_kernels::driver::generate::Sampling;
+use ppo_kernels::driver::kl_controller::KlController;
+use ppo_kernels::driver::load::{load, load_critic, Loaded};
+use ppo_kernels::driver::model::Critic;
+use ppo_kernels::driver::optim::{Optimizer, Schedule};
+use ppo_kernels::driver::reward::{self, Reward, Sample};
+use ppo_kernels::driver::rollout::{Prompts, Rollout, Sampler};
+use ppo_kernels::driver::sequences::Sequences;
+use ppo_kernels::driver::train;
+use ppo_kernels::driver::trainer::Trainer;
+use ppo_kernels::driver::update::Learner;
+use serde_json::{Map, Value};
+
+/// f32 sums of a few hundred terms in two different orders.
+const REL: f64 = 1e-5;
+const ABS: f64 = 1e-5;
+
+#[test]
+fn the_kl_controller_is_that_of_four_projects() {
+    let cases = golden("kl_controller");
+    assert_eq!(cases.len(), 15);
+    for case in cases {
+        let coef = case.number("init_kl_coef");
+        let mut controller = match case.function.ends_with("AdaptiveKLController") {
+            true => KlController::Adaptive {
+                coef,
+                target: case.number("target"),
+                horizon: case.number("horizon"),
+            },
+            false => KlController::Constant { coef },
+        };
+        let mut got = Vec::new();
+        for (kl, n) in case.input("current_kl").into_iter().zip(case.input("n_steps")) {
+            controller.update(kl, n as usize);
+            got.push(controller.coef());
+        }
+        assert_close(&case.id, &got, &case.output("value_after_each_update"), 1e-12, 0.0);
+    }
+}
+
+#[test]
+fn the_kl_controller_ignores_a_kl_that_is_not_finite() {
+    let before = KlController::Adaptive { coef: 0.1, target: 6.0, horizon: 100.0 };
+    for kl in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        let mut controller = before;
+        controller.update(kl, 8);
+        assert_eq!(controller, before);
+    }
+}
+
+#[test]
+fn the_learning_rate_rises_linearly_then_falls_linearly_and_is_never_0() {
+    let schedule = Schedule { peak: 8.0, warmup: 4, total: 8, decay: true };
+    let rates: Vec<f64> = (0..8).map(|step| schedule.at(step)).collect();
+    assert_eq!(rates, [2.0, 4.0, 6.0, 8.0, 8.0, 6.0, 4.0, 2.0]);
+    let constant = Schedule { decay: false, ..schedule };
+    assert_eq!(constant.at(7), 8.0);
+    let all_warmup = Schedule { warmup: 9, ..schedule };
+    assert!(all_warmup.at(7) < 8.0);
+}
+
+fn named(vars: &[Var]) -> Vec<(String, Var)> {
+    vars.iter().enumerate().map(|(i, var)| (i.to_string(), var.clone())).collect()
+}
+
+fn random_vars(seed: u64) -> Vec<Var> {
+    let mut rng = rng(seed);
+    let shapes: [&[usize]; 3] = [&[40, 700], &[5], &[2, 3, 4]];
+    let var = |shape: &[usize]| {
+        let data = uniform(&mut rng, shape.iter().product(), 1.0);
+        Var::from_vec(data, shape, &Device::Cpu).unwrap()
+    };
+    shapes.into_iter().map(var).collect()
+}
+
+/// Some loss with a gradient that is different for each element and at each call.
+fn loss_of(vars: &[Var], scale: f64) -> Tensor {
+    let terms: Vec<Tensor> = (vars.iter())
+        .map(|var| (var.as_tensor().sin().unwrap().sum_all().unwrap() * scale).unwrap())
+        .collect();
+    Tensor::stack(&terms, 0).unwrap().sum_all().unwrap()
+}
+
+#[test]
+fn adamw_in_place_is_candles_adamw() {
+    for weight_decay in [0.0, 0.1] {
+        let (ours, theirs) = (random_vars(1), random_vars(1));
+        let mut optimizer = Optimizer::new(&named(&ours), weight_decay, 1e9).unwrap();
+        let params = candle_nn::ParamsAdamW { weight_decay, ..Default::default() };
+        let mut candle = candle_nn::AdamW::new(theirs.clone(), params).unwrap();
+        for (step, scale) in [1.0, -3.0, 0.5, 0.01].into_iter().enumerate() {
+            let rate = 1e-2 / (step + 1) as f64;
+            let grads = loss_of(&ours, scale).backward().unwrap();
+            let norm = optimizer.grad_norm(&grads).unwrap();
+            optimizer.apply(&grads, norm, rate).unwrap();
+            candle.set_learning_rate(rate);
+            candle.backward_step(&loss_of(&theirs, scale)).unwrap();
+            for (a, b) in ours.iter().zip(&theirs) {
+                assert_close("weights", &to_vec(a), &to_vec(b), REL, 1e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_clipped_by_their_norm_over_all_parameters() {
+    let (clipped, scaled) = (random_vars(2), random_vars(2));
+    let grads = loss_of(&clipped, 1.0).backward().unwrap();
+    let mut squares = 0.0;
+    for var in &clipped {
+        squares += to_vec(grads.get(var).unwrap()).iter().map(|g| g * g).sum::<f64>();
+    }
+    let mut optimizer = Optimizer::new(&named(&clipped), 0.0, 2.0).unwrap();
+    let norm = optimizer.grad_norm(&grads).unwrap();
+    assert_close("norm", &[norm], &[squares.sqrt()], 1e-6, 0.0);
+    assert!(norm > 2.0);
+
+    // Adam forgets a constant factor, but not one that changes from step to step.
+    let mut plain = Optimizer::new(&named(&scaled), 0.0, 1e9).unwrap();
+    for scale in [1.0, 1e-3, 2.0] {
+        let grads = loss_of(&clipped, scale).backward().unwrap();
+        let norm = optimizer.grad_norm(&grads).unwrap();
+        optimizer.apply(&grads, norm, 0.1).unwrap();
+        let grads = loss_of(&scaled, scale * (2.0 / norm).min(1.0)).backward().unwrap();
+        plain.apply(&grads, plain.grad_norm(&grads).unwrap(), 0.1).unwrap();
+    }
+    for (a, b) in clipped.iter().zip(&scaled) {
+        assert_close("weights", &to_vec(a), &to_vec(b), REL, 1e-5);
+    }
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_is_refused_by_the_optimiser() {
+    let vars = random_vars(3);
+    let before: Vec<_> = vars.iter().map(|var| to_vec(var)).collect();
+    let mut optimizer = Optimizer::new(&named(&vars), 0.0, 1.0).unwrap();
+    let grads = loss_of(&vars, f64::NAN).backward().unwrap();
+    let norm = optimizer.grad_norm(&grads).unwrap();
+    assert!(norm.is_nan());
+    assert!(optimizer.apply(&grads, norm, 0.1).is_err());
+    for (var, before) in vars.iter().zip(&before) {
+        assert_eq!(&to_vec(var), before);
+    }
+}
+
+/// A small, fast run; the model is hardly fitted.
+fn short(out: &Path) -> Settings {
+    Settings {
+        out: Some(out.into()),
+        lm_steps: 10,
+        steps: 2,
+        batch_size: 8,
+        minibatch_size: 4,
+        max_new_tokens: 8,
+        learning_rate: 1e-3,
+        value_learning_rate: 1e-3,
+        ..Settings::default()
+    }
+}
+
+fn go(settings: &Settings) -> anyhow::Result<()> {
+    train::run(settings, &AtomicBool::new(false))
+}
+
+fn lines(path: PathBuf) -> Vec<Map<String, Value>> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn trainer(settings: &Settings, reward: Box<dyn Reward>) -> Trainer {
+    let Loaded { decoder, tokenizer } = embedded::model(settings.seed, &Device::Cpu).unwrap();
+    embedded::fit(&decoder, &tokenizer, settings.lm_steps, 0, |_| true).unwrap();
+    let max_new_tokens = settings.max_new_tokens;
+    let prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, max_new_tokens).unwrap();
+    let sampling = Sampling { max_new_tokens, ..Sampling::default() };
+    let sampler = Sampler { tokenizer, sampling, reward };
+    Trainer::new(decoder, sampler, prompts, settings).unwrap()
+}
+
+fn weights(trainer: &Trainer) -> Vec<Vec<f64>> {
+    let mut all = trainer.learner.policy.parameters();
+    all.extend(trainer.learner.critic.parameters());
+    all.iter().map(|(_, var)| to_vec(var)).collect()
+}
+
+#[test]
+fn the_embedded_tokenizer_gives_the_corpus_back_and_refuses_other_words() {
+    let Loaded { decoder, tokenizer } = embedded::model(0, &Device::Cpu).unwrap();
+    for text in embedded::prompts().iter().chain(&["The cat sat on the mat.".to_owned()]) {
+        let ids = tokenizer.encode(text).unwrap();
+        assert_eq!(&tokenizer.decode(&ids).unwrap(), text);
+        assert!(ids.iter().all(|&id| (id as usize) < decoder.config().vocab_size));
+    }
+    let error = tokenizer.encode("The walrus sat on the mat.").unwrap_err();
+    assert!(format!("{error:#}").contains("walrus"), "{error:#}");
+}
+
+/// What the models say of each response must come from the state before each of its tokens.
+#[test]
+fn logp_entropy_and_values_belong_to_the_state_before_each_token() {
+    let Loaded { decoder, tokenizer } = embedded::model(3, &Device::Cpu).unwrap();
+    let critic = Critic::new(decoder.duplicate().unwrap(), 4).unwrap();
+    let temperature = 0.7;
+    // Prompts of 2 and 3 tokens (so one pad), responses of 3 and 2.
+    let sequences = Sequences {
+        ids: Tensor::new(&[[0u32, 5, 6, 7, 8, 1], [9, 10, 11, 12, 1, 0]], &Device::Cpu).unwrap(),
+        pads: vec![1, 0],
+        prompt_len: 3,
+        mask: Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], &Device::Cpu).unwrap(),
+    };
+    assert_eq!(tokenizer.pad(), 0);
+    let (logp, entropy) = sequences.logp_and_entropy(&decoder, temperature).unwrap();
+    let values = sequences.values(&critic).unwrap();
+    assert_eq!(logp.dims(), [2, 3]);
+
+    for (row, text, prompt) in [(0, vec![5u32, 6, 7, 8, 1], 2), (1, vec![9, 10, 11, 12, 1], 3)] {
+        // Each row by itself, without any padding.
+        let ids = Tensor::new(vec![text.clone()], &Device::Cpu).unwrap();
+        let logits = decoder.logits(&decoder.hidden(&ids, &[0]).unwrap()).unwrap();
+        let logits = (logits.squeeze(0).unwrap() / temperature).unwrap();
+        let all = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap();
+        let all = all.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+        let own_values = to_vec(&critic.values(&ids, &[0]).unwrap());
+        for (t, at) in (prompt..text.len()).enumerate() {
+            let before = &all[at - 1];
+            let want_entropy: f64 = before.iter().map(|&l| -l.exp() * l).sum();
+            let got = |tensor: &Tensor| to_vec(&tensor.get(row).unwrap().get(t).unwrap());
+            assert_close("logp", &got(&logp), &[before[text[at] as usize]], REL, ABS);
+            assert_close("entropy", &got(&entropy), &[want_entropy], REL, ABS);
+            assert_close("values", &got(&values), &[own_values[at - 1]], REL, ABS);
+        }
+    }
+    assert_eq!(to_vec(&logp)[5], 0.0, "behind the end of the response");
+}
+
+#[test]
+fn every_parameter_of_policy_and_critic_gets_a_gradient() {
+    let settings = short(Path::new("unused"));
+    let mut trainer = trainer(&settings, reward::build(&settings).unwrap());
+    // A step first: right after the rollout the ratio is 1 everywhere.
+    trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
+    let rollout = trainer.show(4).unwrap();
+    let Learner { policy, critic, .. } = &trainer.learner;
+    let reference = policy.frozen().unwrap();
+    let experience =
+        Experience::collect(&rollout, policy, &reference, critic, 0.05, &settings).unwrap();
+    let output = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
+    let grads = output.loss.backward().unwrap();
+    let parameters = [policy.parameters(), critic.parameters()].concat();
+    assert!(parameters.len() > 40);
+    for (name, var) in parameters {
+        let grad = grads.get(&var).unwrap_or_else(|| panic!("{name} has no gradient"));
+        let grad = to_vec(grad);
+        assert!(grad.iter().all(|g| g.is_finite()), "{name}");
+        assert!(grad.iter().any(|&g| g != 0.0), "{name} has a gradient of 0");
+    }
+}
+
+#[test]
+fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings {
+        lm_steps: 300,
+        steps: 15,
+        batch_size: 48,
+        minibatch_size: 12,
+        max_new_tokens: 12,
+        ..short(&dir.path().join("run"))
+    };
+    go(&settings).unwrap();
+    let metrics = lines(dir.path().join("run/metrics.jsonl"));
+    assert_eq!(metrics.len(), 15);
+    let column = |name: &str| -> Vec<f64> {
+        metrics.iter().map(|m| m[name].as_f64().unwrap_or(f64::NAN)).collect()
+    };
+    let scores = column("objective/scores");
+    let (first, last) =
+        (scores[..3].iter().sum::<f64>() / 3.0, scores[12..].iter().sum::<f64>() / 3.0);
+    assert!(last > first + 0.25, "scores {scores:?}");
+    assert!(column("objective/kl").iter().all(|kl| kl.is_finite()));
+    assert!(column("objective/kl")[14] > 0.1);
+    assert_eq!(column("objective/kl")[0], 0.0, "the policy starts as the reference");
+}
+
+/// The names that semantics fixes, by the convention of TRL and verl.
+const METRICS: [&str; 38] = [
+    "objective/kl",
+    "objective/kl_coef",
+    "objective/entropy",
+    "objective/scores",
+    "objective/rlhf_reward",
+    "objective/non_score_reward",
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "policy/entropy_avg",
+    "loss/policy_avg",
+    "loss/value_avg",
+    "val/clipfrac_avg",
+    "val/ratio",
+    "val/ratio_var",
+    "val/num_eos_tokens",
+    "val/explained_var",
+    "critic/values/mean",
+    "critic/values/min",
+    "critic/values/max",
+    "critic/returns/mean",
+    "critic/returns/min",
+    "critic/returns/max",
+    "critic/advantages/mean",
+    "critic/advantages/min",
+    "critic/advantages/max",
+    "response_length/mean",
+    "response_length/clip_ratio",
+    "timing_s/rollout",
+    "timing_s/experience",
+    "timing_s/update",
+    "timing_s/step",
+    "perf/throughput",
+    "lr",
+    "episode",
+    "grad_norm/policy",
+    "grad_norm/value",
+    "update/skipped",
+    "step",
+];
+
+#[test]
+fn a_run_writes_every_metric_and_the_same_seed_gives_the_same_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, seed: u64| {
+        let out = dir.path().join(name);
+        go(&Settings { seed, whiten_rewards: true, ..short(&out) }).unwrap();
+        let mut metrics = lines(out.join("metrics.jsonl"));
+        let mut names: Vec<&str> = metrics[0].keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let mut expected: Vec<&str> = METRICS.to_vec();
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+        for line in &mut metrics {
+            line.retain(|name, _| !name.starts_with("timing_s/") && name != "perf/throughput");
+        }
+        (
+            metrics,
+            fs::read(out.join("samples.jsonl")).unwrap(),
+            fs::read(out.join("weights/model.safetensors")).unwrap(),
+        )
+    };
+    let (a, b, other) = (run("a", 5), run("b", 5), run("c", 6));
+    assert_eq!(a.0, b.0);
+    assert_eq!(a.1, b.1);
+    assert!(a.2 == b.2, "the weights differ");
+    assert_ne!(a.1, other.1);
+}
+
+#[test]
+fn the_weights_of_a_run_load_again_and_train_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = short(&dir.path().join("first"));
+    go(&first).unwrap();
+    let weights = dir.path().join("first/weights");
+    let Loaded { decoder, tokenizer } = load(&weights, &Device::Cpu).unwrap();
+    load_critic(&weights, &Device::Cpu).unwrap();
+    let ids = tokenizer.encode("The cat sat on the").unwrap();
+    let ids = Tensor::new(vec![ids], &Device::Cpu).unwrap();
+    let logits = decoder.logits(&decoder.hidden(&ids, &[0]).unwrap()).unwrap();
+    assert!(to_vec(&logits).iter().all(|x| x.is_finite()));
+
+    let prompts = dir.path().join("prompts.txt");
+    fs::write(&prompts, "The cat sat on the\nThe dog\n").unwrap();
+    let second = Settings {
+        model: Some(weights),
+        prompts: Some(prompts),
+        kl_controller: KlControllerKind::Adaptive,
+        ..short(&dir.path().join("second"))
+    };
+    go(&second).unwrap();
+    assert_eq!(lines(dir.path().join("second/metrics.jsonl")).len(), 2);
+}
+
+/// Sentiment, but not a number in the given call.
+struct Failing {
+    calls: usize,
+    bad: usize,
+    score: f32,
+}
+
+impl Reward for Failing {
+    fn name(&self) -> &str {
+        "failing"
+    }
+
+    fn score(&mut self, samples: &[Sample]) -> anyhow::Result<Vec<f32>> {
+        self.calls += 1;
+        let bad = self.calls == self.bad;
+        let score = |(i, _)| if bad { self.score } else { (i % 2) as f32 };
+        Ok(samples.iter().enumerate().map(score).collect())
+    }
+}
+
+#[test]
+fn a_step_that_is_not_finite_is_skipped_and_the_next_one_counts() {
+    for score in [f32::NAN, f32::INFINITY, f32::MAX] {
+        let settings = short(Path::new("unused"));
+        let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 1, score }));
+        let start = weights(&trainer);
+        let step = trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
+        assert_eq!(step.skipped, 4, "2 epochs of 2 minibatches, all with score {score}");
+        assert_eq!(step.metrics["update/skipped"], 4);
+        assert_eq!(step.metrics["loss/policy_avg"], Value::Null);
+        assert!(weights(&trainer) == start, "a skipped step changed the weights");
+
+        let step = trainer.step(1, &mut |_| {}, &mut || {}).unwrap();
+        assert_eq!(step.skipped, 0);
+        assert!(step.metrics["loss/policy_avg"].is_number());
+        let end = weights(&trainer);
+        assert!(end != start);
+        assert!(end.iter().flatten().all(|x| x.is_finite()));
+    }
+}
+
+#[test]
+fn a_run_that_is_stopped_ends_after_the_step_with_everything_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = Settings { steps: 100_000, ..short(&dir.path().join("run")) };
+    let stop = AtomicBool::new(false);
+    let metrics = dir.path().join("run/metrics.jsonl");
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| train::run(&settings, &stop));
+        let start = Instant::now();
+        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
+            assert!(start.elapsed() < Duration::from_secs(120), "no two steps in two minutes");
+            assert!(!run.is_finished(), "ended before it was stopped");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        stop.store(true, Ordering::Relaxed);
+        run.join().unwrap().unwrap();
+    });
+    let steps = lines(metrics).len();
+    assert!(steps < 1000);
+    let samples = lines(dir.path().join("run/samples.jsonl"));
+    assert_eq!(samples.iter().filter(|s| s["step"] == steps).count(), settings.batch_size);
+    load(&dir.path().join("run/weights"), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn a_reward_that_fails_in_the_middle_leaves_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = dir.path().join("calls");
+    // Fails from the fifth call on: after the probe, the samples before training, and two steps.
+    let command = format!(
+        "echo >> {0}; if [ $(wc -l < {0}) -gt 4 ]; then exit 3; fi; sed 's/.*/{{\"score\": 1}}/'",
+        log.display()
+    );
+    let settings = Settings {
+        steps: 9,
+        reward: RewardKind::Command,
+        reward_command: Some(command),
+        ..short(&dir.path().join("run"))
+    };
+    let error = format!("{:#}", go(&settings).unwrap_err());
+    assert!(error.contains("step 3") && error.contains("--reward-command"), "{error}");
+    assert_eq!(lines(dir.path().join("run/metrics.jsonl")).len(), 2);
+    load(&dir.path().join("run/weights"), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let refused = |settings: Settings, words: &[&str]| {
+        let error = format!("{:#}", go(&settings).unwrap_err());
+        for word in words {
+            assert!(error.contains(word), "{error} does not name {word}");
+        }
+        assert!(!out.exists(), "{error}, but the folder is there");
+    };
+    refused(Settings { max_new_tokens: 60, ..short(&out) }, &["--max-new-tokens", "context"]);
+    refused(Settings { minibatch_size: 3, ..short(&out) }, &["--minibatch-size"]);
+    refused(Settings { learning_rate: f64::NAN, ..short(&out) }, &["--learning-rate"]);
+    let prompts = dir.path().join("prompts.txt");
+    let with_prompts = || Settings { prompts: Some(prompts.clone()), ..short(&out) };
+    fs::write(&prompts, "The cat\nThe walrus sat\n").unwrap();
+    refused(with_prompts(), &["--prompts", "prompt 2", "walrus"]);
+    fs::write(&prompts, "the cat ".repeat(40)).unwrap();
+    refused(with_prompts(), &["--prompts", "context"]);
+}
+
+#[test]
+fn prompts_come_in_random_order_each_once_before_any_comes_again() {
+    let Loaded { tokenizer, .. } = embedded::model(0, &Device::Cpu).unwrap();
+    let all = embedded::prompts();
+    let mut prompts = Prompts::new(all.clone(), &tokenizer, 64, 8).unwrap();
+    let mut rng = rng(1);
+    let mut texts = |n: usize| -> Vec<String> {
+        prompts.draw(n, &mut rng).into_iter().map(|prompt| prompt.text).collect()
+    };
+    let (mut first, mut second) = (texts(all.len()), texts(all.len()));
+    assert_ne!(first, second);
+    first.sort();
+    second.sort();
+    let mut sorted = all.clone();
+    sorted.sort();
+    assert_eq!(first, sorted);
+    assert_eq!(second, sorted);
+    assert_eq!(texts(2 * all.len() + 1).len(), 2 * all.len() + 1);
+}
+
+#[test]
+fn a_single_token_has_no_variance_and_is_not_whitened() {
+    let settings = Settings {
+        batch_size: 1,
+        minibatch_size: 1,
+        max_new_tokens: 1,
+        whiten_rewards: true,
+        ..short(Path::new("unused"))
+    };
+    let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 0, score: 0.0 }));
+    let step = trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
+    let Rollout { generation, .. } = &step.rollout;
+    assert_eq!(generation.responses[0].len(), 1);
+    assert_eq!(step.skipped, 0);
+}
