@@ -112,9 +112,9 @@ pub fn fit(
         }
         let batch: Vec<&[u32]> = order.drain(..LM_BATCH).map(|i| sentences[i].as_slice()).collect();
         let loss = cross_entropy(decoder, &batch, tokenizer.pad())?;
-        let grads = loss.backward()?;
+        let mut grads = loss.backward()?;
         let norm = optimizer.grad_norm(&grads)?;
-        optimizer.apply(&grads, norm, schedule.at(step))?;
+        optimizer.apply(&mut grads, norm, schedule.at(step))?;
         if !on_step(f64::from(loss.to_scalar::<f32>()?)) {
             break;
         }

@@ -125,14 +125,14 @@ impl Learner {
         if !stats.loss.is_finite() {
             return Ok(None);
         }
-        let grads = loss.backward()?;
+        let mut grads = loss.backward()?;
         let policy_norm = self.policy_optimizer.grad_norm(&grads)?;
         let value_norm = self.value_optimizer.grad_norm(&grads)?;
         if !(policy_norm.is_finite() && value_norm.is_finite()) {
             return Ok(None);
         }
-        self.policy_optimizer.apply(&grads, policy_norm, rates.policy)?;
-        self.value_optimizer.apply(&grads, value_norm, rates.value)?;
+        self.policy_optimizer.apply(&mut grads, policy_norm, rates.policy)?;
+        self.value_optimizer.apply(&mut grads, value_norm, rates.value)?;
         Ok(Some(Taken { stats, policy_norm, value_norm }))
     }
 
