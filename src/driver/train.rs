@@ -20,7 +20,7 @@ use super::tokenizer::Tokenizer;
 use super::trainer::{Step, Trainer};
 
 /// Responses shown before and after the training.
-const SHOWN: usize = 6;
+const SHOWN: usize = 8;
 /// Steps of language modelling between two lines about them.
 const LM_LINE_EVERY: usize = 100;
 
