@@ -154,7 +154,7 @@ fn short(out: &Path) -> Settings {
 }
 
 fn go(settings: &Settings) -> anyhow::Result<()> {
-    train::train(settings, &AtomicBool::new(false))
+    train::run(settings, &AtomicBool::new(false))
 }
 
 fn lines(path: PathBuf) -> Vec<Map<String, Value>> {
@@ -420,7 +420,7 @@ fn a_run_that_is_stopped_ends_after_the_step_with_everything_written() {
     let stop = AtomicBool::new(false);
     let metrics = dir.path().join("run/metrics.jsonl");
     std::thread::scope(|scope| {
-        let run = scope.spawn(|| train::train(&settings, &stop));
+        let run = scope.spawn(|| train::run(&settings, &stop));
         let start = Instant::now();
         while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
             assert!(start.elapsed() < Duration::from_secs(120), "no two steps in two minutes");

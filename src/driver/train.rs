@@ -30,7 +30,7 @@ const LM_LINE_EVERY: usize = 100;
 /// # Errors
 /// A setting, model, prompt file, reward or output folder that cannot be used, before any long work.
 /// When a later step fails, its error comes after the weights so far are written.
-pub fn train(settings: &Settings, stop: &AtomicBool) -> Result<()> {
+pub fn run(settings: &Settings, stop: &AtomicBool) -> Result<()> {
     let start = Instant::now();
     let progress = Progress::new();
     settings.validate()?;
@@ -67,7 +67,7 @@ pub fn train(settings: &Settings, stop: &AtomicBool) -> Result<()> {
     show("before", &before, &progress);
     record(&mut run, 0, &before, None)?;
 
-    let trained = all_steps(&mut trainer, settings, &mut run, progress, stop);
+    let trained = train(&mut trainer, settings, &mut run, progress, stop);
 
     let weights = run.weights_dir();
     save(&weights, &trainer.learner.policy, &trainer.sampler.tokenizer)
@@ -84,7 +84,7 @@ pub fn train(settings: &Settings, stop: &AtomicBool) -> Result<()> {
 }
 
 /// All steps, or those until `stop` is set.
-fn all_steps(
+fn train(
     trainer: &mut Trainer,
     settings: &Settings,
     run: &mut Run,
