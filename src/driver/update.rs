@@ -126,6 +126,7 @@ impl Learner {
             return Ok(None);
         }
         let mut grads = loss.backward()?;
+        drop(loss); // and with it the graph, before the optimiser's temporaries are made
         let policy_norm = self.policy_optimizer.grad_norm(&grads)?;
         let value_norm = self.value_optimizer.grad_norm(&grads)?;
         if !(policy_norm.is_finite() && value_norm.is_finite()) {
