@@ -24,9 +24,7 @@ const DAMAGES: usize = 300;
 const FIXTURES: [&str; 2] = ["tiny-llama", "tiny-llama-shards"];
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/fixtures")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 fn tiny() -> Loaded {
@@ -65,10 +63,8 @@ fn values(tensor: &Tensor) -> Vec<f32> {
 #[track_caller]
 fn assert_near(got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len());
-    let worst = got
-        .iter()
-        .zip(want)
-        .map(|(g, w)| if g.is_nan() { f32::NAN } else { (g - w).abs() });
+    let worst =
+        got.iter().zip(want).map(|(g, w)| if g.is_nan() { f32::NAN } else { (g - w).abs() });
     let worst = worst.fold(0f32, |a, b| if b.is_nan() { b } else { a.max(b) });
     assert!(worst <= TOLERANCE, "differs by {worst}");
 }
@@ -130,12 +126,7 @@ fn padding_changes_no_result() {
     let len = expected.ids.dim(1).unwrap();
     let padded = decoder.hidden(&expected.ids, &expected.pads).unwrap();
     for (row, &pad) in expected.pads.iter().enumerate() {
-        let tokens = |t: &Tensor| {
-            t.narrow(0, row, 1)
-                .unwrap()
-                .narrow(1, pad, len - pad)
-                .unwrap()
-        };
+        let tokens = |t: &Tensor| t.narrow(0, row, 1).unwrap().narrow(1, pad, len - pad).unwrap();
         let alone = decoder.hidden(&tokens(&expected.ids), &[0]).unwrap();
         assert_near(&values(&alone), &values(&tokens(&padded)));
     }
@@ -147,9 +138,7 @@ fn steps_with_the_cache_are_the_full_pass() {
         let decoder = load(&fixture(name), &DEVICE).unwrap().decoder;
         let Expected { ids, pads, .. } = expected(name);
         let (batch, len) = ids.dims2().unwrap();
-        let full = decoder
-            .logits(&decoder.hidden(&ids, &pads).unwrap())
-            .unwrap();
+        let full = decoder.logits(&decoder.hidden(&ids, &pads).unwrap()).unwrap();
         // Prompts and then one token at a time, in chunks, and all at once.
         let one_by_one = [vec![5], vec![1; len - 5]].concat();
         for chunks in [one_by_one, vec![5, 1, 2, len - 8], vec![len]] {
@@ -187,29 +176,20 @@ fn assert_gradients_are_right(
     let scalar = || f64::from(loss(&forward()).to_scalar::<f32>().unwrap());
     let grads = loss(&forward()).backward().unwrap();
     for (name, var) in parameters {
-        let grad = grads
-            .get(var)
-            .unwrap_or_else(|| panic!("{name}: no gradient"));
+        let grad = grads.get(var).unwrap_or_else(|| panic!("{name}: no gradient"));
         let norm = grad.sqr().unwrap().sum_all().unwrap().sqrt().unwrap();
         let norm = f64::from(norm.to_scalar::<f32>().unwrap());
-        assert!(
-            norm > 0.0 && norm.is_finite(),
-            "{name}: gradient of norm {norm}"
-        );
+        assert!(norm > 0.0 && norm.is_finite(), "{name}: gradient of norm {norm}");
         // Along the gradient the loss changes by its norm; f32 leaves three digits of that.
         let start = var.as_tensor().copy().unwrap();
         let step = 2e-3;
         let moved = |by: f64| {
-            var.set(&(&start + (grad * (by / norm)).unwrap()).unwrap())
-                .unwrap();
+            var.set(&(&start + (grad * (by / norm)).unwrap()).unwrap()).unwrap();
             scalar()
         };
         let slope = (moved(step) - moved(-step)) / (2.0 * step);
         var.set(&start).unwrap();
-        assert!(
-            (slope / norm - 1.0).abs() < 2e-2,
-            "{name}: slope {slope}, gradient {norm}"
-        );
+        assert!((slope / norm - 1.0).abs() < 2e-2, "{name}: slope {slope}, gradient {norm}");
     }
 }
 
@@ -220,11 +200,7 @@ fn every_weight_of_the_policy_gets_its_gradient_through_the_logits() {
         let Expected { ids, pads, .. } = expected(name);
         // Pads give no gradient: only the last tokens, which no row pads, count.
         assert_gradients_are_right(&decoder.parameters(), 2 * 9 + 2 + head, || {
-            let hidden = decoder
-                .hidden(&ids, &pads)
-                .unwrap()
-                .narrow(1, 4, 7)
-                .unwrap();
+            let hidden = decoder.hidden(&ids, &pads).unwrap().narrow(1, 4, 7).unwrap();
             decoder.logits(&hidden).unwrap()
         });
     }
@@ -251,11 +227,8 @@ fn copies_are_their_own_and_views_follow() {
     let Expected { ids, pads, .. } = expected("tiny-llama");
     let hidden = |decoder: &Decoder| decoder.hidden(&ids, &pads).unwrap();
     let before = values(&hidden(&decoder));
-    let (copy, frozen, view) = (
-        decoder.duplicate().unwrap(),
-        decoder.frozen().unwrap(),
-        decoder.no_grad(),
-    );
+    let (copy, frozen, view) =
+        (decoder.duplicate().unwrap(), decoder.frozen().unwrap(), decoder.no_grad());
     assert_eq!(copy.parameters().len(), decoder.parameters().len());
     assert!(frozen.parameters().is_empty() && view.parameters().is_empty());
     assert!(hidden(&decoder).track_op());
@@ -283,19 +256,12 @@ fn copies_are_their_own_and_views_follow() {
 fn a_random_model_is_its_seeds_and_near_uniform() {
     let weights = |seed| {
         let decoder = Decoder::random(tiny_config(), seed, &DEVICE).unwrap();
-        let all: Vec<f32> = decoder
-            .tensors()
-            .iter()
-            .flat_map(|(_, t)| values(t))
-            .collect();
+        let all: Vec<f32> = decoder.tensors().iter().flat_map(|(_, t)| values(t)).collect();
         all
     };
     assert_eq!(weights(1), weights(1));
     assert_ne!(weights(1), weights(2));
-    let config = DecoderConfig {
-        initializer_range: 0.02,
-        ..tiny_config()
-    };
+    let config = DecoderConfig { initializer_range: 0.02, ..tiny_config() };
     let decoder = Decoder::random(config, 1, &DEVICE).unwrap();
     let embedding = values(&decoder.tensors()[0].1);
     let mean = embedding.iter().sum::<f32>() / embedding.len() as f32;
@@ -318,10 +284,7 @@ fn bad_arguments_of_a_pass_are_refused_by_name() {
     let foreign = Tensor::new(&[[64u32]], &DEVICE).unwrap();
     assert_refused(decoder.hidden(&foreign, &[0]), &["token id", "64"]);
     assert_refused(decoder.logits(&floats), &["hidden", "32"]);
-    assert_refused(
-        decoder.step(&ids, &[0, 0], &mut KvCache::new(4)),
-        &["cache"],
-    );
+    assert_refused(decoder.step(&ids, &[0, 0], &mut KvCache::new(4)), &["cache"]);
     let mut cache = KvCache::new(64);
     decoder.step(&ids, &[0, 0], &mut cache).unwrap();
     let one = ids.narrow(0, 0, 1).unwrap();
@@ -337,10 +300,7 @@ fn impossible_shapes_are_refused_by_key() {
     };
     assert_refused(change(|c| c.hidden_size = 0), &["hidden_size"]);
     assert_refused(change(|c| c.head_dim = 7), &["head_dim"]);
-    assert_refused(
-        change(|c| c.num_key_value_heads = 3),
-        &["num_key_value_heads"],
-    );
+    assert_refused(change(|c| c.num_key_value_heads = 3), &["num_key_value_heads"]);
     assert_refused(change(|c| c.rms_norm_eps = f64::NAN), &["rms_norm_eps"]);
     assert_refused(change(|c| c.rope_theta = -1.0), &["rope_theta"]);
     let scaling = |c: &mut DecoderConfig| {
@@ -416,10 +376,7 @@ fn with_tensors(edit: impl Fn(&mut HashMap<String, Tensor>)) -> anyhow::Result<L
 
 #[test]
 fn missing_truncated_and_foreign_files_are_refused_by_name() {
-    assert_refused(
-        load(Path::new("no/such/model"), &DEVICE),
-        &["no/such/model"],
-    );
+    assert_refused(load(Path::new("no/such/model"), &DEVICE), &["no/such/model"]);
     for file in ["config.json", "tokenizer.json", "model.safetensors"] {
         let path = |dir: &Path| dir.join(file);
         let gone = spoilt("tiny-llama", |dir| fs::remove_file(path(dir)).unwrap());
@@ -431,15 +388,12 @@ fn missing_truncated_and_foreign_files_are_refused_by_name() {
             });
             assert_refused(cut, &[file]);
         }
-        let foreign = spoilt("tiny-llama", |dir| {
-            fs::write(path(dir), "PK\x03\x04 foreign").unwrap()
-        });
+        let foreign =
+            spoilt("tiny-llama", |dir| fs::write(path(dir), "PK\x03\x04 foreign").unwrap());
         assert_refused(foreign, &[file]);
     }
     let shard = "model-00002-of-00003.safetensors";
-    let gone = spoilt("tiny-llama-shards", |dir| {
-        fs::remove_file(dir.join(shard)).unwrap()
-    });
+    let gone = spoilt("tiny-llama-shards", |dir| fs::remove_file(dir.join(shard)).unwrap());
     assert_refused(gone, &[shard]);
     let index = |edit: fn(&mut serde_json::Value)| {
         spoilt("tiny-llama-shards", |dir| {
@@ -479,10 +433,7 @@ fn tensors_that_do_not_fit_are_refused_by_name() {
     let harmless = with_tensors(|t| {
         let freq = Tensor::zeros(4, DType::F32, &DEVICE).unwrap();
         t.insert("model.layers.0.self_attn.rotary_emb.inv_freq".into(), freq);
-        t.insert(
-            "lm_head.weight".into(),
-            t["model.embed_tokens.weight"].clone(),
-        );
+        t.insert("lm_head.weight".into(), t["model.embed_tokens.weight"].clone());
     });
     assert_matches_transformers(&harmless.unwrap().decoder, "tiny-llama");
 }
@@ -496,12 +447,7 @@ fn half_precision_weights_are_widened() {
             }
         })
         .unwrap();
-        for ((_, got), (_, full)) in loaded
-            .decoder
-            .tensors()
-            .iter()
-            .zip(tiny().decoder.tensors())
-        {
+        for ((_, got), (_, full)) in loaded.decoder.tensors().iter().zip(tiny().decoder.tensors()) {
             assert_eq!(got.dtype(), DType::F32);
             let rounded = full.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap();
             assert_eq!(values(got), values(&rounded));
@@ -516,40 +462,22 @@ fn what_cannot_be_computed_exactly_is_refused_by_key() {
     assert_refused(gpt2, &["unknown architecture", "GPT2LMHeadModel"]);
     assert_refused(with_config("model_type", json!("qwen2")), &["qwen2"]);
     assert_refused(with_config("hidden_act", json!("gelu")), &["hidden_act"]);
-    assert_refused(
-        with_config("attention_bias", json!(true)),
-        &["attention_bias"],
-    );
+    assert_refused(with_config("attention_bias", json!(true)), &["attention_bias"]);
     assert_refused(with_config("sliding_window", json!(8)), &["sliding_window"]);
     let yarn = json!({ "rope_type": "yarn", "factor": 2.0 });
     assert_refused(with_config("rope_scaling", yarn), &["rope_scaling", "yarn"]);
     let quantised = json!({ "quant_method": "gptq" });
-    assert_refused(
-        with_config("quantization_config", quantised),
-        &["quantization_config"],
-    );
-    assert_refused(
-        with_config("vocab_size", json!(63)),
-        &["64", "63", "vocab_size"],
-    );
-    assert_refused(
-        with_config("eos_token_id", json!(64)),
-        &["eos_token_id", "64"],
-    );
+    assert_refused(with_config("quantization_config", quantised), &["quantization_config"]);
+    assert_refused(with_config("vocab_size", json!(63)), &["64", "63", "vocab_size"]);
+    assert_refused(with_config("eos_token_id", json!(64)), &["eos_token_id", "64"]);
     assert_refused(with_config("eos_token_id", json!("two")), &["eos_token_id"]);
     assert_refused(with_config("hidden_size", json!("wide")), &["config.json"]);
-    assert_refused(
-        with_config("num_attention_heads", json!(0)),
-        &["config.json"],
-    );
+    assert_refused(with_config("num_attention_heads", json!(0)), &["config.json"]);
 
     for (key, value) in [
         ("sliding_window", json!(64)),
         ("rope_scaling", json!({ "rope_type": "default" })),
-        (
-            "rope_parameters",
-            json!({ "rope_type": "default", "rope_theta": 10000.0 }),
-        ),
+        ("rope_parameters", json!({ "rope_type": "default", "rope_theta": 10000.0 })),
         ("head_dim", json!(null)),
         ("eos_token_id", json!([2, 3])),
     ] {
@@ -565,46 +493,24 @@ fn gguf_metadata(config: &DecoderConfig) -> Vec<(&'static str, Value)> {
     let text = |s: &str| Value::String(s.into());
     let number = |n: usize| Value::U32(n as u32);
     let mut tokens: Vec<Value> = ["<pad>", "<s>", "</s>", "<unk>"].map(text).into();
-    tokens.extend(
-        [
-            "t", "h", "e", "Ġ", "c", "a", "th", "the", "Ġc", "at", "Ġcat", "1",
-        ]
-        .map(text),
-    );
+    tokens.extend(["t", "h", "e", "Ġ", "c", "a", "th", "the", "Ġc", "at", "Ġcat", "1"].map(text));
     while tokens.len() < 64 {
         tokens.push(text(&format!("w{}", tokens.len())));
     }
     let merges = ["t h", "th e", "Ġ c", "a t", "Ġc at"].map(text).into();
-    let kinds = (0..64)
-        .map(|id| Value::I32(if id < 4 { 3 } else { 1 }))
-        .collect();
+    let kinds = (0..64).map(|id| Value::I32(if id < 4 { 3 } else { 1 })).collect();
     vec![
         ("general.architecture", text("llama")),
         ("llama.block_count", number(config.num_hidden_layers)),
-        (
-            "llama.context_length",
-            number(config.max_position_embeddings),
-        ),
+        ("llama.context_length", number(config.max_position_embeddings)),
         ("llama.embedding_length", number(config.hidden_size)),
-        (
-            "llama.feed_forward_length",
-            number(config.intermediate_size),
-        ),
-        (
-            "llama.attention.head_count",
-            number(config.num_attention_heads),
-        ),
-        (
-            "llama.attention.head_count_kv",
-            number(config.num_key_value_heads),
-        ),
+        ("llama.feed_forward_length", number(config.intermediate_size)),
+        ("llama.attention.head_count", number(config.num_attention_heads)),
+        ("llama.attention.head_count_kv", number(config.num_key_value_heads)),
         ("llama.attention.key_length", number(config.head_dim)),
         ("llama.rope.dimension_count", number(config.head_dim)),
         ("llama.rope.freq_base", Value::F32(config.rope_theta as f32)),
-        (
-            "llama.attention.layer_norm_rms_epsilon",
-            Value::F32(config.rms_norm_eps as f32),
-        ),
+        ("llama.attention.layer_norm_rms_epsilon", Value::F32(config.rms_norm_eps as f32)),
         ("tokenizer.ggml.model", text("gpt2")),
         ("tokenizer.ggml.pre", text("smollm")),
         ("tokenizer.ggml.tokens", Value::Array(tokens)),
@@ -682,10 +588,7 @@ fn a_gguf_file_holds_the_same_model() {
     let metadata = gguf_metadata(decoder.config());
     let file = write_gguf(&metadata, &gguf_tensors(&decoder), GgmlDType::F32);
     let loaded = load(file.path(), &DEVICE).unwrap();
-    let expected = DecoderConfig {
-        initializer_range: 0.02,
-        ..decoder.config().clone()
-    };
+    let expected = DecoderConfig { initializer_range: 0.02, ..decoder.config().clone() };
     assert_eq!(*loaded.decoder.config(), expected);
     assert_matches_transformers(&loaded.decoder, "tiny-llama");
 
@@ -695,10 +598,7 @@ fn a_gguf_file_holds_the_same_model() {
     let again = load(dir.path(), &DEVICE).unwrap();
     assert_matches_transformers(&again.decoder, "tiny-llama");
     for tokenizer in [&loaded.tokenizer, &again.tokenizer] {
-        assert_eq!(
-            tokenizer.encode("the cat</s>11").unwrap(),
-            [11, 14, 2, 15, 15]
-        );
+        assert_eq!(tokenizer.encode("the cat</s>11").unwrap(), [11, 14, 2, 15, 15]);
         assert_eq!(tokenizer.decode(&[1, 11, 14, 2]).unwrap(), "the cat");
         assert_eq!((tokenizer.eos(), tokenizer.pad()), (&[2][..], 0));
         assert_eq!(tokenizer.vocab_size(), 64);
@@ -707,9 +607,7 @@ fn a_gguf_file_holds_the_same_model() {
 
 #[test]
 fn a_gguf_file_with_a_head_of_its_own_and_quantised_weights_loads() {
-    let decoder = load(&fixture("tiny-llama-shards"), &DEVICE)
-        .unwrap()
-        .decoder;
+    let decoder = load(&fixture("tiny-llama-shards"), &DEVICE).unwrap().decoder;
     let mut config = decoder.config().clone();
     config.rope_scaling = None;
     let plain: HashMap<_, _> = decoder.tensors().into_iter().collect();
@@ -724,11 +622,7 @@ fn a_gguf_file_with_a_head_of_its_own_and_quantised_weights_loads() {
         assert!(!loaded.config().tie_word_embeddings);
         assert_near(&logits(&loaded), &logits(&plain));
     }
-    let file = write_gguf(
-        &gguf_metadata(&config),
-        &gguf_tensors(&plain),
-        GgmlDType::Q8_0,
-    );
+    let file = write_gguf(&gguf_metadata(&config), &gguf_tensors(&plain), GgmlDType::Q8_0);
     let loaded = load(file.path(), &DEVICE).unwrap().decoder;
     let (got, want) = (logits(&loaded), logits(&plain));
     let error: f32 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
@@ -755,10 +649,7 @@ fn the_rotary_scaling_of_llama_3_is_read_from_its_divisors() {
         let keep = ((turns - 1.0) / 3.0).clamp(0.0, 1.0);
         1.0 / (keep + (1.0 - keep) / 8.0)
     } as f32;
-    tensors.push((
-        "rope_freqs.weight".into(),
-        divisors([1.0, 1.0, blended, 8.0]),
-    ));
+    tensors.push(("rope_freqs.weight".into(), divisors([1.0, 1.0, blended, 8.0])));
     let file = write_gguf(&gguf_metadata(&config), &tensors, GgmlDType::F32);
     let loaded = load(file.path(), &DEVICE).unwrap().decoder;
     assert_eq!(loaded.config().rope_scaling, Some(scaling));
@@ -777,18 +668,7 @@ fn damaged_and_foreign_gguf_files_are_refused() {
     let whole = fs::read(write_gguf(&metadata, &tensors, GgmlDType::F32).path()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.gguf");
-    for keep in [
-        0,
-        3,
-        4,
-        12,
-        100,
-        1000,
-        3000,
-        5000,
-        whole.len() / 2,
-        whole.len() - 64,
-    ] {
+    for keep in [0, 3, 4, 12, 100, 1000, 3000, 5000, whole.len() / 2, whole.len() - 64] {
         fs::write(&path, &whole[..keep]).unwrap();
         assert_refused(load(&path, &DEVICE), &["model.gguf"]);
     }
@@ -800,89 +680,26 @@ fn damaged_and_foreign_gguf_files_are_refused() {
         metadata.retain(|(known, _)| *known != key);
         let entry = value.map(|value| (key, value));
         let metadata: Vec<(&str, Value)> = metadata.into_iter().chain(entry).collect();
-        load(
-            write_gguf(&metadata, &tensors, GgmlDType::F32).path(),
-            &DEVICE,
-        )
+        load(write_gguf(&metadata, &tensors, GgmlDType::F32).path(), &DEVICE)
     };
     let text = |s: &str| Some(Value::String(s.into()));
     for (key, value, names) in [
-        (
-            "general.architecture",
-            text("qwen2"),
-            ["architecture", "qwen2"],
-        ),
+        ("general.architecture", text("qwen2"), ["architecture", "qwen2"]),
         ("llama.block_count", None, ["llama.block_count", "missing"]),
-        (
-            "llama.block_count",
-            text("two"),
-            ["llama.block_count", "integer"],
-        ),
-        (
-            "llama.block_count",
-            Some(Value::U32(3)),
-            ["model.layers.2", "missing"],
-        ),
-        (
-            "llama.block_count",
-            Some(Value::U32(1)),
-            ["model.layers.1", "no place"],
-        ),
-        (
-            "llama.attention.head_count",
-            Some(Value::U32(0)),
-            ["num_attention_heads", "0"],
-        ),
-        (
-            "llama.attention.head_count_kv",
-            Some(Value::U32(4)),
-            ["attn_k", "rows"],
-        ),
-        (
-            "llama.feed_forward_length",
-            Some(Value::I32(-1)),
-            ["feed_forward_length", "llama"],
-        ),
-        (
-            "llama.expert_count",
-            Some(Value::U32(8)),
-            ["expert_count", "mixtures"],
-        ),
-        (
-            "llama.rope.scaling.type",
-            text("yarn"),
-            ["rope.scaling", "yarn"],
-        ),
-        (
-            "tokenizer.ggml.model",
-            text("bert"),
-            ["tokenizer.ggml.model", "bert"],
-        ),
-        (
-            "tokenizer.ggml.pre",
-            text("qwen2"),
-            ["tokenizer.ggml.pre", "qwen2"],
-        ),
-        (
-            "tokenizer.ggml.merges",
-            None,
-            ["tokenizer.ggml.merges", "missing"],
-        ),
-        (
-            "tokenizer.ggml.tokens",
-            text("a"),
-            ["tokenizer.ggml.tokens", "array"],
-        ),
-        (
-            "tokenizer.ggml.eos_token_id",
-            Some(Value::U32(64)),
-            ["eos_token_id", "64"],
-        ),
-        (
-            "tokenizer.ggml.token_type",
-            Some(Value::Array(vec![])),
-            ["token_type", "64"],
-        ),
+        ("llama.block_count", text("two"), ["llama.block_count", "integer"]),
+        ("llama.block_count", Some(Value::U32(3)), ["model.layers.2", "missing"]),
+        ("llama.block_count", Some(Value::U32(1)), ["model.layers.1", "no place"]),
+        ("llama.attention.head_count", Some(Value::U32(0)), ["num_attention_heads", "0"]),
+        ("llama.attention.head_count_kv", Some(Value::U32(4)), ["attn_k", "rows"]),
+        ("llama.feed_forward_length", Some(Value::I32(-1)), ["feed_forward_length", "llama"]),
+        ("llama.expert_count", Some(Value::U32(8)), ["expert_count", "mixtures"]),
+        ("llama.rope.scaling.type", text("yarn"), ["rope.scaling", "yarn"]),
+        ("tokenizer.ggml.model", text("bert"), ["tokenizer.ggml.model", "bert"]),
+        ("tokenizer.ggml.pre", text("qwen2"), ["tokenizer.ggml.pre", "qwen2"]),
+        ("tokenizer.ggml.merges", None, ["tokenizer.ggml.merges", "missing"]),
+        ("tokenizer.ggml.tokens", text("a"), ["tokenizer.ggml.tokens", "array"]),
+        ("tokenizer.ggml.eos_token_id", Some(Value::U32(64)), ["eos_token_id", "64"]),
+        ("tokenizer.ggml.token_type", Some(Value::Array(vec![])), ["token_type", "64"]),
     ] {
         assert_refused(changed(key, value), &names);
     }
@@ -946,14 +763,8 @@ fn pre_tokenizers_cut_text_as_their_names_say() {
         let tokenizer = gguf_tokenizer(vec![
             ("tokenizer.ggml.model", text("gpt2")),
             ("tokenizer.ggml.pre", text(pre)),
-            (
-                "tokenizer.ggml.tokens",
-                Value::Array(tokens.iter().map(|t| text(t)).collect()),
-            ),
-            (
-                "tokenizer.ggml.merges",
-                Value::Array(merges.iter().map(|m| text(m)).collect()),
-            ),
+            ("tokenizer.ggml.tokens", Value::Array(tokens.iter().map(|t| text(t)).collect())),
+            ("tokenizer.ggml.merges", Value::Array(merges.iter().map(|m| text(m)).collect())),
         ]);
         let ids = tokenizer.encode(input).unwrap();
         assert_eq!(tokenizer.decode(&ids).unwrap(), input);
@@ -961,14 +772,8 @@ fn pre_tokenizers_cut_text_as_their_names_say() {
     };
     let merges = ["1 2", "12 3", "123 4", "Ġ 1", "a Ġ", "Ġ b"];
     assert_eq!(cuts("gpt-2", "a b 1234", &merges), ["a", "Ġb", "Ġ", "1234"]);
-    assert_eq!(
-        cuts("smollm", "a b 1234", &merges),
-        ["a", "Ġb", "Ġ", "1", "2", "3", "4"]
-    );
-    assert_eq!(
-        cuts("llama-bpe", "a b 1234", &merges),
-        ["a", "Ġb", "Ġ", "123", "4"]
-    );
+    assert_eq!(cuts("smollm", "a b 1234", &merges), ["a", "Ġb", "Ġ", "1", "2", "3", "4"]);
+    assert_eq!(cuts("llama-bpe", "a b 1234", &merges), ["a", "Ġb", "Ġ", "123", "4"]);
     assert_eq!(cuts("default", "a b1234", &merges), ["a", "Ġb", "123", "4"]);
 }
 
@@ -990,10 +795,7 @@ fn sentence_pieces_merge_by_score_and_fall_back_to_bytes() {
     let entry = |f: fn(&(&str, i32, f32)) -> Value| Value::Array(pieces.iter().map(f).collect());
     let tokenizer = gguf_tokenizer(vec![
         ("tokenizer.ggml.model", Value::String("llama".into())),
-        (
-            "tokenizer.ggml.tokens",
-            entry(|p| Value::String(p.0.into())),
-        ),
+        ("tokenizer.ggml.tokens", entry(|p| Value::String(p.0.into()))),
         ("tokenizer.ggml.token_type", entry(|p| Value::I32(p.1))),
         ("tokenizer.ggml.scores", entry(|p| Value::F32(p.2))),
         ("tokenizer.ggml.unknown_token_id", Value::U32(0)),
@@ -1016,11 +818,7 @@ fn rng(seed: u64) -> StdRng {
 }
 
 fn sampling(temperature: f64, max_new_tokens: usize) -> Sampling {
-    Sampling {
-        temperature,
-        max_new_tokens,
-        ..Sampling::default()
-    }
+    Sampling { temperature, max_new_tokens, ..Sampling::default() }
 }
 
 const PROMPTS: [&[u32]; 3] = [&[4, 5, 6], &[9], &[4, 9, 10, 11, 12]];
@@ -1033,15 +831,9 @@ fn prompts() -> Vec<Vec<u32>> {
 fn generation_without_temperature_takes_the_likeliest_token_of_the_full_pass() {
     let decoder = tiny().decoder;
     let mut counts = Vec::new();
-    let got = generate(
-        &decoder,
-        &prompts(),
-        &sampling(0.0, 9),
-        &[],
-        0,
-        &mut rng(0),
-        &mut |n| counts.push(n),
-    )
+    let got = generate(&decoder, &prompts(), &sampling(0.0, 9), &[], 0, &mut rng(0), &mut |n| {
+        counts.push(n)
+    })
     .unwrap();
     assert_eq!(got.ids.dims(), [3, 5 + 9]);
     assert_eq!((got.prompt_len, &got.pads[..]), (5, &[2, 4, 0][..]));
@@ -1053,9 +845,7 @@ fn generation_without_temperature_takes_the_likeliest_token_of_the_full_pass() {
             let t = Tensor::from_slice(&ids, (1, ids.len()), &DEVICE).unwrap();
             let logits = decoder.logits(&decoder.hidden(&t, &[0]).unwrap()).unwrap();
             let last = values(&logits.narrow(1, ids.len() - 1, 1).unwrap());
-            let best = (0..64)
-                .max_by(|&a, &b| last[a].total_cmp(&last[b]))
-                .unwrap();
+            let best = (0..64).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
             ids.push(best as u32);
         }
         assert_eq!(got.responses[row], ids[prompt.len()..]);
@@ -1069,16 +859,8 @@ fn generation_without_temperature_takes_the_likeliest_token_of_the_full_pass() {
 fn generation_is_its_seeds_and_stops_at_the_ends() {
     let decoder = tiny().decoder;
     let run = |seed, eos: &[u32]| {
-        generate(
-            &decoder,
-            &prompts(),
-            &sampling(1.5, 40),
-            eos,
-            0,
-            &mut rng(seed),
-            &mut |_| (),
-        )
-        .unwrap()
+        generate(&decoder, &prompts(), &sampling(1.5, 40), eos, 0, &mut rng(seed), &mut |_| ())
+            .unwrap()
     };
     assert_eq!(run(1, &[]).responses, run(1, &[]).responses);
     assert_ne!(run(1, &[]).responses, run(2, &[]).responses);
@@ -1118,10 +900,7 @@ fn shares(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
 fn assert_shares(logits: &[f32], sampling: &Sampling, want: &[f64]) {
     // Four standard deviations of a share of 40 000 draws.
     for (token, (got, want)) in shares(logits, sampling).iter().zip(want).enumerate() {
-        assert!(
-            (got - want).abs() <= 0.01,
-            "token {token}: {got}, not {want}"
-        );
+        assert!((got - want).abs() <= 0.01, "token {token}: {got}, not {want}");
         assert!(*want > 0.0 || *got == 0.0, "token {token} cannot come");
     }
 }
@@ -1130,12 +909,7 @@ fn assert_shares(logits: &[f32], sampling: &Sampling, want: &[f64]) {
 fn draws_follow_the_distribution() {
     let ln = |p: f32| p.ln() + 500.0;
     let logits = [ln(0.1), f32::NEG_INFINITY, ln(0.4), ln(0.2), ln(0.3)];
-    let at = |temperature, top_k, top_p| Sampling {
-        temperature,
-        top_k,
-        top_p,
-        max_new_tokens: 1,
-    };
+    let at = |temperature, top_k, top_p| Sampling { temperature, top_k, top_p, max_new_tokens: 1 };
     assert_shares(&logits, &at(1.0, None, None), &[0.1, 0.0, 0.4, 0.2, 0.3]);
     let squares = [0.01, 0.0, 0.16, 0.04, 0.09].map(|p| p / 0.3);
     assert_shares(&logits, &at(0.5, None, None), &squares);
@@ -1169,18 +943,8 @@ fn logits_that_are_no_distribution_are_errors() {
     let decoder = tiny().decoder;
     let norm = &decoder.parameters()[19];
     assert_eq!(norm.0, "model.norm.weight");
-    norm.1
-        .set(&(norm.1.as_tensor() * f64::NAN).unwrap())
-        .unwrap();
-    let got = generate(
-        &decoder,
-        &prompts(),
-        &sampling(1.0, 2),
-        &[],
-        0,
-        &mut rng(0),
-        &mut |_| (),
-    );
+    norm.1.set(&(norm.1.as_tensor() * f64::NAN).unwrap()).unwrap();
+    let got = generate(&decoder, &prompts(), &sampling(1.0, 2), &[], 0, &mut rng(0), &mut |_| ());
     assert_refused(got, &["response 0", "NaN"]);
 }
 
@@ -1188,15 +952,7 @@ fn logits_that_are_no_distribution_are_errors() {
 fn bad_settings_and_prompts_are_refused_by_name() {
     let decoder = tiny().decoder;
     let run = |prompts: &[Vec<u32>], sampling: &Sampling| {
-        generate(
-            &decoder,
-            prompts,
-            sampling,
-            &[],
-            0,
-            &mut rng(0),
-            &mut |_| (),
-        )
+        generate(&decoder, prompts, sampling, &[], 0, &mut rng(0), &mut |_| ())
     };
     let plain = Sampling::default();
     let change = |f: fn(&mut Sampling)| {
@@ -1210,14 +966,8 @@ fn bad_settings_and_prompts_are_refused_by_name() {
     assert_refused(change(|s| s.top_p = Some(0.0)), &["--top-p"]);
     assert_refused(change(|s| s.top_p = Some(f64::NAN)), &["--top-p"]);
     assert_refused(change(|s| s.max_new_tokens = 0), &["--max-new-tokens"]);
-    assert_refused(
-        change(|s| s.max_new_tokens = 60),
-        &["--max-new-tokens", "64"],
-    );
-    assert_refused(
-        change(|s| s.max_new_tokens = usize::MAX),
-        &["--max-new-tokens"],
-    );
+    assert_refused(change(|s| s.max_new_tokens = 60), &["--max-new-tokens", "64"]);
+    assert_refused(change(|s| s.max_new_tokens = usize::MAX), &["--max-new-tokens"]);
     assert_refused(run(&[], &plain), &["prompts"]);
     assert_refused(run(&[vec![4], vec![]], &plain), &["prompt 1"]);
     assert_refused(run(&[vec![64]], &plain), &["token id", "64"]);

@@ -23,12 +23,7 @@ pub struct Sampling {
 impl Default for Sampling {
     /// The model's own distribution, 24 tokens at most.
     fn default() -> Self {
-        Self {
-            temperature: 1.0,
-            top_k: None,
-            top_p: None,
-            max_new_tokens: 24,
-        }
+        Self { temperature: 1.0, top_k: None, top_p: None, max_new_tokens: 24 }
     }
 }
 
@@ -40,20 +35,14 @@ impl Sampling {
             "--temperature: expected a number of at least 0, got {}",
             self.temperature
         );
-        ensure!(
-            self.top_k != Some(0),
-            "--top-k: expected at least 1 token, got 0"
-        );
+        ensure!(self.top_k != Some(0), "--top-k: expected at least 1 token, got 0");
         if let Some(p) = self.top_p {
             ensure!(
                 p > 0.0 && p <= 1.0,
                 "--top-p: expected a probability above 0, at most 1, got {p}"
             );
         }
-        ensure!(
-            self.max_new_tokens > 0,
-            "--max-new-tokens: expected at least 1, got 0"
-        );
+        ensure!(self.max_new_tokens > 0, "--max-new-tokens: expected at least 1, got 0");
         Ok(())
     }
 }
@@ -168,18 +157,12 @@ fn check_prompts(decoder: &Decoder, prompts: &[Vec<u32>], sampling: &Sampling) -
 pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<u32> {
     let mut best = 0;
     for (token, &logit) in logits.iter().enumerate() {
-        ensure!(
-            !logit.is_nan() && logit < f32::INFINITY,
-            "the logit of token {token} is {logit}"
-        );
+        ensure!(!logit.is_nan() && logit < f32::INFINITY, "the logit of token {token} is {logit}");
         if logit > logits[best] {
             best = token;
         }
     }
-    ensure!(
-        logits[best] > f32::NEG_INFINITY,
-        "the logits of all tokens are -inf"
-    );
+    ensure!(logits[best] > f32::NEG_INFINITY, "the logits of all tokens are -inf");
     if sampling.temperature == 0.0 {
         return Ok(best as u32);
     }

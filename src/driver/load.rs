@@ -29,11 +29,7 @@ pub struct Loaded {
 /// file, and the key or tensor.
 pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
     let kind = fs::metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let loaded = if kind.is_dir() {
-        load_folder(path, device)
-    } else {
-        load_gguf(path, device)
-    };
+    let loaded = if kind.is_dir() { load_folder(path, device) } else { load_gguf(path, device) };
     loaded.with_context(|| format!("cannot load the model {}", path.display()))
 }
 
@@ -64,10 +60,7 @@ pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> 
         "pad_token": tokenizer.token(tokenizer.pad()),
         "clean_up_tokenization_spaces": false,
     });
-    write(
-        "tokenizer_config.json",
-        serde_json::to_string_pretty(&tokenizer_config)?,
-    )?;
+    write("tokenizer_config.json", serde_json::to_string_pretty(&tokenizer_config)?)?;
     save_tensors(&dir.join(WEIGHTS), decoder.tensors())
 }
 
@@ -137,10 +130,7 @@ fn parse_config(json: &Map<String, Value>) -> Result<DecoderConfig> {
         ("partial_rotary_factor", json!(1.0)),
     ] {
         if let Some(value) = set(key) {
-            ensure!(
-                *value == plain,
-                "{key}: only {plain} is supported, got {value}"
-            );
+            ensure!(*value == plain, "{key}: only {plain} is supported, got {value}");
         }
     }
     ensure!(
@@ -157,9 +147,7 @@ fn parse_config(json: &Map<String, Value>) -> Result<DecoderConfig> {
     let heads = set("num_attention_heads").and_then(Value::as_u64);
     let width = set("hidden_size").and_then(Value::as_u64);
     default("num_key_value_heads", heads.map(|heads| json!(heads)));
-    let head_dim = width
-        .zip(heads)
-        .and_then(|(width, heads)| width.checked_div(heads));
+    let head_dim = width.zip(heads).and_then(|(width, heads)| width.checked_div(heads));
     default("head_dim", head_dim.map(|dim| json!(dim)));
     default("rms_norm_eps", Some(json!(1e-6)));
     default("max_position_embeddings", Some(json!(2048)));
@@ -204,11 +192,7 @@ fn rope_scaling(rope: Option<&Value>) -> Result<Value> {
 fn read_tokenizer(dir: &Path, config: &Map<String, Value>) -> Result<Tokenizer> {
     // Chat models often name further ends in generation_config.json only.
     let generation = dir.join("generation_config.json");
-    let generation = if generation.exists() {
-        read_json(&generation)?
-    } else {
-        Map::new()
-    };
+    let generation = if generation.exists() { read_json(&generation)? } else { Map::new() };
     let mut eos = Vec::new();
     for json in [config, &generation] {
         eos.extend(token_ids(json, "eos_token_id")?);
@@ -265,10 +249,7 @@ fn read_weights(dir: &Path, device: &Device) -> Result<HashMap<String, Tensor>> 
         return Ok(tensors);
     }
     let index = dir.join(WEIGHTS_INDEX);
-    ensure!(
-        index.exists(),
-        "neither {WEIGHTS} nor {WEIGHTS_INDEX} is there"
-    );
+    ensure!(index.exists(), "neither {WEIGHTS} nor {WEIGHTS_INDEX} is there");
     let context = || format!("{}: weight_map", index.display());
     let map = read_json(&index)?.remove("weight_map");
     let map: BTreeMap<String, String> =
@@ -418,10 +399,7 @@ fn gguf_config(content: &Content, file: &mut BufReader<fs::File>) -> Result<Deco
     config.validate()?;
 
     let experts = size("expert_count")?.unwrap_or(0);
-    ensure!(
-        experts == 0,
-        "llama.expert_count: mixtures of experts are not supported"
-    );
+    ensure!(experts == 0, "llama.expert_count: mixtures of experts are not supported");
     let rotary = size("rope.dimension_count")?.unwrap_or(head_dim);
     ensure!(
         rotary == head_dim,
@@ -456,19 +434,13 @@ fn llama3_scaling(config: &DecoderConfig, divisors: &[f32]) -> Result<RopeScalin
         high_freq_factor: 4.0,
         original_max_position_embeddings: 8192,
     };
-    let scaled = DecoderConfig {
-        rope_scaling: Some(scaling.clone()),
-        ..config.clone()
-    };
+    let scaled = DecoderConfig { rope_scaling: Some(scaling.clone()), ..config.clone() };
     scaled.validate()?;
     let (plain, scaled) = (config.frequencies(), scaled.frequencies());
     let same = divisors.len() == plain.len()
         && (plain.iter().zip(&scaled).zip(divisors))
             .all(|((plain, scaled), divisor)| (plain / scaled / divisor - 1.0).abs() < 1e-3);
-    ensure!(
-        same,
-        "tensor {ROPE_FACTORS}: not the rotary scaling of Llama 3"
-    );
+    ensure!(same, "tensor {ROPE_FACTORS}: not the rotary scaling of Llama 3");
     Ok(scaling)
 }
 
@@ -508,12 +480,6 @@ fn hf_name(name: &str, config: &DecoderConfig) -> Result<(String, Option<usize>)
 /// rotate together are neighbours, to that in which they are half a head apart.
 fn half_rotation(weight: &Tensor, heads: usize, head_dim: usize) -> Result<Tensor> {
     let (rows, width) = weight.dims2()?;
-    ensure!(
-        rows == heads * head_dim,
-        "expected {heads} heads of {head_dim} rows, got {rows} rows"
-    );
-    Ok(weight
-        .reshape((heads, head_dim / 2, 2, width))?
-        .transpose(1, 2)?
-        .reshape((rows, width))?)
+    ensure!(rows == heads * head_dim, "expected {heads} heads of {head_dim} rows, got {rows} rows");
+    Ok(weight.reshape((heads, head_dim / 2, 2, width))?.transpose(1, 2)?.reshape((rows, width))?)
 }

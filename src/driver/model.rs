@@ -98,14 +98,10 @@ impl DecoderConfig {
             ("max_position_embeddings", self.max_position_embeddings),
         ] {
             // The bound keeps products of two sizes from overflowing.
-            ensure!(
-                (1..=1 << 28).contains(&size),
-                "{key}: expected 1 to 2^28, got {size}"
-            );
+            ensure!((1..=1 << 28).contains(&size), "{key}: expected 1 to 2^28, got {size}");
         }
         ensure!(
-            self.num_attention_heads
-                .is_multiple_of(self.num_key_value_heads),
+            self.num_attention_heads.is_multiple_of(self.num_key_value_heads),
             "num_key_value_heads: expected a divisor of num_attention_heads ({}), got {}",
             self.num_attention_heads,
             self.num_key_value_heads
@@ -150,9 +146,7 @@ impl DecoderConfig {
     pub(super) fn frequencies(&self) -> Vec<f32> {
         (0..self.head_dim / 2)
             .map(|i| {
-                let frequency = self
-                    .rope_theta
-                    .powf(-((2 * i) as f64) / self.head_dim as f64);
+                let frequency = self.rope_theta.powf(-((2 * i) as f64) / self.head_dim as f64);
                 match self.rope_scaling {
                     None => frequency as f32,
                     Some(RopeScaling::Llama3 {
@@ -216,11 +210,7 @@ pub struct KvCache {
 impl KvCache {
     /// An empty cache with room for `capacity` tokens of each row, pads included.
     pub fn new(capacity: usize) -> Self {
-        Self {
-            capacity,
-            len: 0,
-            layers: Vec::new(),
-        }
+        Self { capacity, len: 0, layers: Vec::new() }
     }
 
     /// Tokens of each row that are in the cache, pads included.
@@ -277,9 +267,8 @@ impl Decoder {
             tensors.remove("lm_head.weight");
         }
         tensors.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
-        let decoder = Self::build(config, true, &device, |name, shape| {
-            take(&mut tensors, name, shape)
-        })?;
+        let decoder =
+            Self::build(config, true, &device, |name, shape| take(&mut tensors, name, shape))?;
         refuse_rest(&tensors)?;
         Ok(decoder)
     }
@@ -302,9 +291,7 @@ impl Decoder {
 
     /// All weights, trainable or not, as plain tensors under their Hugging Face names.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        (self.named.iter())
-            .map(|(name, tensor)| (name.clone(), tensor.detach()))
-            .collect()
+        (self.named.iter()).map(|(name, tensor)| (name.clone(), tensor.detach())).collect()
     }
 
     /// A trainable copy.
@@ -319,8 +306,7 @@ impl Decoder {
 
     /// The same weights, seen without building a graph; later updates of the variables show.
     pub fn no_grad(&self) -> Self {
-        self.map(|tensor| Ok(tensor.detach()))
-            .expect("detaching cannot fail")
+        self.map(|tensor| Ok(tensor.detach())).expect("detaching cannot fail")
     }
 
     /// Hidden states `[B, T, hidden_size]` after the final norm, of tokens `ids` (u32 `[B, T]`),
@@ -336,11 +322,9 @@ impl Decoder {
         let mut dims = hidden.dims().to_vec();
         match dims.last_mut() {
             Some(last) if *last == self.config.hidden_size => *last = self.config.vocab_size,
-            _ => bail!(
-                "hidden: expected [.., {}], got {:?}",
-                self.config.hidden_size,
-                hidden.dims()
-            ),
+            _ => {
+                bail!("hidden: expected [.., {}], got {:?}", self.config.hidden_size, hidden.dims())
+            }
         }
         let rows = hidden.reshape(((), self.config.hidden_size))?;
         let logits = linear(&rows, self.head.as_ref().unwrap_or(&self.embedding))?;
@@ -374,10 +358,7 @@ impl Decoder {
             anyhow::Ok(tensor)
         };
 
-        let embedding = weight(
-            "model.embed_tokens.weight".into(),
-            &[config.vocab_size, hidden],
-        )?;
+        let embedding = weight("model.embed_tokens.weight".into(), &[config.vocab_size, hidden])?;
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
             let mut weight = |name: &str, shape: &[usize]| {
@@ -397,10 +378,7 @@ impl Decoder {
         }
         let norm = weight("model.norm.weight".into(), &[hidden])?;
         let head = if with_head && !config.tie_word_embeddings {
-            Some(weight(
-                "lm_head.weight".into(),
-                &[config.vocab_size, hidden],
-            )?)
+            Some(weight("lm_head.weight".into(), &[config.vocab_size, hidden])?)
         } else {
             None
         };
@@ -488,16 +466,9 @@ impl Decoder {
                 cache.capacity
             );
             let rows = cache.layers.first().map_or(Ok(batch), |(k, _)| k.dim(0))?;
-            ensure!(
-                rows == batch,
-                "ids: expected {rows} rows as in the cache, got {batch}"
-            );
+            ensure!(rows == batch, "ids: expected {rows} rows as in the cache, got {batch}");
         }
-        ensure!(
-            pads.len() == batch,
-            "pads: expected {batch}, one a row, got {}",
-            pads.len()
-        );
+        ensure!(pads.len() == batch, "pads: expected {batch}, one a row, got {}", pads.len());
         if let Some(pad) = pads.iter().find(|&&pad| pad >= total) {
             bail!("pads: a row of {total} tokens cannot have {pad} pads");
         }
@@ -527,28 +498,13 @@ impl Decoder {
                     seen[pad..=last].fill(0.0);
                 }
             }
-            Some(Tensor::from_vec(
-                mask,
-                (batch, 1, len, total),
-                self.device(),
-            )?)
+            Some(Tensor::from_vec(mask, (batch, 1, len, total), self.device())?)
         };
-        Ok(Pass {
-            batch,
-            len,
-            query_rope,
-            key_rope: (cos, sin),
-            mask,
-        })
+        Ok(Pass { batch, len, query_rope, key_rope: (cos, sin), mask })
     }
 
     fn allocate(&self, cache: &mut KvCache, batch: usize) -> Result<()> {
-        let shape = (
-            batch,
-            self.config.num_key_value_heads,
-            cache.capacity,
-            self.config.head_dim,
-        );
+        let shape = (batch, self.config.num_key_value_heads, cache.capacity, self.config.head_dim);
         while cache.layers.len() < self.layers.len() {
             let zeros = || Tensor::zeros(shape, DType::F32, self.device());
             cache.layers.push((zeros()?, zeros()?));
@@ -566,10 +522,7 @@ impl Decoder {
         cached: Option<(&(Tensor, Tensor), usize)>,
     ) -> Result<Tensor> {
         let (batch, len, dim) = (pass.batch, pass.len, self.config.head_dim);
-        let (heads, groups) = (
-            self.config.num_attention_heads,
-            self.config.num_key_value_heads,
-        );
+        let (heads, groups) = (self.config.num_attention_heads, self.config.num_key_value_heads);
         // [B * T, n * dim] -> [B, n, T, dim]
         let split = |x: Tensor, n: usize| {
             let x = x.reshape((batch, len, n, dim))?;
@@ -603,10 +556,8 @@ impl Decoder {
 
     /// Rotates `x [B, heads, T, head_dim]`.
     fn rope(&self, x: &Tensor, (cos, sin): &(Tensor, Tensor)) -> Result<Tensor> {
-        let rotated = x
-            .reshape(((), self.config.head_dim))?
-            .matmul(&self.rotation)?
-            .reshape(x.dims())?;
+        let rotated =
+            x.reshape(((), self.config.head_dim))?.matmul(&self.rotation)?.reshape(x.dims())?;
         Ok((x.broadcast_mul(cos)? + rotated.broadcast_mul(sin)?)?)
     }
 
@@ -648,9 +599,8 @@ impl Critic {
     ) -> Result<Self> {
         let head = take(&mut tensors, VALUE_HEAD, &[1, config.hidden_size])?;
         let device = head.device().clone();
-        let backbone = Decoder::build(config, false, &device, |name, shape| {
-            take(&mut tensors, name, shape)
-        })?;
+        let backbone =
+            Decoder::build(config, false, &device, |name, shape| take(&mut tensors, name, shape))?;
         refuse_rest(&tensors)?;
         Ok(Self { backbone, head })
     }
@@ -685,10 +635,7 @@ impl Critic {
 
     /// The same weights, seen without building a graph; later updates of the variables show.
     pub fn no_grad(&self) -> Self {
-        Self {
-            backbone: self.backbone.no_grad(),
-            head: self.head.detach(),
-        }
+        Self { backbone: self.backbone.no_grad(), head: self.head.detach() }
     }
 }
 
@@ -721,9 +668,7 @@ fn half_rotation(dim: usize, device: &Device) -> Result<Tensor> {
 
 /// Takes a tensor out of the map as a trainable f32 of the given shape.
 fn take(tensors: &mut HashMap<String, Tensor>, name: &str, shape: &[usize]) -> Result<Tensor> {
-    let tensor = tensors
-        .remove(name)
-        .with_context(|| format!("tensor {name} is missing"))?;
+    let tensor = tensors.remove(name).with_context(|| format!("tensor {name} is missing"))?;
     ensure!(
         tensor.dims() == shape,
         "tensor {name}: expected shape {shape:?}, got {:?}",

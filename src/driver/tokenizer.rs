@@ -25,17 +25,8 @@ impl Tokenizer {
         inner.with_truncation(None).expect("nothing to check");
         eos.sort_unstable();
         eos.dedup();
-        let vocab_size = inner
-            .get_vocab(true)
-            .values()
-            .max()
-            .map_or(0, |&id| id as usize + 1);
-        Self {
-            inner,
-            eos,
-            pad,
-            vocab_size,
-        }
+        let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+        Self { inner, eos, pad, vocab_size }
     }
 
     /// Reads a `tokenizer.json`.
@@ -88,9 +79,7 @@ impl Tokenizer {
 
     /// The text of token ids, without special tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        self.inner
-            .decode(ids, true)
-            .map_err(|error| anyhow!(error).context("cannot decode"))
+        self.inner.decode(ids, true).map_err(|error| anyhow!(error).context("cannot decode"))
     }
 
     /// The text of one token as the vocabulary has it.
@@ -126,13 +115,7 @@ const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
 /// Control tokens that end a text in the families of chat models, whatever the file calls its eos.
-const ENDS: [&str; 5] = [
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|eot_id|>",
-    "</s>",
-];
+const ENDS: [&str; 5] = ["<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "</s>"];
 
 impl Vocabulary {
     fn read(metadata: &HashMap<String, Gguf>) -> Result<Self> {
@@ -176,9 +159,7 @@ impl Vocabulary {
     }
 
     fn ids(&self) -> Map<String, Value> {
-        (self.tokens.iter().enumerate())
-            .map(|(id, token)| (token.clone(), json!(id)))
-            .collect()
+        (self.tokens.iter().enumerate()).map(|(id, token)| (token.clone(), json!(id))).collect()
     }
 
     fn added_tokens(&self) -> Value {
@@ -220,10 +201,7 @@ fn byte_level_bpe(
     let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
     let steps = match pre {
         "gpt-2" => vec![bytes(true)],
-        "smollm" => vec![
-            json!({ "type": "Digits", "individual_digits": true }),
-            bytes(true),
-        ],
+        "smollm" => vec![json!({ "type": "Digits", "individual_digits": true }), bytes(true)],
         "default" => vec![
             split(r"[\p{P}\$\+<=>\^~\|]+"),
             split(CONTRACTIONS_WORDS_NUMBERS),
