@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use ppo_kernels::driver::config::TrainArgs;
+use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::{embedded, train};
 
 const EMBEDDED: &str =
@@ -49,7 +50,7 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
         Command::Train(args) => {
             let matches = matches.subcommand_matches("train").context("no flags of train")?;
             let settings = args.resolve(matches, embedded::SETTINGS)?;
-            train::run(&settings, stop_on_ctrl_c()?)
+            train::run(&settings, stop_on_ctrl_c()?, Progress::new())
         }
     }
 }
@@ -61,7 +62,7 @@ fn stop_on_ctrl_c() -> Result<&'static AtomicBool> {
         if STOP.swap(true, Ordering::SeqCst) {
             std::process::exit(130);
         }
-        say("stopping after this step; Ctrl-C again quits at once");
+        say("stopping after this step; Ctrl-C again quits at once, without the weights");
     })
     .context("cannot listen for Ctrl-C")?;
     Ok(&STOP)

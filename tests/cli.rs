@@ -116,6 +116,13 @@ fn inputs_are_refused_before_anything_is_made() {
         refused(dir, &flags, &format!("--reward-command `{command}`: {message}"));
     }
 
+    fs::write(dir.join("p.txt"), "The cat\n").unwrap();
+    for (model, message) in [("none.gguf", "cannot read none.gguf"), ("p.txt", "or a GGUF file")] {
+        let flags = ["--prompts", "p.txt", "--model", model];
+        refused(dir, &flags, "error: --model is refused: ");
+        refused(dir, &flags, message);
+    }
+
     refused(dir, &["--out", "empty.txt"], "--out empty.txt");
     refused(dir, &["--out", "empty.txt/below"], "--out empty.txt/below");
     fs::create_dir(dir.join("old")).unwrap();
