@@ -301,6 +301,11 @@ impl Progress {
         Bar(bar)
     }
 
+    /// The bars: what another thread writes to the terminal goes into their `suspend`.
+    pub fn bars(&self) -> MultiProgress {
+        self.bars.clone()
+    }
+
     /// Writes lines, clear of the bars. A reader that went away does not end the run.
     pub fn line(&self, text: &str) {
         self.bars.suspend(|| {
@@ -333,6 +338,17 @@ impl Bar {
     /// `n` more are done.
     pub fn inc(&self, n: usize) {
         self.0.inc(n as u64);
+    }
+
+    /// There is no more to do than what is done.
+    pub fn complete(&self) {
+        self.0.set_length(self.0.position());
+    }
+
+    /// Rate and time are counted from now on.
+    pub fn restart(&self) {
+        self.0.reset_elapsed();
+        self.0.reset_eta();
     }
 
     /// How many are done.

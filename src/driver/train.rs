@@ -114,7 +114,15 @@ fn train(
         let number = step + 1;
         let rollout_bar = progress.bar("rollout", tokens, "tokens");
         let update_bar = progress.bar("update", minibatches, "minibatches");
-        let done = trainer.step(step, &mut |n| rollout_bar.inc(n), &mut || update_bar.inc(1));
+        let mut on_token = |n| {
+            rollout_bar.inc(n);
+            update_bar.restart();
+        };
+        let mut on_minibatch = || {
+            rollout_bar.complete(); // responses may end before the longest
+            update_bar.inc(1);
+        };
+        let done = trainer.step(step, &mut on_token, &mut on_minibatch);
         drop((rollout_bar, update_bar));
         let Step { rollout, kl, metrics, skipped: now } =
             done.with_context(|| format!("step {number}"))?;
