@@ -207,7 +207,7 @@ pub struct Settings {
     #[arg(long, value_name = "NATS", default_value_t = 6.0, help_heading = "KL penalty")]
     pub kl_target: f64,
 
-    /// Time constant of the adaptive controller, in responses
+    /// Time constant of the adaptive controller, in responses; at least --batch-size
     #[arg(long, value_name = "N", default_value_t = 10000.0, help_heading = "KL penalty")]
     pub kl_horizon: f64,
 
