@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use ppo_kernels::driver::config::TrainArgs;
+use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::{embedded, train};
 
 const EMBEDDED: &str =
@@ -49,19 +50,29 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
         Command::Train(args) => {
             let matches = matches.subcommand_matches("train").context("no flags of train")?;
             let settings = args.resolve(matches, embedded::SETTINGS)?;
-            train::run(&settings, stop_on_ctrl_c()?)
+            let progress = Progress::new();
+            train::run(&settings, stop_on_ctrl_c(&progress)?, progress)
         }
     }
 }
 
 /// A flag that the first Ctrl-C sets; the second one quits.
-fn stop_on_ctrl_c() -> Result<&'static AtomicBool> {
+fn stop_on_ctrl_c(progress: &Progress) -> Result<&'static AtomicBool> {
     static STOP: AtomicBool = AtomicBool::new(false);
-    ctrlc::set_handler(|| {
+    let bars = progress.bars();
+    ctrlc::set_handler(move || {
         if STOP.swap(true, Ordering::SeqCst) {
+            say("\nquit");
             std::process::exit(130);
         }
-        say("stopping after this step; Ctrl-C again quits at once");
+        // Not here: the bars are locked while a line waits for a reader of stdout that is slow, and
+        // the second Ctrl-C must not wait.
+        let bars = bars.clone();
+        std::thread::spawn(move || {
+            bars.suspend(|| {
+                say("stopping after this step; Ctrl-C again quits at once, without the weights");
+            });
+        });
     })
     .context("cannot listen for Ctrl-C")?;
     Ok(&STOP)

@@ -116,6 +116,13 @@ fn inputs_are_refused_before_anything_is_made() {
         refused(dir, &flags, &format!("--reward-command `{command}`: {message}"));
     }
 
+    fs::write(dir.join("p.txt"), "The cat\n").unwrap();
+    for (model, message) in [("none.gguf", "cannot read none.gguf"), ("p.txt", "or a GGUF file")] {
+        let flags = ["--prompts", "p.txt", "--model", model];
+        refused(dir, &flags, "error: --model is refused: ");
+        refused(dir, &flags, message);
+    }
+
     refused(dir, &["--out", "empty.txt"], "--out empty.txt");
     refused(dir, &["--out", "empty.txt/below"], "--out empty.txt/below");
     fs::create_dir(dir.join("old")).unwrap();
@@ -174,6 +181,30 @@ fn a_reward_command_scores_a_whole_run() {
     train(dir.path(), &[small("2"), flags.to_vec()].concat()).success();
     let samples = lines(&dir.path().join("deep/run/samples.jsonl"));
     assert!(samples.iter().all(|sample| sample["score"].as_f64().is_some_and(|x| x > 0.0)));
+}
+
+/// A limit on the size of a file, which is what a full disk looks like to a program.
+#[cfg(unix)]
+#[test]
+fn a_disk_that_fills_up_leaves_whole_lines_and_is_told_with_what_it_cost() {
+    let dir = tempfile::tempdir().unwrap();
+    // 512-byte blocks: room for the settings, the samples and one line of metrics.
+    let limited = "trap '' XFSZ; ulimit -f 4; exec \"$0\" train --out run \"$@\"";
+    let assert = Command::new("sh")
+        .current_dir(dir.path())
+        .args(["-c", limited, env!("CARGO_BIN_EXE_ppo-kernels")])
+        .args(small("3"))
+        .assert()
+        .code(1);
+    let stderr = stderr(&assert);
+    for part in ["left no weights (cannot save", "cannot write run/metrics.jsonl: "] {
+        assert!(stderr.contains(part), "{stderr}");
+    }
+    let run = dir.path().join("run");
+    assert_eq!(lines(&run.join("metrics.jsonl")).len(), 1);
+    assert!(!lines(&run.join("samples.jsonl")).is_empty());
+    assert!(!run.join("weights/model.safetensors").exists());
+    assert!(!run.join("weights/model.partial").exists());
 }
 
 #[cfg(unix)]

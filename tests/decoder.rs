@@ -342,6 +342,27 @@ fn what_is_saved_loads_again() {
     }
 }
 
+#[test]
+fn weights_are_whole_or_not_there() {
+    let Loaded { decoder, tokenizer } = tiny();
+    let dir = tempfile::tempdir().unwrap();
+    let names = || {
+        let names = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.map(|name| name.into_string().unwrap()).collect();
+        names.sort();
+        names
+    };
+    save(dir.path(), &decoder, &tokenizer).unwrap();
+    let whole = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    assert_eq!(names(), whole);
+
+    // A folder cannot be replaced by a file: all is written but the last move.
+    fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+    fs::create_dir(dir.path().join("model.safetensors")).unwrap();
+    assert_refused(save(dir.path(), &decoder, &tokenizer), &["cannot write", "model.safetensors"]);
+    assert_eq!(names(), whole);
+}
+
 /// A copy of a fixture to spoil.
 fn spoilt(name: &str, spoil: impl Fn(&Path)) -> anyhow::Result<Loaded> {
     let dir = tempfile::tempdir().unwrap();
@@ -685,6 +706,9 @@ fn damaged_and_foreign_gguf_files_are_refused() {
     let text = |s: &str| Some(Value::String(s.into()));
     for (key, value, names) in [
         ("general.architecture", text("qwen2"), ["architecture", "qwen2"]),
+        ("general.alignment", Some(Value::U8(0)), ["general.alignment", "0"]),
+        ("general.alignment", Some(Value::U32(0)), ["general.alignment", "0"]),
+        ("general.alignment\0", Some(Value::I16(0)), ["general.alignment", "0"]),
         ("llama.block_count", None, ["llama.block_count", "missing"]),
         ("llama.block_count", text("two"), ["llama.block_count", "integer"]),
         ("llama.block_count", Some(Value::U32(3)), ["model.layers.2", "missing"]),

@@ -18,6 +18,7 @@ use ppo_kernels::driver::kl_controller::KlController;
 use ppo_kernels::driver::load::{load, load_critic, Loaded};
 use ppo_kernels::driver::model::Critic;
 use ppo_kernels::driver::optim::{Optimizer, Schedule};
+use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::reward::{self, Reward, Sample};
 use ppo_kernels::driver::rollout::{Prompts, Rollout, Sampler};
 use ppo_kernels::driver::sequences::Sequences;
@@ -154,7 +155,7 @@ fn short(out: &Path) -> Settings {
 }
 
 fn go(settings: &Settings) -> anyhow::Result<()> {
-    train::run(settings, &AtomicBool::new(false))
+    train::run(settings, &AtomicBool::new(false), Progress::lines_to(std::io::sink()))
 }
 
 fn lines(path: PathBuf) -> Vec<Map<String, Value>> {
@@ -275,6 +276,21 @@ fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
     assert!(column("objective/kl").iter().all(|kl| kl.is_finite()));
     assert!(column("objective/kl")[14] > 0.1);
     assert_eq!(column("objective/kl")[0], 0.0, "the policy starts as the reference");
+}
+
+#[test]
+fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
+    let settings = Settings { minibatch_size: 8, ppo_epochs: 1, ..short(Path::new("unused")) };
+    let mut trainer = trainer(&settings, reward::build(&settings).unwrap());
+    for step in 0..2 {
+        let metrics = trainer.step(step, &mut |_| {}, &mut || {}).unwrap().metrics;
+        for (name, value) in [("val/ratio", 1.0), ("policy/approxkl_avg", 0.0)] {
+            let got = metrics[name].as_f64().unwrap();
+            assert!((got - value).abs() < 1e-6, "{name} is {got} in step {step}");
+        }
+        assert_eq!(metrics["policy/clipfrac_avg"], 0.0);
+        assert_eq!(metrics["val/clipfrac_avg"], 0.0);
+    }
 }
 
 /// The names that semantics fixes, by the convention of TRL and verl.
@@ -420,7 +436,7 @@ fn a_run_that_is_stopped_ends_after_the_step_with_everything_written() {
     let stop = AtomicBool::new(false);
     let metrics = dir.path().join("run/metrics.jsonl");
     std::thread::scope(|scope| {
-        let run = scope.spawn(|| train::run(&settings, &stop));
+        let run = scope.spawn(|| train::run(&settings, &stop, Progress::lines_to(std::io::sink())));
         let start = Instant::now();
         while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
             assert!(start.elapsed() < Duration::from_secs(120), "no two steps in two minutes");
@@ -435,6 +451,17 @@ fn a_run_that_is_stopped_ends_after_the_step_with_everything_written() {
     let samples = lines(dir.path().join("run/samples.jsonl"));
     assert_eq!(samples.iter().filter(|s| s["step"] == steps).count(), settings.batch_size);
     load(&dir.path().join("run/weights"), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn a_run_that_is_stopped_before_it_begins_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = short(&dir.path().join("run"));
+    let progress = Progress::lines_to(fs::File::create(dir.path().join("shown")).unwrap());
+    train::run(&settings, &AtomicBool::new(true), progress).unwrap();
+    let shown = fs::read_to_string(dir.path().join("shown")).unwrap();
+    assert_eq!(shown, "stopped before the first step; nothing is written\n");
+    assert!(!dir.path().join("run").exists());
 }
 
 #[test]
@@ -453,7 +480,9 @@ fn a_reward_that_fails_in_the_middle_leaves_the_weights() {
         ..short(&dir.path().join("run"))
     };
     let error = format!("{:#}", go(&settings).unwrap_err());
-    assert!(error.contains("step 3") && error.contains("--reward-command"), "{error}");
+    for part in ["the weights so far are in", "step 3", "--reward-command"] {
+        assert!(error.contains(part), "{error}");
+    }
     assert_eq!(lines(dir.path().join("run/metrics.jsonl")).len(), 2);
     load(&dir.path().join("run/weights"), &Device::Cpu).unwrap();
 }

@@ -148,6 +148,10 @@ fn every_number_out_of_range_names_its_flag() {
         refused(&[flag, "0"], &format!("{flag} is 0"));
     }
     refused(&["--gamma", "1.01"], "--gamma is 1.01");
+    // Finite, but 0 or infinite in the f32 of the ops.
+    refused(&["--temperature", "1e-60"], "expected a finite number above 0 in 32 bits");
+    refused(&["--learning-rate", "1e39"], "expected a finite number of at least 0 in 32 bits");
+    refused(&["--batch-size", "1048577"], "--batch-size is 1048577, expected at most 1048576");
     refused(&["--dual-clip", "1"], "--dual-clip is 1, expected");
     for flag in [
         "--steps",
@@ -194,6 +198,10 @@ fn settings_that_do_not_fit_together_are_refused() {
         &["--batch-size", "6", "--minibatch-size", "4"],
         "--minibatch-size is 4, expected a divisor of --batch-size 6",
     );
+    let adaptive = ["--kl-controller", "adaptive", "--batch-size", "8", "--minibatch-size", "8"];
+    let message = "--kl-horizon is 7, expected at least --batch-size 8";
+    refused(&[&adaptive[..], &["--kl-horizon", "7"]].concat(), message);
+    assert!(resolve(&[&adaptive[..], &["--kl-horizon", "8"]].concat()).is_ok());
     refused(&["--model", "m.gguf"], "--prompts is missing");
     refused(&["--reward", "regex"], "--reward-pattern is missing");
     refused(&["--reward", "command", "--reward-command", "  "], "--reward-command is missing");

@@ -194,7 +194,7 @@ pub struct Settings {
     #[arg(long, value_name = "X", default_value_t = 0.05, help_heading = "KL penalty")]
     pub kl_coef: f64,
 
-    /// Per-token KL estimator
+    /// Per-token KL estimator, of d = logp - ref_logp
     #[arg(long, value_enum, default_value_t = KlEstimatorKind::K1, help_heading = "KL penalty")]
     pub kl_estimator: KlEstimatorKind,
 
@@ -207,7 +207,7 @@ pub struct Settings {
     #[arg(long, value_name = "NATS", default_value_t = 6.0, help_heading = "KL penalty")]
     pub kl_target: f64,
 
-    /// Time constant of the adaptive controller, in responses
+    /// Time constant of the adaptive controller, in responses; at least --batch-size
     #[arg(long, value_name = "N", default_value_t = 10000.0, help_heading = "KL penalty")]
     pub kl_horizon: f64,
 
@@ -303,6 +303,9 @@ impl Default for Settings {
     }
 }
 
+/// Bounds what a slip of the keyboard can ask for; more would not fit any memory.
+const MAX_BATCH_SIZE: usize = 1 << 20;
+
 /// The flags of `train`: the settings and the file they start from.
 #[derive(Debug, Clone, Args)]
 pub struct TrainArgs {
@@ -368,6 +371,11 @@ impl Settings {
     pub fn validate(&self) -> Result<()> {
         at_least_one("--steps", self.steps)?;
         at_least_one("--batch-size", self.batch_size)?;
+        ensure!(
+            self.batch_size <= MAX_BATCH_SIZE,
+            "--batch-size is {}, expected at most {MAX_BATCH_SIZE}",
+            self.batch_size
+        );
         at_least_one("--minibatch-size", self.minibatch_size)?;
         at_least_one("--ppo-epochs", self.ppo_epochs)?;
         at_least_one("--max-new-tokens", self.max_new_tokens)?;
@@ -411,6 +419,14 @@ impl Settings {
         in_range("--gamma", Some(self.gamma), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
         in_range("--lambda", Some(self.lambda), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
         in_range("--top-p", Some(self.top_p), |x| x > 0.0 && x <= 1.0, "in (0, 1]")?;
+        // A larger share of the horizon in one step could turn the coefficient's sign.
+        ensure!(
+            self.kl_controller == KlControllerKind::Constant
+                || self.kl_horizon >= self.batch_size as f64,
+            "--kl-horizon is {}, expected at least --batch-size {} with --kl-controller adaptive",
+            self.kl_horizon,
+            self.batch_size
+        );
         let timeout = Some(self.reward_timeout);
         in_range("--reward-timeout", timeout, |x| x > 0.0 && x <= 1e6, "in (0, 1e6]")?;
         in_range("--dual-clip", self.dual_clip, |x| x > 1.0, "above 1")?;
@@ -461,6 +477,7 @@ fn at_least_one(flag: &str, value: usize) -> Result<()> {
     Ok(())
 }
 
+/// The ops compute in f32: what is 0 or infinite there is out of range too.
 fn in_range(
     flag: &str,
     value: Option<f64>,
@@ -470,6 +487,9 @@ fn in_range(
     match value {
         Some(x) if !(x.is_finite() && valid(x)) => {
             bail!("{flag} is {x}, expected a finite number {expected}")
+        }
+        Some(x) if !((x as f32).is_finite() && valid(f64::from(x as f32))) => {
+            bail!("{flag} is {x}, expected a finite number {expected} in 32 bits")
         }
         _ => Ok(()),
     }

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
-use std::io::BufReader;
+use std::io::{self, BufReader, Read, Seek};
 use std::path::Path;
 
 use anyhow::{bail, ensure, Context, Result};
@@ -298,12 +298,20 @@ fn read_tensors(
 
 fn save_tensors(path: &Path, tensors: Vec<(String, Tensor)>) -> Result<()> {
     let tensors: HashMap<String, Tensor> = tensors.into_iter().collect();
-    candle_core::safetensors::save(&tensors, path)
-        .with_context(|| format!("cannot write {}", path.display()))
+    // Under another name until it is whole: a full disk or a kill leaves no half model.
+    let partial = path.with_extension("partial");
+    let written = candle_core::safetensors::save(&tensors, &partial)
+        .map_err(anyhow::Error::from)
+        .and_then(|()| Ok(fs::rename(&partial, path)?));
+    if written.is_err() {
+        let _ = fs::remove_file(&partial);
+    }
+    written.with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn load_gguf(path: &Path, device: &Device) -> Result<Loaded> {
-    let mut file = BufReader::new(fs::File::open(path)?);
+    let file = BufReader::new(fs::File::open(path)?);
+    let mut file = AlignmentGuard { file, before: Before::Other };
     let content = Content::read(&mut file)
         .context("expected a Hugging Face folder or a GGUF file; this is damaged or neither")?;
     let config = gguf_config(&content, &mut file)?;
@@ -327,9 +335,50 @@ fn load_gguf(path: &Path, device: &Device) -> Result<Loaded> {
     Ok(Loaded { decoder, tokenizer })
 }
 
+/// A reader of a GGUF file that refuses an alignment of 0, by which candle would divide. candle
+/// reads the key, the type of the value and the value in a read each.
+struct AlignmentGuard<R> {
+    file: R,
+    before: Before,
+}
+
+/// What the next read of an [`AlignmentGuard`] follows.
+enum Before {
+    Other,
+    Key,
+    Type,
+}
+
+impl<R: Read> Read for AlignmentGuard<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.file.read(buffer)
+    }
+
+    fn read_exact(&mut self, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact(buffer)?;
+        let zeros = buffer.iter().rev().take_while(|&&byte| byte == 0).count();
+        self.before = match self.before {
+            Before::Type if !buffer.is_empty() && zeros == buffer.len() => {
+                return Err(io::Error::other("general.alignment: expected at least 1, got 0"));
+            }
+            Before::Key if buffer.len() == 4 => Before::Type,
+            // candle drops zeros at the end of a key.
+            _ if buffer[..buffer.len() - zeros] == *b"general.alignment" => Before::Key,
+            _ => Before::Other,
+        };
+        Ok(())
+    }
+}
+
+impl<R: Seek> Seek for AlignmentGuard<R> {
+    fn seek(&mut self, to: io::SeekFrom) -> io::Result<u64> {
+        self.file.seek(to)
+    }
+}
+
 fn read_gguf_tensor(
     content: &Content,
-    file: &mut BufReader<fs::File>,
+    file: &mut (impl Read + Seek),
     name: &str,
     device: &Device,
 ) -> Result<Tensor> {
@@ -345,7 +394,7 @@ fn read_gguf_tensor(
         .with_context(|| format!("tensor {name}"))
 }
 
-fn gguf_config(content: &Content, file: &mut BufReader<fs::File>) -> Result<DecoderConfig> {
+fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<DecoderConfig> {
     let metadata = &content.metadata;
     let architecture = string(metadata, "general.architecture")?;
     ensure!(

@@ -16,6 +16,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{bail, ensure, Context, Result};
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
@@ -140,14 +141,20 @@ impl Drop for Run {
     }
 }
 
-/// Writes whole lines in one call, so that a run that is killed leaves no half line.
+/// Writes whole lines in one call, so that a run that is killed leaves no half line; nor does a
+/// disk that is full.
 fn append(file: &mut File, records: &[impl Serialize]) -> Result<()> {
     let mut lines = Vec::new();
     for record in records {
         serde_json::to_writer(&mut lines, record)?;
         lines.push(b'\n');
     }
-    Ok(file.write_all(&lines)?)
+    let len = file.metadata()?.len();
+    let written = file.write_all(&lines);
+    if written.is_err() {
+        let _ = file.set_len(len);
+    }
+    Ok(written?)
 }
 
 /// Makes `dir` and its parents; returns those that did not exist, outermost first.
@@ -248,22 +255,32 @@ fn number(x: f64, width: usize, decimals: usize) -> String {
     }
 }
 
-/// Progress bars on stderr, if that is a terminal, and lines on stdout.
-#[derive(Debug)]
+/// Progress bars, and lines clear of them.
 pub struct Progress {
     bars: MultiProgress,
-    lines: usize,
+    out: Mutex<Box<dyn Write + Send>>,
+    steps: usize,
 }
 
 impl Progress {
-    /// Without a bar yet.
+    /// Bars on stderr, if that is a terminal, and lines on stdout.
     pub fn new() -> Self {
         let target = if io::stderr().is_terminal() {
             ProgressDrawTarget::stderr()
         } else {
             ProgressDrawTarget::hidden()
         };
-        Self { bars: MultiProgress::with_draw_target(target), lines: 0 }
+        Self::to(io::stdout(), target)
+    }
+
+    /// No bars, and lines to `out`; [`io::sink`] makes a run silent.
+    pub fn lines_to(out: impl Write + Send + 'static) -> Self {
+        Self::to(out, ProgressDrawTarget::hidden())
+    }
+
+    fn to(out: impl Write + Send + 'static, target: ProgressDrawTarget) -> Self {
+        let bars = MultiProgress::with_draw_target(target);
+        Self { bars, out: Mutex::new(Box::new(out)), steps: 0 }
     }
 
     /// A bar that shows `phase`, how many of `len` `unit`s (such as "tokens") are done, their rate
@@ -284,20 +301,25 @@ impl Progress {
         Bar(bar)
     }
 
-    /// Writes lines to stdout, clear of the bars. A reader that went away does not end the run.
+    /// The bars: what another thread writes to the terminal goes into their `suspend`.
+    pub fn bars(&self) -> MultiProgress {
+        self.bars.clone()
+    }
+
+    /// Writes lines, clear of the bars. A reader that went away does not end the run.
     pub fn line(&self, text: &str) {
         self.bars.suspend(|| {
-            let mut stdout = io::stdout().lock();
-            let _ = writeln!(stdout, "{text}").and_then(|()| stdout.flush());
+            let mut out = self.out.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = writeln!(out, "{text}").and_then(|()| out.flush());
         });
     }
 
     /// Writes the line of a step, under a heading at first and every few steps.
     pub fn step(&mut self, step: usize, steps: usize, values: &Map<String, Value>) {
-        if self.lines.is_multiple_of(HEADING_EVERY) {
+        if self.steps.is_multiple_of(HEADING_EVERY) {
             self.line(&heading());
         }
-        self.lines += 1;
+        self.steps += 1;
         self.line(&step_line(step, steps, values));
     }
 }
@@ -316,6 +338,17 @@ impl Bar {
     /// `n` more are done.
     pub fn inc(&self, n: usize) {
         self.0.inc(n as u64);
+    }
+
+    /// There is no more to do than what is done.
+    pub fn complete(&self) {
+        self.0.set_length(self.0.position());
+    }
+
+    /// Rate and time are counted from now on.
+    pub fn restart(&self) {
+        self.0.reset_elapsed();
+        self.0.reset_eta();
     }
 
     /// How many are done.

@@ -35,10 +35,10 @@ impl Prompts {
         ensure!(!texts.is_empty(), "--prompts holds no prompt");
         let encode = |(i, text): (usize, String)| {
             let number = i + 1;
-            let ids = tokenizer.encode(&text).with_context(|| {
-                format!("--prompts: prompt {number}, {text:?}, cannot be encoded")
-            })?;
-            ensure!(!ids.is_empty(), "--prompts: prompt {number}, {text:?}, has no token");
+            let ids = tokenizer
+                .encode(&text)
+                .with_context(|| format!("--prompts: prompt {number} cannot be encoded"))?;
+            ensure!(!ids.is_empty(), "--prompts: prompt {number} has no token");
             ensure!(
                 ids.len() + max_new_tokens <= context,
                 "--prompts: prompt {number} has {} tokens; with --max-new-tokens {max_new_tokens} \

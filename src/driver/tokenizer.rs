@@ -70,10 +70,10 @@ impl Tokenizer {
 
     /// Token ids of a text, with the special tokens that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode(text, true)
-            .map_err(|error| anyhow!(error).context(format!("cannot encode {text:?}")))?;
+        let encoding = self.inner.encode(text, true).map_err(|error| {
+            let start: String = text.chars().take(80).collect();
+            anyhow!(error).context(format!("cannot encode {start:?}"))
+        })?;
         Ok(encoding.get_ids().to_vec())
     }
 

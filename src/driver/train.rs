@@ -25,14 +25,13 @@ const SHOWN: usize = 8;
 const LM_LINE_EVERY: usize = 100;
 
 /// Trains as the settings say. Once `stop` is set, the run ends after the current step, with
-/// everything written.
+/// everything written; a run that has not begun by then leaves nothing.
 ///
 /// # Errors
 /// A setting, model, prompt file, reward or output folder that cannot be used, before any long work.
 /// When a later step fails, its error comes after the weights so far are written.
-pub fn run(settings: &Settings, stop: &AtomicBool) -> Result<()> {
+pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result<()> {
     let start = Instant::now();
-    let progress = Progress::new();
     settings.validate()?;
     let reward = reward::build(settings)?;
     let texts = match &settings.prompts {
@@ -43,11 +42,19 @@ pub fn run(settings: &Settings, stop: &AtomicBool) -> Result<()> {
         DeviceName::Cpu => Device::Cpu,
     };
     let Loaded { decoder: policy, tokenizer } = match &settings.model {
-        Some(path) => load(path, &device)?,
+        Some(path) => load(path, &device).context("--model is refused")?,
         None => embedded::model(settings.seed, &device)?,
     };
     let context = policy.config().max_position_embeddings;
-    let prompts = Prompts::new(texts, &tokenizer, context, settings.max_new_tokens)?;
+    let prompts = Prompts::new(texts, &tokenizer, context, settings.max_new_tokens);
+    let prompts = match &settings.model {
+        Some(_) => prompts?,
+        None => prompts.context("the embedded model knows few words; --model names another")?,
+    };
+    if stop.load(Ordering::Relaxed) {
+        progress.line("stopped before the first step; nothing is written");
+        return Ok(());
+    }
     let mut run = Run::create(settings)?;
     progress.line(&describe(&policy));
 
@@ -70,10 +77,15 @@ pub fn run(settings: &Settings, stop: &AtomicBool) -> Result<()> {
     let trained = train(&mut trainer, settings, &mut run, progress, stop);
 
     let weights = run.weights_dir();
-    save(&weights, &trainer.learner.policy, &trainer.sampler.tokenizer)
+    let saved = save(&weights, &trainer.learner.policy, &trainer.sampler.tokenizer)
         .and_then(|()| save_critic(&weights, &trainer.learner.critic))
-        .with_context(|| format!("cannot save the weights in {}", weights.display()))?;
-    let progress = trained.context("the run ended early; the weights so far are saved")?;
+        .with_context(|| format!("cannot save the weights in {}", weights.display()));
+    let ended = match &saved {
+        Ok(()) => format!("the run ended early; the weights so far are in {}", weights.display()),
+        Err(error) => format!("the run ended early and left no weights ({error:#})"),
+    };
+    let progress = trained.context(ended)?;
+    saved?;
     show("after", &trainer.show(SHOWN)?, &progress);
     progress.line(&format!(
         "{:.0} s in all; settings, metrics, samples and weights are in {}",
@@ -102,7 +114,15 @@ fn train(
         let number = step + 1;
         let rollout_bar = progress.bar("rollout", tokens, "tokens");
         let update_bar = progress.bar("update", minibatches, "minibatches");
-        let done = trainer.step(step, &mut |n| rollout_bar.inc(n), &mut || update_bar.inc(1));
+        let mut on_token = |n| {
+            rollout_bar.inc(n);
+            update_bar.restart();
+        };
+        let mut on_minibatch = || {
+            rollout_bar.complete(); // responses may end before the longest
+            update_bar.inc(1);
+        };
+        let done = trainer.step(step, &mut on_token, &mut on_minibatch);
         drop((rollout_bar, update_bar));
         let Step { rollout, kl, metrics, skipped: now } =
             done.with_context(|| format!("step {number}"))?;

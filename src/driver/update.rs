@@ -86,7 +86,7 @@ impl Learner {
 
     /// Optimiser steps of one update of `batch_size` responses.
     pub fn steps(&self, batch_size: usize) -> usize {
-        self.epochs * batch_size.div_ceil(self.minibatch_size)
+        self.epochs.saturating_mul(batch_size.div_ceil(self.minibatch_size))
     }
 
     /// Learns from the experience. `on_minibatch` is called after each optimiser step.
