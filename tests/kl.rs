@@ -730,7 +730,7 @@ fn bad_full_input_is_refused_by_name() {
     };
     let (half, flat) = (a.to_dtype(DType::F16).unwrap(), a.flatten_all().unwrap());
 
-    for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+    for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40, 1e300] {
         let error = fails(&a, &a, &mask, &FullKlOptions { temperature, ..ok });
         assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
     }

@@ -229,6 +229,99 @@ fn log_probabilities_are_never_positive() {
     }
 }
 
+#[test]
+fn excluded_tokens_are_legal_at_every_temperature() {
+    let logits = [0.0, 1.0, f32::NEG_INFINITY];
+    for temperature in [1e-30, 0.01, 1.0, 100.0, 1e30] {
+        let options = options(temperature);
+        let (logp, entropy, ..) = forward(&logits, &[1], 3, &options);
+        let (want_logp, want_entropy) = reference::forward(&wide(&logits), &[1], 3, &options);
+        let what = format!("temperature {temperature}");
+        assert_close(&what, &wide(&logp), &want_logp, REL, ABS);
+        assert_close(&what, &wide(&entropy), &want_entropy, REL, ABS);
+    }
+}
+
+/// Values that a model in trouble, or a mask, may leave in a row.
+const SPECIAL: [f32; 14] = [
+    f32::NAN,
+    f32::INFINITY,
+    f32::NEG_INFINITY,
+    f32::MAX,
+    f32::MIN,
+    1e30,
+    -1e30,
+    -0.0,
+    1e-40,
+    88.0,
+    -88.0,
+    200.0,
+    -200.0,
+    1e4,
+];
+
+#[test]
+fn special_values_anywhere_give_what_the_reference_gives() {
+    let mut rng = rng(5);
+    for _ in 0..5000 {
+        let vocab = [1, 2, 5, 16, 17, 40, 2050][rng.random_range(0..7)];
+        let mut z = uniform(&mut rng, vocab, 5.0);
+        for _ in 0..rng.random_range(0..4) {
+            let special = SPECIAL[rng.random_range(0..SPECIAL.len())];
+            z[rng.random_range(0..vocab)] = special;
+        }
+        let target = [rng.random_range(0..vocab as i64)];
+        let options = options([1.0, 0.5, 2.0][rng.random_range(0..3)]);
+        let (logp, entropy, max, log_sum) = forward(&z, &target, vocab, &options);
+        let stats = RowStats { max: &max, log_sum: &log_sum, entropy: &entropy };
+        let upstream = Upstream { logp: Some(&[1.0]), entropy: Some(&[0.75]) };
+        let mut grad = vec![0.0; vocab];
+        cpu::backward(&z, &target, vocab, &options, stats, upstream, &mut grad).unwrap();
+
+        let z = wide(&z);
+        let (want_logp, want_entropy) = reference::forward(&z, &target, vocab, &options);
+        let want = reference::backward(&z, &target, vocab, &options, &[1.0], &[0.75]);
+        // What is beyond f32's range is infinite.
+        let want_logp =
+            if want_logp[0] < f64::from(f32::MIN) { f64::NEG_INFINITY } else { want_logp[0] };
+        let what = format!("target {target:?} of {z:?}");
+        assert_close(&what, &wide(&logp), &[want_logp], REL, 2.0 * ABS);
+        assert_close(&what, &wide(&entropy), &want_entropy, REL, 2.0 * ABS);
+        assert_close(&what, &wide(&grad), &want, REL, 2.0 * ABS);
+    }
+}
+
+#[test]
+fn results_may_be_used_twice_and_with_any_upstream_gradient() {
+    let mut rng = rng(6);
+    let (rows, vocab) = (6, 7);
+    let z = uniform(&mut rng, rows * vocab, 2.0);
+    let targets = [0, 6, 3, 3, 1, 5];
+    let (a, b) = (wide(&uniform(&mut rng, rows, 1.0)), wide(&uniform(&mut rng, rows, 1.0)));
+    for device in devices() {
+        let logits = Var::from_tensor(&Tensor::from_slice(&z, (2, 3, vocab), &device).unwrap());
+        let logits = logits.unwrap();
+        let ids = Tensor::from_slice(&targets, (2, 3), &device).unwrap();
+        let (logp, entropy) = logprobs_and_entropy(&logits, &ids, &options(0.8)).unwrap();
+        // Transposed, so that the gradient comes back with strides; both outputs in two terms.
+        let weights = |g: &[f64]| Tensor::new(g, &device).unwrap().reshape((3, 2)).unwrap();
+        let (a, b) = (weights(&a), weights(&b));
+        let single = |t: &Tensor| t.to_dtype(DType::F32).unwrap();
+        let first = (logp.t().unwrap() * single(&a)).unwrap().sum_all().unwrap();
+        let second = (entropy.t().unwrap() * single(&b)).unwrap().sum_all().unwrap();
+        let third = (&logp * &entropy).unwrap().mean_all().unwrap();
+        let loss = ((first + second).unwrap() + third).unwrap();
+        let grads = loss.backward().unwrap();
+
+        let (a, b) = (to_vec(&a.t().unwrap()), to_vec(&b.t().unwrap()));
+        let want = finite_difference(&wide(&z), |z| {
+            let (logp, entropy) = reference::forward(z, &targets, vocab, &options(0.8));
+            dot(&a, &logp) + dot(&b, &entropy) + dot(&logp, &entropy) / rows as f64
+        });
+        assert_close("grad", &to_vec(grads.get(&logits).unwrap()), &want, REL, 2.0 * ABS);
+    }
+}
+
 /// logp, entropy and the row statistics (max, log_sum) of the raw layer.
 fn forward(
     logits: &[f32],
@@ -399,7 +492,7 @@ fn bad_input_is_refused_by_name() {
     let fails = |z: &Tensor, t: &Tensor, o: &LogprobOptions| logprobs(z, t, o).unwrap_err();
     let ok = options(1.0);
 
-    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40, 1e300] {
         let error = fails(&z, &t, &options(bad));
         assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
     }

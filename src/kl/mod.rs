@@ -120,7 +120,7 @@ pub enum KlDirection {
 pub struct FullKlOptions {
     /// The direction; `Forward` by default.
     pub direction: KlDirection,
-    /// Divides both logits; positive, 1 by default.
+    /// Divides both logits; 1e-30 to 1e30, 1 by default.
     pub temperature: f64,
 }
 
@@ -131,10 +131,11 @@ impl Default for FullKlOptions {
 }
 
 impl FullKlOptions {
-    /// `Ok` when the temperature is positive and finite; the error names `op`.
+    /// `Ok` when the temperature is in range; the error names `op`.
     pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
         let t = self.temperature;
-        Error::check_option(op, "temperature", t, t > 0.0, "positive")
+        // Its inverse has to fit into f32: a scale of 0 or infinity makes NaN of legal logits.
+        Error::check_option(op, "temperature", t, (1e-30..=1e30).contains(&t), "1e-30 to 1e30")
     }
 
     /// The pair as (the distribution of the mean, the other one), from (policy, reference) and

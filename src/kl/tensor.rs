@@ -57,7 +57,7 @@ pub fn token_kl(
 /// See [the module](super) for the formulas and special values.
 ///
 /// # Errors
-/// If a shape, dtype or device does not fit, V is 0, or the temperature is not positive.
+/// If a shape, dtype or device does not fit, V is 0, or the temperature is out of range.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -21,7 +21,8 @@
 //! | targets | `[..]` | u32 or i64, in `0..V` or `ignore_index` |
 //! | logp, entropy | `[..]` | f32, in nats |
 //!
-//! - A logit of -inf is a token of probability 0: it adds nothing, and its gradient is 0.
+//! - A logit of -inf is a token of probability 0: it adds nothing, and its gradient is 0, unless it
+//!   is the target: then logp is -inf, with the gradient of the formula.
 //! - A row with NaN or +inf, or of -inf only, gives NaN in that row and in no other.
 //! - A row whose target is [`LogprobOptions::ignore_index`] is not read: logp and entropy are 0, and
 //!   so is its gradient. Any other target outside `0..V` is an error.
@@ -46,7 +47,7 @@ const OP: &str = "logprob";
 /// Options of the op; the default is a temperature of 1 and no ignored target.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogprobOptions {
-    /// The logits are divided by it; above 0. The temperature that the tokens were sampled at.
+    /// The logits are divided by it; 1e-30 to 1e30. The temperature that the tokens were sampled at.
     pub temperature: f64,
     /// Rows with this target are skipped. PyTorch's custom is -100.
     pub ignore_index: Option<i64>,
@@ -60,7 +61,8 @@ impl Default for LogprobOptions {
 
 impl LogprobOptions {
     pub(crate) fn validate(&self) -> Result<()> {
-        let valid = self.temperature > 0.0;
-        Error::check_option(OP, "temperature", self.temperature, valid, "a finite number above 0")
+        // Its inverse has to fit into f32: a scale of 0 or infinity makes NaN of legal logits.
+        let valid = (1e-30..=1e30).contains(&self.temperature);
+        Error::check_option(OP, "temperature", self.temperature, valid, "1e-30 to 1e30")
     }
 }
