@@ -70,7 +70,7 @@ pub enum Error {
     Mask {
         /// The op that refused.
         op: &'static str,
-        /// The mask it refused.
+        /// The mask it refused, or without a mask the argument that has too few elements.
         arg: &'static str,
         /// The least number of unmasked elements.
         expected: usize,

@@ -359,9 +359,15 @@ fn bits_do_not_depend_on_the_number_of_threads() {
 
 #[test]
 fn a_nan_that_is_not_masked_shows() {
-    let x = Tensor::new(&[1f32, f32::NAN, 2.0], &candle_core::Device::Cpu).unwrap();
-    let y = masked_whiten(&x, None, &WhitenOptions::default()).unwrap();
-    assert!(to_vec(&y).iter().all(|y| y.is_nan()));
+    for x in [[1f32, f32::NAN, 2.0], [f32::NAN, 1.0, 2.0], [1.0, f32::INFINITY, 2.0]] {
+        let moments = cpu::masked_moments(&x, None).unwrap();
+        assert!(moments.m2.is_nan() && moments.std(true).is_nan(), "{moments:?}");
+        let x = Tensor::new(&x, &candle_core::Device::Cpu).unwrap();
+        for options in all_options() {
+            let y = masked_whiten(&x, None, &options).unwrap();
+            assert!(to_vec(&y).iter().all(|y| y.is_nan()));
+        }
+    }
 }
 
 #[test]
@@ -377,13 +383,18 @@ fn too_few_elements_are_an_error() {
             |x: &Tensor, mask: Option<&Tensor>, options: &WhitenOptions| match masked_whiten(
                 x, mask, options,
             ) {
-                Err(Error::Mask { op: "whiten", arg: "mask", expected, got }) => (expected, got),
+                Err(Error::Mask { op: "whiten", arg, expected, got }) => (arg, expected, got),
                 other => panic!("{other:?}"),
             };
-        assert_eq!(refused(&x, Some(&one), &unbiased), (2, 1));
-        assert_eq!(refused(&x, Some(&none), &unbiased), (2, 0));
-        assert_eq!(refused(&x, Some(&none), &biased), (1, 0));
-        assert_eq!(refused(&empty, None, &unbiased), (2, 0));
+        assert_eq!(refused(&x, Some(&one), &unbiased), ("mask", 2, 1));
+        assert_eq!(refused(&x, Some(&none), &unbiased), ("mask", 2, 0));
+        assert_eq!(refused(&x, Some(&none), &biased), ("mask", 1, 0));
+        assert_eq!(refused(&empty, None, &unbiased), ("x", 2, 0));
+        let few = Moments { count: 1, mean: 1.0, m2: 0.0 };
+        let error = masked_whiten_with(&x, None, &few, &unbiased).unwrap_err();
+        assert!(matches!(error, Error::Mask { arg: "moments", got: 1, .. }), "{error}");
+        let error = cpu::masked_whiten(&[1.0], None, &few, &unbiased, &mut [0.0]).unwrap_err();
+        assert!(matches!(error, Error::Mask { arg: "moments", got: 1, .. }), "{error}");
         let y = masked_whiten(&x, Some(&one), &biased).unwrap();
         assert_eq!(to_vec(&y), [0.0, 0.0]);
         assert_eq!(masked_moments(&empty, None).unwrap(), Moments::default());

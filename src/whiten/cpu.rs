@@ -164,10 +164,12 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     let count = counts.iter().sum::<u32>();
     let sum: f64 = sums.iter().sum();
     let n = f64::from(count);
+    let m2 = squares.iter().sum::<f64>() - sum * sum / n;
     Moments {
         count: u64::from(count),
         mean: f64::from(shift) + sum / n,
-        m2: (squares.iter().sum::<f64>() - sum * sum / n).max(0.0),
+        // Comparison, not max: NaN stays NaN.
+        m2: if m2 < 0.0 { 0.0 } else { m2 },
     }
 }
 
@@ -269,7 +271,7 @@ struct Scale {
 
 impl Scale {
     fn new(moments: &Moments, options: &WhitenOptions) -> Result<Self> {
-        let divisor = options.divisor(moments)?;
+        let divisor = options.divisor("moments", moments)?;
         let variance = moments.m2 / divisor;
         let eps = options.eps;
         let (inv, d_inv_d_var) = match options.eps_placement {

@@ -72,13 +72,14 @@ impl WhitenOptions {
         Error::check_option(OP, "eps", self.eps, valid, "a finite number above 1.2e-38")
     }
 
-    /// What the sum of squares is divided by, which is at least 1.
-    fn divisor(&self, moments: &Moments) -> Result<f64> {
+    /// What the sum of squares is divided by, which is at least 1; else an error that names `arg`,
+    /// which the moments are of.
+    fn divisor(&self, arg: &'static str, moments: &Moments) -> Result<f64> {
         let needed = if self.unbiased { 2 } else { 1 };
         if moments.count < needed {
             return Err(Error::Mask {
                 op: OP,
-                arg: "mask",
+                arg,
                 expected: needed as usize,
                 got: moments.count as usize,
             });

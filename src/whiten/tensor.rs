@@ -36,8 +36,10 @@ pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<Moments> {
 /// # }
 /// ```
 pub fn masked_whiten(x: &Tensor, mask: Option<&Tensor>, options: &WhitenOptions) -> Result<Tensor> {
+    options.validate()?;
     let (x, mask) = arguments(x, mask)?;
     let moments = moments(&x, &mask)?;
+    options.divisor(if mask.is_some() { "mask" } else { "x" }, &moments)?;
     whiten(&x, mask, moments, true, options)
 }
 
@@ -52,7 +54,9 @@ pub fn masked_whiten_with(
     moments: &Moments,
     options: &WhitenOptions,
 ) -> Result<Tensor> {
+    options.validate()?;
     let (x, mask) = arguments(x, mask)?;
+    options.divisor("moments", moments)?;
     whiten(&x, mask, *moments, false, options)
 }
 
@@ -78,8 +82,6 @@ fn whiten(
     through_moments: bool,
     options: &WhitenOptions,
 ) -> Result<Tensor> {
-    options.validate()?;
-    options.divisor(&moments)?;
     let op = Whiten { mask, moments, through_moments, options: *options };
     Ok(x.apply_op1(op)?)
 }
