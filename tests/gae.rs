@@ -754,6 +754,16 @@ fn the_score_lands_on_the_last_token_or_one_past_it() {
 }
 
 #[test]
+fn without_a_kl_coefficient_the_kl_may_be_anything() {
+    let (values, kl) = ([0.5; 2], [f64::INFINITY, f64::NAN]);
+    let inputs = Inputs { kl: Some(&kl), scores: Some(&[1.0]), ..Inputs::new(&values) };
+    let shaping = RewardShaping { kl_coef: 0.0, ..Default::default() };
+    let options = GaeOptions { shaping, ..Default::default() };
+    let got = check_reference_and_cpu("no coefficient", &inputs, 2, &options);
+    assert_eq!(got.rewards, [0.0, 1.0]);
+}
+
+#[test]
 fn scores_are_scaled_and_clipped_and_then_the_missing_end_counts() {
     let reward = |score: f32, has_eos: u8, shaping: RewardShaping| {
         let (scores, has_eos) = ([score], [has_eos]);
@@ -937,13 +947,14 @@ fn errors_name_the_argument_of_the_wrong_length() {
     says(sizes(5, 6, 6), &["`advantages`", "[5]", "[6]"]);
     says(sizes(6, 5, 6), &["`returns`", "[5]", "[6]"]);
     says(sizes(6, 6, 5), &["`rewards (out)`", "[5]", "[6]"]);
-    says(run_huge(), &["`values`"]);
+    says(run_huge(2), &["`values`"]);
+    assert_eq!(run_huge(0).unwrap(), Moments::default());
 }
 
-/// A size that does not fit in memory is an error, not an overflow.
-fn run_huge() -> Result<Moments> {
+/// A size that does not fit in memory is an error, not an overflow; of rows of nothing it does.
+fn run_huge(seq_len: usize) -> Result<Moments> {
     let outputs = Outputs { advantages: &mut [], returns: &mut [], rewards: None };
-    cpu::gae(Inputs::new(&[]), usize::MAX, 2, &GaeOptions::default(), outputs)
+    cpu::gae(Inputs::new(&[]), usize::MAX, seq_len, &GaeOptions::default(), outputs)
 }
 
 #[test]

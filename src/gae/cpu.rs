@@ -66,6 +66,8 @@ pub fn gae(
             },
         )
     };
+    // Rows of nothing need no walk, however many there are.
+    let batch = if seq_len == 0 { 0 } else { batch };
     Ok(reduce(batch, GRAIN / seq_len.max(1), items, leaf, Moments::merge))
 }
 
@@ -150,7 +152,7 @@ impl<'a> Row<'a> {
         Self {
             values: &inputs.values[at.clone()],
             rewards: inputs.rewards.map(|rewards| &rewards[at.clone()]),
-            kl: inputs.kl.map(|kl| &kl[at.clone()]),
+            kl: inputs.kl.filter(|_| options.shaping.kl_coef != 0.0).map(|kl| &kl[at.clone()]),
             mask,
             dones: inputs.dones.map(|dones| &dones[at]),
             bootstrap: inputs.bootstrap.map_or(0.0, |bootstrap| bootstrap[row]),

@@ -95,7 +95,8 @@ pub enum MaskMode {
 /// How the rewards are made of dense rewards, the KL to the reference policy and a score a sequence.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RewardShaping {
-    /// β, the weight of the KL penalty; 0 or above. Does nothing without `kl`. Default 0.05 (TRL).
+    /// β, the weight of the KL penalty; 0 or above. Does nothing without `kl`; at 0 `kl` is not looked
+    /// at, and may be infinite. Default 0.05 (TRL).
     pub kl_coef: f64,
     /// Where the score is added. Default [`ScorePlacement::LastToken`].
     pub placement: ScorePlacement,

@@ -26,6 +26,9 @@ struct Step {
 }
 
 /// Advantages, returns and shaped rewards of `batch` rows of `seq_len` tokens.
+///
+/// # Panics
+/// If a slice is shorter than its shape says.
 pub fn gae(inputs: &Inputs<f64>, batch: usize, seq_len: usize, options: &GaeOptions) -> Gae {
     let zeros = vec![0.0; batch * seq_len];
     let mut out = Gae {
@@ -70,7 +73,9 @@ fn steps(inputs: &Inputs<f64>, row: usize, seq_len: usize, options: &GaeOptions)
     for t in first..=last {
         if keeps(t) {
             let dense = inputs.rewards.map_or(0.0, |rewards| rewards[at(t)]);
-            let penalty = inputs.kl.map_or(0.0, |kl| options.shaping.kl_coef * kl[at(t)]);
+            let kl_coef = options.shaping.kl_coef;
+            let kl = inputs.kl.filter(|_| kl_coef != 0.0);
+            let penalty = kl.map_or(0.0, |kl| kl_coef * kl[at(t)]);
             steps.push(Step {
                 output: Some((at(t), true)),
                 reward: dense - penalty,
