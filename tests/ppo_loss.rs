@@ -894,9 +894,12 @@ fn an_input_that_is_only_reported_cannot_spoil_the_loss() {
     let mut data = rollout(&mut rng(7), 2, 9);
     data.ref_logp.as_mut().unwrap()[3] = f32::NEG_INFINITY;
     data.entropy.as_mut().unwrap()[4] = f32::NAN;
-    let (stats, grads) = run_cpu(&data, &PpoLossOptions::default());
-    assert!(stats.loss.is_finite() && stats.entropy_mean.is_nan());
+    data.values.as_mut().unwrap()[5] = f32::NAN;
+    let options = PpoLossOptions { value_coef: 0.0, ..Default::default() };
+    let (stats, grads) = run_cpu(&data, &options);
+    assert!(stats.loss.is_finite() && stats.entropy_mean.is_nan() && stats.value_loss.is_nan());
     assert!(grads.iter().flatten().all(|g| g.is_finite()));
+    check_cpu("only reported", &data, &options);
 }
 
 #[test]
@@ -1240,6 +1243,29 @@ fn strided_and_offset_tensors_give_the_same() {
 }
 
 #[test]
+fn inputs_may_share_a_tensor_and_the_loss_be_used_twice() {
+    for device in devices() {
+        let x = Tensor::from_vec(uniform(&mut rng(21), 6, 1.0), (2, 3), &device).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let value = PpoLossValueInputs { values: &x, old_values: Some(&x), returns: &x };
+        let inputs = PpoLossInputs {
+            value: Some(value),
+            entropy: Some(&x),
+            ref_logp: Some(&x),
+            ..PpoLossInputs::new(&x, &x, &x)
+        };
+        let options = PpoLossOptions { entropy_coef: 0.5, kl_coef: 0.1, ..Default::default() };
+        let loss = ppo_loss(&inputs, &options).unwrap().loss;
+        let twice = (loss.sqr().unwrap() + &loss).unwrap();
+        let grads = twice.backward().unwrap();
+        // The ratio is 1, so the policy term has the gradient -A, which is -x here.
+        let upstream = 2.0 * to_vec(&loss)[0] + 1.0;
+        let want: Vec<f64> = to_vec(&x).iter().map(|x| upstream * (-x - 0.5) / 6.0).collect();
+        assert_close("grad", &to_vec(grads.get(&x).unwrap()), &want, REL, ABS);
+    }
+}
+
+#[test]
 fn the_loss_trains_a_graph_behind_its_inputs() {
     for device in devices() {
         let x = Var::from_tensor(&Tensor::new(&[[-1.0_f32, -2.0]], &device).unwrap()).unwrap();
@@ -1280,8 +1306,8 @@ fn options_out_of_range_are_refused_by_name() {
         ("value_coef", PpoLossOptions { value_coef: f64::INFINITY, ..default }),
         ("entropy_coef", PpoLossOptions { entropy_coef: nan, ..default }),
         ("kl_coef", PpoLossOptions { kl_coef: nan, ..default }),
-        ("log_ratio_clamp", kl(KlOptions { log_ratio_clamp: Some(-1.0), ..default.kl })),
-        ("output_clamp", kl(KlOptions { output_clamp: Some(nan), ..default.kl })),
+        ("kl.log_ratio_clamp", kl(KlOptions { log_ratio_clamp: Some(-1.0), ..default.kl })),
+        ("kl.output_clamp", kl(KlOptions { output_clamp: Some(nan), ..default.kl })),
         ("denominator", PpoLossOptions { denominator: Some(0.0), ..default }),
         (
             "denominator",

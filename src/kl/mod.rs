@@ -94,9 +94,13 @@ pub struct KlOptions {
 impl KlOptions {
     /// `Ok` when both clamps are positive and finite; the error names `op`.
     pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
-        for (option, clamp) in
-            [("log_ratio_clamp", self.log_ratio_clamp), ("output_clamp", self.output_clamp)]
-        {
+        self.validate_as(op, ["log_ratio_clamp", "output_clamp"])
+    }
+
+    /// [`KlOptions::validate`] for an op that has these among other options: the names that its
+    /// caller knows them by.
+    pub(crate) fn validate_as(&self, op: &'static str, names: [&'static str; 2]) -> Result<()> {
+        for (option, clamp) in names.into_iter().zip([self.log_ratio_clamp, self.output_clamp]) {
             if let Some(limit) = clamp {
                 Error::check_option(op, option, limit, limit > 0.0, "none or positive")?;
             }

@@ -449,6 +449,8 @@ impl Terms {
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
     ) {
+        // Where the coefficient is 0 the error, which may be NaN, is not wanted.
+        let wanted = self.value_scale != 0.0;
         let (mut loss, mut clipped) = (ZERO, ZERO);
         let (mut target, mut target_squares) = (ZERO, ZERO);
         let (mut residual, mut residual_squares) = (ZERO, ZERO);
@@ -467,7 +469,8 @@ impl Terms {
                 let clipped_loss = clipped_error * clipped_error;
                 let is_clipped = clipped_loss > unclipped_loss;
                 let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                g[i] = select(is_clipped | !keep, 0.0, error * w[i] * self.value_scale);
+                let flows = wanted & keep & !is_clipped;
+                g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
 
                 loss[i] += select(keep, w[i] * larger, 0.0);
                 clipped[i] += select(is_clipped & keep, 1.0, 0.0);

@@ -31,8 +31,8 @@
 //! | ref_logp | `[B, T]` | f32 | no |
 //! | mask | `[B, T]` | u8, 0 = masked | no |
 //!
-//! Only the first three are needed; the value term falls away without values, and entropy and KL
-//! are only reported where their coefficient is 0. Masked tokens may hold anything, NaN included:
+//! Only the first three are needed; the value term falls away without values, and values, entropy and
+//! KL are only reported where their coefficient is 0. Masked tokens may hold anything, NaN included:
 //! they count nowhere and get gradient 0. NaN in an unmasked token makes the loss NaN.
 //!
 //! Cost per token: 12 bytes read, 12 more for the value term (8 without its clip), 4 for the
@@ -95,8 +95,9 @@ pub struct PpoLossOptions {
     /// Bounds the policy term at -c A where A < 0; above 1 (3 in verl), `None` by default.
     pub dual_clip: Option<f64>,
     /// Clamps the log-ratio to ± this before e^x, with gradient 0 where it bites; `None` leaves it
-    /// as it is. 20 by default, as in verl and OpenRLHF: e^20 is far outside every clip range, and
-    /// one stray token cannot make the loss infinite.
+    /// as it is, and then a ratio above e^88 is infinite in f32. 20 by default, as in verl and
+    /// OpenRLHF: e^20 is far outside every clip range, and one stray token cannot make the loss
+    /// infinite.
     pub log_ratio_clamp: Option<f64>,
     /// Clips the values to the old values ± this; `None` is the plain squared error. 0.2 by
     /// default.
@@ -163,7 +164,7 @@ impl PpoLossOptions {
         finite("value_coef", self.value_coef)?;
         finite("entropy_coef", self.entropy_coef)?;
         finite("kl_coef", self.kl_coef)?;
-        self.kl.validate(OP)?;
+        self.kl.validate_as(OP, ["kl.log_ratio_clamp", "kl.output_clamp"])?;
         self.denominator.map_or(Ok(()), |x| positive("denominator", x))?;
         if let Aggregation::Constant(divisor) = self.aggregation {
             positive("aggregation", divisor)?;
@@ -328,7 +329,7 @@ pub struct PpoStats {
     /// 1 - Var(returns - values) / Var(returns), with the values that are trained; NaN where the
     /// returns do not vary.
     pub explained_variance: f64,
-    /// Number of unmasked tokens.
+    /// Number of unmasked tokens; in a statistics tensor, of f32, exact up to 2^24.
     pub tokens: f64,
 }
 

@@ -111,7 +111,7 @@ pub fn ppo_loss(inputs: &Inputs<f64>, options: &PpoLossOptions) -> Result<Output
         if options.kl_coef != 0.0 {
             grad_logp[t] += weights[t] * options.kl_coef * kl(t).1;
         }
-        if inputs.value.is_some() {
+        if inputs.value.is_some() && options.value_coef != 0.0 {
             grad_values[t] = weights[t] * options.value_coef * value(t).grad;
         }
         if inputs.entropy.is_some() {
