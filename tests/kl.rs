@@ -603,6 +603,94 @@ fn bits_depend_neither_on_threads_nor_on_the_other_rows() {
     }
 }
 
+/// Values that a model in trouble, or a mask, may leave in a row.
+const SPECIAL: [f32; 11] = [
+    f32::NAN,
+    f32::INFINITY,
+    f32::NEG_INFINITY,
+    f32::NEG_INFINITY,
+    f32::NEG_INFINITY,
+    -0.0,
+    1e-40,
+    88.0,
+    -88.0,
+    30.0,
+    1e4,
+];
+
+#[test]
+fn special_values_anywhere_give_what_the_reference_gives() {
+    let mut rng = rng(9);
+    let (mut finite, mut infinite, mut nan) = (0, 0, 0);
+    for round in 0..5000 {
+        let vocab = [1, 2, 5, 16, 17, 40, 1030][rng.random_range(0..7)];
+        let (mut z, mut w) = (uniform(&mut rng, vocab, 5.0), uniform(&mut rng, vocab, 5.0));
+        for _ in 0..rng.random_range(0..4) {
+            let special = SPECIAL[rng.random_range(0..SPECIAL.len())];
+            let column = rng.random_range(0..vocab);
+            match rng.random_range(0..3) {
+                0 => z[column] = special,
+                1 => w[column] = special,
+                _ => (z[column], w[column]) = (special, special),
+            }
+        }
+        if rng.random_bool(0.2) {
+            // How some mask a token out; with f32::MIN a KL may be beyond f32.
+            let column = rng.random_range(0..vocab);
+            (z[column], w[column]) = (-1e9, -1e9);
+        }
+        let options = all_full_options()[round % 4];
+        let kl = wide(&forward(&z, &w, vocab, &options)[..1]);
+        let (a, b) = backward(&z, &w, vocab, &[1.0], &options);
+
+        let (z, w) = (wide(&z), wide(&w));
+        let want = reference::full_kl(&z, &w, vocab, None, &options);
+        let (want_a, want_b) = reference::full_kl_backward(&z, &w, vocab, None, &[1.0], &options);
+        match want[0] {
+            x if x.is_finite() => finite += 1,
+            x if x.is_nan() => nan += 1,
+            _ => infinite += 1,
+        }
+        let what = format!("{options:?} {z:?} {w:?}");
+        assert_close(&what, &kl, &want, REL, ABS);
+        // The gradient is p times differences of terms as large as the KL.
+        let abs = 4.0 * ABS + REL * if want[0].is_finite() { want[0] } else { 0.0 };
+        assert_close(&what, &wide(&a), &want_a, REL, abs);
+        assert_close(&what, &wide(&b), &want_b, REL, abs);
+    }
+    assert!(finite > 1000 && infinite > 200 && nan > 200, "{finite} {infinite} {nan}");
+}
+
+#[test]
+fn arguments_may_share_a_tensor_and_results_be_used_twice() {
+    let mut rng = rng(10);
+    for device in devices() {
+        let x = var(&Tensor::from_vec(uniform(&mut rng, 12, 2.0), (4, 3), &device).unwrap());
+        // Of a tensor to itself: the two gradients cancel, or at the value 0 are 0.
+        for options in all_full_options() {
+            let grads = full_kl(&x, &x, None, &options).unwrap().backward().unwrap();
+            assert_close("full", &to_vec(grads.get(&x).unwrap()), &[0.0; 12], REL, ABS);
+        }
+        for options in all_token_options() {
+            let grads = token_kl(&x, &x, None, &options).unwrap().backward().unwrap();
+            assert_eq!(to_vec(grads.get(&x).unwrap()), [0.0; 12]);
+        }
+
+        let other = Tensor::from_vec(uniform(&mut rng, 12, 2.0), (4, 3), &device).unwrap();
+        let options = KlOptions { estimator: KlEstimator::K3, ..KlOptions::default() };
+        let kl = token_kl(&x, &other, None, &options).unwrap();
+        // A gradient that comes back transposed, and one that is a single number broadcast.
+        let weights = Tensor::from_vec(uniform(&mut rng, 12, 1.0), (3, 4), &device).unwrap();
+        let first = (kl.t().unwrap() * &weights).unwrap().sum_all().unwrap();
+        let loss = (first + kl.mean_all().unwrap()).unwrap();
+        let grads = loss.backward().unwrap();
+        let up: Vec<f64> = to_vec(&weights.t().unwrap()).iter().map(|g| g + 1.0 / 12.0).collect();
+        let (x64, other) = (to_vec(&x), to_vec(&other));
+        let want = reference::token_kl_backward(&x64, &other, None, &up, &options).0;
+        assert_close("token", &to_vec(grads.get(&x).unwrap()), &want, REL, ABS);
+    }
+}
+
 #[test]
 fn strided_and_offset_tensors_give_the_same() {
     let mut rng = rng(7);
