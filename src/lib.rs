@@ -10,7 +10,8 @@
 //! | [`ppo_loss`] | the dozens of elementwise steps of the clipped loss, its gradients and statistics |
 //!
 //! Every op is one module with the same rooms:
-//! - `reference`: the oracle, plain f64 loops that can be checked by eye;
+//! - `reference`: the oracle, plain f64 loops that can be checked by eye, for inputs of the right
+//!   length (others panic);
 //! - `cpu`: the fused implementation on slices, which allocates nothing;
 //! - the functions of the module itself: candle tensors in and out, with gradients (feature `candle`,
 //!   on by default).
@@ -18,7 +19,8 @@
 //! All ops hold to the same rules. Sums are kept in f32 whatever the type of the logits. What a mask
 //! leaves out counts for nothing and may hold anything, NaN included. The same inputs give the same
 //! bits, for any number of threads, and a row's result does not depend on the rest of the batch.
-//! Nothing panics on bad input: every function returns an [`Error`] that names the argument.
+//! The references aside, nothing panics on bad input: every function returns an [`Error`] that names
+//! the argument.
 #![warn(missing_docs)]
 
 pub mod cpu;

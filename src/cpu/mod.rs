@@ -1,12 +1,12 @@
-//! Shared room of the CPU backend: element types, vectorised math, and fixed-order parallel loops.
-//! It knows nothing of any op.
+//! Shared room of the CPU backend: the element types that the ops take, vectorised math, and
+//! fixed-order parallel loops. It knows nothing of any op.
 
 mod element;
 pub(crate) mod math;
 mod parallel;
 
 pub use element::{Logit, TokenId};
-pub use parallel::{for_each, reduce, Rows, RowsMut, Split};
+pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
 
 /// Runs `body` compiled for the widest vector unit of this machine.
 ///

@@ -126,6 +126,9 @@ pub fn ppo_loss(inputs: &Inputs<f64>, options: &PpoLossOptions) -> Result<Output
 ///
 /// # Errors
 /// If no token is unmasked and the denominator is not given.
+///
+/// # Panics
+/// If the mask is shorter than `batch * seq_len`.
 pub fn weights(
     mask: Option<&[u8]>,
     batch: usize,
