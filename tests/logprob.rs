@@ -486,6 +486,24 @@ fn half_precision_slices_work_in_the_raw_layer() {
 }
 
 #[test]
+fn errors_say_the_same_through_the_result_of_candle() {
+    let logits = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+    let targets = Tensor::new(&[0_u32, 9], &Device::Cpu).unwrap();
+    let of_candle = || -> candle_core::Result<Tensor> {
+        Ok(logprobs(&logits, &targets, &LogprobOptions::default())?)
+    };
+    // candle may add a backtrace.
+    let says = |text: String| {
+        assert!(text.starts_with("logprob: `targets`[1] is 9, expected 0..3 or ignore_index"))
+    };
+    says(of_candle().unwrap_err().to_string());
+    // There and back again.
+    let back = Error::from(candle_core::Error::from(Error::from(of_candle().unwrap_err())));
+    assert!(matches!(back, Error::Candle(_)));
+    says(back.to_string());
+}
+
+#[test]
 fn bad_input_is_refused_by_name() {
     let z = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
     let t = Tensor::zeros(2, DType::U32, &Device::Cpu).unwrap();
