@@ -111,7 +111,8 @@ impl Error {
         Err(Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") })
     }
 
-    /// `Ok` when a setting is finite and `valid`; `expected` says in words what is.
+    /// `Ok` when a setting is `valid` and finite in f32, in which the ops compute; `expected` says in
+    /// words what is valid.
     pub(crate) fn check_option(
         op: &'static str,
         option: &'static str,
@@ -119,9 +120,12 @@ impl Error {
         valid: bool,
         expected: &str,
     ) -> Result<()> {
-        if value.is_finite() && valid {
+        if valid && (value as f32).is_finite() {
             return Ok(());
         }
-        Err(Error::Option { op, option, expected: expected.into(), got: value.to_string() })
+        let too_large = valid && value.is_finite();
+        let expected = format!("{expected}{}", if too_large { ", within f32's range" } else { "" });
+        // Debug, which writes 1e300 and not three hundred digits.
+        Err(Error::Option { op, option, expected, got: format!("{value:?}") })
     }
 }

@@ -971,6 +971,7 @@ fn errors_name_the_option_out_of_range() {
     let scaled = |mean, std| RewardShaping { scale: Some(ScoreScale { mean, std }), ..default };
     says(shaped(RewardShaping { kl_coef: -0.1, ..default }), &["`kl_coef`"]);
     says(shaped(RewardShaping { kl_coef: f64::NAN, ..default }), &["`kl_coef`"]);
+    says(shaped(RewardShaping { kl_coef: 1e300, ..default }), &["`kl_coef` is 1e300", "f32"]);
     says(shaped(RewardShaping { clip: Some(0.0), ..default }), &["`clip`"]);
     says(shaped(scaled(0.0, 0.0)), &["`scale.std`"]);
     says(shaped(scaled(f64::NAN, 1.0)), &["`scale.mean`"]);

@@ -41,7 +41,7 @@ pub struct RowStats<'a> {
     pub max: &'a [f32],
     /// ln Σ e^{(z - max) / temperature}.
     pub log_sum: &'a [f32],
-    /// The row's entropy.
+    /// The row's entropy; zeros will do where no gradient comes from it.
     pub entropy: &'a [f32],
 }
 
