@@ -679,7 +679,7 @@ fn arguments_may_share_a_tensor_and_results_be_used_twice() {
         let other = Tensor::from_vec(uniform(&mut rng, 12, 2.0), (4, 3), &device).unwrap();
         let options = KlOptions { estimator: KlEstimator::K3, ..KlOptions::default() };
         let kl = token_kl(&x, &other, None, &options).unwrap();
-        // A gradient that comes back transposed, and one that is a single number broadcast.
+        // Once through a transpose, once through a mean.
         let weights = Tensor::from_vec(uniform(&mut rng, 12, 1.0), (3, 4), &device).unwrap();
         let first = (kl.t().unwrap() * &weights).unwrap().sum_all().unwrap();
         let loss = (first + kl.mean_all().unwrap()).unwrap();

@@ -303,7 +303,7 @@ fn results_may_be_used_twice_and_with_any_upstream_gradient() {
         let logits = logits.unwrap();
         let ids = Tensor::from_slice(&targets, (2, 3), &device).unwrap();
         let (logp, entropy) = logprobs_and_entropy(&logits, &ids, &options(0.8)).unwrap();
-        // Transposed, so that the gradient comes back with strides; both outputs in two terms.
+        // Through a transpose; both outputs in two terms.
         let weights = |g: &[f64]| Tensor::new(g, &device).unwrap().reshape((3, 2)).unwrap();
         let (a, b) = (weights(&a), weights(&b));
         let single = |t: &Tensor| t.to_dtype(DType::F32).unwrap();

@@ -331,6 +331,30 @@ fn any_layout_and_any_rank_will_do() {
 }
 
 #[test]
+fn results_may_be_used_twice_and_with_any_upstream_gradient() {
+    let mut rng = rng(8);
+    let options = WhitenOptions::default();
+    let moments = Moments { count: 4, mean: 0.5, m2: 7.0 };
+    for device in devices() {
+        let x = Tensor::from_vec(uniform(&mut rng, 24, 2.0), (4, 6), &device).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let weights = Tensor::from_vec(uniform(&mut rng, 24, 1.0), (6, 4), &device).unwrap();
+        // Once through a transpose, once through a mean.
+        let loss = |y: Tensor| {
+            let first = (y.t().unwrap() * &weights).unwrap().sum_all().unwrap();
+            (first + y.mean_all().unwrap()).unwrap()
+        };
+        let up: Vec<f64> = to_vec(&weights.t().unwrap()).iter().map(|g| g + 1.0 / 24.0).collect();
+        let grads = loss(masked_whiten(&x, None, &options).unwrap()).backward().unwrap();
+        let want = reference::masked_whiten_backward(&to_vec(&x), None, &up, &options);
+        assert_close("own", &to_vec(grads.get(&x).unwrap()), &want, REL, 3.0 * ABS);
+        let grads = loss(masked_whiten_with(&x, None, &moments, &options).unwrap()).backward();
+        let want = reference::masked_whiten_with_backward(None, &moments, &up, &options);
+        assert_close("with", &to_vec(grads.unwrap().get(&x).unwrap()), &want, REL, 3.0 * ABS);
+    }
+}
+
+#[test]
 fn constants_stay_constants() {
     let x = Tensor::new(&[1f32, 2.0, 4.0], &candle_core::Device::Cpu).unwrap();
     assert!(!masked_whiten(&x, None, &WhitenOptions::default()).unwrap().track_op());
