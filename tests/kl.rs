@@ -603,6 +603,22 @@ fn bits_depend_neither_on_threads_nor_on_the_other_rows() {
     }
 }
 
+#[test]
+fn the_exact_kl_is_never_negative() {
+    let mut rng = rng(11);
+    for vocab in [2, 17, 1000, 5003] {
+        for scale in [1e-6, 1e-5, 1e-4] {
+            for options in all_full_options() {
+                let z = uniform(&mut rng, 20 * vocab, 4.0);
+                let nudge = uniform(&mut rng, 20 * vocab, scale);
+                let w: Vec<f32> = z.iter().zip(&nudge).map(|(z, nudge)| z + nudge).collect();
+                let kl = &forward(&z, &w, vocab, &options)[..20];
+                assert!(kl.iter().all(|&kl| kl >= 0.0), "{kl:?}");
+            }
+        }
+    }
+}
+
 /// Values that a model in trouble, or a mask, may leave in a row.
 const SPECIAL: [f32; 11] = [
     f32::NAN,

@@ -242,6 +242,27 @@ fn excluded_tokens_are_legal_at_every_temperature() {
     }
 }
 
+#[test]
+fn tokens_may_be_excluded_with_the_smallest_float() {
+    // As transformers does. Blocks of nothing else come before, between and after the legal ones.
+    let vocab = 20_000;
+    for legal in [vec![0], vec![vocab - 1], vec![9000, 9001, 15_000], vec![3, vocab / 2]] {
+        let mut logits = vec![f32::MIN; vocab];
+        for (i, &column) in legal.iter().enumerate() {
+            logits[column] = i as f32;
+        }
+        for temperature in [0.5, 1.0, 2.0] {
+            let (options, target) = (options(temperature), [legal[0] as i64]);
+            let (logp, entropy, ..) = forward(&logits, &target, vocab, &options);
+            let (want_logp, want_entropy) =
+                reference::forward(&wide(&logits), &target, vocab, &options);
+            let what = format!("{legal:?} at {temperature}");
+            assert_close(&what, &wide(&logp), &want_logp, REL, ABS);
+            assert_close(&what, &wide(&entropy), &want_entropy, REL, ABS);
+        }
+    }
+}
+
 /// Values that a model in trouble, or a mask, may leave in a row.
 const SPECIAL: [f32; 14] = [
     f32::NAN,
