@@ -8,7 +8,7 @@ use super::cpu::{self, Outputs, RowStats, RowStatsMut, Upstream};
 use super::{LogprobOptions, OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, slice, view};
+use crate::tensor::{check_arg, check_dtype, no_kernels, slice, view};
 
 /// Rows of the op's output.
 const LOGP: usize = 0;
@@ -79,10 +79,11 @@ fn apply(
 
     let rows = leading.iter().product::<usize>();
     let targets = targets.detach().to_dtype(DType::I64)?.contiguous()?.reshape(rows)?;
-    if targets.device().is_cpu() {
-        // Here, where the error keeps its type; candle would turn it into a text.
-        cpu::check_targets(&view::<i64>(OP, "targets", &targets)?, vocab, options)?;
+    if !logits.device().is_cpu() {
+        return Err(no_kernels(OP, "logits", logits.device()));
     }
+    // Here, where the error keeps its type; candle would turn it into a text.
+    cpu::check_targets(&view::<i64>(OP, "targets", &targets)?, vocab, options)?;
     let op = Forward { targets, options: *options, entropy };
     Ok(logits.contiguous()?.reshape((rows, vocab))?.apply_op1(op)?)
 }
