@@ -1,5 +1,6 @@
-//! Log-probabilities of sampled tokens. `fused` is the candle function, but for the pure backward: it
-//! is the function on slices, writing where there is memory, against the backward of candle's graph.
+//! Log-probabilities of sampled tokens. `fused` is the candle function forward and through autograd;
+//! for the pure backward it is the function on slices, writing where there is memory, against the
+//! backward of candle's graph.
 //!
 //! candle's own ops widen 16-bit logits first: its sums would have 8 bits otherwise.
 

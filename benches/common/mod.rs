@@ -13,6 +13,8 @@
 //! work. With `--quick` the larger ones of the sizes that show linear cost are left out.
 #![allow(dead_code)] // each bench uses its own part
 
+pub mod minibatch;
+
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
