@@ -163,8 +163,11 @@ impl Row {
             if c == r || (c.is_nan() && r.is_nan()) {
                 continue;
             }
-            let finite = c.is_finite() && r.is_finite();
-            let error = if finite { (c - r).abs() } else { f64::INFINITY };
+            if !(c.is_finite() && r.is_finite()) {
+                (self.worst_abs, self.worst_rel, self.share) = [f64::INFINITY; 3].into();
+                continue;
+            }
+            let error = (c - r).abs();
             self.worst_abs = self.worst_abs.max(error);
             self.share = self.share.max(error / (self.bound.abs + self.bound.rel * r.abs()));
             // Of an element near 0 the relative error says nothing.
