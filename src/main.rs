@@ -1,14 +1,17 @@
-//! The command line: `ppo-kernels train` trains a language model with PPO.
+//! The command line: `ppo-kernels train` trains a language model with PPO, `check` holds the kernels
+//! against their references, `bench-table` prints what the benches measured.
 //!
-//! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error; 2 for a command line that
-//! cannot be read; 130 when a second Ctrl-C quits at once.
+//! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error, or when a bound is exceeded;
+//! 2 for a command line that cannot be read; 130 when a second Ctrl-C quits at once.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use ppo_kernels::driver::bench_table::{self, BenchTableArgs};
+use ppo_kernels::driver::check::{CheckArgs, Report};
 use ppo_kernels::driver::config::TrainArgs;
 use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::{embedded, train};
@@ -30,6 +33,10 @@ enum Command {
     /// Train a language model with PPO; with no option, a small embedded one
     #[command(after_help = EMBEDDED)]
     Train(Box<TrainArgs>),
+    /// Compare every op, pass and dtype with its f64 reference on random inputs
+    Check(CheckArgs),
+    /// Print the results of `cargo bench` as a Markdown table
+    BenchTable(BenchTableArgs),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +59,16 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
             let settings = args.resolve(matches, embedded::SETTINGS)?;
             let progress = Progress::new();
             train::run(&settings, stop_on_ctrl_c(&progress)?, progress)
+        }
+        Command::Check(args) => {
+            let report = Report::new(args)?;
+            print(&report.table());
+            ensure!(report.passed(), "{} rows exceed their bound", report.exceeded());
+            Ok(())
+        }
+        Command::BenchTable(args) => {
+            print(&bench_table::table(&args.dir)?);
+            Ok(())
         }
     }
 }
@@ -76,6 +93,11 @@ fn stop_on_ctrl_c(progress: &Progress) -> Result<&'static AtomicBool> {
     })
     .context("cannot listen for Ctrl-C")?;
     Ok(&STOP)
+}
+
+/// Text on stdout; a reader that went away is no reason to panic.
+fn print(text: &str) {
+    let _ = io::stdout().write_all(text.as_bytes());
 }
 
 /// A line on stderr; that it cannot be written is no reason to panic.

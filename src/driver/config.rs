@@ -16,6 +16,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{bail, ensure, Context, Result};
+use candle_core::Device;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,15 @@ use toml::Table;
 pub enum DeviceName {
     /// The processor.
     Cpu,
+}
+
+impl DeviceName {
+    /// The device of that name.
+    pub fn open(self) -> Device {
+        match self {
+            DeviceName::Cpu => Device::Cpu,
+        }
+    }
 }
 
 /// What a response is scored by.

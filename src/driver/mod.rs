@@ -10,7 +10,12 @@
 //! [`trainer`] does the three in a row, step by step; [`train`] is the whole run. The models are in
 //! [`model`], [`load`], [`tokenizer`] and [`generate`]; what the user gives and gets in [`config`],
 //! [`prompts`], [`reward`] and [`report`]; the run that needs no file at all in [`embedded`].
+//!
+//! Besides, [`check`] holds the kernels against their references, and [`bench_table`] makes a table of
+//! what the benches measured.
 
+pub mod bench_table;
+pub mod check;
 pub mod config;
 pub mod embedded;
 pub mod experience;

@@ -5,9 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use candle_core::Device;
 
-use super::config::{DeviceName, Settings};
+use super::config::Settings;
 use super::embedded;
 use super::generate::Sampling;
 use super::load::{load, save, save_critic, Loaded};
@@ -38,9 +37,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result
         Some(path) => prompts::read(path)?,
         None => embedded::prompts(),
     };
-    let device = match settings.device {
-        DeviceName::Cpu => Device::Cpu,
-    };
+    let device = settings.device.open();
     let Loaded { decoder: policy, tokenizer } = match &settings.model {
         Some(path) => load(path, &device).context("--model is refused")?,
         None => embedded::model(settings.seed, &device)?,

@@ -1,0 +1,220 @@
+//! What the benches of all ops share: the three functions of a group, the memory traffic that bounds
+//! a pass, and inputs from fixed seeds.
+//!
+//! A group is `OP_PASS/DTYPE_SHAPE`, and does one piece of work three ways:
+//!
+//! - `fused`: this crate;
+//! - `candle`: what is written with candle's own ops today, with its autograd where the pass is a
+//!   backward;
+//! - `limit`: the least memory traffic that the pass can do with, in vectorised loops on all threads
+//!   that compute next to nothing, in memory that is already there.
+//!
+//! Before anything is timed, `fused` and `candle` are run once and compared, so that it is the same
+//! work. With `--quick` the larger ones of the sizes that show linear cost are left out.
+#![allow(dead_code)] // each bench uses its own part
+
+pub mod minibatch;
+
+use std::time::Duration;
+
+use candle_core::{DType, Device, Tensor};
+use criterion::{Criterion, SamplingMode, Throughput};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rayon::prelude::*;
+
+/// One walk over memory, in bytes.
+#[derive(Clone, Copy)]
+pub struct Walk {
+    pub read: usize,
+    pub write: usize,
+}
+
+/// The group `pass/shape`. `walks` is the least traffic of the pass; `setup` makes the inputs, checks
+/// that both agree, and returns `fused` and `candle`. It runs only if the group is asked for.
+pub fn compare<Fused, Candle, F, C>(
+    criterion: &mut Criterion,
+    pass: &str,
+    shape: &str,
+    walks: &[Walk],
+    setup: impl FnOnce() -> (Fused, Candle),
+) where
+    Fused: FnMut() -> F,
+    Candle: FnMut() -> C,
+{
+    let bytes: usize = walks.iter().map(|walk| walk.read + walk.write).sum();
+    // Some cases of candle take a second a call.
+    let slow = bytes > 8 << 20;
+    let mut group = criterion.benchmark_group(format!("{pass}/{shape}"));
+    group.throughput(Throughput::Bytes(bytes as u64));
+    group.warm_up_time(Duration::from_millis(300));
+    group.measurement_time(Duration::from_secs(2));
+    group.sample_size(40);
+    if slow {
+        group.sampling_mode(SamplingMode::Flat);
+    }
+
+    // Made by the first of the two that the command line's filter lets run.
+    let (mut setup, mut work) = (Some(setup), None);
+    let mut prepare = move || setup.take().expect("asked for once")();
+    group.bench_function("fused", |bencher| {
+        let (fused, _) = work.get_or_insert_with(&mut prepare);
+        bencher.iter(fused);
+    });
+    group.bench_function("limit", |bencher| {
+        let mut limit = Limit::new(walks);
+        bencher.iter(|| limit.run());
+    });
+    if slow {
+        group.sample_size(10);
+    }
+    group.bench_function("candle", |bencher| {
+        let (_, candle) = work.get_or_insert_with(&mut prepare);
+        bencher.iter(candle);
+    });
+    group.finish();
+}
+
+/// Whether this is the short form, `cargo bench -- --quick`.
+pub fn quick() -> bool {
+    std::env::args().any(|arg| arg == "--quick")
+}
+
+/// Panics if candle's composition and ours are not the same work: if any element differs by more
+/// than `tolerance` times 1 + its magnitude.
+#[track_caller]
+pub fn agree(what: &str, fused: &[f32], candle: &[f32], tolerance: f32) {
+    assert_eq!(fused.len(), candle.len(), "{what}: lengths differ");
+    for (i, (f, c)) in fused.iter().zip(candle).enumerate() {
+        let close = (f - c).abs() <= tolerance * (1.0 + c.abs());
+        assert!(close, "{what}: element {i} is {f}, and {c} by candle");
+    }
+}
+
+/// [`agree`] for tensors of any dtype and shape.
+#[track_caller]
+pub fn tensors_agree(what: &str, fused: &Tensor, candle: &Tensor, tolerance: f32) {
+    assert_eq!(fused.dims(), candle.dims(), "{what}: shapes differ");
+    agree(what, &to_vec(fused), &to_vec(candle), tolerance);
+}
+
+/// The elements of a tensor in f32.
+pub fn to_vec(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+}
+
+/// Memory that is walked over and nothing else.
+struct Limit {
+    source: Vec<u64>,
+    target: Vec<u64>,
+    walks: Vec<Walk>,
+}
+
+impl Limit {
+    fn new(walks: &[Walk]) -> Self {
+        let room = |bytes: fn(&Walk) -> usize| {
+            // Not zeros, which the kernel would hand out without memory behind them.
+            vec![1; walks.iter().map(bytes).max().unwrap_or(0).div_ceil(8)]
+        };
+        Self { source: room(|w| w.read), target: room(|w| w.write), walks: walks.to_vec() }
+    }
+
+    fn run(&mut self) -> u64 {
+        let mut sum = 0;
+        for walk in &self.walks {
+            let source = &self.source[..walk.read.div_ceil(8)];
+            let target = &mut self.target[..walk.write.div_ceil(8)];
+            sum += stream(source, target);
+        }
+        sum
+    }
+}
+
+/// Reads one and writes the other in step, in parallel; returns a sum, so that nothing is left out.
+fn stream(source: &[u64], target: &mut [u64]) -> u64 {
+    // 128 KiB: read and written pieces stay close, and are far larger than the cost of a task.
+    const PIECE: usize = 16 * 1024;
+    if source.len().max(target.len()) <= PIECE {
+        return pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || stream_piece(source, target),
+        );
+    }
+    let (left, right) = source.split_at(source.len() / 2);
+    let (left_out, right_out) = target.split_at_mut(target.len() / 2);
+    let (a, b) = rayon::join(|| stream(left, left_out), || stream(right, right_out));
+    a.wrapping_add(b)
+}
+
+#[inline(always)]
+fn stream_piece(source: &[u64], target: &mut [u64]) -> u64 {
+    // Enough independent sums that the loads are waited for, and not the additions.
+    const LANES: usize = 32;
+    let mut sums = [0u64; LANES];
+    let mut chunks = source.chunks_exact(LANES);
+    for chunk in &mut chunks {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *sum = sum.wrapping_add(*x);
+        }
+    }
+    let rest = sums.iter().chain(chunks.remainder());
+    let sum = rest.fold(0, |a: u64, b| a.wrapping_add(*b));
+    // Different values, since equal ones would become a call of memset.
+    for (i, out) in target.iter_mut().enumerate() {
+        *out = sum ^ i as u64;
+    }
+    sum
+}
+
+/// A generator with a fixed seed.
+pub fn rng(seed: u64) -> StdRng {
+    StdRng::seed_from_u64(seed)
+}
+
+/// `n` values drawn evenly from `center - spread .. center + spread`.
+pub fn uniform(rng: &mut StdRng, n: usize, center: f32, spread: f32) -> Vec<f32> {
+    (0..n).map(|_| center + rng.random_range(-1.0..1.0) * spread).collect()
+}
+
+/// Logits as language models make them: a bell of width 2, and a few tokens far above it.
+pub fn logits(rows: usize, vocab: usize, seed: u64) -> Vec<f32> {
+    let mut logits = vec![0.0; rows * vocab];
+    logits.par_chunks_mut(vocab).enumerate().for_each(|(row, logits)| {
+        let mut rng = rng(seed + row as u64);
+        for z in logits.iter_mut() {
+            // Four of sixteen bits each: near enough to normal.
+            let bits: u64 = rng.random();
+            let sum: u64 = (0..4).map(|i| bits >> (16 * i) & 0xffff).sum();
+            *z = (sum as f32 / 65536.0 - 2.0) * 3.5;
+        }
+        for height in [12.0, 11.0, 9.0, 8.0] {
+            logits[rng.random_range(0..vocab)] = height;
+        }
+    });
+    logits
+}
+
+/// A target a row: the likeliest token of every other row, any token of the rest.
+pub fn targets(logits: &[f32], vocab: usize, seed: u64) -> Vec<i64> {
+    let mut rng = rng(seed);
+    let mut any = || rng.random_range(0..vocab) as i64;
+    let likeliest = |row: &[f32]| {
+        row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(i, _)| i as i64)
+    };
+    let rows = logits.chunks(vocab).enumerate();
+    rows.map(|(i, row)| if i % 2 == 0 { likeliest(row) } else { any() }).collect()
+}
+
+/// A tensor on the CPU, of values rounded to `dtype`.
+pub fn tensor(values: Vec<f32>, shape: &[usize], dtype: DType) -> Tensor {
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+}
+
+/// Responses of at least half of `seq_len`, padded on the right: the mask `[batch * seq_len]`, 0 in
+/// the padding, and each row's last token.
+pub fn padding(rng: &mut StdRng, batch: usize, seq_len: usize) -> (Vec<u8>, Vec<u32>) {
+    let lengths: Vec<usize> =
+        (0..batch).map(|_| rng.random_range(seq_len.div_ceil(2)..=seq_len)).collect();
+    let row = |&length: &usize| (0..seq_len).map(move |t| u8::from(t < length));
+    (lengths.iter().flat_map(row).collect(), lengths.iter().map(|&l| l as u32 - 1).collect())
+}

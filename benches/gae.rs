@@ -1,0 +1,158 @@
+//! Advantages and returns. `gae` has rewards and values of whole rows; `gae_shaping` makes the
+//! rewards of KL and scores, in padded rows. `fused` is the function on slices, writing where there
+//! is memory; that of `gae_tensor` is the candle function, which allocates its three outputs.
+
+mod common;
+
+use candle_core::{DType, Device, Tensor};
+use common::*;
+use criterion::{criterion_group, criterion_main, Criterion};
+use ppo_kernels::gae::cpu::{self, Outputs};
+use ppo_kernels::gae::{gae, GaeInputs, GaeOptions, Inputs};
+
+const GAMMA: f64 = 0.99;
+const LAMBDA: f64 = 0.95;
+
+/// Sums of about a hundred deltas of magnitude 1, in f32.
+const TOLERANCE: f32 = 1e-4;
+
+fn options() -> GaeOptions {
+    GaeOptions { gamma: GAMMA, lambda: LAMBDA, ..Default::default() }
+}
+
+fn random(seed: u64, batch: usize, seq_len: usize) -> Tensor {
+    tensor(uniform(&mut rng(seed), batch * seq_len, 0.0, 1.0), &[batch, seq_len], DType::F32)
+}
+
+/// Column after column from the last one, as every loop over time in a tensor library.
+fn narrow_and_add(rewards: &Tensor, values: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
+    let (batch, seq_len) = values.dims2()?;
+    let mut next_value = Tensor::zeros((batch, 1), DType::F32, &Device::Cpu)?;
+    let mut advantage = next_value.clone();
+    let mut columns = Vec::with_capacity(seq_len);
+    for t in (0..seq_len).rev() {
+        let value = values.narrow(1, t, 1)?;
+        let delta = ((rewards.narrow(1, t, 1)? + (next_value * GAMMA)?)? - &value)?;
+        advantage = (delta + (advantage * (GAMMA * LAMBDA))?)?;
+        columns.push(advantage.clone());
+        next_value = value;
+    }
+    columns.reverse();
+    let advantages = Tensor::cat(&columns, 1)?;
+    let returns = (&advantages + values)?;
+    Ok((advantages, returns))
+}
+
+fn check(advantages: &[f32], returns: &[f32], candle: &(Tensor, Tensor)) {
+    agree("advantages", advantages, &to_vec(&candle.0), TOLERANCE);
+    agree("returns", returns, &to_vec(&candle.1), TOLERANCE);
+}
+
+/// Rewards and values in, advantages and returns out.
+fn walk(batch: usize, seq_len: usize) -> Walk {
+    Walk { read: 8 * batch * seq_len, write: 8 * batch * seq_len }
+}
+
+fn plain(criterion: &mut Criterion, batch: usize, seq_len: usize) {
+    let (shape, walk) = (format!("f32_{batch}x{seq_len}"), walk(batch, seq_len));
+    compare(criterion, "gae", &shape, &[walk], || {
+        let (rewards, values) = (random(1, batch, seq_len), random(2, batch, seq_len));
+        let inputs = (to_vec(&rewards), to_vec(&values));
+        let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
+            let inputs = Inputs { rewards: Some(&inputs.0), ..Inputs::new(&inputs.1) };
+            let outputs = Outputs { advantages, returns, rewards: None };
+            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap()
+        };
+        let candle = move || narrow_and_add(&rewards, &values).unwrap();
+        let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; batch * seq_len]);
+        fused(&mut advantages, &mut returns);
+        check(&advantages, &returns, &candle());
+        (move || fused(&mut advantages, &mut returns), candle)
+    });
+}
+
+fn tensors(criterion: &mut Criterion, batch: usize, seq_len: usize) {
+    let (shape, walk) = (format!("f32_{batch}x{seq_len}"), walk(batch, seq_len));
+    compare(criterion, "gae_tensor", &shape, &[walk], || {
+        let (rewards, values) = (random(1, batch, seq_len), random(2, batch, seq_len));
+        let inputs = (rewards.clone(), values.clone());
+        let fused = move || {
+            let inputs = GaeInputs { rewards: Some(&rewards), ..GaeInputs::new(&values) };
+            gae(&inputs, &options()).unwrap()
+        };
+        let candle = move || narrow_and_add(&inputs.0, &inputs.1).unwrap();
+        let ours = fused();
+        check(&to_vec(&ours.advantages), &to_vec(&ours.returns), &candle());
+        (fused, candle)
+    });
+}
+
+/// As TRL does it: rewards and values are multiplied by the mask, and so is what comes out.
+fn shape_and_loop(
+    values: &Tensor,
+    kl: &Tensor,
+    scores: &Tensor,
+    last: &Tensor,
+    mask: &Tensor,
+    kl_coef: f64,
+) -> candle_core::Result<(Tensor, Tensor)> {
+    let penalty = ((kl * -kl_coef)? * mask)?;
+    let rewards = penalty.scatter_add(&last.unsqueeze(1)?, &scores.unsqueeze(1)?, 1)?;
+    let (advantages, returns) = narrow_and_add(&rewards, &(values * mask)?)?;
+    Ok(((advantages * mask)?, (returns * mask)?))
+}
+
+fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
+    let tokens = batch * seq_len;
+    // Values, KL and mask in; advantages and returns out.
+    let walk = Walk { read: 9 * tokens, write: 8 * tokens };
+    compare(criterion, "gae_shaping", &format!("f32_{batch}x{seq_len}"), &[walk], || {
+        let (values, kl) = (random(1, batch, seq_len), random(2, batch, seq_len));
+        let scores = tensor(uniform(&mut rng(3), batch, 0.0, 3.0), &[batch], DType::F32);
+        let (mask, last) = padding(&mut rng(4), batch, seq_len);
+        let mask = Tensor::from_vec(mask, (batch, seq_len), &Device::Cpu).unwrap();
+        let last = Tensor::from_vec(last, batch, &Device::Cpu).unwrap();
+        let kl_coef = options().shaping.kl_coef;
+
+        let raw = (to_vec(&values), to_vec(&kl), to_vec(&scores));
+        let factors = mask.to_dtype(DType::F32).unwrap();
+        let mask: Vec<u8> = mask.flatten_all().unwrap().to_vec1().unwrap();
+        let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
+            let (values, kl, scores) = &raw;
+            let inputs = Inputs {
+                kl: Some(kl),
+                scores: Some(scores),
+                mask: Some(&mask),
+                ..Inputs::new(values)
+            };
+            let outputs = Outputs { advantages, returns, rewards: None };
+            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap()
+        };
+        let candle =
+            move || shape_and_loop(&values, &kl, &scores, &last, &factors, kl_coef).unwrap();
+        let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; tokens]);
+        fused(&mut advantages, &mut returns);
+        check(&advantages, &returns, &candle());
+        (move || fused(&mut advantages, &mut returns), candle)
+    });
+}
+
+fn benches(criterion: &mut Criterion) {
+    plain(criterion, 1, 16);
+    plain(criterion, 64, 2048);
+    plain(criterion, 4096, 2048);
+    if !quick() {
+        // Linear in B and in T.
+        plain(criterion, 512, 2048);
+        plain(criterion, 64, 512);
+        plain(criterion, 64, 8192);
+    }
+    tensors(criterion, 1, 16);
+    tensors(criterion, 64, 2048);
+    tensors(criterion, 4096, 2048);
+    shaping(criterion, 64, 2048);
+    shaping(criterion, 4096, 2048);
+}
+
+criterion_group!(group, benches);
+criterion_main!(group);

@@ -1,0 +1,97 @@
+//! The clipped loss with its value term and a mask, and its gradients to logp and values. `fused` of
+//! `ppo_loss_forward_backward` is the function on slices, which makes loss, gradients and twenty
+//! statistics in one pass, writing where there is memory; that of `ppo_loss_autograd` is the candle
+//! function and `backward`, which allocate. candle's composition is the same in both: forward, then
+//! `backward`, without statistics.
+
+mod common;
+
+use candle_core::{DType, Var};
+use common::minibatch::Minibatch;
+use common::*;
+use criterion::{criterion_group, criterion_main, Criterion};
+use ppo_kernels::ppo_loss::cpu::{self, Gradients};
+use ppo_kernels::ppo_loss::{Inputs, PpoLossOptions, ValueInputs};
+
+/// Some roundings of factors of magnitude 1.
+const TOLERANCE: f32 = 1e-4;
+
+/// Logp, old logp, advantages, values, old values, returns and mask in; two gradients out.
+fn walk(tokens: usize) -> Walk {
+    Walk { read: 25 * tokens, write: 8 * tokens }
+}
+
+fn minibatch(batch: usize, seq_len: usize) -> (Var, Minibatch) {
+    let logp = uniform(&mut rng(1), batch * seq_len, -3.0, 2.0);
+    let logp = Var::from_tensor(&tensor(logp, &[batch, seq_len], DType::F32)).unwrap();
+    let minibatch = Minibatch::new(&logp);
+    (logp, minibatch)
+}
+
+fn forward_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
+    let (tokens, shape) = (batch * seq_len, format!("f32_{batch}x{seq_len}"));
+    compare(criterion, "ppo_loss_forward_backward", &shape, &[walk(tokens)], || {
+        let (var, data) = minibatch(batch, seq_len);
+        let [logp, values] = [&var, &data.values].map(|var| to_vec(var));
+        let [old_logp, advantages, old_values, returns] =
+            [&data.old_logp, &data.advantages, &data.old_values, &data.returns].map(to_vec);
+        let mask: Vec<u8> = data.mask.flatten_all().unwrap().to_vec1().unwrap();
+        let fused = move |grad_logp: &mut [f32], grad_values: &mut [f32]| {
+            let inputs = Inputs {
+                batch,
+                seq_len,
+                logp: &logp,
+                old_logp: &old_logp,
+                advantages: &advantages,
+                value: Some(ValueInputs {
+                    values: &values,
+                    old_values: Some(&old_values),
+                    returns: &returns,
+                }),
+                entropy: None,
+                ref_logp: None,
+                mask: Some(&mask),
+            };
+            let gradients =
+                Gradients { logp: Some(grad_logp), values: Some(grad_values), entropy: None };
+            cpu::ppo_loss(&inputs, &PpoLossOptions::default(), gradients).unwrap()
+        };
+
+        let [mut grad_logp, mut grad_values] = [(); 2].map(|()| vec![0.0; tokens]);
+        fused(&mut grad_logp, &mut grad_values);
+        let theirs = data.gradients(&data.composition(&var).unwrap(), &var);
+        data.gradients_agree([&grad_logp, &grad_values], &theirs, TOLERANCE);
+        let candle = move || data.gradients(&data.composition(&var).unwrap(), &var);
+        (move || fused(&mut grad_logp, &mut grad_values), candle)
+    });
+}
+
+fn autograd(criterion: &mut Criterion, batch: usize, seq_len: usize) {
+    let walks = [walk(batch * seq_len)];
+    compare(criterion, "ppo_loss_autograd", &format!("f32_{batch}x{seq_len}"), &walks, || {
+        let (logp, data) = minibatch(batch, seq_len);
+        let (var, minibatch) = self::minibatch(batch, seq_len);
+        let fused = move || data.gradients(&data.fused(&logp), &logp);
+        let [grad_logp, grad_values] = fused().map(|gradient| to_vec(&gradient));
+        let theirs = minibatch.gradients(&minibatch.composition(&var).unwrap(), &var);
+        minibatch.gradients_agree([&grad_logp, &grad_values], &theirs, TOLERANCE);
+        let candle = move || minibatch.gradients(&minibatch.composition(&var).unwrap(), &var);
+        (fused, candle)
+    });
+}
+
+fn benches(criterion: &mut Criterion) {
+    forward_backward(criterion, 64, 2048);
+    forward_backward(criterion, 4096, 2048);
+    if !quick() {
+        // Linear in B and in T.
+        forward_backward(criterion, 512, 2048);
+        forward_backward(criterion, 64, 512);
+        forward_backward(criterion, 64, 8192);
+    }
+    autograd(criterion, 64, 2048);
+    autograd(criterion, 4096, 2048);
+}
+
+criterion_group!(group, benches);
+criterion_main!(group);

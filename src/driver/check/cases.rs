@@ -1,0 +1,557 @@
+//! The inputs of every op, and both sides of the comparison.
+
+use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Device, Tensor, Var};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+use super::{Op, Pass, Row};
+use crate::gae::{
+    self, gae, GaeInputs, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder,
+    ScorePlacement, ScoreScale,
+};
+use crate::kl::{self, full_kl, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
+use crate::ppo_loss::{
+    self, ppo_loss, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions,
+    PpoLossValueInputs, PpoStats,
+};
+use crate::whiten::{self, masked_whiten, masked_whiten_with, EpsPlacement, WhitenOptions};
+
+const LOGITS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+
+/// Rows and vocabulary: one column, fewer columns than a vector, and more than a block of any kernel.
+const LOGIT_SHAPES: [(usize, usize); 5] = [(3, 1), (9, 7), (16, 1000), (4, 50257), (2, 151_936)];
+
+/// Rows and tokens: one token, rows shorter and longer than a block of any kernel.
+const TOKEN_SHAPES: [(usize, usize); 4] = [(1, 2), (3, 17), (8, 700), (5, 2051)];
+
+/// How often the options of an op without an option list of its own are drawn anew.
+const DRAWS: usize = 4;
+
+const IGNORE: i64 = -100;
+
+/// How near an input may be to where a gradient jumps.
+const MARGIN: f64 = 1e-3;
+
+/// Every op, pass and dtype.
+pub(super) fn all(device: &Device, seed: u64, bound_scale: f64) -> Result<Vec<Row>> {
+    let mut draw = Draw { rng: StdRng::seed_from_u64(seed), device };
+    let mut rows = Vec::new();
+    let mut check = |op, dtype, case: &dyn Fn(&mut Draw, DType, &mut Pair) -> Result<()>| {
+        let row = |pass| Row::new(op, pass, dtype, bound_scale);
+        let mut pair = Pair { forward: row(Pass::Forward), backward: row(Pass::Backward) };
+        case(&mut draw, dtype, &mut pair)
+            .with_context(|| format!("{} in {}", op.name(), dtype.as_str()))?;
+        // Not every op has a backward.
+        rows.extend([pair.forward, pair.backward].into_iter().filter(|row| row.elements > 0));
+        anyhow::Ok(())
+    };
+    for dtype in LOGITS {
+        check(Op::Logprob, dtype, &check_logprob)?;
+    }
+    check(Op::TokenKl, DType::F32, &check_token_kl)?;
+    for dtype in LOGITS {
+        check(Op::FullKl, dtype, &check_full_kl)?;
+    }
+    check(Op::Gae, DType::F32, &check_gae)?;
+    check(Op::Whiten, DType::F32, &check_whiten)?;
+    check(Op::PpoLoss, DType::F32, &check_ppo_loss)?;
+    Ok(rows)
+}
+
+/// The two rows of an op and dtype.
+struct Pair {
+    forward: Row,
+    backward: Row,
+}
+
+/// Where inputs come from, and the device they go to.
+struct Draw<'a> {
+    rng: StdRng,
+    device: &'a Device,
+}
+
+impl Draw<'_> {
+    /// Evenly from -spread .. spread.
+    fn f32(&mut self, spread: f32) -> f32 {
+        spread * self.rng.random_range(-1.0..1.0f32)
+    }
+
+    fn values(&mut self, n: usize, center: f32, spread: f32) -> Vec<f32> {
+        (0..n).map(|_| center + self.f32(spread)).collect()
+    }
+
+    fn pick<T: Copy>(&mut self, choices: &[T]) -> T {
+        choices[self.rng.random_range(0..choices.len())]
+    }
+
+    fn flags(&mut self, n: usize, share: f64) -> Vec<u8> {
+        (0..n).map(|_| u8::from(self.rng.random_bool(share))).collect()
+    }
+
+    /// Padding and gaps; the first token of every row is kept, so that every result is defined.
+    fn mask(&mut self, [rows, width]: [usize; 2]) -> Vec<u8> {
+        let mut mask = Vec::with_capacity(rows * width);
+        for _ in 0..rows {
+            let end = self.rng.random_range(width.div_ceil(2)..=width);
+            let keep = |t| t == 0 || (t < end && self.rng.random_bool(0.9));
+            mask.extend((0..width).map(keep).map(u8::from));
+        }
+        mask
+    }
+
+    /// Values that are NaN where the mask is 0.
+    fn masked(&mut self, mask: &[u8], center: f32, spread: f32) -> Vec<f32> {
+        let values = self.values(mask.len(), center, spread);
+        values.iter().zip(mask).map(|(&v, &m)| if m == 0 { f32::NAN } else { v }).collect()
+    }
+
+    /// Peaked rows with some -inf, the same columns in all rows: tokens that may not be sampled.
+    fn logits(&mut self, rows: usize, vocab: usize) -> Vec<f32> {
+        let offset = self.pick(&[0.0, -30.0, 20.0]);
+        let mut logits = self.values(rows * vocab, offset, 5.0);
+        for row in logits.chunks_mut(vocab) {
+            for _ in 0..3 {
+                row[self.rng.random_range(0..vocab)] = offset + self.rng.random_range(8.0..20.0);
+            }
+            // Column 0 is never one of them.
+            row.iter_mut().skip(1).step_by(11).for_each(|z| *z = f32::NEG_INFINITY);
+        }
+        logits
+    }
+
+    fn tensor(&self, values: &[f32], shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_slice(values, shape, self.device)?)
+    }
+
+    fn var(&self, values: &[f32], shape: &[usize]) -> Result<Var> {
+        Ok(Var::from_tensor(&self.tensor(values, shape)?)?)
+    }
+
+    fn bytes(&self, values: &[u8], shape: &[usize]) -> Result<Tensor> {
+        Ok(Tensor::from_slice(values, shape, self.device)?)
+    }
+}
+
+/// A tensor's elements, whatever its dtype, which f64 holds exactly.
+fn wide(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_dtype(DType::F64)?.flatten_all()?.to_vec1()?)
+}
+
+fn widen(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|&v| f64::from(v)).collect()
+}
+
+fn gradient(grads: &GradStore, var: &Var) -> Result<Vec<f64>> {
+    wide(grads.get(var).context("an argument got no gradient")?)
+}
+
+fn check_logprob(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
+    for (rows, vocab) in LOGIT_SHAPES {
+        let options =
+            LogprobOptions { temperature: draw.pick(&[1.0, 0.7, 1.6]), ignore_index: Some(IGNORE) };
+        let logits = draw.logits(rows, vocab);
+        let logits = Var::from_tensor(&draw.tensor(&logits, &[rows, vocab])?.to_dtype(dtype)?)?;
+        let mut targets: Vec<i64> =
+            (0..rows).map(|_| draw.rng.random_range(0..vocab) as i64).collect();
+        targets[1] = IGNORE;
+        let ids = Tensor::new(targets.as_slice(), draw.device)?;
+        let ups = [draw.values(rows, 0.0, 1.0), draw.values(rows, 0.0, 1.0)];
+        let [up_logp, up_entropy] = &ups;
+
+        let z = wide(&logits)?;
+        let (want_logp, want_entropy) = logprob::reference::forward(&z, &targets, vocab, &options);
+        let alone = logprobs(&logits, &ids, &options)?;
+        let (logp, entropy) = logprobs_and_entropy(&logits, &ids, &options)?;
+        pair.forward.compare(&wide(&alone)?, &want_logp)?;
+        pair.forward.compare(&wide(&logp)?, &want_logp)?;
+        pair.forward.compare(&wide(&entropy)?, &want_entropy)?;
+
+        let zeros = vec![0.0; rows];
+        let want =
+            logprob::reference::backward(&z, &targets, vocab, &options, &widen(up_logp), &zeros);
+        let weighted =
+            |output: &Tensor, up: &[f32]| anyhow::Ok(output.mul(&draw.tensor(up, &[rows])?)?);
+        // A log-probability of -inf times its weight is -inf or NaN, but the gradient is defined.
+        let grads = weighted(&alone, up_logp)?.sum_all()?.backward()?;
+        pair.backward.compare(&gradient(&grads, &logits)?, &want)?;
+
+        let want = logprob::reference::backward(
+            &z,
+            &targets,
+            vocab,
+            &options,
+            &widen(up_logp),
+            &widen(up_entropy),
+        );
+        let both = (weighted(&logp, up_logp)? + weighted(&entropy, up_entropy)?)?;
+        let grads = both.sum_all()?.backward()?;
+        pair.backward.compare(&gradient(&grads, &logits)?, &want)?;
+    }
+    Ok(())
+}
+
+fn check_token_kl(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    for estimator in [
+        KlEstimator::K1,
+        KlEstimator::Abs,
+        KlEstimator::K2,
+        KlEstimator::K3,
+        KlEstimator::K3StraightThrough,
+    ] {
+        for (log_ratio_clamp, output_clamp) in [(None, None), (Some(2.0), Some(1.5))] {
+            let options = KlOptions { estimator, log_ratio_clamp, output_clamp };
+            for (batch, seq_len) in TOKEN_SHAPES {
+                token_kl_case(draw, pair, &options, [batch, seq_len])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn token_kl_case(
+    draw: &mut Draw,
+    pair: &mut Pair,
+    options: &KlOptions,
+    shape: [usize; 2],
+) -> Result<()> {
+    let free = KlOptions { estimator: options.estimator, ..KlOptions::default() };
+    let off_kinks = |d: f64| {
+        let value = kl::reference::token(d, &free).0;
+        is_clear(d, options.log_ratio_clamp) && is_clear(value, options.output_clamp)
+    };
+    let mask = draw.mask(shape);
+    let logp = draw.masked(&mask, -4.0, 4.0);
+    let ref_logp = logp.iter().map(|&logp| {
+        draw.until(|draw| logp - draw.f32(3.0), |r| off_kinks(f64::from(logp) - f64::from(r)))
+    });
+    let ref_logp: Vec<f32> = ref_logp.collect();
+    let up = draw.values(logp.len(), 0.0, 1.0);
+
+    let (x, y) = (draw.var(&logp, &shape)?, draw.var(&ref_logp, &shape)?);
+    let computed = token_kl(&x, &y, Some(&draw.bytes(&mask, &shape)?), options)?;
+    let grads = computed.mul(&draw.tensor(&up, &shape)?)?.sum_all()?.backward()?;
+
+    let (logp, ref_logp, mask) = (widen(&logp), widen(&ref_logp), Some(mask.as_slice()));
+    let want = kl::reference::token_kl(&logp, &ref_logp, mask, options);
+    pair.forward.compare(&wide(&computed)?, &want)?;
+    let want = kl::reference::token_kl_backward(&logp, &ref_logp, mask, &widen(&up), options);
+    pair.backward.compare(&gradient(&grads, &x)?, &want.0)?;
+    pair.backward.compare(&gradient(&grads, &y)?, &want.1)
+}
+
+fn check_full_kl(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
+    for (rows, vocab) in LOGIT_SHAPES {
+        for direction in [KlDirection::Forward, KlDirection::Reverse] {
+            let options = FullKlOptions { direction, temperature: draw.pick(&[1.0, 0.7, 1.6]) };
+            let shape = [rows, vocab];
+            let mut z = draw.logits(rows, vocab);
+            let mut w: Vec<f32> = z.iter().map(|&z| z + draw.f32(1.0)).collect();
+            // The last row is masked out and may hold anything.
+            let mut mask = vec![1; rows];
+            mask[rows - 1] = 0;
+            z[(rows - 1) * vocab..].fill(f32::NAN);
+            w[(rows - 1) * vocab..].fill(f32::NAN);
+            let up = draw.values(rows, 0.0, 1.0);
+
+            let var = |values: &[f32]| {
+                anyhow::Ok(Var::from_tensor(&draw.tensor(values, &shape)?.to_dtype(dtype)?)?)
+            };
+            let (x, y) = (var(&z)?, var(&w)?);
+            let computed = full_kl(&x, &y, Some(&draw.bytes(&mask, &[rows])?), &options)?;
+            let grads = computed.mul(&draw.tensor(&up, &[rows])?)?.sum_all()?.backward()?;
+
+            let (z, w, mask, up) = (wide(&x)?, wide(&y)?, Some(mask.as_slice()), widen(&up));
+            let want = kl::reference::full_kl(&z, &w, vocab, mask, &options);
+            pair.forward.compare(&wide(&computed)?, &want)?;
+            let want = kl::reference::full_kl_backward(&z, &w, vocab, mask, &up, &options);
+            pair.backward.compare(&gradient(&grads, &x)?, &want.0)?;
+            pair.backward.compare(&gradient(&grads, &y)?, &want.1)?;
+        }
+    }
+    Ok(())
+}
+
+fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    for [batch, seq_len] in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
+        for _ in 0..DRAWS {
+            let options = draw.gae_options();
+            let shape = [batch, seq_len];
+            let mask = draw.mask(shape);
+            let values = match options.shaping.placement {
+                ScorePlacement::LastToken => draw.masked(&mask, 0.0, 1.0),
+                // The value behind the last token is read.
+                ScorePlacement::AfterLastToken => draw.values(mask.len(), 0.0, 1.0),
+            };
+            let rewards = draw.masked(&mask, 0.0, 0.5);
+            let kl = draw.masked(&mask, 0.1, 1.0);
+            let (scores, bootstrap) = (draw.values(batch, 0.0, 3.0), draw.values(batch, 0.0, 1.0));
+            let has_eos = draw.flags(batch, 0.5);
+            let dones = draw.flags(mask.len(), 0.02);
+
+            let (values, rewards) = (draw.tensor(&values, &shape)?, draw.tensor(&rewards, &shape)?);
+            let kl = draw.tensor(&kl, &shape)?;
+            let (scores, bootstrap) =
+                (draw.tensor(&scores, &[batch])?, draw.tensor(&bootstrap, &[batch])?);
+            let inputs = GaeInputs {
+                values: &values,
+                rewards: Some(&rewards),
+                kl: Some(&kl),
+                scores: Some(&scores),
+                has_eos: Some(&draw.bytes(&has_eos, &[batch])?),
+                mask: Some(&draw.bytes(&mask, &shape)?),
+                dones: Some(&draw.bytes(&dones, &shape)?),
+                bootstrap: Some(&bootstrap),
+            };
+            let computed = gae(&inputs, &options)?;
+
+            let (rewards, kl) = (wide(&rewards)?, wide(&kl)?);
+            let (scores, bootstrap) = (wide(&scores)?, wide(&bootstrap)?);
+            let inputs = gae::Inputs {
+                values: &wide(&values)?,
+                rewards: Some(&rewards),
+                kl: Some(&kl),
+                scores: Some(&scores),
+                has_eos: Some(&has_eos),
+                mask: Some(&mask),
+                dones: Some(&dones),
+                bootstrap: Some(&bootstrap),
+            };
+            let want = gae::reference::gae(&inputs, batch, seq_len, &options);
+            let row = &mut pair.forward;
+            row.compare(&wide(&computed.advantages)?, &want.advantages)?;
+            row.compare(&wide(&computed.returns)?, &want.returns)?;
+            row.compare(&wide(&computed.rewards)?, &want.rewards)?;
+            let numbers = |m: whiten::Moments| [m.count as f64, m.mean, m.variance(false).sqrt()];
+            row.compare(&numbers(computed.moments), &numbers(want.moments))?;
+        }
+    }
+    Ok(())
+}
+
+fn check_whiten(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    for [batch, seq_len] in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
+        for eps_placement in [EpsPlacement::Variance, EpsPlacement::Std] {
+            for (unbiased, shift_mean) in [(true, true), (true, false), (false, true)] {
+                let options =
+                    WhitenOptions { eps_placement, unbiased, shift_mean, ..Default::default() };
+                whiten_case(draw, pair, &options, [batch, seq_len])?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn whiten_case(
+    draw: &mut Draw,
+    pair: &mut Pair,
+    options: &WhitenOptions,
+    shape: [usize; 2],
+) -> Result<()> {
+    let mut mask = draw.mask(shape);
+    mask[1] = 1; // a variance needs two
+    let mut x = draw.masked(&mask, 0.3, 2.0);
+    // And two that are apart, for a divisor that is not 0.
+    (x[0], x[1]) = (-1.0, 1.5);
+    let up = draw.values(x.len(), 0.0, 1.0);
+    let given = whiten::Moments { count: 100, mean: 0.2, m2: 150.0 };
+
+    let var = draw.var(&x, &shape)?;
+    let (bytes, weights) = (draw.bytes(&mask, &shape)?, draw.tensor(&up, &shape)?);
+    let own = masked_whiten(&var, Some(&bytes), options)?;
+    let with = masked_whiten_with(&var, Some(&bytes), &given, options)?;
+
+    let (x, mask, up) = (widen(&x), Some(mask.as_slice()), widen(&up));
+    pair.forward.compare(&wide(&own)?, &whiten::reference::masked_whiten(&x, mask, options))?;
+    let want = whiten::reference::masked_whiten_with(&x, mask, &given, options);
+    pair.forward.compare(&wide(&with)?, &want)?;
+
+    let grads = own.mul(&weights)?.sum_all()?.backward()?;
+    let want = whiten::reference::masked_whiten_backward(&x, mask, &up, options);
+    pair.backward.compare(&gradient(&grads, &var)?, &want)?;
+    let grads = with.mul(&weights)?.sum_all()?.backward()?;
+    let want = whiten::reference::masked_whiten_with_backward(mask, &given, &up, options);
+    pair.backward.compare(&gradient(&grads, &var)?, &want)
+}
+
+fn check_ppo_loss(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    let aggregations = [
+        Aggregation::TokenMean,
+        Aggregation::SeqMeanTokenSum,
+        Aggregation::SeqMeanTokenMean,
+        Aggregation::SeqMeanTokenSumNorm,
+        Aggregation::Constant(100.0),
+    ];
+    for shape in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
+        for aggregation in aggregations {
+            let options = draw.ppo_loss_options(aggregation);
+            ppo_loss_case(draw, pair, &options, shape)?;
+        }
+    }
+    Ok(())
+}
+
+fn ppo_loss_case(
+    draw: &mut Draw,
+    pair: &mut Pair,
+    options: &PpoLossOptions,
+    shape: [usize; 2],
+) -> Result<()> {
+    let mask = draw.mask(shape);
+    let logp = draw.masked(&mask, -4.0, 3.0);
+    let values = draw.masked(&mask, 0.0, 1.0);
+    let advantages = draw.masked(&mask, 0.0, 2.0);
+    let entropy = draw.masked(&mask, 2.0, 2.0);
+    let ref_logp: Vec<f32> = logp.iter().map(|&logp| logp - draw.f32(1.0)).collect();
+    let old_logp: Vec<f32> = logp.iter().map(|&logp| draw.old_logp(logp, options)).collect();
+    let (old_values, returns): (Vec<f32>, Vec<f32>) =
+        values.iter().map(|&value| draw.value_targets(value, options)).unzip();
+
+    let var = |values: &[f32]| draw.var(values, &shape);
+    let (x, v, h) = (var(&logp)?, var(&values)?, var(&entropy)?);
+    let (old, a) = (draw.tensor(&old_logp, &shape)?, draw.tensor(&advantages, &shape)?);
+    let (old_v, r) = (draw.tensor(&old_values, &shape)?, draw.tensor(&returns, &shape)?);
+    let inputs = PpoLossInputs {
+        value: Some(PpoLossValueInputs { values: &v, old_values: Some(&old_v), returns: &r }),
+        entropy: Some(&h),
+        ref_logp: Some(&draw.tensor(&ref_logp, &shape)?),
+        mask: Some(&draw.bytes(&mask, &shape)?),
+        ..PpoLossInputs::new(&x, &old, &a)
+    };
+    let computed = ppo_loss(&inputs, options)?;
+
+    let [logp, old_logp, advantages] = [logp, old_logp, advantages].map(|v| widen(&v));
+    let [values, old_values, returns] = [values, old_values, returns].map(|v| widen(&v));
+    let [entropy, ref_logp] = [entropy, ref_logp].map(|v| widen(&v));
+    let inputs = ppo_loss::Inputs {
+        batch: shape[0],
+        seq_len: shape[1],
+        logp: &logp,
+        old_logp: &old_logp,
+        advantages: &advantages,
+        value: Some(ppo_loss::ValueInputs {
+            values: &values,
+            old_values: Some(&old_values),
+            returns: &returns,
+        }),
+        entropy: Some(&entropy),
+        ref_logp: Some(&ref_logp),
+        mask: Some(&mask),
+    };
+    let want = ppo_loss::reference::ppo_loss(&inputs, options)?;
+    let weights = ppo_loss::reference::weights(Some(&mask), shape[0], shape[1], options)?;
+
+    // The aggregated terms as weighted means, of magnitude 1 whatever the weights add up to.
+    let total: f64 = weights.iter().sum();
+    let means = |stats: &PpoStats| {
+        let mut array = stats.to_array();
+        array[..3].iter_mut().for_each(|aggregated| *aggregated /= total);
+        array
+    };
+    pair.forward.compare(&means(&computed.stats.to_host()?), &means(&want.stats))?;
+    let loss = f64::from(computed.loss.to_scalar::<f32>()?);
+    pair.forward.compare(&[loss / total], &[want.stats.loss / total])?;
+
+    // Likewise the gradients: an upstream gradient that makes the largest weight 1.
+    let scale = weights.iter().copied().fold(0.0, f64::max).recip();
+    let grads = (&computed.loss * scale)?.backward()?;
+    let scaled = |gradient: &[f64]| gradient.iter().map(|g| g * scale).collect::<Vec<_>>();
+    pair.backward.compare(&gradient(&grads, &x)?, &scaled(&want.grad_logp))?;
+    pair.backward.compare(&gradient(&grads, &v)?, &scaled(&want.grad_values))?;
+    if options.entropy_coef != 0.0 {
+        pair.backward.compare(&gradient(&grads, &h)?, &scaled(&want.grad_entropy))?;
+    }
+    Ok(())
+}
+
+/// Whether |x| is not near the limit.
+fn is_clear(x: f64, limit: Option<f64>) -> bool {
+    limit.is_none_or(|limit| (x.abs() - limit).abs() > MARGIN)
+}
+
+/// Options, and values that stay off the kinks that they make.
+impl Draw<'_> {
+    /// The first of a sequence of values that is right; a NaN is, since it is masked.
+    fn until(&mut self, next: impl Fn(&mut Self) -> f32, right: impl Fn(f32) -> bool) -> f32 {
+        loop {
+            let value = next(self);
+            if value.is_nan() || right(value) {
+                return value;
+            }
+        }
+    }
+
+    fn gae_options(&mut self) -> GaeOptions {
+        GaeOptions {
+            gamma: self.pick(&[1.0, 0.99]),
+            lambda: self.pick(&[0.95, 0.5, 1.0]),
+            value_lambda: self.pick(&[None, Some(0.9)]),
+            mask_mode: self.pick(&[MaskMode::Carry, MaskMode::Multiply]),
+            shaping: RewardShaping {
+                kl_coef: 0.05,
+                placement: self.pick(&[ScorePlacement::LastToken, ScorePlacement::AfterLastToken]),
+                scale: self.pick(&[None, Some(ScoreScale { mean: 0.3, std: 1.7 })]),
+                clip: self.pick(&[None, Some(1.5)]),
+                order: self.pick(&[ScoreOrder::ScaleThenClip, ScoreOrder::ClipThenScale]),
+                missing_eos: self.pick(&[
+                    MissingEos::Keep,
+                    MissingEos::Subtract(1.0),
+                    MissingEos::Replace(-1.0),
+                ]),
+            },
+        }
+    }
+
+    fn ppo_loss_options(&mut self, aggregation: Aggregation) -> PpoLossOptions {
+        let estimator = self.pick(&[KlEstimator::K1, KlEstimator::K2, KlEstimator::K3]);
+        PpoLossOptions {
+            clip_range_high: self.pick(&[None, Some(0.3)]),
+            dual_clip: self.pick(&[None, Some(2.0)]),
+            log_ratio_clamp: self.pick(&[None, Some(1.2), Some(20.0)]),
+            value_clip_range: self.pick(&[None, Some(0.2)]),
+            value_coef: 0.5,
+            entropy_coef: self.pick(&[0.0, 0.01]),
+            kl_coef: self.pick(&[0.0, 0.1]),
+            kl: KlOptions { estimator, ..KlOptions::default() },
+            clip_fraction: self
+                .pick(&[ClipFractionKind::ClippedBranch, ClipFractionKind::RatioOutside]),
+            aggregation,
+            ..PpoLossOptions::default()
+        }
+    }
+
+    /// Such that the ratio is not near a bound.
+    fn old_logp(&mut self, logp: f32, options: &PpoLossOptions) -> f32 {
+        let high = 1.0 + options.clip_range_high.unwrap_or(options.clip_range);
+        let bounds = [Some(1.0 - options.clip_range), Some(high), options.dual_clip];
+        self.until(
+            |draw| logp - draw.f32(1.5),
+            |old_logp| {
+                let d = f64::from(logp) - f64::from(old_logp);
+                is_clear(d, options.log_ratio_clamp)
+                    && bounds.iter().all(|&bound| is_clear(d.exp(), bound))
+            },
+        )
+    }
+
+    /// An old value and a return for which it is clear whether the clipped error is the larger one.
+    fn value_targets(&mut self, value: f32, options: &PpoLossOptions) -> (f32, f32) {
+        let Some(range) = options.value_clip_range else {
+            return (value + self.f32(0.5), value + self.f32(1.0));
+        };
+        let moved = |old: f32| f64::from(value) - f64::from(old);
+        let old = self.until(|draw| value + draw.f32(0.5), |old| is_clear(moved(old), Some(range)));
+        let clipped = f64::from(old) + moved(old).clamp(-range, range);
+        let error = |value: f64, target: f32| (value - f64::from(target)).abs();
+        let target = self.until(
+            |draw| value + draw.f32(1.0),
+            |target| {
+                let (free, bound) = (error(f64::from(value), target), error(clipped, target));
+                moved(old).abs() < range || (free - bound).abs() > MARGIN
+            },
+        );
+        (old, target)
+    }
+}
