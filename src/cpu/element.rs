@@ -1,6 +1,5 @@
 //! The element types the ops take.
 
-use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
 mod sealed {
@@ -13,17 +12,14 @@ mod sealed {
 }
 
 /// An element type of logits: `f32`, `f16` or `bf16`. Arithmetic is in `f32` whatever it is.
+///
+/// The conversions are branch-free, so that a loop over logits widens and narrows in registers.
 pub trait Logit: sealed::Sealed + Copy + Send + Sync + 'static {
-    /// The values of `source` as `f32`: itself, or `buffer` filled with them.
-    ///
-    /// `buffer` must be at least as long as `source`.
-    fn widen<'a>(source: &'a [Self], buffer: &'a mut [f32]) -> &'a [f32];
-
-    /// One value as `f32`.
+    /// The value as `f32`, which holds it exactly.
     fn to_f32(self) -> f32;
 
-    /// Rounds `source` to nearest even into `target`, of the same length.
-    fn narrow(source: &[f32], target: &mut [Self]);
+    /// The value next to `x`; of two, the even one.
+    fn from_f32(x: f32) -> Self;
 
     /// The value zero.
     const ZERO: Self;
@@ -33,18 +29,13 @@ impl Logit for f32 {
     const ZERO: Self = 0.0;
 
     #[inline(always)]
-    fn widen<'a>(source: &'a [f32], _buffer: &'a mut [f32]) -> &'a [f32] {
-        source
-    }
-
-    #[inline(always)]
     fn to_f32(self) -> f32 {
         self
     }
 
     #[inline(always)]
-    fn narrow(source: &[f32], target: &mut [f32]) {
-        target.copy_from_slice(source);
+    fn from_f32(x: f32) -> f32 {
+        x
     }
 }
 
@@ -52,28 +43,17 @@ impl Logit for bf16 {
     const ZERO: Self = bf16::ZERO;
 
     #[inline(always)]
-    fn widen<'a>(source: &'a [bf16], buffer: &'a mut [f32]) -> &'a [f32] {
-        let buffer = &mut buffer[..source.len()];
-        for (wide, narrow) in buffer.iter_mut().zip(source) {
-            *wide = f32::from_bits(u32::from(narrow.to_bits()) << 16);
-        }
-        buffer
-    }
-
-    #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
     #[inline(always)]
-    fn narrow(source: &[f32], target: &mut [bf16]) {
-        for (narrow, wide) in target.iter_mut().zip(source) {
-            let bits = wide.to_bits();
-            let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
-            // Rounding could carry a NaN's payload into infinity.
-            let quiet = (bits >> 16) | 0x40;
-            *narrow = bf16::from_bits(if wide.is_nan() { quiet } else { rounded } as u16);
-        }
+    fn from_f32(x: f32) -> bf16 {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+        // Rounding could carry a NaN's payload into infinity.
+        let quiet = (bits >> 16) | 0x40;
+        bf16::from_bits(if x.is_nan() { quiet } else { rounded } as u16)
     }
 }
 
@@ -81,20 +61,30 @@ impl Logit for f16 {
     const ZERO: Self = f16::ZERO;
 
     #[inline(always)]
-    fn widen<'a>(source: &'a [f16], buffer: &'a mut [f32]) -> &'a [f32] {
-        let buffer = &mut buffer[..source.len()];
-        source.convert_to_f32_slice(buffer);
-        buffer
-    }
-
-    #[inline(always)]
     fn to_f32(self) -> f32 {
-        f16::to_f32(self)
+        const INFINITY: u32 = 0x7c00;
+        let bits = u32::from(self.to_bits());
+        let magnitude = bits & 0x7fff;
+        // The exponent's bias is 112 less; a product also does subnormals.
+        let scaled = f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23);
+        let special = if magnitude >= INFINITY { f32::INFINITY.to_bits() } else { 0 };
+        f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
     }
 
     #[inline(always)]
-    fn narrow(source: &[f32], target: &mut [f16]) {
-        target.convert_from_f32_slice(source);
+    fn from_f32(x: f32) -> f16 {
+        const OVERFLOW: u32 = (127 + 16) << 23;
+        const NORMAL: u32 = (127 - 14) << 23;
+        let sign = x.to_bits() & 0x8000_0000;
+        let magnitude = x.to_bits() ^ sign;
+        let odd = (magnitude >> 13) & 1;
+        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + odd) >> 13;
+        // The last bit of a number in 0.5..1 is the last one of a subnormal: the addition rounds.
+        let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5_f32.to_bits());
+        let special = if x.is_nan() { 0x7e00 } else { 0x7c00 };
+        let rounded = if magnitude < NORMAL { subnormal } else { normal };
+        let rounded = if magnitude >= OVERFLOW { special } else { rounded };
+        f16::from_bits((rounded | sign >> 16) as u16)
     }
 }
 
@@ -115,5 +105,40 @@ impl TokenId for i64 {
     #[inline(always)]
     fn id(self) -> i64 {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_half_is_widened_exactly() {
+        for bits in 0..=u16::MAX {
+            let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
+            let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+            assert!(same(Logit::to_f32(half), half.to_f32()), "{bits:#x}");
+            assert!(same(Logit::to_f32(brain), brain.to_f32()), "{bits:#x}");
+        }
+    }
+
+    #[test]
+    fn floats_are_rounded_to_the_nearest_half() {
+        // Every 251st float, and around each half the floats at which rounding turns.
+        let near = |x: f32| {
+            [-0x1001_i32, -0x1000, -0xfff, -1, 0, 1, 0xfff, 0x1000, 0x1001]
+                .map(|step| f32::from_bits(x.to_bits().wrapping_add_signed(step)))
+        };
+        let halves = (0..=u16::MAX).flat_map(|bits| near(f16::from_bits(bits).to_f32()));
+        let floats = (0..=u32::MAX).step_by(251).map(f32::from_bits).chain(halves);
+        for x in floats {
+            let (half, brain) = (<f16 as Logit>::from_f32(x), <bf16 as Logit>::from_f32(x));
+            if x.is_nan() {
+                assert!(half.is_nan() && brain.is_nan());
+            } else {
+                assert_eq!(half.to_bits(), f16::from_f32(x).to_bits(), "{x:e}");
+                assert_eq!(brain.to_bits(), bf16::from_f32(x).to_bits(), "{x:e}");
+            }
+        }
     }
 }

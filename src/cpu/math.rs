@@ -1,67 +1,149 @@
 //! Branch-free `f32` math that the compiler can vectorise; call it inside [`super::vectorise`].
 
+use super::Logit;
+
 /// Independent accumulators of a reduction: enough lanes to fill the vector unit, and a fixed
 /// number, so that the order of additions does not depend on the machine's width.
 pub(crate) const LANES: usize = 16;
 
+/// Below this [`exp_factors`] gives 0.
+pub(crate) const EXP_FLOOR: f32 = -88.0;
+
+const OVERFLOW: f32 = 88.722_84;
+const UNDERFLOW: f32 = -87.336_54;
+
 /// e^x within 2 ulp for every x with a normal result; 0 where e^x < 2^-126, +inf above 88.73,
 /// NaN for NaN.
-///
-/// Cody-Waite reduction to |r| <= ln(2)/2, then a degree-6 polynomial (coefficients of Cephes'
-/// `expf`), then a multiplication by 2^n in two steps, since 2^128 is not a float.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    const LN2_HI: f32 = 0.693_359_4;
-    const LN2_LO: f32 = -2.121_944_4e-4;
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    const OVERFLOW: f32 = 88.722_84;
-    const UNDERFLOW: f32 = -87.336_54;
-
-    // Comparisons, not min and max: those would drop NaN.
-    let clamped = if x > OVERFLOW { OVERFLOW } else { x };
-    let clamped = if clamped < UNDERFLOW { UNDERFLOW } else { clamped };
-
-    let shifted = clamped.mul_add(LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = n.mul_add(-LN2_HI, clamped);
-    let r = n.mul_add(-LN2_LO, r);
-
-    let p = 1.987_569_1e-4_f32;
-    let p = p.mul_add(r, 1.398_199_9e-3);
-    let p = p.mul_add(r, 8.333_452e-3);
-    let p = p.mul_add(r, 4.166_579_5e-2);
-    let p = p.mul_add(r, 1.666_666_5e-1);
-    let p = p.mul_add(r, 5e-1);
-    let p = p.mul_add(r * r, r) + 1.0;
-
-    let n = shifted.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-    let half = n >> 1;
-    let scale = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
-    let y = p * scale(half) * scale(n.wrapping_sub(half));
-
-    let y = if x > OVERFLOW { f32::INFINITY } else { y };
-    if x < UNDERFLOW {
-        0.0
-    } else {
+    let (p, exponent) = exp_parts(x);
+    // An addition to the exponent, not a product: 2^128 is not a float, e^88.5 is.
+    let y = f32::from_bits(p.to_bits().wrapping_add(exponent.wrapping_sub(127) << 23));
+    let y = if x < UNDERFLOW { 0.0 } else { y };
+    // Of NaN the sum is NaN.
+    if x <= OVERFLOW {
         y
+    } else {
+        x + f32::INFINITY
+    }
+}
+
+/// Two factors of e^x, for x from [`EXP_FLOOR`] to 88 and NaN: a sum takes them in with one fused
+/// multiply-add. Their product is within 2 ulp where it is normal, and 0 from -87.7 down.
+#[inline(always)]
+pub(crate) fn exp_factors(x: f32) -> (f32, f32) {
+    let (p, exponent) = exp_parts(x);
+    (p, f32::from_bits(exponent << 23))
+}
+
+/// e^x = p 2^n with p in 0.7..1.42: p, and n + 127 in the lowest 9 bits.
+///
+/// n is the integer next to x log2(e), and p the polynomial of degree 6 with the least relative
+/// error to 2^r over |r| <= 1/2, 2.6e-9, among those that are 1 at r = 0.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, u32) {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LOG2_E_LOW: f32 = (std::f64::consts::LOG2_E - LOG2_E as f64) as f32;
+    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+    const ROUND: f32 = 12_582_912.0 + 127.0;
+
+    let shifted = x.mul_add(LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = x.mul_add(LOG2_E, -n);
+    let r = x.mul_add(LOG2_E_LOW, r);
+
+    let p = 1.559_467_8e-4_f32;
+    let p = p.mul_add(r, 1.340_664_4e-3);
+    let p = p.mul_add(r, 9.617_693e-3);
+    let p = p.mul_add(r, 5.550_310_5e-2);
+    let p = p.mul_add(r, 2.402_265_3e-1);
+    let p = p.mul_add(r, 6.931_472_2e-1);
+    let p = p.mul_add(r, 1.0);
+    (p, shifted.to_bits())
+}
+
+/// `x`, or `floor` if that is larger. A comparison, not `f32::max`: NaN stays NaN.
+#[inline(always)]
+pub(crate) fn at_least(x: f32, floor: f32) -> f32 {
+    if x < floor {
+        floor
+    } else {
+        x
+    }
+}
+
+/// Calls `body` on `LANES` logits at a time, the last of them filled up with -inf.
+#[inline(always)]
+pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LANES])) {
+    let (chunks, rest) = z.as_chunks();
+    for z in chunks {
+        body(z);
+    }
+    if !rest.is_empty() {
+        body(&filled_up(rest));
+    }
+}
+
+/// [`for_lanes`] over two rows side by side.
+#[inline(always)]
+pub(crate) fn for_lanes2<T: Logit>(
+    z: &[T],
+    w: &[T],
+    mut body: impl FnMut(&[T; LANES], &[T; LANES]),
+) {
+    let ((chunks_z, rest_z), (chunks_w, rest_w)) = (z.as_chunks(), w.as_chunks());
+    for (z, w) in chunks_z.iter().zip(chunks_w) {
+        body(z, w);
+    }
+    if !rest_z.is_empty() {
+        body(&filled_up(rest_z), &filled_up(rest_w));
+    }
+}
+
+#[inline(always)]
+fn filled_up<T: Logit>(rest: &[T]) -> [T; LANES] {
+    let mut lanes = [T::from_f32(f32::NEG_INFINITY); LANES];
+    lanes[..rest.len()].copy_from_slice(rest);
+    lanes
+}
+
+/// `x`, or `max` if that is larger or x is NaN.
+#[inline(always)]
+pub(crate) fn larger(x: f32, max: f32) -> f32 {
+    if x > max {
+        x
+    } else {
+        max
     }
 }
 
 /// The largest element, or -inf for none. NaN is skipped: its `exp` brings it back.
 #[inline(always)]
-pub(crate) fn max(values: &[f32]) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
+pub(crate) fn max<T: Logit>(values: &[T]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    let mut chunks = values.chunks_exact(LANES);
-    for chunk in &mut chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane = larger(*lane, x);
+    for_lanes(
+        values,
+        #[inline(always)]
+        |values| {
+            for lane in 0..LANES {
+                lanes[lane] = larger(values[lane].to_f32(), lanes[lane]);
+            }
+        },
+    );
+    max_lanes(lanes)
+}
+
+/// The largest lane.
+#[inline(always)]
+pub(crate) fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] = larger(lanes[i + width], lanes[i]);
         }
+        width /= 2;
     }
-    let rest = chunks.remainder().iter().copied();
-    lanes.into_iter().chain(rest).fold(f32::NEG_INFINITY, larger)
+    lanes[0]
 }
 
 /// Adds the lanes up as a balanced tree.
@@ -116,7 +198,7 @@ mod tests {
 
     #[test]
     fn max_skips_nan_and_takes_the_remainder() {
-        assert_eq!(max(&[]), f32::NEG_INFINITY);
+        assert_eq!(max::<f32>(&[]), f32::NEG_INFINITY);
         let mut values = vec![f32::NAN; 37];
         values[36] = 3.0;
         values[5] = -1.0;

@@ -18,3 +18,19 @@ pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
 pub(crate) fn vectorise<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
+
+/// Asks for the memory that lies `offset` elements from `data`, as much of it, to be brought into the
+/// cache, where a loop does so much or goes such a way that the hardware does not foresee it. A hint:
+/// there may be nothing of ours at that place, and where Rust has no way to say it nothing is done.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T], offset: isize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(data)).step_by(64) {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        let address = data.as_ptr().wrapping_offset(offset).cast::<i8>().wrapping_add(line);
+        // SAFETY: a prefetch reads nothing, and of an address that is not mapped it does nothing.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, offset);
+}

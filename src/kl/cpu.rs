@@ -1,16 +1,24 @@
 //! The fused CPU implementation, see [`super`] for the formulas. The exact KL walks the two rows once,
-//! side by side, in blocks that stay in the L1 cache, with running (maximum, sum, weighted sum).
+//! side by side, with running (maximum, sum, weighted sum). Long rows are cut into segments that are
+//! shared out to threads, and merged in an order that depends on the rows' length only.
 
 use super::{FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
-use crate::cpu::math::{exp, max, sum_lanes, LANES};
-use crate::cpu::{for_each, vectorise, Logit, RowsMut};
+use crate::cpu::math::{
+    at_least, exp, exp_factors, for_lanes2, larger, max, max_lanes, sum_lanes, EXP_FLOOR, LANES,
+};
+use crate::cpu::{for_each, reduce, vectorise, Logit, RowsMut};
 use crate::error::{Error, Result};
 
-/// Columns of a block: with both rows widened and one gradient, 12 KiB of f32.
-const BLOCK: usize = 1024;
+/// Columns between two looks at the maxima, and of one pass of the gradient: 8 KiB of f32 in each
+/// row, which are in the L1 cache still when they are read again.
+const BLOCK: usize = 2048;
 
-/// Logits a thread takes at a time, of each of the two tensors.
+/// Columns of a segment, and logits a thread takes at a time, of each of the two tensors.
 const GRAIN: usize = 32 * 1024;
+
+/// How far above the maximum so far x may be before its sums are taken anew: e^8 costs them no
+/// digits.
+const HEADROOM: f32 = 8.0;
 
 /// Tokens a thread takes at a time: what it writes stays in the L1 cache until it is masked.
 const TOKEN_GRAIN: usize = 4096;
@@ -310,9 +318,7 @@ pub fn full_backward<T: Logit>(
             if !inputs.keeps(row) || grad_kl[row] == 0.0 {
                 fill(grad_z, grad_w, T::ZERO);
             } else if of_row[0].is_nan() {
-                let mut nan = [T::ZERO];
-                T::narrow(&[f32::NAN], &mut nan);
-                fill(grad_z, grad_w, nan[0]);
+                fill(grad_z, grad_w, T::from_f32(f32::NAN));
             } else {
                 let slopes = Slopes::new(of_row, scale, grad_kl[row]);
                 slopes.write_rows(inputs.row(z, row), inputs.row(w, row), grad_z, grad_w);
@@ -387,22 +393,52 @@ impl Sums {
     };
 
     fn of_rows<T: Logit>(z: &[T], w: &[T], scale: f32) -> Sums {
-        let mut sums = Sums::NONE;
-        let (mut wide_z, mut wide_w) = ([0.0; BLOCK], [0.0; BLOCK]);
-        for (z, w) in z.chunks(BLOCK).zip(w.chunks(BLOCK)) {
+        let of_segment = |_, _, (z, w): (&[T], &[T])| {
             vectorise(
                 #[inline(always)]
                 || {
-                    let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
-                    sums = sums.rebase(max(z), max(w), scale).add(z, w, scale);
+                    let mut sums = Sums::NONE;
+                    for (z, w) in z.chunks(BLOCK).zip(w.chunks(BLOCK)) {
+                        sums = sums.add(z, w, scale);
+                    }
+                    sums
                 },
-            );
+            )
+        };
+        reduce(z.len(), GRAIN, (z, w), of_segment, |a, b| a.merge(b, scale))
+    }
+
+    /// With one more block.
+    #[inline(always)]
+    fn add<T: Logit>(self, z: &[T], w: &[T], scale: f32) -> Sums {
+        let empty = self.max_z == f32::NEG_INFINITY || self.max_w == f32::NEG_INFINITY;
+        let start = if empty { self.rebase(max(z), max(w), scale) } else { self };
+        let (sums, max_z, max_w) = start.add_below(z, w, scale);
+        let above_z = (max_z - start.max_z) * scale;
+        let above_w = (max_w - start.max_w) * scale;
+        if above_z > HEADROOM || above_w > HEADROOM {
+            start.rebase(max_z, max_w, scale).add_below(z, w, scale).0
+        } else {
+            sums.rebase(max_z, max_w, scale)
         }
-        sums
+    }
+
+    fn merge(self, other: Sums, scale: f32) -> Sums {
+        let a = self.rebase(other.max_z, other.max_w, scale);
+        let b = other.rebase(self.max_z, self.max_w, scale);
+        Sums {
+            sum_z: a.sum_z + b.sum_z,
+            sum_w: a.sum_w + b.sum_w,
+            weighted: a.weighted + b.weighted,
+            ..a
+        }
     }
 
     /// The same sums with respect to maxima that include these.
     fn rebase(self, max_z: f32, max_w: f32, scale: f32) -> Sums {
+        if !(max_z > self.max_z || max_w > self.max_w) {
+            return self;
+        }
         let shift = |from: f32, to: f32| {
             // From -inf there is nothing to shift: the sums are 0, or NaN or +inf and stay so.
             if to > from && from > f32::NEG_INFINITY {
@@ -422,43 +458,49 @@ impl Sums {
         }
     }
 
-    /// With one more block, whose maxima are included already.
+    /// With one more block whose logits are not far above the maxima, and their own maxima.
     #[inline(always)]
-    fn add(self, z: &[f32], w: &[f32], scale: f32) -> Sums {
+    fn add_below<T: Logit>(self, z: &[T], w: &[T], scale: f32) -> (Sums, f32, f32) {
         // With -inf throughout, -inf - -inf would make NaN of legal columns of probability 0.
         let base = |max: f32| if max == f32::NEG_INFINITY { 0.0 } else { max };
-        let (max_z, max_w) = (base(self.max_z), base(self.max_w));
-        let terms = |z: f32, w: f32| {
-            let (x, y) = ((z - max_z) * scale, (w - max_w) * scale);
-            let (p, q) = (exp(x), exp(y));
-            let term = if p == 0.0 { 0.0 } else { p * (x - y) };
-            // Not left to x - y: p may be above 0 and yet too small for f32.
-            let outside = (w == f32::NEG_INFINITY) & (z > f32::NEG_INFINITY);
-            (p, q, if outside { f32::INFINITY } else { term })
-        };
-        let (mut sum_z, mut sum_w, mut weighted) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
-        let (mut chunks_z, mut chunks_w) = (z.chunks_exact(LANES), w.chunks_exact(LANES));
-        for (z, w) in (&mut chunks_z).zip(&mut chunks_w) {
-            for lane in 0..LANES {
-                let (p, q, term) = terms(z[lane], w[lane]);
-                sum_z[lane] += p;
-                sum_w[lane] += q;
-                weighted[lane] += term;
-            }
-        }
-        let rest = chunks_z.remainder().iter().zip(chunks_w.remainder());
-        for (lane, (&z, &w)) in rest.enumerate() {
-            let (p, q, term) = terms(z, w);
-            sum_z[lane] += p;
-            sum_w[lane] += q;
-            weighted[lane] += term;
-        }
-        Sums {
+        let (base_z, base_w) = (base(self.max_z), base(self.max_w));
+        let mut max_z = [f32::NEG_INFINITY; LANES];
+        let mut max_w = [f32::NEG_INFINITY; LANES];
+        let mut max_gap = [f32::NEG_INFINITY; LANES];
+        let mut sum_z = [0.0; LANES];
+        let mut sum_w = [0.0; LANES];
+        let mut weighted = [0.0; LANES];
+        for_lanes2(
+            z,
+            w,
+            #[inline(always)]
+            |z, w| {
+                for lane in 0..LANES {
+                    let (z, w) = (z[lane].to_f32(), w[lane].to_f32());
+                    max_z[lane] = larger(z, max_z[lane]);
+                    max_w[lane] = larger(w, max_w[lane]);
+                    let (x, y) = ((z - base_z) * scale, (w - base_w) * scale);
+                    let p = e_to(x);
+                    let (q, power) = exp_factors(at_least(y, EXP_FLOOR));
+                    let gap = x - y;
+                    max_gap[lane] = larger(gap, max_gap[lane]);
+                    sum_z[lane] += p;
+                    sum_w[lane] = q.mul_add(power, sum_w[lane]);
+                    let more = p.mul_add(gap, weighted[lane]);
+                    weighted[lane] = if p == 0.0 { weighted[lane] } else { more };
+                }
+            },
+        );
+        // Where q = 0 and p is not. Not left to the sum: p may be too small for f32.
+        let outside = max_lanes(max_gap) == f32::INFINITY;
+        let weighted = if outside { f64::INFINITY } else { f64::from(sum_lanes(weighted)) };
+        let sums = Sums {
             sum_z: self.sum_z + f64::from(sum_lanes(sum_z)),
             sum_w: self.sum_w + f64::from(sum_lanes(sum_w)),
-            weighted: self.weighted + f64::from(sum_lanes(weighted)),
+            weighted: self.weighted + weighted,
             ..self
-        }
+        };
+        (sums, max_lanes(max_z), max_lanes(max_w))
     }
 
     /// In the order of [`STATS`].
@@ -507,39 +549,34 @@ impl Slopes {
         self,
         z: &[T],
         w: &[T],
-        mut grad_z: Option<&mut [T]>,
-        mut grad_w: Option<&mut [T]>,
+        grad_z: Option<&mut [T]>,
+        grad_w: Option<&mut [T]>,
     ) {
-        let (mut wide_z, mut wide_w, mut out) = ([0.0; BLOCK], [0.0; BLOCK], [0.0; BLOCK]);
-        for (block, (z, w)) in z.chunks(BLOCK).zip(w.chunks(BLOCK)).enumerate() {
-            let columns = block * BLOCK..block * BLOCK + z.len();
-            let out = &mut out[..z.len()];
+        // A block at a time, so that the second gradient finds the logits in the L1 cache.
+        for_each(z.len(), BLOCK, ((z, w), grad_z, grad_w), |_, _, ((z, w), grad_z, grad_w)| {
             vectorise(
                 #[inline(always)]
                 || {
-                    let (z, w) = (T::widen(z, &mut wide_z), T::widen(w, &mut wide_w));
-                    if let Some(grad) = &mut grad_z {
-                        for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
-                            *o = self.z_slope(z, w);
+                    if let Some(grad) = grad_z {
+                        for ((grad, z), w) in grad.iter_mut().zip(z).zip(w) {
+                            *grad = T::from_f32(self.z_slope(z.to_f32(), w.to_f32()));
                         }
-                        T::narrow(out, &mut grad[columns.clone()]);
                     }
-                    if let Some(grad) = &mut grad_w {
-                        for ((o, &z), &w) in out.iter_mut().zip(z).zip(w) {
-                            *o = self.w_slope(z, w);
+                    if let Some(grad) = grad_w {
+                        for ((grad, z), w) in grad.iter_mut().zip(z).zip(w) {
+                            *grad = T::from_f32(self.w_slope(z.to_f32(), w.to_f32()));
                         }
-                        T::narrow(out, &mut grad[columns]);
                     }
                 },
             );
-        }
+        });
     }
 
     /// p (x - y - gap), and 0 where z is -inf.
     #[inline(always)]
     fn z_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        let p = exp(x) * self.norm_z;
+        let p = e_to(x) * self.norm_z;
         let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
         if z == f32::NEG_INFINITY {
             0.0
@@ -552,8 +589,15 @@ impl Slopes {
     #[inline(always)]
     fn w_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        self.grad_w * (exp(y) * self.norm_w - exp(x) * self.norm_z)
+        self.grad_w * (e_to(y) * self.norm_w - e_to(x) * self.norm_z)
     }
+}
+
+/// e^x for x up to 0.
+#[inline(always)]
+fn e_to(x: f32) -> f32 {
+    let (p, power) = exp_factors(at_least(x, EXP_FLOOR));
+    p * power
 }
 
 #[cfg(test)]

@@ -1,20 +1,25 @@
-//! The fused CPU implementation. Rows are shared out to threads; a row is walked once, in blocks
-//! that stay in the L1 cache, with a running (maximum, sum, weighted sum).
+//! The fused CPU implementation. Rows are shared out to threads, and long rows are cut into segments
+//! that are. A segment is walked once, with a running (maximum, sum, weighted sum); those of a row's
+//! segments are merged in an order that depends on the row's length only.
 
 use super::{LogprobOptions, OP};
-use crate::cpu::math::{exp, max, sum_lanes, LANES};
-use crate::cpu::{for_each, vectorise, Logit, Rows, RowsMut, TokenId};
+use crate::cpu::math::{
+    at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, EXP_FLOOR, LANES,
+};
+use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut, TokenId};
 use crate::error::{Error, Result};
 
-/// Columns of a block: 8 KiB of f32, a quarter of the smallest L1 in use.
+/// Columns between two looks at the maximum: 8 KiB of f32, which are in the L1 cache still should
+/// they have to be read again.
 const BLOCK: usize = 2048;
 
-/// Elements a thread takes at a time: some 10 us of work, far above the cost of handing it out.
+/// Columns of a segment, and elements a thread takes at a time: some 5 us of work, far above the cost
+/// of handing it out.
 const GRAIN: usize = 32 * 1024;
 
-/// Logits of probability below e^-150 count as if at e^-150, which is 0 in f32: so that
-/// p x is 0 and not 0 * inf.
-const FLOOR: f32 = -150.0;
+/// How far above the maximum so far x may be before its sums are taken anew: e^8 costs them no
+/// digits.
+const HEADROOM: f32 = 8.0;
 
 /// What the forward pass writes, one value a row.
 pub struct Outputs<'a> {
@@ -214,18 +219,31 @@ impl Sums {
     const NONE: Sums = Sums { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 };
 
     fn of_row<T: Logit, const ENTROPY: bool>(row: &[T], scale: f32) -> Sums {
-        let mut sums = Sums::NONE;
-        let mut buffer = [0.0; BLOCK];
-        for block in row.chunks(BLOCK) {
+        let of_segment = |_, _, segment: &[T]| {
             vectorise(
                 #[inline(always)]
                 || {
-                    let z = T::widen(block, &mut buffer);
-                    sums = sums.rebase(max(z), scale).add::<ENTROPY>(z, scale);
+                    let mut sums = Sums::NONE;
+                    for block in segment.chunks(BLOCK) {
+                        sums = sums.add::<T, ENTROPY>(block, scale);
+                    }
+                    sums
                 },
-            );
+            )
+        };
+        reduce(row.len(), GRAIN, row, of_segment, |a, b| a.merge(b, scale))
+    }
+
+    /// With one more block.
+    #[inline(always)]
+    fn add<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> Sums {
+        let start = if self.max > f32::NEG_INFINITY { self } else { self.rebase(max(z), scale) };
+        let (sums, max) = start.add_below::<T, ENTROPY>(z, scale);
+        if (max - start.max) * scale > HEADROOM {
+            start.rebase(max, scale).add_below::<T, ENTROPY>(z, scale).0
+        } else {
+            sums.rebase(max, scale)
         }
-        sums
     }
 
     /// The same sums with respect to a maximum that includes `other`.
@@ -247,34 +265,41 @@ impl Sums {
         }
     }
 
+    fn merge(self, other: Sums, scale: f32) -> Sums {
+        let (a, b) = (self.rebase(other.max, scale), other.rebase(self.max, scale));
+        Sums { max: a.max, sum: a.sum + b.sum, weighted: a.weighted + b.weighted }
+    }
+
+    /// With one more block whose logits are not far above the maximum, and their own maximum.
     #[inline(always)]
-    fn add<const ENTROPY: bool>(self, z: &[f32], scale: f32) -> Sums {
+    fn add_below<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> (Sums, f32) {
         // With -inf throughout, -inf - -inf would make NaN of legal masked columns.
-        let max = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
-        let term = |z: f32| {
-            let x = (z - max) * scale;
-            let e = exp(x);
-            (e, if ENTROPY { e * if x < FLOOR { FLOOR } else { x } } else { 0.0 })
-        };
-        let (mut sum, mut weighted) = ([0.0; LANES], [0.0; LANES]);
-        let mut chunks = z.chunks_exact(LANES);
-        for chunk in &mut chunks {
-            for lane in 0..LANES {
-                let (e, w) = term(chunk[lane]);
-                sum[lane] += e;
-                weighted[lane] += w;
-            }
-        }
-        for (lane, &z) in chunks.remainder().iter().enumerate() {
-            let (e, w) = term(z);
-            sum[lane] += e;
-            weighted[lane] += w;
-        }
-        Sums {
+        let base = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
+        let mut max = [f32::NEG_INFINITY; LANES];
+        let mut sum = [0.0; LANES];
+        let mut weighted = [0.0; LANES];
+        for_lanes(
+            z,
+            #[inline(always)]
+            |z| {
+                for lane in 0..LANES {
+                    let z = z[lane].to_f32();
+                    max[lane] = larger(z, max[lane]);
+                    let x = at_least((z - base) * scale, EXP_FLOOR);
+                    let (p, power) = exp_factors(x);
+                    sum[lane] = p.mul_add(power, sum[lane]);
+                    if ENTROPY {
+                        weighted[lane] = (p * power).mul_add(x, weighted[lane]);
+                    }
+                }
+            },
+        );
+        let sums = Sums {
             max: self.max,
             sum: self.sum + sum_lanes(sum),
             weighted: self.weighted + sum_lanes(weighted),
-        }
+        };
+        (sums, max_lanes(max))
     }
 
     /// ln Σ e^x; NaN for a row that has no distribution.
@@ -291,7 +316,9 @@ impl Sums {
     }
 }
 
-/// The gradient of one row as a function of the logit.
+/// The gradient of one row as a function of the logit. Passed by value: behind a reference the
+/// compiler would have to reload it after every store, and would not vectorise.
+#[derive(Clone, Copy)]
 struct Slope {
     max: f32,
     scale: f32,
@@ -303,32 +330,27 @@ struct Slope {
 }
 
 impl Slope {
-    fn write_row<T: Logit>(&self, z: &[T], target: usize, grad: &mut [T]) {
-        let (mut wide, mut out) = ([0.0; BLOCK], [0.0; BLOCK]);
-        for (block, (z, grad)) in z.chunks(BLOCK).zip(grad.chunks_mut(BLOCK)).enumerate() {
-            let out = &mut out[..z.len()];
+    fn write_row<T: Logit>(self, z: &[T], target: usize, grad: &mut [T]) {
+        for_each(z.len(), GRAIN, (z, &mut *grad), |_, _, (z, grad)| {
             vectorise(
                 #[inline(always)]
                 || {
-                    for (o, &z) in out.iter_mut().zip(T::widen(z, &mut wide)) {
-                        *o = self.at(z);
+                    for (grad, z) in grad.iter_mut().zip(z) {
+                        *grad = T::from_f32(self.at(z.to_f32()));
                     }
                 },
             );
-            // In f32, before rounding: near p = 1 the two terms cancel.
-            if let Some(o) = target.checked_sub(block * BLOCK).and_then(|t| out.get_mut(t)) {
-                *o += self.grad_logp;
-            }
-            T::narrow(out, grad);
-        }
+        });
+        // In f32, before rounding: near p = 1 the two terms cancel.
+        grad[target] = T::from_f32(self.at(z[target].to_f32()) + self.grad_logp);
     }
 
     /// -p (g + h (ln p + H)), the gradient of every column but the target's.
     #[inline(always)]
-    fn at(&self, z: f32) -> f32 {
-        let ln_p = (z - self.max) * self.scale - self.log_sum;
-        let p = exp(ln_p);
-        let ln_p = if ln_p < FLOOR { FLOOR } else { ln_p };
-        -p * self.grad_entropy.mul_add(ln_p + self.entropy, self.grad_logp)
+    fn at(self, z: f32) -> f32 {
+        let ln_p = (z - self.max).mul_add(self.scale, -self.log_sum);
+        let ln_p = at_least(ln_p, EXP_FLOOR);
+        let (p, power) = exp_factors(ln_p);
+        -p * power * self.grad_entropy.mul_add(ln_p + self.entropy, self.grad_logp)
     }
 }

@@ -4,7 +4,7 @@
 
 use super::{Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
-use crate::cpu::{reduce, vectorise, Split};
+use crate::cpu::{prefetch, reduce, vectorise, Split};
 use crate::error::{Error, Result};
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
@@ -12,6 +12,10 @@ use crate::whiten::Moments;
 
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK: usize = 4096;
+
+/// How many tokens ahead of the loops memory is asked for. They do so much for a token that the
+/// machine does not see far enough ahead by itself.
+const AHEAD: isize = 512;
 
 /// Where the gradients go, each `[batch * seq_len]`; what is `None` is not computed.
 #[derive(Debug, Default)]
@@ -224,33 +228,48 @@ type Lanes = [f32; LANES];
 
 const ZERO: Lanes = [0.0; LANES];
 
+/// Calls `body(at, full)` for every [`LANES`] of `len` tokens; the last may not be full. The compiler
+/// makes two bodies of it, one of them without looks at the end.
+#[inline(always)]
+fn for_lanes(len: usize, mut body: impl FnMut(usize, bool)) {
+    let rest = len % LANES;
+    for at in (0..len - rest).step_by(LANES) {
+        body(at, true);
+    }
+    if rest > 0 {
+        body(len - rest, false);
+    }
+}
+
 /// The lanes of `x` from `at` on; 0 past its end.
 #[inline(always)]
-fn load(x: &[f32], at: usize) -> Lanes {
-    let x = &x[at..];
-    match x.first_chunk() {
-        Some(full) => *full,
-        None => std::array::from_fn(|lane| x.get(lane).copied().unwrap_or(0.0)),
+fn load(x: &[f32], at: usize, full: bool) -> Lanes {
+    let mut lanes = ZERO;
+    if full {
+        prefetch(&x[at..][..LANES], AHEAD);
+        lanes.copy_from_slice(&x[at..][..LANES]);
+    } else {
+        lanes[..x.len() - at].copy_from_slice(&x[at..]);
     }
+    lanes
 }
 
 /// Writes the lanes to `x` from `at` on, up to its end.
 #[inline(always)]
-fn store(x: &mut [f32], at: usize, lanes: Lanes) {
-    let x = &mut x[at..];
-    match x.first_chunk_mut() {
-        Some(full) => *full = lanes,
-        None => x.iter_mut().zip(lanes).for_each(|(x, lane)| *x = lane),
+fn store(x: &mut [f32], at: usize, full: bool, lanes: Lanes) {
+    if full {
+        prefetch(&x[at..][..LANES], AHEAD);
+        x[at..][..LANES].copy_from_slice(&lanes);
+    } else {
+        let rest = x.len() - at;
+        x[at..].copy_from_slice(&lanes[..rest]);
     }
 }
 
+/// Of an `if` the compiler may make two ways through a loop, which it does not vectorise well.
 #[inline(always)]
 fn select(condition: bool, yes: f32, no: f32) -> f32 {
-    if condition {
-        yes
-    } else {
-        no
-    }
+    std::hint::select_unpredictable(condition, yes, no)
 }
 
 /// `x` within the bounds. Comparisons, so that NaN stays NaN and a NaN bound is none.
@@ -265,7 +284,14 @@ fn sum(lanes: Lanes) -> f64 {
     f64::from(sum_lanes(lanes))
 }
 
+#[inline(always)]
+fn count_of(lanes: [u32; LANES]) -> f64 {
+    f64::from(lanes.iter().sum::<u32>())
+}
+
 /// The options in f32, "off" written as infinity, so that the loops over tokens have no branch.
+/// Passed by value: behind a reference they would have to be reloaded after every store.
+#[derive(Clone, Copy)]
 struct Terms {
     log_ratio_limit: f32,
     low: f32,
@@ -302,7 +328,7 @@ impl Terms {
     }
 
     /// Sums and gradients of at most [`BLOCK`] tokens.
-    fn sum(&self, mut block: Tokens, row_weight: RowWeight) -> Sums {
+    fn sum(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
         let mut weights = [0.0; BLOCK];
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
@@ -340,7 +366,7 @@ impl Terms {
 
     #[inline(always)]
     fn policy(
-        &self,
+        self,
         weights: &[f32],
         (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
         mut grad: Option<&mut [f32]>,
@@ -349,56 +375,65 @@ impl Terms {
         const K3: KlOptions =
             KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
         let k3_of = TokenKl::new(&K3);
-        let (mut loss, mut clipped, mut lower_clipped) = (ZERO, ZERO, ZERO);
-        let (mut k1, mut k2, mut k3) = (ZERO, ZERO, ZERO);
+        let (mut clipped, mut lower_clipped) = ([0_u32; LANES], [0_u32; LANES]);
+        let mut loss = ZERO;
+        let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
         let (mut ratios, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
         let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-        for at in (0..weights.len()).step_by(LANES) {
-            let w = load(weights, at);
-            let (new, old, a) = (load(logp, at), load(old_logp, at), load(advantages, at));
-            let mut g = ZERO;
-            for i in 0..LANES {
-                // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
-                let keep = w[i] != 0.0;
-                let raw = select(keep, new[i] - old[i], 0.0);
-                let a = select(keep, a[i], 0.0);
-                let d = clip(raw, -self.log_ratio_limit, self.log_ratio_limit);
-                let clamped = (raw < -self.log_ratio_limit) | (raw > self.log_ratio_limit);
-                let ratio = exp(d);
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let w = load(weights, at, full);
+                let (new, old, a) =
+                    (load(logp, at, full), load(old_logp, at, full), load(advantages, at, full));
+                let mut g = ZERO;
+                for i in 0..LANES {
+                    // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
+                    let keep = w[i] != 0.0;
+                    let raw = select(keep, new[i] - old[i], 0.0);
+                    let a = select(keep, a[i], 0.0);
+                    let d = clip(raw, -self.log_ratio_limit, self.log_ratio_limit);
+                    let clamped = (raw < -self.log_ratio_limit) | (raw > self.log_ratio_limit);
+                    let ratio = exp(d);
 
-                let unclipped_loss = -ratio * a;
-                let clipped_loss = -clip(ratio, self.low, self.high) * a;
-                let is_clipped = clipped_loss > unclipped_loss;
-                let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
-                let is_lower = larger > bound;
-                let blocked = is_clipped | is_lower | clamped;
-                g[i] = select(blocked | !keep, 0.0, unclipped_loss * w[i] * self.policy_scale);
+                    let unclipped_loss = -ratio * a;
+                    let clipped_loss = -clip(ratio, self.low, self.high) * a;
+                    let is_clipped = clipped_loss > unclipped_loss;
+                    let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                    let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
+                    let is_lower = larger > bound;
+                    let blocked = is_clipped | is_lower | clamped;
+                    g[i] = select(blocked | !keep, 0.0, unclipped_loss * w[i] * self.policy_scale);
 
-                let is_outside = (ratio < self.low) | (ratio > self.high);
-                let counts = (self.count_outside & is_outside) | (!self.count_outside & is_clipped);
-                loss[i] += w[i] * select(is_lower, bound, larger);
-                clipped[i] += select(counts & keep, 1.0, 0.0);
-                lower_clipped[i] += select(is_lower, 1.0, 0.0);
-                k1[i] -= d;
-                k2[i] += 0.5 * d * d;
-                k3[i] += k3_of.at(-d).0;
-                // Around 1, where ratios are, so that the variance keeps its digits.
-                ratios[i] += ratio - 1.0;
-                squares[i] += (ratio - 1.0) * (ratio - 1.0);
-                min[i] = select(keep & (ratio < min[i]), ratio, min[i]);
-                max[i] = select(keep & (ratio > max[i]), ratio, max[i]);
-                advantage[i] += a;
-            }
-            if let Some(grad) = &mut grad {
-                store(grad, at, g);
-            }
-        }
+                    let is_outside = (ratio < self.low) | (ratio > self.high);
+                    let counts =
+                        (self.count_outside & is_outside) | (!self.count_outside & is_clipped);
+                    loss[i] = w[i].mul_add(select(is_lower, bound, larger), loss[i]);
+                    clipped[i] += u32::from(counts & keep);
+                    lower_clipped[i] += u32::from(is_lower);
+                    total[i] += d;
+                    total_squares[i] = d.mul_add(d, total_squares[i]);
+                    k3[i] += k3_of.at(-d).0;
+                    // Around 1, where ratios are, so that the variance keeps its digits.
+                    let excess = ratio - 1.0;
+                    ratios[i] += excess;
+                    squares[i] = excess.mul_add(excess, squares[i]);
+                    let (low, high) = (select(keep, ratio, min[i]), select(keep, ratio, max[i]));
+                    min[i] = select(low < min[i], low, min[i]);
+                    max[i] = select(high > max[i], high, max[i]);
+                    advantage[i] += a;
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g);
+                }
+            },
+        );
         sums.policy_loss = sum(loss);
-        sums.clipped = sum(clipped);
-        sums.lower_clipped = sum(lower_clipped);
-        sums.k1 = sum(k1);
-        sums.k2 = sum(k2);
+        sums.clipped = count_of(clipped);
+        sums.lower_clipped = count_of(lower_clipped);
+        sums.k1 = -sum(total);
+        sums.k2 = 0.5 * sum(total_squares);
         sums.k3 = sum(k3);
         sums.ratio = moments(1.0, sums.tokens, sum(ratios), sum(squares));
         sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
@@ -409,7 +444,7 @@ impl Terms {
     /// Adds its gradient to the policy term's.
     #[inline(always)]
     fn kl(
-        &self,
+        self,
         weights: &[f32],
         logp: &[f32],
         ref_logp: &[f32],
@@ -419,21 +454,26 @@ impl Terms {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
         let (mut loss, mut total) = (ZERO, ZERO);
-        for at in (0..weights.len()).step_by(LANES) {
-            let (w, new, reference) = (load(weights, at), load(logp, at), load(ref_logp, at));
-            let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at));
-            for i in 0..LANES {
-                // Every estimate of d = 0 is 0.
-                let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
-                let (value, derivative) = self.kl.at(d);
-                loss[i] += w[i] * value;
-                total[i] += value;
-                g[i] += derivative * w[i] * self.kl_scale;
-            }
-            if let Some(grad) = &mut grad {
-                store(grad, at, g);
-            }
-        }
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let (w, new, reference) =
+                    (load(weights, at, full), load(logp, at, full), load(ref_logp, at, full));
+                let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at, full));
+                for i in 0..LANES {
+                    // Every estimate of d = 0 is 0.
+                    let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
+                    let (value, derivative) = self.kl.at(d);
+                    loss[i] += w[i] * value;
+                    total[i] += value;
+                    g[i] += derivative * w[i] * self.kl_scale;
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g);
+                }
+            },
+        );
         sums.kl_loss = sum(loss);
         sums.kl = sum(total);
     }
@@ -442,7 +482,7 @@ impl Terms {
     /// that they keep their digits far from 0.
     #[inline(always)]
     fn value(
-        &self,
+        self,
         weights: &[f32],
         (values, old_values, returns): (&[f32], &[f32], &[f32]),
         first: (f32, f32),
@@ -451,71 +491,80 @@ impl Terms {
     ) {
         // Where the coefficient is 0 the error, which may be NaN, is not wanted.
         let wanted = self.value_scale != 0.0;
-        let (mut loss, mut clipped) = (ZERO, ZERO);
+        let (mut loss, mut clipped) = (ZERO, [0_u32; LANES]);
         let (mut target, mut target_squares) = (ZERO, ZERO);
         let (mut residual, mut residual_squares) = (ZERO, ZERO);
-        for at in (0..weights.len()).step_by(LANES) {
-            let w = load(weights, at);
-            let (v, old, r) = (load(values, at), load(old_values, at), load(returns, at));
-            let mut g = ZERO;
-            for i in 0..LANES {
-                let keep = w[i] != 0.0;
-                let error = v[i] - r[i];
-                // From differences, which keep their digits where values are far from 0.
-                let moved = v[i] - old[i];
-                let kept_move = clip(moved, -self.value_range, self.value_range);
-                let clipped_error = error + (kept_move - moved);
-                let unclipped_loss = error * error;
-                let clipped_loss = clipped_error * clipped_error;
-                let is_clipped = clipped_loss > unclipped_loss;
-                let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                let flows = wanted & keep & !is_clipped;
-                g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let w = load(weights, at, full);
+                let (v, old, r) =
+                    (load(values, at, full), load(old_values, at, full), load(returns, at, full));
+                let mut g = ZERO;
+                for i in 0..LANES {
+                    let keep = w[i] != 0.0;
+                    let error = v[i] - r[i];
+                    // From differences, which keep their digits where values are far from 0.
+                    let moved = v[i] - old[i];
+                    let kept_move = clip(moved, -self.value_range, self.value_range);
+                    let clipped_error = error + (kept_move - moved);
+                    let unclipped_loss = error * error;
+                    let clipped_loss = clipped_error * clipped_error;
+                    let is_clipped = clipped_loss > unclipped_loss;
+                    let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                    let flows = wanted & keep & !is_clipped;
+                    g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
 
-                loss[i] += select(keep, w[i] * larger, 0.0);
-                clipped[i] += select(is_clipped & keep, 1.0, 0.0);
-                let x = select(keep, r[i] - first.0, 0.0);
-                target[i] += x;
-                target_squares[i] += x * x;
-                let x = select(keep, -error - first.1, 0.0);
-                residual[i] += x;
-                residual_squares[i] += x * x;
-            }
-            if let Some(grad) = &mut grad {
-                store(grad, at, g);
-            }
-        }
+                    loss[i] += select(keep, w[i] * larger, 0.0);
+                    clipped[i] += u32::from(is_clipped & keep);
+                    let x = select(keep, r[i] - first.0, 0.0);
+                    target[i] += x;
+                    target_squares[i] = x.mul_add(x, target_squares[i]);
+                    let x = select(keep, -error - first.1, 0.0);
+                    residual[i] += x;
+                    residual_squares[i] = x.mul_add(x, residual_squares[i]);
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g);
+                }
+            },
+        );
         let around = |first: f32, total, squares| {
             moments(f64::from(first), sums.tokens, sum(total), sum(squares))
         };
         sums.returns = around(first.0, target, target_squares);
         sums.residuals = around(first.1, residual, residual_squares);
         sums.value_loss = 0.5 * sum(loss);
-        sums.value_clipped = sum(clipped);
+        sums.value_clipped = count_of(clipped);
     }
 
     #[inline(always)]
     fn entropy(
-        &self,
+        self,
         weights: &[f32],
         entropy: &[f32],
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
     ) {
         let (mut loss, mut total) = (ZERO, ZERO);
-        for at in (0..weights.len()).step_by(LANES) {
-            let (w, h) = (load(weights, at), load(entropy, at));
-            let mut g = ZERO;
-            for i in 0..LANES {
-                let h = select(w[i] != 0.0, h[i], 0.0);
-                loss[i] += w[i] * h;
-                total[i] += h;
-                g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
-            }
-            if let Some(grad) = &mut grad {
-                store(grad, at, g);
-            }
-        }
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let (w, h) = (load(weights, at, full), load(entropy, at, full));
+                let mut g = ZERO;
+                for i in 0..LANES {
+                    let h = select(w[i] != 0.0, h[i], 0.0);
+                    loss[i] += w[i] * h;
+                    total[i] += h;
+                    g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g);
+                }
+            },
+        );
         sums.entropy_loss = sum(loss);
         sums.entropy = sum(total);
     }
