@@ -91,7 +91,7 @@ impl Minibatch {
                 (f - c).abs() <= tolerance * (1.0 + c.abs())
             };
             let pairs = fused.iter().zip(&candle);
-            let differing = tokens - pairs.filter(agrees).count();
+            let differing = fused.len() - pairs.filter(agrees).count();
             assert!(differing <= tokens / 1_000_000, "{differing} of {tokens} gradients differ");
         }
     }

@@ -48,7 +48,8 @@ pub fn compare<Fused, Candle, F, C>(
     let mut group = criterion.benchmark_group(format!("{pass}/{shape}"));
     group.throughput(Throughput::Bytes(bytes as u64));
     group.warm_up_time(Duration::from_millis(300));
-    group.measurement_time(Duration::from_secs(2));
+    // Of the short form it is the longest that a function is run, however noisy.
+    group.measurement_time(Duration::from_millis(if quick() { 500 } else { 2000 }));
     group.sample_size(40);
     if slow {
         group.sampling_mode(SamplingMode::Flat);
