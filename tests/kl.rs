@@ -708,6 +708,42 @@ fn arguments_may_share_a_tensor_and_results_be_used_twice() {
 }
 
 #[test]
+fn rows_that_are_split_have_the_same_bits_in_any_company() {
+    let mut rng = rng(12);
+    let (rows, vocab) = (3, 100_003);
+    let z = uniform(&mut rng, rows * vocab, 8.0);
+    let w = uniform(&mut rng, rows * vocab, 8.0);
+    let options = FullKlOptions::default();
+    let run = |z: &[f32], w: &[f32]| {
+        let (a, b) = backward(z, w, vocab, &[1.0; 3][..z.len() / vocab], &options);
+        [bits(&forward(z, w, vocab, &options)), bits(&a), bits(&b)]
+    };
+    let whole = with_threads(1, || run(&z, &w));
+    let row = vocab..2 * vocab;
+    for threads in [2, 3, 8] {
+        assert!(whole == with_threads(threads, || run(&z, &w)));
+        let alone = with_threads(threads, || run(&z[row.clone()], &w[row.clone()]));
+        assert_eq!(alone[0][0], whole[0][1]);
+        assert!(alone[1][..] == whole[1][row.clone()] && alone[2][..] == whole[2][row.clone()]);
+    }
+}
+
+#[test]
+fn maxima_that_grow_along_the_rows_cost_no_digits() {
+    let vocab = 100_003;
+    let ramp = |slope: f32| (0..vocab).map(|i| i as f32 * slope).collect::<Vec<f32>>();
+    let slopes = [1e-3, -1e-3, 2e-5, -2e-5];
+    for (a, b) in slopes.into_iter().flat_map(|a| slopes.map(|b| (a, b))) {
+        let (z, w) = (ramp(a), ramp(b));
+        for options in all_full_options() {
+            let kl = f64::from(forward(&z, &w, vocab, &options)[0]);
+            let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
+            assert!((kl - want).abs() <= 1e-6 + 2e-6 * want, "{a} {b}: {kl} {want}");
+        }
+    }
+}
+
+#[test]
 fn strided_and_offset_tensors_give_the_same() {
     let mut rng = rng(7);
     for device in devices() {

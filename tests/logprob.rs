@@ -392,6 +392,42 @@ fn bits_depend_neither_on_threads_nor_on_the_other_rows() {
 }
 
 #[test]
+fn rows_that_are_split_have_the_same_bits_in_any_company() {
+    let mut rng = rng(11);
+    let (rows, vocab) = (3, 100_003);
+    let logits = uniform(&mut rng, rows * vocab, 8.0);
+    let (targets, up) = ([5, 40_000, 100_002], [1.0; 3]);
+    let whole = with_threads(1, || all_bits(&logits, &targets, vocab, &up));
+    for threads in [2, 3, 8] {
+        assert!(whole == with_threads(threads, || all_bits(&logits, &targets, vocab, &up)));
+        let z = &logits[vocab..2 * vocab];
+        let alone = with_threads(threads, || all_bits(z, &targets[1..2], vocab, &up[1..2]));
+        assert_eq!((alone[0][0], alone[1][0]), (whole[0][1], whole[1][1]));
+        assert!(alone[2][..] == whole[2][vocab..2 * vocab]);
+    }
+}
+
+#[test]
+fn a_maximum_that_grows_along_the_row_costs_no_digits() {
+    let vocab = 100_003;
+    let slopes = [1e-3_f32, -1e-3, 2e-5, -2e-5];
+    let rising = slopes.map(|slope| (0..vocab).map(|i| i as f32 * slope).collect::<Vec<f32>>());
+    for (z, slope) in rising.iter().zip(slopes) {
+        // Lone logits in front, which everything after them is far below or far above.
+        for first in [None, Some(200.0), Some(-200.0), Some(f32::NEG_INFINITY)] {
+            let mut z = z.clone();
+            z[0] = first.unwrap_or(z[0]);
+            let top = if slope > 0.0 { vocab - 1 } else { 1 };
+            let options = options(1.0);
+            let (logp, entropy, ..) = forward(&z, &[top as i64], vocab, &options);
+            let want = reference::forward(&wide(&z), &[top as i64], vocab, &options);
+            assert_close("logp", &wide(&logp), &want.0, REL, ABS);
+            assert_close("entropy", &wide(&entropy), &want.1, REL, ABS);
+        }
+    }
+}
+
+#[test]
 fn a_bad_row_is_nan_and_spoils_no_other() {
     for vocab in [5, 3000] {
         for bad in [f32::NAN, f32::INFINITY] {
