@@ -1,6 +1,6 @@
 //! Branch-free `f32` math that the compiler can vectorise; call it inside [`super::vectorise`].
 
-use super::Logit;
+use super::{prefetch, Logit};
 
 /// Independent accumulators of a reduction: enough lanes to fill the vector unit, and a fixed
 /// number, so that the order of additions does not depend on the machine's width.
@@ -74,11 +74,16 @@ pub(crate) fn at_least(x: f32, floor: f32) -> f32 {
     }
 }
 
+/// How many logits ahead of a loop memory is asked for: a loop that does an exponential for each does
+/// not see far enough ahead by itself.
+const AHEAD: isize = 1024;
+
 /// Calls `body` on `LANES` logits at a time, the last of them filled up with -inf.
 #[inline(always)]
 pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LANES])) {
     let (chunks, rest) = z.as_chunks();
     for z in chunks {
+        prefetch(z, AHEAD);
         body(z);
     }
     if !rest.is_empty() {
@@ -95,6 +100,8 @@ pub(crate) fn for_lanes2<T: Logit>(
 ) {
     let ((chunks_z, rest_z), (chunks_w, rest_w)) = (z.as_chunks(), w.as_chunks());
     for (z, w) in chunks_z.iter().zip(chunks_w) {
+        prefetch(z, AHEAD);
+        prefetch(w, AHEAD);
         body(z, w);
     }
     if !rest_z.is_empty() {
