@@ -18,7 +18,7 @@ const UNDERFLOW: f32 = -87.336_54;
 /// up, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    let (p, exponent) = exp_parts(x);
+    let (p, exponent) = Exp::NATURAL.parts(x);
     // An addition to the exponent, not a product: 2^128 is not a float, e^88.5 is.
     let y = f32::from_bits(p.to_bits().wrapping_add(exponent.wrapping_sub(127) << 23));
     let y = if x < UNDERFLOW { 0.0 } else { y };
@@ -34,34 +34,65 @@ pub(crate) fn exp(x: f32) -> f32 {
 /// multiply-add. Their product is within 2 ulp where it is normal, and 0 from -87.7 down.
 #[inline(always)]
 pub(crate) fn exp_factors(x: f32) -> (f32, f32) {
-    let (p, exponent) = exp_parts(x);
-    (p, f32::from_bits(exponent << 23))
+    Exp::NATURAL.factors(x)
 }
 
-/// e^x = p 2^n with p in 0.7..1.42: p, and n + 127 in the lowest 9 bits.
-///
-/// n is the integer next to x log2(e), and p the polynomial of degree 6 with the least relative
-/// error to 2^r over |r| <= 1/2, 2.6e-9, among those that are 1 at r = 0.
-#[inline(always)]
-fn exp_parts(x: f32) -> (f32, u32) {
-    const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    const LOG2_E_LOW: f32 = (std::f64::consts::LOG2_E - LOG2_E as f64) as f32;
-    // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-    const ROUND: f32 = 12_582_912.0 + 127.0;
+/// e^(scale x), at no more cost than e^x.
+#[derive(Clone, Copy)]
+pub(crate) struct Exp {
+    /// scale log2(e), and what of it f32 does not hold.
+    log2: f32,
+    log2_low: f32,
+    /// Below it e^(scale x) counts as 0.
+    floor: f32,
+}
 
-    let shifted = x.mul_add(LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = x.mul_add(LOG2_E, -n);
-    let r = x.mul_add(LOG2_E_LOW, r);
+impl Exp {
+    const NATURAL: Self = Self::new(1.0);
 
-    let p = 1.559_467_8e-4_f32;
-    let p = p.mul_add(r, 1.340_664_4e-3);
-    let p = p.mul_add(r, 9.617_693e-3);
-    let p = p.mul_add(r, 5.550_310_5e-2);
-    let p = p.mul_add(r, 2.402_265_3e-1);
-    let p = p.mul_add(r, 6.931_472_2e-1);
-    let p = p.mul_add(r, 1.0);
-    (p, shifted.to_bits())
+    /// For a scale above 0.
+    pub(crate) const fn new(scale: f32) -> Self {
+        let exact = scale as f64 * std::f64::consts::LOG2_E;
+        let log2 = exact as f32;
+        Self { log2, log2_low: (exact - log2 as f64) as f32, floor: EXP_FLOOR / scale }
+    }
+
+    /// `x`, or the floor if that is larger, for [`Exp::factors`].
+    #[inline(always)]
+    pub(crate) fn clamp(self, x: f32) -> f32 {
+        at_least(x, self.floor)
+    }
+
+    /// [`exp_factors`] of scale x.
+    #[inline(always)]
+    pub(crate) fn factors(self, x: f32) -> (f32, f32) {
+        let (p, exponent) = self.parts(x);
+        (p, f32::from_bits(exponent << 23))
+    }
+
+    /// e^(scale x) = p 2^n with p in 0.7..1.42: p, and n + 127 in the lowest 9 bits.
+    ///
+    /// n is the integer next to scale x log2(e), and p the polynomial of degree 6 with the least relative
+    /// error to 2^r over |r| <= 1/2, 2.6e-9, among those that are 1 at r = 0.
+    #[inline(always)]
+    fn parts(self, x: f32) -> (f32, u32) {
+        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+        const ROUND: f32 = 12_582_912.0 + 127.0;
+
+        let shifted = x.mul_add(self.log2, ROUND);
+        let n = shifted - ROUND;
+        let r = x.mul_add(self.log2, -n);
+        let r = x.mul_add(self.log2_low, r);
+
+        let p = 1.559_467_8e-4_f32;
+        let p = p.mul_add(r, 1.340_664_4e-3);
+        let p = p.mul_add(r, 9.617_693e-3);
+        let p = p.mul_add(r, 5.550_310_5e-2);
+        let p = p.mul_add(r, 2.402_265_3e-1);
+        let p = p.mul_add(r, 6.931_472_2e-1);
+        let p = p.mul_add(r, 1.0);
+        (p, shifted.to_bits())
+    }
 }
 
 /// `x`, or `floor` if that is larger. A comparison, not `f32::max`: NaN stays NaN.
@@ -74,16 +105,21 @@ pub(crate) fn at_least(x: f32, floor: f32) -> f32 {
     }
 }
 
-/// How many logits ahead of a loop memory is asked for: a loop that does an exponential for each does
-/// not see far enough ahead by itself.
-const AHEAD: isize = 1024;
+/// Asks for f32 logits that a loop comes to later: one that does an exponential for each does not see
+/// far enough ahead by itself. Over 16-bit logits arithmetic takes longer than memory.
+#[inline(always)]
+fn ask_ahead<T>(z: &[T; LANES]) {
+    if size_of::<T>() == size_of::<f32>() {
+        prefetch(z, 1024);
+    }
+}
 
 /// Calls `body` on `LANES` logits at a time, the last of them filled up with -inf.
 #[inline(always)]
 pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LANES])) {
     let (chunks, rest) = z.as_chunks();
     for z in chunks {
-        prefetch(z, AHEAD);
+        ask_ahead(z);
         body(z);
     }
     if !rest.is_empty() {
@@ -100,8 +136,8 @@ pub(crate) fn for_lanes2<T: Logit>(
 ) {
     let ((chunks_z, rest_z), (chunks_w, rest_w)) = (z.as_chunks(), w.as_chunks());
     for (z, w) in chunks_z.iter().zip(chunks_w) {
-        prefetch(z, AHEAD);
-        prefetch(w, AHEAD);
+        ask_ahead(z);
+        ask_ahead(w);
         body(z, w);
     }
     if !rest_z.is_empty() {

@@ -4,7 +4,8 @@
 
 use super::{FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_lanes2, larger, max, max_lanes, sum_lanes, EXP_FLOOR, LANES,
+    at_least, exp, exp_factors, for_lanes2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
+    LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, RowsMut};
 use crate::error::{Error, Result};
@@ -464,6 +465,7 @@ impl Sums {
         // With -inf throughout, -inf - -inf would make NaN of legal columns of probability 0.
         let base = |max: f32| if max == f32::NEG_INFINITY { 0.0 } else { max };
         let (base_z, base_w) = (base(self.max_z), base(self.max_w));
+        let exp = Exp::new(scale);
         let mut max_z = [f32::NEG_INFINITY; LANES];
         let mut max_w = [f32::NEG_INFINITY; LANES];
         let mut max_gap = [f32::NEG_INFINITY; LANES];
@@ -479,9 +481,10 @@ impl Sums {
                     let (z, w) = (z[lane].to_f32(), w[lane].to_f32());
                     max_z[lane] = larger(z, max_z[lane]);
                     max_w[lane] = larger(w, max_w[lane]);
-                    let (x, y) = ((z - base_z) * scale, (w - base_w) * scale);
-                    let p = e_to(x);
-                    let (q, power) = exp_factors(at_least(y, EXP_FLOOR));
+                    let (x, y) = (z - base_z, w - base_w);
+                    let (p, power) = exp.factors(exp.clamp(x));
+                    let p = p * power;
+                    let (q, power) = exp.factors(exp.clamp(y));
                     let gap = x - y;
                     max_gap[lane] = larger(gap, max_gap[lane]);
                     sum_z[lane] += p;
@@ -493,7 +496,8 @@ impl Sums {
         );
         // Where q = 0 and p is not. Not left to the sum: p may be too small for f32.
         let outside = max_lanes(max_gap) == f32::INFINITY;
-        let weighted = if outside { f64::INFINITY } else { f64::from(sum_lanes(weighted)) };
+        let weighted = f64::from(sum_lanes(weighted)) * f64::from(scale);
+        let weighted = if outside { f64::INFINITY } else { weighted };
         let sums = Sums {
             sum_z: self.sum_z + f64::from(sum_lanes(sum_z)),
             sum_w: self.sum_w + f64::from(sum_lanes(sum_w)),

@@ -4,7 +4,7 @@
 
 use super::{LogprobOptions, OP};
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, EXP_FLOOR, LANES,
+    at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR, LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut, TokenId};
 use crate::error::{Error, Result};
@@ -275,6 +275,7 @@ impl Sums {
     fn add_below<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> (Sums, f32) {
         // With -inf throughout, -inf - -inf would make NaN of legal masked columns.
         let base = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
+        let exp = Exp::new(scale);
         let mut max = [f32::NEG_INFINITY; LANES];
         let mut sum = [0.0; LANES];
         let mut weighted = [0.0; LANES];
@@ -285,8 +286,8 @@ impl Sums {
                 for lane in 0..LANES {
                     let z = z[lane].to_f32();
                     max[lane] = larger(z, max[lane]);
-                    let x = at_least((z - base) * scale, EXP_FLOOR);
-                    let (p, power) = exp_factors(x);
+                    let x = exp.clamp(z - base);
+                    let (p, power) = exp.factors(x);
                     sum[lane] = p.mul_add(power, sum[lane]);
                     if ENTROPY {
                         weighted[lane] = (p * power).mul_add(x, weighted[lane]);
@@ -297,7 +298,7 @@ impl Sums {
         let sums = Sums {
             max: self.max,
             sum: self.sum + sum_lanes(sum),
-            weighted: self.weighted + sum_lanes(weighted),
+            weighted: self.weighted + sum_lanes(weighted) * scale,
         };
         (sums, max_lanes(max))
     }
