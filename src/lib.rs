@@ -24,6 +24,8 @@
 #![warn(missing_docs)]
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 #[cfg(feature = "driver")]
 pub mod driver;
 mod error;

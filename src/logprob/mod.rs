@@ -33,6 +33,8 @@
 //! once. All else is one value a row.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -65,4 +67,17 @@ impl LogprobOptions {
         let valid = (1e-30..=1e30).contains(&self.temperature);
         Error::check_option(OP, "temperature", self.temperature, valid, "1e-30 to 1e30")
     }
+}
+
+/// `Ok` when so many logits make `rows` rows of a vocabulary that is not empty.
+fn check_logits(logits: usize, rows: usize, vocab: usize) -> Result<()> {
+    if vocab > 0 && rows.checked_mul(vocab) == Some(logits) {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op: OP,
+        arg: "logits",
+        expected: format!("[{rows}, {}]", vocab.max(1)),
+        got: format!("[{logits}] for a vocabulary of {vocab}"),
+    })
 }
