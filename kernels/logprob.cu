@@ -51,7 +51,7 @@ struct ForwardArgs {
     Targets targets;
     int64_t rows;
     int64_t vocab;
-    int64_t part_groups;  // vectors of columns in a part
+    int32_t part_groups;  // vectors of columns in a part
     int32_t parts;
     float inverse_temperature;
 };
@@ -67,7 +67,7 @@ struct BackwardArgs {
     Targets targets;
     int64_t rows;
     int64_t vocab;
-    int64_t chunks;         // ranges of columns of a row
+    int32_t chunks;         // ranges of columns of a row
     int32_t chunk_threads;  // a warp, or the whole block
     float inverse_temperature;
 };
@@ -90,12 +90,12 @@ static __device__ __forceinline__ Target target_of(const Targets& targets, int64
 
 // The sums over the groups first..end of a row that fall to one thread of `threads`.
 template <class T, bool WEIGHTED>
-static __device__ __forceinline__ Sums sum_groups(const Row<T>& row, int64_t first, int64_t end,
-                                                  int thread, int threads, float scale) {
+static __device__ __forceinline__ Sums sum_groups(const Row<T>& row, int first, int end, int thread,
+                                                  int threads, float scale) {
     Sums s = no_sums();
     float z[WIDTH<T>];
-    for (int64_t tile = first; tile < end; tile += IN_FLIGHT * threads) {
-        const int64_t mine = tile + thread;
+    for (int tile = first; tile < end; tile += IN_FLIGHT * threads) {
+        const int mine = tile + thread;
         // The same for all threads, so that no warp takes both ways.
         if (row.inside(tile, tile + IN_FLIGHT * threads) && tile + IN_FLIGHT * threads <= end) {
             uint4 v[IN_FLIGHT];
@@ -115,7 +115,7 @@ static __device__ __forceinline__ Sums sum_groups(const Row<T>& row, int64_t fir
         }
 #pragma unroll 1
         for (int i = 0; i < IN_FLIGHT; i++) {
-            const int64_t group = mine + i * threads;
+            const int group = mine + i * threads;
             if (group >= end) break;
             if (!row.inside(group, group + 1)) {
                 row.load_edge(group, z);
@@ -134,8 +134,8 @@ template <class T>
 static __device__ __forceinline__ Sums sum_groups(const ForwardArgs& args, int64_t row, int part,
                                                   int thread, int threads, float scale) {
     const Row<T> z(static_cast<const T*>(args.logits) + row * args.vocab, args.vocab);
-    const int64_t first = part * args.part_groups;
-    const int64_t end = min(first + args.part_groups, z.groups());
+    const int first = part * args.part_groups;
+    const int end = min(first + args.part_groups, z.groups());
     return args.entropy ? sum_groups<T, true>(z, first, end, thread, threads, scale)
                         : sum_groups<T, false>(z, first, end, thread, threads, scale);
 }
@@ -249,19 +249,18 @@ struct Slope {
     }
 };
 
-// A vector of gradients at `column`, the target's formed in f32 before rounding: near p = 1 its two
-// terms cancel.
+// A vector of gradients. If the target is in it, at `target`, its gradient is formed in f32 before
+// rounding: near p = 1 the two terms cancel.
 template <class T>
-static __device__ __forceinline__ uint4 gradients(const Slope& slope, uint4 logits, int64_t column,
-                                                  int64_t target) {
+static __device__ __forceinline__ uint4 gradients(const Slope& slope, uint4 logits, int64_t target) {
     float x[WIDTH<T>];
     unpack(logits, x, T{});
 #pragma unroll
     for (int i = 0; i < WIDTH<T>; i++) x[i] = slope.at(x[i]);
-    const uint64_t at = uint64_t(target - column);
-    if (at < WIDTH<T>) {
+    if (target >= 0 && target < WIDTH<T>) {
+        const int at = int(target);
 #pragma unroll
-        for (int i = 0; i < WIDTH<T>; i++) x[i] = at == uint64_t(i) ? x[i] + slope.grad_logp : x[i];
+        for (int i = 0; i < WIDTH<T>; i++) x[i] = at == i ? x[i] + slope.grad_logp : x[i];
     }
     return pack(x, T{});
 }
@@ -269,18 +268,18 @@ static __device__ __forceinline__ uint4 gradients(const Slope& slope, uint4 logi
 // Columns of a row on both sides of its aligned vectors.
 template <class T>
 struct Split {
-    int64_t head;     // columns before the first aligned vector
-    int64_t vectors;  // aligned vectors
+    int head;         // columns before the first aligned vector
+    int vectors;      // aligned vectors
     int64_t tail;     // the first column after them
 
     __device__ __forceinline__ Split(const T* in, const T* out, int64_t columns) {
         const uintptr_t to = reinterpret_cast<uintptr_t>(out);
         const uintptr_t from = reinterpret_cast<uintptr_t>(in);
-        head = min(int64_t((16 - to % 16) % 16 / sizeof(T)), columns);
+        head = int(min(int64_t((16 - to % 16) % 16 / sizeof(T)), columns));
         // Rows that are aligned differently have no vectors in common: all columns are tail.
         if ((to ^ from) & 15) head = 0;
-        vectors = (to ^ from) & 15 ? 0 : (columns - head) / WIDTH<T>;
-        tail = head + vectors * WIDTH<T>;
+        vectors = (to ^ from) & 15 ? 0 : int((columns - head) / WIDTH<T>);
+        tail = head + int64_t(vectors) * WIDTH<T>;
     }
 };
 
@@ -288,29 +287,29 @@ struct Split {
 template <class T>
 static __device__ __forceinline__ void write_gradients(const Slope& slope, const T* in, T* out,
                                                        int64_t columns, int64_t target,
-                                                       int64_t chunk, int64_t chunks, int thread,
+                                                       int chunk, int chunks, int thread,
                                                        int threads) {
     const Split<T> split(in, out, columns);
     const T* from = in + split.head;
     T* to = out + split.head;
-    const int64_t step = chunks * IN_FLIGHT * threads;
-    for (int64_t tile = chunk * IN_FLIGHT * threads; tile < split.vectors; tile += step) {
+    const int step = chunks * IN_FLIGHT * threads;
+    for (int tile = chunk * IN_FLIGHT * threads; tile < split.vectors; tile += step) {
         uint4 v[IN_FLIGHT];
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) {
-            const int64_t vector = tile + i * threads + thread;
-            if (vector < split.vectors) v[i] = load_once(from + vector * WIDTH<T>);
+            const int vector = tile + i * threads + thread;
+            if (vector < split.vectors) v[i] = load_once(from + int64_t(vector) * WIDTH<T>);
         }
 #pragma unroll
         for (int i = 0; i < IN_FLIGHT; i++) {
-            const int64_t vector = tile + i * threads + thread;
-            const int64_t column = split.head + vector * WIDTH<T>;
+            const int vector = tile + i * threads + thread;
+            const int64_t first = int64_t(vector) * WIDTH<T>;
             if (vector < split.vectors) {
-                store_once(to + vector * WIDTH<T>, gradients<T>(slope, v[i], column, target));
+                store_once(to + first, gradients<T>(slope, v[i], target - split.head - first));
             }
         }
     }
-    const int64_t rank = chunk * threads + thread;
+    const int rank = chunk * threads + thread;
     const auto one = [&](int64_t column) {
         const float x = slope.at(to_float(in[column]));
         store(out + column, column == target ? x + slope.grad_logp : x);
@@ -320,12 +319,12 @@ static __device__ __forceinline__ void write_gradients(const Slope& slope, const
 }
 
 template <class T>
-static __device__ __forceinline__ void write_zeros(T* out, int64_t columns, int64_t chunk,
-                                                   int64_t chunks, int thread, int threads) {
+static __device__ __forceinline__ void write_zeros(T* out, int64_t columns, int chunk, int chunks,
+                                                   int thread, int threads) {
     const Split<T> split(out, out, columns);
-    const int64_t rank = chunk * threads + thread, step = chunks * threads;
-    for (int64_t vector = rank; vector < split.vectors; vector += step) {
-        store_once(out + split.head + vector * WIDTH<T>, make_uint4(0, 0, 0, 0));
+    const int rank = chunk * threads + thread, step = chunks * threads;
+    for (int vector = rank; vector < split.vectors; vector += step) {
+        store_once(out + split.head + int64_t(vector) * WIDTH<T>, make_uint4(0, 0, 0, 0));
     }
     if (rank < split.head) store(out + rank, 0.0f);
     for (int64_t i = split.tail + rank; i < columns; i += step) store(out + i, 0.0f);
@@ -340,7 +339,8 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
     const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
     const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
     for (int64_t unit = first; unit < units; unit += step) {
-        const int64_t row = unit / args.chunks, chunk = unit % args.chunks;
+        const int64_t row = unit / args.chunks;
+        const int chunk = int(unit % args.chunks);
         const T* in = static_cast<const T*>(args.logits) + row * args.vocab;
         T* out = static_cast<T*>(args.grad_logits) + row * args.vocab;
         const Target target = target_of(args.targets, row, args.vocab);
@@ -363,15 +363,15 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
     }
 }
 
-KERNEL(256, logprob_forward_warp_f32, ForwardArgs) { forward_warp<float>(args); }
-KERNEL(256, logprob_forward_warp_f16, ForwardArgs) { forward_warp<f16>(args); }
-KERNEL(256, logprob_forward_warp_bf16, ForwardArgs) { forward_warp<bf16>(args); }
-KERNEL(256, logprob_forward_block_f32, ForwardArgs) { forward_block<float>(args); }
-KERNEL(256, logprob_forward_block_f16, ForwardArgs) { forward_block<f16>(args); }
-KERNEL(256, logprob_forward_block_bf16, ForwardArgs) { forward_block<bf16>(args); }
-KERNEL(256, logprob_forward_merge_f32, ForwardArgs) { forward_merge<float>(args); }
-KERNEL(256, logprob_forward_merge_f16, ForwardArgs) { forward_merge<f16>(args); }
-KERNEL(256, logprob_forward_merge_bf16, ForwardArgs) { forward_merge<bf16>(args); }
-KERNEL(256, logprob_backward_f32, BackwardArgs) { backward<float>(args); }
-KERNEL(256, logprob_backward_f16, BackwardArgs) { backward<f16>(args); }
-KERNEL(256, logprob_backward_bf16, BackwardArgs) { backward<bf16>(args); }
+KERNEL(256, 4, logprob_forward_warp_f32, ForwardArgs) { forward_warp<float>(args); }
+KERNEL(256, 4, logprob_forward_warp_f16, ForwardArgs) { forward_warp<f16>(args); }
+KERNEL(256, 4, logprob_forward_warp_bf16, ForwardArgs) { forward_warp<bf16>(args); }
+KERNEL(256, 3, logprob_forward_block_f32, ForwardArgs) { forward_block<float>(args); }
+KERNEL(256, 4, logprob_forward_block_f16, ForwardArgs) { forward_block<f16>(args); }
+KERNEL(256, 4, logprob_forward_block_bf16, ForwardArgs) { forward_block<bf16>(args); }
+KERNEL(256, 4, logprob_forward_merge_f32, ForwardArgs) { forward_merge<float>(args); }
+KERNEL(256, 4, logprob_forward_merge_f16, ForwardArgs) { forward_merge<f16>(args); }
+KERNEL(256, 4, logprob_forward_merge_bf16, ForwardArgs) { forward_merge<bf16>(args); }
+KERNEL(256, 3, logprob_backward_f32, BackwardArgs) { backward<float>(args); }
+KERNEL(256, 3, logprob_backward_f16, BackwardArgs) { backward<f16>(args); }
+KERNEL(256, 3, logprob_backward_bf16, BackwardArgs) { backward<bf16>(args); }

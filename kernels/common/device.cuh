@@ -10,17 +10,19 @@ struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 
 // A kernel takes one struct of arguments, named `args` in its body. src/OP/cuda.rs has the struct's
-// twin in Rust.
+// twin in Rust. `threads` is the largest block, and `blocks` is how many of those a multiprocessor
+// shall hold: together they say how many registers a thread may have.
 #ifdef SIMT
-#define KERNEL(threads, name, Args)                                                               \
+#define KERNEL(threads, blocks, name, Args)                                                       \
     static void name(const Args& args);                                                           \
     static const simt::Kernel name##_kernel(                                                      \
         SIMT_VARIANT, #name, threads, sizeof(Args),                                               \
         [](const void* args) { name(*static_cast<const Args*>(args)); });                         \
     static void name(const Args& args)
 #else
-#define KERNEL(threads, name, Args)                                                               \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args)
+#define KERNEL(threads, blocks, name, Args)                                                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                 \
+        name(const __grid_constant__ Args args)
 #endif
 
 // An array in the block's shared memory. Its contents are undefined at first.

@@ -58,7 +58,8 @@ static __device__ __forceinline__ uint4 extract(uint4 low, uint4 high, unsigned 
 // A row for reading, as groups of WIDTH columns counted from column 0. Which columns make a group
 // does not depend on the row's alignment, so neither do the bits of a sum over groups: a misaligned
 // group is put together from the two aligned vectors that it straddles. The second of them is the
-// neighbour's first, so it comes from L1 and not from memory twice.
+// neighbour's first, so it comes from L1 and not from memory twice. Groups are counted in 32 bits,
+// which is enough for a row; what is counted over rows takes 64.
 template <class T>
 struct Row {
     const T* data;
@@ -67,35 +68,39 @@ struct Row {
     unsigned skip;
     // The groups whose vectors lie in the row: the first group of a misaligned row does not, since
     // what stands before the row is not ours to read.
-    int64_t first_inside, end_inside;
+    int first_inside, end_inside;
 
     __device__ __forceinline__ Row(const T* data, int64_t columns) : data(data), columns(columns) {
         skip = unsigned(reinterpret_cast<uintptr_t>(data) & 15);
-        const int64_t vectors = int64_t((columns * sizeof(T) + skip) / 16);
+        const int vectors = int((columns * sizeof(T) + skip) / 16);
         first_inside = skip ? 1 : 0;
         end_inside = skip ? vectors - 1 : vectors;
     }
 
-    __device__ __forceinline__ int64_t groups() const {
-        return (columns + WIDTH<T> - 1) / WIDTH<T>;
+    __device__ __forceinline__ const T* at(int group) const {
+        return data + int64_t(group) * WIDTH<T>;
     }
 
-    __device__ __forceinline__ bool inside(int64_t first, int64_t end) const {
+    __device__ __forceinline__ int groups() const {
+        return int((columns + WIDTH<T> - 1) / WIDTH<T>);
+    }
+
+    __device__ __forceinline__ bool inside(int first, int end) const {
         return first >= first_inside && end <= end_inside;
     }
 
-    __device__ __forceinline__ uint4 load_aligned(int64_t group) const {
-        return load_once(data + group * WIDTH<T>);
+    __device__ __forceinline__ uint4 load_aligned(int group) const {
+        return load_once(at(group));
     }
 
-    __device__ __forceinline__ uint4 load_misaligned(int64_t group) const {
-        const char* at = reinterpret_cast<const char*>(data + group * WIDTH<T>) - skip;
-        return extract(load_shared_by_neighbours(at), load_shared_by_neighbours(at + 16), skip);
+    __device__ __forceinline__ uint4 load_misaligned(int group) const {
+        const char* low = reinterpret_cast<const char*>(at(group)) - skip;
+        return extract(load_shared_by_neighbours(low), load_shared_by_neighbours(low + 16), skip);
     }
 
     // A group at an end of the row, one element at a time; -inf for columns past the end.
-    __device__ __forceinline__ void load_edge(int64_t group, float (&x)[WIDTH<T>]) const {
-        const int64_t first = group * WIDTH<T>;
+    __device__ __forceinline__ void load_edge(int group, float (&x)[WIDTH<T>]) const {
+        const int64_t first = int64_t(group) * WIDTH<T>;
 #pragma unroll
         for (int i = 0; i < WIDTH<T>; i++) {
             x[i] = first + i < columns ? to_float(data[first + i]) : -INFINITY;

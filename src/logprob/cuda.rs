@@ -2,7 +2,8 @@
 //! and nothing waits for the device.
 //!
 //! Refuses what [`cpu`](super::cpu) refuses, but for targets: to look at them here would cost a wait.
-//! The row of a target that is neither in the vocabulary nor `ignore_index` comes out as NaN.
+//! The row of a target that is neither in the vocabulary nor `ignore_index` comes out as NaN. A
+//! vocabulary may have up to 2^32 - 1 columns.
 
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
@@ -122,6 +123,7 @@ pub fn forward<T: Logit, I: TokenId>(
     let rows = targets.len();
     options.validate()?;
     check_logits(logits.len(), rows, vocab)?;
+    check_vocab(vocab)?;
     let Outputs { logp, entropy, stats } = outputs;
     Error::check_len(OP, "logp", logp.len(), rows)?;
     if let Some(entropy) = &entropy {
@@ -159,7 +161,7 @@ pub fn forward<T: Logit, I: TokenId>(
         rows: rows as i64,
         vocab: vocab as i64,
         // A warp's load is whole in one part.
-        part_groups: groups.div_ceil(parts).next_multiple_of(WARP) as i64,
+        part_groups: groups.div_ceil(parts).next_multiple_of(WARP) as i32,
         parts: parts as i32,
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
@@ -198,6 +200,7 @@ pub fn backward<T: Logit, I: TokenId>(
     let rows = targets.len();
     options.validate()?;
     check_logits(logits.len(), rows, vocab)?;
+    check_vocab(vocab)?;
     Error::check_len(OP, "max", stats.max.len(), rows)?;
     Error::check_len(OP, "log_sum", stats.log_sum.len(), rows)?;
     Error::check_len(OP, "entropy", stats.entropy.len(), rows)?;
@@ -223,7 +226,7 @@ pub fn backward<T: Logit, I: TokenId>(
         targets: Targets::new(targets, options),
         rows: rows as i64,
         vocab: vocab as i64,
-        chunks: chunks as i64,
+        chunks: chunks as i32,
         chunk_threads: threads as i32,
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
@@ -231,6 +234,19 @@ pub fn backward<T: Logit, I: TokenId>(
     let launch = Launch::new(stream.device(), blocks, 1, BLOCK as u32);
     let kernel = Kernel { op: OP, pass: "backward", dtype: T::NAME };
     stream.launch(&kernel, launch, &args)
+}
+
+/// `Ok` when the vectors of a row can be counted in 32 bits.
+fn check_vocab(vocab: usize) -> Result<()> {
+    if u32::try_from(vocab).is_ok() {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op: OP,
+        arg: "logits",
+        expected: format!("[N, {}] or narrower", u32::MAX),
+        got: format!("[N, {vocab}]"),
+    })
 }
 
 /// As in the kernels, and so are the next two.
@@ -266,7 +282,7 @@ struct ForwardArgs {
     targets: Targets,
     rows: i64,
     vocab: i64,
-    part_groups: i64,
+    part_groups: i32,
     parts: i32,
     inverse_temperature: f32,
 }
@@ -287,7 +303,7 @@ struct BackwardArgs {
     targets: Targets,
     rows: i64,
     vocab: i64,
-    chunks: i64,
+    chunks: i32,
     chunk_threads: i32,
     inverse_temperature: f32,
 }

@@ -149,5 +149,5 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
     return uint32_t((uint64_t(high) << 32 | low) >> (shift & 31));
 }
 
+inline int min(int a, int b) { return b < a ? b : a; }
 inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
-inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
