@@ -198,5 +198,7 @@ fn describe(error: DriverError) -> String {
 fn message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    // Behind this comes the list of every name that was tried.
+    let text = text.and_then(|text| text.split(" - searched").next());
     text.unwrap_or("its library cannot be loaded").to_string()
 }
