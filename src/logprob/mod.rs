@@ -25,7 +25,8 @@
 //!   is the target: then logp is -inf, with the gradient of the formula.
 //! - A row with NaN or +inf, or of -inf only, gives NaN in that row and in no other.
 //! - A row whose target is [`LogprobOptions::ignore_index`] is not read: logp and entropy are 0, and
-//!   so is its gradient. Any other target outside `0..V` is an error.
+//!   so is its gradient. Any other target outside `0..V` is an error on the CPU, and NaN in its row on
+//!   CUDA, where looking would cost a wait for the device.
 //! - A row whose upstream gradient is exactly 0 gets a zero gradient without being read, so what
 //!   a loss masks out may hold anything.
 //!
