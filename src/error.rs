@@ -77,6 +77,54 @@ pub enum Error {
         /// How many there are.
         got: usize,
     },
+    /// There is no CUDA driver on this machine, or it is too old.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    #[error("no CUDA driver: {reason}")]
+    CudaDriver {
+        /// What the driver's library said, or what the search for it.
+        reason: String,
+    },
+    /// The driver has no device or no context to offer.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    #[error("no CUDA device: {reason}")]
+    CudaDevice {
+        /// What the driver said.
+        reason: String,
+    },
+    /// The kernels were not compiled for the device's architecture.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    #[error(
+        "{op}: the kernels were not built for this device, of compute capability {}.{} ({reason}); \
+         devices before 8.0 are not supported, and PPO_KERNELS_CUDA_ARCHS at build time chooses \
+         among the others",
+        compute_capability.0, compute_capability.1
+    )]
+    CudaImage {
+        /// The op whose kernels are missing.
+        op: &'static str,
+        /// Major and minor number.
+        compute_capability: (u32, u32),
+        /// What the driver said.
+        reason: String,
+    },
+    /// The device is out of memory.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    #[error("{op}: the CUDA device is out of memory")]
+    CudaMemory {
+        /// The op that asked for it.
+        op: &'static str,
+    },
+    /// A kernel could not be launched, or an earlier one failed.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    #[error("{op}: the kernel {kernel} failed: {reason}")]
+    CudaLaunch {
+        /// The op that launched it.
+        op: &'static str,
+        /// The kernel.
+        kernel: String,
+        /// What the driver said.
+        reason: String,
+    },
     /// An error of the tensor library.
     #[cfg(feature = "candle")]
     #[error(transparent)]

@@ -13,6 +13,8 @@
 //! - `reference`: the oracle, plain f64 loops that can be checked by eye, for inputs of the right
 //!   length (others panic);
 //! - `cpu`: the fused implementation on slices, which allocates nothing;
+//! - `cuda`, in `logprob` so far: launches of hand-written kernels on device pointers and the caller's
+//!   stream (feature `cuda`);
 //! - the functions of the module itself: candle tensors in and out, with gradients (feature `candle`,
 //!   on by default).
 //!
@@ -24,6 +26,8 @@
 #![warn(missing_docs)]
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 #[cfg(feature = "driver")]
 pub mod driver;
 mod error;

@@ -4,6 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use common::logprob_cases::{rows_of, Case};
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::logprob::cpu::{self, Outputs, RowStats, RowStatsMut, Upstream};
@@ -116,49 +117,10 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
     }
 }
 
-/// Rows as they are met in practice, and worse.
-struct Case {
-    name: &'static str,
-    vocab: usize,
-    rows: Vec<f32>,
-}
-
-impl Case {
-    fn count(&self) -> usize {
-        self.rows.len() / self.vocab
-    }
-}
-
-/// Odd vocabularies around every block and lane boundary, flat, peaked and far from 0.
+/// Odd vocabularies around every block and lane boundary.
 fn cases(rng: &mut StdRng) -> Vec<Case> {
-    let mut cases = Vec::new();
-    for vocab in [1, 2, 3, 15, 16, 17, 257, 1000, 2047, 2048, 2049, 5003] {
-        let rows = 3;
-        let flat = uniform(rng, rows * vocab, 4.0);
-        let mut peaked = flat.clone();
-        for row in 0..rows {
-            peaked[row * vocab + rng.random_range(0..vocab)] += 60.0;
-        }
-        // Rounded, so that adding the offset is exact and only our arithmetic is tested.
-        let offset = flat.iter().map(|z| (z * 64.0).round() / 64.0 + 1e4).collect();
-        let mut masked = flat.clone();
-        for z in &mut masked {
-            if rng.random_bool(0.7) {
-                *z = f32::NEG_INFINITY;
-            }
-        }
-        for row in 0..rows {
-            masked[row * vocab] = 1.0;
-        }
-        // The maximum is last: every block before it must be rescaled.
-        let rising = (0..rows * vocab).map(|i| (i % vocab) as f32 * (90.0 / vocab as f32));
-        cases.push(Case { name: "rising", vocab, rows: rising.collect() });
-        cases.push(Case { name: "flat", vocab, rows: flat });
-        cases.push(Case { name: "peaked", vocab, rows: peaked });
-        cases.push(Case { name: "offset", vocab, rows: offset });
-        cases.push(Case { name: "masked", vocab, rows: masked });
-    }
-    cases
+    let vocabularies = [1, 2, 3, 15, 16, 17, 257, 1000, 2047, 2048, 2049, 5003];
+    vocabularies.into_iter().flat_map(|vocab| rows_of(rng, vocab)).collect()
 }
 
 #[test]

@@ -23,10 +23,14 @@ pub trait Logit: sealed::Sealed + Copy + Send + Sync + 'static {
 
     /// The value zero.
     const ZERO: Self;
+
+    /// The type's name: "f32", "f16" or "bf16".
+    const NAME: &'static str;
 }
 
 impl Logit for f32 {
     const ZERO: Self = 0.0;
+    const NAME: &'static str = "f32";
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -41,6 +45,7 @@ impl Logit for f32 {
 
 impl Logit for bf16 {
     const ZERO: Self = bf16::ZERO;
+    const NAME: &'static str = "bf16";
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -59,6 +64,7 @@ impl Logit for bf16 {
 
 impl Logit for f16 {
     const ZERO: Self = f16::ZERO;
+    const NAME: &'static str = "f16";
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -90,11 +96,16 @@ impl Logit for f16 {
 
 /// An integer type of token ids: `u32` or `i64`.
 pub trait TokenId: sealed::Sealed + Copy + Send + Sync + 'static {
+    /// Whether the type has 64 bits, and not 32.
+    const WIDE: bool;
+
     /// The id as a signed integer, in which `ignore_index` is given.
     fn id(self) -> i64;
 }
 
 impl TokenId for u32 {
+    const WIDE: bool = false;
+
     #[inline(always)]
     fn id(self) -> i64 {
         i64::from(self)
@@ -102,6 +113,8 @@ impl TokenId for u32 {
 }
 
 impl TokenId for i64 {
+    const WIDE: bool = true;
+
     #[inline(always)]
     fn id(self) -> i64 {
         self

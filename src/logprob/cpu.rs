@@ -2,7 +2,7 @@
 //! that are. A segment is walked once, with a running (maximum, sum, weighted sum); those of a row's
 //! segments are merged in an order that depends on the row's length only.
 
-use super::{LogprobOptions, OP};
+use super::{check_logits, LogprobOptions, OP};
 use crate::cpu::math::{
     at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR, LANES,
 };
@@ -176,15 +176,7 @@ fn validate<I: TokenId>(
     options: &LogprobOptions,
 ) -> Result<()> {
     options.validate()?;
-    let fits = vocab > 0 && targets.len().checked_mul(vocab) == Some(logits);
-    if !fits {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "logits",
-            expected: format!("[{}, {}]", targets.len(), vocab.max(1)),
-            got: format!("[{logits}] for a vocabulary of {vocab}"),
-        });
-    }
+    check_logits(logits, targets.len(), vocab)?;
     check_targets(targets, vocab, options)
 }
 

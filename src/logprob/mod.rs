@@ -25,7 +25,8 @@
 //!   is the target: then logp is -inf, with the gradient of the formula.
 //! - A row with NaN or +inf, or of -inf only, gives NaN in that row and in no other.
 //! - A row whose target is [`LogprobOptions::ignore_index`] is not read: logp and entropy are 0, and
-//!   so is its gradient. Any other target outside `0..V` is an error.
+//!   so is its gradient. Any other target outside `0..V` is an error on the CPU, and NaN in its row on
+//!   CUDA, where looking would cost a wait for the device.
 //! - A row whose upstream gradient is exactly 0 gets a zero gradient without being read, so what
 //!   a loss masks out may hold anything.
 //!
@@ -33,6 +34,8 @@
 //! once. All else is one value a row.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -65,4 +68,17 @@ impl LogprobOptions {
         let valid = (1e-30..=1e30).contains(&self.temperature);
         Error::check_option(OP, "temperature", self.temperature, valid, "1e-30 to 1e30")
     }
+}
+
+/// `Ok` when so many logits make `rows` rows of a vocabulary that is not empty.
+fn check_logits(logits: usize, rows: usize, vocab: usize) -> Result<()> {
+    if vocab > 0 && rows.checked_mul(vocab) == Some(logits) {
+        return Ok(());
+    }
+    Err(Error::Shape {
+        op: OP,
+        arg: "logits",
+        expected: format!("[{rows}, {}]", vocab.max(1)),
+        got: format!("[{logits}] for a vocabulary of {vocab}"),
+    })
 }

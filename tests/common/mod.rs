@@ -1,6 +1,10 @@
 //! What the tests of all ops share: golden vectors, random inputs, comparisons, devices.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod logprob_cases;
+#[cfg(feature = "simt")]
+pub mod simt;
+
 use candle_core::{DType, Device, Tensor};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};

@@ -1,0 +1,147 @@
+// What has to be spelt twice: inline PTX for nvcc, and its twin for the CPU stand-in (src/cuda/simt),
+// which compiles the same kernels with g++ and defines SIMT. No other file holds PTX.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+
+// 16-bit floats as bits; arithmetic is in f32 only.
+struct f16 { uint16_t bits; };
+struct bf16 { uint16_t bits; };
+
+// A kernel takes one struct of arguments, named `args` in its body. src/OP/cuda.rs has the struct's
+// twin in Rust. `threads` is the largest block, and `blocks` is how many of those a multiprocessor
+// shall hold: together they say how many registers a thread may have.
+#ifdef SIMT
+#define KERNEL(threads, blocks, name, Args)                                                       \
+    static void name(const Args& args);                                                           \
+    static const simt::Kernel name##_kernel(                                                      \
+        SIMT_VARIANT, #name, threads, sizeof(Args),                                               \
+        [](const void* args) { name(*static_cast<const Args*>(args)); });                         \
+    static void name(const Args& args)
+#else
+#define KERNEL(threads, blocks, name, Args)                                                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks)                                 \
+        name(const __grid_constant__ Args args)
+#endif
+
+// An array in the block's shared memory. Its contents are undefined at first.
+#ifdef SIMT
+#define SHARED(T, name, count)                                                                    \
+    static const char name##_key = 0;                                                             \
+    T* const name = static_cast<T*>(simt::shared(&name##_key, sizeof(T) * (count)))
+#else
+#define SHARED(T, name, count) __shared__ T name[count]
+#endif
+
+// 2^x to 2 ulp; 0 where the result is below the normal range, NaN for NaN.
+static __device__ __forceinline__ float exp2_fast(float x) {
+#ifdef SIMT
+    const float y = exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+// 16 bytes that are needed once: they do not push others out of L1. Aligned to 16.
+static __device__ __forceinline__ uint4 load_once(const void* address) {
+#ifdef SIMT
+    return simt::load16(address);
+#else
+    uint4 v;
+    asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(address));
+    return v;
+#endif
+}
+
+// 16 bytes that a neighbour needs too. Aligned to 16.
+static __device__ __forceinline__ uint4 load_shared_by_neighbours(const void* address) {
+#ifdef SIMT
+    return simt::load16(address);
+#else
+    uint4 v;
+    asm("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(address));
+    return v;
+#endif
+}
+
+// 16 bytes that nobody reads soon: they leave L2 first. Aligned to 16.
+static __device__ __forceinline__ void store_once(void* address, uint4 v) {
+#ifdef SIMT
+    simt::store16(address, v);
+#else
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+#endif
+}
+
+// Two floats rounded to nearest even, `low` in the low half.
+static __device__ __forceinline__ uint32_t pack(float low, float high, bf16) {
+#ifdef SIMT
+    return simt::to_bf16(low) | uint32_t(simt::to_bf16(high)) << 16;
+#else
+    uint32_t v;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+#endif
+}
+
+static __device__ __forceinline__ uint32_t pack(float low, float high, f16) {
+#ifdef SIMT
+    return simt::to_f16(low) | uint32_t(simt::to_f16(high)) << 16;
+#else
+    uint32_t v;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+    return v;
+#endif
+}
+
+static __device__ __forceinline__ float to_float(bf16 v) {
+    return __uint_as_float(uint32_t(v.bits) << 16);
+}
+
+static __device__ __forceinline__ float to_float(f16 v) {
+#ifdef SIMT
+    return simt::from_f16(v.bits);
+#else
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(v.bits));
+    return y;
+#endif
+}
+
+static __device__ __forceinline__ float to_float(float v) { return v; }
+
+// Thread-block clusters: several blocks that run together and read each other's shared memory.
+// Chips before sm_90 have none, and no launch there asks for one.
+
+// Waits for every thread of the cluster; what they wrote before is seen after.
+static __device__ __forceinline__ void cluster_sync() {
+#ifdef SIMT
+    simt::cluster_sync();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// What `mine` is in the block of that rank.
+template <class T>
+static __device__ __forceinline__ T* in_cluster_block(T* mine, unsigned rank) {
+#ifdef SIMT
+    return static_cast<T*>(simt::in_cluster_block(mine, rank));
+#elif __CUDA_ARCH__ >= 900
+    uint64_t theirs;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
+    return reinterpret_cast<T*>(theirs);
+#else
+    return mine;
+#endif
+}

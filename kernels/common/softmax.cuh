@@ -1,0 +1,87 @@
+// Online softmax: the maximum of a row and the sums that depend on it, from one pass.
+//
+// Compiled with --fmad=false: where a product and a sum are to be one instruction, fmaf says so. Then
+// the bits do not depend on what the compiler makes of each place that a function is inlined into.
+#pragma once
+
+#include "reduce.cuh"
+
+constexpr float LOG2_E = 1.44269504f;
+constexpr float LN_2 = 0.693147181f;
+
+// A y below this counts as this, for which 2^y is 0 all the same: so that 2^y y is 0 and not 0 * inf.
+constexpr float FLOOR = -216.0f;
+
+// Sums over some columns of a row, with y = (z - max) * scale and scale = log2(e) / temperature.
+struct Sums {
+    float max;
+    float sum;       // of 2^y
+    float weighted;  // of 2^y y, if asked for
+};
+
+static __device__ __forceinline__ Sums no_sums() { return {-INFINITY, 0.0f, 0.0f}; }
+
+// What y is counted from. With -inf throughout, -inf - -inf would make NaN of legal columns.
+static __device__ __forceinline__ float origin(float max) { return max == -INFINITY ? 0.0f : max; }
+
+// The same sums for a maximum that is at least theirs. Without a branch, and exact if the maximum is
+// the same. NaN stays in `sum`.
+static __device__ __forceinline__ Sums rebase(Sums s, float max, float scale) {
+    const float shift = fmaxf((s.max - origin(max)) * scale, FLOOR);
+    const float factor = exp2_fast(shift);
+    return {max, s.sum * factor, fmaf(shift, s.sum, s.weighted) * factor};
+}
+
+// Adds a vector of logits.
+template <bool WEIGHTED, int N>
+static __device__ __forceinline__ void add(Sums& s, const float (&z)[N], float scale) {
+    float max = s.max;
+#pragma unroll
+    for (int i = 0; i < N; i++) max = fmaxf(max, z[i]);
+    s = rebase(s, max, scale);
+
+    float sum[N], weighted[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float y = (z[i] - origin(max)) * scale;
+        sum[i] = exp2_fast(y);
+        if (WEIGHTED) weighted[i] = sum[i] * fmaxf(y, FLOOR);
+    }
+#pragma unroll
+    for (int width = N / 2; width > 0; width /= 2) {
+#pragma unroll
+        for (int i = 0; i < width; i++) {
+            sum[i] += sum[i + width];
+            if (WEIGHTED) weighted[i] += weighted[i + width];
+        }
+    }
+    s.sum += sum[0];
+    if (WEIGHTED) s.weighted += weighted[0];
+}
+
+static __device__ __forceinline__ Sums merge(Sums a, Sums b, float scale) {
+    const float max = fmaxf(a.max, b.max);
+    a = rebase(a, max, scale);
+    b = rebase(b, max, scale);
+    return {max, a.sum + b.sum, a.weighted + b.weighted};
+}
+
+// The sums of all lanes, in every lane.
+static __device__ __forceinline__ Sums warp_merge(Sums s, float scale) {
+    s = rebase(s, warp_max(s.max), scale);
+    return {s.max, warp_sum(s.sum), warp_sum(s.weighted)};
+}
+
+// The sums of all threads, in the first warp. `warps` is shared memory for one value a warp.
+static __device__ __forceinline__ Sums block_merge(Sums s, float scale, Sums* warps) {
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    s = warp_merge(s, scale);
+    // The first warp may still be reading what an earlier call left.
+    __syncthreads();
+    if (lane == 0) warps[warp] = s;
+    __syncthreads();
+    if (warp == 0) {
+        s = warp_merge(lane < blockDim.x / WARP ? warps[lane] : no_sums(), scale);
+    }
+    return s;
+}

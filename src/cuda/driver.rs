@@ -1,0 +1,204 @@
+//! The CUDA driver's side of a stream: finds the driver, loads the images that build.rs made, and
+//! launches.
+
+use std::any::Any;
+use std::collections::HashMap;
+use std::ffi::{c_void, CString};
+use std::panic::catch_unwind;
+use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::sys::{self, CUresult};
+use cudarc::driver::DriverError;
+
+use super::{Device, Kernel, Launch};
+use crate::error::{Error, Result};
+
+/// A compiled file of kernels. The driver reads its header as words.
+#[repr(C, align(16))]
+struct Image<Bytes: ?Sized>(Bytes);
+
+/// The image of every op.
+static IMAGES: &[(&str, &Image<[u8]>)] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// What has been loaded, by the context's number, which the driver never uses again for another.
+/// Handles are kept as integers; they are the driver's to look into, and go with their context.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<(u64, &'static str), usize>,
+    functions: HashMap<(u64, Kernel), usize>,
+}
+
+static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stream {
+    stream: sys::CUstream,
+    context: sys::CUcontext,
+    context_id: u64,
+}
+
+impl Stream {
+    /// # Safety
+    /// The handle is of a stream that lives.
+    pub(super) unsafe fn new(stream: sys::CUstream) -> Result<(Self, Device)> {
+        find_driver()?;
+        // cudarc panics where the driver lacks a function.
+        let found = catch_unwind(|| {
+            let (mut context, mut context_id) = (std::ptr::null_mut(), 0);
+            // SAFETY: the caller's handle; the driver writes what the pointers lead to.
+            unsafe {
+                sys::cuStreamGetCtx(stream, &mut context).result()?;
+                sys::cuCtxGetId(context, &mut context_id).result()?;
+                let _current = Current::set(context)?;
+                let (mut device, mut numbers) = (0, [0; 3]);
+                sys::cuCtxGetDevice(&mut device).result()?;
+                let attributes = [
+                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X,
+                ];
+                for (number, attribute) in numbers.iter_mut().zip(attributes) {
+                    sys::cuDeviceGetAttribute(number, attribute, device).result()?;
+                }
+                let [major, minor, max_blocks] = numbers.map(i32::unsigned_abs);
+                let device = Device { compute_capability: (major, minor), max_blocks };
+                Ok((Self { stream, context, context_id }, device))
+            }
+        });
+        match found {
+            Ok(Ok(found)) => Ok(found),
+            Ok(Err(error)) => Err(Error::CudaDevice { reason: describe(error) }),
+            Err(panic) => Err(Error::CudaDriver { reason: message(&*panic) }),
+        }
+    }
+
+    pub(super) fn launch(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        device: Device,
+        args: *const c_void,
+    ) -> Result<()> {
+        let failed = |error: DriverError| launch_error(kernel, device, error);
+        // SAFETY: the stream, and with it its context, lives as long as this does.
+        let _current = unsafe { Current::set(self.context) }.map_err(failed)?;
+        let function = self.function(kernel).map_err(failed)?;
+
+        let mut parameters = [args.cast_mut()];
+        // SAFETY: an attribute is plain data for which zero is a value.
+        let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+        cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        cluster.value.clusterDim.x = launch.cluster;
+        cluster.value.clusterDim.y = 1;
+        cluster.value.clusterDim.z = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.blocks,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: 0,
+            hStream: self.stream,
+            attrs: &mut cluster,
+            numAttrs: u32::from(launch.cluster > 1),
+        };
+        // SAFETY: the function is of this context, and `args` leads to the struct it takes.
+        let launched = unsafe {
+            sys::cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), std::ptr::null_mut())
+        };
+        launched.result().map_err(failed)
+    }
+
+    /// The kernel in this stream's context, which is current.
+    fn function(&self, kernel: &Kernel) -> std::result::Result<sys::CUfunction, DriverError> {
+        // A panic elsewhere leaves the tables as they were before or after an insertion.
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&function) = loaded.functions.get(&(self.context_id, *kernel)) {
+            return Ok(function as sys::CUfunction);
+        }
+        let module = match loaded.modules.get(&(self.context_id, kernel.op)) {
+            Some(&module) => module as sys::CUmodule,
+            None => {
+                let image = IMAGES.iter().find(|(op, _)| *op == kernel.op).map(|(_, image)| image);
+                // An image is empty if it was built for the documentation only.
+                let image = image
+                    .filter(|image| !image.0.is_empty())
+                    .ok_or(DriverError(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU))?;
+                let mut module = std::ptr::null_mut();
+                // SAFETY: the image is what nvcc wrote.
+                unsafe { sys::cuModuleLoadData(&mut module, image.0.as_ptr().cast()).result()? };
+                loaded.modules.insert((self.context_id, kernel.op), module as usize);
+                module
+            }
+        };
+        let name = CString::new(kernel.symbol()).expect("names are letters and digits");
+        let mut function = std::ptr::null_mut();
+        // SAFETY: the module is of the current context.
+        unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()).result()? };
+        loaded.functions.insert((self.context_id, *kernel), function as usize);
+        Ok(function)
+    }
+}
+
+/// Makes a context the thread's, and gives the thread back what it had.
+struct Current;
+
+impl Current {
+    /// # Safety
+    /// The context lives.
+    unsafe fn set(context: sys::CUcontext) -> std::result::Result<Self, DriverError> {
+        // SAFETY: the caller's.
+        unsafe { sys::cuCtxPushCurrent_v2(context) }.result()?;
+        Ok(Current)
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = std::ptr::null_mut();
+        // SAFETY: what `set` pushed. There is nothing to do about an error here.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+    }
+}
+
+/// `Ok` when there is a driver and it has started; looked for once a process.
+fn find_driver() -> Result<()> {
+    static FOUND: OnceLock<std::result::Result<(), String>> = OnceLock::new();
+    let found = FOUND.get_or_init(|| {
+        // cudarc panics where there is no driver.
+        // SAFETY: may be called any number of times.
+        match catch_unwind(|| unsafe { sys::cuInit(0) }.result()) {
+            Ok(started) => started.map_err(describe),
+            Err(panic) => Err(message(&*panic)),
+        }
+    });
+    found.clone().map_err(|reason| Error::CudaDriver { reason })
+}
+
+fn launch_error(kernel: &Kernel, device: Device, error: DriverError) -> Error {
+    let (op, reason) = (kernel.op, describe(error));
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::CudaMemory { op },
+        CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+        | CUresult::CUDA_ERROR_INVALID_PTX
+        | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
+            Error::CudaImage { op, compute_capability: device.compute_capability, reason }
+        }
+        _ => Error::CudaLaunch { op, kernel: kernel.symbol(), reason },
+    }
+}
+
+/// The driver's words for its error.
+fn describe(error: DriverError) -> String {
+    let text = error.error_string().ok().and_then(|text| text.to_str().ok());
+    text.map_or_else(|| format!("{:?}", error.0), str::to_string)
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+    // Behind this comes the list of every name that was tried.
+    let text = text.and_then(|text| text.split(" - searched").next());
+    text.unwrap_or("its library cannot be loaded").to_string()
+}

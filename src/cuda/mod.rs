@@ -1,0 +1,207 @@
+//! Shared room of the CUDA backend: streams, device memory as slices, and the one call that launches
+//! a kernel. It knows nothing of any op.
+//!
+//! Nothing here allocates device memory or waits for the device: what is launched on a stream runs
+//! when the stream comes to it. The first launch of a kernel in a context loads it, so run once
+//! before capturing a graph.
+//!
+//! Two backends run the same launches of the same kernels: the CUDA driver (feature `cuda`), looked
+//! for when the first stream is made, and a stand-in on the CPU (feature `simt`) for tests where
+//! there is no GPU.
+
+#[cfg(feature = "cuda")]
+mod driver;
+#[cfg(feature = "simt")]
+#[doc(hidden)]
+pub mod simt;
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+
+use crate::error::Result;
+
+/// What the launches need to know of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Device {
+    /// Major and minor number.
+    pub compute_capability: (u32, u32),
+    /// The most blocks of a grid; kernels loop over what is left.
+    pub max_blocks: u32,
+}
+
+impl Device {
+    /// Whether blocks can run as clusters that read each other's shared memory.
+    pub(crate) fn has_clusters(&self) -> bool {
+        self.compute_capability.0 >= 9
+    }
+}
+
+/// A stream to launch on.
+#[derive(Debug, Clone, Copy)]
+pub struct Stream<'a> {
+    device: Device,
+    backend: Backend,
+    lifetime: PhantomData<&'a ()>,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Backend {
+    #[cfg(feature = "cuda")]
+    Driver(driver::Stream),
+    #[cfg(feature = "simt")]
+    Simt(simt::Machine),
+}
+
+impl Stream<'_> {
+    /// A stream by its handle (`CUstream` or `cudaStream_t`). Null is the default stream of the
+    /// thread's current context.
+    ///
+    /// # Errors
+    /// If there is no driver or no device, or the kernels were not built for it.
+    ///
+    /// # Safety
+    /// The handle is of a stream that lives as long as the lifetime says.
+    #[cfg(feature = "cuda")]
+    pub unsafe fn from_raw(handle: *mut c_void) -> Result<Self> {
+        // SAFETY: the caller's.
+        let (stream, device) = unsafe { driver::Stream::new(handle.cast()) }?;
+        Ok(Self { device, backend: Backend::Driver(stream), lifetime: PhantomData })
+    }
+
+    /// A stream of the CPU stand-in: a launch has ended when the call returns.
+    #[cfg(feature = "simt")]
+    #[doc(hidden)]
+    pub fn simt(machine: simt::Machine) -> Self {
+        Self { device: machine.device, backend: Backend::Simt(machine), lifetime: PhantomData }
+    }
+
+    /// The device that the stream is on.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Launches a kernel.
+    pub(crate) fn launch<A: Args>(&self, kernel: &Kernel, launch: Launch, args: &A) -> Result<()> {
+        let bytes = size_of::<A>();
+        let args = std::ptr::from_ref(args).cast::<c_void>();
+        match self.backend {
+            #[cfg(feature = "cuda")]
+            Backend::Driver(stream) => {
+                let _ = bytes;
+                stream.launch(kernel, launch, self.device, args)
+            }
+            #[cfg(feature = "simt")]
+            Backend::Simt(machine) => machine.launch(kernel, launch, args, bytes),
+        }
+    }
+}
+
+/// The name of a kernel, in the parts it is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Kernel {
+    /// The op, and the name of its file.
+    pub op: &'static str,
+    /// What of the op.
+    pub pass: &'static str,
+    /// The type of the logits.
+    pub dtype: &'static str,
+}
+
+impl Kernel {
+    /// The name in the source.
+    fn symbol(&self) -> String {
+        format!("{}_{}_{}", self.op, self.pass, self.dtype)
+    }
+}
+
+/// How a kernel is spread over the device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch {
+    blocks: u32,
+    threads: u32,
+    cluster: u32,
+}
+
+impl Launch {
+    /// So many clusters of blocks of threads, or as many as the device's grid takes: the kernel loops
+    /// over the rest.
+    pub(crate) fn new(device: Device, clusters: usize, cluster: u32, threads: u32) -> Self {
+        let most = device.max_blocks / cluster;
+        let clusters = u32::try_from(clusters).map_or(most, |clusters| clusters.min(most));
+        Self { blocks: clusters * cluster, threads, cluster }
+    }
+
+    /// The same blocks, of which none knows another.
+    pub(crate) fn without_clusters(self) -> Self {
+        Self { cluster: 1, ..self }
+    }
+}
+
+/// A kernel's arguments.
+///
+/// # Safety
+/// The type is `repr(C)` and has the layout of the struct that the kernels it is given to take.
+pub(crate) unsafe trait Args: Copy {}
+
+/// Elements in device memory, for reading.
+#[derive(Debug)]
+pub struct Slice<'a, T> {
+    address: *const T,
+    len: usize,
+    lifetime: PhantomData<&'a T>,
+}
+
+impl<T> Clone for Slice<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Slice<'_, T> {}
+
+impl<T> Slice<'_, T> {
+    /// `len` elements from `address` on.
+    ///
+    /// # Safety
+    /// The device of the stream they are used with can read them, they are aligned to their size,
+    /// and they stay as they are until what was launched with them has run.
+    pub unsafe fn from_raw(address: *const T, len: usize) -> Self {
+        Self { address, len, lifetime: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn as_ptr(&self) -> *const T {
+        self.address
+    }
+}
+
+/// Elements in device memory, for writing.
+#[derive(Debug)]
+pub struct SliceMut<'a, T> {
+    address: *mut T,
+    len: usize,
+    lifetime: PhantomData<&'a mut T>,
+}
+
+impl<T> SliceMut<'_, T> {
+    /// `len` elements from `address` on.
+    ///
+    /// # Safety
+    /// The device of the stream they are used with can write them, they are aligned to their size,
+    /// and nothing else uses them until what was launched with them has run. Where an op works in
+    /// place, it says so, and they may be the same as its input.
+    pub unsafe fn from_raw(address: *mut T, len: usize) -> Self {
+        Self { address, len, lifetime: PhantomData }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    pub(crate) fn as_mut_ptr(&self) -> *mut T {
+        self.address
+    }
+}

@@ -1,0 +1,92 @@
+//! The CPU stand-in's side of a stream, for tests: kernels compiled by a C++ compiler, every CUDA
+//! thread a fiber (simt.cpp). Device pointers are pointers.
+
+use std::ffi::{c_char, c_int, c_void, CStr, CString};
+use std::sync::{Mutex, PoisonError};
+
+use super::{Device, Kernel, Launch};
+use crate::error::{Error, Result};
+
+/// In which order threads and blocks get to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// Who could go on first, goes on first.
+    Fifo,
+    /// Who could go on last, goes on first; blocks from the last to the first.
+    Lifo,
+    /// At random, by this seed.
+    Random(u64),
+}
+
+/// The device to stand in for.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    /// In which order threads run.
+    pub order: Order,
+    /// What the launches see.
+    pub device: Device,
+    /// The name of a bug of `tests/planted_bugs.txt` to run the kernels with, or nothing.
+    pub planted_bug: &'static str,
+}
+
+extern "C" {
+    fn simt_launch(
+        variant: *const c_char,
+        name: *const c_char,
+        grid: u32,
+        threads: u32,
+        cluster: u32,
+        args: *const c_void,
+        args_bytes: usize,
+        order: c_int,
+        seed: u64,
+        report: *mut c_char,
+        report_bytes: usize,
+    ) -> c_int;
+}
+
+/// There is one scheduler a process.
+static LAUNCH: Mutex<()> = Mutex::new(());
+
+impl Machine {
+    pub(super) fn launch(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        args: *const c_void,
+        args_bytes: usize,
+    ) -> Result<()> {
+        let variant = CString::new(self.planted_bug).expect("names hold no zero");
+        let name = CString::new(kernel.symbol()).expect("names hold no zero");
+        let (order, seed) = match self.order {
+            Order::Fifo => (0, 0),
+            Order::Lifo => (1, 0),
+            Order::Random(seed) => (2, seed),
+        };
+        let mut report: [c_char; 4096] = [0; 4096];
+        let _one_at_a_time = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: strings end in zero, the scheduler writes no more than the report's size, and it
+        // compares `args_bytes` with the size of the struct that the kernel takes.
+        let failed = unsafe {
+            simt_launch(
+                variant.as_ptr(),
+                name.as_ptr(),
+                launch.blocks,
+                launch.threads,
+                launch.cluster,
+                args,
+                args_bytes,
+                order,
+                seed,
+                report.as_mut_ptr(),
+                report.len(),
+            )
+        };
+        if failed == 0 {
+            return Ok(());
+        }
+        // SAFETY: the scheduler ends it with zero.
+        let reason = unsafe { CStr::from_ptr(report.as_ptr()) }.to_string_lossy().into_owned();
+        Err(Error::CudaLaunch { op: kernel.op, kernel: kernel.symbol(), reason })
+    }
+}

@@ -1,0 +1,50 @@
+//! The logits on which every backend of the logprob op is tested.
+
+use rand::rngs::StdRng;
+use rand::Rng;
+
+use super::uniform;
+
+/// Rows as they are met in practice, and worse.
+pub struct Case {
+    pub name: &'static str,
+    pub vocab: usize,
+    pub rows: Vec<f32>,
+}
+
+impl Case {
+    pub fn count(&self) -> usize {
+        self.rows.len() / self.vocab
+    }
+}
+
+/// Three rows of each kind: flat, peaked, rising, far from 0, and with most columns masked.
+pub fn rows_of(rng: &mut StdRng, vocab: usize) -> Vec<Case> {
+    let rows = 3;
+    let flat = uniform(rng, rows * vocab, 4.0);
+    let mut peaked = flat.clone();
+    for row in 0..rows {
+        peaked[row * vocab + rng.random_range(0..vocab)] += 60.0;
+    }
+    // Rounded, so that adding the offset is exact and only our arithmetic is tested.
+    let offset = flat.iter().map(|z| (z * 64.0).round() / 64.0 + 1e4).collect();
+    let mut masked = flat.clone();
+    for z in &mut masked {
+        if rng.random_bool(0.7) {
+            *z = f32::NEG_INFINITY;
+        }
+    }
+    for row in 0..rows {
+        masked[row * vocab] = 1.0;
+    }
+    // The maximum is last: everything before it must be rescaled.
+    let rising = (0..rows * vocab).map(|i| (i % vocab) as f32 * (90.0 / vocab as f32)).collect();
+    let case = |name, rows| Case { name, vocab, rows };
+    vec![
+        case("rising", rising),
+        case("flat", flat),
+        case("peaked", peaked),
+        case("offset", offset),
+        case("masked", masked),
+    ]
+}

@@ -1,0 +1,60 @@
+//! Device memory and devices of the CPU stand-in.
+
+use std::alloc::{alloc_zeroed, dealloc, Layout};
+
+use ppo_kernels::cuda::simt::{Machine, Order};
+use ppo_kernels::cuda::{Device, Slice, SliceMut};
+
+/// A device of that major compute capability (clusters from 9 on) whose grids have that many blocks.
+pub fn machine(order: Order, major: u32, max_blocks: u32) -> Machine {
+    let device = Device { compute_capability: (major, 0), max_blocks };
+    Machine { order, device, planted_bug: "" }
+}
+
+/// Elements that begin `offset` elements after a 16-byte boundary, and end where their allocation
+/// ends, so that AddressSanitizer sees who reads on. A `Vec` would be longer.
+pub struct Buffer<T> {
+    memory: *mut T,
+    first: usize,
+    len: usize,
+}
+
+impl<T: Copy> Buffer<T> {
+    pub fn new(values: &[T], offset: usize) -> Self {
+        let first = offset % (16 / size_of::<T>());
+        let layout = Self::layout(first, values.len());
+        // SAFETY: the layout is not empty, and the memory has room for every value.
+        let memory = unsafe { alloc_zeroed(layout) }.cast::<T>();
+        assert!(!memory.is_null());
+        unsafe { memory.add(first).copy_from_nonoverlapping(values.as_ptr(), values.len()) };
+        Self { memory, first, len: values.len() }
+    }
+
+    fn layout(first: usize, len: usize) -> Layout {
+        Layout::from_size_align(((first + len) * size_of::<T>()).max(1), 16).unwrap()
+    }
+
+    pub fn read(&self) -> &[T] {
+        // SAFETY: `new` wrote the values there, and nobody writes while this is borrowed.
+        unsafe { std::slice::from_raw_parts(self.memory.add(self.first), self.len) }
+    }
+
+    pub fn slice(&self) -> Slice<'static, T> {
+        // SAFETY: a launch of the stand-in has ended when the call returns, and the tests keep the
+        // buffer until then.
+        unsafe { Slice::from_raw(self.memory.add(self.first), self.len) }
+    }
+
+    pub fn slice_mut(&mut self) -> SliceMut<'static, T> {
+        // SAFETY: as above.
+        unsafe { SliceMut::from_raw(self.memory.add(self.first), self.len) }
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        let bytes = ((self.first + self.len) * size_of::<T>()).max(1);
+        // SAFETY: as allocated.
+        unsafe { dealloc(self.memory.cast(), Layout::from_size_align(bytes, 16).unwrap()) };
+    }
+}
