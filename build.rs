@@ -1,5 +1,5 @@
 //! Compiles `kernels/*.cu`: with nvcc for the feature `cuda`, with a C++ compiler and the stand-in of
-//! `src/cuda/simt` for the feature `simt`. Without either it does nothing.
+//! `src/cuda/simt` for the feature `simt`. Without either it only looks at the compiler's version.
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use std::path::PathBuf;
@@ -7,10 +7,25 @@ use std::path::PathBuf;
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
+    allow_avx512();
     #[cfg(feature = "cuda")]
     cuda::build();
     #[cfg(feature = "simt")]
     simt::build();
+}
+
+/// Sets `ppo_avx512` from Rust 1.89 on, the first that compiles for AVX-512; before that the loops on
+/// the CPU stop at AVX2.
+fn allow_avx512() {
+    println!("cargo:rustc-check-cfg=cfg(ppo_avx512)");
+    let rustc = std::env::var_os("RUSTC").unwrap_or("rustc".into());
+    let version = std::process::Command::new(rustc).arg("--version").output();
+    let version = version.map(|said| String::from_utf8_lossy(&said.stdout).into_owned());
+    // "rustc 1.89.0 (..)"
+    let minor = version.ok().and_then(|v| v.split('.').nth(1)?.parse::<u32>().ok());
+    if minor.is_some_and(|minor| minor >= 89) {
+        println!("cargo:rustc-cfg=ppo_avx512");
+    }
 }
 
 /// A file of the package.

@@ -19,7 +19,35 @@ pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
 /// the width of a register, so the bits are the same on each.
 #[inline(always)]
 pub(crate) fn vectorise<R>(body: impl FnOnce() -> R) -> R {
+    #[cfg(all(target_arch = "x86_64", ppo_avx512))]
+    if has_avx512() {
+        // SAFETY: this machine has what the function is compiled for.
+        return unsafe { with_avx512(body) };
+    }
     pulp::Arch::new().dispatch(body)
+}
+
+/// Whether [`with_avx512`] runs here. Not left to pulp, whose AVX-512 would ask a newer Rust of all
+/// who use this crate.
+#[cfg(all(target_arch = "x86_64", ppo_avx512))]
+#[inline(always)]
+fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+}
+
+/// Calls `body`, compiled for AVX-512.
+///
+/// # Safety
+/// The machine must have the features named here.
+#[cfg(all(target_arch = "x86_64", ppo_avx512))]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+unsafe fn with_avx512<R>(body: impl FnOnce() -> R) -> R {
+    body()
 }
 
 /// Asks for the memory that lies `offset` elements from `data`, as much of it, to be brought into the
