@@ -135,14 +135,7 @@ pub fn forward<T: Logit, I: TokenId>(
     }
     let device = stream.device();
     let needed = workspace_len::<T>(device, rows, vocab);
-    if workspace.len() < needed {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "workspace",
-            expected: format!("[{needed}] or more"),
-            got: format!("[{}]", workspace.len()),
-        });
-    }
+    Error::check_workspace(OP, workspace.len(), needed)?;
     if rows == 0 {
         return Ok(());
     }
