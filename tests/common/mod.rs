@@ -14,6 +14,7 @@ pub mod logprob_cases;
 mod simt;
 #[cfg(feature = "candle")]
 mod tensors;
+pub mod whiten_cases;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
