@@ -28,6 +28,10 @@ static __device__ __forceinline__ uint32_t load_bytes(const uint8_t* bytes) {
     return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24;
 }
 
+// Vectors of each input that a thread loads before it uses the first: of several fewer, so that
+// registers are left for more threads.
+template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
+
 // Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns from
 // `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be null.
 // The columns are shared out by tiles to `chunks` units of `threads`.
@@ -46,18 +50,18 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
     const T* a = out[0] ? out[0] : out[OUT - 1];
     const T* b = out[OUT - 1] ? out[OUT - 1] : a;
     const Split<T> split(a, b, columns);
-    const int step = chunks * IN_FLIGHT * threads;
-    for (int tile = chunk * IN_FLIGHT * threads; tile < split.vectors; tile += step) {
-        uint4 v[IN][IN_FLIGHT];
+    const int step = chunks * VECTORS<IN> * threads;
+    for (int tile = chunk * VECTORS<IN> * threads; tile < split.vectors; tile += step) {
+        uint4 v[IN][VECTORS<IN>];
 #pragma unroll
         for (int k = 0; k < IN; k++) {
             const Row<T> row(in[k] + split.head, columns - split.head);
             row.load(tile, thread, threads, split.vectors, v[k]);
         }
-        uint32_t keep[IN_FLIGHT];
+        uint32_t keep[VECTORS<IN>];
         if constexpr (MASKED) {
 #pragma unroll
-            for (int i = 0; i < IN_FLIGHT; i++) {
+            for (int i = 0; i < VECTORS<IN>; i++) {
                 const int vector = tile + i * threads + thread;
                 keep[i] = 0x01010101;
                 if (mask && vector < split.vectors) {
@@ -66,7 +70,7 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
             }
         }
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
+        for (int i = 0; i < VECTORS<IN>; i++) {
             const int vector = tile + i * threads + thread;
             if (vector >= split.vectors) break;
             const int64_t first = split.head + int64_t(vector) * WIDTH<T>;

@@ -125,45 +125,46 @@ struct Row {
         return first >= first_inside && end <= end_inside;
     }
 
-    // The vectors tile + thread, tile + thread + threads, .. and so on, as far as they are below
-    // `end`; beyond it, as in columns past the end of the row, -inf.
+    // N groups, from tile + thread on every `threads`-th, as far as they are below `end`; beyond it,
+    // as in columns past the end of the row, -inf.
+    template <int N>
     __device__ __forceinline__ void load(int tile, int thread, int threads, int end,
-                                         uint4 (&v)[IN_FLIGHT]) const {
+                                         uint4 (&v)[N]) const {
         const int mine = tile + thread;
-        const int tile_end = tile + IN_FLIGHT * threads;
+        const int tile_end = tile + N * threads;
         // The same for all threads, so that no warp takes both ways.
         if (inside(tile, tile_end) && tile_end <= end) {
             if (skip == 0) {
 #pragma unroll
-                for (int i = 0; i < IN_FLIGHT; i++) v[i] = load_once(at(mine + i * threads));
+                for (int i = 0; i < N; i++) v[i] = load_once(at(mine + i * threads));
             } else {
-                uint4 low[IN_FLIGHT], high[IN_FLIGHT];
+                uint4 low[N], high[N];
 #pragma unroll
-                for (int i = 0; i < IN_FLIGHT; i++) {
+                for (int i = 0; i < N; i++) {
                     load_straddled(mine + i * threads, low[i], high[i]);
                 }
 #pragma unroll
-                for (int i = 0; i < IN_FLIGHT; i++) v[i] = extract(low[i], high[i], skip);
+                for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
             }
             return;
         }
-        uint4 low[IN_FLIGHT], high[IN_FLIGHT];
+        uint4 low[N], high[N];
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
+        for (int i = 0; i < N; i++) {
             const int group = mine + i * threads;
             low[i] = high[i] = nothing();
             if (group < end && inside(group, group + 1)) load_straddled(group, low[i], high[i]);
         }
 #pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) v[i] = extract(low[i], high[i], skip);
+        for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
         if (inside(tile, min(tile_end, end))) return;
 #pragma unroll 1
-        for (int i = 0; i < IN_FLIGHT; i++) {
+        for (int i = 0; i < N; i++) {
             const int group = mine + i * threads;
             if (group >= end || inside(group, group + 1)) continue;
             const uint4 edge = load_edge(group);
 #pragma unroll
-            for (int j = 0; j < IN_FLIGHT; j++) {
+            for (int j = 0; j < N; j++) {
                 if (j == i) v[j] = edge;
             }
         }
