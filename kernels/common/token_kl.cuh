@@ -3,6 +3,7 @@
 
 #include "device.cuh"
 
+// In the order of KlEstimator.
 enum class Estimator : int32_t { K1, ABS, K2, K3, K3_STRAIGHT_THROUGH };
 
 struct TokenKl {
