@@ -145,8 +145,9 @@ static __device__ __forceinline__ void map_tokens(const float* const (&in)[IN],
         for (int k = 0; k < IN; k++) from[k] = in[k] + first;
 #pragma unroll
         for (int k = 0; k < OUT; k++) to[k] = out[k] ? out[k] + first : nullptr;
-        map_columns<true>(from, to, mask ? mask + first : nullptr, min(tile, tokens - first), 0, 1,
-                          threadIdx.x, blockDim.x, f);
+        const Share share = {0, 1, int(threadIdx.x), int(blockDim.x)};
+        map_columns<true>(from, to, mask ? mask + first : nullptr, min(tile, tokens - first), share,
+                          f);
     }
 }
 
@@ -288,14 +289,7 @@ struct Slopes {
 // Block [threads], a chunk of a row a warp or a block.
 template <class T>
 static __device__ __forceinline__ void full_backward(const FullBackwardArgs& args) {
-    const int threads = args.chunk_threads;
-    const int thread = threadIdx.x % threads;
-    const int64_t units = args.rows * args.chunks;
-    const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
-    const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
-    for (int64_t unit = first; unit < units; unit += step) {
-        const int64_t row = unit / args.chunks;
-        const int chunk = int(unit % args.chunks);
+    for_each_share(args, [&](int64_t row, Share share) {
         const int64_t start = row * args.vocab;
         const T* const in[2] = {
             static_cast<const T*>(args.z) + start,
@@ -316,11 +310,9 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
         if (zero || isnan(stats[0])) {
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (!out[k]) continue;
-                fill_columns(out[k], zero ? 0.0f : NAN, args.vocab, chunk, args.chunks, thread,
-                             threads);
+                if (out[k]) fill_columns(out[k], zero ? 0.0f : NAN, args.vocab, share);
             }
-            continue;
+            return;
         }
         const float grad = upstream * args.inverse_temperature;
         const Slopes slopes = {
@@ -333,8 +325,8 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
             grad,
             args.inverse_temperature,
         };
-        map_columns(in, out, nullptr, args.vocab, chunk, args.chunks, thread, threads, slopes);
-    }
+        map_columns(in, out, nullptr, args.vocab, share, slopes);
+    });
 }
 
 KERNEL(256, 4, kl_token_forward_f32, TokenForwardArgs) {

@@ -196,22 +196,15 @@ struct Slope {
 // Block [threads], a chunk of a row a warp or a block.
 template <class T>
 static __device__ __forceinline__ void backward(const BackwardArgs& args) {
-    const int threads = args.chunk_threads;
-    const int thread = threadIdx.x % threads;
-    const int64_t units = args.rows * args.chunks;
-    const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
-    const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
-    for (int64_t unit = first; unit < units; unit += step) {
-        const int64_t row = unit / args.chunks;
-        const int chunk = int(unit % args.chunks);
-        const T* in = static_cast<const T*>(args.logits) + row * args.vocab;
-        T* out = static_cast<T*>(args.grad_logits) + row * args.vocab;
+    for_each_share(args, [&](int64_t row, Share share) {
+        const T* const in[1] = {static_cast<const T*>(args.logits) + row * args.vocab};
+        T* const out[1] = {static_cast<T*>(args.grad_logits) + row * args.vocab};
         const Target target = target_of(args.targets, row, args.vocab);
         const float g = args.grad_logp ? args.grad_logp[row] : 0.0f;
         const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
         if (target.kind == Kind::IGNORED || (g == 0.0f && h == 0.0f)) {
-            fill_columns(out, 0.0f, args.vocab, chunk, args.chunks, thread, threads);
-            continue;
+            fill_columns(out[0], 0.0f, args.vocab, share);
+            return;
         }
         const Slope slope = {
             args.max[row],
@@ -222,10 +215,8 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
             args.inverse_temperature,
             target.column,
         };
-        const T* const ins[1] = {in};
-        T* const outs[1] = {out};
-        map_columns(ins, outs, nullptr, args.vocab, chunk, args.chunks, thread, threads, slope);
-    }
+        map_columns(in, out, nullptr, args.vocab, share, slope);
+    });
 }
 
 KERNEL(256, 4, logprob_forward_warp_f32, ForwardArgs) { reduce_by_warps(Forward<float>(args)); }
