@@ -6,27 +6,28 @@
 //     H    = ln s - sum p_j x_j
 //     dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + H)) / temperature
 //
-// logits and grad_logits are [rows, vocab] in f32, f16 or bf16, targets [rows] in u32 or i64, all else
-// [rows] in f32; g and h are the upstream gradients of logp and H.
+// logits and grad_logits are [rows, vocab] in f32, f16 or bf16, targets [rows] in u32 or i64, all
+// else [rows] in f32; g and h are the upstream gradients of logp and H.
 //
-// Forward. A warp takes a row (forward_warp), or a block does (forward_block), or `parts` blocks do,
-// each a range of columns (common/rows.cuh). A thread runs over every `threads`-th vector of 16
-// bytes, with several loads in flight, and keeps a running (max, sum, weighted sum); those are merged
-// over the warp by shuffles, over the block through shared memory, and over the parts in order:
-// through the shared memory of a cluster, or, on chips without clusters, through `partials` and
-// forward_merge. Which columns a thread takes, and so every bit of the result, depends on vocab and
-// dtype alone: neither on the row's place in the batch nor on its alignment, nor on whether there are
-// clusters.
+// Forward. A warp takes a row (forward_warp), or a block does (forward_block), or `parts` blocks
+// do, each a range of columns (common/rows.cuh). A thread runs over every `threads`-th vector of 16
+// bytes, with several loads in flight, and keeps a running (max, sum, weighted sum); those are
+// merged over the warp by shuffles, over the block through shared memory, and over the parts in
+// order: through the shared memory of a cluster, or, on chips without clusters, through `partials`
+// and forward_merge. Which columns a thread takes, and so every bit of the result, depends on vocab
+// and dtype alone: neither on the row's place in the batch nor on its alignment, nor on whether
+// there are clusters.
 //
 // Backward. A warp or a block takes a range of a row's columns. No thread needs another.
 //
-// Bytes, with S of the logits: forward reads S, backward reads S and writes S. Rows that are ignored,
-// and in the backward pass rows without upstream gradient, are not read.
+// Bytes, with S of the logits: forward reads S, backward reads S and writes S. Rows that are
+// ignored, and in the backward pass rows without upstream gradient, are not read.
 //
 // Numbers. Everything is in f32. exp is 2^y by the hardware, to 2 ulp. The maximum is subtracted
 // before scaling, so an offset common to a row costs nothing. -inf is a probability of 0. NaN, +inf
-// or -inf throughout make the row NaN. A target outside 0..vocab makes its row NaN and is never used
-// as an index. Offsets are 64-bit, and the loops over rows make any number of rows fit any grid.
+// or -inf throughout make the row NaN. A target outside 0..vocab makes its row NaN and is never
+// used as an index. Offsets are 64-bit, and the loops over rows make any number of rows fit any
+// grid.
 
 #include "common/map.cuh"
 #include "common/rows.cuh"
@@ -177,8 +178,8 @@ struct Slope {
         return -p * fmaf(grad_entropy, fmaxf(ln_p, FLOOR * LN_2) + entropy, grad_logp);
     }
 
-    // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the two
-    // terms cancel.
+    // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the
+    // two terms cancel.
     template <int N>
     __device__ __forceinline__ void operator()(const float (&z)[1][N], int64_t first,
                                                float (&grad)[1][N]) const {

@@ -1,5 +1,6 @@
 //! The CUDA kernels of the kl op, on a GPU or on the CPU stand-in: every option, dtype, mapping and
-//! thread order against the f64 reference, and bugs planted in the kernels, which must not go unseen.
+//! thread order against the f64 reference, and bugs planted in the kernels, which must not go
+//! unseen.
 #![cfg(any(feature = "simt", feature = "cuda"))]
 
 mod common;
@@ -251,8 +252,8 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
             let (z, w) = (to_f64(&logits), to_f64(&ref_logits));
             let kl = reference::full_kl(&z, &w, vocab, None, &options);
             let grads = reference::full_kl_backward(&z, &w, vocab, None, &wide(&up), &options);
-            // x - y - gap is a difference of terms as large as the KL, each good for some units in the
-            // last place.
+            // x - y - gap is a difference of terms as large as the KL, each good for some units in
+            // the last place.
             let largest = kl.iter().copied().filter(|kl| kl.is_finite()).fold(0.0, f64::max);
             let abs = ABS + 4.0 * f64::from(f32::EPSILON) * largest;
             // Half a unit in the last place of the gradient's own type.

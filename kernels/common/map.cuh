@@ -28,7 +28,8 @@ static __device__ __forceinline__ uint32_t load_bytes(const uint8_t* bytes) {
     return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24;
 }
 
-// What of some columns falls to a thread: they are dealt out by tiles to `chunks` units of `threads`.
+// What of some columns falls to a thread: they are dealt out by tiles to `chunks` units of
+// `threads`.
 struct Share {
     int chunk, chunks;
     int thread, threads;
@@ -38,8 +39,9 @@ struct Share {
 // registers are left for more threads.
 template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
 
-// Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns from
-// `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be null.
+// Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns
+// from `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be
+// null.
 //
 // With MASKED columns are f32, and where `mask` is not null and 0, outputs are 0.
 //
@@ -128,8 +130,8 @@ static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t
     for (int64_t i = split.tail + rank; i < columns; i += step) store(out + i, value);
 }
 
-// Block [threads]: calls f(row, share) for every row and each of its `chunks`, which are for a warp or
-// for the whole block (`chunk_threads`).
+// Block [threads]: calls f(row, share) for every row and each of its `chunks`, which are for a warp
+// or for the whole block (`chunk_threads`).
 template <class Args, class F>
 static __device__ __forceinline__ void for_each_share(const Args& args, const F& f) {
     const int threads = args.chunk_threads;

@@ -19,8 +19,8 @@ static __device__ __forceinline__ float clamp(float x, float limit) {
 
 // e^-d - 1 + d and 1 - e^-d.
 //
-// In PPO d is small, and there the three terms cancel: at d = 1e-3 the value is 5e-7, eight units in
-// the last place of 1. So below |d| = 1 it is summed as the series d^2/2! - d^3/3! + ..
+// In PPO d is small, and there the three terms cancel: at d = 1e-3 the value is 5e-7, eight units
+// in the last place of 1. So below |d| = 1 it is summed as the series d^2/2! - d^3/3! + ..
 static __device__ __forceinline__ void k3_of_token(float d, float& value, float& slope) {
     if (fabsf(d) < 1.0f) {
         // Through d^12/12!, which is below half a unit in the last place of the sum.
