@@ -211,7 +211,7 @@ KERNEL(1024, 1, ppo_loss_count_f32, CountArgs) {
                 }
             }
             if (rank == 0 && row < end) {
-                if (args.row_weights) args.row_weights[row] = 1.0f / float(count);
+                if (args.row_weights) args.row_weights[row] = count ? 1.0f / float(count) : 0.0f;
                 sum += args.count_rows ? count > 0 : count;
             }
         }

@@ -9,6 +9,7 @@ mod golden;
 #[cfg(all(feature = "cuda", not(feature = "simt")))]
 pub mod gpu;
 pub mod logprob_cases;
+pub mod ppo_loss_cases;
 #[cfg(feature = "simt")]
 mod simt;
 #[cfg(feature = "candle")]
