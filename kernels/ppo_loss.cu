@@ -188,7 +188,7 @@ static __device__ __forceinline__ uint32_t block_sum(uint32_t x, uint32_t* warps
 }
 
 // Block [threads], a part of the rows a block.
-KERNEL(1024, 1, ppo_loss_count_f32, CountArgs) {
+KERNEL(1024, 2, ppo_loss_count_f32, CountArgs) {
     SHARED(uint32_t, warps, WARP);
     const int teams = int(blockDim.x) / args.team;
     const int team = int(threadIdx.x) / args.team, rank = int(threadIdx.x) % args.team;

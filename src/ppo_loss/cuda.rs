@@ -460,9 +460,9 @@ impl PassArgs {
             self.ref_logp,
         ];
         let gradients = [self.grad_logp, self.grad_values, self.grad_entropy];
-        let values = inputs.into_iter().chain(gradients.map(<*mut f32>::cast_const));
-        values.map(|pointer| pointer as usize).all(|address| address % 16 == 0)
-            && self.mask as usize % 4 == 0
+        let mut values = inputs.into_iter().chain(gradients.map(<*mut f32>::cast_const));
+        values.all(|pointer| (pointer as usize).is_multiple_of(16))
+            && (self.mask as usize).is_multiple_of(4)
     }
 }
 
