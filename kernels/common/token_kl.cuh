@@ -17,24 +17,28 @@ static __device__ __forceinline__ float clamp(float x, float limit) {
     return x > limit ? limit : x < -limit ? -limit : x;
 }
 
+// e^-d - 1 + d for |d| < 1. In PPO d is small, and there the three terms cancel: at d = 1e-3 the
+// value is 5e-7, eight units in the last place of 1. So it is summed as the series
+// d^2/2! - d^3/3! + ..
+static __device__ __forceinline__ float k3_series(float d) {
+    // Through d^12/12!, which is below half a unit in the last place of the sum.
+    float series = 2.0876757e-9f;
+    series = fmaf(series, d, -2.5052108e-8f);
+    series = fmaf(series, d, 2.755732e-7f);
+    series = fmaf(series, d, -2.7557319e-6f);
+    series = fmaf(series, d, 2.4801587e-5f);
+    series = fmaf(series, d, -1.984127e-4f);
+    series = fmaf(series, d, 1.3888889e-3f);
+    series = fmaf(series, d, -8.333333e-3f);
+    series = fmaf(series, d, 4.1666667e-2f);
+    series = fmaf(series, d, -1.6666667e-1f);
+    return fmaf(series, d, 0.5f) * (d * d);
+}
+
 // e^-d - 1 + d and 1 - e^-d.
-//
-// In PPO d is small, and there the three terms cancel: at d = 1e-3 the value is 5e-7, eight units
-// in the last place of 1. So below |d| = 1 it is summed as the series d^2/2! - d^3/3! + ..
 static __device__ __forceinline__ void k3_of_token(float d, float& value, float& slope) {
     if (fabsf(d) < 1.0f) {
-        // Through d^12/12!, which is below half a unit in the last place of the sum.
-        float series = 2.0876757e-9f;
-        series = fmaf(series, d, -2.5052108e-8f);
-        series = fmaf(series, d, 2.755732e-7f);
-        series = fmaf(series, d, -2.7557319e-6f);
-        series = fmaf(series, d, 2.4801587e-5f);
-        series = fmaf(series, d, -1.984127e-4f);
-        series = fmaf(series, d, 1.3888889e-3f);
-        series = fmaf(series, d, -8.333333e-3f);
-        series = fmaf(series, d, 4.1666667e-2f);
-        series = fmaf(series, d, -1.6666667e-1f);
-        value = fmaf(series, d, 0.5f) * (d * d);
+        value = k3_series(d);
         slope = d - value;
     } else {
         const float e = expf(-d);

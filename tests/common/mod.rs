@@ -10,6 +10,7 @@ mod golden;
 pub mod gpu;
 pub mod kl_cases;
 pub mod logprob_cases;
+pub mod ppo_loss_cases;
 #[cfg(feature = "simt")]
 mod simt;
 #[cfg(feature = "candle")]
