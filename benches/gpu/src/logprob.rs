@@ -5,11 +5,12 @@ use ppo_kernels::cpu::Logit;
 use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream};
 use ppo_kernels::logprob::LogprobOptions;
 
-use crate::clock::seconds;
 use crate::gpu::{Buffer, Gpu};
+use crate::inputs::{logits, tiled};
+use crate::table::{Shape, Table};
 
 /// Rows and columns of language models' logits in training.
-const SHAPES: [(usize, usize); 6] = [
+pub const SHAPES: [(usize, usize); 6] = [
     (8192, 151_936),
     (16_384, 128_256),
     (32_768, 50_257),
@@ -20,7 +21,6 @@ const SHAPES: [(usize, usize); 6] = [
 
 /// Logits, targets and all outputs of both passes.
 struct Op<T> {
-    gpu: &'static Gpu,
     vocab: usize,
     options: LogprobOptions,
     logits: Buffer<T>,
@@ -35,14 +35,13 @@ struct Op<T> {
 }
 
 impl<T: Logit> Op<T> {
-    fn new(gpu: &'static Gpu, rows: usize, vocab: usize) -> Self {
+    fn new(rows: usize, vocab: usize) -> Self {
         let targets: Vec<i64> = (0..rows).map(|row| ((row * 7919) % vocab) as i64).collect();
-        let workspace = cuda::workspace_len::<T>(gpu.stream().device(), rows, vocab);
+        let workspace = cuda::workspace_len::<T>(Gpu::get().stream().device(), rows, vocab);
         Self {
-            gpu,
             vocab,
             options: LogprobOptions { temperature: 0.7, ..Default::default() },
-            logits: repeat(&logits(1 << 24), rows * vocab),
+            logits: tiled(&logits(1 << 24), rows * vocab),
             targets: Buffer::new(&targets, 0),
             up: Buffer::new(&vec![1.0; rows], 0),
             logp: Buffer::uninit(rows, 0),
@@ -63,7 +62,7 @@ impl<T: Logit> Op<T> {
         };
         let (z, ids, work) =
             (self.logits.slice(), self.targets.slice(), self.workspace.slice_mut());
-        let stream = self.gpu.stream();
+        let stream = Gpu::get().stream();
         cuda::forward(&stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
     }
 
@@ -75,56 +74,26 @@ impl<T: Logit> Op<T> {
         };
         let upstream = Upstream { logp: Some(self.up.slice()), entropy: Some(self.up.slice()) };
         let (z, ids, grad) = (self.logits.slice(), self.targets.slice(), self.grad.slice_mut());
-        let (stream, options) = (self.gpu.stream(), &self.options);
+        let (stream, options) = (Gpu::get().stream(), &self.options);
         cuda::backward(&stream, z, ids, self.vocab, options, stats, upstream, grad).unwrap();
     }
 }
 
-/// `len` elements: `values` over and over.
-fn repeat<T: Copy>(values: &[T], len: usize) -> Buffer<T> {
-    let buffer = Buffer::uninit(len, 0);
-    for first in (0..len).step_by(values.len()) {
-        buffer.write(first, &values[..values.len().min(len - first)]);
-    }
-    buffer
-}
-
-/// Logits in [-8, 8), the same every time.
-fn logits<T: Logit>(count: usize) -> Vec<T> {
-    let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    let mut next = || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let unit = (state >> 40) as f32 / (1 << 24) as f32;
-        T::from_f32(16.0 * unit - 8.0)
-    };
-    (0..count).map(|_| next()).collect()
-}
-
-pub fn time(gpu: &'static Gpu, copy: f64) {
+pub fn time(table: &Table) {
     for (rows, vocab) in SHAPES {
-        time_shape::<bf16>(gpu, copy, rows, vocab);
+        time_shape::<bf16>(table, rows, vocab);
     }
     for (rows, vocab) in [(8192, 50_257), (512, 49_152)] {
-        time_shape::<f32>(gpu, copy, rows, vocab);
-        time_shape::<f16>(gpu, copy, rows, vocab);
+        time_shape::<f32>(table, rows, vocab);
+        time_shape::<f16>(table, rows, vocab);
     }
 }
 
-fn time_shape<T: Logit>(gpu: &'static Gpu, copy: f64, rows: usize, vocab: usize) {
-    let mut op = Op::<T>::new(gpu, rows, vocab);
-    let bytes = (rows * vocab * size_of::<T>()) as f64;
-    let report = |pass: &str, bytes: f64, seconds: f64| {
-        let rate = bytes / seconds * 1e-9;
-        let (us, share) = (seconds * 1e6, 100.0 * rate / copy);
-        println!(
-            "| {pass} | {} | {rows} x {vocab} | {us:.0} | {rate:.0} | {share:.0} % |",
-            T::NAME
-        );
-    };
-    report("logprob forward", bytes, seconds(gpu, || op.forward(false)));
-    report("logprob + entropy forward", bytes, seconds(gpu, || op.forward(true)));
-    report("logprob + entropy backward", 2.0 * bytes, seconds(gpu, || op.backward()));
-    gpu.finish();
+fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
+    let mut op = Op::<T>::new(rows, vocab);
+    let shape = Shape { dtype: T::NAME, rows, columns: vocab };
+    let bytes = rows * vocab * size_of::<T>();
+    table.row("logprob forward", shape, bytes, || op.forward(false));
+    table.row("logprob + entropy forward", shape, bytes, || op.forward(true));
+    table.row("logprob + entropy backward", shape, 2 * bytes, || op.backward());
 }

@@ -1,10 +1,44 @@
-//! Times on the device's own clock.
+//! The table, and the device's own clock.
 
 use cudarc::driver::{result, sys};
 
 use crate::gpu::{Buffer, Gpu};
 
-pub fn describe(gpu: &Gpu) -> String {
+/// What an op works on.
+#[derive(Clone, Copy)]
+pub struct Shape {
+    pub dtype: &'static str,
+    pub rows: usize,
+    pub columns: usize,
+}
+
+pub struct Table {
+    gpu: &'static Gpu,
+    /// GB/s of a copy.
+    copy: f64,
+}
+
+impl Table {
+    /// Prints what stands above the rows.
+    pub fn new(gpu: &'static Gpu) -> Self {
+        println!("{}", describe(gpu));
+        let copy = copy_bandwidth(gpu);
+        println!("copy, read + written: {copy:.0} GB/s");
+        println!("\n| pass | dtype | shape | us | GB/s | of copy |\n|---|---|---|---|---|---|");
+        Self { gpu, copy }
+    }
+
+    /// Prints the row of a pass that moves at least so many bytes.
+    pub fn row(&self, pass: &str, shape: Shape, bytes: usize, launch: impl FnMut()) {
+        let seconds = seconds(self.gpu, launch);
+        let rate = bytes as f64 / seconds * 1e-9;
+        let (us, share) = (seconds * 1e6, 100.0 * rate / self.copy);
+        let Shape { dtype, rows, columns } = shape;
+        println!("| {pass} | {dtype} | {rows} x {columns} | {us:.1} | {rate:.0} | {share:.0} % |");
+    }
+}
+
+fn describe(gpu: &Gpu) -> String {
     let mut driver = 0;
     // SAFETY: writes one number.
     unsafe { sys::cuDriverGetVersion(&mut driver) };
@@ -15,7 +49,7 @@ pub fn describe(gpu: &Gpu) -> String {
 }
 
 /// Bytes read and written a second, in GB, by a copy within the device.
-pub fn copy_bandwidth(gpu: &Gpu) -> f64 {
+fn copy_bandwidth(gpu: &Gpu) -> f64 {
     let bytes = 2 << 30;
     let buffers = [(); 2].map(|()| Buffer::<u8>::uninit(bytes, 0));
     let [from, to] = [0, 1].map(|i| buffers[i].at(0));
@@ -28,7 +62,7 @@ pub fn copy_bandwidth(gpu: &Gpu) -> f64 {
 }
 
 /// The median time of one call of `launch`.
-pub fn seconds(gpu: &Gpu, mut launch: impl FnMut()) -> f64 {
+fn seconds(gpu: &Gpu, mut launch: impl FnMut()) -> f64 {
     let stream = gpu.cuda_stream.cu_stream();
     let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap();
     let (start, end) = (event(), event());

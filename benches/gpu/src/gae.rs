@@ -1,0 +1,58 @@
+//! The gae and whiten ops.
+
+use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
+use ppo_kernels::gae::GaeOptions;
+use ppo_kernels::whiten::cuda::{masked_whiten, Given, MOMENTS};
+use ppo_kernels::whiten::WhitenOptions;
+
+use crate::gpu::{Buffer, Gpu};
+use crate::inputs::{mask, tokens};
+use crate::table::{Shape, Table};
+
+const SHAPES: [(usize, usize); 4] = [(8192, 2048), (512, 1024), (64, 2048), (16, 131_072)];
+
+pub fn time(table: &Table) {
+    for (batch, seq_len) in SHAPES {
+        time_shape(table, batch, seq_len);
+    }
+}
+
+fn time_shape(table: &Table, batch: usize, seq_len: usize) {
+    let stream = Gpu::get().stream();
+    let count = batch * seq_len;
+    let (values, rewards, kl, scores) =
+        (tokens(count), tokens(count), tokens(count), tokens(batch));
+    let mask = mask(batch, seq_len);
+    let [mut advantages, mut returns] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
+    let mut moments = Buffer::<f64>::uninit(MOMENTS, 0);
+    let mut workspace = Buffer::<f64>::uninit(cuda::workspace_len(batch, seq_len), 0);
+    let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
+
+    let plain = Inputs { rewards: Some(rewards.slice()), ..Inputs::new(values.slice()) };
+    let shaped = Inputs {
+        kl: Some(kl.slice()),
+        scores: Some(scores.slice()),
+        mask: Some(mask.slice()),
+        ..Inputs::new(values.slice())
+    };
+    let mut gae = |pass, inputs, bytes: usize, with_moments: bool| {
+        table.row(pass, shape, bytes * count, || {
+            let outputs = Outputs {
+                advantages: advantages.slice_mut(),
+                returns: returns.slice_mut(),
+                rewards: None,
+                moments: with_moments.then(|| moments.slice_mut()),
+            };
+            let (options, workspace) = (GaeOptions::default(), workspace.slice_mut());
+            cuda::gae(&stream, inputs, batch, seq_len, &options, outputs, workspace).unwrap();
+        });
+    };
+    gae("GAE", plain, 16, false);
+    gae("GAE with shaping, mask, moments", shaped, 17, true);
+    let mut whitened = Buffer::<f32>::uninit(count, 0);
+    table.row("whiten by known moments, mask", shape, 9 * count, || {
+        let given = Given::OnDevice(moments.slice());
+        let (x, mask, options) = (advantages.slice(), Some(mask.slice()), WhitenOptions::default());
+        masked_whiten(&stream, x, mask, given, &options, whitened.slice_mut()).unwrap();
+    });
+}

@@ -1,0 +1,56 @@
+//! The kl op.
+
+use half::bf16;
+use ppo_kernels::cpu::Logit;
+use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
+use ppo_kernels::kl::{cpu, FullKlOptions, KlOptions};
+
+use crate::gpu::{Buffer, Gpu};
+use crate::inputs::{logits, tiled, tokens};
+use crate::logprob::SHAPES;
+use crate::table::{Shape, Table};
+
+pub fn time(table: &Table) {
+    for (rows, vocab) in SHAPES {
+        time_full::<bf16>(table, rows, vocab);
+    }
+    time_full::<f32>(table, 512, 49_152);
+    time_sampled(table, 8192, 2048);
+}
+
+fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
+    let stream = Gpu::get().stream();
+    let options = FullKlOptions { temperature: 0.7, ..Default::default() };
+    let policy = tiled(&logits::<T>(1 << 24), rows * vocab);
+    let reference = tiled(&logits::<T>((1 << 24) - 1), rows * vocab);
+    let mut stats = Buffer::<f32>::uninit(cpu::STATS * rows, 0);
+    let workspace_len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
+    let mut workspace = Buffer::<f32>::uninit(workspace_len, 0);
+    let up = Buffer::new(&vec![1.0_f32; rows], 0);
+    let mut grad = Buffer::<T>::uninit(rows * vocab, 0);
+
+    let inputs =
+        FullInputs { logits: policy.slice(), ref_logits: reference.slice(), vocab, mask: None };
+    let shape = Shape { dtype: T::NAME, rows, columns: vocab };
+    let bytes = rows * vocab * size_of::<T>();
+    table.row("exact KL forward", shape, 2 * bytes, || {
+        let (stats, workspace) = (stats.slice_mut(), workspace.slice_mut());
+        cuda::full_forward(&stream, inputs, &options, stats, workspace).unwrap();
+    });
+    table.row("exact KL backward", shape, 3 * bytes, || {
+        let (stats, up, grad) = (stats.slice(), up.slice(), grad.slice_mut());
+        cuda::full_backward(&stream, inputs, &options, stats, up, Some(grad), None).unwrap();
+    });
+}
+
+fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
+    let stream = Gpu::get().stream();
+    let count = batch * seq_len;
+    let (logp, ref_logp) = (tokens(count), tokens(count));
+    let mut kl = Buffer::<f32>::uninit(count, 0);
+    let inputs = TokenInputs { logp: logp.slice(), ref_logp: ref_logp.slice(), mask: None };
+    let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
+    table.row("sampled KL forward", shape, 12 * count, || {
+        cuda::token_forward(&stream, inputs, &KlOptions::default(), kl.slice_mut()).unwrap();
+    });
+}
