@@ -67,7 +67,7 @@ impl Stream {
         });
         match found {
             Ok(Ok(found)) => Ok(found),
-            Ok(Err(error)) => Err(Error::CudaDevice { reason: describe(error) }),
+            Ok(Err(error)) => Err(device_error(error)),
             Err(panic) => Err(Error::CudaDriver { reason: message(&*panic) }),
         }
     }
@@ -174,6 +174,19 @@ fn find_driver() -> Result<()> {
         }
     });
     found.clone().map_err(|reason| Error::CudaDriver { reason })
+}
+
+/// The error of a call to the driver that is about no kernel.
+pub(crate) fn device_error(error: DriverError) -> Error {
+    Error::CudaDevice { reason: describe(error) }
+}
+
+/// The error of an allocation for an op.
+pub(crate) fn allocation_error(op: &'static str, error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::CudaMemory { op },
+        _ => device_error(error),
+    }
 }
 
 fn launch_error(kernel: &Kernel, device: Device, error: DriverError) -> Error {

@@ -20,6 +20,9 @@ use std::marker::PhantomData;
 
 use crate::error::Result;
 
+#[cfg(all(feature = "cuda", feature = "candle"))]
+pub(crate) use driver::{allocation_error, device_error};
+
 /// What the launches need to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
@@ -176,6 +179,13 @@ impl<T> Slice<'_, T> {
     pub(crate) fn as_ptr(&self) -> *const T {
         self.address
     }
+
+    /// `N` equal parts, one behind the other.
+    #[cfg(all(feature = "cuda", feature = "candle"))]
+    pub(crate) fn parts<const N: usize>(self) -> [Self; N] {
+        let len = self.len / N;
+        std::array::from_fn(|i| Self { address: self.address.wrapping_add(i * len), len, ..self })
+    }
 }
 
 /// Elements in device memory, for writing.
@@ -203,5 +213,13 @@ impl<T> SliceMut<'_, T> {
 
     pub(crate) fn as_mut_ptr(&self) -> *mut T {
         self.address
+    }
+
+    /// `N` equal parts, one behind the other.
+    #[cfg(all(feature = "cuda", feature = "candle"))]
+    pub(crate) fn parts<const N: usize>(self) -> [Self; N] {
+        let len = self.len / N;
+        let part = |i| self.address.wrapping_add(i * len);
+        std::array::from_fn(|i| Self { address: part(i), len, lifetime: PhantomData })
     }
 }

@@ -1,14 +1,15 @@
-//! The candle function. Loss, statistics and gradients are made at once, in one pass; a custom op
-//! then ties the loss to its inputs, and its backward only scales the gradients that are there.
+//! The candle function. Loss, statistics and gradients are made at once, in one pass. The statistics,
+//! with the loss in front, are the output of a node of candle's graph, whose backward only scales the
+//! gradients that are there.
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor,
-};
+use candle_core::{DType, Device, Tensor};
 
 use super::cpu::{self, Gradients};
 use super::{Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, constant, no_kernels, optional_view, view};
+#[cfg(feature = "cuda")]
+use crate::tensor::no_kernels;
+use crate::tensor::{check_arg, check_dtype, node, optional_view, view, Backend, Room, View};
 
 /// The inputs of the value term, each `[B, T]` f32.
 #[derive(Debug, Clone, Copy)]
@@ -135,28 +136,18 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
     let tracked = |tensor: &Option<Tensor>| tensor.as_ref().is_some_and(Tensor::track_op);
     let wanted =
         Wanted { logp: logp.track_op(), values: tracked(&values), entropy: tracked(&entropy) };
-    let computed = match device {
-        Device::Cpu => tensors.on_cpu(shape, options, wanted)?,
-        other => return Err(no_kernels(OP, "logp", other)),
-    };
-    let stats = PpoStatsTensor(computed.stats);
-    let loss = stats.0.get(0)?;
-
-    let pairs = [
-        (Some(logp), computed.grad_logp),
-        (values, computed.grad_values),
-        (entropy, computed.grad_entropy),
-    ];
-    let (args, grads): (Vec<_>, Vec<_>) =
-        pairs.into_iter().filter_map(|(arg, grad)| arg.zip(grad)).unzip();
-    let op = Saved { loss, grads };
-    let loss = match args.as_slice() {
-        [a] => a.apply_op1(op)?,
-        [a, b] => a.apply_op2(b, op)?,
-        [a, b, c] => a.apply_op3(b, c, op)?,
-        _ => op.loss,
-    };
-    Ok(PpoLossOutput { loss, stats })
+    let Computed { stats, grads } = tensors.compute(shape, options, wanted, device)?;
+    let (args, grads): (Vec<_>, Vec<_>) = [Some(&logp), values.as_ref(), entropy.as_ref()]
+        .into_iter()
+        .zip(grads)
+        .filter_map(|(arg, grad)| arg.zip(grad))
+        .unzip();
+    let stats = node("ppo-loss", &args, stats, PpoStats::LEN, move |_, upstream| {
+        let upstream = upstream.get(0)?;
+        let scaled = |grad: &Tensor| Ok(Some(grad.broadcast_mul(&upstream)?));
+        grads.iter().map(scaled).collect()
+    })?;
+    Ok(PpoLossOutput { loss: stats.get(0)?, stats: PpoStatsTensor(stats.detach()) })
 }
 
 /// Shape and device of all inputs.
@@ -213,141 +204,61 @@ struct Wanted {
 /// What the pass leaves on the device.
 struct Computed {
     /// `[PpoStats::LEN]`, the loss first.
-    stats: Tensor,
-    grad_logp: Option<Tensor>,
-    grad_values: Option<Tensor>,
-    grad_entropy: Option<Tensor>,
+    stats: Room<f32>,
+    /// With respect to logp, values and entropy, where wanted.
+    grads: [Option<Tensor>; 3],
 }
 
 impl Contiguous {
-    fn on_cpu(
+    fn compute(
         &self,
         shape: (usize, usize),
         options: &PpoLossOptions,
         wanted: Wanted,
+        device: &Device,
     ) -> Result<Computed> {
+        let (batch, seq_len) = shape;
+        let backend = Backend::of(OP, "logp", device)?;
+        let room = |wanted| backend.room_if::<f32>(wanted, batch * seq_len);
+        let mut grads = [room(wanted.logp)?, room(wanted.values)?, room(wanted.entropy)?];
+        let mut stats = backend.room::<f32>(PpoStats::LEN)?;
+
         let logp = view::<f32>(OP, "logp", &self.logp)?;
         let old_logp = view::<f32>(OP, "old_logp", &self.old_logp)?;
         let advantages = view::<f32>(OP, "advantages", &self.advantages)?;
-        let values = optional_view(OP, "values", &self.values)?;
-        let old_values = optional_view(OP, "old_values", &self.old_values)?;
-        let returns = optional_view(OP, "returns", &self.returns)?;
-        let entropy = optional_view(OP, "entropy", &self.entropy)?;
-        let ref_logp = optional_view(OP, "ref_logp", &self.ref_logp)?;
-        let mask = optional_view(OP, "mask", &self.mask)?;
-
-        let (batch, seq_len) = shape;
-        let inputs =
-            Inputs {
-                batch,
-                seq_len,
-                logp: &logp,
-                old_logp: &old_logp,
-                advantages: &advantages,
-                value: values.as_deref().zip(returns.as_deref()).map(|(values, returns)| {
-                    ValueInputs { values, old_values: old_values.as_deref(), returns }
-                }),
-                entropy: entropy.as_deref(),
-                ref_logp: ref_logp.as_deref(),
-                mask: mask.as_deref(),
-            };
-        let room = |wanted: bool| wanted.then(|| vec![0.0; batch * seq_len]);
-        let mut grads = [room(wanted.logp), room(wanted.values), room(wanted.entropy)];
-        let [logp, values, entropy] = grads.each_mut().map(Option::as_deref_mut);
-        let stats = cpu::ppo_loss(&inputs, options, Gradients { logp, values, entropy })?;
-
-        let stats = stats.to_array().map(|x| x as f32).to_vec();
-        let [grad_logp, grad_values, grad_entropy] =
-            grads.map(|grad| grad.map(|grad| constant(grad, shape)));
-        let stats = constant(stats, PpoStats::LEN);
-        Ok(Computed { stats, grad_logp, grad_values, grad_entropy })
-    }
-}
-
-/// The loss and its gradients with respect to the op's arguments, in their order.
-struct Saved {
-    loss: Tensor,
-    grads: Vec<Tensor>,
-}
-
-impl Saved {
-    const NAME: &'static str = "ppo-loss";
-
-    fn forward(&self) -> candle_core::Result<(CpuStorage, Shape)> {
-        let loss = self.loss.to_scalar::<f32>()?;
-        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
-    }
-
-    fn backward(&self, arg: usize, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.grads[arg].broadcast_mul(upstream).map(Some)
-    }
-}
-
-impl CustomOp1 for Saved {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward()
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, up: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.backward(0, up)
-    }
-}
-
-impl CustomOp2 for Saved {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward()
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        up: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((self.backward(0, up)?, self.backward(1, up)?))
-    }
-}
-
-impl CustomOp3 for Saved {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward()
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        up: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        Ok((self.backward(0, up)?, self.backward(1, up)?, self.backward(2, up)?))
+        let values = optional_view::<f32>(OP, "values", &self.values)?;
+        let old_values = optional_view::<f32>(OP, "old_values", &self.old_values)?;
+        let returns = optional_view::<f32>(OP, "returns", &self.returns)?;
+        let entropy = optional_view::<f32>(OP, "entropy", &self.entropy)?;
+        let ref_logp = optional_view::<f32>(OP, "ref_logp", &self.ref_logp)?;
+        let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
+        match &backend {
+            Backend::Cpu => {
+                let value = values.as_ref().zip(returns.as_ref());
+                let inputs = Inputs {
+                    batch,
+                    seq_len,
+                    logp: logp.cpu(),
+                    old_logp: old_logp.cpu(),
+                    advantages: advantages.cpu(),
+                    value: value.map(|(values, returns)| ValueInputs {
+                        values: values.cpu(),
+                        old_values: old_values.as_ref().map(View::cpu),
+                        returns: returns.cpu(),
+                    }),
+                    entropy: entropy.as_ref().map(View::cpu),
+                    ref_logp: ref_logp.as_ref().map(View::cpu),
+                    mask: mask.as_ref().map(View::cpu),
+                };
+                let [logp, values, entropy] =
+                    grads.each_mut().map(|grad| grad.as_mut().map(Room::cpu));
+                let computed =
+                    cpu::ppo_loss(&inputs, options, Gradients { logp, values, entropy })?;
+                stats.cpu().copy_from_slice(&computed.to_array().map(|x| x as f32));
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(_) => return Err(no_kernels(OP, "logp")),
+        }
+        Ok(Computed { stats, grads: grads.map(|grad| Some(grad?.into_tensor(shape))) })
     }
 }
