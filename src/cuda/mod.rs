@@ -23,6 +23,15 @@ use crate::error::Result;
 #[cfg(all(feature = "cuda", feature = "candle"))]
 pub(crate) use driver::{allocation_error, device_error};
 
+/// How many CUDA devices there are.
+///
+/// # Errors
+/// If there is no driver or no device.
+#[cfg(feature = "cuda")]
+pub fn device_count() -> Result<usize> {
+    driver::device_count()
+}
+
 /// What the launches need to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {

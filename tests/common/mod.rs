@@ -10,9 +10,14 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde_json::{Map, Value};
 
-/// The devices on which every case runs.
+/// The devices on which every case runs. With the feature `cuda` a machine without a GPU fails: what
+/// was asked for is not skipped.
 pub fn devices() -> Vec<Device> {
-    vec![Device::Cpu]
+    let mut devices = vec![Device::Cpu];
+    if cfg!(feature = "cuda") {
+        devices.push(Device::new_cuda(0).expect("the feature `cuda` is tested on a GPU"));
+    }
+    devices
 }
 
 /// One golden case: what a peer's own function returned.
