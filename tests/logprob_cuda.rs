@@ -1,15 +1,13 @@
-//! The CUDA kernels of the logprob op, on the CPU stand-in: every dtype, mapping and thread order
-//! against the f64 reference, and bugs planted in the kernels, which must not go unseen.
-#![cfg(feature = "simt")]
+//! The CUDA kernels of the logprob op, on a GPU or on the CPU stand-in: every dtype, mapping and
+//! thread order against the f64 reference, and bugs planted in the kernels, which must not go unseen.
+#![cfg(any(feature = "simt", feature = "cuda"))]
 
 mod common;
 
-use common::simt::{machine, Buffer};
+use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::cpu::{Logit, TokenId};
-use ppo_kernels::cuda::simt::{Machine, Order};
-use ppo_kernels::cuda::Stream;
 use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream};
 use ppo_kernels::logprob::{cpu, reference, LogprobOptions};
 use ppo_kernels::{Error, Result};
@@ -18,8 +16,6 @@ use rand::Rng;
 /// f32 against f64: exp to 2 ulp and sums in lanes, on values of magnitude up to about 100.
 const REL: f64 = 2e-6;
 const ABS: f64 = 4e-6;
-
-const ORDERS: [Order; 3] = [Order::Fifo, Order::Lifo, Order::Random(7)];
 
 /// What both passes write.
 #[derive(Debug, Clone, PartialEq)]
@@ -54,7 +50,7 @@ struct Call<'a, T, I> {
 
 impl<T: Logit, I: TokenId> Call<'_, T, I> {
     fn run(&self) -> Result<Run> {
-        let stream = Stream::simt(self.machine);
+        let stream = stream(self.machine);
         let (rows, vocab) = (self.targets.len(), self.vocab);
         let mut logits = Buffer::new(self.logits, self.offset);
         let targets = Buffer::new(self.targets, 0);
@@ -73,7 +69,7 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
         let mut alone = Buffer::new(&vec![f32::NAN; rows], 0);
         let outputs = Outputs { logp: alone.slice_mut(), entropy: None, stats: None };
         cuda::forward(&stream, z, ids, vocab, options, outputs, workspace.slice_mut())?;
-        let same = alone.read().iter().zip(logp.read()).all(|(a, b)| a.to_bits() == b.to_bits());
+        let same = alone.read().iter().zip(&logp.read()).all(|(a, b)| a.to_bits() == b.to_bits());
         assert!(same, "with and without entropy");
 
         let stats =
@@ -85,10 +81,10 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
         cuda::backward(&stream, z, ids, vocab, options, stats, upstream, grad)?;
         let grad = if self.in_place { &logits } else { &separate };
         Ok(Run {
-            logp: logp.read().to_vec(),
-            entropy: entropy.read().to_vec(),
-            max: max.read().to_vec(),
-            log_sum: log_sum.read().to_vec(),
+            logp: logp.read(),
+            entropy: entropy.read(),
+            max: max.read(),
+            log_sum: log_sum.read(),
             grad: grad.read().iter().map(|g| g.to_f32()).collect(),
         })
     }
@@ -310,7 +306,7 @@ fn a_vocabulary_of_a_million_and_no_rows_at_all_work() {
 
 #[test]
 fn bad_input_is_refused_by_name() {
-    let stream = Stream::simt(machine(Order::Fifo, 8, 1 << 20));
+    let stream = stream(machine(Order::Fifo, 8, 1 << 20));
     let (logits, targets) = (Buffer::new(&[0.0_f32; 6], 0), Buffer::new(&[0_u32; 2], 0));
     let forward = |logits, targets, vocab, temperature, logp: usize, workspace: usize| {
         let (mut logp, mut workspace) =
@@ -333,39 +329,44 @@ fn bad_input_is_refused_by_name() {
     assert_eq!(error.to_string(), "logprob: `workspace` has shape [23], expected [24] or more");
 }
 
-/// How often a planted bug goes unseen; a run that panics or reports has seen it.
-fn unseen(bug: &'static str, orders: &[Order]) -> bool {
-    let run = || agrees_with_the_reference::<bf16>(bug, orders);
-    matches!(std::panic::catch_unwind(run), Ok(Ok(())))
-}
+#[cfg(feature = "simt")]
+mod planted {
+    use super::*;
 
-#[test]
-fn planted_bugs_that_change_results_are_seen() {
-    for bug in ["read_past_the_row", "dropped_tail", "misaligned_load"] {
-        for order in ORDERS {
-            assert!(!unseen(bug, &[order, order]), "{bug} {order:?}");
+    /// Whether a planted bug goes unseen; a run that panics or reports has seen it.
+    fn unseen(bug: &'static str, orders: &[Order]) -> bool {
+        let run = || agrees_with_the_reference::<bf16>(bug, orders);
+        matches!(std::panic::catch_unwind(run), Ok(Ok(())))
+    }
+
+    #[test]
+    fn planted_bugs_that_change_results_are_seen() {
+        for bug in ["read_past_the_row", "dropped_tail", "misaligned_load"] {
+            for order in ORDERS {
+                assert!(!unseen(bug, &[order, order]), "{bug} {order:?}");
+            }
         }
     }
-}
 
-#[test]
-fn planted_races_are_seen_in_one_of_the_orders() {
-    let seeds: Vec<Order> = (0..4).map(Order::Random).collect();
-    let orders = [&ORDERS[..2], &seeds].concat();
-    for bug in ["missing_barrier", "missing_cluster_barrier", "shared_memory_race"] {
-        assert!(!unseen(bug, &orders), "{bug}");
+    #[test]
+    fn planted_races_are_seen_in_one_of_the_orders() {
+        let seeds: Vec<Order> = (0..4).map(Order::Random).collect();
+        let orders = [&ORDERS[..2], &seeds].concat();
+        for bug in ["missing_barrier", "missing_cluster_barrier", "shared_memory_race"] {
+            assert!(!unseen(bug, &orders), "{bug}");
+        }
     }
-}
 
-/// Run by `.ci/simt` under a sanitizer, which must end the process.
-#[test]
-#[ignore = "ends the process under a sanitizer"]
-fn a_planted_bug_for_a_sanitizer() {
-    let bug = std::env::var("PLANTED_BUG").unwrap();
-    let name = ["read_past_the_row", "missing_barrier", "shared_memory_race"]
-        .into_iter()
-        .find(|name| *name == bug)
-        .unwrap();
-    // An order that hides the bug from the results, where there is one.
-    let _ = agrees_with_the_reference::<bf16>(name, &[Order::Lifo]);
+    /// Run by `.ci/simt` under a sanitizer, which must end the process.
+    #[test]
+    #[ignore = "ends the process under a sanitizer"]
+    fn a_planted_bug_for_a_sanitizer() {
+        let bug = std::env::var("PLANTED_BUG").unwrap();
+        let name = ["read_past_the_row", "missing_barrier", "shared_memory_race"]
+            .into_iter()
+            .find(|name| *name == bug)
+            .unwrap();
+        // An order that hides the bug from the results, where there is one.
+        let _ = agrees_with_the_reference::<bf16>(name, &[Order::Lifo]);
+    }
 }

@@ -87,6 +87,17 @@ impl Stream<'_> {
         Self { device: machine.device, backend: Backend::Simt(machine), lifetime: PhantomData }
     }
 
+    /// The stream, with launches that use no more of the device than `device` has. For tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn limited_to(self, device: Device) -> Self {
+        let device = Device {
+            compute_capability: device.compute_capability.min(self.device.compute_capability),
+            max_blocks: device.max_blocks.min(self.device.max_blocks),
+        };
+        Self { device, ..self }
+    }
+
     /// The device that the stream is on.
     pub fn device(&self) -> Device {
         self.device

@@ -1,14 +1,15 @@
-//! Device memory and devices of the CPU stand-in.
+//! Streams and device memory of the CPU stand-in.
 
 use std::alloc::{alloc_zeroed, dealloc, Layout};
 
-use ppo_kernels::cuda::simt::{Machine, Order};
-use ppo_kernels::cuda::{Device, Slice, SliceMut};
+use ppo_kernels::cuda::{simt, Slice, SliceMut, Stream};
 
-/// A device of that major compute capability (clusters from 9 on) whose grids have that many blocks.
-pub fn machine(order: Order, major: u32, max_blocks: u32) -> Machine {
-    let device = Device { compute_capability: (major, 0), max_blocks };
-    Machine { order, device, planted_bug: "" }
+pub use ppo_kernels::cuda::simt::Order;
+
+use super::device::Machine;
+
+pub fn stream(Machine { order, device, planted_bug }: Machine) -> Stream<'static> {
+    Stream::simt(simt::Machine { order, device, planted_bug })
 }
 
 /// Elements that begin `offset` elements after a 16-byte boundary, and end where their allocation
@@ -30,13 +31,9 @@ impl<T: Copy> Buffer<T> {
         Self { memory, first, len: values.len() }
     }
 
-    fn layout(first: usize, len: usize) -> Layout {
-        Layout::from_size_align(((first + len) * size_of::<T>()).max(1), 16).unwrap()
-    }
-
-    pub fn read(&self) -> &[T] {
+    pub fn read(&self) -> Vec<T> {
         // SAFETY: `new` wrote the values there, and nobody writes while this is borrowed.
-        unsafe { std::slice::from_raw_parts(self.memory.add(self.first), self.len) }
+        unsafe { std::slice::from_raw_parts(self.memory.add(self.first), self.len) }.to_vec()
     }
 
     pub fn slice(&self) -> Slice<'static, T> {
@@ -51,10 +48,15 @@ impl<T: Copy> Buffer<T> {
     }
 }
 
+impl<T> Buffer<T> {
+    fn layout(first: usize, len: usize) -> Layout {
+        Layout::from_size_align(((first + len) * size_of::<T>()).max(1), 16).unwrap()
+    }
+}
+
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
-        let bytes = ((self.first + self.len) * size_of::<T>()).max(1);
         // SAFETY: as allocated.
-        unsafe { dealloc(self.memory.cast(), Layout::from_size_align(bytes, 16).unwrap()) };
+        unsafe { dealloc(self.memory.cast(), Self::layout(self.first, self.len)) };
     }
 }

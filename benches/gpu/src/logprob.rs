@@ -3,9 +3,10 @@
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream};
-use ppo_kernels::logprob::{reference, LogprobOptions};
+use ppo_kernels::logprob::LogprobOptions;
 
-use crate::device::{Device, Memory};
+use crate::clock::seconds;
+use crate::gpu::{Buffer, Gpu};
 
 /// Rows and columns of language models' logits in training.
 const SHAPES: [(usize, usize); 6] = [
@@ -19,45 +20,41 @@ const SHAPES: [(usize, usize); 6] = [
 
 /// Logits, targets and all outputs of both passes.
 struct Op<T> {
+    gpu: &'static Gpu,
     vocab: usize,
     options: LogprobOptions,
-    logits: Memory<T>,
-    targets: Memory<i64>,
-    up: Memory<f32>,
-    logp: Memory<f32>,
-    entropy: Memory<f32>,
-    max: Memory<f32>,
-    log_sum: Memory<f32>,
-    workspace: Memory<f32>,
-    grad: Memory<T>,
+    logits: Buffer<T>,
+    targets: Buffer<i64>,
+    up: Buffer<f32>,
+    logp: Buffer<f32>,
+    entropy: Buffer<f32>,
+    max: Buffer<f32>,
+    log_sum: Buffer<f32>,
+    workspace: Buffer<f32>,
+    grad: Buffer<T>,
 }
 
-impl<T: Logit + Default> Op<T> {
-    fn new(
-        device: &Device,
-        logits: Memory<T>,
-        grad: Memory<T>,
-        targets: &[i64],
-        vocab: usize,
-    ) -> Self {
-        let rows = targets.len();
-        let up: Vec<f32> = (0..rows).map(|row| 1.0 - row as f32 / (2 * rows) as f32).collect();
+impl<T: Logit> Op<T> {
+    fn new(gpu: &'static Gpu, rows: usize, vocab: usize) -> Self {
+        let targets: Vec<i64> = (0..rows).map(|row| ((row * 7919) % vocab) as i64).collect();
+        let workspace = cuda::workspace_len::<T>(gpu.stream().device(), rows, vocab);
         Self {
+            gpu,
             vocab,
             options: LogprobOptions { temperature: 0.7, ..Default::default() },
-            logits,
-            targets: Memory::from(targets, 0),
-            up: Memory::from(&up, 0),
-            logp: Memory::new(rows),
-            entropy: Memory::new(rows),
-            max: Memory::new(rows),
-            log_sum: Memory::new(rows),
-            workspace: Memory::new(cuda::workspace_len::<T>(device.stream.device(), rows, vocab)),
-            grad,
+            logits: repeat(&logits(1 << 24), rows * vocab),
+            targets: Buffer::new(&targets, 0),
+            up: Buffer::new(&vec![1.0; rows], 0),
+            logp: Buffer::uninit(rows, 0),
+            entropy: Buffer::uninit(rows, 0),
+            max: Buffer::uninit(rows, 0),
+            log_sum: Buffer::uninit(rows, 0),
+            workspace: Buffer::uninit(workspace, 0),
+            grad: Buffer::uninit(rows * vocab, 0),
         }
     }
 
-    fn forward(&self, device: &Device, entropy: bool) {
+    fn forward(&mut self, entropy: bool) {
         let stats = RowStatsMut { max: self.max.slice_mut(), log_sum: self.log_sum.slice_mut() };
         let outputs = Outputs {
             logp: self.logp.slice_mut(),
@@ -66,21 +63,30 @@ impl<T: Logit + Default> Op<T> {
         };
         let (z, ids, work) =
             (self.logits.slice(), self.targets.slice(), self.workspace.slice_mut());
-        cuda::forward(&device.stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
+        let stream = self.gpu.stream();
+        cuda::forward(&stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
     }
 
-    fn backward(&self, device: &Device, in_place: bool) {
+    fn backward(&mut self) {
         let stats = RowStats {
             max: self.max.slice(),
             log_sum: self.log_sum.slice(),
             entropy: self.entropy.slice(),
         };
         let upstream = Upstream { logp: Some(self.up.slice()), entropy: Some(self.up.slice()) };
-        let grad = if in_place { self.logits.slice_mut() } else { self.grad.slice_mut() };
-        let (z, ids) = (self.logits.slice(), self.targets.slice());
-        let (vocab, options) = (self.vocab, &self.options);
-        cuda::backward(&device.stream, z, ids, vocab, options, stats, upstream, grad).unwrap();
+        let (z, ids, grad) = (self.logits.slice(), self.targets.slice(), self.grad.slice_mut());
+        let (stream, options) = (self.gpu.stream(), &self.options);
+        cuda::backward(&stream, z, ids, self.vocab, options, stats, upstream, grad).unwrap();
     }
+}
+
+/// `len` elements: `values` over and over.
+fn repeat<T: Copy>(values: &[T], len: usize) -> Buffer<T> {
+    let buffer = Buffer::uninit(len, 0);
+    for first in (0..len).step_by(values.len()) {
+        buffer.write(first, &values[..values.len().min(len - first)]);
+    }
+    buffer
 }
 
 /// Logits in [-8, 8), the same every time.
@@ -96,77 +102,18 @@ fn logits<T: Logit>(count: usize) -> Vec<T> {
     (0..count).map(|_| next()).collect()
 }
 
-pub fn check(device: &Device, small: bool) {
-    check_dtype::<f32>(device, small, 2e-6);
-    check_dtype::<f16>(device, small, 2f64.powi(-11));
-    check_dtype::<bf16>(device, small, 2f64.powi(-8));
-    println!("logprob agrees with the reference");
-}
-
-/// Every mapping and alignment, against the reference and against itself.
-fn check_dtype<T: Logit + Default>(device: &Device, small: bool, gradient_error: f64) {
-    let kib = 1024 / size_of::<T>();
-    let mut vocabularies =
-        vec![1, 2, 7, 9, 31, 257, 2 * kib, 2 * kib + 1, 5 * kib + 3, 17 * kib + 1];
-    vocabularies.extend([65 * kib + 5, 129 * kib, 257 * kib + 3]);
-    if !small {
-        vocabularies.extend([151_936, 1_000_000]);
-    }
-    for vocab in vocabularies {
-        let rows = 5;
-        let logits = logits::<T>(rows * vocab);
-        let targets: Vec<i64> = (0..rows).map(|row| ((row * 7919) % vocab) as i64).collect();
-        let z: Vec<f64> = logits.iter().map(|z| f64::from(z.to_f32())).collect();
-        let mut bits = Vec::new();
-        for offset in 0..3 {
-            let memory = Memory::from(&logits, offset);
-            let grad = Memory::from(&vec![T::ZERO; logits.len()], offset);
-            let op = Op::new(device, memory, grad, &targets, vocab);
-            let in_place = offset == 2;
-            op.forward(device, true);
-            op.backward(device, in_place);
-            device.finish();
-            let what = format!("{} V={vocab} offset {offset}", T::NAME);
-            let (logp, entropy) = reference::forward(&z, &targets, vocab, &op.options);
-            let up: Vec<f64> = op.up.read().iter().map(|&x| f64::from(x)).collect();
-            let want = reference::backward(&z, &targets, vocab, &op.options, &up, &up);
-            let written = if in_place { op.logits.read() } else { op.grad.read() };
-            let grad: Vec<f32> = written.iter().map(|g| g.to_f32()).collect();
-            compare(&format!("{what} logp"), &op.logp.read(), &logp, 2e-6);
-            compare(&format!("{what} entropy"), &op.entropy.read(), &entropy, 2e-6);
-            compare(&format!("{what} grad"), &grad, &want, gradient_error);
-            bits.push([op.logp.read(), op.entropy.read(), grad].concat());
-        }
-        let same =
-            |a: &Vec<f32>, b: &Vec<f32>| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
-        assert!(bits.iter().all(|b| same(b, &bits[0])), "{} V={vocab}: bits differ", T::NAME);
-    }
-}
-
-fn compare(what: &str, got: &[f32], want: &[f64], relative: f64) {
-    for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
-        let error = (f64::from(got) - want).abs();
-        assert!(
-            error <= 4e-6 + relative * want.abs(),
-            "{what}: element {i} is {got}, expected {want}"
-        );
-    }
-}
-
-pub fn time(device: &Device, copy: f64) {
+pub fn time(gpu: &'static Gpu, copy: f64) {
     for (rows, vocab) in SHAPES {
-        time_shape::<bf16>(device, copy, rows, vocab);
+        time_shape::<bf16>(gpu, copy, rows, vocab);
     }
     for (rows, vocab) in [(8192, 50_257), (512, 49_152)] {
-        time_shape::<f32>(device, copy, rows, vocab);
-        time_shape::<f16>(device, copy, rows, vocab);
+        time_shape::<f32>(gpu, copy, rows, vocab);
+        time_shape::<f16>(gpu, copy, rows, vocab);
     }
 }
 
-fn time_shape<T: Logit + Default>(device: &Device, copy: f64, rows: usize, vocab: usize) {
-    let memory = Memory::repeat(&logits::<T>(1 << 24), rows * vocab);
-    let targets: Vec<i64> = (0..rows).map(|row| ((row * 7919) % vocab) as i64).collect();
-    let op = Op::new(device, memory, Memory::new(rows * vocab), &targets, vocab);
+fn time_shape<T: Logit>(gpu: &'static Gpu, copy: f64, rows: usize, vocab: usize) {
+    let mut op = Op::<T>::new(gpu, rows, vocab);
     let bytes = (rows * vocab * size_of::<T>()) as f64;
     let report = |pass: &str, bytes: f64, seconds: f64| {
         let rate = bytes / seconds * 1e-9;
@@ -176,12 +123,8 @@ fn time_shape<T: Logit + Default>(device: &Device, copy: f64, rows: usize, vocab
             T::NAME
         );
     };
-    report("logprob forward", bytes, device.seconds(|| op.forward(device, false)));
-    report("logprob + entropy forward", bytes, device.seconds(|| op.forward(device, true)));
-    report(
-        "logprob + entropy backward",
-        2.0 * bytes,
-        device.seconds(|| op.backward(device, false)),
-    );
-    device.finish();
+    report("logprob forward", bytes, seconds(gpu, || op.forward(false)));
+    report("logprob + entropy forward", bytes, seconds(gpu, || op.forward(true)));
+    report("logprob + entropy backward", 2.0 * bytes, seconds(gpu, || op.backward()));
+    gpu.finish();
 }

@@ -1,34 +1,22 @@
-//! The CUDA kernels on a GPU: `check` compares them with the f64 references, `check small` does so on
-//! the small cases only (for compute-sanitizer), `time` measures them beside a copy of the device.
+//! The CUDA kernels measured on a GPU, beside a copy within the device.
 
+mod clock;
+// As the tests have them.
+#[allow(dead_code, unused_imports)]
+#[path = "../../../tests/common/device.rs"]
 mod device;
+#[allow(dead_code)]
+#[path = "../../../tests/common/gpu.rs"]
+mod gpu;
 mod logprob;
 
-use device::Device;
+use gpu::Gpu;
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let device = match Device::new() {
-        Ok(device) => device,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::exit(1);
-        }
-    };
-    match words.as_slice() {
-        ["check"] => logprob::check(&device, false),
-        ["check", "small"] => logprob::check(&device, true),
-        ["time"] => {
-            println!("{}", device.describe());
-            let copy = device.copy_bandwidth();
-            println!("copy, read + written: {copy:.0} GB/s");
-            println!("\n| op | dtype | shape | us | GB/s | of copy |\n|---|---|---|---|---|---|");
-            logprob::time(&device, copy);
-        }
-        _ => {
-            eprintln!("usage: ppo-kernels-gpu check [small] | time");
-            std::process::exit(2);
-        }
-    }
+    let gpu = Gpu::get();
+    println!("{}", clock::describe(gpu));
+    let copy = clock::copy_bandwidth(gpu);
+    println!("copy, read + written: {copy:.0} GB/s");
+    println!("\n| op | dtype | shape | us | GB/s | of copy |\n|---|---|---|---|---|---|");
+    logprob::time(gpu, copy);
 }

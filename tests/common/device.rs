@@ -1,0 +1,35 @@
+//! The devices that the kernels are tested on: the CPU stand-in (feature `simt`), in several thread
+//! orders, or else the first GPU, which has an order of its own.
+
+use ppo_kernels::cuda::{Device, Stream};
+
+#[cfg(not(feature = "simt"))]
+use super::gpu as backend;
+#[cfg(feature = "simt")]
+use super::simt as backend;
+
+pub use backend::{Buffer, Order};
+
+/// The orders that every case runs in.
+pub const ORDERS: [Order; 3] = [Order::Fifo, Order::Lifo, Order::Random(7)];
+
+/// A device as the launches see it.
+#[derive(Debug, Clone, Copy)]
+pub struct Machine {
+    pub order: Order,
+    pub device: Device,
+    /// The name of a bug of `tests/planted_bugs.txt` to run the kernels with, or nothing.
+    pub planted_bug: &'static str,
+}
+
+/// A device of that major compute capability (clusters from 9 on) whose grids have that many blocks.
+/// A GPU that is older or smaller stays so.
+pub fn machine(order: Order, major: u32, max_blocks: u32) -> Machine {
+    let device = Device { compute_capability: (major, 0), max_blocks };
+    Machine { order, device, planted_bug: "" }
+}
+
+/// A stream on it.
+pub fn stream(machine: Machine) -> Stream<'static> {
+    backend::stream(machine)
+}
