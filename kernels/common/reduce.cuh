@@ -15,7 +15,8 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-static __device__ __forceinline__ float warp_sum(float x) {
+template <class T>
+static __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;

@@ -2,10 +2,12 @@
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
 //! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
 
-use super::{Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
+use super::{
+    check_gradients, Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs,
+};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{prefetch, reduce, vectorise, Split};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
 use crate::whiten::Moments;
@@ -40,14 +42,9 @@ pub fn ppo_loss(
     gradients: Gradients,
 ) -> Result<PpoStats> {
     let (n, seq_len) = (inputs.validate(options)?, inputs.seq_len);
-    for (arg, gradient, expected) in [
-        ("grad_logp", &gradients.logp, n),
-        ("grad_values", &gradients.values, inputs.value.map_or(0, |_| n)),
-        ("grad_entropy", &gradients.entropy, inputs.entropy.map_or(0, |_| n)),
-    ] {
-        let got = gradient.as_ref().map_or(expected, |g| g.len());
-        Error::check_len(OP, arg, got, expected)?;
-    }
+    let len = |gradient: &Option<&mut [f32]>| gradient.as_ref().map(|g| g.len());
+    let lengths = [len(&gradients.logp), len(&gradients.values), len(&gradients.entropy)];
+    check_gradients(lengths, n, inputs.value.is_some(), inputs.entropy.is_some())?;
     let (kept, rows) = count(inputs, options.aggregation);
     let divisor = options.divisor(kept, rows, seq_len)?;
 

@@ -41,6 +41,8 @@
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -250,6 +252,42 @@ pub struct Inputs<'a, T> {
 impl<T> Inputs<'_, T> {
     /// B * T, when every length is that and no option asks for an input that is missing.
     pub(crate) fn validate(&self, options: &PpoLossOptions) -> Result<usize> {
+        let value = self.value.as_ref();
+        let lengths = Lengths {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            logp: self.logp.len(),
+            old_logp: self.old_logp.len(),
+            advantages: self.advantages.len(),
+            values: value.map(|v| v.values.len()),
+            old_values: value.and_then(|v| v.old_values).map(<[T]>::len),
+            returns: value.map(|v| v.returns.len()),
+            entropy: self.entropy.map(<[T]>::len),
+            ref_logp: self.ref_logp.map(<[T]>::len),
+            mask: self.mask.map(<[u8]>::len),
+        };
+        lengths.validate(options)
+    }
+}
+
+/// How many elements each input has, wherever it is; `None` for those that are not given.
+pub(crate) struct Lengths {
+    pub batch: usize,
+    pub seq_len: usize,
+    pub logp: usize,
+    pub old_logp: usize,
+    pub advantages: usize,
+    pub values: Option<usize>,
+    pub old_values: Option<usize>,
+    pub returns: Option<usize>,
+    pub entropy: Option<usize>,
+    pub ref_logp: Option<usize>,
+    pub mask: Option<usize>,
+}
+
+impl Lengths {
+    /// B * T, when every length is that and no option asks for an input that is missing.
+    pub(crate) fn validate(&self, options: &PpoLossOptions) -> Result<usize> {
         options.validate()?;
         let Some(tokens) = self.batch.checked_mul(self.seq_len) else {
             return Err(Error::Shape {
@@ -259,21 +297,20 @@ impl<T> Inputs<'_, T> {
                 got: format!("[{}, {}]", self.batch, self.seq_len),
             });
         };
-        let value = self.value.as_ref();
         for (arg, len) in [
-            ("logp", Some(self.logp.len())),
-            ("old_logp", Some(self.old_logp.len())),
-            ("advantages", Some(self.advantages.len())),
-            ("values", value.map(|v| v.values.len())),
-            ("old_values", value.and_then(|v| v.old_values).map(<[T]>::len)),
-            ("returns", value.map(|v| v.returns.len())),
-            ("entropy", self.entropy.map(<[T]>::len)),
-            ("ref_logp", self.ref_logp.map(<[T]>::len)),
-            ("mask", self.mask.map(<[u8]>::len)),
+            ("logp", Some(self.logp)),
+            ("old_logp", Some(self.old_logp)),
+            ("advantages", Some(self.advantages)),
+            ("values", self.values),
+            ("old_values", self.old_values),
+            ("returns", self.returns),
+            ("entropy", self.entropy),
+            ("ref_logp", self.ref_logp),
+            ("mask", self.mask),
         ] {
             len.map_or(Ok(()), |len| Error::check_len(OP, arg, len, tokens))?;
         }
-        let values_without_old = value.is_some_and(|v| v.old_values.is_none());
+        let values_without_old = self.values.is_some() && self.old_values.is_none();
         options.validate_inputs(
             values_without_old,
             self.entropy.is_some(),
@@ -281,6 +318,22 @@ impl<T> Inputs<'_, T> {
         )?;
         Ok(tokens)
     }
+}
+
+/// `Ok` when the gradients with respect to logp, values and entropy have the length of what they
+/// are of, which is 0 where that is not given.
+pub(crate) fn check_gradients(
+    lengths: [Option<usize>; 3],
+    tokens: usize,
+    values: bool,
+    entropy: bool,
+) -> Result<()> {
+    let names = ["grad_logp", "grad_values", "grad_entropy"];
+    for ((arg, len), given) in names.into_iter().zip(lengths).zip([true, values, entropy]) {
+        let expected = if given { tokens } else { 0 };
+        Error::check_len(OP, arg, len.unwrap_or(expected), expected)?;
+    }
+    Ok(())
 }
 
 /// The loss and what else the pass over the tokens found.

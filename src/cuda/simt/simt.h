@@ -12,6 +12,7 @@
 
 #include <bit>
 #include <source_location>
+#include <type_traits>
 
 #define SIMT 1
 #define __device__
@@ -105,9 +106,10 @@ inline float from_f16(uint16_t half) {
 template <class T>
 T warp_value(WarpOp op, uint32_t mask, T value, unsigned argument,
              const std::source_location& here) {
-    static_assert(sizeof(T) == 4);
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    return std::bit_cast<T>(uint32_t(warp_op(op, mask, bits, argument, here)));
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    const Bits bits = std::bit_cast<Bits>(value);
+    return std::bit_cast<T>(Bits(warp_op(op, mask, bits, argument, here)));
 }
 
 }  // namespace simt
@@ -148,6 +150,10 @@ inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
     return uint32_t((uint64_t(high) << 32 | low) >> (shift & 31));
 }
+
+inline int __popc(uint32_t x) { return std::popcount(x); }
+// The place of the lowest bit that is set, counted from 1; 0 if none is.
+inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }

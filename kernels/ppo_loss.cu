@@ -1,0 +1,786 @@
+// The PPO loss with its gradients and statistics. src/ppo_loss/mod.rs has the formulas,
+// src/ppo_loss/cuda.rs the launches.
+//
+//     d = clamp(logp - old_logp)     r = e^d     w = weight of the token's row     D = denominator
+//     loss = sum w (policy + value_coef value - entropy_coef entropy + kl_coef kl) / D
+//
+// All inputs and gradients are [B, T] in f32, but for the mask in u8. They are taken as one run of
+// B T tokens; rows matter only where a token's weight depends on the length of its row.
+//
+// count. Reads the mask alone, where D or the weights depend on it: how many tokens are unmasked, or
+// how many rows have such a token, and one over the length of every row. Counts are integers, so
+// their order is free: a row goes to as many lanes as its bytes fill with vectors, or to a block. Of
+// few tokens pass counts the unmasked ones by itself.
+//
+// pass. Everything else, from one read of the tokens. A block takes a part of them, in tiles of four
+// tokens a thread: a vector of 16 bytes from each input, all in flight at once. Which tokens a
+// thread takes does not depend on their alignment; inputs that are not aligned are loaded one by
+// one. Sums are kept in f32 in a thread, of at most 128 tokens, and over a warp in a fixed tree;
+// those of the warps are added in f64, and `partials [SUMS, parts]` keeps them for merge. How many
+// parts there are depends on the number of tokens alone. Row weights, the entropy and the KL take
+// registers that would halve the threads in flight, so there is a kernel without them (pass) and one
+// with (pass_full).
+//
+// merge. One block, a sum a warp: adds the partials in f64, in order, and writes the statistics. If
+// there is but one part, pass does so itself.
+//
+// scale. The stored gradients times an upstream gradient that is on the device.
+//
+// Bytes of a token: pass reads 12, 12 more for the value term (8 without its clip), 4 for the entropy
+// and for the KL each, 1 for the mask, and writes 4 a gradient; count reads the 1 of the mask. scale
+// reads and writes 4 a gradient; in place, by a factor of 1, nothing.
+//
+// Numbers. e^x is expf, to 2 ulp. Variances are taken around a number that is among those they are
+// of, so that they keep their digits far from 0: each thread takes its first, and changes to the
+// block's before sums are added, as the parts do to the first part's. Masked tokens are selected
+// away, never multiplied: they may be NaN. D = 0 makes the loss NaN.
+
+#include "common/reduce.cuh"
+#include "common/token_kl.cuh"
+#include "common/vector.cuh"
+
+// What a part of the tokens adds up to. The four losses are weighted by row, the rest is plain.
+enum Sum {
+    TOKENS,
+    CLIPPED,
+    LOWER_CLIPPED,
+    VALUE_CLIPPED,
+    POLICY_LOSS,
+    VALUE_LOSS,
+    ENTROPY_LOSS,
+    KL_LOSS,
+    LOG_RATIO,
+    LOG_RATIO_SQUARES,
+    LOG_RATIO_K3,
+    EXCESS,  // of the ratio over 1
+    EXCESS_SQUARES,
+    ENTROPY,
+    KL,
+    ADVANTAGE,
+    RETURN,  // less its centre, and so are the next three
+    RETURN_SQUARES,
+    RESIDUAL,  // return - value
+    RESIDUAL_SQUARES,
+    // From here on no sums.
+    RATIO_MIN,
+    RATIO_MAX,
+    RETURN_CENTRE,
+    RESIDUAL_CENTRE,
+    SUMS,
+};
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / WARP;
+
+// Tokens of a vector, and of a vector from every thread.
+constexpr int GROUP = 4;
+constexpr int TILE = THREADS * GROUP;
+
+// Vectors of the mask, or of a gradient to scale, that a thread loads before it uses the first.
+constexpr int IN_FLIGHT = 4;
+
+// Where D comes from.
+struct Divisor {
+    double given;            // or 0: it is counted
+    const uint32_t* counts;  // [parts] of count, of which D is the sum; or null: the unmasked tokens
+    int32_t parts;
+    int32_t needs_tokens;  // D is 0 where no token is unmasked, although it is given
+};
+
+struct PassArgs {
+    const float* logp;
+    const float* old_logp;
+    const float* advantages;
+    const float* values;      // or null
+    const float* old_values;  // or null: no clip
+    const float* returns;     // null as values
+    const float* entropy;     // or null
+    const float* ref_logp;    // or null
+    const uint8_t* mask;      // or null
+    const float* row_weights;  // [B] of count; or null: all 1
+    float* grad_logp;          // or null, as the next two
+    float* grad_values;
+    float* grad_entropy;
+    float* partials;
+    float* stats;  // PpoStats in order
+    Divisor divisor;
+    double value_coef;
+    double entropy_coef;
+    double kl_coef;
+    int64_t tokens;
+    int64_t columns;
+    int32_t parts;
+    int32_t part_tiles;
+    int32_t aligned;  // all of the above that have a value a token are
+    int32_t count_outside;
+    // Infinity is off.
+    float log_ratio_limit;
+    float low;
+    float high;
+    float dual_clip;
+    float value_range;
+    TokenKl kl;
+};
+
+struct CountArgs {
+    const uint8_t* mask;
+    uint32_t* counts;    // [parts]
+    float* row_weights;  // [rows] or null
+    int64_t tokens;
+    int64_t width;      // of a row; the last one may be shorter
+    int64_t rows;
+    int64_t part_rows;  // rows of a part
+    int32_t parts;
+    int32_t team;        // threads that share a row: 1, 2, .. 32, or all of the block
+    int32_t count_rows;  // with an unmasked token, and not the tokens
+};
+
+constexpr int GRADIENTS = 3;
+
+struct ScaleArgs {
+    const float* from[GRADIENTS];  // or null
+    float* to[GRADIENTS];          // may be from
+    int64_t tokens[GRADIENTS];
+    const float* factor;
+};
+
+// ---- counting ----
+
+static __device__ __forceinline__ uint32_t count_nonzero(uint32_t bytes) {
+    const uint32_t low_bits = 0x7f7f7f7f;
+    return __popc((((bytes & low_bits) + low_bits) | bytes) & ~low_bits);
+}
+
+// How many of the `len` mask bytes that fall to one thread of `threads` are not 0.
+static __device__ __forceinline__ uint32_t count_kept(const uint8_t* mask, int64_t len, int thread,
+                                                      int threads) {
+    const int64_t head = min(int64_t((16 - reinterpret_cast<uintptr_t>(mask) % 16) % 16), len);
+    const int64_t vectors = (len - head) / 16;
+    const int64_t tail = head + vectors * 16;
+    uint32_t count = 0;
+    for (int64_t tile = thread; tile < vectors; tile += IN_FLIGHT * threads) {
+        uint4 v[IN_FLIGHT];
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; i++) {
+            const int64_t vector = tile + i * threads;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (vector < vectors) v[i] = load_shared_by_neighbours(mask + head + vector * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < IN_FLIGHT; i++) {
+            count += count_nonzero(v[i].x) + count_nonzero(v[i].y);
+            count += count_nonzero(v[i].z) + count_nonzero(v[i].w);
+        }
+    }
+    for (int64_t t = thread; t < head; t += threads) count += mask[t] != 0;
+    for (int64_t t = tail + thread; t < len; t += threads) count += mask[t] != 0;
+    return count;
+}
+
+// The sum over all threads, in every thread. `warps` is shared memory for one value a warp.
+static __device__ __forceinline__ uint32_t block_sum(uint32_t x, uint32_t* warps) {
+    x = warp_sum(x);
+    // Others may still be reading what an earlier call left.
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? warps[threadIdx.x % WARP] : 0u);
+}
+
+// Block [threads], a part of the rows a block.
+KERNEL(1024, 1, ppo_loss_count_f32, CountArgs) {
+    SHARED(uint32_t, warps, WARP);
+    const int teams = int(blockDim.x) / args.team;
+    const int team = int(threadIdx.x) / args.team, rank = int(threadIdx.x) % args.team;
+    for (int part = int(blockIdx.x); part < args.parts; part += int(gridDim.x)) {
+        const int64_t end = min((part + 1) * args.part_rows, args.rows);
+        uint32_t sum = 0;
+        // All teams go as often round, for the lanes of several share a warp.
+        for (int64_t first = part * args.part_rows; first < end; first += teams) {
+            const int64_t row = first + team;
+            uint32_t count = 0;
+            if (row < end) {
+                const int64_t len = min(args.width, args.tokens - row * args.width);
+                count = count_kept(args.mask + row * args.width, len, rank, args.team);
+            }
+            if (args.team > WARP) {
+                count = block_sum(count, warps);
+            } else {
+                for (int step = args.team / 2; step > 0; step /= 2) {
+                    count += __shfl_xor_sync(ALL_LANES, count, step);
+                }
+            }
+            if (rank == 0 && row < end) {
+                if (args.row_weights) args.row_weights[row] = 1.0f / float(count);
+                sum += args.count_rows ? count > 0 : count;
+            }
+        }
+        sum = block_sum(sum, warps);
+        if (threadIdx.x == 0) args.counts[part] = sum;
+    }
+}
+
+// D, in every thread of a block.
+static __device__ __forceinline__ double divisor_of(const PassArgs& args, uint32_t* warps) {
+    const Divisor& divisor = args.divisor;
+    if (divisor.given != 0.0) return divisor.given;
+    if (!divisor.counts) {
+        return block_sum(count_kept(args.mask, args.tokens, threadIdx.x, blockDim.x), warps);
+    }
+    double sum = 0.0;
+    for (int part = threadIdx.x % WARP; part < divisor.parts; part += WARP) {
+        sum += divisor.counts[part];
+    }
+    return warp_sum(sum);
+}
+
+// ---- loading and storing four tokens ----
+
+// Four tokens of every input; zeros for what is not given.
+struct Group {
+    uint4 logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp;
+    uint32_t mask;  // a byte a token
+};
+
+static __device__ __forceinline__ uint4 load_group(const float* from, int64_t at) {
+    return from ? load_once(from + at) : make_uint4(0, 0, 0, 0);
+}
+
+// One by one, up to the end.
+static __device__ __forceinline__ uint4 load_edge(const float* from, int64_t at, int64_t end) {
+    float x[GROUP];
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) x[i] = from && at + i < end ? from[at + i] : 0.0f;
+    return pack(x, float{});
+}
+
+static __device__ __forceinline__ uint32_t load_mask_edge(const uint8_t* mask, int64_t at,
+                                                          int64_t end) {
+    uint32_t bytes = 0;
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        const uint32_t byte = at + i >= end ? 0 : mask ? mask[at + i] : 1;
+        bytes |= byte << 8 * i;
+    }
+    return bytes;
+}
+
+template <bool FULL>
+static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t at) {
+    Group g;
+    const float* entropy = FULL ? args.entropy : nullptr;
+    const float* ref_logp = FULL ? args.ref_logp : nullptr;
+    if (args.aligned && at + GROUP <= args.tokens) {
+        g.logp = load_group(args.logp, at);
+        g.old_logp = load_group(args.old_logp, at);
+        g.advantages = load_group(args.advantages, at);
+        g.values = load_group(args.values, at);
+        g.old_values = load_group(args.old_values, at);
+        g.returns = load_group(args.returns, at);
+        g.entropy = load_group(entropy, at);
+        g.ref_logp = load_group(ref_logp, at);
+        g.mask = 0x01010101;
+        if (args.mask) g.mask = *reinterpret_cast<const uint32_t*>(args.mask + at);
+    } else {
+        const int64_t end = args.tokens;
+        g.logp = load_edge(args.logp, at, end);
+        g.old_logp = load_edge(args.old_logp, at, end);
+        g.advantages = load_edge(args.advantages, at, end);
+        g.values = load_edge(args.values, at, end);
+        g.old_values = load_edge(args.old_values, at, end);
+        g.returns = load_edge(args.returns, at, end);
+        g.entropy = load_edge(entropy, at, end);
+        g.ref_logp = load_edge(ref_logp, at, end);
+        g.mask = load_mask_edge(args.mask, at, end);
+    }
+    return g;
+}
+
+static __device__ __forceinline__ void store_group(const PassArgs& args, float* to, int64_t at,
+                                                   const float (&x)[GROUP]) {
+    if (args.aligned && at + GROUP <= args.tokens) {
+        store_once(to + at, pack(x, float{}));
+    } else {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) {
+            if (at + i < args.tokens) to[at + i] = x[i];
+        }
+    }
+}
+
+// ---- the terms ----
+
+// The sums of one thread.
+struct ThreadSums {
+    float sum[SUMS];
+    // The first four of them, a byte each: a thread has at most 128 tokens of a part.
+    uint32_t counts;
+};
+
+static __device__ __forceinline__ ThreadSums no_sums() {
+    ThreadSums s;
+#pragma unroll
+    for (int i = 0; i < SUMS; i++) s.sum[i] = 0.0f;
+    s.sum[RATIO_MIN] = INFINITY;
+    s.sum[RATIO_MAX] = -INFINITY;
+    s.counts = 0;
+    return s;
+}
+
+static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool counts) {
+    s.counts += uint32_t(counts) << 8 * which;
+}
+
+// The factors of the terms' gradients.
+struct Scales {
+    float policy, value, entropy, kl;
+};
+
+// The policy term, and its gradient.
+static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSums& s,
+                                                  const Group& g, const bool (&keep)[GROUP],
+                                                  const float (&w)[GROUP], float scale,
+                                                  float (&grad)[GROUP]) {
+    float logp[GROUP], old_logp[GROUP], advantages[GROUP];
+    unpack(g.logp, logp, float{});
+    unpack(g.old_logp, old_logp, float{});
+    unpack(g.advantages, advantages, float{});
+    s.counts += count_nonzero(g.mask) << 8 * TOKENS;
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
+        const float log_ratio = keep[i] ? logp[i] - old_logp[i] : 0.0f;
+        const float a = keep[i] ? advantages[i] : 0.0f;
+        const float d = clamp(log_ratio, args.log_ratio_limit);
+        const bool clamped = fabsf(log_ratio) > args.log_ratio_limit;
+        const float ratio = expf(d);
+
+        const float unclipped_loss = -ratio * a;
+        const float clipped_loss = -fminf(fmaxf(ratio, args.low), args.high) * a;
+        const bool is_clipped = clipped_loss > unclipped_loss;
+        const float larger = is_clipped ? clipped_loss : unclipped_loss;
+        const float bound = a < 0.0f ? -args.dual_clip * a : INFINITY;
+        const bool is_lower = larger > bound;
+        const bool flows = keep[i] && !(is_clipped || is_lower || clamped);
+        grad[i] = flows ? unclipped_loss * w[i] * scale : 0.0f;
+
+        const bool outside = keep[i] && (ratio < args.low || ratio > args.high);
+        count(s, CLIPPED, args.count_outside ? outside : is_clipped);
+        count(s, LOWER_CLIPPED, is_lower);
+        s.sum[POLICY_LOSS] = fmaf(w[i], is_lower ? bound : larger, s.sum[POLICY_LOSS]);
+        s.sum[LOG_RATIO] += d;
+        s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
+        s.sum[LOG_RATIO_K3] += k3_value(-d, ratio);
+        const float excess = ratio - 1.0f;
+        s.sum[EXCESS] += excess;
+        s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
+        s.sum[RATIO_MIN] = keep[i] ? fminf(s.sum[RATIO_MIN], ratio) : s.sum[RATIO_MIN];
+        s.sum[RATIO_MAX] = keep[i] ? fmaxf(s.sum[RATIO_MAX], ratio) : s.sum[RATIO_MAX];
+        s.sum[ADVANTAGE] += a;
+    }
+}
+
+// The KL term; adds its gradient to the policy term's.
+static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& s, const Group& g,
+                                              const bool (&keep)[GROUP], const float (&w)[GROUP],
+                                              float scale, float (&grad)[GROUP]) {
+    float logp[GROUP], ref_logp[GROUP];
+    unpack(g.logp, logp, float{});
+    unpack(g.ref_logp, ref_logp, float{});
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        // Every estimate of d = 0 is 0.
+        const KlTerm kl = token_kl(args.kl, keep[i] ? logp[i] - ref_logp[i] : 0.0f);
+        s.sum[KL_LOSS] = fmaf(w[i], kl.value, s.sum[KL_LOSS]);
+        s.sum[KL] += kl.value;
+        // Without a coefficient the slope, which may be infinite, is not wanted.
+        if (keep[i] && scale != 0.0f) grad[i] = fmaf(kl.slope * w[i], scale, grad[i]);
+    }
+}
+
+// The value term, and its gradient.
+static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSums& s,
+                                                 const Group& g, bool first,
+                                                 const bool (&keep)[GROUP],
+                                                 const float (&w)[GROUP], float scale,
+                                                 float (&grad)[GROUP]) {
+    float values[GROUP], old_values[GROUP], returns[GROUP];
+    unpack(g.values, values, float{});
+    unpack(args.old_values ? g.old_values : g.values, old_values, float{});
+    unpack(g.returns, returns, float{});
+    if (first) {
+#pragma unroll
+        for (int i = GROUP - 1; i >= 0; i--) {
+            if (keep[i]) {
+                s.sum[RETURN_CENTRE] = returns[i];
+                s.sum[RESIDUAL_CENTRE] = returns[i] - values[i];
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        const float error = values[i] - returns[i];
+        // From differences, which keep their digits where values are far from 0.
+        const float moved = values[i] - old_values[i];
+        const float clipped_error = error + (clamp(moved, args.value_range) - moved);
+        const float unclipped_loss = error * error;
+        const float clipped_loss = clipped_error * clipped_error;
+        const bool is_clipped = keep[i] && clipped_loss > unclipped_loss;
+        const float larger = is_clipped ? clipped_loss : unclipped_loss;
+        // Without a coefficient the error, which may be NaN, is not wanted.
+        const bool flows = keep[i] && !is_clipped && scale != 0.0f;
+        grad[i] = flows ? error * w[i] * scale : 0.0f;
+
+        count(s, VALUE_CLIPPED, is_clipped);
+        s.sum[VALUE_LOSS] = fmaf(w[i], keep[i] ? larger : 0.0f, s.sum[VALUE_LOSS]);
+        const float target = keep[i] ? returns[i] - s.sum[RETURN_CENTRE] : 0.0f;
+        s.sum[RETURN] += target;
+        s.sum[RETURN_SQUARES] = fmaf(target, target, s.sum[RETURN_SQUARES]);
+        const float residual = keep[i] ? -error - s.sum[RESIDUAL_CENTRE] : 0.0f;
+        s.sum[RESIDUAL] += residual;
+        s.sum[RESIDUAL_SQUARES] = fmaf(residual, residual, s.sum[RESIDUAL_SQUARES]);
+    }
+}
+
+// The entropy, and its gradient.
+static __device__ __forceinline__ void add_entropy(ThreadSums& s, const Group& g,
+                                                   const bool (&keep)[GROUP],
+                                                   const float (&w)[GROUP], float scale,
+                                                   float (&grad)[GROUP]) {
+    float entropy[GROUP];
+    unpack(g.entropy, entropy, float{});
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        const float h = keep[i] ? entropy[i] : 0.0f;
+        s.sum[ENTROPY_LOSS] = fmaf(w[i], h, s.sum[ENTROPY_LOSS]);
+        s.sum[ENTROPY] += h;
+        grad[i] = keep[i] ? w[i] * scale : 0.0f;
+    }
+}
+
+// A token's row and column.
+struct Place {
+    int64_t row, column;
+};
+
+template <bool FULL>
+static __device__ __forceinline__ Place place_of(const PassArgs& args, int64_t token) {
+    if (!FULL || !args.row_weights) return {0, 0};
+    return {token / args.columns, token % args.columns};
+}
+
+// The weights of four tokens in a row; those past the end are not needed.
+template <bool FULL>
+static __device__ __forceinline__ void load_weights(const PassArgs& args, int64_t at, Place place,
+                                                    float (&w)[GROUP]) {
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) {
+        w[i] = 1.0f;
+        if (!FULL || !args.row_weights) continue;
+        if (at + i < args.tokens) w[i] = args.row_weights[place.row];
+        place.column++;
+        if (place.column == args.columns) place = {place.row + 1, 0};
+    }
+}
+
+// What one thread finds in the tokens first..end, in whose gradients it writes.
+template <bool FULL>
+static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
+                                                        int64_t first, int64_t end) {
+    ThreadSums s = no_sums();
+    const Place step = place_of<FULL>(args, TILE);
+    Place place = place_of<FULL>(args, first + threadIdx.x * GROUP);
+    for (int64_t at = first + threadIdx.x * GROUP; at < end; at += TILE) {
+        const Group g = load_group<FULL>(args, at);
+        bool keep[GROUP];
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) keep[i] = g.mask & 0xffu << 8 * i;
+        float w[GROUP], grad[GROUP];
+        load_weights<FULL>(args, at, place, w);
+
+        const bool is_first = s.counts == 0;
+        add_policy(args, s, g, keep, w, scales.policy, grad);
+        if (FULL && args.ref_logp) add_kl(args, s, g, keep, w, scales.kl, grad);
+        if (args.grad_logp) store_group(args, args.grad_logp, at, grad);
+        if (args.values) {
+            add_value(args, s, g, is_first, keep, w, scales.value, grad);
+            if (args.grad_values) store_group(args, args.grad_values, at, grad);
+        }
+        if (FULL && args.entropy) {
+            add_entropy(s, g, keep, w, scales.entropy, grad);
+            if (args.grad_entropy) store_group(args, args.grad_entropy, at, grad);
+        }
+
+        place = {place.row + step.row, place.column + step.column};
+        if (place.column >= args.columns) place = {place.row + 1, place.column - args.columns};
+    }
+#pragma unroll
+    for (int i = TOKENS; i <= VALUE_CLIPPED; i++) s.sum[i] = float(s.counts >> 8 * i & 0xff);
+    return s;
+}
+
+// ---- adding up ----
+
+// Sums of x - to and of its square, from those of x - from, of which there are `count`.
+template <class T>
+static __device__ __forceinline__ void change_centre(T& sum, T& squares, T count, T from, T to) {
+    const T shift = from - to;
+    squares += shift * (2 * sum + count * shift);
+    sum += count * shift;
+}
+
+// Where a warp leaves its sums for the block.
+struct WarpSums {
+    float sum[SUMS];
+    int32_t has_tokens;
+};
+
+// The sums of all threads, in the first SUMS threads, one each. `warps` is shared memory for WARPS.
+static __device__ __forceinline__ double block_sums(ThreadSums& s, WarpSums* warps) {
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const bool has_tokens = s.sum[TOKENS] > 0.0f;
+
+    // The centres of the first thread that has tokens are everybody's.
+    const int leader = __ffs(__ballot_sync(ALL_LANES, has_tokens)) - 1;
+    // Others may still be reading what an earlier call left.
+    __syncthreads();
+    if (lane == (leader < 0 ? 0 : leader)) {
+        warps[warp].has_tokens = has_tokens;
+        warps[warp].sum[RETURN_CENTRE] = s.sum[RETURN_CENTRE];
+        warps[warp].sum[RESIDUAL_CENTRE] = s.sum[RESIDUAL_CENTRE];
+    }
+    __syncthreads();
+    float centre[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int other = WARPS - 1; other >= 0; other--) {
+        if (warps[other].has_tokens) {
+            centre[0] = warps[other].sum[RETURN_CENTRE];
+            centre[1] = warps[other].sum[RESIDUAL_CENTRE];
+        }
+    }
+    if (has_tokens) {
+        change_centre(s.sum[RETURN], s.sum[RETURN_SQUARES], s.sum[TOKENS], s.sum[RETURN_CENTRE],
+                      centre[0]);
+        change_centre(s.sum[RESIDUAL], s.sum[RESIDUAL_SQUARES], s.sum[TOKENS],
+                      s.sum[RESIDUAL_CENTRE], centre[1]);
+    }
+    s.sum[RETURN_CENTRE] = centre[0];
+    s.sum[RESIDUAL_CENTRE] = centre[1];
+
+#pragma unroll
+    for (int i = TOKENS; i < RATIO_MIN; i++) s.sum[i] = warp_sum(s.sum[i]);
+    s.sum[RATIO_MIN] = -warp_max(-s.sum[RATIO_MIN]);
+    s.sum[RATIO_MAX] = warp_max(s.sum[RATIO_MAX]);
+    __syncthreads();
+    if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < SUMS; i++) warps[warp].sum[i] = s.sum[i];
+    }
+    __syncthreads();
+    const int which = threadIdx.x;
+    if (which >= SUMS) return 0.0;
+    double total = warps[0].sum[which];
+    for (int other = 1; other < WARPS; other++) {
+        const float x = warps[other].sum[which];
+        if (which < RATIO_MIN) total += x;
+        if (which == RATIO_MIN) total = fmin(total, double(x));
+        if (which == RATIO_MAX) total = fmax(total, double(x));
+    }
+    return total;
+}
+
+// Biased variance times the count.
+static __device__ __forceinline__ double squares_around_mean(double count, double sum,
+                                                             double squares) {
+    const double m2 = squares - sum * (sum / count);
+    // A comparison, so that NaN stays NaN.
+    return m2 < 0.0 ? 0.0 : m2;
+}
+
+// The statistics, from the sums of all tokens. By one thread.
+static __device__ __forceinline__ void write_stats(const PassArgs& args, const double* sum,
+                                                   double divisor) {
+    const double count = sum[TOKENS];
+    const double nan = NAN;
+    const bool any = count > 0.0;
+    if (args.divisor.needs_tokens && !any) divisor = 0.0;
+    // 0 * infinity is NaN where there is no token.
+    const double share = 1.0 / count;
+    const double scale = 1.0 / divisor;
+
+    // A sum whose coefficient is 0 stays out, so that its NaN does.
+    const double policy_loss = sum[POLICY_LOSS] * scale;
+    const double value_loss = 0.5 * sum[VALUE_LOSS] * scale;
+    double loss = policy_loss;
+    if (args.value_coef != 0.0) loss += args.value_coef * value_loss;
+    if (args.entropy_coef != 0.0) loss -= args.entropy_coef * (sum[ENTROPY_LOSS] * scale);
+    if (args.kl_coef != 0.0) loss += args.kl_coef * (sum[KL_LOSS] * scale);
+
+    const bool has_value = args.values != nullptr;
+    const double returns = sum[RETURN_CENTRE] + sum[RETURN] * share;
+    const double residual = sum[RESIDUAL_CENTRE] + sum[RESIDUAL] * share;
+    const double return_m2 = squares_around_mean(count, sum[RETURN], sum[RETURN_SQUARES]);
+    const double residual_m2 = squares_around_mean(count, sum[RESIDUAL], sum[RESIDUAL_SQUARES]);
+    const double ratio_m2 = squares_around_mean(count, sum[EXCESS], sum[EXCESS_SQUARES]);
+    float* stats = args.stats;
+    *stats++ = float(loss);
+    *stats++ = float(policy_loss);
+    *stats++ = float(has_value ? value_loss : nan);
+    *stats++ = float(sum[CLIPPED] * share);
+    *stats++ = float(sum[LOWER_CLIPPED] * share);
+    *stats++ = float(has_value ? sum[VALUE_CLIPPED] * share : nan);
+    *stats++ = float(-sum[LOG_RATIO] * share);
+    *stats++ = float(0.5 * sum[LOG_RATIO_SQUARES] * share);
+    *stats++ = float(sum[LOG_RATIO_K3] * share);
+    *stats++ = float(1.0 + sum[EXCESS] * share);
+    *stats++ = float(ratio_m2 * share);
+    *stats++ = float(any ? sum[RATIO_MIN] : nan);
+    *stats++ = float(any ? sum[RATIO_MAX] : nan);
+    *stats++ = float(args.entropy ? sum[ENTROPY] * share : nan);
+    *stats++ = float(args.ref_logp ? sum[KL] * share : nan);
+    *stats++ = float(sum[ADVANTAGE] * share);
+    *stats++ = float(has_value ? returns : nan);
+    *stats++ = float(has_value ? returns - residual : nan);
+    *stats++ = float(has_value && return_m2 != 0.0 ? 1.0 - residual_m2 / return_m2 : nan);
+    *stats++ = float(count);
+}
+
+// Block [THREADS], a part of the tokens a block.
+template <bool FULL>
+static __device__ __forceinline__ void pass(const PassArgs& args) {
+    SHARED(uint32_t, counts, WARP);
+    SHARED(WarpSums, warps, WARPS);
+    SHARED(double, totals, SUMS);
+    const double divisor = divisor_of(args, counts);
+    const double unit = 1.0 / divisor;
+    const Scales scales = {
+        float(unit),
+        float(args.value_coef * unit),
+        float(-args.entropy_coef * unit),
+        float(args.kl_coef * unit),
+    };
+    for (int part = int(blockIdx.x); part < args.parts; part += int(gridDim.x)) {
+        const int64_t part_tokens = int64_t(args.part_tiles) * TILE;
+        const int64_t end = min((part + 1) * part_tokens, args.tokens);
+        ThreadSums s = sum_tokens<FULL>(args, scales, part * part_tokens, end);
+        const double total = block_sums(s, warps);
+        if (threadIdx.x >= SUMS) continue;
+        if (args.parts > 1) {
+            args.partials[int64_t(threadIdx.x) * args.parts + part] = float(total);
+        } else {
+            totals[threadIdx.x] = total;
+            __syncwarp((1u << SUMS) - 1);
+            if (threadIdx.x == 0) write_stats(args, totals, divisor);
+        }
+    }
+}
+
+KERNEL(256, 3, ppo_loss_pass_f32, PassArgs) { pass<false>(args); }
+KERNEL(256, 2, ppo_loss_pass_full_f32, PassArgs) { pass<true>(args); }
+
+// The first part that has tokens, or 0.
+static __device__ __forceinline__ int first_part(const PassArgs& args) {
+    const float* tokens = args.partials + int64_t(TOKENS) * args.parts;
+    for (int first = 0; first < args.parts; first += WARP) {
+        const int part = first + threadIdx.x % WARP;
+        const bool has_tokens = part < args.parts && tokens[part] > 0.0f;
+        const uint32_t found = __ballot_sync(ALL_LANES, has_tokens);
+        if (found) return first + __ffs(found) - 1;
+    }
+    return 0;
+}
+
+// The sum `which` of all parts, by a warp.
+static __device__ __forceinline__ double merge_parts(const PassArgs& args, int which) {
+    const auto all = [&](int sum) { return args.partials + int64_t(sum) * args.parts; };
+    const float* mine = all(which);
+    const int lane = threadIdx.x % WARP;
+    if (which == RATIO_MIN || which == RATIO_MAX) {
+        const float sign = which == RATIO_MIN ? -1.0f : 1.0f;
+        float most = -INFINITY;
+        for (int part = lane; part < args.parts; part += WARP) {
+            most = fmaxf(most, sign * mine[part]);
+        }
+        return sign * warp_max(most);
+    }
+    if (which < RETURN) {
+        double total = 0.0;
+#pragma unroll 8
+        for (int part = lane; part < args.parts; part += WARP) total += mine[part];
+        return warp_sum(total);
+    }
+    const bool of_returns = which == RETURN || which == RETURN_SQUARES || which == RETURN_CENTRE;
+    const float* centres = all(of_returns ? RETURN_CENTRE : RESIDUAL_CENTRE);
+    const double centre = centres[first_part(args)];
+    if (which >= RETURN_CENTRE) return centre;
+    const float* sums = all(of_returns ? RETURN : RESIDUAL);
+    const float* all_squares = all(of_returns ? RETURN_SQUARES : RESIDUAL_SQUARES);
+    double total = 0.0;
+#pragma unroll 4
+    for (int part = lane; part < args.parts; part += WARP) {
+        const double count = all(TOKENS)[part];
+        double sum = sums[part], squares = all_squares[part];
+        if (count > 0.0) change_centre(sum, squares, count, double(centres[part]), centre);
+        total += which == RETURN || which == RESIDUAL ? sum : squares;
+    }
+    return warp_sum(total);
+}
+
+// One block [SUMS x 32], a sum a warp.
+KERNEL(768, 1, ppo_loss_merge_f32, PassArgs) {
+    SHARED(double, totals, SUMS);
+    SHARED(uint32_t, counts, WARP);
+    const int which = threadIdx.x / WARP;
+    const double total = merge_parts(args, which);
+    if (threadIdx.x % WARP == 0) totals[which] = total;
+    const double divisor = divisor_of(args, counts);
+    __syncthreads();
+    if (threadIdx.x == 0) write_stats(args, totals, divisor);
+}
+
+// ---- scaling ----
+
+static __device__ __forceinline__ float scaled(float x, float factor) {
+    // A masked token's 0 stays 0.
+    return x == 0.0f ? 0.0f : x * factor;
+}
+
+// Block [threads]; nobody needs another.
+KERNEL(256, 4, ppo_loss_scale_f32, ScaleArgs) {
+    const float factor = *args.factor;
+    const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+#pragma unroll 1
+    for (int which = 0; which < GRADIENTS; which++) {
+        const float* from = args.from[which];
+        float* to = args.to[which];
+        const int64_t tokens = args.tokens[which];
+        if (!from || (from == to && factor == 1.0f)) continue;
+        const uintptr_t address = reinterpret_cast<uintptr_t>(from);
+        // Where the two are aligned differently they have no vectors in common: all is tail.
+        const bool apart = (address ^ reinterpret_cast<uintptr_t>(to)) & 15;
+        const int64_t head = apart ? 0 : min(int64_t((16 - address % 16) % 16 / 4), tokens);
+        const int64_t vectors = apart ? 0 : (tokens - head) / GROUP;
+        const int64_t tail = head + vectors * GROUP;
+        for (int64_t tile = thread; tile < vectors; tile += IN_FLIGHT * threads) {
+            uint4 v[IN_FLIGHT];
+#pragma unroll
+            for (int i = 0; i < IN_FLIGHT; i++) {
+                const int64_t vector = tile + i * threads;
+                if (vector < vectors) v[i] = load_once(from + head + vector * GROUP);
+            }
+#pragma unroll
+            for (int i = 0; i < IN_FLIGHT; i++) {
+                const int64_t vector = tile + i * threads;
+                float x[GROUP];
+                unpack(v[i], x, float{});
+#pragma unroll
+                for (int j = 0; j < GROUP; j++) x[j] = scaled(x[j], factor);
+                if (vector < vectors) store_once(to + head + vector * GROUP, pack(x, float{}));
+            }
+        }
+        const auto one = [&](int64_t t) { to[t] = scaled(from[t], factor); };
+        if (thread < head) one(thread);
+        for (int64_t t = tail + thread; t < tokens; t += threads) one(t);
+    }
+}
