@@ -164,9 +164,17 @@ impl Backend {
         }
     }
 
-    /// [`Backend::room`] if it is wanted.
-    pub(crate) fn room_if<T: Element>(&self, wanted: bool, len: usize) -> Result<Option<Room<T>>> {
-        wanted.then(|| self.room(len)).transpose()
+    /// [`Backend::room`] for each of several outputs that is wanted.
+    pub(crate) fn rooms<T: Element, const N: usize>(
+        &self,
+        wanted: [bool; N],
+        len: usize,
+    ) -> Result<[Option<Room<T>>; N]> {
+        let mut rooms = [(); N].map(|()| None);
+        for (room, _) in rooms.iter_mut().zip(wanted).filter(|(_, wanted)| *wanted) {
+            *room = Some(self.room(len)?);
+        }
+        Ok(rooms)
     }
 }
 
@@ -208,6 +216,21 @@ impl<T: Element> Room<T> {
     pub(crate) fn into_tensor(self, shape: impl Into<Shape>) -> Tensor {
         Tensor::from_storage(self.into_storage(), shape, BackpropOp::none(), false)
     }
+}
+
+/// [`Room::cpu`] of those that are there.
+pub(crate) fn cpu_rooms<T: Element, const N: usize>(
+    rooms: &mut [Option<Room<T>>; N],
+) -> [Option<&mut [T]>; N] {
+    rooms.each_mut().map(|room| room.as_mut().map(Room::cpu))
+}
+
+/// [`Room::cuda`] of those that are there.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_rooms<T: Element, const N: usize>(
+    rooms: &mut [Option<Room<T>>; N],
+) -> [Option<crate::cuda::SliceMut<'_, T>>; N] {
+    rooms.each_mut().map(|room| room.as_mut().map(Room::cuda))
 }
 
 /// The elements of a contiguous tensor, held for reading.

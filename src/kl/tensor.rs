@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
 use crate::tensor::no_kernels;
 use crate::tensor::{
-    check_arg, check_dtype, node, optional_arg, optional_view, view, Backend, Element, Room, View,
+    check_arg, check_dtype, cpu_rooms, node, optional_arg, optional_view, view, Backend, Element,
+    Room, View,
 };
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
@@ -146,8 +147,7 @@ impl TokenKl {
     ) -> Result<Vec<Option<Tensor>>> {
         let shape = logp.shape();
         let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
-        let room = |wanted| backend.room_if::<f32>(wanted, shape.elem_count());
-        let (mut grad_logp, mut grad_ref_logp) = (room(wanted[0])?, room(wanted[1])?);
+        let mut grads = backend.rooms::<f32, 2>(wanted, shape.elem_count())?;
         let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
         let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
         let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
@@ -157,14 +157,12 @@ impl TokenKl {
                 let (logp, ref_logp) = (logp.cpu(), ref_logp.cpu());
                 let inputs =
                     cpu::TokenInputs { logp, ref_logp, mask: mask.as_ref().map(View::cpu) };
-                let grads =
-                    (grad_logp.as_mut().map(Room::cpu), grad_ref_logp.as_mut().map(Room::cpu));
-                cpu::token_backward(inputs, &self.options, grad.cpu(), grads.0, grads.1)?;
+                let [a, b] = cpu_rooms(&mut grads);
+                cpu::token_backward(inputs, &self.options, grad.cpu(), a, b)?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => return Err(no_kernels(TOKEN_OP, "logp")),
         }
-        let grads = [grad_logp, grad_ref_logp];
         Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }
 }
@@ -222,8 +220,7 @@ impl FullKl {
     ) -> Result<Vec<Option<Tensor>>> {
         let (shape, vocab) = (logits.shape(), logits.dims()[1]);
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let room = |wanted| backend.room_if::<T>(wanted, shape.elem_count());
-        let (mut grad_logits, mut grad_ref_logits) = (room(wanted[0])?, room(wanted[1])?);
+        let mut grads = backend.rooms::<T, 2>(wanted, shape.elem_count())?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
         let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
         let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
@@ -234,19 +231,19 @@ impl FullKl {
                 let (logits, ref_logits) = (z.cpu(), w.cpu());
                 let mask = mask.as_ref().map(View::cpu);
                 let inputs = cpu::FullInputs { logits, ref_logits, vocab, mask };
+                let [grad_logits, grad_ref_logits] = cpu_rooms(&mut grads);
                 cpu::full_backward(
                     inputs,
                     &self.options,
                     stats.cpu(),
                     grad_kl.cpu(),
-                    grad_logits.as_mut().map(Room::cpu),
-                    grad_ref_logits.as_mut().map(Room::cpu),
+                    grad_logits,
+                    grad_ref_logits,
                 )?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(_) => return Err(no_kernels(FULL_OP, "logits")),
         }
-        let grads = [grad_logits, grad_ref_logits];
         Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }
 }

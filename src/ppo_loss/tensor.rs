@@ -4,12 +4,15 @@
 
 use candle_core::{DType, Device, Tensor};
 
-use super::cpu::{self, Gradients};
-use super::{Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{cpu, PpoLossOptions, PpoStats, OP};
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::tensor::no_kernels;
-use crate::tensor::{check_arg, check_dtype, node, optional_view, view, Backend, Room, View};
+use crate::tensor::cuda_rooms;
+use crate::tensor::{
+    check_arg, check_dtype, cpu_rooms, node, optional_view, view, Backend, Room, View,
+};
 
 /// The inputs of the value term, each `[B, T]` f32.
 #[derive(Debug, Clone, Copy)]
@@ -133,19 +136,12 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
 
     // An entropy that is only reported gets no gradient.
     let entropy = entropy.filter(|_| options.entropy_coef != 0.0);
-    let tracked = |tensor: &Option<Tensor>| tensor.as_ref().is_some_and(Tensor::track_op);
-    let wanted =
-        Wanted { logp: logp.track_op(), values: tracked(&values), entropy: tracked(&entropy) };
+    let args = [Some(logp), values, entropy].map(|arg| arg.filter(Tensor::track_op));
+    let wanted = args.each_ref().map(Option::is_some);
     let Computed { stats, grads } = tensors.compute(shape, options, wanted, device)?;
-    let (args, grads): (Vec<_>, Vec<_>) = [Some(&logp), values.as_ref(), entropy.as_ref()]
-        .into_iter()
-        .zip(grads)
-        .filter_map(|(arg, grad)| arg.zip(grad))
-        .unzip();
+    let args: Vec<&Tensor> = args.iter().flatten().collect();
     let stats = node("ppo-loss", &args, stats, PpoStats::LEN, move |_, upstream| {
-        let upstream = upstream.get(0)?;
-        let scaled = |grad: &Tensor| Ok(Some(grad.broadcast_mul(&upstream)?));
-        grads.iter().map(scaled).collect()
+        scaled(&grads, &upstream.get(0)?)
     })?;
     Ok(PpoLossOutput { loss: stats.get(0)?, stats: PpoStatsTensor(stats.detach()) })
 }
@@ -193,14 +189,6 @@ struct Contiguous {
     mask: Option<Tensor>,
 }
 
-/// Which gradients are asked for.
-#[derive(Clone, Copy)]
-struct Wanted {
-    logp: bool,
-    values: bool,
-    entropy: bool,
-}
-
 /// What the pass leaves on the device.
 struct Computed {
     /// `[PpoStats::LEN]`, the loss first.
@@ -214,13 +202,12 @@ impl Contiguous {
         &self,
         shape: (usize, usize),
         options: &PpoLossOptions,
-        wanted: Wanted,
+        wanted: [bool; 3],
         device: &Device,
     ) -> Result<Computed> {
         let (batch, seq_len) = shape;
         let backend = Backend::of(OP, "logp", device)?;
-        let room = |wanted| backend.room_if::<f32>(wanted, batch * seq_len);
-        let mut grads = [room(wanted.logp)?, room(wanted.values)?, room(wanted.entropy)?];
+        let mut grads = backend.rooms::<f32, 3>(wanted, batch * seq_len)?;
         let mut stats = backend.room::<f32>(PpoStats::LEN)?;
 
         let logp = view::<f32>(OP, "logp", &self.logp)?;
@@ -232,33 +219,82 @@ impl Contiguous {
         let entropy = optional_view::<f32>(OP, "entropy", &self.entropy)?;
         let ref_logp = optional_view::<f32>(OP, "ref_logp", &self.ref_logp)?;
         let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
-        match &backend {
-            Backend::Cpu => {
-                let value = values.as_ref().zip(returns.as_ref());
-                let inputs = Inputs {
+        // The inputs of the backends have the same names.
+        macro_rules! inputs {
+            ($backend:ident, $elements:ident) => {
+                $backend::Inputs {
                     batch,
                     seq_len,
-                    logp: logp.cpu(),
-                    old_logp: old_logp.cpu(),
-                    advantages: advantages.cpu(),
-                    value: value.map(|(values, returns)| ValueInputs {
-                        values: values.cpu(),
-                        old_values: old_values.as_ref().map(View::cpu),
-                        returns: returns.cpu(),
+                    logp: logp.$elements(),
+                    old_logp: old_logp.$elements(),
+                    advantages: advantages.$elements(),
+                    value: values.as_ref().zip(returns.as_ref()).map(|(values, returns)| {
+                        $backend::ValueInputs {
+                            values: values.$elements(),
+                            old_values: old_values.as_ref().map(View::$elements),
+                            returns: returns.$elements(),
+                        }
                     }),
-                    entropy: entropy.as_ref().map(View::cpu),
-                    ref_logp: ref_logp.as_ref().map(View::cpu),
-                    mask: mask.as_ref().map(View::cpu),
-                };
-                let [logp, values, entropy] =
-                    grads.each_mut().map(|grad| grad.as_mut().map(Room::cpu));
-                let computed =
-                    cpu::ppo_loss(&inputs, options, Gradients { logp, values, entropy })?;
+                    entropy: entropy.as_ref().map(View::$elements),
+                    ref_logp: ref_logp.as_ref().map(View::$elements),
+                    mask: mask.as_ref().map(View::$elements),
+                }
+            };
+        }
+        match &backend {
+            Backend::Cpu => {
+                let [logp, values, entropy] = cpu_rooms(&mut grads);
+                let gradients = cpu::Gradients { logp, values, entropy };
+                let computed = cpu::ppo_loss(&inputs!(super, cpu), options, gradients)?;
                 stats.cpu().copy_from_slice(&computed.to_array().map(|x| x as f32));
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(OP, "logp")),
+            Backend::Cuda(backend) => {
+                let [logp, values, entropy] = cuda_rooms(&mut grads);
+                let gradients = cuda::Gradients { logp, values, entropy };
+                let mut workspace = backend.room(cuda::workspace_len(batch, seq_len, options))?;
+                cuda::ppo_loss(
+                    &backend.stream()?,
+                    &inputs!(cuda, cuda),
+                    options,
+                    gradients,
+                    stats.cuda(),
+                    workspace.slice(),
+                )?;
+            }
         }
         Ok(Computed { stats, grads: grads.map(|grad| Some(grad?.into_tensor(shape))) })
+    }
+}
+
+/// The gradients times that of the loss, a scalar.
+fn scaled(grads: &[Option<Tensor>; 3], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    let backend = Backend::of(OP, "grad", upstream.device())?;
+    match &backend {
+        Backend::Cpu => {
+            let scaled = |grad: &Tensor| Ok(Some(grad.broadcast_mul(upstream)?));
+            grads.iter().flatten().map(scaled).collect()
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(cuda) => {
+            let Some(shape) = grads.iter().flatten().map(Tensor::shape).next() else {
+                return Ok(Vec::new());
+            };
+            let wanted = grads.each_ref().map(Option::is_some);
+            let mut out = backend.rooms::<f32, 3>(wanted, shape.elem_count())?;
+            let logp = optional_view::<f32>(OP, "grad_logp", &grads[0])?;
+            let values = optional_view::<f32>(OP, "grad_values", &grads[1])?;
+            let entropy = optional_view::<f32>(OP, "grad_entropy", &grads[2])?;
+            let stored = cuda::StoredGradients {
+                logp: logp.as_ref().map(View::cuda),
+                values: values.as_ref().map(View::cuda),
+                entropy: entropy.as_ref().map(View::cuda),
+            };
+            let [logp, values, entropy] = cuda_rooms(&mut out);
+            let gradients = cuda::Gradients { logp, values, entropy };
+            let upstream = view::<f32>(OP, "grad", upstream)?;
+            cuda::scale(&cuda.stream()?, upstream.cuda(), stored, gradients)?;
+            Ok(out.into_iter().flatten().map(|grad| Some(grad.into_tensor(shape))).collect())
+        }
     }
 }
