@@ -76,9 +76,6 @@ constexpr int WARPS = THREADS / WARP;
 constexpr int GROUP = 4;
 constexpr int TILE = THREADS * GROUP;
 
-// Vectors of the mask, or of a gradient to scale, that a thread loads before it uses the first.
-constexpr int IN_FLIGHT = 4;
-
 // Where D comes from.
 struct Divisor {
     double given;            // or 0: it is counted
@@ -188,7 +185,7 @@ static __device__ __forceinline__ uint32_t block_sum(uint32_t x, uint32_t* warps
 }
 
 // Block [threads], a part of the rows a block.
-KERNEL(1024, 1, ppo_loss_count_f32, CountArgs) {
+KERNEL(512, 2, ppo_loss_count_f32, CountArgs) {
     SHARED(uint32_t, warps, WARP);
     const int teams = int(blockDim.x) / args.team;
     const int team = int(threadIdx.x) / args.team, rank = int(threadIdx.x) % args.team;
@@ -211,7 +208,7 @@ KERNEL(1024, 1, ppo_loss_count_f32, CountArgs) {
                 }
             }
             if (rank == 0 && row < end) {
-                if (args.row_weights) args.row_weights[row] = 1.0f / float(count);
+                if (args.row_weights) args.row_weights[row] = count ? 1.0f / float(count) : 0.0f;
                 sum += args.count_rows ? count > 0 : count;
             }
         }
@@ -370,7 +367,8 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
         s.sum[POLICY_LOSS] = fmaf(w[i], is_lower ? bound : larger, s.sum[POLICY_LOSS]);
         s.sum[LOG_RATIO] += d;
         s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
-        s.sum[LOG_RATIO_K3] += k3_value(-d, ratio);
+        const float series = k3_series(-d);
+        s.sum[LOG_RATIO_K3] += fabsf(d) < 1.0f ? series : ratio - 1.0f - d;
         const float excess = ratio - 1.0f;
         s.sum[EXCESS] += excess;
         s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
@@ -387,14 +385,17 @@ static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& 
     float logp[GROUP], ref_logp[GROUP];
     unpack(g.logp, logp, float{});
     unpack(g.ref_logp, ref_logp, float{});
+    float d[GROUP], value[GROUP], slope[GROUP];
+    // Every estimate of d = 0 is 0.
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) d[i] = keep[i] ? logp[i] - ref_logp[i] : 0.0f;
+    kl_of_tokens(args.kl, d, value, slope);
 #pragma unroll
     for (int i = 0; i < GROUP; i++) {
-        // Every estimate of d = 0 is 0.
-        const KlTerm kl = token_kl(args.kl, keep[i] ? logp[i] - ref_logp[i] : 0.0f);
-        s.sum[KL_LOSS] = fmaf(w[i], kl.value, s.sum[KL_LOSS]);
-        s.sum[KL] += kl.value;
+        s.sum[KL_LOSS] = fmaf(w[i], value[i], s.sum[KL_LOSS]);
+        s.sum[KL] += value[i];
         // Without a coefficient the slope, which may be infinite, is not wanted.
-        if (keep[i] && scale != 0.0f) grad[i] = fmaf(kl.slope * w[i], scale, grad[i]);
+        if (keep[i] && scale != 0.0f) grad[i] = fmaf(slope[i] * w[i], scale, grad[i]);
     }
 }
 
@@ -483,14 +484,15 @@ static __device__ __forceinline__ void load_weights(const PassArgs& args, int64_
     }
 }
 
-// What one thread finds in the tokens first..end, in whose gradients it writes.
+// What one thread finds in `count` tokens, whose gradients it writes.
 template <bool FULL>
 static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
-                                                        int64_t first, int64_t end) {
+                                                        int64_t first, int count) {
     ThreadSums s = no_sums();
     const Place step = place_of<FULL>(args, TILE);
     Place place = place_of<FULL>(args, first + threadIdx.x * GROUP);
-    for (int64_t at = first + threadIdx.x * GROUP; at < end; at += TILE) {
+    for (int i = threadIdx.x * GROUP; i < count; i += TILE) {
+        const int64_t at = first + i;
         const Group g = load_group<FULL>(args, at);
         bool keep[GROUP];
 #pragma unroll
@@ -511,6 +513,7 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
             if (args.grad_entropy) store_group(args, args.grad_entropy, at, grad);
         }
 
+        if (!FULL) continue;
         place = {place.row + step.row, place.column + step.column};
         if (place.column >= args.columns) place = {place.row + 1, place.column - args.columns};
     }
@@ -651,8 +654,10 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
     SHARED(uint32_t, counts, WARP);
     SHARED(WarpSums, warps, WARPS);
     SHARED(double, totals, SUMS);
-    const double divisor = divisor_of(args, counts);
-    const double unit = 1.0 / divisor;
+    SHARED(double, divisor, 1);
+    const double counted = divisor_of(args, counts);
+    if (threadIdx.x == 0) *divisor = counted;
+    const double unit = 1.0 / counted;
     const Scales scales = {
         float(unit),
         float(args.value_coef * unit),
@@ -660,9 +665,10 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
         float(args.kl_coef * unit),
     };
     for (int part = int(blockIdx.x); part < args.parts; part += int(gridDim.x)) {
-        const int64_t part_tokens = int64_t(args.part_tiles) * TILE;
-        const int64_t end = min((part + 1) * part_tokens, args.tokens);
-        ThreadSums s = sum_tokens<FULL>(args, scales, part * part_tokens, end);
+        const int part_tokens = args.part_tiles * TILE;
+        const int64_t first = int64_t(part) * part_tokens;
+        const int count = int(min(int64_t(part_tokens), args.tokens - first));
+        ThreadSums s = sum_tokens<FULL>(args, scales, first, count);
         const double total = block_sums(s, warps);
         if (threadIdx.x >= SUMS) continue;
         if (args.parts > 1) {
@@ -670,7 +676,7 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
         } else {
             totals[threadIdx.x] = total;
             __syncwarp((1u << SUMS) - 1);
-            if (threadIdx.x == 0) write_stats(args, totals, divisor);
+            if (threadIdx.x == 0) write_stats(args, totals, *divisor);
         }
     }
 }

@@ -4,6 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, Pair, ROWS};
 use common::*;
 use ppo_kernels::kl::cpu::{self, FullInputs, TokenInputs, STATS};
 use ppo_kernels::kl::{
@@ -17,37 +18,6 @@ use rand::Rng;
 /// in lanes.
 const REL: f64 = 3e-6;
 const ABS: f64 = 1e-6;
-
-const ESTIMATORS: [KlEstimator; 5] = [
-    KlEstimator::K1,
-    KlEstimator::Abs,
-    KlEstimator::K2,
-    KlEstimator::K3,
-    KlEstimator::K3StraightThrough,
-];
-
-/// Every estimator with and without each clamp; the clamps bite for |d| of some units.
-fn all_token_options() -> Vec<KlOptions> {
-    let mut all = Vec::new();
-    for estimator in ESTIMATORS {
-        for log_ratio_clamp in [None, Some(4.0)] {
-            for output_clamp in [None, Some(3.0)] {
-                all.push(KlOptions { estimator, log_ratio_clamp, output_clamp });
-            }
-        }
-    }
-    all
-}
-
-fn all_full_options() -> Vec<FullKlOptions> {
-    let of = |direction, temperature| FullKlOptions { direction, temperature };
-    vec![
-        of(KlDirection::Forward, 1.0),
-        of(KlDirection::Reverse, 1.0),
-        of(KlDirection::Forward, 0.7),
-        of(KlDirection::Reverse, 2.5),
-    ]
-}
 
 #[test]
 fn reference_equals_the_peers_token_kl() {
@@ -250,67 +220,14 @@ fn var(tensor: &Tensor) -> Var {
     Var::from_tensor(tensor).unwrap()
 }
 
-/// A pair of logits as it is met in practice, or worse.
-struct Pair {
-    name: &'static str,
-    vocab: usize,
-    z: Vec<f32>,
-    w: Vec<f32>,
-}
-
-const ROWS: usize = 3;
-
-/// Odd vocabularies around every block and lane boundary, near and far, peaked and far from 0.
-fn pairs(rng: &mut StdRng) -> Vec<Pair> {
-    let mut pairs = Vec::new();
-    for vocab in [1, 2, 3, 15, 16, 17, 257, 1000, 1023, 1024, 1025, 5003] {
-        let n = ROWS * vocab;
-        let mut add = |name, z: &[f32], w: &[f32]| {
-            pairs.push(Pair { name, vocab, z: z.to_vec(), w: w.to_vec() });
-        };
-        let (flat, other) = (uniform(rng, n, 4.0), uniform(rng, n, 4.0));
-        add("flat", &flat, &other);
-        add("equal", &flat, &flat);
-        let nudge = uniform(rng, n, 0.05);
-        let near: Vec<f32> = flat.iter().zip(&nudge).map(|(z, nudge)| z + nudge).collect();
-        add("near", &flat, &near);
-
-        let mut peaked = flat.clone();
-        for row in 0..ROWS {
-            peaked[row * vocab + rng.random_range(0..vocab)] += 20.0;
-        }
-        add("peaked", &peaked, &other);
-
-        // Rounded, so that adding the offset is exact and only our arithmetic is tested.
-        let moved = |values: &[f32], by: f32| -> Vec<f32> {
-            values.iter().map(|z| (z * 64.0).round() / 64.0 + by).collect()
-        };
-        add("offset", &moved(&flat, 1e4), &moved(&other, -2e4));
-
-        // The policy's support within the reference's; the other way round the KL is +inf.
-        let (mut z, mut w) = (flat.clone(), other.clone());
-        for (i, (z, w)) in z.iter_mut().zip(&mut w).enumerate() {
-            if i % vocab != vocab / 2 && rng.random_bool(0.7) {
-                *z = f32::NEG_INFINITY;
-                *w = if rng.random_bool(0.5) { f32::NEG_INFINITY } else { *w };
-            }
-        }
-        add("masked", &z, &w);
-
-        // The maxima are at opposite ends: in every block one of them moves.
-        let slope = 60.0 / vocab as f32;
-        let rising: Vec<f32> = (0..n).map(|i| (i % vocab) as f32 * slope).collect();
-        let falling: Vec<f32> = rising.iter().map(|z| 3.0 - z * 0.5).collect();
-        add("rising", &rising, &falling);
-        add("falling", &falling, &rising);
-    }
-    pairs
-}
+/// Odd vocabularies around every block and lane boundary.
+const VOCABULARIES: [usize; 12] = [1, 2, 3, 15, 16, 17, 257, 1000, 1023, 1024, 1025, 5003];
 
 #[test]
 fn full_tensors_agree_with_the_reference_in_every_dtype() {
     let mut rng = rng(3);
-    for pair in pairs(&mut rng) {
+    let pairs: Vec<Pair> = VOCABULARIES.iter().flat_map(|&v| pairs_of(&mut rng, v)).collect();
+    for pair in pairs {
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             for options in all_full_options() {
                 for device in devices() {
@@ -619,42 +536,13 @@ fn the_exact_kl_is_never_negative() {
     }
 }
 
-/// Values that a model in trouble, or a mask, may leave in a row.
-const SPECIAL: [f32; 11] = [
-    f32::NAN,
-    f32::INFINITY,
-    f32::NEG_INFINITY,
-    f32::NEG_INFINITY,
-    f32::NEG_INFINITY,
-    -0.0,
-    1e-40,
-    88.0,
-    -88.0,
-    30.0,
-    1e4,
-];
-
 #[test]
 fn special_values_anywhere_give_what_the_reference_gives() {
     let mut rng = rng(9);
     let (mut finite, mut infinite, mut nan) = (0, 0, 0);
     for round in 0..5000 {
         let vocab = [1, 2, 5, 16, 17, 40, 1030][rng.random_range(0..7)];
-        let (mut z, mut w) = (uniform(&mut rng, vocab, 5.0), uniform(&mut rng, vocab, 5.0));
-        for _ in 0..rng.random_range(0..4) {
-            let special = SPECIAL[rng.random_range(0..SPECIAL.len())];
-            let column = rng.random_range(0..vocab);
-            match rng.random_range(0..3) {
-                0 => z[column] = special,
-                1 => w[column] = special,
-                _ => (z[column], w[column]) = (special, special),
-            }
-        }
-        if rng.random_bool(0.2) {
-            // How some mask a token out; with f32::MIN a KL may be beyond f32.
-            let column = rng.random_range(0..vocab);
-            (z[column], w[column]) = (-1e9, -1e9);
-        }
+        let (z, w) = special_row(&mut rng, vocab);
         let options = all_full_options()[round % 4];
         let kl = wide(&forward(&z, &w, vocab, &options)[..1]);
         let (a, b) = backward(&z, &w, vocab, &[1.0], &options);

@@ -4,16 +4,16 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use common::ppo_loss_cases::*;
 use common::*;
 use ppo_kernels::kl::reference::token_kl;
 use ppo_kernels::kl::{KlEstimator, KlOptions};
 use ppo_kernels::ppo_loss::cpu::{self, Gradients};
 use ppo_kernels::ppo_loss::{
-    ppo_loss, reference, Aggregation, ClipFractionKind, Inputs, PpoLossInputs, PpoLossOptions,
-    PpoLossValueInputs, PpoStats, ValueInputs,
+    ppo_loss, reference, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions,
+    PpoLossValueInputs, PpoStats,
 };
 use ppo_kernels::Error;
-use rand::rngs::StdRng;
 use serde_json::Value;
 
 /// The peers' arithmetic is f64 like the reference's: relative, absolute.
@@ -25,98 +25,8 @@ const EPSILON: (f64, f64) = (2.1e-8, 1e-10);
 /// The peer rounds this number to f32.
 const SINGLE: (f64, f64) = (1e-7, 0.0);
 
-/// f32 against f64: exp to 2 ulp, a product of a few factors.
-const REL: f64 = 2e-6;
-
-/// The same for sums of terms that cancel, as a share of the largest of them.
-const ABS: f64 = 1e-6;
-
-/// Inputs that own what [`Inputs`] borrows.
-#[derive(Clone, Default)]
-struct Data<T> {
-    batch: usize,
-    seq_len: usize,
-    logp: Vec<T>,
-    old_logp: Vec<T>,
-    advantages: Vec<T>,
-    values: Option<Vec<T>>,
-    old_values: Option<Vec<T>>,
-    returns: Option<Vec<T>>,
-    entropy: Option<Vec<T>>,
-    ref_logp: Option<Vec<T>>,
-    mask: Option<Vec<u8>>,
-}
-
-impl<T: Copy> Data<T> {
-    fn inputs(&self) -> Inputs<'_, T> {
-        let values = self.values.as_deref().zip(self.returns.as_deref());
-        Inputs {
-            batch: self.batch,
-            seq_len: self.seq_len,
-            logp: &self.logp,
-            old_logp: &self.old_logp,
-            advantages: &self.advantages,
-            value: values.map(|(values, returns)| ValueInputs {
-                values,
-                old_values: self.old_values.as_deref(),
-                returns,
-            }),
-            entropy: self.entropy.as_deref(),
-            ref_logp: self.ref_logp.as_deref(),
-            mask: self.mask.as_deref(),
-        }
-    }
-
-    fn map<U>(&self, f: impl Fn(T) -> U) -> Data<U> {
-        let all = |x: &Vec<T>| x.iter().map(|&x| f(x)).collect();
-        Data {
-            batch: self.batch,
-            seq_len: self.seq_len,
-            logp: all(&self.logp),
-            old_logp: all(&self.old_logp),
-            advantages: all(&self.advantages),
-            values: self.values.as_ref().map(all),
-            old_values: self.old_values.as_ref().map(all),
-            returns: self.returns.as_ref().map(all),
-            entropy: self.entropy.as_ref().map(all),
-            ref_logp: self.ref_logp.as_ref().map(all),
-            mask: self.mask.clone(),
-        }
-    }
-}
-
-/// Something done to a batch before it is used.
-type Change = fn(&mut Data<f32>);
-
-/// A rollout with everything given, on the scale of real ones, all tokens unmasked.
-fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
-    let n = batch * seq_len;
-    let mut near = |x: &[f32], scale| -> Vec<f32> {
-        x.iter().zip(uniform(rng, n, scale)).map(|(x, noise)| x + noise).collect()
-    };
-    let logp = near(&vec![-2.0; n], 1.9);
-    let values = near(&vec![0.5; n], 1.0);
-    Data {
-        batch,
-        seq_len,
-        old_logp: near(&logp, 0.6),
-        ref_logp: Some(near(&logp, 0.9)),
-        advantages: near(&vec![0.1; n], 1.5),
-        old_values: Some(near(&values, 0.4)),
-        returns: Some(near(&values, 0.7)),
-        entropy: Some(near(&vec![1.5; n], 1.4)),
-        logp,
-        values: Some(values),
-        mask: None,
-    }
-}
-
-fn run(data: &Data<f64>, options: &PpoLossOptions) -> reference::Output {
-    reference::ppo_loss(&data.inputs(), options).unwrap()
-}
-
 /// Stats and gradients of the raw layer; empty gradients for what is not given.
-fn run_cpu(data: &Data<f32>, options: &PpoLossOptions) -> (PpoStats, [Vec<f32>; 3]) {
+fn run_cpu(data: &Data<f32>, options: &PpoLossOptions) -> Found {
     let n = data.logp.len();
     // Filled with NaN, to see that every element is written.
     let room = |given: bool| vec![f32::NAN; if given { n } else { 0 }];
@@ -618,48 +528,6 @@ fn reference_equals_the_peers_value_losses() {
 
 // ---- the reference itself ----
 
-/// Every option away from its default, one or a few at a time.
-fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
-    let default = PpoLossOptions::default();
-    let all_terms = PpoLossOptions { entropy_coef: 0.03, kl_coef: 0.2, ..default };
-    let kl = |estimator, output_clamp| PpoLossOptions {
-        kl: KlOptions { estimator, log_ratio_clamp: Some(0.6), output_clamp },
-        ..all_terms
-    };
-    let aggregation = |aggregation| PpoLossOptions { aggregation, ..all_terms };
-    vec![
-        ("default", default),
-        ("all terms", all_terms),
-        (
-            "asymmetric clip",
-            PpoLossOptions { clip_range: 0.1, clip_range_high: Some(0.4), ..default },
-        ),
-        ("dual clip", PpoLossOptions { dual_clip: Some(1.3), ..default }),
-        ("tight clamp", PpoLossOptions { log_ratio_clamp: Some(0.25), ..default }),
-        ("no clamp", PpoLossOptions { log_ratio_clamp: None, ..default }),
-        ("no value clip", PpoLossOptions { value_clip_range: None, value_coef: 0.7, ..default }),
-        ("no value coefficient", PpoLossOptions { value_coef: 0.0, ..default }),
-        (
-            "ratio outside",
-            PpoLossOptions { clip_fraction: ClipFractionKind::RatioOutside, ..default },
-        ),
-        ("kl k1", kl(KlEstimator::K1, None)),
-        ("kl abs", kl(KlEstimator::Abs, None)),
-        ("kl k2", kl(KlEstimator::K2, Some(0.1))),
-        ("kl k3", kl(KlEstimator::K3, Some(0.1))),
-        ("kl k3 straight through", kl(KlEstimator::K3StraightThrough, None)),
-        ("seq-mean-token-sum", aggregation(Aggregation::SeqMeanTokenSum)),
-        ("seq-mean-token-mean", aggregation(Aggregation::SeqMeanTokenMean)),
-        ("seq-mean-token-sum-norm", aggregation(Aggregation::SeqMeanTokenSumNorm)),
-        ("constant", aggregation(Aggregation::Constant(77.0))),
-        ("given denominator", PpoLossOptions { denominator: Some(123.0), ..all_terms }),
-        (
-            "given number of rows",
-            PpoLossOptions { denominator: Some(9.0), ..aggregation(Aggregation::SeqMeanTokenMean) },
-        ),
-    ]
-}
-
 /// The loss as a function of (logp, values, entropy), laid end to end.
 fn loss_at(data: &Data<f64>, options: &PpoLossOptions, x: &[f64]) -> f64 {
     let n = data.logp.len();
@@ -784,32 +652,9 @@ fn the_log_ratio_clamp_keeps_the_loss_finite_and_stops_the_gradient() {
 
 // ---- the CPU against the reference ----
 
-/// Asserts closeness as a share of the largest element.
-#[track_caller]
-fn assert_close_scaled(what: &str, got: &[f32], want: &[f64]) {
-    let largest = want.iter().fold(0.0_f64, |m, w| m.max(w.abs()));
-    assert_close(what, &wide(got), want, REL, ABS * largest);
-}
-
-#[track_caller]
-fn assert_stats_close(what: &str, got: &PpoStats, want: &PpoStats, terms: f64) {
-    for ((name, g), w) in PpoStats::NAMES.iter().zip(got.to_array()).zip(want.to_array()) {
-        // Losses scale with the sum of the weights; the rest is of the order of 1.
-        let scale = if name.contains("loss") { terms.max(1.0) } else { 1.0 };
-        assert_close(&format!("{what} {name}"), &[g], &[w], 5.0 * REL, 2.0 * ABS * scale);
-    }
-}
-
 #[track_caller]
 fn check_cpu(what: &str, data: &Data<f32>, options: &PpoLossOptions) {
-    let want = run(&data.map(f64::from), options);
-    let (stats, [logp, values, entropy]) = run_cpu(data, options);
-    let weights =
-        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, options).unwrap();
-    assert_stats_close(what, &stats, &want.stats, weights.iter().sum());
-    assert_close_scaled(&format!("{what} grad_logp"), &logp, &want.grad_logp);
-    assert_close_scaled(&format!("{what} grad_values"), &values, &want.grad_values);
-    assert_close_scaled(&format!("{what} grad_entropy"), &entropy, &want.grad_entropy);
+    check(what, data, options, &run_cpu(data, options));
 }
 
 /// Around every lane and block boundary: short rows, long rows, one row, one column.
@@ -835,16 +680,7 @@ fn cpu_agrees_with_the_reference_for_every_option_and_shape() {
             let mut data = rollout(&mut rng, batch, seq_len);
             let what = format!("{name} [{batch}, {seq_len}]");
             check_cpu(&what, &data, &options);
-            let mut mask = random_mask(&mut rng, batch * seq_len, 0.7);
-            // Right padding, any non-zero byte keeps, and the last row is fully masked.
-            for row in mask.chunks_mut(seq_len) {
-                row[seq_len - seq_len / 3..].fill(0);
-                row[0] = 255;
-            }
-            if batch > 1 {
-                mask[(batch - 1) * seq_len..].fill(0);
-            }
-            data.mask = Some(mask);
+            data.mask = Some(padded_mask(&mut rng, batch, seq_len));
             check_cpu(&format!("{what} masked"), &data, &options);
         }
     }
@@ -920,26 +756,6 @@ fn nan_in_an_unmasked_token_reaches_the_loss() {
     }
 }
 
-/// The same with NaN in every input at every masked token.
-fn with_nan_under_the_mask(data: &Data<f32>) -> Data<f32> {
-    let mut data = data.clone();
-    let mask = data.mask.clone().unwrap();
-    let Data { logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp, .. } =
-        &mut data;
-    let optional = [values, old_values, returns, entropy, ref_logp].into_iter().flatten();
-    for x in [logp, old_logp, advantages].into_iter().chain(optional) {
-        for (x, _) in x.iter_mut().zip(&mask).filter(|(_, &m)| m == 0) {
-            *x = f32::NAN;
-        }
-    }
-    data
-}
-
-fn bits(stats: &PpoStats, grads: &[Vec<f32>; 3]) -> (Vec<u64>, Vec<u32>) {
-    let stats = stats.to_array().iter().map(|x| x.to_bits()).collect();
-    (stats, grads.iter().flatten().map(|x| x.to_bits()).collect())
-}
-
 #[test]
 fn what_is_masked_may_hold_nan_and_gets_zero() {
     let mut rng = rng(9);
@@ -950,10 +766,10 @@ fn what_is_masked_may_hold_nan_and_gets_zero() {
             // The first token of a block too.
             mask[0] = 0;
             data.mask = Some(mask.clone());
-            let (stats, grads) = run_cpu(&data, &options);
-            let (nan_stats, nan_grads) = run_cpu(&with_nan_under_the_mask(&data), &options);
-            assert_eq!(bits(&nan_stats, &nan_grads), bits(&stats, &grads), "{name}");
-            for grad in &grads {
+            let found = run_cpu(&data, &options);
+            let with_nan = run_cpu(&with_nan_under_the_mask(&data), &options);
+            assert_eq!(bits(&with_nan), bits(&found), "{name}");
+            for grad in &found.1 {
                 let masked = grad.iter().zip(&mask).filter(|(_, &m)| m == 0);
                 assert!(masked.into_iter().all(|(g, _)| g.to_bits() == 0), "{name}");
             }
@@ -976,12 +792,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
                 entropy_coef: 0.1,
                 ..Default::default()
             };
-            let on = |threads| {
-                with_threads(threads, || {
-                    let (stats, grads) = run_cpu(&data, &options);
-                    bits(&stats, &grads)
-                })
-            };
+            let on = |threads| with_threads(threads, || bits(&run_cpu(&data, &options)));
             let one = on(1);
             for threads in [2, 3, 8] {
                 assert!(on(threads) == one, "{threads} threads, [{batch}, {seq_len}]");
@@ -1017,25 +828,6 @@ fn parts_with_the_whole_denominator_add_up_to_the_whole() {
         }
         assert_close("loss", &[loss], &[whole.loss], REL, ABS);
         assert_eq!(grad, whole_grad);
-    }
-}
-
-/// Row `b` as a batch of its own.
-fn row(data: &Data<f32>, b: usize) -> Data<f32> {
-    let range = b * data.seq_len..(b + 1) * data.seq_len;
-    let cut = |x: &Vec<f32>| x[range.clone()].to_vec();
-    Data {
-        batch: 1,
-        seq_len: data.seq_len,
-        logp: cut(&data.logp),
-        old_logp: cut(&data.old_logp),
-        advantages: cut(&data.advantages),
-        values: data.values.as_ref().map(cut),
-        old_values: data.old_values.as_ref().map(cut),
-        returns: data.returns.as_ref().map(cut),
-        entropy: data.entropy.as_ref().map(cut),
-        ref_logp: data.ref_logp.as_ref().map(cut),
-        mask: data.mask.as_ref().map(|mask| mask[range.clone()].to_vec()),
     }
 }
 
@@ -1293,32 +1085,7 @@ fn the_loss_trains_a_graph_behind_its_inputs() {
 #[test]
 fn options_out_of_range_are_refused_by_name() {
     let data = rollout(&mut rng(17), 2, 3);
-    let default = PpoLossOptions::default();
-    let nan = f64::NAN;
-    let kl = |kl| PpoLossOptions { kl, ..default };
-    for (name, options) in [
-        ("clip_range", PpoLossOptions { clip_range: -0.1, ..default }),
-        ("clip_range", PpoLossOptions { clip_range: nan, ..default }),
-        ("clip_range_high", PpoLossOptions { clip_range_high: Some(-0.1), ..default }),
-        ("dual_clip", PpoLossOptions { dual_clip: Some(1.0), ..default }),
-        ("log_ratio_clamp", PpoLossOptions { log_ratio_clamp: Some(0.0), ..default }),
-        ("value_clip_range", PpoLossOptions { value_clip_range: Some(-1.0), ..default }),
-        ("value_coef", PpoLossOptions { value_coef: f64::INFINITY, ..default }),
-        ("entropy_coef", PpoLossOptions { entropy_coef: nan, ..default }),
-        ("kl_coef", PpoLossOptions { kl_coef: nan, ..default }),
-        ("kl.log_ratio_clamp", kl(KlOptions { log_ratio_clamp: Some(-1.0), ..default.kl })),
-        ("kl.output_clamp", kl(KlOptions { output_clamp: Some(nan), ..default.kl })),
-        ("denominator", PpoLossOptions { denominator: Some(0.0), ..default }),
-        (
-            "denominator",
-            PpoLossOptions {
-                aggregation: Aggregation::Constant(3.0),
-                denominator: Some(3.0),
-                ..default
-            },
-        ),
-        ("aggregation", PpoLossOptions { aggregation: Aggregation::Constant(0.0), ..default }),
-    ] {
+    for (name, options) in bad_options() {
         let tensors = Tensors::new(&data, &Device::Cpu);
         for error in [
             cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err(),
@@ -1333,14 +1100,8 @@ fn options_out_of_range_are_refused_by_name() {
 
 #[test]
 fn options_that_need_a_missing_input_are_refused_by_name() {
-    let default = PpoLossOptions::default();
     let full = rollout(&mut rng(18), 2, 3);
-    let without: [(&str, PpoLossOptions, Change); 3] = [
-        ("value_clip_range", default, |d| d.old_values = None),
-        ("entropy_coef", PpoLossOptions { entropy_coef: 0.1, ..default }, |d| d.entropy = None),
-        ("kl_coef", PpoLossOptions { kl_coef: 0.1, ..default }, |d| d.ref_logp = None),
-    ];
-    for (name, options, remove) in without {
+    for (name, options, remove) in missing_inputs() {
         let mut data = full.clone();
         remove(&mut data);
         let tensors = Tensors::new(&data, &Device::Cpu);
@@ -1356,23 +1117,12 @@ fn options_that_need_a_missing_input_are_refused_by_name() {
 #[test]
 fn slices_of_the_wrong_length_are_refused_by_name() {
     let full = rollout(&mut rng(19), 2, 3);
-    let cut: [(&str, Change); 9] = [
-        ("logp", |d| d.logp.truncate(5)),
-        ("old_logp", |d| d.old_logp.truncate(5)),
-        ("advantages", |d| d.advantages.push(0.0)),
-        ("values", |d| d.values.as_mut().unwrap().truncate(5)),
-        ("old_values", |d| d.old_values.as_mut().unwrap().truncate(5)),
-        ("returns", |d| d.returns.as_mut().unwrap().truncate(5)),
-        ("entropy", |d| d.entropy.as_mut().unwrap().truncate(5)),
-        ("ref_logp", |d| d.ref_logp.as_mut().unwrap().truncate(5)),
-        ("mask", |d| d.mask = Some(vec![1; 5])),
-    ];
     let fails = |data: &Data<f32>, gradients: Gradients, name: &str| {
         let options = PpoLossOptions::default();
         let error = cpu::ppo_loss(&data.inputs(), &options, gradients).unwrap_err();
         assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
     };
-    for (name, cut) in cut {
+    for (name, cut) in wrong_lengths() {
         let mut data = full.clone();
         cut(&mut data);
         fails(&data, Gradients::default(), name);

@@ -119,6 +119,36 @@ static __device__ __forceinline__ float to_float(f16 v) {
 
 static __device__ __forceinline__ float to_float(float v) { return v; }
 
+// The larger halves of two pairs, or the larger of two floats. Of a number and NaN, the number.
+static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b, float) {
+    return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
+}
+
+#ifdef SIMT
+template <class T>
+static uint32_t larger(uint32_t a, uint32_t b, T) {
+    uint32_t pair = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const T x{uint16_t(a >> shift)}, y{uint16_t(b >> shift)};
+        const bool first = to_float(x) > to_float(y) || isnan(to_float(y));
+        pair |= uint32_t(first ? x.bits : y.bits) << shift;
+    }
+    return pair;
+}
+#else
+static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b, bf16) {
+    uint32_t v;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+
+static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b, f16) {
+    uint32_t v;
+    asm("max.f16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
+    return v;
+}
+#endif
+
 // Thread-block clusters: several blocks that run together and read each other's shared memory.
 // Chips before sm_90 have none, and no launch there asks for one.
 

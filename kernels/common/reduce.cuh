@@ -1,4 +1,5 @@
-// Reductions over the threads of a warp, in a fixed tree: every lane gets the result.
+// Reductions in fixed trees: over the threads of a warp, where every lane gets the result, and over a
+// thread's own values.
 #pragma once
 
 #include "device.cuh"
@@ -20,4 +21,15 @@ static __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
     return x;
+}
+
+// Leaves `x` changed. N is a power of 2.
+template <int N>
+static __device__ __forceinline__ float tree_sum(float (&x)[N]) {
+#pragma unroll
+    for (int width = N / 2; width > 0; width /= 2) {
+#pragma unroll
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    }
+    return x[0];
 }

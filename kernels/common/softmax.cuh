@@ -47,16 +47,8 @@ static __device__ __forceinline__ void add(Sums& s, const float (&z)[N], float s
         sum[i] = exp2_fast(y);
         if (WEIGHTED) weighted[i] = sum[i] * fmaxf(y, FLOOR);
     }
-#pragma unroll
-    for (int width = N / 2; width > 0; width /= 2) {
-#pragma unroll
-        for (int i = 0; i < width; i++) {
-            sum[i] += sum[i + width];
-            if (WEIGHTED) weighted[i] += weighted[i + width];
-        }
-    }
-    s.sum += sum[0];
-    if (WEIGHTED) s.weighted += weighted[0];
+    s.sum += tree_sum(sum);
+    if (WEIGHTED) s.weighted += tree_sum(weighted);
 }
 
 static __device__ __forceinline__ Sums merge(Sums a, Sums b, float scale) {
@@ -70,18 +62,4 @@ static __device__ __forceinline__ Sums merge(Sums a, Sums b, float scale) {
 static __device__ __forceinline__ Sums warp_merge(Sums s, float scale) {
     s = rebase(s, warp_max(s.max), scale);
     return {s.max, warp_sum(s.sum), warp_sum(s.weighted)};
-}
-
-// The sums of all threads, in the first warp. `warps` is shared memory for one value a warp.
-static __device__ __forceinline__ Sums block_merge(Sums s, float scale, Sums* warps) {
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    s = warp_merge(s, scale);
-    // The first warp may still be reading what an earlier call left.
-    __syncthreads();
-    if (lane == 0) warps[warp] = s;
-    __syncthreads();
-    if (warp == 0) {
-        s = warp_merge(lane < blockDim.x / WARP ? warps[lane] : no_sums(), scale);
-    }
-    return s;
 }

@@ -1,31 +1,26 @@
-// The sampled KL of one token from d = logp - ref_logp; src/kl/mod.rs has the table of estimators.
+// Sampled KL of tokens; src/kl/mod.rs has the formulas.
 #pragma once
 
 #include "device.cuh"
 
-// In the order of the Rust enum's variants.
-enum Estimator : int32_t { K1, ABS, K2, K3, K3_STRAIGHT_THROUGH };
+// In the order of KlEstimator.
+enum class Estimator : int32_t { K1, ABS, K2, K3, K3_STRAIGHT_THROUGH };
 
-// Options ready for a loop over tokens: no clamp is a clamp at infinity.
 struct TokenKl {
-    int32_t estimator;
-    float log_ratio_limit;
-    float output_limit;
+    Estimator estimator;
+    // Of d = logp - ref_logp, and of the value; +inf for none.
+    float log_ratio_limit, output_limit;
 };
 
-struct KlTerm {
-    float value;
-    float slope;  // by d
-};
-
-// `x` within +- the limit. A comparison, so that NaN stays NaN.
+// x within -limit..limit. Comparisons, so that NaN stays NaN.
 static __device__ __forceinline__ float clamp(float x, float limit) {
-    return fabsf(x) > limit ? copysignf(limit, x) : x;
+    return x > limit ? limit : x < -limit ? -limit : x;
 }
 
-// e^-d - 1 + d, given e = e^-d. Below |d| = 1, where the three terms cancel, it is summed as the
-// series d^2/2! - d^3/3! + ... through d^12/12!, half a unit in the last place of the sum.
-static __device__ __forceinline__ float k3_value(float d, float e) {
+// e^-d - 1 + d for |d| < 1. In PPO d is small, and there the three terms cancel: at d = 1e-3 the value
+// is 5e-7, eight units in the last place of 1. So it is summed as the series d^2/2! - d^3/3! + ..
+static __device__ __forceinline__ float k3_series(float d) {
+    // Through d^12/12!, which is below half a unit in the last place of the sum.
     float series = 2.0876757e-9f;
     series = fmaf(series, d, -2.5052108e-8f);
     series = fmaf(series, d, 2.755732e-7f);
@@ -36,28 +31,58 @@ static __device__ __forceinline__ float k3_value(float d, float e) {
     series = fmaf(series, d, -8.333333e-3f);
     series = fmaf(series, d, 4.1666667e-2f);
     series = fmaf(series, d, -1.6666667e-1f);
-    series = fmaf(series, d, 0.5f) * (d * d);
-    return fabsf(d) < 1.0f ? series : e - 1.0f + d;
+    return fmaf(series, d, 0.5f) * (d * d);
 }
 
-static __device__ __forceinline__ KlTerm token_kl(const TokenKl& kl, float log_ratio) {
-    const float d = clamp(log_ratio, kl.log_ratio_limit);
-    KlTerm term;
-    if (kl.estimator == K1) {
-        term = {d, 1.0f};
-    } else if (kl.estimator == ABS) {
-        term = {fabsf(d), d == 0.0f ? 0.0f : copysignf(1.0f, d)};
-    } else if (kl.estimator == K2) {
-        term = {0.5f * d * d, d};
+// e^-d - 1 + d and 1 - e^-d.
+static __device__ __forceinline__ void k3_of_token(float d, float& value, float& slope) {
+    if (fabsf(d) < 1.0f) {
+        value = k3_series(d);
+        slope = d - value;
     } else {
         const float e = expf(-d);
-        const float k3 = k3_value(d, e);
-        // 1 - e^-d, from the series where it would cancel.
-        const float slope = fabsf(d) < 1.0f ? d - k3 : 1.0f - e;
-        term = {k3, kl.estimator == K3 ? slope : d};
+        value = e - 1.0f + d;
+        slope = 1.0f - e;
     }
-    const float value = clamp(term.value, kl.output_limit);
-    const bool d_clamped = fabsf(log_ratio) > kl.log_ratio_limit;
-    const bool value_clamped = fabsf(term.value) > kl.output_limit;
-    return {value, d_clamped || value_clamped ? 0.0f : term.slope};
+}
+
+// The values of some tokens, and their derivatives by d.
+template <int N>
+static __device__ __forceinline__ void kl_of_tokens(const TokenKl& kl, const float (&log_ratio)[N],
+                                                    float (&value)[N], float (&slope)[N]) {
+    float d[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) d[i] = clamp(log_ratio[i], kl.log_ratio_limit);
+    // The same way for all threads.
+    switch (kl.estimator) {
+        case Estimator::K1:
+#pragma unroll
+            for (int i = 0; i < N; i++) value[i] = d[i], slope[i] = 1.0f;
+            break;
+        case Estimator::ABS:
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                value[i] = fabsf(d[i]);
+                slope[i] = d[i] == 0.0f ? 0.0f : copysignf(1.0f, d[i]);
+            }
+            break;
+        case Estimator::K2:
+#pragma unroll
+            for (int i = 0; i < N; i++) value[i] = 0.5f * d[i] * d[i], slope[i] = d[i];
+            break;
+        default:
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                k3_of_token(d[i], value[i], slope[i]);
+                if (kl.estimator == Estimator::K3_STRAIGHT_THROUGH) slope[i] = d[i];
+            }
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        // Where a clamp bites, no gradient flows.
+        const bool clamped =
+            fabsf(log_ratio[i]) > kl.log_ratio_limit || fabsf(value[i]) > kl.output_limit;
+        if (clamped) slope[i] = 0.0f;
+        value[i] = clamp(value[i], kl.output_limit);
+    }
 }

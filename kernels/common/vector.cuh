@@ -7,6 +7,19 @@
 // Columns of a vector.
 template <class T> constexpr int WIDTH = 16 / sizeof(T);
 
+// Vectors of a row that a thread loads before it uses the first.
+constexpr int IN_FLIGHT = 4;
+
+// A word of columns that hold -inf.
+template <class T> constexpr uint32_t NOTHING = 0xff800000;
+template <> constexpr uint32_t NOTHING<f16> = 0xfc00fc00;
+template <> constexpr uint32_t NOTHING<bf16> = 0xff80ff80;
+
+static __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+
+template <class T>
+static __device__ __forceinline__ uint32_t bits_of(T x) { return x.bits; }
+
 static __device__ __forceinline__ void unpack(uint4 v, float (&x)[4], float) {
     x[0] = __uint_as_float(v.x);
     x[1] = __uint_as_float(v.y);
@@ -33,6 +46,29 @@ template <class T>
 static __device__ __forceinline__ uint4 pack(const float (&x)[8], T type) {
     return make_uint4(pack(x[0], x[1], type), pack(x[2], x[3], type), pack(x[4], x[5], type),
                       pack(x[6], x[7], type));
+}
+
+static __device__ __forceinline__ float highest(uint32_t word, float) {
+    return __uint_as_float(word);
+}
+
+template <class T>
+static __device__ __forceinline__ float highest(uint32_t word, T) {
+    return fmaxf(to_float(T{uint16_t(word)}), to_float(T{uint16_t(word >> 16)}));
+}
+
+// The largest of all columns, NaN skipped. 16-bit floats are compared two at a time.
+template <int N, class T>
+static __device__ __forceinline__ float highest(const uint4 (&v)[N], T type) {
+    uint32_t x = v[0].x, y = v[0].y, z = v[0].z, w = v[0].w;
+#pragma unroll
+    for (int i = 1; i < N; i++) {
+        x = larger(x, v[i].x, type);
+        y = larger(y, v[i].y, type);
+        z = larger(z, v[i].z, type);
+        w = larger(w, v[i].w, type);
+    }
+    return highest(larger(larger(x, y, type), larger(z, w, type), type), type);
 }
 
 // One element, rounded to nearest even.
@@ -89,21 +125,75 @@ struct Row {
         return first >= first_inside && end <= end_inside;
     }
 
-    __device__ __forceinline__ uint4 load_aligned(int group) const {
-        return load_once(at(group));
+    // N groups, from tile + thread on every `threads`-th, as far as they are below `end`; beyond it,
+    // as in columns past the end of the row, -inf.
+    template <int N>
+    __device__ __forceinline__ void load(int tile, int thread, int threads, int end,
+                                         uint4 (&v)[N]) const {
+        const int mine = tile + thread;
+        const int tile_end = tile + N * threads;
+        // The same for all threads, so that no warp takes both ways.
+        if (inside(tile, tile_end) && tile_end <= end) {
+            if (skip == 0) {
+#pragma unroll
+                for (int i = 0; i < N; i++) v[i] = load_once(at(mine + i * threads));
+            } else {
+                uint4 low[N], high[N];
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    load_straddled(mine + i * threads, low[i], high[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
+            }
+            return;
+        }
+        uint4 low[N], high[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int group = mine + i * threads;
+            low[i] = high[i] = nothing();
+            if (group < end && inside(group, group + 1)) load_straddled(group, low[i], high[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
+        if (inside(tile, min(tile_end, end))) return;
+#pragma unroll 1
+        for (int i = 0; i < N; i++) {
+            const int group = mine + i * threads;
+            if (group >= end || inside(group, group + 1)) continue;
+            const uint4 edge = load_edge(group);
+#pragma unroll
+            for (int j = 0; j < N; j++) {
+                if (j == i) v[j] = edge;
+            }
+        }
     }
 
-    __device__ __forceinline__ uint4 load_misaligned(int group) const {
-        const char* low = reinterpret_cast<const char*>(at(group)) - skip;
-        return extract(load_shared_by_neighbours(low), load_shared_by_neighbours(low + 16), skip);
+  private:
+    static __device__ __forceinline__ uint4 nothing() {
+        return make_uint4(NOTHING<T>, NOTHING<T>, NOTHING<T>, NOTHING<T>);
     }
 
-    // A group at an end of the row, one element at a time; -inf for columns past the end.
-    __device__ __forceinline__ void load_edge(int group, float (&x)[WIDTH<T>]) const {
+    // The two vectors in which the group lies; of an aligned row it is the first.
+    __device__ __forceinline__ void load_straddled(int group, uint4& low, uint4& high) const {
+        const char* address = reinterpret_cast<const char*>(at(group)) - skip;
+        low = load_shared_by_neighbours(address);
+        if (skip) high = load_shared_by_neighbours(address + 16);
+    }
+
+    // A group at an end of the row, one element at a time.
+    __device__ __forceinline__ uint4 load_edge(int group) const {
+        constexpr int IN_WORD = 4 / sizeof(T);
+        constexpr uint32_t MASK = 0xffffffff >> (32 - 8 * sizeof(T));
         const int64_t first = int64_t(group) * WIDTH<T>;
+        uint32_t words[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int i = 0; i < WIDTH<T>; i++) {
-            x[i] = first + i < columns ? to_float(data[first + i]) : -INFINITY;
+            const uint32_t bits =
+                first + i < columns ? bits_of(data[first + i]) : NOTHING<T> & MASK;
+            words[i / IN_WORD] |= bits << (32 / IN_WORD * (i % IN_WORD));
         }
+        return make_uint4(words[0], words[1], words[2], words[3]);
     }
 };

@@ -11,6 +11,7 @@
 
 #[cfg(feature = "cuda")]
 mod driver;
+pub(crate) mod rows;
 #[cfg(feature = "simt")]
 #[doc(hidden)]
 pub mod simt;

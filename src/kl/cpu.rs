@@ -2,7 +2,10 @@
 //! side by side, with running (maximum, sum, weighted sum). Long rows are cut into segments that are
 //! shared out to threads, and merged in an order that depends on the rows' length only.
 
-use super::{FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
+use super::{
+    check_full_grads, check_rows, check_stats, check_token_grads, check_tokens, FullKlOptions,
+    KlEstimator, KlOptions, TOKEN_OP,
+};
 use crate::cpu::math::{
     at_least, exp, exp_factors, for_lanes2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
     LANES,
@@ -71,10 +74,8 @@ pub fn token_backward(
     grad_ref_logp: Option<&mut [f32]>,
 ) -> Result<()> {
     let tokens = inputs.validate(options)?;
-    Error::check_len(TOKEN_OP, "grad_kl", grad_kl.len(), tokens)?;
-    let len = |grad: &Option<&mut [f32]>| grad.as_ref().map_or(tokens, |grad| grad.len());
-    Error::check_len(TOKEN_OP, "grad_logp", len(&grad_logp), tokens)?;
-    Error::check_len(TOKEN_OP, "grad_ref_logp", len(&grad_ref_logp), tokens)?;
+    let len = |grad: &Option<&mut [f32]>| grad.as_ref().map(|grad| grad.len());
+    check_token_grads(tokens, grad_kl.len(), len(&grad_logp), len(&grad_ref_logp))?;
 
     let token = TokenKl::new(options);
     for_each(tokens, TOKEN_GRAIN, (grad_logp, grad_ref_logp), |first, count, grads| {
@@ -111,11 +112,7 @@ pub fn token_backward(
 impl<'a> TokenInputs<'a> {
     /// The number of tokens.
     fn validate(&self, options: &KlOptions) -> Result<usize> {
-        options.validate(TOKEN_OP)?;
-        let tokens = self.logp.len();
-        Error::check_len(TOKEN_OP, "ref_logp", self.ref_logp.len(), tokens)?;
-        Error::check_len(TOKEN_OP, "mask", self.mask.map_or(tokens, <[u8]>::len), tokens)?;
-        Ok(tokens)
+        check_tokens(options, self.logp.len(), self.ref_logp.len(), self.mask.map(<[u8]>::len))
     }
 
     fn part(&self, first: usize, count: usize) -> TokenInputs<'a> {
@@ -298,11 +295,9 @@ pub fn full_backward<T: Logit>(
 ) -> Result<()> {
     let rows = inputs.validate(options)?;
     check_stats(stats.len(), rows)?;
-    Error::check_len(FULL_OP, "grad_kl", grad_kl.len(), rows)?;
-    let expected = inputs.logits.len();
-    let len = |grad: &Option<&mut [T]>| grad.as_ref().map_or(expected, |grad| grad.len());
-    Error::check_len(FULL_OP, "grad_logits", len(&grad_logits), expected)?;
-    Error::check_len(FULL_OP, "grad_ref_logits", len(&grad_ref_logits), expected)?;
+    let len = |grad: &Option<&mut [T]>| grad.as_ref().map(|grad| grad.len());
+    let logits = inputs.logits.len();
+    check_full_grads(rows, logits, grad_kl.len(), len(&grad_logits), len(&grad_ref_logits))?;
 
     let width = inputs.vocab;
     let scale = (1.0 / options.temperature) as f32;
@@ -332,20 +327,8 @@ pub fn full_backward<T: Logit>(
 impl<'a, T> FullInputs<'a, T> {
     /// The number of rows.
     fn validate(&self, options: &FullKlOptions) -> Result<usize> {
-        options.validate(FULL_OP)?;
-        let (len, vocab) = (self.logits.len(), self.vocab);
-        if vocab == 0 || len % vocab != 0 {
-            return Err(Error::Shape {
-                op: FULL_OP,
-                arg: "logits",
-                expected: format!("[N, {}]", vocab.max(1)),
-                got: format!("[{len}] for a vocabulary of {vocab}"),
-            });
-        }
-        let rows = len / vocab;
-        Error::check_len(FULL_OP, "ref_logits", self.ref_logits.len(), len)?;
-        Error::check_len(FULL_OP, "mask", self.mask.map_or(rows, <[u8]>::len), rows)?;
-        Ok(rows)
+        let (logits, ref_logits) = (self.logits.len(), self.ref_logits.len());
+        check_rows(options, logits, ref_logits, self.vocab, self.mask.map(<[u8]>::len))
     }
 
     fn keeps(&self, row: usize) -> bool {
@@ -355,10 +338,6 @@ impl<'a, T> FullInputs<'a, T> {
     fn row(&self, logits: &'a [T], row: usize) -> &'a [T] {
         &logits[row * self.vocab..][..self.vocab]
     }
-}
-
-fn check_stats(len: usize, rows: usize) -> Result<()> {
-    Error::check_len(FULL_OP, "stats", len, STATS * rows)
 }
 
 fn fill<T: Logit>(grad_z: Option<&mut [T]>, grad_w: Option<&mut [T]>, value: T) {

@@ -52,6 +52,8 @@
 //! the dtype of the logits.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -150,4 +152,70 @@ impl FullKlOptions {
             KlDirection::Reverse => (reference, policy),
         }
     }
+}
+
+/// The number of tokens, when the inputs have as many and the options are in range.
+fn check_tokens(
+    options: &KlOptions,
+    logp: usize,
+    ref_logp: usize,
+    mask: Option<usize>,
+) -> Result<usize> {
+    options.validate(TOKEN_OP)?;
+    Error::check_len(TOKEN_OP, "ref_logp", ref_logp, logp)?;
+    Error::check_len(TOKEN_OP, "mask", mask.unwrap_or(logp), logp)?;
+    Ok(logp)
+}
+
+/// `Ok` when what [`check_tokens`] left has as many tokens; the gradients as far as wanted.
+fn check_token_grads(
+    tokens: usize,
+    grad_kl: usize,
+    grad_logp: Option<usize>,
+    grad_ref_logp: Option<usize>,
+) -> Result<()> {
+    Error::check_len(TOKEN_OP, "grad_kl", grad_kl, tokens)?;
+    Error::check_len(TOKEN_OP, "grad_logp", grad_logp.unwrap_or(tokens), tokens)?;
+    Error::check_len(TOKEN_OP, "grad_ref_logp", grad_ref_logp.unwrap_or(tokens), tokens)
+}
+
+/// The number of rows, when the logits make rows of a vocabulary that is not empty, the mask fits and
+/// the options are in range.
+fn check_rows(
+    options: &FullKlOptions,
+    logits: usize,
+    ref_logits: usize,
+    vocab: usize,
+    mask: Option<usize>,
+) -> Result<usize> {
+    options.validate(FULL_OP)?;
+    if vocab == 0 || logits % vocab != 0 {
+        return Err(Error::Shape {
+            op: FULL_OP,
+            arg: "logits",
+            expected: format!("[N, {}]", vocab.max(1)),
+            got: format!("[{logits}] for a vocabulary of {vocab}"),
+        });
+    }
+    let rows = logits / vocab;
+    Error::check_len(FULL_OP, "ref_logits", ref_logits, logits)?;
+    Error::check_len(FULL_OP, "mask", mask.unwrap_or(rows), rows)?;
+    Ok(rows)
+}
+
+fn check_stats(len: usize, rows: usize) -> Result<()> {
+    Error::check_len(FULL_OP, "stats", len, cpu::STATS * rows)
+}
+
+/// `Ok` when what the backward pass takes and makes fits `rows` rows and so many logits.
+fn check_full_grads(
+    rows: usize,
+    logits: usize,
+    grad_kl: usize,
+    grad_logits: Option<usize>,
+    grad_ref_logits: Option<usize>,
+) -> Result<()> {
+    Error::check_len(FULL_OP, "grad_kl", grad_kl, rows)?;
+    Error::check_len(FULL_OP, "grad_logits", grad_logits.unwrap_or(logits), logits)?;
+    Error::check_len(FULL_OP, "grad_ref_logits", grad_ref_logits.unwrap_or(logits), logits)
 }

@@ -10,52 +10,12 @@ use std::ptr::{null, null_mut};
 
 use super::{check_logits, LogprobOptions, OP};
 use crate::cpu::{Logit, TokenId};
-use crate::cuda::{Args, Device, Kernel, Launch, Slice, SliceMut, Stream};
+use crate::cuda::rows::{check_vocab, Map, Passes, Reduction};
+use crate::cuda::{Args, Device, Kernel, Slice, SliceMut, Stream};
 use crate::error::{Error, Result};
-
-/// How rows of up to so many bytes are shared out. It must not depend on the number of rows, nor on
-/// the device: it decides the order of additions.
-struct Geometry {
-    max_row_bytes: usize,
-    /// Threads for each part of a row: a warp, or all of a block.
-    threads: usize,
-    /// Blocks for a row.
-    parts: usize,
-}
-
-const FORWARD: [Geometry; 6] = [
-    Geometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
-    Geometry { max_row_bytes: 16 << 10, threads: 128, parts: 1 },
-    Geometry { max_row_bytes: 64 << 10, threads: 256, parts: 1 },
-    Geometry { max_row_bytes: 128 << 10, threads: 256, parts: 2 },
-    Geometry { max_row_bytes: 256 << 10, threads: 256, parts: 4 },
-    Geometry { max_row_bytes: usize::MAX, threads: 256, parts: 8 },
-];
-
-/// Threads that share a range of columns, by the row's bytes; no sum depends on it.
-const BACKWARD: [Geometry; 3] = [
-    Geometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
-    Geometry { max_row_bytes: 8 << 10, threads: 128, parts: 1 },
-    Geometry { max_row_bytes: usize::MAX, threads: BLOCK, parts: 1 },
-];
-
-const WARP: usize = 32;
-
-/// Threads of a block that several rows or ranges share.
-const BLOCK: usize = 256;
-
-/// Bytes of a load, and how many a thread has in flight, as in the kernels.
-const VECTOR: usize = 16;
-const IN_FLIGHT: usize = 4;
 
 /// Values of f32 that a part of a row leaves for the merge.
 const PARTIAL: usize = 3;
-
-fn geometry<T>(table: &'static [Geometry], vocab: usize) -> &'static Geometry {
-    let bytes = vocab.saturating_mul(size_of::<T>());
-    let last = table.len() - 1;
-    table.iter().find(|entry| bytes <= entry.max_row_bytes).unwrap_or(&table[last])
-}
 
 /// What the forward pass writes, one value a row.
 pub struct Outputs<'a> {
@@ -98,11 +58,7 @@ pub struct Upstream<'a> {
 /// The least length of the workspace of [`forward`]: 0 where blocks can read each other's shared
 /// memory, and else 12 bytes for every 32 KiB of logits or less.
 pub fn workspace_len<T: Logit>(device: Device, rows: usize, vocab: usize) -> usize {
-    let parts = geometry::<T>(&FORWARD, vocab).parts;
-    if parts == 1 || device.has_clusters() {
-        return 0;
-    }
-    rows.saturating_mul(parts * PARTIAL)
+    Reduction::new::<T>(device, rows, vocab).workspace_len(PARTIAL)
 }
 
 /// Log-probabilities of the targets, and the entropies if asked for, from `logits [N, vocab]` and
@@ -123,7 +79,7 @@ pub fn forward<T: Logit, I: TokenId>(
     let rows = targets.len();
     options.validate()?;
     check_logits(logits.len(), rows, vocab)?;
-    check_vocab(vocab)?;
+    check_vocab(OP, vocab)?;
     let Outputs { logp, entropy, stats } = outputs;
     Error::check_len(OP, "logp", logp.len(), rows)?;
     if let Some(entropy) = &entropy {
@@ -133,22 +89,12 @@ pub fn forward<T: Logit, I: TokenId>(
         Error::check_len(OP, "max", stats.max.len(), rows)?;
         Error::check_len(OP, "log_sum", stats.log_sum.len(), rows)?;
     }
-    let device = stream.device();
-    let needed = workspace_len::<T>(device, rows, vocab);
-    if workspace.len() < needed {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "workspace",
-            expected: format!("[{needed}] or more"),
-            got: format!("[{}]", workspace.len()),
-        });
-    }
+    let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
+    reduction.check_workspace(OP, workspace.len(), PARTIAL)?;
     if rows == 0 {
         return Ok(());
     }
 
-    let &Geometry { threads, parts, .. } = geometry::<T>(&FORWARD, vocab);
-    let groups = vocab.div_ceil(VECTOR / size_of::<T>());
     let stats = stats.as_ref();
     let args = ForwardArgs {
         logits: logits.as_ptr().cast(),
@@ -156,29 +102,21 @@ pub fn forward<T: Logit, I: TokenId>(
         entropy: entropy.map_or(null_mut(), |slice| slice.as_mut_ptr()),
         max: stats.map_or(null_mut(), |stats| stats.max.as_mut_ptr()),
         log_sum: stats.map_or(null_mut(), |stats| stats.log_sum.as_mut_ptr()),
-        partials: if needed > 0 { workspace.as_mut_ptr() } else { null_mut() },
+        partials: if reduction.through_workspace { workspace.as_mut_ptr() } else { null_mut() },
         targets: Targets::new(targets, options),
         rows: rows as i64,
         vocab: vocab as i64,
-        // A warp's load is whole in one part.
-        part_groups: groups.div_ceil(parts).next_multiple_of(WARP) as i32,
-        parts: parts as i32,
+        part_groups: reduction.part_groups,
+        parts: reduction.parts,
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
     let kernel = |pass| Kernel { op: OP, pass, dtype: T::NAME };
-    if threads == WARP {
-        let blocks = rows.div_ceil(BLOCK / WARP);
-        let launch = Launch::new(device, blocks, 1, BLOCK as u32);
-        return stream.launch(&kernel("forward_warp"), launch, &args);
-    }
-    let launch = Launch::new(device, rows, parts as u32, threads as u32);
-    if needed == 0 {
-        return stream.launch(&kernel("forward_block"), launch, &args);
-    }
-    // Without clusters: the same blocks, and a second launch that merges what they left.
-    stream.launch(&kernel("forward_block"), launch.without_clusters(), &args)?;
-    let launch = Launch::new(device, rows.div_ceil(BLOCK), 1, BLOCK as u32);
-    stream.launch(&kernel("forward_merge"), launch, &args)
+    let passes = Passes {
+        warp: kernel("forward_warp"),
+        block: kernel("forward_block"),
+        merge: kernel("forward_merge"),
+    };
+    reduction.launch(stream, &passes, &args)
 }
 
 /// Gradient with respect to the logits, in their own type, from what [`forward`] left in `stats`.
@@ -200,7 +138,7 @@ pub fn backward<T: Logit, I: TokenId>(
     let rows = targets.len();
     options.validate()?;
     check_logits(logits.len(), rows, vocab)?;
-    check_vocab(vocab)?;
+    check_vocab(OP, vocab)?;
     Error::check_len(OP, "max", stats.max.len(), rows)?;
     Error::check_len(OP, "log_sum", stats.log_sum.len(), rows)?;
     Error::check_len(OP, "entropy", stats.entropy.len(), rows)?;
@@ -212,8 +150,7 @@ pub fn backward<T: Logit, I: TokenId>(
         return Ok(());
     }
 
-    let threads = geometry::<T>(&BACKWARD, vocab).threads;
-    let chunks = vocab.div_ceil(threads * IN_FLIGHT * VECTOR / size_of::<T>());
+    let map = Map::new::<T>(rows, vocab, 1);
     let pointer = |slice: Option<Slice<f32>>| slice.map_or(null(), |slice| slice.as_ptr());
     let args = BackwardArgs {
         logits: logits.as_ptr().cast(),
@@ -226,27 +163,11 @@ pub fn backward<T: Logit, I: TokenId>(
         targets: Targets::new(targets, options),
         rows: rows as i64,
         vocab: vocab as i64,
-        chunks: chunks as i32,
-        chunk_threads: threads as i32,
+        chunks: map.chunks,
+        chunk_threads: map.threads,
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
-    let blocks = rows.saturating_mul(chunks).div_ceil(BLOCK / threads);
-    let launch = Launch::new(stream.device(), blocks, 1, BLOCK as u32);
-    let kernel = Kernel { op: OP, pass: "backward", dtype: T::NAME };
-    stream.launch(&kernel, launch, &args)
-}
-
-/// `Ok` when the vectors of a row can be counted in 32 bits.
-fn check_vocab(vocab: usize) -> Result<()> {
-    if u32::try_from(vocab).is_ok() {
-        return Ok(());
-    }
-    Err(Error::Shape {
-        op: OP,
-        arg: "logits",
-        expected: format!("[N, {}] or narrower", u32::MAX),
-        got: format!("[N, {vocab}]"),
-    })
+    map.launch(stream, &Kernel { op: OP, pass: "backward", dtype: T::NAME }, &args)
 }
 
 /// As in the kernels, and so are the next two.

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
 use crate::error::{Error, Result};
+use crate::kl::cuda::TokenKl;
 
 /// Tokens that a block of the pass takes at a time.
 const TILE: usize = 1024;
@@ -54,7 +55,7 @@ const WARP: usize = 32;
 
 /// Threads of a block, by what it does.
 const PASS_THREADS: u32 = 256;
-const COUNT_THREADS: usize = 1024;
+const COUNT_THREADS: usize = 512;
 const MERGE_THREADS: u32 = (SUMS * WARP) as u32;
 const SCALE_THREADS: usize = 256;
 
@@ -255,11 +256,7 @@ pub fn ppo_loss(
         high: high as f32,
         dual_clip: off(options.dual_clip),
         value_range: off(options.value_clip_range),
-        kl: TokenKl {
-            estimator: options.kl.estimator as i32,
-            log_ratio_limit: off(options.kl.log_ratio_clamp),
-            output_limit: off(options.kl.output_clamp),
-        },
+        kl: TokenKl::new(&options.kl),
     };
     args.aligned = i32::from(args.is_aligned());
 
@@ -392,7 +389,7 @@ impl Counting {
     }
 }
 
-/// As in the kernels, and so are the next four.
+/// As in the kernels, and so are the next three.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Divisor {
@@ -400,14 +397,6 @@ struct Divisor {
     counts: *const u32,
     parts: i32,
     needs_tokens: i32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct TokenKl {
-    estimator: i32,
-    log_ratio_limit: f32,
-    output_limit: f32,
 }
 
 #[repr(C)]
@@ -460,9 +449,9 @@ impl PassArgs {
             self.ref_logp,
         ];
         let gradients = [self.grad_logp, self.grad_values, self.grad_entropy];
-        let values = inputs.into_iter().chain(gradients.map(<*mut f32>::cast_const));
-        values.map(|pointer| pointer as usize).all(|address| address % 16 == 0)
-            && self.mask as usize % 4 == 0
+        let mut values = inputs.into_iter().chain(gradients.map(<*mut f32>::cast_const));
+        values.all(|pointer| (pointer as usize).is_multiple_of(16))
+            && (self.mask as usize).is_multiple_of(4)
     }
 }
 

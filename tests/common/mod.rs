@@ -8,7 +8,9 @@ pub mod device;
 mod golden;
 #[cfg(all(feature = "cuda", not(feature = "simt")))]
 pub mod gpu;
+pub mod kl_cases;
 pub mod logprob_cases;
+pub mod ppo_loss_cases;
 #[cfg(feature = "simt")]
 mod simt;
 #[cfg(feature = "candle")]

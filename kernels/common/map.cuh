@@ -1,0 +1,123 @@
+// Columns that are computed each by itself: gradients of a row, or values of tokens.
+#pragma once
+
+#include "vector.cuh"
+
+// Columns on both sides of the aligned vectors of one or two outputs.
+template <class T>
+struct Split {
+    int head;      // columns before the first aligned vector
+    int vectors;   // aligned vectors
+    int64_t tail;  // the first column after them
+
+    // Outputs that are aligned differently have no vectors in common: all columns are tail.
+    __device__ __forceinline__ Split(const T* a, const T* b, int64_t columns) {
+        const unsigned skip = unsigned(reinterpret_cast<uintptr_t>(a) & 15);
+        const bool alike = skip == unsigned(reinterpret_cast<uintptr_t>(b) & 15);
+        head = alike ? int(min(int64_t((16 - skip) % 16 / sizeof(T)), columns)) : 0;
+        vectors = alike ? int((columns - head) / WIDTH<T>) : 0;
+        tail = head + int64_t(vectors) * WIDTH<T>;
+    }
+};
+
+// Four bytes from anywhere.
+static __device__ __forceinline__ uint32_t load_bytes(const uint8_t* bytes) {
+    if (reinterpret_cast<uintptr_t>(bytes) % 4 == 0) {
+        return *reinterpret_cast<const uint32_t*>(bytes);
+    }
+    return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24;
+}
+
+// Vectors of each input that a thread loads before it uses the first: of several fewer, so that
+// registers are left for more threads.
+template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
+
+// Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns from
+// `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be null.
+// The columns are shared out by tiles to `chunks` units of `threads`.
+//
+// With MASKED columns are f32, and where `mask` is not null and 0, outputs are 0.
+//
+// No thread reads by vectors what another writes: an output may be the memory of an input of the
+// same column count. (If it is, it is aligned like that input; and if outputs are not all aligned
+// alike, columns go one by one.)
+template <bool MASKED = false, class T, int IN, int OUT, class F>
+static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* const (&out)[OUT],
+                                                   const uint8_t* mask, int64_t columns, int chunk,
+                                                   int chunks, int thread, int threads,
+                                                   const F& f) {
+    static_assert(!MASKED || WIDTH<T> == 4);
+    const T* a = out[0] ? out[0] : out[OUT - 1];
+    const T* b = out[OUT - 1] ? out[OUT - 1] : a;
+    const Split<T> split(a, b, columns);
+    const int step = chunks * VECTORS<IN> * threads;
+    for (int tile = chunk * VECTORS<IN> * threads; tile < split.vectors; tile += step) {
+        uint4 v[IN][VECTORS<IN>];
+#pragma unroll
+        for (int k = 0; k < IN; k++) {
+            const Row<T> row(in[k] + split.head, columns - split.head);
+            row.load(tile, thread, threads, split.vectors, v[k]);
+        }
+        uint32_t keep[VECTORS<IN>];
+        if constexpr (MASKED) {
+#pragma unroll
+            for (int i = 0; i < VECTORS<IN>; i++) {
+                const int vector = tile + i * threads + thread;
+                keep[i] = 0x01010101;
+                if (mask && vector < split.vectors) {
+                    keep[i] = load_bytes(mask + split.head + int64_t(vector) * WIDTH<T>);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < VECTORS<IN>; i++) {
+            const int vector = tile + i * threads + thread;
+            if (vector >= split.vectors) break;
+            const int64_t first = split.head + int64_t(vector) * WIDTH<T>;
+            float x[IN][WIDTH<T>], y[OUT][WIDTH<T>];
+#pragma unroll
+            for (int k = 0; k < IN; k++) unpack(v[k][i], x[k], T{});
+            f(x, first, y);
+#pragma unroll
+            for (int k = 0; k < OUT; k++) {
+                if constexpr (MASKED) {
+#pragma unroll
+                    for (int j = 0; j < WIDTH<T>; j++) {
+                        y[k][j] = keep[i] >> 8 * j & 0xff ? y[k][j] : 0.0f;
+                    }
+                }
+                if (out[k]) store_once(out[k] + first, pack(y[k], T{}));
+            }
+        }
+    }
+    const int rank = chunk * threads + thread;
+    const auto one = [&](int64_t column) {
+        float x[IN][1], y[OUT][1];
+#pragma unroll
+        for (int k = 0; k < IN; k++) x[k][0] = to_float(in[k][column]);
+        f(x, column, y);
+#pragma unroll
+        for (int k = 0; k < OUT; k++) {
+            if (MASKED && mask && mask[column] == 0) y[k][0] = 0.0f;
+            if (out[k]) store(out[k] + column, y[k][0]);
+        }
+    };
+    if (rank < split.head) one(rank);
+    for (int64_t i = split.tail + rank; i < columns; i += chunks * threads) one(i);
+}
+
+// One value in all columns, shared out in the same way.
+template <class T>
+static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns, int chunk,
+                                                    int chunks, int thread, int threads) {
+    const Split<T> split(out, out, columns);
+    const int rank = chunk * threads + thread, step = chunks * threads;
+    float values[WIDTH<T>];
+#pragma unroll
+    for (int i = 0; i < WIDTH<T>; i++) values[i] = value;
+    for (int vector = rank; vector < split.vectors; vector += step) {
+        store_once(out + split.head + int64_t(vector) * WIDTH<T>, pack(values, T{}));
+    }
+    if (rank < split.head) store(out + rank, value);
+    for (int64_t i = split.tail + rank; i < columns; i += step) store(out + i, value);
+}

@@ -1,0 +1,373 @@
+// KL divergence of the policy from the reference model, forward and backward: sampled, from two
+// log-probabilities a token (kl_token_*), and exact, from two rows of logits (kl_full_*). src/kl/mod.rs
+// has the formulas and src/kl/cuda.rs the launches.
+//
+// Sampled. All tensors are [tokens] in f32, the mask [tokens] in u8. A block takes 16 KiB of each at a
+// time, a thread four vectors of each, all loaded before the first is used.
+//
+// Bytes a token: forward reads 8 and writes 4; backward reads 12 and writes 4 for each gradient; a
+// mask adds 1 byte read.
+//
+// Exact. The logits z and w are [rows, vocab] in f32, f16 or bf16; z is the tensor over whose
+// distribution the mean is taken.
+//
+//     x_j = (z_j - max z) / temperature     P = sum e^{x_j}     gap = sum e^{x_j} (x_j - y_j) / P
+//     y_j = (w_j - max w) / temperature     Q = sum e^{y_j}     KL  = gap + ln(Q / P)
+//     dz_j = g p_j (x_j - y_j - gap) / temperature              p_j = e^{x_j} / P
+//     dw_j = g (q_j - p_j) / temperature                        q_j = e^{y_j} / Q
+//
+// Forward writes KL, gap, max z, P, max w and Q, [6, rows] in f32, of which backward makes gradients
+// in the type of the logits. It walks the two rows once, side by side: a warp, a block or several
+// blocks a row (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight.
+// With so many at hand it looks for their maxima first, 16-bit floats two at a time, and takes the
+// sums anew for larger maxima once for all of them. Then a column costs two exp and about sixteen
+// instructions, half of what the memory leaves time for. Backward takes each column by itself.
+//
+// Bytes, with S for each tensor of logits and N rows: forward reads 2 S and writes 24 N; backward
+// reads 2 S + 28 N and writes S for each gradient. Rows that are masked out are not read, nor are,
+// in backward, rows without upstream gradient or of KL NaN.
+//
+// Numbers. Everything is in f32. exp is 2^y by the hardware, to 2 ulp. The maxima are subtracted
+// before scaling, so offsets common to a row cost nothing, and equal rows have a KL of exactly 0.
+// p = 0 adds nothing; q = 0 under p > 0 makes the KL +inf. NaN, +inf or -inf throughout, in either
+// row, make the row NaN. Rows may be aligned differently. Offsets are 64-bit.
+
+#include "common/map.cuh"
+#include "common/rows.cuh"
+#include "common/softmax.cuh"
+#include "common/token_kl.cuh"
+
+struct TokenForwardArgs {
+    const float* logp;
+    const float* ref_logp;
+    const uint8_t* mask;  // or null
+    float* kl;
+    int64_t tokens;
+    TokenKl options;
+};
+
+struct TokenBackwardArgs {
+    const float* logp;
+    const float* ref_logp;
+    const uint8_t* mask;  // or null
+    const float* grad_kl;
+    float* grad_logp;      // or null
+    float* grad_ref_logp;  // or null
+    int64_t tokens;
+    TokenKl options;
+};
+
+// Sums over some columns of a pair of rows, with x = (z - max z) UNIT and y = (w - max w) UNIT.
+struct PairSums {
+    float max_z, max_w;
+    float sum_z, sum_w;  // of 2^{x scale} and 2^{y scale}, with scale = log2(e) / (temperature UNIT)
+    // Of 2^{x scale} (x - y). Infinite or NaN once a column had p > 0 and q = 0; else NaN only where
+    // sum_z or sum_w is.
+    float weighted;
+};
+
+// In this unit no number of differences of finite logits overflows. A power of 2, so it costs no
+// digits; and it must leave the scale of the lowest temperature, 1e-30, finite.
+constexpr float UNIT = 1.0f / (1 << 24);
+
+struct FullForwardArgs {
+    const void* z;
+    const void* w;
+    const uint8_t* mask;  // [rows], or null
+    float* stats;         // [STATS, rows]
+    PairSums* partials;   // [rows, parts]; null: the parts are the blocks of a cluster
+    int64_t rows;
+    int64_t vocab;
+    int32_t part_groups;  // vectors of columns in a part
+    int32_t parts;
+    float inverse_temperature;
+};
+
+struct FullBackwardArgs {
+    const void* z;
+    const void* w;
+    const uint8_t* mask;  // [rows], or null
+    const float* stats;   // [STATS, rows]
+    const float* grad_kl;
+    void* grad_z;  // or null; may be z
+    void* grad_w;  // or null; may be w
+    int64_t rows;
+    int64_t vocab;
+    int32_t chunks;         // ranges of columns of a row
+    int32_t chunk_threads;  // a warp, or the whole block
+    float inverse_temperature;
+};
+
+// KL, gap, max z, P, max w, Q.
+constexpr int STATS = 6;
+
+struct TokenValue {
+    TokenKl options;
+
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&x)[2][N], int64_t,
+                                               float (&kl)[1][N]) const {
+        float d[N], slope[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) d[i] = x[0][i] - x[1][i];
+        kl_of_tokens(options, d, kl[0], slope);
+    }
+};
+
+struct TokenGradient {
+    TokenKl options;
+
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&x)[3][N], int64_t,
+                                               float (&grad)[2][N]) const {
+        float d[N], value[N], slope[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) d[i] = x[0][i] - x[1][i];
+        kl_of_tokens(options, d, value, slope);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            grad[0][i] = x[2][i] == 0.0f ? 0.0f : x[2][i] * slope[i];
+            grad[1][i] = -grad[0][i];
+        }
+    }
+};
+
+// Block [threads], a few vectors of tokens a thread at a time.
+template <int IN, int OUT, class F>
+static __device__ __forceinline__ void map_tokens(const float* const (&in)[IN],
+                                                  float* const (&out)[OUT], const uint8_t* mask,
+                                                  int64_t tokens, const F& f) {
+    const int64_t tile = int64_t(VECTORS<IN>) * WIDTH<float> * blockDim.x;
+    for (int64_t first = blockIdx.x * tile; first < tokens; first += gridDim.x * tile) {
+        const float* from[IN];
+        float* to[OUT];
+#pragma unroll
+        for (int k = 0; k < IN; k++) from[k] = in[k] + first;
+#pragma unroll
+        for (int k = 0; k < OUT; k++) to[k] = out[k] ? out[k] + first : nullptr;
+        map_columns<true>(from, to, mask ? mask + first : nullptr, min(tile, tokens - first), 0, 1,
+                          threadIdx.x, blockDim.x, f);
+    }
+}
+
+constexpr float LARGEST = 3.40282347e38f;
+
+// The same sums for maxima that are at least theirs. Without a branch, and exact if the maxima are the
+// same. From -inf there is nothing to shift: the sums are 0, or NaN and stay so.
+static __device__ __forceinline__ PairSums rebase(PairSums s, float max_z, float max_w,
+                                                  float scale) {
+    const float shift_z = fmaxf(s.max_z - max_z, -LARGEST) * UNIT;
+    const float shift_w = fmaxf(s.max_w - max_w, -LARGEST) * UNIT;
+    const float factor_z = exp2_fast(shift_z * scale), factor_w = exp2_fast(shift_w * scale);
+    const float weighted = fmaf(shift_z - shift_w, s.sum_z, s.weighted) * factor_z;
+    return {max_z, max_w, s.sum_z * factor_z, s.sum_w * factor_w, weighted};
+}
+
+// Adds the first `vectors` vectors of both rows; the others hold nothing.
+template <class T>
+static __device__ __forceinline__ void add(PairSums& s, const uint4 (&z)[IN_FLIGHT],
+                                           const uint4 (&w)[IN_FLIGHT], int vectors, float scale) {
+    s = rebase(s, fmaxf(s.max_z, highest(z, T{})), fmaxf(s.max_w, highest(w, T{})), scale);
+    const float base_z = origin(s.max_z) * UNIT, base_w = origin(s.max_w) * UNIT;
+#pragma unroll
+    for (int i = 0; i < IN_FLIGHT; i++) {
+        // The same for all threads.
+        if (i >= vectors) break;
+        float p[WIDTH<T>], q[WIDTH<T>];
+        unpack(z[i], p, T{});
+        unpack(w[i], q, T{});
+        float weighted = 0.0f;
+#pragma unroll
+        for (int j = 0; j < WIDTH<T>; j++) {
+            // Rounded once, as z - max is.
+            const float x = fmaf(p[j], UNIT, -base_z), y = fmaf(q[j], UNIT, -base_w);
+            p[j] = exp2_fast(x * scale);
+            q[j] = exp2_fast(y * scale);
+            // Where z = -inf, x - y is -inf or NaN, and has to be a number for 0 times it to be 0.
+            weighted = fmaf(p[j], fmaxf(x - y, -LARGEST), weighted);
+        }
+        s.sum_z += tree_sum(p);
+        s.sum_w += tree_sum(q);
+        s.weighted += weighted;
+    }
+}
+
+// The reduction of the exact KL, for common/rows.cuh.
+template <class T>
+struct FullForward {
+    const FullForwardArgs& args;
+    float scale;
+
+    __device__ __forceinline__ explicit FullForward(const FullForwardArgs& args)
+        : args(args), scale(args.inverse_temperature * (LOG2_E / UNIT)) {}
+
+    // Whether the row is kept.
+    __device__ __forceinline__ bool item(int64_t row) const { return !args.mask || args.mask[row]; }
+
+    __device__ __forceinline__ bool reads(bool kept) const { return kept; }
+
+    __device__ __forceinline__ PairSums none() const {
+        return {-INFINITY, -INFINITY, 0.0f, 0.0f, 0.0f};
+    }
+
+    __device__ __forceinline__ PairSums sum(int64_t row, int part, int thread, int threads) const {
+        const Row<T> z(static_cast<const T*>(args.z) + row * args.vocab, args.vocab);
+        const Row<T> w(static_cast<const T*>(args.w) + row * args.vocab, args.vocab);
+        const int first = part * args.part_groups;
+        const int end = min(first + args.part_groups, z.groups());
+        PairSums s = none();
+        for (int tile = first; tile < end; tile += IN_FLIGHT * threads) {
+            uint4 from_z[IN_FLIGHT], from_w[IN_FLIGHT];
+            z.load(tile, thread, threads, end, from_z);
+            w.load(tile, thread, threads, end, from_w);
+            add<T>(s, from_z, from_w, (end - tile + threads - 1) / threads, scale);
+        }
+        return s;
+    }
+
+    __device__ __forceinline__ PairSums merge(PairSums a, PairSums b) const {
+        const float max_z = fmaxf(a.max_z, b.max_z), max_w = fmaxf(a.max_w, b.max_w);
+        a = rebase(a, max_z, max_w, scale);
+        b = rebase(b, max_z, max_w, scale);
+        return {max_z, max_w, a.sum_z + b.sum_z, a.sum_w + b.sum_w, a.weighted + b.weighted};
+    }
+
+    __device__ __forceinline__ PairSums warp_merge(PairSums s) const {
+        s = rebase(s, warp_max(s.max_z), warp_max(s.max_w), scale);
+        return {s.max_z, s.max_w, warp_sum(s.sum_z), warp_sum(s.sum_w), warp_sum(s.weighted)};
+    }
+
+    __device__ __forceinline__ void write(int64_t row, bool, PairSums s) const {
+        const float gap = s.weighted / s.sum_z * (args.inverse_temperature / UNIT);
+        float kl = gap + logf(s.sum_w / s.sum_z);
+        // Rounding may take a KL of nearly 0 below it.
+        kl = isfinite(gap) ? fmaxf(kl, 0.0f) : INFINITY;
+        // False for NaN too.
+        const bool legal = s.sum_z > 0.0f && s.sum_w > 0.0f;
+        const float stats[STATS] = {legal ? kl : NAN, gap, s.max_z, s.sum_z, s.max_w, s.sum_w};
+        write_stats(row, stats);
+    }
+
+    __device__ __forceinline__ void write_unread(int64_t row, bool) const {
+        const float stats[STATS] = {};
+        write_stats(row, stats);
+    }
+
+    __device__ __forceinline__ void write_stats(int64_t row, const float (&stats)[STATS]) const {
+#pragma unroll
+        for (int i = 0; i < STATS; i++) args.stats[i * args.rows + row] = stats[i];
+    }
+};
+
+// The gradients of a pair of rows as functions of the logits, for common/map.cuh. Both are formed even
+// if one is wanted: the memory leaves time for it, and no branch costs registers.
+struct Slopes {
+    float max_z, max_w;
+    float norm_z, norm_w;  // 1 / P and 1 / Q
+    float gap;
+    // Upstream gradient over the temperature; to z it is NaN where the KL is +inf.
+    float grad_z, grad_w;
+    float inverse_temperature;
+
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&logits)[2][N], int64_t,
+                                               float (&grad)[2][N]) const {
+        const float scale = inverse_temperature * LOG2_E;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float x = logits[0][i] - max_z, y = logits[1][i] - max_w;
+            const float p = exp2_fast(x * scale) * norm_z;
+            // 0 where p is, whatever x - y; where the KL is +inf, NaN in all columns but those of -inf.
+            const float excess = p == 0.0f ? 0.0f : fmaf(x - y, inverse_temperature, -gap);
+            grad[0][i] = logits[0][i] == -INFINITY ? 0.0f : grad_z * p * excess;
+            grad[1][i] = grad_w * (exp2_fast(y * scale) * norm_w - p);
+        }
+    }
+};
+
+// Block [threads], a chunk of a row a warp or a block.
+template <class T>
+static __device__ __forceinline__ void full_backward(const FullBackwardArgs& args) {
+    const int threads = args.chunk_threads;
+    const int thread = threadIdx.x % threads;
+    const int64_t units = args.rows * args.chunks;
+    const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
+    const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
+    for (int64_t unit = first; unit < units; unit += step) {
+        const int64_t row = unit / args.chunks;
+        const int chunk = int(unit % args.chunks);
+        const int64_t start = row * args.vocab;
+        const T* const in[2] = {
+            static_cast<const T*>(args.z) + start,
+            static_cast<const T*>(args.w) + start,
+        };
+        T* const out[2] = {
+            args.grad_z ? static_cast<T*>(args.grad_z) + start : nullptr,
+            args.grad_w ? static_cast<T*>(args.grad_w) + start : nullptr,
+        };
+        // All at once: they are on the way together.
+        const bool kept = !args.mask || args.mask[row];
+        const float upstream = args.grad_kl[row];
+        float stats[STATS];
+#pragma unroll
+        for (int i = 0; i < STATS; i++) stats[i] = args.stats[i * args.rows + row];
+
+        const bool zero = !kept || upstream == 0.0f;
+        if (zero || isnan(stats[0])) {
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                if (!out[k]) continue;
+                fill_columns(out[k], zero ? 0.0f : NAN, args.vocab, chunk, args.chunks, thread,
+                             threads);
+            }
+            continue;
+        }
+        const float grad = upstream * args.inverse_temperature;
+        const Slopes slopes = {
+            stats[2],
+            stats[4],
+            1.0f / stats[3],
+            1.0f / stats[5],
+            stats[1],
+            stats[0] == INFINITY ? NAN : grad,
+            grad,
+            args.inverse_temperature,
+        };
+        map_columns(in, out, nullptr, args.vocab, chunk, args.chunks, thread, threads, slopes);
+    }
+}
+
+KERNEL(256, 4, kl_token_forward_f32, TokenForwardArgs) {
+    const float* const in[2] = {args.logp, args.ref_logp};
+    float* const out[1] = {args.kl};
+    map_tokens(in, out, args.mask, args.tokens, TokenValue{args.options});
+}
+KERNEL(256, 3, kl_token_backward_f32, TokenBackwardArgs) {
+    const float* const in[3] = {args.logp, args.ref_logp, args.grad_kl};
+    float* const out[2] = {args.grad_logp, args.grad_ref_logp};
+    map_tokens(in, out, args.mask, args.tokens, TokenGradient{args.options});
+}
+KERNEL(256, 3, kl_full_forward_warp_f32, FullForwardArgs) {
+    reduce_by_warps(FullForward<float>(args));
+}
+KERNEL(256, 3, kl_full_forward_warp_f16, FullForwardArgs) {
+    reduce_by_warps(FullForward<f16>(args));
+}
+KERNEL(256, 3, kl_full_forward_warp_bf16, FullForwardArgs) {
+    reduce_by_warps(FullForward<bf16>(args));
+}
+KERNEL(256, 3, kl_full_forward_block_f32, FullForwardArgs) {
+    reduce_by_blocks(FullForward<float>(args));
+}
+KERNEL(256, 3, kl_full_forward_block_f16, FullForwardArgs) {
+    reduce_by_blocks(FullForward<f16>(args));
+}
+KERNEL(256, 3, kl_full_forward_block_bf16, FullForwardArgs) {
+    reduce_by_blocks(FullForward<bf16>(args));
+}
+KERNEL(256, 4, kl_full_forward_merge_f32, FullForwardArgs) {
+    merge_parts(FullForward<float>(args));
+}
+KERNEL(256, 3, kl_full_backward_f32, FullBackwardArgs) { full_backward<float>(args); }
+KERNEL(256, 3, kl_full_backward_f16, FullBackwardArgs) { full_backward<f16>(args); }
+KERNEL(256, 3, kl_full_backward_bf16, FullBackwardArgs) { full_backward<bf16>(args); }

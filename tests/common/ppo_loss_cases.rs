@@ -1,0 +1,282 @@
+//! The batches, options and tolerances with which every backend of the PPO loss is tested.
+
+use ppo_kernels::kl::{KlEstimator, KlOptions};
+use ppo_kernels::ppo_loss::{
+    reference, Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs,
+};
+use rand::rngs::StdRng;
+
+use super::{assert_close, random_mask, uniform, wide};
+
+/// f32 against f64: exp to 2 ulp, a product of a few factors.
+pub const REL: f64 = 2e-6;
+
+/// The same for sums of terms that cancel, as a share of the largest of them.
+pub const ABS: f64 = 1e-6;
+
+/// Inputs that own what [`Inputs`] borrows.
+#[derive(Clone, Default)]
+pub struct Data<T> {
+    pub batch: usize,
+    pub seq_len: usize,
+    pub logp: Vec<T>,
+    pub old_logp: Vec<T>,
+    pub advantages: Vec<T>,
+    pub values: Option<Vec<T>>,
+    pub old_values: Option<Vec<T>>,
+    pub returns: Option<Vec<T>>,
+    pub entropy: Option<Vec<T>>,
+    pub ref_logp: Option<Vec<T>>,
+    pub mask: Option<Vec<u8>>,
+}
+
+impl<T: Copy> Data<T> {
+    pub fn inputs(&self) -> Inputs<'_, T> {
+        let values = self.values.as_deref().zip(self.returns.as_deref());
+        Inputs {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            logp: &self.logp,
+            old_logp: &self.old_logp,
+            advantages: &self.advantages,
+            value: values.map(|(values, returns)| ValueInputs {
+                values,
+                old_values: self.old_values.as_deref(),
+                returns,
+            }),
+            entropy: self.entropy.as_deref(),
+            ref_logp: self.ref_logp.as_deref(),
+            mask: self.mask.as_deref(),
+        }
+    }
+
+    pub fn map<U>(&self, f: impl Fn(T) -> U) -> Data<U> {
+        let all = |x: &Vec<T>| x.iter().map(|&x| f(x)).collect();
+        Data {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            logp: all(&self.logp),
+            old_logp: all(&self.old_logp),
+            advantages: all(&self.advantages),
+            values: self.values.as_ref().map(all),
+            old_values: self.old_values.as_ref().map(all),
+            returns: self.returns.as_ref().map(all),
+            entropy: self.entropy.as_ref().map(all),
+            ref_logp: self.ref_logp.as_ref().map(all),
+            mask: self.mask.clone(),
+        }
+    }
+}
+
+/// Something done to a batch before it is used.
+pub type Change = fn(&mut Data<f32>);
+
+/// A rollout with everything given, on the scale of real ones, all tokens unmasked.
+pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
+    let n = batch * seq_len;
+    let mut near = |x: &[f32], scale| -> Vec<f32> {
+        x.iter().zip(uniform(rng, n, scale)).map(|(x, noise)| x + noise).collect()
+    };
+    let logp = near(&vec![-2.0; n], 1.9);
+    let values = near(&vec![0.5; n], 1.0);
+    Data {
+        batch,
+        seq_len,
+        old_logp: near(&logp, 0.6),
+        ref_logp: Some(near(&logp, 0.9)),
+        advantages: near(&vec![0.1; n], 1.5),
+        old_values: Some(near(&values, 0.4)),
+        returns: Some(near(&values, 0.7)),
+        entropy: Some(near(&vec![1.5; n], 1.4)),
+        logp,
+        values: Some(values),
+        mask: None,
+    }
+}
+
+pub fn run(data: &Data<f64>, options: &PpoLossOptions) -> reference::Output {
+    reference::ppo_loss(&data.inputs(), options).unwrap()
+}
+
+/// A mask with holes and right padding, in which any non-zero byte keeps, and the last row of
+/// several is fully masked.
+pub fn padded_mask(rng: &mut StdRng, batch: usize, seq_len: usize) -> Vec<u8> {
+    let mut mask = random_mask(rng, batch * seq_len, 0.7);
+    for row in mask.chunks_mut(seq_len) {
+        row[seq_len - seq_len / 3..].fill(0);
+        row[0] = 255;
+    }
+    if batch > 1 {
+        mask[(batch - 1) * seq_len..].fill(0);
+    }
+    mask
+}
+
+/// `data` with NaN in every input at every masked token.
+pub fn with_nan_under_the_mask(data: &Data<f32>) -> Data<f32> {
+    let mut data = data.clone();
+    let mask = data.mask.clone().unwrap();
+    let Data { logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp, .. } =
+        &mut data;
+    let optional = [values, old_values, returns, entropy, ref_logp].into_iter().flatten();
+    for x in [logp, old_logp, advantages].into_iter().chain(optional) {
+        for (x, _) in x.iter_mut().zip(&mask).filter(|(_, &m)| m == 0) {
+            *x = f32::NAN;
+        }
+    }
+    data
+}
+
+/// What a backend makes of a batch: the statistics, and the gradients with respect to logp, values
+/// and entropy, empty for what is not given.
+pub type Found = (PpoStats, [Vec<f32>; 3]);
+
+pub fn bits((stats, grads): &Found) -> (Vec<u64>, Vec<u32>) {
+    let stats = stats.to_array().iter().map(|x| x.to_bits()).collect();
+    (stats, grads.iter().flatten().map(|x| x.to_bits()).collect())
+}
+
+/// Row `b` as a batch of its own.
+pub fn row(data: &Data<f32>, b: usize) -> Data<f32> {
+    let range = b * data.seq_len..(b + 1) * data.seq_len;
+    let cut = |x: &Vec<f32>| x[range.clone()].to_vec();
+    Data {
+        batch: 1,
+        seq_len: data.seq_len,
+        logp: cut(&data.logp),
+        old_logp: cut(&data.old_logp),
+        advantages: cut(&data.advantages),
+        values: data.values.as_ref().map(cut),
+        old_values: data.old_values.as_ref().map(cut),
+        returns: data.returns.as_ref().map(cut),
+        entropy: data.entropy.as_ref().map(cut),
+        ref_logp: data.ref_logp.as_ref().map(cut),
+        mask: data.mask.as_ref().map(|mask| mask[range.clone()].to_vec()),
+    }
+}
+
+/// Every option away from its default, one or a few at a time.
+pub fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
+    let default = PpoLossOptions::default();
+    let all_terms = PpoLossOptions { entropy_coef: 0.03, kl_coef: 0.2, ..default };
+    let kl = |estimator, output_clamp| PpoLossOptions {
+        kl: KlOptions { estimator, log_ratio_clamp: Some(0.6), output_clamp },
+        ..all_terms
+    };
+    let aggregation = |aggregation| PpoLossOptions { aggregation, ..all_terms };
+    vec![
+        ("default", default),
+        ("all terms", all_terms),
+        (
+            "asymmetric clip",
+            PpoLossOptions { clip_range: 0.1, clip_range_high: Some(0.4), ..default },
+        ),
+        ("dual clip", PpoLossOptions { dual_clip: Some(1.3), ..default }),
+        ("tight clamp", PpoLossOptions { log_ratio_clamp: Some(0.25), ..default }),
+        ("no clamp", PpoLossOptions { log_ratio_clamp: None, ..default }),
+        ("no value clip", PpoLossOptions { value_clip_range: None, value_coef: 0.7, ..default }),
+        ("no value coefficient", PpoLossOptions { value_coef: 0.0, ..default }),
+        (
+            "ratio outside",
+            PpoLossOptions { clip_fraction: ClipFractionKind::RatioOutside, ..default },
+        ),
+        ("kl k1", kl(KlEstimator::K1, None)),
+        ("kl abs", kl(KlEstimator::Abs, None)),
+        ("kl k2", kl(KlEstimator::K2, Some(0.1))),
+        ("kl k3", kl(KlEstimator::K3, Some(0.1))),
+        ("kl k3 straight through", kl(KlEstimator::K3StraightThrough, None)),
+        ("seq-mean-token-sum", aggregation(Aggregation::SeqMeanTokenSum)),
+        ("seq-mean-token-mean", aggregation(Aggregation::SeqMeanTokenMean)),
+        ("seq-mean-token-sum-norm", aggregation(Aggregation::SeqMeanTokenSumNorm)),
+        ("constant", aggregation(Aggregation::Constant(77.0))),
+        ("given denominator", PpoLossOptions { denominator: Some(123.0), ..all_terms }),
+        (
+            "given number of rows",
+            PpoLossOptions { denominator: Some(9.0), ..aggregation(Aggregation::SeqMeanTokenMean) },
+        ),
+    ]
+}
+
+/// Asserts closeness as a share of the largest element.
+#[track_caller]
+pub fn assert_close_scaled(what: &str, got: &[f32], want: &[f64]) {
+    let largest = want.iter().fold(0.0_f64, |m, w| m.max(w.abs()));
+    assert_close(what, &wide(got), want, REL, ABS * largest);
+}
+
+#[track_caller]
+pub fn assert_stats_close(what: &str, got: &PpoStats, want: &PpoStats, terms: f64) {
+    for ((name, g), w) in PpoStats::NAMES.iter().zip(got.to_array()).zip(want.to_array()) {
+        // Losses scale with the sum of the weights; the rest is of the order of 1.
+        let scale = if name.contains("loss") { terms.max(1.0) } else { 1.0 };
+        assert_close(&format!("{what} {name}"), &[g], &[w], 5.0 * REL, 2.0 * ABS * scale);
+    }
+}
+
+/// Asserts that a backend found what the reference does.
+#[track_caller]
+pub fn check(what: &str, data: &Data<f32>, options: &PpoLossOptions, (stats, grads): &Found) {
+    let want = run(&data.map(f64::from), options);
+    let weights =
+        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, options).unwrap();
+    assert_stats_close(what, stats, &want.stats, weights.iter().sum());
+    let [logp, values, entropy] = grads;
+    assert_close_scaled(&format!("{what} grad_logp"), logp, &want.grad_logp);
+    assert_close_scaled(&format!("{what} grad_values"), values, &want.grad_values);
+    assert_close_scaled(&format!("{what} grad_entropy"), entropy, &want.grad_entropy);
+}
+
+/// Options out of range, by the name of the one that is.
+pub fn bad_options() -> Vec<(&'static str, PpoLossOptions)> {
+    let default = PpoLossOptions::default();
+    let nan = f64::NAN;
+    let kl = |kl| PpoLossOptions { kl, ..default };
+    vec![
+        ("clip_range", PpoLossOptions { clip_range: -0.1, ..default }),
+        ("clip_range", PpoLossOptions { clip_range: nan, ..default }),
+        ("clip_range_high", PpoLossOptions { clip_range_high: Some(-0.1), ..default }),
+        ("dual_clip", PpoLossOptions { dual_clip: Some(1.0), ..default }),
+        ("log_ratio_clamp", PpoLossOptions { log_ratio_clamp: Some(0.0), ..default }),
+        ("value_clip_range", PpoLossOptions { value_clip_range: Some(-1.0), ..default }),
+        ("value_coef", PpoLossOptions { value_coef: f64::INFINITY, ..default }),
+        ("entropy_coef", PpoLossOptions { entropy_coef: nan, ..default }),
+        ("kl_coef", PpoLossOptions { kl_coef: nan, ..default }),
+        ("kl.log_ratio_clamp", kl(KlOptions { log_ratio_clamp: Some(-1.0), ..default.kl })),
+        ("kl.output_clamp", kl(KlOptions { output_clamp: Some(nan), ..default.kl })),
+        ("denominator", PpoLossOptions { denominator: Some(0.0), ..default }),
+        (
+            "denominator",
+            PpoLossOptions {
+                aggregation: Aggregation::Constant(3.0),
+                denominator: Some(3.0),
+                ..default
+            },
+        ),
+        ("aggregation", PpoLossOptions { aggregation: Aggregation::Constant(0.0), ..default }),
+    ]
+}
+
+/// Options that need an input, and how to take that away.
+pub fn missing_inputs() -> [(&'static str, PpoLossOptions, Change); 3] {
+    let default = PpoLossOptions::default();
+    [
+        ("value_clip_range", default, |d| d.old_values = None),
+        ("entropy_coef", PpoLossOptions { entropy_coef: 0.1, ..default }, |d| d.entropy = None),
+        ("kl_coef", PpoLossOptions { kl_coef: 0.1, ..default }, |d| d.ref_logp = None),
+    ]
+}
+
+/// What makes an input too short or too long, by its name.
+pub fn wrong_lengths() -> [(&'static str, Change); 9] {
+    [
+        ("logp", |d| d.logp.truncate(5)),
+        ("old_logp", |d| d.old_logp.truncate(5)),
+        ("advantages", |d| d.advantages.push(0.0)),
+        ("values", |d| d.values.as_mut().unwrap().truncate(5)),
+        ("old_values", |d| d.old_values.as_mut().unwrap().truncate(5)),
+        ("returns", |d| d.returns.as_mut().unwrap().truncate(5)),
+        ("entropy", |d| d.entropy.as_mut().unwrap().truncate(5)),
+        ("ref_logp", |d| d.ref_logp.as_mut().unwrap().truncate(5)),
+        ("mask", |d| d.mask = Some(vec![1; 5])),
+    ]
+}

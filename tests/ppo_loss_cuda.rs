@@ -1,0 +1,567 @@
+//! The CUDA kernels of the PPO loss, on a GPU or on the CPU stand-in: every option and thread order
+//! against the f64 reference, and bugs planted in the kernels, which must not go unseen.
+#![cfg(any(feature = "simt", feature = "cuda"))]
+
+mod common;
+
+use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
+use common::ppo_loss_cases::*;
+use common::*;
+use ppo_kernels::ppo_loss::cuda::{self, Gradients, Inputs, StoredGradients, ValueInputs};
+use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions, PpoStats};
+use ppo_kernels::{Error, Result};
+
+/// A call with every gradient that there is an input for.
+#[derive(Clone, Copy)]
+struct Call {
+    machine: Machine,
+    /// Elements from a 16-byte boundary to the first token, of each buffer another number.
+    offset: usize,
+}
+
+impl Call {
+    /// Aligned, with a grid so small that blocks loop over their parts.
+    fn new(order: Order) -> Self {
+        Self { machine: machine(order, 9, 3), offset: 0 }
+    }
+
+    fn run(self, data: &Data<f32>, options: &PpoLossOptions) -> Result<Found> {
+        self.run_with(data, options, true)
+    }
+
+    fn run_with(self, data: &Data<f32>, options: &PpoLossOptions, grads: bool) -> Result<Found> {
+        let device = DeviceData::new(data, self.offset);
+        let n = data.logp.len();
+        // Filled with NaN, to see that every element is written.
+        let room = |given: bool, at: usize| {
+            let room = vec![f32::NAN; if given { n } else { 0 }];
+            Buffer::new(&room, self.offset * at)
+        };
+        let mut out =
+            [room(true, 9), room(data.values.is_some(), 10), room(data.entropy.is_some(), 11)];
+        let [logp, values, entropy] = &mut out;
+        let gradients = Gradients {
+            logp: grads.then(|| logp.slice_mut()),
+            values: grads.then(|| values.slice_mut()).filter(|_| data.values.is_some()),
+            entropy: grads.then(|| entropy.slice_mut()).filter(|_| data.entropy.is_some()),
+        };
+        let mut stats = Buffer::new(&[f32::NAN; PpoStats::LEN], 0);
+        let length = cuda::workspace_len(data.batch, data.seq_len, options);
+        let mut workspace = Buffer::new(&vec![f32::NAN; length], 0);
+        let stream = stream(self.machine);
+        let inputs = device.inputs();
+        let (to, scratch) = (stats.slice_mut(), workspace.slice_mut());
+        cuda::ppo_loss(&stream, &inputs, options, gradients, to, scratch)?;
+        let stats: Vec<f64> = wide(&stats.read());
+        let stats = PpoStats::from_array(stats.try_into().unwrap());
+        Ok((stats, out.each_ref().map(Buffer::read)))
+    }
+}
+
+/// The inputs in device memory.
+struct DeviceData {
+    batch: usize,
+    seq_len: usize,
+    logp: Buffer<f32>,
+    old_logp: Buffer<f32>,
+    advantages: Buffer<f32>,
+    values: Option<Buffer<f32>>,
+    old_values: Option<Buffer<f32>>,
+    returns: Option<Buffer<f32>>,
+    entropy: Option<Buffer<f32>>,
+    ref_logp: Option<Buffer<f32>>,
+    mask: Option<Buffer<u8>>,
+}
+
+impl DeviceData {
+    fn new(data: &Data<f32>, offset: usize) -> Self {
+        let buffer = |x: &Vec<f32>, at: usize| Buffer::new(x, offset * at);
+        let optional = |x: &Option<Vec<f32>>, at| x.as_ref().map(|x| buffer(x, at));
+        Self {
+            batch: data.batch,
+            seq_len: data.seq_len,
+            logp: buffer(&data.logp, 1),
+            old_logp: buffer(&data.old_logp, 2),
+            advantages: buffer(&data.advantages, 3),
+            values: optional(&data.values, 4),
+            old_values: optional(&data.old_values, 5),
+            returns: optional(&data.returns, 6),
+            entropy: optional(&data.entropy, 7),
+            ref_logp: optional(&data.ref_logp, 8),
+            mask: data.mask.as_ref().map(|mask| Buffer::new(mask, offset)),
+        }
+    }
+
+    fn inputs(&self) -> Inputs<'static> {
+        let optional = |x: &Option<Buffer<f32>>| x.as_ref().map(Buffer::slice);
+        let values = optional(&self.values).zip(optional(&self.returns));
+        Inputs {
+            batch: self.batch,
+            seq_len: self.seq_len,
+            logp: self.logp.slice(),
+            old_logp: self.old_logp.slice(),
+            advantages: self.advantages.slice(),
+            value: values.map(|(values, returns)| ValueInputs {
+                values,
+                old_values: optional(&self.old_values),
+                returns,
+            }),
+            entropy: optional(&self.entropy),
+            ref_logp: optional(&self.ref_logp),
+            mask: self.mask.as_ref().map(Buffer::slice),
+        }
+    }
+}
+
+fn run_cuda(data: &Data<f32>, options: &PpoLossOptions) -> Found {
+    Call::new(Order::Fifo).run(data, options).unwrap()
+}
+
+#[track_caller]
+fn check_cuda(what: &str, data: &Data<f32>, options: &PpoLossOptions) {
+    check(what, data, options, &run_cuda(data, options));
+}
+
+#[test]
+fn agrees_with_the_reference_for_every_option() {
+    let mut rng = rng(1);
+    for (i, (name, options)) in option_sets().into_iter().enumerate() {
+        // One part, and several.
+        for (batch, seq_len) in [(5, 17), (3, 1700)] {
+            let mut data = rollout(&mut rng, batch, seq_len);
+            let call = Call { offset: i % 2, ..Call::new(ORDERS[i % 3]) };
+            let what = format!("{name} [{batch}, {seq_len}] {:?}", call.machine.order);
+            check(&what, &data, &options, &call.run(&data, &options).unwrap());
+            data.mask = Some(padded_mask(&mut rng, batch, seq_len));
+            let found = call.run(&data, &options).unwrap();
+            check(&format!("{what} masked"), &data, &options, &found);
+        }
+    }
+}
+
+/// Around every boundary: of a vector, a tile, the single part, the counting in the pass, a row that
+/// takes a block to count; one row, one column.
+const SHAPES: [(usize, usize); 14] = [
+    (1, 1),
+    (3, 7),
+    (1, 1024),
+    (5, 205),
+    (41, 99),
+    (1, 4096),
+    (1, 4097),
+    (2, 2050),
+    (300, 1),
+    (2051, 2),
+    (1100, 9),
+    (2, 8193),
+    (3, 8200),
+    (40, 501),
+];
+
+fn aggregated(aggregation: Aggregation) -> PpoLossOptions {
+    PpoLossOptions { entropy_coef: 0.03, kl_coef: 0.2, aggregation, ..Default::default() }
+}
+
+/// Every shape against the reference, with the same bits in all orders, wherever the data begin and
+/// for any grid.
+fn agrees_for_every_shape(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
+    let mut rng = rng(2);
+    for (batch, seq_len) in SHAPES {
+        for aggregation in
+            [Aggregation::SeqMeanTokenMean, Aggregation::TokenMean, Aggregation::SeqMeanTokenSum]
+        {
+            let options = aggregated(aggregation);
+            let mut data = rollout(&mut rng, batch, seq_len);
+            data.mask = Some(padded_mask(&mut rng, batch, seq_len));
+            let mut first = None;
+            for (i, &order) in orders.iter().enumerate() {
+                let machine = machine(order, 9, [3, 1 << 20, 1][i % 3]);
+                let call = Call { machine: Machine { planted_bug, ..machine }, offset: i % 3 };
+                let found = call.run(&data, &options)?;
+                let what = format!("{:?} [{batch}, {seq_len}] {order:?}", options.aggregation);
+                check(&what, &data, &options, &found);
+                let bits = bits(&found);
+                let first = first.get_or_insert_with(|| bits.clone());
+                assert!(*first == bits, "{what}: bits depend on order, alignment or grid");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn agrees_with_the_reference_for_every_shape_and_order() {
+    agrees_for_every_shape("", &ORDERS).unwrap();
+}
+
+#[test]
+fn parts_of_more_than_one_tile_agree_with_the_reference() {
+    let mut data = rollout(&mut rng(3), 1025, 1024);
+    (data.values, data.entropy, data.ref_logp) = (None, None, None);
+    let options = PpoLossOptions::default();
+    let call = Call { machine: machine(Order::Fifo, 9, 1 << 20), offset: 0 };
+    check("long", &data, &options, &call.run(&data, &options).unwrap());
+}
+
+#[test]
+fn what_is_masked_may_hold_nan_and_gets_zero() {
+    let mut rng = rng(4);
+    for (i, (name, options)) in option_sets().into_iter().enumerate() {
+        let mut data = rollout(&mut rng, 3, 1500);
+        let mut mask = random_mask(&mut rng, 3 * 1500, 0.5);
+        // All of the first part.
+        mask[..1024].fill(0);
+        data.mask = Some(mask.clone());
+        let call = Call::new(ORDERS[i % 3]);
+        let found = call.run(&data, &options).unwrap();
+        let with_nan = call.run(&with_nan_under_the_mask(&data), &options).unwrap();
+        assert_eq!(bits(&with_nan), bits(&found), "{name}");
+        for grad in &found.1 {
+            let masked = grad.iter().zip(&mask).filter(|(_, &m)| m == 0);
+            assert!(masked.into_iter().all(|(g, _)| g.to_bits() == 0), "{name}");
+        }
+    }
+}
+
+/// A batch whose values are far from 0, with a first part and some threads that have no token.
+fn far_from_zero() -> Data<f32> {
+    let mut data = rollout(&mut rng(5), 7, 900);
+    // Exact in f32, so that both see the same deviations.
+    let offset =
+        |x: &mut Vec<f32>| x.iter_mut().for_each(|x| *x = (*x * 64.0).round() / 64.0 + 1e4);
+    offset(data.values.as_mut().unwrap());
+    offset(data.returns.as_mut().unwrap());
+    offset(data.old_values.as_mut().unwrap());
+    let mut mask = random_mask(&mut rng(6), 7 * 900, 0.3);
+    mask[..1500].fill(0);
+    data.mask = Some(mask);
+    data
+}
+
+#[test]
+fn statistics_keep_their_digits_far_from_zero() {
+    let mut data = far_from_zero();
+    check_cuda("offset", &data, &PpoLossOptions::default());
+    // A ratio next to 1, where r - 1 - d is eight digits below r.
+    data.old_logp = data.logp.iter().map(|&l| l + 1.0 / 8192.0).collect();
+    let want = run(&data.map(f64::from), &PpoLossOptions::default()).stats;
+    let (got, _) = run_cuda(&data, &PpoLossOptions::default());
+    assert_close("k3", &[got.approx_kl_k3], &[want.approx_kl_k3], 1e-5, 0.0);
+}
+
+#[test]
+fn optional_terms_fall_away() {
+    for seq_len in [30, 2000] {
+        let full = rollout(&mut rng(7), 3, seq_len);
+        let options = PpoLossOptions::default();
+        let mut data = full.clone();
+        (data.entropy, data.ref_logp) = (None, None);
+        check_cuda("without entropy and reference", &data, &options);
+        data.values = None;
+        check_cuda("policy only", &data, &options);
+        let (stats, _) = run_cuda(&data, &options);
+        assert_eq!(stats.loss, stats.policy_loss);
+        let absent = ["value", "return", "entropy", "kl_mean", "explained"];
+        for (name, x) in PpoStats::NAMES.iter().zip(stats.to_array()) {
+            assert_eq!(x.is_nan(), absent.iter().any(|a| name.starts_with(a)), "{name}");
+        }
+        // Gradients that nobody wants change nothing, and are not written.
+        let (none, grads) = Call::new(Order::Fifo).run_with(&full, &options, false).unwrap();
+        assert_eq!(none, run_cuda(&full, &options).0);
+        assert!(grads.iter().flatten().all(|g| g.is_nan()));
+        // No clip, no old values.
+        let mut full = full;
+        full.old_values = None;
+        let options = PpoLossOptions { value_clip_range: None, ..options };
+        check_cuda("no old values", &full, &options);
+    }
+}
+
+#[test]
+fn an_input_that_is_only_reported_cannot_spoil_the_loss() {
+    let mut data = rollout(&mut rng(8), 2, 9);
+    data.ref_logp.as_mut().unwrap()[3] = f32::NEG_INFINITY;
+    data.entropy.as_mut().unwrap()[4] = f32::NAN;
+    data.values.as_mut().unwrap()[5] = f32::NAN;
+    let options = PpoLossOptions { value_coef: 0.0, ..Default::default() };
+    let (stats, grads) = run_cuda(&data, &options);
+    assert!(stats.loss.is_finite() && stats.entropy_mean.is_nan() && stats.value_loss.is_nan());
+    assert!(grads.iter().flatten().all(|g| g.is_finite()));
+    check_cuda("only reported", &data, &options);
+}
+
+#[test]
+fn nan_in_an_unmasked_token_reaches_the_loss() {
+    for n in [9, 5000] {
+        let data = rollout(&mut rng(9), 1, n);
+        let spoilt: [Change; 5] = [
+            |d| d.logp[5] = f32::NAN,
+            |d| d.old_logp[5] = f32::NAN,
+            |d| d.advantages[5] = f32::NAN,
+            |d| d.values.as_mut().unwrap()[5] = f32::NAN,
+            |d| d.returns.as_mut().unwrap()[5] = f32::NAN,
+        ];
+        for spoil in spoilt {
+            let mut data = data.clone();
+            spoil(&mut data);
+            assert!(run_cuda(&data, &PpoLossOptions::default()).0.loss.is_nan());
+        }
+    }
+}
+
+#[test]
+fn infinite_and_far_ratios_come_out_as_in_the_reference() {
+    let mut data = rollout(&mut rng(10), 1, 8);
+    data.logp = vec![500.0, -500.0, f32::NEG_INFINITY, 30.0, -30.0, 0.0, 2.5, -2.5];
+    data.old_logp = vec![0.0; 8];
+    for options in [
+        PpoLossOptions::default(),
+        PpoLossOptions { dual_clip: Some(3.0), ..Default::default() },
+        PpoLossOptions { log_ratio_clamp: Some(30.0), ..Default::default() },
+    ] {
+        check_cuda("far", &data, &options);
+    }
+}
+
+#[test]
+fn parts_with_the_whole_denominator_add_up_to_the_whole() {
+    let mut rng = rng(11);
+    let (batch, seq_len) = (6, 50);
+    let mut data = rollout(&mut rng, batch, seq_len);
+    let mut mask = random_mask(&mut rng, batch * seq_len, 0.6);
+    mask[2 * seq_len..3 * seq_len].fill(0);
+    data.mask = Some(mask.clone());
+    let tokens = mask.iter().filter(|&&m| m != 0).count() as f64;
+    for (aggregation, denominator) in [
+        (Aggregation::TokenMean, tokens),
+        (Aggregation::SeqMeanTokenSum, 5.0),
+        (Aggregation::SeqMeanTokenMean, 5.0),
+        (Aggregation::SeqMeanTokenSumNorm, 50.0),
+    ] {
+        let options = PpoLossOptions { aggregation, ..Default::default() };
+        let (whole, [whole_grad, ..]) = run_cuda(&data, &options);
+        let given = PpoLossOptions { denominator: Some(denominator), ..options };
+        let (mut loss, mut grad) = (0.0, Vec::new());
+        for b in 0..batch {
+            let (stats, [part_grad, ..]) = run_cuda(&row(&data, b), &given);
+            loss += stats.loss;
+            grad.extend(part_grad);
+        }
+        assert_close("loss", &[loss], &[whole.loss], REL, ABS);
+        assert_eq!(grad, whole_grad);
+    }
+}
+
+#[test]
+fn a_batch_without_tokens_needs_a_denominator() {
+    for seq_len in [5, 3000] {
+        let mut data = rollout(&mut rng(12), 2, seq_len);
+        data.mask = Some(vec![0; 2 * seq_len]);
+        for aggregation in [
+            Aggregation::TokenMean,
+            Aggregation::SeqMeanTokenSum,
+            Aggregation::SeqMeanTokenMean,
+            Aggregation::SeqMeanTokenSumNorm,
+        ] {
+            // The CPU refuses; here nobody has looked.
+            let options = PpoLossOptions { aggregation, ..Default::default() };
+            let (stats, grads) = run_cuda(&data, &options);
+            assert!(stats.loss.is_nan() && stats.tokens == 0.0);
+            assert!(grads.iter().flatten().all(|g| g.to_bits() == 0));
+            for options in [
+                PpoLossOptions { denominator: Some(8.0), ..options },
+                PpoLossOptions { aggregation: Aggregation::Constant(8.0), ..options },
+            ] {
+                let (stats, grads) = run_cuda(&data, &options);
+                assert_eq!((stats.loss, stats.policy_loss, stats.tokens), (0.0, 0.0, 0.0));
+                assert!(grads.iter().flatten().all(|g| g.to_bits() == 0));
+                assert!(stats.clip_fraction.is_nan() && stats.ratio_min.is_nan());
+                check_cuda("no tokens", &data, &options);
+            }
+        }
+    }
+}
+
+#[test]
+fn empty_shapes_are_batches_without_tokens() {
+    for (batch, seq_len) in [(0, 0), (0, 5), (5, 0)] {
+        for mask in [None, Some(Vec::new())] {
+            let data = Data::<f32> { batch, seq_len, mask, ..Default::default() };
+            for aggregation in [Aggregation::TokenMean, Aggregation::SeqMeanTokenMean] {
+                let options = PpoLossOptions { aggregation, ..Default::default() };
+                let error = Call::new(Order::Fifo).run(&data, &options).unwrap_err();
+                assert!(matches!(error, Error::Mask { .. }));
+                let options = PpoLossOptions { denominator: Some(1.0), ..options };
+                assert_eq!(run_cuda(&data, &options).0.loss, 0.0);
+            }
+        }
+    }
+}
+
+// ---- scaling ----
+
+#[test]
+fn gradients_are_scaled_wherever_they_are() {
+    let mut rng = rng(13);
+    for (i, n) in [1, 3, 4, 5, 63, 4096, 20_001].into_iter().enumerate() {
+        for factor in [-1.75_f32, 1.0, 0.0] {
+            for (from, to) in [(0, 0), (1, 1), (3, 0)] {
+                let x = uniform(&mut rng, n, 1.0);
+                let want: Vec<f32> = x.iter().map(|x| x * factor).collect();
+                let stream = stream(machine(ORDERS[i % 3], 9, 3));
+                let upstream = Buffer::new(&[factor], 0);
+                let (stored, mut other) = (Buffer::new(&x, from), Buffer::new(&x, from));
+                let mut out = Buffer::new(&vec![f32::NAN; n], to);
+                let slices = StoredGradients {
+                    logp: Some(stored.slice()),
+                    values: None,
+                    entropy: Some(other.slice()),
+                };
+                let gradients = Gradients {
+                    logp: Some(out.slice_mut()),
+                    values: None,
+                    entropy: Some(other.slice_mut()),
+                };
+                cuda::scale(&stream, upstream.slice(), slices, gradients).unwrap();
+                assert_eq!(out.read(), want);
+                assert_eq!(other.read(), want);
+                assert_eq!(stored.read(), x);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_masked_gradient_stays_zero_whatever_comes_from_upstream() {
+    let stream = stream(machine(Order::Fifo, 9, 3));
+    let mut grad = Buffer::new(&[0.0_f32, 1.0, 0.0, -1.0, 0.0, 2.0], 0);
+    let stored = StoredGradients { values: Some(grad.slice()), ..Default::default() };
+    let gradients = Gradients { values: Some(grad.slice_mut()), ..Default::default() };
+    cuda::scale(&stream, Buffer::new(&[f32::NAN], 0).slice(), stored, gradients).unwrap();
+    let nan: Vec<bool> = grad.read().iter().map(|g| g.is_nan()).collect();
+    assert_eq!(nan, [false, true, false, true, false, true]);
+    let nothing = (StoredGradients::default(), Gradients::default());
+    cuda::scale(&stream, Buffer::new(&[1.0], 0).slice(), nothing.0, nothing.1).unwrap();
+}
+
+// ---- errors ----
+
+#[test]
+fn options_out_of_range_are_refused_by_name() {
+    let data = rollout(&mut rng(14), 2, 3);
+    for (name, options) in bad_options() {
+        let error = Call::new(Order::Fifo).run(&data, &options).unwrap_err();
+        assert!(matches!(&error, Error::Option { option, .. } if *option == name), "{error}");
+        assert!(error.to_string().starts_with("ppo_loss: option"), "{error}");
+    }
+}
+
+#[test]
+fn options_that_need_a_missing_input_are_refused_by_name() {
+    for (name, options, remove) in missing_inputs() {
+        let mut data = rollout(&mut rng(15), 2, 3);
+        remove(&mut data);
+        let error = Call::new(Order::Fifo).run(&data, &options).unwrap_err();
+        assert!(matches!(&error, Error::Option { option, .. } if *option == name), "{error}");
+    }
+}
+
+#[test]
+fn slices_of_the_wrong_length_are_refused_by_name() {
+    let full = rollout(&mut rng(16), 2, 3);
+    let fails = |data: &Data<f32>, lengths: [Option<usize>; 3], room: [usize; 2], name: &str| {
+        let device = DeviceData::new(data, 0);
+        let mut out = lengths.map(|n| n.map(|n| Buffer::new(&vec![0.0_f32; n], 0)));
+        let [logp, values, entropy] =
+            out.each_mut().map(|buffer| buffer.as_mut().map(Buffer::slice_mut));
+        let [mut stats, mut workspace] = room.map(|n| Buffer::new(&vec![0.0_f32; n], 0));
+        let error = cuda::ppo_loss(
+            &stream(machine(Order::Fifo, 9, 3)),
+            &device.inputs(),
+            &PpoLossOptions::default(),
+            Gradients { logp, values, entropy },
+            stats.slice_mut(),
+            workspace.slice_mut(),
+        );
+        let error = error.unwrap_err();
+        assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
+    };
+    let (none, room) = ([None; 3], [PpoStats::LEN, 10_000]);
+    for (name, cut) in wrong_lengths() {
+        let mut data = full.clone();
+        cut(&mut data);
+        fails(&data, none, room, name);
+    }
+    fails(&full, [Some(5), None, None], room, "grad_logp");
+    fails(&full, [None, Some(5), None], room, "grad_values");
+    fails(&full, [None, None, Some(5)], room, "grad_entropy");
+    fails(&full, none, [PpoStats::LEN - 1, 10_000], "stats");
+    let needed = cuda::workspace_len(2, 3, &PpoLossOptions::default());
+    fails(&full, none, [PpoStats::LEN, needed - 1], "workspace");
+    // A gradient for what is not there.
+    let mut data = full.clone();
+    data.values = None;
+    fails(&data, [None, Some(6), None], room, "grad_values");
+    data.batch = usize::MAX;
+    fails(&data, none, room, "logp");
+}
+
+#[test]
+fn gradients_to_scale_of_the_wrong_length_are_refused_by_name() {
+    let fails = |upstream: usize, stored: Option<usize>, out: Option<usize>, name: &str| {
+        let upstream = Buffer::new(&vec![1.0_f32; upstream], 0);
+        let buffer = |n: usize| Buffer::new(&vec![1.0_f32; n], 0);
+        let (stored, mut out) = (stored.map(buffer), out.map(buffer));
+        let slices =
+            StoredGradients { values: stored.as_ref().map(Buffer::slice), ..Default::default() };
+        let gradients =
+            Gradients { values: out.as_mut().map(Buffer::slice_mut), ..Default::default() };
+        let stream = stream(machine(Order::Fifo, 9, 3));
+        let error = cuda::scale(&stream, upstream.slice(), slices, gradients).unwrap_err();
+        assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
+    };
+    fails(2, Some(3), Some(3), "upstream");
+    fails(1, Some(3), Some(4), "grad_values");
+    fails(1, None, Some(4), "grad_values");
+    fails(1, Some(3), None, "grad_values");
+}
+
+#[cfg(feature = "simt")]
+mod planted {
+    use super::*;
+
+    /// Whether a planted bug goes unseen; a run that panics or reports has seen it.
+    fn unseen(bug: &'static str, orders: &[Order]) -> bool {
+        let run = || agrees_for_every_shape(bug, orders);
+        matches!(std::panic::catch_unwind(run), Ok(Ok(())))
+    }
+
+    #[test]
+    fn planted_bugs_that_change_results_are_seen() {
+        for bug in ["loss_wrong_centre", "loss_wrong_row"] {
+            for order in ORDERS {
+                assert!(!unseen(bug, &[order]), "{bug} {order:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_planted_race_is_seen_in_one_of_the_orders() {
+        let seeds: Vec<Order> = (0..4).map(Order::Random).collect();
+        let orders = [&ORDERS[..2], &seeds].concat();
+        assert!(!unseen("loss_missing_barrier", &orders));
+    }
+
+    /// Run by `.ci/simt` under a sanitizer, which must end the process.
+    #[test]
+    #[ignore = "ends the process under a sanitizer"]
+    fn a_planted_bug_for_a_sanitizer() {
+        let bug = std::env::var("PLANTED_BUG").unwrap();
+        let name = ["loss_read_past_the_end", "loss_missing_barrier", "loss_shared_memory_race"]
+            .into_iter()
+            .find(|name| *name == bug)
+            .unwrap();
+        // An order that hides the bug from the results, where there is one.
+        let _ = agrees_for_every_shape(name, &[Order::Lifo]);
+    }
+}
