@@ -159,6 +159,16 @@ impl Error {
         Err(Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") })
     }
 
+    /// `Ok` when a workspace has as many elements as it must have.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    pub(crate) fn check_workspace(op: &'static str, got: usize, needed: usize) -> Result<()> {
+        if got >= needed {
+            return Ok(());
+        }
+        let expected = format!("[{needed}] or more");
+        Err(Error::Shape { op, arg: "workspace", expected, got: format!("[{got}]") })
+    }
+
     /// `Ok` when a setting is `valid` and finite in f32, in which the ops compute; `expected` says in
     /// words what is valid.
     pub(crate) fn check_option(

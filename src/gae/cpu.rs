@@ -9,10 +9,10 @@
 
 use std::ops::Range;
 
-use super::{check_missing_eos, GaeOptions, Inputs, MaskMode, ScorePlacement, OP};
+use super::{check_missing_eos, GaeOptions, Inputs, Lengths, MaskMode, ScorePlacement};
 use crate::cpu::math::LANES;
 use crate::cpu::{prefetch, reduce, vectorise, RowsMut};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::whiten::cpu::leaf_moments;
 use crate::whiten::Moments;
 
@@ -50,7 +50,21 @@ pub fn gae(
     outputs: Outputs,
 ) -> Result<Moments> {
     options.validate()?;
-    check_lengths(&inputs, batch, seq_len, &outputs)?;
+    let shaped = outputs.rewards.as_ref();
+    Lengths {
+        values: inputs.values.len(),
+        rewards: inputs.rewards.map(<[f32]>::len),
+        kl: inputs.kl.map(<[f32]>::len),
+        scores: inputs.scores.map(<[f32]>::len),
+        has_eos: inputs.has_eos.map(<[u8]>::len),
+        mask: inputs.mask.map(<[u8]>::len),
+        dones: inputs.dones.map(<[u8]>::len),
+        bootstrap: inputs.bootstrap.map(<[f32]>::len),
+        advantages: outputs.advantages.len(),
+        returns: outputs.returns.len(),
+        shaped: shaped.map(|shaped| shaped.len()),
+    }
+    .check(batch, seq_len)?;
     let (scores, has_eos) = (inputs.scores.is_some(), inputs.has_eos.is_some());
     check_missing_eos(options.shaping.missing_eos, scores, has_eos)?;
 
@@ -78,29 +92,6 @@ pub fn gae(
     // Rows of nothing need no walk, however many there are.
     let batch = if seq_len == 0 { 0 } else { batch };
     Ok(reduce(batch, GRAIN / seq_len.max(1), items, leaf, Moments::merge))
-}
-
-fn check_lengths(
-    inputs: &Inputs<f32>,
-    batch: usize,
-    seq_len: usize,
-    outputs: &Outputs,
-) -> Result<()> {
-    let tokens = batch.saturating_mul(seq_len);
-    let check = |arg, length: Option<usize>, expected| {
-        Error::check_len(OP, arg, length.unwrap_or(expected), expected)
-    };
-    check("values", Some(inputs.values.len()), tokens)?;
-    check("rewards", inputs.rewards.map(<[f32]>::len), tokens)?;
-    check("kl", inputs.kl.map(<[f32]>::len), tokens)?;
-    check("scores", inputs.scores.map(<[f32]>::len), batch)?;
-    check("has_eos", inputs.has_eos.map(<[u8]>::len), batch)?;
-    check("mask", inputs.mask.map(<[u8]>::len), tokens)?;
-    check("dones", inputs.dones.map(<[u8]>::len), tokens)?;
-    check("bootstrap", inputs.bootstrap.map(<[f32]>::len), batch)?;
-    check("advantages", Some(outputs.advantages.len()), tokens)?;
-    check("returns", Some(outputs.returns.len()), tokens)?;
-    check("rewards (out)", outputs.rewards.as_ref().map(|rewards| rewards.len()), tokens)
 }
 
 /// The options as the recurrence uses them.

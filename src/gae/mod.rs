@@ -40,6 +40,8 @@
 //! read once; 4 for each output, written once.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -271,6 +273,42 @@ impl<'a, T> Inputs<'a, T> {
             dones: None,
             bootstrap: None,
         }
+    }
+}
+
+/// The lengths of all arguments, `None` for what is not given.
+struct Lengths {
+    values: usize,
+    rewards: Option<usize>,
+    kl: Option<usize>,
+    scores: Option<usize>,
+    has_eos: Option<usize>,
+    mask: Option<usize>,
+    dones: Option<usize>,
+    bootstrap: Option<usize>,
+    advantages: usize,
+    returns: usize,
+    shaped: Option<usize>,
+}
+
+impl Lengths {
+    /// `Ok` when they are those of `batch` rows of `seq_len` tokens.
+    fn check(&self, batch: usize, seq_len: usize) -> Result<()> {
+        let tokens = batch.saturating_mul(seq_len);
+        let check = |arg, length: Option<usize>, expected| {
+            Error::check_len(OP, arg, length.unwrap_or(expected), expected)
+        };
+        check("values", Some(self.values), tokens)?;
+        check("rewards", self.rewards, tokens)?;
+        check("kl", self.kl, tokens)?;
+        check("scores", self.scores, batch)?;
+        check("has_eos", self.has_eos, batch)?;
+        check("mask", self.mask, tokens)?;
+        check("dones", self.dones, tokens)?;
+        check("bootstrap", self.bootstrap, batch)?;
+        check("advantages", Some(self.advantages), tokens)?;
+        check("returns", Some(self.returns), tokens)?;
+        check("rewards (out)", self.shaped, tokens)
     }
 }
 

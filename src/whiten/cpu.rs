@@ -1,6 +1,6 @@
 //! Whitening on slices. Sums are taken in f64, over leaves of a fixed size that a fixed tree merges.
 
-use super::{EpsPlacement, Moments, WhitenOptions, OP};
+use super::{check_mask, EpsPlacement, Moments, WhitenOptions, OP};
 use crate::cpu::math::LANES;
 use crate::cpu::{for_each, reduce, vectorise};
 use crate::error::{Error, Result};
@@ -15,7 +15,7 @@ const KEEP_ALL: [u8; LANES] = [1; LANES];
 /// # Errors
 /// If the mask's length is not that of `x`.
 pub fn masked_moments(x: &[f32], mask: Option<&[u8]>) -> Result<Moments> {
-    check_mask(x, mask)?;
+    check_mask(x.len(), mask.map(<[u8]>::len))?;
     Ok(moments(x, mask))
 }
 
@@ -31,7 +31,7 @@ pub fn masked_whiten(
     out: &mut [f32],
 ) -> Result<()> {
     options.validate()?;
-    check_mask(x, mask)?;
+    check_mask(x.len(), mask.map(<[u8]>::len))?;
     Error::check_len(OP, "out", out.len(), x.len())?;
 
     let scale = Scale::new(moments, options)?;
@@ -59,7 +59,7 @@ pub fn masked_whiten_backward(
     grad_x: &mut [f32],
 ) -> Result<()> {
     options.validate()?;
-    check_mask(x, mask)?;
+    check_mask(x.len(), mask.map(<[u8]>::len))?;
     Error::check_len(OP, "grad_out", grad_out.len(), x.len())?;
     Error::check_len(OP, "grad_x", grad_x.len(), x.len())?;
 
@@ -104,7 +104,7 @@ pub fn masked_whiten_with_backward(
     grad_x: &mut [f32],
 ) -> Result<()> {
     options.validate()?;
-    check_mask(grad_out, mask)?;
+    check_mask(grad_out.len(), mask.map(<[u8]>::len))?;
     Error::check_len(OP, "grad_x", grad_x.len(), grad_out.len())?;
 
     let inv = Scale::new(moments, options)?.inv as f32;
@@ -292,12 +292,5 @@ impl Scale {
             // All elements are equal: what it multiplies is 0.
             slope: if variance == 0.0 { 0.0 } else { 2.0 * d_inv_d_var / divisor },
         })
-    }
-}
-
-fn check_mask(x: &[f32], mask: Option<&[u8]>) -> Result<()> {
-    match mask {
-        Some(mask) => Error::check_len(OP, "mask", mask.len(), x.len()),
-        None => Ok(()),
     }
 }

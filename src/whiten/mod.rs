@@ -23,6 +23,8 @@
 //! read (x, mask and the gradient twice), 4 written.
 
 pub mod cpu;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
 mod tensor;
@@ -87,6 +89,11 @@ impl WhitenOptions {
         }
         Ok((moments.count - u64::from(self.unbiased)) as f64)
     }
+}
+
+/// `Ok` when a mask, if there is one, has as many elements as what it masks.
+fn check_mask(len: usize, mask: Option<usize>) -> Result<()> {
+    Error::check_len(OP, "mask", mask.unwrap_or(len), len)
 }
 
 /// Count, mean and sum of squared deviations of a set of numbers; sets can be merged.

@@ -4,6 +4,7 @@
 
 #[cfg(any(feature = "simt", feature = "cuda"))]
 pub mod device;
+pub mod gae_cases;
 #[cfg(feature = "candle")]
 mod golden;
 #[cfg(all(feature = "cuda", not(feature = "simt")))]

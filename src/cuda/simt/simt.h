@@ -154,6 +154,9 @@ inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
 inline int __popc(uint32_t x) { return std::popcount(x); }
 // The place of the lowest bit that is set, counted from 1; 0 if none is.
 inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
+// Zeros above the highest bit that is set.
+inline int __clz(uint32_t x) { return std::countl_zero(x); }
 
 inline int min(int a, int b) { return b < a ? b : a; }
 inline int64_t min(int64_t a, int64_t b) { return b < a ? b : a; }
+inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }

@@ -1,0 +1,311 @@
+// Masked whitening, forward and backward. src/whiten/mod.rs has the formulas and src/whiten/cuda.rs the
+// launches.
+//
+//     mean = sum m x / n     var = sum m (x - mean)^2 / (n - 1)     y = (x - mean) / sqrt(var + eps)
+//
+// x, y and gradients are [n] in f32, the mask is [n] in u8, moments are three f64: count, mean, and the
+// sum of squared deviations. They stay on the device between the passes:
+//     moments   a block takes a run of elements and leaves their moments, merge puts those together
+//     forward   an element after the other, with given moments, which may be of a larger set
+//     sums      sum g and sum g (x - mean), which the gradient through the moments needs, in runs as
+//               above; merge_sums adds those up
+//     backward  an element after the other
+// A warp has several segments of 128 elements in flight, four elements a lane. Where runs begin and
+// end depends on n alone, and so do all bits.
+//
+// Bytes an element, with a mask: moments 5 read; forward 5 read, 4 written; sums 9 read; backward 9
+// read, 4 written.
+//
+// Numbers. Sums are in f64. The mean is subtracted in two floats: x minus the first is exact where x
+// is near it, so that a large mean costs the deviations no digits. What is masked is read and not
+// looked at, and comes out as 0. Too few elements for the variance make what is not masked NaN.
+
+#include "common/moments.cuh"
+#include "common/tokens.cuh"
+
+// Segments of x, or of x and g each, that a warp loads before it uses the first.
+constexpr int IN_FLIGHT = 4;
+constexpr int PAIRS_IN_FLIGHT = 2;
+
+constexpr int MAX_WARPS = 256 / WARP;
+
+struct Sums {
+    double g;
+    double product;  // g (x - mean)
+};
+
+struct Options {
+    double eps;
+    int32_t eps_at_std;  // it is added to the standard deviation, not to the variance
+    int32_t unbiased;
+    int32_t shift_mean;
+};
+
+// Moments on the device, or else the values.
+struct Given {
+    const Moments* moments;
+    Moments values;
+
+    __device__ __forceinline__ Moments read() const { return moments ? *moments : values; }
+};
+
+struct MomentsArgs {
+    const float* x;
+    const uint8_t* mask;  // or null: ones
+    Moments* partials;
+    int64_t count;
+    int64_t run;          // elements of a partial
+};
+
+struct ForwardArgs {
+    const float* x;
+    const uint8_t* mask;  // or null: ones
+    float* y;             // may be x
+    int64_t count;
+    Given given;
+    Options options;
+    int32_t scale_only;   // y = x / sqrt(..), the gradient with moments that are constants
+};
+
+struct SumsArgs {
+    const float* x;
+    const float* grad_y;
+    const uint8_t* mask;  // or null: ones
+    Sums* partials;
+    int64_t count;
+    int64_t run;          // elements of a partial
+    Given given;
+};
+
+struct MergeSumsArgs {
+    const Sums* partials;
+    Sums* sums;
+    int64_t count;
+};
+
+struct BackwardArgs {
+    const float* x;
+    const float* grad_y;
+    const uint8_t* mask;  // or null: ones
+    float* grad_x;        // may be grad_y
+    const Sums* sums;
+    int64_t count;
+    Given given;
+    Options options;
+};
+
+// A mean in two floats.
+struct Mean {
+    float high, low;
+
+    __device__ __forceinline__ float deviation(float x) const { return (x - high) - low; }
+};
+
+static __device__ __forceinline__ Mean in_two_floats(double mean) {
+    const float high = float(mean);
+    return {high, float(mean - double(high))};
+}
+
+// What moments and options come down to: one thread of a block works it out for all.
+struct Scale {
+    Mean mean;
+    float inverse;  // the factor of x - mean forward, of g backward
+    float slope;    // the factor of x - mean backward
+    float offset;   // added last
+};
+
+// 1 / sqrt(var + eps), or 1 / (std + eps), and its derivative by the variance.
+struct Inverse {
+    double value, slope;
+    double divisor;  // of the sum of squares
+
+    __device__ __forceinline__ Inverse(const Moments& m, const Options& o) {
+        divisor = m.count - (o.unbiased ? 1.0 : 0.0);
+        const double variance = divisor < 1.0 ? NAN : m.squares / divisor;
+        if (o.eps_at_std) {
+            const double std = sqrt(variance);
+            value = 1.0 / (std + o.eps);
+            slope = -0.5 * value * value / std;
+        } else {
+            value = 1.0 / sqrt(variance + o.eps);
+            slope = -0.5 * value * value * value;
+        }
+        // All elements are equal: what it multiplies is 0.
+        if (variance == 0.0) slope = 0.0;
+    }
+};
+
+// The lane's unmasked elements of N segments, four bits for each.
+template <int N>
+static __device__ __forceinline__ void load_mask(const uint8_t* mask, const Place& place,
+                                                 unsigned (&keep)[N]) {
+    uint32_t flags[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        if (mask) flags[j] = load_flags(mask, place, j);
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        keep[j] = mask ? bits_of(flags[j]) : lowest_bits(place.left - first_of_lane(j));
+    }
+}
+
+// Calls work(place) for every N segments of the elements first..end that fall to this warp, of
+// `warps` that share them.
+template <int N, class Work>
+static __device__ __forceinline__ void for_segments(int64_t first, int64_t end, int64_t count,
+                                                    int64_t warp, int64_t warps, Work work) {
+    constexpr int TOKENS = N * SEGMENT;
+    for (int64_t at = first + warp * TOKENS; at < end; at += warps * TOKENS) {
+        work(Place(0, count, at));
+    }
+}
+
+// The same for all elements, shared by all blocks.
+template <int N, class Work>
+static __device__ __forceinline__ void for_all_segments(int64_t count, Work work) {
+    const int64_t warps = blockDim.x / WARP;
+    const int64_t warp = blockIdx.x * warps + threadIdx.x / WARP;
+    for_segments<N>(0, count, count, warp, gridDim.x * warps, work);
+}
+
+// Block [threads], a run of elements a block.
+KERNEL(256, 4, whiten_moments_f32, MomentsArgs) {
+    SHARED(Deviations, warps, MAX_WARPS);
+    for (int64_t run = blockIdx.x; run * args.run < args.count; run += gridDim.x) {
+        const int64_t first = run * args.run, end = min(first + args.run, args.count);
+        Deviations d = no_deviations();
+        for_segments<IN_FLIGHT>(first, end, args.count, threadIdx.x / WARP, blockDim.x / WARP,
+                                [&](const Place& place) {
+            float x[IN_FLIGHT][QUAD];
+            unsigned keep[IN_FLIGHT];
+            load_tokens(args.x, place, x);
+            load_mask(args.mask, place, keep);
+#pragma unroll
+            for (int j = 0; j < IN_FLIGHT; j++) add(d, x[j], keep[j]);
+        });
+        d = block_merge(d, warps);
+        if (threadIdx.x == 0) args.partials[run] = moments_of(d);
+    }
+}
+
+KERNEL(512, 1, whiten_merge_f32, MergeArgs) { merge_moments(args); }
+
+KERNEL(256, 4, whiten_forward_f32, ForwardArgs) {
+    SHARED(Scale, shared, 1);
+    if (threadIdx.x == 0) {
+        const Moments m = args.given.read();
+        const Mean mean = in_two_floats(args.scale_only ? 0.0 : m.mean);
+        const float inverse = float(Inverse(m, args.options).value);
+        *shared = {mean, inverse, 0.0f, args.options.shift_mean ? 0.0f : mean.high};
+    }
+    __syncthreads();
+    const Scale scale = *shared;
+    for_all_segments<IN_FLIGHT>(args.count, [&](Place place) {
+        // In place, a vector that straddles two warps' elements would be read while it is written.
+        place.inner = place.inner && args.x != args.y;
+        float x[IN_FLIGHT][QUAD];
+        unsigned keep[IN_FLIGHT];
+        load_tokens(args.x, place, x);
+        load_mask(args.mask, place, keep);
+#pragma unroll
+        for (int j = 0; j < IN_FLIGHT; j++) {
+#pragma unroll
+            for (int i = 0; i < QUAD; i++) {
+                const float y = fmaf(scale.mean.deviation(x[j][i]), scale.inverse, scale.offset);
+                x[j][i] = keep[j] >> i & 1 ? y : 0.0f;
+            }
+            store_tokens(args.y, place, j, x[j]);
+        }
+    });
+}
+
+static __device__ __forceinline__ Sums block_sum(Sums s, Sums* warps) {
+    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    s = {warp_sum(s.g), warp_sum(s.product)};
+    // The first warp may still be reading what an earlier call left.
+    __syncthreads();
+    if (lane == 0) warps[warp] = s;
+    __syncthreads();
+    if (warp == 0) {
+        s = lane < blockDim.x / WARP ? warps[lane] : Sums{0.0, 0.0};
+        s = {warp_sum(s.g), warp_sum(s.product)};
+    }
+    return s;
+}
+
+// Block [threads], a run of elements a block.
+KERNEL(256, 4, whiten_sums_f32, SumsArgs) {
+    SHARED(Sums, warps, MAX_WARPS);
+    const Mean mean = in_two_floats(args.given.read().mean);
+    for (int64_t run = blockIdx.x; run * args.run < args.count; run += gridDim.x) {
+        const int64_t first = run * args.run, end = min(first + args.run, args.count);
+        Sums s = {0.0, 0.0};
+        for_segments<PAIRS_IN_FLIGHT>(first, end, args.count, threadIdx.x / WARP,
+                                      blockDim.x / WARP, [&](const Place& place) {
+            float x[PAIRS_IN_FLIGHT][QUAD], g[PAIRS_IN_FLIGHT][QUAD];
+            unsigned keep[PAIRS_IN_FLIGHT];
+            load_tokens(args.x, place, x);
+            load_tokens(args.grad_y, place, g);
+            load_mask(args.mask, place, keep);
+#pragma unroll
+            for (int j = 0; j < PAIRS_IN_FLIGHT; j++) {
+#pragma unroll
+                for (int i = 0; i < QUAD; i++) {
+                    if (keep[j] >> i & 1) {
+                        s.g += double(g[j][i]);
+                        s.product = fma(double(g[j][i]), double(mean.deviation(x[j][i])), s.product);
+                    }
+                }
+            }
+        });
+        s = block_sum(s, warps);
+        if (threadIdx.x == 0) args.partials[run] = s;
+    }
+}
+
+// One block.
+KERNEL(512, 1, whiten_merge_sums_f32, MergeSumsArgs) {
+    SHARED(Sums, warps, WARP);
+    Sums s = {0.0, 0.0};
+    for (int64_t i = threadIdx.x; i < args.count; i += blockDim.x) {
+        s.g += args.partials[i].g;
+        s.product += args.partials[i].product;
+    }
+    s = block_sum(s, warps);
+    if (threadIdx.x == 0) *args.sums = s;
+}
+
+KERNEL(256, 4, whiten_backward_f32, BackwardArgs) {
+    SHARED(Scale, shared, 1);
+    if (threadIdx.x == 0) {
+        const Moments m = args.given.read();
+        const Inverse inverse(m, args.options);
+        const double mean_g = args.sums->g / m.count;
+        const double offset = -inverse.value * mean_g;
+        const double slope = args.sums->product * (2.0 * inverse.slope / inverse.divisor);
+        *shared = {in_two_floats(m.mean), float(inverse.value), float(slope),
+                   float(args.options.shift_mean ? offset : offset + mean_g)};
+    }
+    __syncthreads();
+    const Scale scale = *shared;
+    for_all_segments<PAIRS_IN_FLIGHT>(args.count, [&](Place place) {
+        float x[PAIRS_IN_FLIGHT][QUAD], g[PAIRS_IN_FLIGHT][QUAD];
+        unsigned keep[PAIRS_IN_FLIGHT];
+        load_tokens(args.x, place, x);
+        // As in the forward pass.
+        place.inner = place.inner && args.grad_y != args.grad_x;
+        load_tokens(args.grad_y, place, g);
+        load_mask(args.mask, place, keep);
+#pragma unroll
+        for (int j = 0; j < PAIRS_IN_FLIGHT; j++) {
+#pragma unroll
+            for (int i = 0; i < QUAD; i++) {
+                const float from_g = fmaf(g[j][i], scale.inverse, scale.offset);
+                const float dx = fmaf(scale.mean.deviation(x[j][i]), scale.slope, from_g);
+                g[j][i] = keep[j] >> i & 1 ? dx : 0.0f;
+            }
+            store_tokens(args.grad_x, place, j, g[j]);
+        }
+    });
+}

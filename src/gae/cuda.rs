@@ -1,0 +1,353 @@
+//! Launches of `kernels/gae.cu` on device memory and the caller's stream. Nothing is allocated and
+//! nothing waits for the device.
+//!
+//! Refuses what [`cpu`](super::cpu) refuses. A row's bits depend neither on other rows, nor on padding
+//! behind it, nor on which of the kernels takes it, so that this can be chosen by the whole shape. The
+//! moments depend on the shape as well.
+
+use std::ptr::{null, null_mut};
+
+use super::{check_missing_eos, GaeOptions, Lengths, MaskMode, MissingEos, RewardShaping};
+use super::{ScoreOrder, ScorePlacement, OP};
+use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
+use crate::error::{Error, Result};
+use crate::whiten::cuda::{merge, merge_workspace_len, MOMENTS};
+
+const WARP: usize = 32;
+
+/// Tokens of a segment, and those that a thread holds, as in the kernels.
+const SEGMENT: usize = 128;
+const HELD: usize = 8;
+
+/// Threads of a block for rows of up to so many tokens.
+struct Geometry {
+    max_tokens: usize,
+    threads: usize,
+}
+
+/// A block a row, but for the shortest, of which a warp has one. Longer ones take several turns.
+const ROWS: [Geometry; 4] = [
+    Geometry { max_tokens: WARP * HELD, threads: WARP },
+    Geometry { max_tokens: 512, threads: 64 },
+    Geometry { max_tokens: 1024, threads: 128 },
+    Geometry { max_tokens: usize::MAX, threads: BLOCK },
+];
+
+/// Threads of a block that several rows share, or a tile of a long one.
+const BLOCK: usize = 256;
+const TILE: usize = BLOCK * HELD;
+
+/// At most so many rows of more than so many tokens are split over blocks: it costs some launches and
+/// reads the inputs again, which are in L2 then. More rows are enough for every multiprocessor.
+const SPLIT_ROWS: usize = 64;
+const SPLIT_TOKENS: usize = 8 * TILE;
+
+/// Values of f64 that hold a segment's map, of three times four bytes, and its state, of two.
+fn map_len(segments: usize) -> usize {
+    (segments.saturating_mul(3)).div_ceil(2)
+}
+
+/// How the kernels share out a batch.
+enum Mapping {
+    /// A row a warp.
+    Warp,
+    /// A row a block of so many threads.
+    Block(usize),
+    /// A tile a block.
+    Split,
+}
+
+impl Mapping {
+    fn new(batch: usize, seq_len: usize) -> Self {
+        if batch <= SPLIT_ROWS && seq_len > SPLIT_TOKENS {
+            return Mapping::Split;
+        }
+        let last = ROWS.len() - 1;
+        let found = ROWS.iter().find(|entry| seq_len <= entry.max_tokens).unwrap_or(&ROWS[last]);
+        match found.threads {
+            WARP => Mapping::Warp,
+            threads => Mapping::Block(threads),
+        }
+    }
+
+    /// Blocks' worth of work, of which each leaves its moments.
+    fn blocks(&self, batch: usize, seq_len: usize) -> usize {
+        match self {
+            Mapping::Warp => batch.div_ceil(BLOCK / WARP),
+            Mapping::Block(_) => batch,
+            Mapping::Split => batch.saturating_mul(seq_len.div_ceil(TILE)),
+        }
+    }
+}
+
+/// The inputs on the device; see [the module](super) for their meaning.
+#[derive(Clone, Copy)]
+pub struct Inputs<'a> {
+    /// Values, `[B, T]`.
+    pub values: Slice<'a, f32>,
+    /// Dense rewards, `[B, T]`.
+    pub rewards: Option<Slice<'a, f32>>,
+    /// KL to the reference policy, `[B, T]`.
+    pub kl: Option<Slice<'a, f32>>,
+    /// Scores of the sequences, `[B]`.
+    pub scores: Option<Slice<'a, f32>>,
+    /// Whether the sequence has an end-of-sequence token, `[B]`.
+    pub has_eos: Option<Slice<'a, u8>>,
+    /// 0 where masked, `[B, T]`.
+    pub mask: Option<Slice<'a, u8>>,
+    /// Non-zero where an episode ended with step t, `[B, T]`.
+    pub dones: Option<Slice<'a, u8>>,
+    /// Value of the state after the last unmasked token, `[B]`.
+    pub bootstrap: Option<Slice<'a, f32>>,
+}
+
+impl<'a> Inputs<'a> {
+    /// Values alone, to be filled in with `Inputs { mask: Some(..), ..Inputs::new(values) }`.
+    pub fn new(values: Slice<'a, f32>) -> Self {
+        Self {
+            values,
+            rewards: None,
+            kl: None,
+            scores: None,
+            has_eos: None,
+            mask: None,
+            dones: None,
+            bootstrap: None,
+        }
+    }
+}
+
+/// What [`gae`] writes, each `[B, T]`, and 0 where masked, but for the moments. None of it may be the
+/// memory of an input.
+pub struct Outputs<'a> {
+    /// Advantages.
+    pub advantages: SliceMut<'a, f32>,
+    /// Returns: the targets of the value function.
+    pub returns: SliceMut<'a, f32>,
+    /// The rewards after shaping, if wanted.
+    pub rewards: Option<SliceMut<'a, f32>>,
+    /// Count, mean and sum of squared deviations of the unmasked advantages, if wanted, for
+    /// [`whiten::cuda`](crate::whiten::cuda).
+    pub moments: Option<SliceMut<'a, f64>>,
+}
+
+/// The least length of the workspace of [`gae`]: 24 bytes a row or less, and for few long rows some 24
+/// bytes every 128 tokens.
+pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
+    if batch == 0 || seq_len == 0 {
+        return 0;
+    }
+    let mapping = Mapping::new(batch, seq_len);
+    let partials = merge_workspace_len(mapping.blocks(batch, seq_len));
+    match mapping {
+        Mapping::Split => {
+            let segments = batch.saturating_mul(seq_len.div_ceil(SEGMENT));
+            let scan = batch.saturating_add(segments).saturating_add(map_len(segments));
+            partials.saturating_add(scan)
+        }
+        _ => partials,
+    }
+}
+
+/// Advantages and returns of `batch` rows of `seq_len` tokens. Reads every input once, or twice if
+/// there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and can
+/// be used again for the next call on the same stream.
+///
+/// # Errors
+/// If a length does not fit, an option is out of range, [`MissingEos`] has no `scores` and `has_eos`
+/// to work on, or a kernel cannot be launched.
+pub fn gae(
+    stream: &Stream,
+    inputs: Inputs,
+    batch: usize,
+    seq_len: usize,
+    options: &GaeOptions,
+    outputs: Outputs,
+    workspace: SliceMut<f64>,
+) -> Result<()> {
+    options.validate()?;
+    Lengths {
+        values: inputs.values.len(),
+        rewards: inputs.rewards.map(|slice| slice.len()),
+        kl: inputs.kl.map(|slice| slice.len()),
+        scores: inputs.scores.map(|slice| slice.len()),
+        has_eos: inputs.has_eos.map(|slice| slice.len()),
+        mask: inputs.mask.map(|slice| slice.len()),
+        dones: inputs.dones.map(|slice| slice.len()),
+        bootstrap: inputs.bootstrap.map(|slice| slice.len()),
+        advantages: outputs.advantages.len(),
+        returns: outputs.returns.len(),
+        shaped: outputs.rewards.as_ref().map(|slice| slice.len()),
+    }
+    .check(batch, seq_len)?;
+    let (scores, has_eos) = (inputs.scores.is_some(), inputs.has_eos.is_some());
+    check_missing_eos(options.shaping.missing_eos, scores, has_eos)?;
+    if let Some(moments) = &outputs.moments {
+        Error::check_len(OP, "moments", moments.len(), MOMENTS)?;
+    }
+    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len))?;
+
+    let moments = outputs.moments.as_ref().map(|moments| moments.as_mut_ptr());
+    let workspace = workspace.as_mut_ptr();
+    if batch == 0 || seq_len == 0 {
+        return moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, 0, moments));
+    }
+    let mapping = Mapping::new(batch, seq_len);
+    let blocks = mapping.blocks(batch, seq_len);
+    let partials = if moments.is_some() { workspace } else { null_mut() };
+    let mut args = GaeArgs::new(inputs, batch, seq_len, options, outputs, partials);
+
+    let launch = |pass, blocks, threads: usize, args: &GaeArgs| {
+        let launch = Launch::new(stream.device(), blocks, 1, threads as u32);
+        stream.launch(&Kernel { op: OP, pass, dtype: "f32" }, launch, args)
+    };
+    match mapping {
+        Mapping::Warp => launch("warp", blocks, BLOCK, &args)?,
+        Mapping::Block(threads) => {
+            args.tiles = seq_len.div_ceil(threads * HELD) as i32;
+            launch("block", blocks, threads, &args)?;
+        }
+        Mapping::Split => {
+            let segments = seq_len.div_ceil(SEGMENT);
+            args.segments = segments as i64;
+            args.tiles = seq_len.div_ceil(TILE) as i32;
+            args.last = workspace.wrapping_add(merge_workspace_len(blocks)).cast();
+            args.carries = args.last.wrapping_add(batch).cast();
+            args.totals = args.carries.wrapping_add(batch * segments).cast();
+            if !args.mask.is_null() {
+                launch("last", batch, BLOCK, &args)?;
+            }
+            launch("totals", blocks, BLOCK, &args)?;
+            launch("carry", batch, WARP, &args)?;
+            launch("apply", blocks, BLOCK, &args)?;
+        }
+    }
+    moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, blocks, moments))
+}
+
+/// γλ in the forms that the kernels use; as there, and so are the next ones.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Decay {
+    /// γ (1 - λ)
+    rest: f32,
+    /// Powers of γλ.
+    powers: [f32; SEGMENT + 1],
+}
+
+impl Decay {
+    fn new(gamma: f64, lambda: f64) -> Self {
+        let power = |n: usize| (gamma * lambda).powi(n as i32) as f32;
+        let powers = std::array::from_fn(power);
+        Self { rest: (gamma - gamma * lambda) as f32, powers }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Shaping {
+    mean: f64,
+    inverse_std: f64,
+    clip: f64,
+    missing: f64,
+    clips_first: i32,
+    replaces: i32,
+}
+
+impl Shaping {
+    fn new(shaping: &RewardShaping) -> Self {
+        let (missing, replaces) = match shaping.missing_eos {
+            MissingEos::Keep => (0.0, false),
+            MissingEos::Subtract(penalty) => (penalty, false),
+            MissingEos::Replace(value) => (value, true),
+        };
+        Self {
+            mean: shaping.scale.map_or(0.0, |scale| scale.mean),
+            inverse_std: shaping.scale.map_or(1.0, |scale| 1.0 / scale.std),
+            clip: shaping.clip.unwrap_or(f64::INFINITY),
+            missing,
+            clips_first: i32::from(shaping.order == ScoreOrder::ClipThenScale),
+            replaces: i32::from(replaces),
+        }
+    }
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct GaeArgs {
+    values: *const f32,
+    rewards: *const f32,
+    kl: *const f32,
+    scores: *const f32,
+    bootstrap: *const f32,
+    has_eos: *const u8,
+    mask: *const u8,
+    dones: *const u8,
+    advantages: *mut f32,
+    returns: *mut f32,
+    shaped: *mut f32,
+    partials: *mut f64,
+    last: *mut i64,
+    totals: *mut [u32; 3],
+    carries: *mut [f32; 2],
+    rows: i64,
+    tokens: i64,
+    segments: i64,
+    tiles: i32,
+    shaping: Shaping,
+    gamma: f32,
+    minus_kl_coef: f32,
+    multiply: i32,
+    after_last: i32,
+    two: i32,
+    decay: Decay,
+    returns_decay: Decay,
+}
+
+// SAFETY: the fields of the kernels' struct, in order.
+unsafe impl Args for GaeArgs {}
+
+impl GaeArgs {
+    /// Without what only some mappings have.
+    fn new(
+        inputs: Inputs,
+        batch: usize,
+        seq_len: usize,
+        options: &GaeOptions,
+        outputs: Outputs,
+        partials: *mut f64,
+    ) -> Self {
+        let f32s = |slice: Option<Slice<f32>>| slice.map_or(null(), |slice| slice.as_ptr());
+        let flags = |slice: Option<Slice<u8>>| slice.map_or(null(), |slice| slice.as_ptr());
+        let shaping = &options.shaping;
+        Self {
+            values: inputs.values.as_ptr(),
+            rewards: f32s(inputs.rewards),
+            kl: f32s(inputs.kl.filter(|_| shaping.kl_coef != 0.0)),
+            scores: f32s(inputs.scores),
+            bootstrap: f32s(inputs.bootstrap),
+            has_eos: flags(inputs.has_eos.filter(|_| shaping.missing_eos != MissingEos::Keep)),
+            mask: flags(inputs.mask),
+            dones: flags(inputs.dones),
+            advantages: outputs.advantages.as_mut_ptr(),
+            returns: outputs.returns.as_mut_ptr(),
+            shaped: outputs.rewards.map_or(null_mut(), |slice| slice.as_mut_ptr()),
+            partials,
+            last: null_mut(),
+            totals: null_mut(),
+            carries: null_mut(),
+            rows: batch as i64,
+            tokens: seq_len as i64,
+            segments: 0,
+            tiles: 0,
+            shaping: Shaping::new(shaping),
+            gamma: options.gamma as f32,
+            minus_kl_coef: -shaping.kl_coef as f32,
+            multiply: i32::from(options.mask_mode == MaskMode::Multiply),
+            after_last: i32::from(shaping.placement == ScorePlacement::AfterLastToken),
+            two: i32::from(options.lambda_of_returns() != options.lambda),
+            decay: Decay::new(options.gamma, options.lambda),
+            returns_decay: Decay::new(options.gamma, options.lambda_of_returns()),
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The batches on which every backend of the gae op is tested, and how its results are compared.
+
+use ppo_kernels::gae::{
+    reference, GaeOptions, Inputs, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement,
+    ScoreScale,
+};
+use ppo_kernels::whiten::Moments;
+use rand::rngs::StdRng;
+use rand::Rng;
+
+use super::{assert_close, random_mask, uniform, wide};
+
+/// f32 against f64: the roundings of a sum of up to some thousand deltas of magnitude 1.
+pub const REL: f64 = 1e-5;
+pub const ABS: f64 = 2e-5;
+
+/// What a backend writes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Output {
+    pub advantages: Vec<f32>,
+    pub returns: Vec<f32>,
+    pub rewards: Vec<f32>,
+    pub moments: Moments,
+}
+
+#[track_caller]
+pub fn check_output(what: &str, got: &Output, want: &reference::Gae) {
+    let close = |key: &str, got: &[f32], want: &[f64]| {
+        assert_close(&format!("{what} {key}"), &wide(got), want, REL, ABS);
+    };
+    close("rewards", &got.rewards, &want.rewards);
+    close("advantages", &got.advantages, &want.advantages);
+    close("returns", &got.returns, &want.returns);
+    assert_eq!(got.moments.count, want.moments.count, "{what}");
+    let n = want.moments.count.max(1) as f64;
+    let pair = |m: &Moments| [m.mean, m.m2 / n];
+    assert_close(&format!("{what} moments"), &pair(&got.moments), &pair(&want.moments), REL, ABS);
+}
+
+/// All inputs at random; what is masked is NaN.
+pub struct Sample {
+    pub batch: usize,
+    pub seq_len: usize,
+    pub values: Vec<f32>,
+    pub rewards: Vec<f32>,
+    pub kl: Vec<f32>,
+    pub scores: Vec<f32>,
+    pub has_eos: Vec<u8>,
+    pub mask: Vec<u8>,
+    pub dones: Vec<u8>,
+    pub bootstrap: Vec<f32>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Masked {
+    Nothing,
+    Right,
+    Left,
+    Gaps,
+    Rows,
+}
+
+impl Sample {
+    pub fn new(rng: &mut StdRng, batch: usize, seq_len: usize, masked: Masked) -> Self {
+        let tokens = batch * seq_len;
+        let mut mask = vec![1; tokens];
+        for row in 0..batch {
+            let row = &mut mask[row * seq_len..(row + 1) * seq_len];
+            let cut = rng.random_range(0..=seq_len);
+            match masked {
+                Masked::Nothing => {}
+                Masked::Right => row[cut..].fill(0),
+                Masked::Left => row[..cut].fill(0),
+                Masked::Gaps => row.copy_from_slice(&random_mask(rng, seq_len, 0.7)),
+                Masked::Rows => row.fill(rng.random_range(0..=1)),
+            }
+        }
+        let mut sample = Self {
+            batch,
+            seq_len,
+            values: uniform(rng, tokens, 1.0),
+            rewards: uniform(rng, tokens, 0.5),
+            kl: uniform(rng, tokens, 1.0),
+            scores: uniform(rng, batch, 8.0),
+            has_eos: random_mask(rng, batch, 0.5),
+            dones: random_mask(rng, tokens, 0.02),
+            bootstrap: uniform(rng, batch, 2.0),
+            mask,
+        };
+        for i in (0..tokens).filter(|&i| sample.mask[i] == 0) {
+            // The value after the last token may be read: AfterLastToken.
+            if i % seq_len == 0 || sample.mask[i - 1] == 0 {
+                sample.values[i] = f32::NAN;
+            }
+            (sample.rewards[i], sample.kl[i], sample.dones[i]) = (f32::NAN, f32::NAN, 1);
+        }
+        sample
+    }
+
+    /// Everything, or (`fewer`) only what a plain PPO has.
+    pub fn inputs(&self, fewer: bool, masked: bool) -> Inputs<'_, f32> {
+        let all = Inputs {
+            values: &self.values,
+            rewards: Some(&self.rewards),
+            kl: Some(&self.kl),
+            scores: Some(&self.scores),
+            has_eos: Some(&self.has_eos),
+            mask: masked.then_some(self.mask.as_slice()),
+            dones: Some(&self.dones),
+            bootstrap: Some(&self.bootstrap),
+        };
+        if fewer {
+            return Inputs { rewards: None, dones: None, bootstrap: None, ..all };
+        }
+        all
+    }
+}
+
+/// The reference on f32 inputs.
+pub fn run_reference(
+    inputs: &Inputs<f32>,
+    batch: usize,
+    seq_len: usize,
+    options: &GaeOptions,
+) -> reference::Gae {
+    let widened = |v: Option<&[f32]>| v.map(wide);
+    let (values, rewards, kl) = (wide(inputs.values), widened(inputs.rewards), widened(inputs.kl));
+    let (scores, bootstrap) = (widened(inputs.scores), widened(inputs.bootstrap));
+    let inputs = Inputs {
+        values: &values,
+        rewards: rewards.as_deref(),
+        kl: kl.as_deref(),
+        scores: scores.as_deref(),
+        has_eos: inputs.has_eos,
+        mask: inputs.mask,
+        dones: inputs.dones,
+        bootstrap: bootstrap.as_deref(),
+    };
+    reference::gae(&inputs, batch, seq_len, options)
+}
+
+pub fn all_options() -> Vec<GaeOptions> {
+    let mut all = Vec::new();
+    let scale = Some(ScoreScale { mean: 0.5, std: 2.0 });
+    for (gamma, lambda, value_lambda) in
+        [(1.0, 0.95, None), (0.99, 0.9, Some(1.0)), (1.0, 1.0, None), (0.9, 0.0, Some(0.5))]
+    {
+        for mask_mode in [MaskMode::Carry, MaskMode::Multiply] {
+            for placement in [ScorePlacement::LastToken, ScorePlacement::AfterLastToken] {
+                for (scale, clip, order, missing_eos) in [
+                    (None, None, ScoreOrder::ScaleThenClip, MissingEos::Keep),
+                    (scale, Some(1.5), ScoreOrder::ScaleThenClip, MissingEos::Subtract(1.0)),
+                    (scale, Some(1.5), ScoreOrder::ClipThenScale, MissingEos::Replace(-3.0)),
+                ] {
+                    let shaping =
+                        RewardShaping { kl_coef: 0.1, placement, scale, clip, order, missing_eos };
+                    all.push(GaeOptions { gamma, lambda, value_lambda, mask_mode, shaping });
+                }
+            }
+        }
+    }
+    all
+}
+
+pub const ALL_MASKED: [Masked; 5] =
+    [Masked::Nothing, Masked::Right, Masked::Left, Masked::Gaps, Masked::Rows];
+
+pub fn bits(output: &Output) -> (Vec<u32>, u64, u64) {
+    let all = [&output.advantages, &output.returns, &output.rewards];
+    let bits = all.into_iter().flatten().map(|v| v.to_bits()).collect();
+    (bits, output.moments.mean.to_bits(), output.moments.m2.to_bits())
+}
