@@ -23,8 +23,7 @@
 #include "common/moments.cuh"
 #include "common/tokens.cuh"
 
-// Segments of x, or of x and g each, that a warp loads before it uses the first.
-constexpr int IN_FLIGHT = 4;
+// Segments that a warp loads before it uses the first: IN_FLIGHT of x, or so many of x and g each.
 constexpr int PAIRS_IN_FLIGHT = 2;
 
 constexpr int MAX_WARPS = 256 / WARP;

@@ -108,12 +108,6 @@ pub(crate) fn optional_arg(
     Ok(Some(tensor.detach().contiguous()?))
 }
 
-/// The error of an op without kernels for CUDA.
-#[cfg(feature = "cuda")]
-pub(crate) fn no_kernels(op: &'static str, arg: &'static str) -> Error {
-    Error::Device { op, arg, expected: "cpu".into(), got: "cuda".into() }
-}
-
 /// The types that tensors of the ops have.
 #[cfg(not(feature = "cuda"))]
 pub(crate) trait Element: candle_core::WithDType {}

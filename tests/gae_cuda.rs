@@ -9,9 +9,7 @@ use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::gae_cases::*;
 use common::*;
 use ppo_kernels::gae::cuda::{self, Outputs};
-use ppo_kernels::gae::{
-    GaeOptions, Inputs, MissingEos, RewardShaping, ScorePlacement, ScoreScale,
-};
+use ppo_kernels::gae::{GaeOptions, Inputs, MissingEos, RewardShaping, ScorePlacement, ScoreScale};
 use ppo_kernels::whiten::Moments;
 use ppo_kernels::{Error, Result};
 

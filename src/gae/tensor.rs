@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Tensor};
 
-use super::{cpu, GaeOptions, Inputs, OP};
-use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::tensor::no_kernels;
+use super::cuda;
+use super::{cpu, GaeOptions, OP};
+use crate::error::{Error, Result};
 use crate::tensor::{check_dtype, optional_arg, optional_view, view, Backend, View};
 use crate::whiten::MomentsTensor;
 
@@ -122,28 +122,44 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
     let mask = optional_view::<u8>(OP, "mask", &mask)?;
     let dones = optional_view::<u8>(OP, "dones", &dones)?;
     let bootstrap = optional_view::<f32>(OP, "bootstrap", &bootstrap)?;
+    // The inputs of the backends have the same names.
+    macro_rules! inputs {
+        ($backend:ident, $elements:ident) => {
+            $backend::Inputs {
+                values: values.$elements(),
+                rewards: rewards.as_ref().map(View::$elements),
+                kl: kl.as_ref().map(View::$elements),
+                scores: scores.as_ref().map(View::$elements),
+                has_eos: has_eos.as_ref().map(View::$elements),
+                mask: mask.as_ref().map(View::$elements),
+                dones: dones.as_ref().map(View::$elements),
+                bootstrap: bootstrap.as_ref().map(View::$elements),
+            }
+        };
+    }
     match &backend {
         Backend::Cpu => {
-            let inputs = Inputs {
-                values: values.cpu(),
-                rewards: rewards.as_ref().map(View::cpu),
-                kl: kl.as_ref().map(View::cpu),
-                scores: scores.as_ref().map(View::cpu),
-                has_eos: has_eos.as_ref().map(View::cpu),
-                mask: mask.as_ref().map(View::cpu),
-                dones: dones.as_ref().map(View::cpu),
-                bootstrap: bootstrap.as_ref().map(View::cpu),
-            };
             let outputs = cpu::Outputs {
                 advantages: advantages.cpu(),
                 returns: returns.cpu(),
                 rewards: Some(shaped.cpu()),
             };
-            let of_advantages = cpu::gae(inputs, batch, seq_len, options, outputs)?;
-            moments.cpu().copy_from_slice(&of_advantages.to_array());
+            let found = cpu::gae(inputs!(super, cpu), batch, seq_len, options, outputs)?;
+            moments.cpu().copy_from_slice(&found.to_array());
         }
         #[cfg(feature = "cuda")]
-        Backend::Cuda(_) => return Err(no_kernels(OP, "values")),
+        Backend::Cuda(backend) => {
+            let outputs = cuda::Outputs {
+                advantages: advantages.cuda(),
+                returns: returns.cuda(),
+                rewards: Some(shaped.cuda()),
+                moments: Some(moments.cuda()),
+            };
+            let (stream, inputs) = (backend.stream()?, inputs!(cuda, cuda));
+            let mut workspace = backend.room(cuda::workspace_len(batch, seq_len))?;
+            let workspace = workspace.slice();
+            cuda::gae(&stream, inputs, batch, seq_len, options, outputs, workspace)?;
+        }
     }
     Ok(GaeOutput {
         advantages: advantages.into_tensor(&tokens),

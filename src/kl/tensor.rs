@@ -4,11 +4,13 @@ use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
 use super::cpu::{self, STATS};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{FullKlOptions, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::tensor::no_kernels;
+use crate::tensor::cuda_rooms;
 use crate::tensor::{
     check_arg, check_dtype, cpu_rooms, node, optional_arg, optional_view, view, Backend, Element,
     Room, View,
@@ -132,7 +134,12 @@ impl TokenKl {
                 cpu::token_forward(inputs, &self.options, kl.cpu())?;
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(TOKEN_OP, "logp")),
+            Backend::Cuda(backend) => {
+                let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::TokenInputs { logp, ref_logp, mask };
+                cuda::token_forward(&backend.stream()?, inputs, &self.options, kl.cuda())?;
+            }
         }
         Ok(kl)
     }
@@ -161,7 +168,13 @@ impl TokenKl {
                 cpu::token_backward(inputs, &self.options, grad.cpu(), a, b)?;
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(TOKEN_OP, "logp")),
+            Backend::Cuda(backend) => {
+                let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::TokenInputs { logp, ref_logp, mask };
+                let ([a, b], stream) = (cuda_rooms(&mut grads), backend.stream()?);
+                cuda::token_backward(&stream, inputs, &self.options, grad.cuda(), a, b)?;
+            }
         }
         Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }
@@ -204,7 +217,16 @@ impl FullKl {
                 cpu::full_forward(inputs, &self.options, stats.cpu())?;
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(FULL_OP, "logits")),
+            Backend::Cuda(backend) => {
+                let stream = backend.stream()?;
+                let (logits, ref_logits) = (z.cuda(), w.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
+                let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
+                let mut workspace = backend.room(len)?;
+                let (stats, workspace) = (stats.cuda(), workspace.slice());
+                cuda::full_forward(&stream, inputs, &self.options, stats, workspace)?;
+            }
         }
         Ok(stats)
     }
@@ -242,7 +264,21 @@ impl FullKl {
                 )?;
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(FULL_OP, "logits")),
+            Backend::Cuda(backend) => {
+                let (logits, ref_logits) = (z.cuda(), w.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
+                let [grad_logits, grad_ref_logits] = cuda_rooms(&mut grads);
+                cuda::full_backward(
+                    &backend.stream()?,
+                    inputs,
+                    &self.options,
+                    stats.cuda(),
+                    grad_kl.cuda(),
+                    grad_logits,
+                    grad_ref_logits,
+                )?;
+            }
         }
         Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }

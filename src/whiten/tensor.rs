@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, Moments, WhitenOptions, OP};
 use crate::error::Result;
-#[cfg(feature = "cuda")]
-use crate::tensor::no_kernels;
 use crate::tensor::{
     check_device, check_dtype, node, optional_arg, optional_view, view, Backend, Room, View,
 };
@@ -118,7 +118,11 @@ fn moments(x: &Tensor, mask: &Option<Tensor>) -> Result<MomentsTensor> {
             moments.cpu().copy_from_slice(&cpu::masked_moments(x.cpu(), mask)?.to_array());
         }
         #[cfg(feature = "cuda")]
-        Backend::Cuda(_) => return Err(no_kernels(OP, "x")),
+        Backend::Cuda(backend) => {
+            let (stream, x, mask) = (backend.stream()?, x.cuda(), mask.as_ref().map(View::cuda));
+            let mut workspace = backend.room(cuda::workspace_len(x.len()))?;
+            cuda::masked_moments(&stream, x, mask, moments.cuda(), workspace.slice())?;
+        }
     }
     Ok(MomentsTensor::from_room(moments))
 }
@@ -156,7 +160,11 @@ impl Pass {
                 cpu::masked_whiten(x.cpu(), mask, &moments, &self.options, out.cpu())?;
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(OP, "x")),
+            Backend::Cuda(backend) => {
+                let (stream, mask) = (backend.stream()?, mask.as_ref().map(View::cuda));
+                let moments = cuda::Given::OnDevice(moments.cuda());
+                cuda::masked_whiten(&stream, x.cuda(), mask, moments, &self.options, out.cuda())?;
+            }
         }
         Ok(out)
     }
@@ -181,7 +189,21 @@ impl Pass {
                 }
             }
             #[cfg(feature = "cuda")]
-            Backend::Cuda(_) => return Err(no_kernels(OP, "x")),
+            Backend::Cuda(backend) => {
+                let (stream, options) = (backend.stream()?, &self.options);
+                let moments = cuda::Given::OnDevice(moments.cuda());
+                let (mask, grad, out) = (mask.as_ref().map(View::cuda), grad.cuda(), out.cuda());
+                if self.own {
+                    let x = x.cuda();
+                    let mut room = backend.room(cuda::workspace_len(x.len()))?;
+                    let workspace = room.slice();
+                    cuda::masked_whiten_backward(
+                        &stream, x, mask, moments, grad, options, out, workspace,
+                    )?;
+                } else {
+                    cuda::masked_whiten_with_backward(&stream, mask, moments, grad, options, out)?;
+                }
+            }
         }
         Ok(out.into_tensor(shape))
     }
