@@ -1,9 +1,9 @@
 // KL divergence of the policy from the reference model, forward and backward: sampled, from two
-// log-probabilities a token (kl_token_*), and exact, from two rows of logits (kl_full_*). src/kl/mod.rs
-// has the formulas and src/kl/cuda.rs the launches.
+// log-probabilities a token (kl_token_*), and exact, from two rows of logits (kl_full_*).
+// src/kl/mod.rs has the formulas and src/kl/cuda.rs the launches.
 //
-// Sampled. All tensors are [tokens] in f32, the mask [tokens] in u8. A block takes 16 KiB of each at a
-// time, a thread four vectors of each, all loaded before the first is used.
+// Sampled. All tensors are [tokens] in f32, the mask [tokens] in u8. A block takes 8 KiB of each
+// at a time, a thread two vectors of each, all loaded before the first is used (common/map.cuh).
 //
 // Bytes a token: forward reads 8 and writes 4; backward reads 12 and writes 4 for each gradient; a
 // mask adds 1 byte read.
@@ -16,12 +16,13 @@
 //     dz_j = g p_j (x_j - y_j - gap) / temperature              p_j = e^{x_j} / P
 //     dw_j = g (q_j - p_j) / temperature                        q_j = e^{y_j} / Q
 //
-// Forward writes KL, gap, max z, P, max w and Q, [6, rows] in f32, of which backward makes gradients
-// in the type of the logits. It walks the two rows once, side by side: a warp, a block or several
-// blocks a row (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight.
-// With so many at hand it looks for their maxima first, 16-bit floats two at a time, and takes the
-// sums anew for larger maxima once for all of them. Then a column costs two exp and about sixteen
-// instructions, half of what the memory leaves time for. Backward takes each column by itself.
+// Forward writes KL, gap, max z, P, max w and Q, [6, rows] in f32, of which backward makes
+// gradients in the type of the logits. It walks the two rows once, side by side: a warp, a block or
+// several blocks a row (common/rows.cuh), a thread every `threads`-th vector of both, four of each
+// in flight. With so many at hand it looks for their maxima first, 16-bit floats two at a time, and
+// takes the sums anew for larger maxima once for all of them. Then a column of 16-bit
+// logits costs two exp and about eighteen instructions; an H200's memory leaves time for thirty.
+// Backward takes each column by itself (common/map.cuh), two vectors of both in flight.
 //
 // Bytes, with S for each tensor of logits and N rows: forward reads 2 S and writes 24 N; backward
 // reads 2 S + 28 N and writes S for each gradient. Rows that are masked out are not read, nor are,
@@ -61,8 +62,8 @@ struct TokenBackwardArgs {
 struct PairSums {
     float max_z, max_w;
     float sum_z, sum_w;  // of 2^{x scale} and 2^{y scale}, with scale = log2(e) / (temperature UNIT)
-    // Of 2^{x scale} (x - y). Infinite or NaN once a column had p > 0 and q = 0; else NaN only where
-    // sum_z or sum_w is.
+    // Of 2^{x scale} (x - y). Infinite or NaN once a column had p > 0 and q = 0; else NaN only
+    // where sum_z or sum_w is.
     float weighted;
 };
 
@@ -145,15 +146,16 @@ static __device__ __forceinline__ void map_tokens(const float* const (&in)[IN],
         for (int k = 0; k < IN; k++) from[k] = in[k] + first;
 #pragma unroll
         for (int k = 0; k < OUT; k++) to[k] = out[k] ? out[k] + first : nullptr;
-        map_columns<true>(from, to, mask ? mask + first : nullptr, min(tile, tokens - first), 0, 1,
-                          threadIdx.x, blockDim.x, f);
+        const Share share = {0, 1, int(threadIdx.x), int(blockDim.x)};
+        map_columns<true>(from, to, mask ? mask + first : nullptr, min(tile, tokens - first), share,
+                          f);
     }
 }
 
 constexpr float LARGEST = 3.40282347e38f;
 
-// The same sums for maxima that are at least theirs. Without a branch, and exact if the maxima are the
-// same. From -inf there is nothing to shift: the sums are 0, or NaN and stay so.
+// The same sums for maxima that are at least theirs. Without a branch, and exact if the maxima are
+// the same. From -inf there is nothing to shift: the sums are 0, or NaN and stay so.
 static __device__ __forceinline__ PairSums rebase(PairSums s, float max_z, float max_w,
                                                   float scale) {
     const float shift_z = fmaxf(s.max_z - max_z, -LARGEST) * UNIT;
@@ -259,8 +261,8 @@ struct FullForward {
     }
 };
 
-// The gradients of a pair of rows as functions of the logits, for common/map.cuh. Both are formed even
-// if one is wanted: the memory leaves time for it, and no branch costs registers.
+// The gradients of a pair of rows as functions of the logits, for common/map.cuh. Both are formed
+// even if one is wanted: the memory leaves time for it, and no branch costs registers.
 struct Slopes {
     float max_z, max_w;
     float norm_z, norm_w;  // 1 / P and 1 / Q
@@ -277,7 +279,8 @@ struct Slopes {
         for (int i = 0; i < N; i++) {
             const float x = logits[0][i] - max_z, y = logits[1][i] - max_w;
             const float p = exp2_fast(x * scale) * norm_z;
-            // 0 where p is, whatever x - y; where the KL is +inf, NaN in all columns but those of -inf.
+            // 0 where p is, whatever x - y; where the KL is +inf, NaN in all columns but those of
+            // -inf.
             const float excess = p == 0.0f ? 0.0f : fmaf(x - y, inverse_temperature, -gap);
             grad[0][i] = logits[0][i] == -INFINITY ? 0.0f : grad_z * p * excess;
             grad[1][i] = grad_w * (exp2_fast(y * scale) * norm_w - p);
@@ -288,14 +291,7 @@ struct Slopes {
 // Block [threads], a chunk of a row a warp or a block.
 template <class T>
 static __device__ __forceinline__ void full_backward(const FullBackwardArgs& args) {
-    const int threads = args.chunk_threads;
-    const int thread = threadIdx.x % threads;
-    const int64_t units = args.rows * args.chunks;
-    const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
-    const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
-    for (int64_t unit = first; unit < units; unit += step) {
-        const int64_t row = unit / args.chunks;
-        const int chunk = int(unit % args.chunks);
+    for_each_share(args, [&](int64_t row, Share share) {
         const int64_t start = row * args.vocab;
         const T* const in[2] = {
             static_cast<const T*>(args.z) + start,
@@ -316,11 +312,9 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
         if (zero || isnan(stats[0])) {
 #pragma unroll
             for (int k = 0; k < 2; k++) {
-                if (!out[k]) continue;
-                fill_columns(out[k], zero ? 0.0f : NAN, args.vocab, chunk, args.chunks, thread,
-                             threads);
+                if (out[k]) fill_columns(out[k], zero ? 0.0f : NAN, args.vocab, share);
             }
-            continue;
+            return;
         }
         const float grad = upstream * args.inverse_temperature;
         const Slopes slopes = {
@@ -333,8 +327,8 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
             grad,
             args.inverse_temperature,
         };
-        map_columns(in, out, nullptr, args.vocab, chunk, args.chunks, thread, threads, slopes);
-    }
+        map_columns(in, out, nullptr, args.vocab, share, slopes);
+    });
 }
 
 KERNEL(256, 4, kl_token_forward_f32, TokenForwardArgs) {

@@ -6,27 +6,28 @@
 //     H    = ln s - sum p_j x_j
 //     dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + H)) / temperature
 //
-// logits and grad_logits are [rows, vocab] in f32, f16 or bf16, targets [rows] in u32 or i64, all else
-// [rows] in f32; g and h are the upstream gradients of logp and H.
+// logits and grad_logits are [rows, vocab] in f32, f16 or bf16, targets [rows] in u32 or i64, all
+// else [rows] in f32; g and h are the upstream gradients of logp and H.
 //
-// Forward. A warp takes a row (forward_warp), or a block does (forward_block), or `parts` blocks do,
-// each a range of columns (common/rows.cuh). A thread runs over every `threads`-th vector of 16
-// bytes, with several loads in flight, and keeps a running (max, sum, weighted sum); those are merged
-// over the warp by shuffles, over the block through shared memory, and over the parts in order:
-// through the shared memory of a cluster, or, on chips without clusters, through `partials` and
-// forward_merge. Which columns a thread takes, and so every bit of the result, depends on vocab and
-// dtype alone: neither on the row's place in the batch nor on its alignment, nor on whether there are
-// clusters.
+// Forward. A warp takes a row (forward_warp), or a block does (forward_block), or `parts` blocks
+// do, each a range of columns (common/rows.cuh). A thread runs over every `threads`-th vector of 16
+// bytes, with several loads in flight, and keeps a running (max, sum, weighted sum); those are
+// merged over the warp by shuffles, over the block through shared memory, and over the parts in
+// order: through the shared memory of a cluster, or, on chips without clusters, through `partials`
+// and forward_merge. Which columns a thread takes, and so every bit of the result, depends on vocab
+// and dtype alone: neither on the row's place in the batch nor on its alignment, nor on whether
+// there are clusters.
 //
 // Backward. A warp or a block takes a range of a row's columns. No thread needs another.
 //
-// Bytes, with S of the logits: forward reads S, backward reads S and writes S. Rows that are ignored,
-// and in the backward pass rows without upstream gradient, are not read.
+// Bytes, with S of the logits: forward reads S, backward reads S and writes S. Rows that are
+// ignored, and in the backward pass rows without upstream gradient, are not read.
 //
 // Numbers. Everything is in f32. exp is 2^y by the hardware, to 2 ulp. The maximum is subtracted
 // before scaling, so an offset common to a row costs nothing. -inf is a probability of 0. NaN, +inf
-// or -inf throughout make the row NaN. A target outside 0..vocab makes its row NaN and is never used
-// as an index. Offsets are 64-bit, and the loops over rows make any number of rows fit any grid.
+// or -inf throughout make the row NaN. A target outside 0..vocab makes its row NaN and is never
+// used as an index. Offsets are 64-bit, and the loops over rows make any number of rows fit any
+// grid.
 
 #include "common/map.cuh"
 #include "common/rows.cuh"
@@ -177,8 +178,8 @@ struct Slope {
         return -p * fmaf(grad_entropy, fmaxf(ln_p, FLOOR * LN_2) + entropy, grad_logp);
     }
 
-    // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the two
-    // terms cancel.
+    // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the
+    // two terms cancel.
     template <int N>
     __device__ __forceinline__ void operator()(const float (&z)[1][N], int64_t first,
                                                float (&grad)[1][N]) const {
@@ -196,22 +197,15 @@ struct Slope {
 // Block [threads], a chunk of a row a warp or a block.
 template <class T>
 static __device__ __forceinline__ void backward(const BackwardArgs& args) {
-    const int threads = args.chunk_threads;
-    const int thread = threadIdx.x % threads;
-    const int64_t units = args.rows * args.chunks;
-    const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
-    const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
-    for (int64_t unit = first; unit < units; unit += step) {
-        const int64_t row = unit / args.chunks;
-        const int chunk = int(unit % args.chunks);
-        const T* in = static_cast<const T*>(args.logits) + row * args.vocab;
-        T* out = static_cast<T*>(args.grad_logits) + row * args.vocab;
+    for_each_share(args, [&](int64_t row, Share share) {
+        const T* const in[1] = {static_cast<const T*>(args.logits) + row * args.vocab};
+        T* const out[1] = {static_cast<T*>(args.grad_logits) + row * args.vocab};
         const Target target = target_of(args.targets, row, args.vocab);
         const float g = args.grad_logp ? args.grad_logp[row] : 0.0f;
         const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
         if (target.kind == Kind::IGNORED || (g == 0.0f && h == 0.0f)) {
-            fill_columns(out, 0.0f, args.vocab, chunk, args.chunks, thread, threads);
-            continue;
+            fill_columns(out[0], 0.0f, args.vocab, share);
+            return;
         }
         const Slope slope = {
             args.max[row],
@@ -222,10 +216,8 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
             args.inverse_temperature,
             target.column,
         };
-        const T* const ins[1] = {in};
-        T* const outs[1] = {out};
-        map_columns(ins, outs, nullptr, args.vocab, chunk, args.chunks, thread, threads, slope);
-    }
+        map_columns(in, out, nullptr, args.vocab, share, slope);
+    });
 }
 
 KERNEL(256, 4, logprob_forward_warp_f32, ForwardArgs) { reduce_by_warps(Forward<float>(args)); }

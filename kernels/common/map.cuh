@@ -28,13 +28,20 @@ static __device__ __forceinline__ uint32_t load_bytes(const uint8_t* bytes) {
     return bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24;
 }
 
+// What of some columns falls to a thread: they are dealt out by tiles to `chunks` units of
+// `threads`.
+struct Share {
+    int chunk, chunks;
+    int thread, threads;
+};
+
 // Vectors of each input that a thread loads before it uses the first: of several fewer, so that
 // registers are left for more threads.
 template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
 
-// Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns from
-// `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be null.
-// The columns are shared out by tiles to `chunks` units of `threads`.
+// Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns
+// from `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be
+// null.
 //
 // With MASKED columns are f32, and where `mask` is not null and 0, outputs are 0.
 //
@@ -43,15 +50,15 @@ template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
 // alike, columns go one by one.)
 template <bool MASKED = false, class T, int IN, int OUT, class F>
 static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* const (&out)[OUT],
-                                                   const uint8_t* mask, int64_t columns, int chunk,
-                                                   int chunks, int thread, int threads,
+                                                   const uint8_t* mask, int64_t columns, Share share,
                                                    const F& f) {
     static_assert(!MASKED || WIDTH<T> == 4);
     const T* a = out[0] ? out[0] : out[OUT - 1];
     const T* b = out[OUT - 1] ? out[OUT - 1] : a;
     const Split<T> split(a, b, columns);
-    const int step = chunks * VECTORS<IN> * threads;
-    for (int tile = chunk * VECTORS<IN> * threads; tile < split.vectors; tile += step) {
+    const int thread = share.thread, threads = share.threads;
+    const int step = share.chunks * VECTORS<IN> * threads;
+    for (int tile = share.chunk * VECTORS<IN> * threads; tile < split.vectors; tile += step) {
         uint4 v[IN][VECTORS<IN>];
 #pragma unroll
         for (int k = 0; k < IN; k++) {
@@ -90,7 +97,7 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
             }
         }
     }
-    const int rank = chunk * threads + thread;
+    const int rank = share.chunk * threads + thread;
     const auto one = [&](int64_t column) {
         float x[IN][1], y[OUT][1];
 #pragma unroll
@@ -103,15 +110,16 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
         }
     };
     if (rank < split.head) one(rank);
-    for (int64_t i = split.tail + rank; i < columns; i += chunks * threads) one(i);
+    for (int64_t i = split.tail + rank; i < columns; i += share.chunks * threads) one(i);
 }
 
 // One value in all columns, shared out in the same way.
 template <class T>
-static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns, int chunk,
-                                                    int chunks, int thread, int threads) {
+static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns,
+                                                    Share share) {
     const Split<T> split(out, out, columns);
-    const int rank = chunk * threads + thread, step = chunks * threads;
+    const int rank = share.chunk * share.threads + share.thread;
+    const int step = share.chunks * share.threads;
     float values[WIDTH<T>];
 #pragma unroll
     for (int i = 0; i < WIDTH<T>; i++) values[i] = value;
@@ -120,4 +128,18 @@ static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t
     }
     if (rank < split.head) store(out + rank, value);
     for (int64_t i = split.tail + rank; i < columns; i += step) store(out + i, value);
+}
+
+// Block [threads]: calls f(row, share) for every row and each of its `chunks`, which are for a warp
+// or for the whole block (`chunk_threads`).
+template <class Args, class F>
+static __device__ __forceinline__ void for_each_share(const Args& args, const F& f) {
+    const int threads = args.chunk_threads;
+    const int64_t units = args.rows * args.chunks;
+    const int64_t first = int64_t(blockIdx.x) * (blockDim.x / threads) + threadIdx.x / threads;
+    const int64_t step = int64_t(gridDim.x) * (blockDim.x / threads);
+    for (int64_t unit = first; unit < units; unit += step) {
+        const int chunk = int(unit % args.chunks);
+        f(unit / args.chunks, Share{chunk, args.chunks, int(threadIdx.x % threads), threads});
+    }
 }

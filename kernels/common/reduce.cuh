@@ -1,5 +1,5 @@
-// Reductions in fixed trees: over the threads of a warp, where every lane gets the result, and over a
-// thread's own values.
+// Reductions in fixed trees: over the threads of a warp, where every lane gets the result, and over
+// a thread's own values.
 #pragma once
 
 #include "device.cuh"

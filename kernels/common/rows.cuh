@@ -1,6 +1,6 @@
-// Sums over rows: of a warp a row, of a block a row, or of several blocks a row, each of which takes a
-// part of the columns. What a thread takes, and the order in which sums are merged, depends on the
-// row's length alone; so the bits are the same with clusters and without.
+// Sums over rows: of a warp a row, of a block a row, or of several blocks a row, each of which
+// takes a part of the columns. What a thread takes, and the order in which sums are merged, depends
+// on the row's length alone; so the bits are the same with clusters and without.
 //
 // What is summed is said by a reduction R. Its `args` hold `rows`, `parts`, and `partials` for
 // [rows, parts] sums, or null where the parts of a row are the blocks of a cluster. And it has:

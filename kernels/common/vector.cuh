@@ -1,5 +1,5 @@
-// Rows in 16-byte vectors, wherever a row begins: with V = 50257 columns seven rows of eight are not
-// aligned.
+// Rows in 16-byte vectors, wherever a row begins: with V = 50257 columns seven rows of eight are
+// not aligned.
 #pragma once
 
 #include "device.cuh"
@@ -125,8 +125,8 @@ struct Row {
         return first >= first_inside && end <= end_inside;
     }
 
-    // N groups, from tile + thread on every `threads`-th, as far as they are below `end`; beyond it,
-    // as in columns past the end of the row, -inf.
+    // N groups, from tile + thread on every `threads`-th, as far as they are below `end`; beyond
+    // it, as in columns past the end of the row, -inf.
     template <int N>
     __device__ __forceinline__ void load(int tile, int thread, int threads, int end,
                                          uint4 (&v)[N]) const {

@@ -60,8 +60,8 @@ pub fn token_forward(
 }
 
 /// Writes the gradient to `logp` and to `ref_logp`, as far as wanted, from the upstream gradient
-/// `grad_kl`; each may be the memory of an input. A token with upstream gradient 0 gets 0 whatever it
-/// holds.
+/// `grad_kl`; each may be the memory of an input. A token with upstream gradient 0 gets 0 whatever
+/// it holds.
 ///
 /// # Errors
 /// As [`token_forward`].
@@ -113,15 +113,15 @@ pub struct FullInputs<'a, T> {
     pub mask: Option<Slice<'a, u8>>,
 }
 
-/// The least length of the workspace of [`full_forward`]: 0 where blocks can read each other's shared
-/// memory, and else 20 bytes for every 32 KiB of logits or less in each tensor.
+/// The least length of the workspace of [`full_forward`]: 0 where blocks can read each other's
+/// shared memory, and else 20 bytes for every 32 KiB of logits or less in each tensor.
 pub fn full_workspace_len<T: Logit>(device: Device, rows: usize, vocab: usize) -> usize {
     Reduction::new::<T>(device, rows, vocab).workspace_len(PARTIAL)
 }
 
-/// Writes `stats` `[6, N]` as [`cpu::STATS`](super::cpu::STATS) lists them; the first N values are the
-/// KL. Reads both logits once. `workspace` has [`full_workspace_len`] elements or more, of any content,
-/// and can be used again for the next call on the same stream.
+/// Writes `stats` `[6, N]` as [`cpu::STATS`](super::cpu::STATS) lists them; the first N values are
+/// the KL. Reads both logits once. `workspace` has [`full_workspace_len`] elements or more, of any
+/// content, and can be used again for the next call on the same stream.
 ///
 /// # Errors
 /// As [`token_forward`].

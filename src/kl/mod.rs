@@ -167,7 +167,7 @@ fn check_tokens(
     Ok(logp)
 }
 
-/// `Ok` when what [`check_tokens`] left has as many tokens; the gradients as far as wanted.
+/// `Ok` when what the backward pass takes and makes, as far as wanted, has so many tokens.
 fn check_token_grads(
     tokens: usize,
     grad_kl: usize,
@@ -179,8 +179,8 @@ fn check_token_grads(
     Error::check_len(TOKEN_OP, "grad_ref_logp", grad_ref_logp.unwrap_or(tokens), tokens)
 }
 
-/// The number of rows, when the logits make rows of a vocabulary that is not empty, the mask fits and
-/// the options are in range.
+/// The number of rows, when the logits make rows of a vocabulary that is not empty, the mask fits
+/// and the options are in range.
 fn check_rows(
     options: &FullKlOptions,
     logits: usize,
@@ -189,7 +189,7 @@ fn check_rows(
     mask: Option<usize>,
 ) -> Result<usize> {
     options.validate(FULL_OP)?;
-    if vocab == 0 || logits % vocab != 0 {
+    if vocab == 0 || !logits.is_multiple_of(vocab) {
         return Err(Error::Shape {
             op: FULL_OP,
             arg: "logits",
@@ -207,7 +207,7 @@ fn check_stats(len: usize, rows: usize) -> Result<()> {
     Error::check_len(FULL_OP, "stats", len, cpu::STATS * rows)
 }
 
-/// `Ok` when what the backward pass takes and makes fits `rows` rows and so many logits.
+/// `Ok` when what the backward pass takes and makes, as far as wanted, fits so many rows and logits.
 fn check_full_grads(
     rows: usize,
     logits: usize,
