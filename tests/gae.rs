@@ -662,7 +662,7 @@ fn a_row_without_tokens_is_zeros_and_its_score_is_dropped() {
 
 #[test]
 fn empty_batches_and_empty_rows_work() {
-    for device in devices() {
+    for device in devices_with_empty_tensors() {
         for shape in [(0, 5), (3, 0), (0, 0)] {
             let values = Tensor::zeros(shape, DType::F32, &device).unwrap();
             let scores = Tensor::zeros(shape.0, DType::F32, &device).unwrap();

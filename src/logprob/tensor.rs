@@ -24,7 +24,7 @@ const ENTROPY: usize = 1;
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, an option is out of range, or a target is outside the
-/// vocabulary.
+/// vocabulary; on CUDA its row is NaN instead.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

@@ -88,7 +88,8 @@ impl PpoStatsTensor {
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, an option is out of range or asks for an input that is
-/// missing, or no token is unmasked and the denominator is not given.
+/// missing, or no token is unmasked and the denominator is not given. To look for one on CUDA would
+/// cost a wait for the device: the loss is NaN there, with gradients of 0.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};

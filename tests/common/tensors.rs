@@ -12,6 +12,11 @@ pub fn devices() -> Vec<Device> {
     devices
 }
 
+/// The devices on which candle has tensors without elements: it cannot launch a kernel for none.
+pub fn devices_with_empty_tensors() -> Vec<Device> {
+    devices().into_iter().filter(Device::is_cpu).collect()
+}
+
 /// A tensor's elements, whatever its dtype and layout, in row-major order as f64.
 pub fn to_vec(tensor: &Tensor) -> Vec<f64> {
     let flat = tensor.to_dtype(DType::F64).unwrap().flatten_all().unwrap();
