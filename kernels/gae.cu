@@ -154,16 +154,10 @@ static __device__ __forceinline__ State apply(const Map& map, State s, const Sha
     return s;
 }
 
-// One step, of a token that ends no episode.
-template <bool TWO>
-static __device__ __forceinline__ State step(const GaeArgs& args, float value, float reward, State s) {
-    const auto before = [&](const Decay& d, float u) {
-        const float once = d.powers[1];
-        return fmaf(once, u, fmaf(d.rest, value, once * reward));
-    };
-    s.u = before(args.decay, s.u);
-    if (TWO) s.of_returns = before(args.returns_decay, s.of_returns);
-    return s;
+// One step of a token that ends no episode.
+static __device__ __forceinline__ float step(const Decay& decay, float value, float reward, float u) {
+    const float once = decay.powers[1];
+    return fmaf(once, u, fmaf(decay.rest, value, once * reward));
 }
 
 // u after a row's last token.
@@ -271,7 +265,12 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
         for (int i = QUAD - 1; i >= 0; i--) {
             if (t.is(DONE, j, i)) map = {ENDED, {0.0f, 0.0f}};
             if (t.is(STEP, j, i)) {
-                map.add = step<TWO>(args, t.value[j][i], t.reward[j][i], map.add);
+                const float value = t.value[j][i], reward = t.reward[j][i];
+                map.add.u = step(args.decay, value, reward, map.add.u);
+                if (TWO) {
+                    const float of_returns = map.add.of_returns;
+                    map.add.of_returns = step(args.returns_decay, value, reward, of_returns);
+                }
                 map.steps++;
             }
         }
@@ -302,34 +301,46 @@ static __device__ __forceinline__ Map of_segment(const Map& map) {
              TWO ? __shfl_sync(ALL_LANES, map.add.of_returns, 0) : 0.0f}};
 }
 
+// u after each of the lane's tokens of a segment, 0 where an episode ends; `u` is that after the last.
+static __device__ __forceinline__ void unroll(const Decay& decay, const Tokens& t, int j, float u,
+                                              float (&after)[QUAD]) {
+#pragma unroll
+    for (int i = QUAD - 1; i >= 0; i--) {
+        if (t.is(DONE, j, i)) u = 0.0f;
+        after[i] = u;
+        if (t.is(STEP, j, i)) u = step(decay, t.value[j][i], t.reward[j][i], u);
+    }
+}
+
 // Writes what came of a segment; `s` is u after it.
 template <bool TWO>
-static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& place,
-                                              const Tokens& t, int j, const Map& map, State s,
-                                              Shared* shared) {
+static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& place, Tokens& t,
+                                              int j, const Map& map, State s, Shared* shared) {
+    // Flags cost an instruction each; kept in registers since the scan they would crowd out others.
+    t.flags = afresh(t.flags);
     // The tokens from the next lane's first on.
     Map later = {__shfl_down_sync(ALL_LANES, map.steps, 1),
                  {__shfl_down_sync(ALL_LANES, map.add.u, 1), 0.0f}};
     if (TWO) later.add.of_returns = __shfl_down_sync(ALL_LANES, map.add.of_returns, 1);
     if (lane_of_thread() < WARP - 1) s = apply<TWO>(later, s, shared);
 
-    float advantages[QUAD], returns[QUAD];
+    float after[QUAD], x[QUAD];
+    unroll(args.decay, t, j, s.u, after);
 #pragma unroll
-    for (int i = QUAD - 1; i >= 0; i--) {
-        const float value = t.value[j][i], reward = t.reward[j][i];
-        if (t.is(DONE, j, i)) s = {0.0f, 0.0f};
-        advantages[i] = t.is(KEPT, j, i) ? reward + (s.u - value) : 0.0f;
-        returns[i] = t.is(OUTPUT, j, i) ? reward + (TWO ? s.of_returns : s.u) : 0.0f;
-        if (t.is(STEP, j, i)) s = step<TWO>(args, value, reward, s);
+    for (int i = 0; i < QUAD; i++) {
+        x[i] = t.is(KEPT, j, i) ? t.reward[j][i] + (after[i] - t.value[j][i]) : 0.0f;
     }
-    store_tokens(args.advantages, place, j, advantages);
-    store_tokens(args.returns, place, j, returns);
-    if (args.shaped) store_tokens(args.shaped, place, j, t.reward[j]);
+    store_tokens(args.advantages, place, j, x);
     if (args.partials) {
         Deviations d = shared->threads[threadIdx.x];
-        add(d, advantages, t.bits(KEPT, j));
+        add(d, x, t.bits(KEPT, j));
         shared->threads[threadIdx.x] = d;
     }
+    if (TWO) unroll(args.returns_decay, t, j, s.of_returns, after);
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) x[i] = t.is(OUTPUT, j, i) ? t.reward[j][i] + after[i] : 0.0f;
+    store_tokens(args.returns, place, j, x);
+    if (args.shaped) store_tokens(args.shaped, place, j, t.reward[j]);
 }
 
 // Leaves the moments of what all threads of the block wrote.
@@ -474,9 +485,10 @@ template <bool TWO, class Work>
 static __device__ __forceinline__ void for_tiles(const GaeArgs& args, const Shared* shared,
                                                  Work work) {
     const int segments = blockDim.x / WARP * HELD;
-    int row = blockIdx.x / args.tiles;  // few
-    int tile = blockIdx.x % args.tiles;
-    while (row < args.rows) {
+    // Rows are few, so that tiles are counted in 32 bits.
+    const unsigned tiles = unsigned(args.rows) * args.tiles;
+    for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
+        const unsigned row = index / args.tiles, tile = index % args.tiles;
         const int64_t segment = int64_t(tile) * segments + threadIdx.x / WARP * HELD;
         const int64_t first = segment * SEGMENT;
         const Place place(row, args.tokens, first);
@@ -485,19 +497,13 @@ static __device__ __forceinline__ void for_tiles(const GaeArgs& args, const Shar
         classify(args, row, first, args.mask ? args.last[row] : args.tokens - 1, t);
         Map maps[HELD];
         scan<TWO>(args, t, shared, maps);
-        work(row * args.tiles + tile, place, row * args.segments + segment, t, maps);
-        row += gridDim.x / args.tiles;
-        tile += gridDim.x % args.tiles;
-        if (tile >= args.tiles) {
-            row++;
-            tile -= args.tiles;
-        }
+        work(index, place, row * args.segments + segment, t, maps);
     }
 }
 
 template <bool TWO>
 static __device__ __forceinline__ void totals(const GaeArgs& args, const Shared* shared) {
-    for_tiles<TWO>(args, shared, [&](int64_t, const Place& place, int64_t segment, const Tokens&,
+    for_tiles<TWO>(args, shared, [&](int64_t, const Place& place, int64_t segment, Tokens&,
                                      const Map (&maps)[HELD]) {
 #pragma unroll
         for (int j = 0; j < HELD; j++) {
@@ -544,7 +550,7 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, const Shared* 
 template <bool TWO>
 static __device__ __forceinline__ void apply_carries(const GaeArgs& args, Shared* shared) {
     for_tiles<TWO>(args, shared, [&](int64_t index, const Place& place, int64_t segment,
-                                     const Tokens& t, const Map (&maps)[HELD]) {
+                                     Tokens& t, const Map (&maps)[HELD]) {
         shared->threads[threadIdx.x] = no_deviations();
 #pragma unroll
         for (int j = 0; j < HELD; j++) {

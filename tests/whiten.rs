@@ -4,6 +4,7 @@
 mod common;
 
 use candle_core::{DType, Tensor, Var};
+use common::whiten_cases::*;
 use common::*;
 use ppo_kernels::whiten::{
     cpu, masked_moments, masked_whiten, masked_whiten_with, reference, EpsPlacement, Moments,
@@ -11,27 +12,9 @@ use ppo_kernels::whiten::{
 };
 use ppo_kernels::Error;
 
-/// f32 against f64: a few roundings of values of magnitude up to about 5.
-const REL: f64 = 1e-6;
-const ABS: f64 = 1e-6;
-
 /// The peers' float64, and verl's and NeMo's 1e-8 added to the number of tokens.
 const GOLDEN_REL: f64 = 2e-8;
 const GOLDEN_ABS: f64 = 2e-8;
-
-fn all_options() -> Vec<WhitenOptions> {
-    let mut all = Vec::new();
-    for eps_placement in [EpsPlacement::Variance, EpsPlacement::Std] {
-        for unbiased in [true, false] {
-            for shift_mean in [true, false] {
-                for eps in [1e-8, 0.1] {
-                    all.push(WhitenOptions { eps, eps_placement, unbiased, shift_mean });
-                }
-            }
-        }
-    }
-    all
-}
 
 /// What the mask keeps; the peers whiten masked elements too, with the same mean and variance.
 fn kept(values: &[f64], mask: &[u8]) -> Vec<f64> {
@@ -159,17 +142,10 @@ fn tensors_agree_with_the_reference_and_nan_behind_the_mask_does_no_harm() {
     for device in devices() {
         for n in LENGTHS {
             for options in all_options() {
-                let (mut x, mut up) = (uniform(&mut rng, n, 3.0), uniform(&mut rng, n, 1.0));
-                let mut mask = random_mask(&mut rng, n, 0.7);
-                mask[..2].fill(1);
                 for masked in [false, true] {
-                    if masked {
-                        for i in (0..n).filter(|&i| mask[i] == 0) {
-                            (x[i], up[i]) = (f32::NAN, f32::NAN);
-                        }
-                    }
-                    let bytes = masked.then_some(mask.as_slice());
-                    let mask = masked.then(|| Tensor::from_slice(&mask, n, &device).unwrap());
+                    let Sample { x, up, mask } = Sample::new(&mut rng, n, masked);
+                    let bytes = mask.as_deref();
+                    let mask = bytes.map(|mask| Tensor::from_slice(mask, n, &device).unwrap());
                     let mask = mask.as_ref();
                     let what = format!("n={n} masked={masked} {options:?}");
                     let (x64, up64) = (wide(&x), wide(&up));
@@ -211,20 +187,11 @@ fn tensors_agree_with_the_reference_and_nan_behind_the_mask_does_no_harm() {
     }
 }
 
-#[track_caller]
-fn check_moments(what: &str, got: Moments, want: Moments, rel: f64) {
-    assert_eq!(got.count, want.count, "{what}");
-    assert_close(&format!("{what} mean"), &[got.mean], &[want.mean], rel, 1e-14);
-    assert_close(&format!("{what} m2"), &[got.m2], &[want.m2], rel, 1e-14);
-}
-
 #[test]
 fn a_large_mean_costs_a_tiny_variance_no_digits() {
     let mut rng = rng(3);
     let n = 5000;
-    // Steps of 1/64 around 2^17: exact in f32.
-    let mut x: Vec<f32> = uniform(&mut rng, n, 8.0);
-    x.iter_mut().for_each(|v| *v = 131_072.0 + v.round() / 64.0);
+    let mut x = far_from_zero(&mut rng, n);
     let want = reference::masked_moments(&wide(&x), None);
     check_moments("offset", cpu::masked_moments(&x, None).unwrap(), want, 1e-10);
 

@@ -46,6 +46,15 @@ static __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
+// The same value, of which the compiler knows nothing: what it worked out of x before it will work out
+// again, where it would have kept it in registers.
+static __device__ __forceinline__ uint32_t afresh(uint32_t x) {
+#ifndef SIMT
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // 16 bytes that are needed once: they do not push others out of L1. Aligned to 16.
 static __device__ __forceinline__ uint4 load_once(const void* address) {
 #ifdef SIMT

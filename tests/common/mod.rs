@@ -16,6 +16,7 @@ pub mod ppo_loss_cases;
 mod simt;
 #[cfg(feature = "candle")]
 mod tensors;
+pub mod whiten_cases;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
