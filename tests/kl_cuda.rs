@@ -157,9 +157,10 @@ fn tokens_come_out_as_on_the_cpu_at_any_size_of_the_log_ratio() {
         let [want_kl, want_grad, want_ref] = &mut want;
         cpu::token_forward(inputs, &options, want_kl).unwrap();
         cpu::token_backward(inputs, &options, &up, Some(want_grad), Some(want_ref)).unwrap();
-        // Relative throughout: k3 of a small log-ratio is smaller than any absolute bound.
+        // Relative throughout: k3 of a small log-ratio is smaller than any absolute bound. The exp of
+        // each is good for 2 ulp, of which the sum next to d = -1 makes four times as much.
         for (got, want) in [(kl, want_kl), (grad, want_grad), (grad_ref, want_ref)] {
-            assert_close(&format!("{options:?}"), &wide(&got), &wide(want), 1e-6, 0.0);
+            assert_close(&format!("{options:?}"), &wide(&got), &wide(want), 2e-6, 0.0);
         }
     }
 }
