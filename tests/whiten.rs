@@ -7,8 +7,8 @@ use candle_core::{DType, Tensor, Var};
 use common::whiten_cases::*;
 use common::*;
 use ppo_kernels::whiten::{
-    cpu, masked_moments, masked_whiten, masked_whiten_with, reference, EpsPlacement, Moments,
-    MomentsTensor, RunningMoments, WhitenOptions,
+    cpu, masked_moments, masked_whiten, masked_whiten_with, reference, Moments, MomentsTensor,
+    RunningMoments, WhitenOptions,
 };
 use ppo_kernels::Error;
 
