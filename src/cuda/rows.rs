@@ -94,16 +94,7 @@ impl Reduction {
 
     /// `Ok` when a workspace of `got` elements is large enough for sums of so many values.
     pub fn check_workspace(&self, op: &'static str, got: usize, values: usize) -> Result<()> {
-        let needed = self.workspace_len(values);
-        if got >= needed {
-            return Ok(());
-        }
-        Err(Error::Shape {
-            op,
-            arg: "workspace",
-            expected: format!("[{needed}] or more"),
-            got: format!("[{got}]"),
-        })
+        Error::check_workspace(op, got, self.workspace_len(values))
     }
 
     /// Launches what the geometry asks for.

@@ -201,14 +201,7 @@ pub fn ppo_loss(
     check_gradients(gradients.lengths(), tokens, value.is_some(), entropy.is_some())?;
     Error::check_len(OP, "stats", stats.len(), PpoStats::LEN)?;
     let needed = workspace_len(inputs.batch, inputs.seq_len, options);
-    if workspace.len() < needed {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "workspace",
-            expected: format!("[{needed}] or more"),
-            got: format!("[{}]", workspace.len()),
-        });
-    }
+    Error::check_workspace(OP, workspace.len(), needed)?;
     let given = given_divisor(inputs, options, tokens)?;
 
     let (part_tiles, parts) = parts(tokens);
