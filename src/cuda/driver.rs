@@ -191,6 +191,7 @@ pub(crate) fn device_error(error: DriverError) -> Error {
 }
 
 /// The error of an allocation for an op.
+#[cfg(feature = "candle")]
 pub(crate) fn allocation_error(op: &'static str, error: DriverError) -> Error {
     match error.0 {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::CudaMemory { op },
