@@ -85,6 +85,8 @@ static __device__ __forceinline__ void store_tokens(float* array, const Place& p
         float next[QUAD] = {};
 #pragma unroll
         for (int i = 0; i < QUAD - 1; i++) next[i] = __shfl_down_sync(ALL_LANES, x[i], 1);
+        // In place, the next lane has read what is now written over.
+        __syncwarp();
         if (lane < WARP - 1) {
             store_once(to + head, extract(pack(x, float{}), pack(next, float{}), 16 - skip));
             end = lane == 0 ? head : 0;
