@@ -7,18 +7,18 @@
 // All inputs and gradients are [B, T] in f32, but for the mask in u8. They are taken as one run of
 // B T tokens; rows matter only where a token's weight depends on the length of its row.
 //
-// count. Reads the mask alone, where D or the weights depend on it: how many tokens are unmasked, or
-// how many rows have such a token, and one over the length of every row. Counts are integers, so
-// their order is free: a row goes to as many lanes as its bytes fill with vectors, or to a block. Of
-// few tokens pass counts the unmasked ones by itself.
+// count. Reads the mask alone, where D or the weights depend on it: how many tokens are unmasked,
+// or how many rows have such a token, and one over the length of every row. Counts are integers, so
+// their order is free: a row goes to as many lanes as its bytes fill with vectors, or to a block.
+// Of few tokens pass counts the unmasked ones by itself.
 //
-// pass. Everything else, from one read of the tokens. A block takes a part of them, in tiles of four
-// tokens a thread: a vector of 16 bytes from each input, all in flight at once. Which tokens a
+// pass. Everything else, from one read of the tokens. A block takes a part of them, in tiles of
+// four tokens a thread: a vector of 16 bytes from each input, all in flight at once. Which tokens a
 // thread takes does not depend on their alignment; inputs that are not aligned are loaded one by
 // one. Sums are kept in f32 in a thread, of at most 128 tokens, and over a warp in a fixed tree;
 // those of the warps are added in f64, and `partials [SUMS, parts]` keeps them for merge. How many
 // parts there are depends on the number of tokens alone. Row weights, the entropy and the KL take
-// registers that would halve the threads in flight, so there is a kernel without them (pass) and one
+// registers, which leaves fewer threads in flight, so there is a kernel without them (pass) and one
 // with (pass_full).
 //
 // merge. One block, a sum a warp: adds the partials in f64, in order, and writes the statistics. If
@@ -26,9 +26,9 @@
 //
 // scale. The stored gradients times an upstream gradient that is on the device.
 //
-// Bytes of a token: pass reads 12, 12 more for the value term (8 without its clip), 4 for the entropy
-// and for the KL each, 1 for the mask, and writes 4 a gradient; count reads the 1 of the mask. scale
-// reads and writes 4 a gradient; in place, by a factor of 1, nothing.
+// Bytes of a token: pass reads 12, 12 more for the value term (8 without its clip), 4 for the
+// entropy and for the KL each, 1 for the mask, and writes 4 a gradient; count reads the 1 of the
+// mask. scale reads and writes 4 a gradient; in place, by a factor of 1, nothing.
 //
 // Numbers. e^x is expf, to 2 ulp. Variances are taken around a number that is among those they are
 // of, so that they keep their digits far from 0: each thread takes its first, and changes to the
@@ -79,7 +79,7 @@ constexpr int TILE = THREADS * GROUP;
 // Where D comes from.
 struct Divisor {
     double given;            // or 0: it is counted
-    const uint32_t* counts;  // [parts] of count, of which D is the sum; or null: the unmasked tokens
+    const uint32_t* counts;  // [parts] of count, with the sum D; or null: the unmasked tokens
     int32_t parts;
     int32_t needs_tokens;  // D is 0 where no token is unmasked, although it is given
 };

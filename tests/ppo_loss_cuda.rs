@@ -139,8 +139,8 @@ fn agrees_with_the_reference_for_every_option() {
     }
 }
 
-/// Around every boundary: of a vector, a tile, the single part, the counting in the pass, a row that
-/// takes a block to count; one row, one column.
+/// Around every boundary: of a vector, a tile, the single part, the counting in the pass, a row
+/// that takes a block to count; one row, one column.
 const SHAPES: [(usize, usize); 14] = [
     (1, 1),
     (3, 7),

@@ -17,8 +17,9 @@ static __device__ __forceinline__ float clamp(float x, float limit) {
     return x > limit ? limit : x < -limit ? -limit : x;
 }
 
-// e^-d - 1 + d for |d| < 1. In PPO d is small, and there the three terms cancel: at d = 1e-3 the value
-// is 5e-7, eight units in the last place of 1. So it is summed as the series d^2/2! - d^3/3! + ..
+// e^-d - 1 + d for |d| < 1. In PPO d is small, and there the three terms cancel: at d = 1e-3 the
+// value is 5e-7, eight units in the last place of 1. So it is summed as the series
+// d^2/2! - d^3/3! + ..
 static __device__ __forceinline__ float k3_series(float d) {
     // Through d^12/12!, which is below half a unit in the last place of the sum.
     float series = 2.0876757e-9f;

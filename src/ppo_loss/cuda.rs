@@ -28,8 +28,8 @@ struct Geometry {
     part_tiles: usize,
 }
 
-/// A single part needs no merge; up to 1024 parts are merged in no time; and a thread adds up no more
-/// than 128 tokens in f32.
+/// A single part needs no merge; up to 1024 parts are merged in no time; and a thread adds up no
+/// more than 128 tokens in f32.
 const PARTS: [Geometry; 7] = [
     Geometry { max_tiles: 4, part_tiles: 4 },
     Geometry { max_tiles: 1 << 10, part_tiles: 1 },
@@ -182,8 +182,8 @@ pub fn workspace_len(batch: usize, seq_len: usize, options: &PpoLossOptions) -> 
 /// every other input once.
 ///
 /// `stats` has [`PpoStats::LEN`] elements, in the order of [`PpoStats::NAMES`], so the first is the
-/// loss; `PpoStats::from_array` makes the struct of them. `workspace` has [`workspace_len`] elements
-/// or more, of any content, and can be used again for the next call on the same stream.
+/// loss; [`PpoStats::from_array`] makes the struct of them. `workspace` has [`workspace_len`]
+/// elements or more, of any content, and can be used again for the next call on the same stream.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range or asks for an input that is missing, there
@@ -343,8 +343,8 @@ fn needs_tokens(options: &PpoLossOptions) -> bool {
     options.denominator.is_none() && !matches!(options.aggregation, Aggregation::Constant(_))
 }
 
-/// A look at the mask before the pass. A "row" of it is a row of the batch, or where only tokens are
-/// counted, some run of bytes.
+/// A look at the mask before the pass. A "row" of it is a row of the batch, or where only tokens
+/// are counted, some run of bytes.
 struct Counting {
     width: usize,
     rows: usize,
