@@ -1,10 +1,12 @@
-// Generalised advantage estimation with the shaping of the rewards, as a parallel scan from the end of
-// each row. src/gae/mod.rs has the formulas and the meaning of masks, and src/gae/cuda.rs the launches.
+// Generalised advantage estimation with the shaping of the rewards, as a parallel scan from the end
+// of each row. src/gae/mod.rs has the formulas and the meaning of masks, and src/gae/cuda.rs the
+// launches.
 //
 //     A_t = r_t + gamma V_{t+1} - V_t + gamma lambda A_{t+1}        returns_t = A_t + V_t
 //
 // values, rewards, kl, advantages, returns and shaped are [rows, tokens] in f32, mask and dones
-// [rows, tokens] in u8, scores and bootstrap [rows] in f32, has_eos [rows] in u8, moments three f64.
+// [rows, tokens] in u8, scores and bootstrap [rows] in f32, has_eos [rows] in u8, moments three
+// f64.
 //
 // All that a step passes to the one before it is one number, u_t = gamma V_t + gamma lambda A_t:
 //
@@ -12,30 +14,31 @@
 //     u_t = e_t + gamma lambda u_{t+1}   e_t = gamma (1 - lambda) V_t + gamma lambda r_t
 //
 // So a step is an affine map of u that is made of its own token alone, and needs no search for the
-// next unmasked value. A masked token that is no step is the identity; the end of an episode is a map
-// to a constant. Maps of n steps have the factor (gamma lambda)^n, which comes out of a table, so
-// that no power is rounded more than once. Returns with a lambda of their own take a second u.
+// next unmasked value. A masked token that is no step is the identity; the end of an episode is a
+// map to a constant. Maps of n steps have the factor (gamma lambda)^n, which comes out of a table,
+// so that no power is rounded more than once. Returns with a lambda of their own take a second u.
 //
 // A thread makes one map of four tokens; shuffles make maps of the tokens from a lane to the end of
-// its segment of 128 tokens; from segment to segment u goes on in order, the last first. All kernels
-// do just this, and so give the same bits, which depend on nothing but the row up to its last
-// unmasked token: neither on padding, alignment and batch, nor on the kernel. Which is:
+// its segment of 128 tokens; from segment to segment u goes on in order, the last first. All
+// kernels do just this, and so give the same bits, which depend on nothing but the row up to its
+// last unmasked token: neither on padding, alignment and batch, nor on the kernel. Which is:
 //     warp    a warp takes a short row
 //     block   a block takes a row, from its end, a tile of 2 segments a warp at a time; the maps of
 //             segments go through shared memory
-//     last, totals, carry, apply: few long rows. A block takes a tile of a row and leaves the maps of
-//             its segments (totals); a warp goes through those of a row (carry); a block takes a tile
-//             again and knows u where its segments end (apply). Where the row's last unmasked token
-//             is, which both ask, is found first (last).
+//     last, totals, carry, apply: few long rows. Where a row's last unmasked token is, is found
+//             first (last). A block takes a tile of a row and leaves the maps of its segments
+//             (totals); a warp goes through those of a row (carry); a block takes a tile again, and
+//             knows u where its segments end (apply)
 //     merge   puts together the moments that every block left
 //
 // Bytes a token: 4 for each of values, rewards and kl, and 1 for each of mask and dones, read once
-// (twice where rows are split); 4 written for each of advantages, returns and shaped. Registers hold a
-// tile between: 16 bytes times 2 segments times values and rewards are in flight a thread.
+// (twice where rows are split); 4 written for each of advantages, returns and shaped. Registers
+// hold a tile between: 16 bytes times 2 segments times values and rewards are in flight a thread.
 //
 // Numbers. All in f32, but the score of a row and the moments of the advantages in f64. Of T steps
-// log2(128) + T / 128 additions follow one another and not T: the error is below that of the loop in
-// f32, most of all for gamma lambda = 1. Masked tokens are read and not looked at, and may hold NaN.
+// log2(128) + T / 128 additions follow one another and not T: the error is below that of the loop
+// in f32, most of all for gamma lambda = 1. Masked tokens are read and not looked at, and may hold
+// NaN.
 
 #include "common/moments.cuh"
 #include "common/tokens.cuh"
@@ -116,8 +119,8 @@ struct Shared {
 // What a token can be. OUTPUT is what is kept, and the step of the score.
 enum Flag { KEPT, DONE, STEP, OUTPUT };
 
-// Some segments of a row: four tokens of each a lane. Eight bits for each flag say what they are, all
-// in one register.
+// Some segments of a row: four tokens of each a lane. Eight bits for each flag say what they are,
+// all in one register.
 struct Tokens {
     float value[HELD][QUAD], reward[HELD][QUAD];
     uint32_t flags;
@@ -155,7 +158,8 @@ static __device__ __forceinline__ State apply(const Map& map, State s, const Sha
 }
 
 // One step of a token that ends no episode.
-static __device__ __forceinline__ float step(const Decay& decay, float value, float reward, float u) {
+static __device__ __forceinline__ float step(const Decay& decay, float value, float reward,
+                                             float u) {
     const float once = decay.powers[1];
     return fmaf(once, u, fmaf(decay.rest, value, once * reward));
 }
@@ -193,9 +197,9 @@ static __device__ __forceinline__ void load(const GaeArgs& args, const Place& pl
 #pragma unroll
     for (int j = 0; j < HELD; j++) {
         const unsigned kept =
-            args.mask ? bits_of(mask[j]) : lowest_bits(place.left - first_of_lane(j));
+            args.mask ? flag_bits(mask[j]) : lowest_bits(place.left - first_of_lane(j));
         t.set(KEPT, kept << QUAD * j);
-        if (args.dones) t.set(DONE, (bits_of(dones[j]) & kept) << QUAD * j);
+        if (args.dones) t.set(DONE, (flag_bits(dones[j]) & kept) << QUAD * j);
 #pragma unroll
         for (int i = 0; i < QUAD; i++) {
             const float dense = args.rewards ? t.reward[j][i] : 0.0f;
@@ -301,7 +305,8 @@ static __device__ __forceinline__ Map of_segment(const Map& map) {
              TWO ? __shfl_sync(ALL_LANES, map.add.of_returns, 0) : 0.0f}};
 }
 
-// u after each of the lane's tokens of a segment, 0 where an episode ends; `u` is that after the last.
+// u after each of the lane's tokens of a segment, 0 where an episode ends; `u` is that after the
+// last.
 static __device__ __forceinline__ void unroll(const Decay& decay, const Tokens& t, int j, float u,
                                               float (&after)[QUAD]) {
 #pragma unroll
@@ -433,9 +438,9 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
     }
 }
 
-// Block [threads], a row a block: the last unmasked token, from the end, 64 bytes a thread at a time.
+// Block [threads], a row a block: the last unmasked token, from the end, 64 bytes a thread at a
+// time.
 static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared* shared) {
-    constexpr int IN_FLIGHT = 4;
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
         const uint8_t* mask = args.mask + row * args.tokens;
@@ -450,7 +455,8 @@ static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared*
             for (int i = 0; i < IN_FLIGHT; i++) {
                 first[i] = 16 * (end - 1 - i * int64_t(blockDim.x) - threadIdx.x) - skip;
                 v[i] = make_uint4(0, 0, 0, 0);
-                if (first[i] >= 0 && first[i] + 16 <= args.tokens) v[i] = load_once(mask + first[i]);
+                const bool inside = first[i] >= 0 && first[i] + 16 <= args.tokens;
+                if (inside) v[i] = load_once(mask + first[i]);
             }
             int64_t kept = -1;
 #pragma unroll
@@ -479,8 +485,8 @@ static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared*
     }
 }
 
-// Block [threads], a tile of a row a block: calls work(tile counted over rows, the place of the warp's
-// segments, the index of the first of those, its tokens, their maps).
+// Block [threads], a tile of a row a block: calls work(tile counted over rows, the place of the
+// warp's segments, the index of the first of those, its tokens, their maps).
 template <bool TWO, class Work>
 static __device__ __forceinline__ void for_tiles(const GaeArgs& args, const Shared* shared,
                                                  Work work) {

@@ -1,14 +1,14 @@
-// Masked whitening, forward and backward. src/whiten/mod.rs has the formulas and src/whiten/cuda.rs the
-// launches.
+// Masked whitening, forward and backward. src/whiten/mod.rs has the formulas and src/whiten/cuda.rs
+// the launches.
 //
-//     mean = sum m x / n     var = sum m (x - mean)^2 / (n - 1)     y = (x - mean) / sqrt(var + eps)
+//     mean = sum m x / n    var = sum m (x - mean)^2 / (n - 1)    y = (x - mean) / sqrt(var + eps)
 //
-// x, y and gradients are [n] in f32, the mask is [n] in u8, moments are three f64: count, mean, and the
-// sum of squared deviations. They stay on the device between the passes:
+// x, y and gradients are [n] in f32, the mask is [n] in u8, moments are three f64: count, mean, and
+// the sum of squared deviations. They stay on the device between the passes:
 //     moments   a block takes a run of elements and leaves their moments, merge puts those together
 //     forward   an element after the other, with given moments, which may be of a larger set
-//     sums      sum g and sum g (x - mean), which the gradient through the moments needs, in runs as
-//               above; merge_sums adds those up
+//     sums      sum g and sum g (x - mean), which the gradient through the moments needs, in runs
+//               as above; merge_sums adds those up
 //     backward  an element after the other
 // A warp has several segments of 128 elements in flight, four elements a lane. Where runs begin and
 // end depends on n alone, and so do all bits.
@@ -16,15 +16,16 @@
 // Bytes an element, with a mask: moments 5 read; forward 5 read, 4 written; sums 9 read; backward 9
 // read, 4 written.
 //
-// Numbers. Sums are in f64. The mean is subtracted in two floats: x minus the first is exact where x
-// is near it, so that a large mean costs the deviations no digits. What is masked is read and not
+// Numbers. Sums are in f64. The mean is subtracted in two floats: x minus the first is exact where
+// x is near it, so that a large mean costs the deviations no digits. What is masked is read and not
 // looked at, and comes out as 0. Too few elements for the variance make what is not masked NaN.
 
+#include "common/map.cuh"
 #include "common/moments.cuh"
 #include "common/tokens.cuh"
 
-// Segments that a warp loads before it uses the first: IN_FLIGHT of x, or so many of x and g each.
-constexpr int PAIRS_IN_FLIGHT = 2;
+// Segments of x and g each that a warp loads before it uses the first; of x alone, IN_FLIGHT.
+constexpr int PAIRS_IN_FLIGHT = IN_FLIGHT / 2;
 
 constexpr int MAX_WARPS = 256 / WARP;
 
@@ -134,6 +135,33 @@ struct Inverse {
     }
 };
 
+struct Forward {
+    Scale scale;
+
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&x)[1][N], int64_t,
+                                               float (&y)[1][N]) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            y[0][i] = fmaf(scale.mean.deviation(x[0][i]), scale.inverse, scale.offset);
+        }
+    }
+};
+
+struct Backward {
+    Scale scale;
+
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&x)[2][N], int64_t,
+                                               float (&grad_x)[1][N]) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float from_g = fmaf(x[1][i], scale.inverse, scale.offset);
+            grad_x[0][i] = fmaf(scale.mean.deviation(x[0][i]), scale.slope, from_g);
+        }
+    }
+};
+
 // The lane's unmasked elements of N segments, four bits for each.
 template <int N>
 static __device__ __forceinline__ void load_mask(const uint8_t* mask, const Place& place,
@@ -145,27 +173,19 @@ static __device__ __forceinline__ void load_mask(const uint8_t* mask, const Plac
     }
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        keep[j] = mask ? bits_of(flags[j]) : lowest_bits(place.left - first_of_lane(j));
+        keep[j] = mask ? flag_bits(flags[j]) : lowest_bits(place.left - first_of_lane(j));
     }
 }
 
-// Calls work(place) for every N segments of the elements first..end that fall to this warp, of
-// `warps` that share them.
+// Calls work(place) for every N segments of the elements first..end that fall to this warp.
 template <int N, class Work>
 static __device__ __forceinline__ void for_segments(int64_t first, int64_t end, int64_t count,
-                                                    int64_t warp, int64_t warps, Work work) {
-    constexpr int TOKENS = N * SEGMENT;
+                                                    Work work) {
+    constexpr int64_t TOKENS = N * SEGMENT;
+    const int64_t warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     for (int64_t at = first + warp * TOKENS; at < end; at += warps * TOKENS) {
         work(Place(0, count, at));
     }
-}
-
-// The same for all elements, shared by all blocks.
-template <int N, class Work>
-static __device__ __forceinline__ void for_all_segments(int64_t count, Work work) {
-    const int64_t warps = blockDim.x / WARP;
-    const int64_t warp = blockIdx.x * warps + threadIdx.x / WARP;
-    for_segments<N>(0, count, count, warp, gridDim.x * warps, work);
 }
 
 // Block [threads], a run of elements a block.
@@ -174,8 +194,7 @@ KERNEL(256, 4, whiten_moments_f32, MomentsArgs) {
     for (int64_t run = blockIdx.x; run * args.run < args.count; run += gridDim.x) {
         const int64_t first = run * args.run, end = min(first + args.run, args.count);
         Deviations d = no_deviations();
-        for_segments<IN_FLIGHT>(first, end, args.count, threadIdx.x / WARP, blockDim.x / WARP,
-                                [&](const Place& place) {
+        for_segments<IN_FLIGHT>(first, end, args.count, [&](const Place& place) {
             float x[IN_FLIGHT][QUAD];
             unsigned keep[IN_FLIGHT];
             load_tokens(args.x, place, x);
@@ -200,38 +219,19 @@ KERNEL(256, 4, whiten_forward_f32, ForwardArgs) {
     }
     __syncthreads();
     const Scale scale = *shared;
-    for_all_segments<IN_FLIGHT>(args.count, [&](Place place) {
-        // In place, a vector that straddles two warps' elements would be read while it is written.
-        place.inner = place.inner && args.x != args.y;
-        float x[IN_FLIGHT][QUAD];
-        unsigned keep[IN_FLIGHT];
-        load_tokens(args.x, place, x);
-        load_mask(args.mask, place, keep);
-#pragma unroll
-        for (int j = 0; j < IN_FLIGHT; j++) {
-#pragma unroll
-            for (int i = 0; i < QUAD; i++) {
-                const float y = fmaf(scale.mean.deviation(x[j][i]), scale.inverse, scale.offset);
-                x[j][i] = keep[j] >> i & 1 ? y : 0.0f;
-            }
-            store_tokens(args.y, place, j, x[j]);
-        }
-    });
+    const float* const in[1] = {args.x};
+    float* const out[1] = {args.y};
+    map_tokens(in, out, args.mask, args.count, Forward{scale});
 }
 
-static __device__ __forceinline__ Sums block_sum(Sums s, Sums* warps) {
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    s = {warp_sum(s.g), warp_sum(s.product)};
-    // The first warp may still be reading what an earlier call left.
-    __syncthreads();
-    if (lane == 0) warps[warp] = s;
-    __syncthreads();
-    if (warp == 0) {
-        s = lane < blockDim.x / WARP ? warps[lane] : Sums{0.0, 0.0};
-        s = {warp_sum(s.g), warp_sum(s.product)};
+// How a block adds up sums.
+struct AddSums {
+    static __device__ __forceinline__ Sums none() { return {0.0, 0.0}; }
+
+    static __device__ __forceinline__ Sums warp_merge(const Sums& s) {
+        return {warp_sum(s.g), warp_sum(s.product)};
     }
-    return s;
-}
+};
 
 // Block [threads], a run of elements a block.
 KERNEL(256, 4, whiten_sums_f32, SumsArgs) {
@@ -240,8 +240,7 @@ KERNEL(256, 4, whiten_sums_f32, SumsArgs) {
     for (int64_t run = blockIdx.x; run * args.run < args.count; run += gridDim.x) {
         const int64_t first = run * args.run, end = min(first + args.run, args.count);
         Sums s = {0.0, 0.0};
-        for_segments<PAIRS_IN_FLIGHT>(first, end, args.count, threadIdx.x / WARP,
-                                      blockDim.x / WARP, [&](const Place& place) {
+        for_segments<PAIRS_IN_FLIGHT>(first, end, args.count, [&](const Place& place) {
             float x[PAIRS_IN_FLIGHT][QUAD], g[PAIRS_IN_FLIGHT][QUAD];
             unsigned keep[PAIRS_IN_FLIGHT];
             load_tokens(args.x, place, x);
@@ -252,13 +251,14 @@ KERNEL(256, 4, whiten_sums_f32, SumsArgs) {
 #pragma unroll
                 for (int i = 0; i < QUAD; i++) {
                     if (keep[j] >> i & 1) {
-                        s.g += double(g[j][i]);
-                        s.product = fma(double(g[j][i]), double(mean.deviation(x[j][i])), s.product);
+                        const double grad = g[j][i];
+                        s.g += grad;
+                        s.product = fma(grad, double(mean.deviation(x[j][i])), s.product);
                     }
                 }
             }
         });
-        s = block_sum(s, warps);
+        s = block_merge(AddSums{}, s, warps);
         if (threadIdx.x == 0) args.partials[run] = s;
     }
 }
@@ -271,7 +271,7 @@ KERNEL(512, 1, whiten_merge_sums_f32, MergeSumsArgs) {
         s.g += args.partials[i].g;
         s.product += args.partials[i].product;
     }
-    s = block_sum(s, warps);
+    s = block_merge(AddSums{}, s, warps);
     if (threadIdx.x == 0) *args.sums = s;
 }
 
@@ -288,23 +288,7 @@ KERNEL(256, 4, whiten_backward_f32, BackwardArgs) {
     }
     __syncthreads();
     const Scale scale = *shared;
-    for_all_segments<PAIRS_IN_FLIGHT>(args.count, [&](Place place) {
-        float x[PAIRS_IN_FLIGHT][QUAD], g[PAIRS_IN_FLIGHT][QUAD];
-        unsigned keep[PAIRS_IN_FLIGHT];
-        load_tokens(args.x, place, x);
-        // As in the forward pass.
-        place.inner = place.inner && args.grad_y != args.grad_x;
-        load_tokens(args.grad_y, place, g);
-        load_mask(args.mask, place, keep);
-#pragma unroll
-        for (int j = 0; j < PAIRS_IN_FLIGHT; j++) {
-#pragma unroll
-            for (int i = 0; i < QUAD; i++) {
-                const float from_g = fmaf(g[j][i], scale.inverse, scale.offset);
-                const float dx = fmaf(scale.mean.deviation(x[j][i]), scale.slope, from_g);
-                g[j][i] = keep[j] >> i & 1 ? dx : 0.0f;
-            }
-            store_tokens(args.grad_x, place, j, g[j]);
-        }
-    });
+    const float* const in[2] = {args.x, args.grad_y};
+    float* const out[1] = {args.grad_x};
+    map_tokens(in, out, args.mask, args.count, Backward{scale});
 }

@@ -1,6 +1,6 @@
-//! The CUDA kernels of the gae op, on a GPU or on the CPU stand-in: every mapping, option and kind of
-//! mask in every thread order against the f64 reference, what its bits must not depend on, and bugs
-//! planted in the kernels, which must not go unseen.
+//! The CUDA kernels of the gae op, on a GPU or on the CPU stand-in: every mapping, option and kind
+//! of mask in every thread order against the f64 reference, what its bits must not depend on, and
+//! bugs planted in the kernels, which must not go unseen.
 #![cfg(any(feature = "simt", feature = "cuda"))]
 
 mod common;
@@ -16,9 +16,10 @@ use ppo_kernels::{Error, Result};
 /// Elements from a 16-byte boundary to the first of each array, times 1, 2, 3 and so on.
 const OFFSETS: [usize; 3] = [0, 1, 3];
 
-/// The largest error of an advantage in rows of up to a million steps, relative to the row's largest.
-/// Measured were 8.7e-7 at most, and 6.6e-5 for the loop in f32: a segment's sum rounds seven times, a
-/// row of a million adds up 8192 of them, and powers of gamma lambda are rounded once each.
+/// The largest error of an advantage in rows of up to a million steps, relative to the row's
+/// largest. Measured were 8.7e-7 at most, and 6.6e-5 for the loop in f32: a segment's sum rounds
+/// seven times, a row of a million adds up 8192 of them, and powers of gamma lambda are rounded
+/// once each.
 const LONG_ROW: f64 = 2e-6;
 
 /// One call.
@@ -89,8 +90,8 @@ impl Call<'_> {
     }
 }
 
-/// The sample through the kernels in all orders, with rows aligned in different ways and with grids of
-/// different size, and through the reference.
+/// The sample through the kernels in all orders, with rows aligned in different ways and with grids
+/// of different size, and through the reference.
 fn agrees(
     planted_bug: &'static str,
     orders: &[Order],
@@ -117,8 +118,8 @@ fn agrees(
     Ok(())
 }
 
-/// Shapes for every mapping: a warp a row, blocks of all sizes, several tiles a row, and rows that are
-/// split; around the boundaries of vectors, segments and tiles.
+/// Shapes for every mapping: a warp a row, blocks of all sizes, several tiles a row, and rows that
+/// are split; around the boundaries of vectors, segments and tiles.
 const SHAPES: [(usize, usize); 17] = [
     (9, 1),
     (17, 2),

@@ -1,5 +1,6 @@
-//! The CUDA kernels of the whiten op, on a GPU or on the CPU stand-in: every pass and option in every
-//! thread order against the f64 reference, and bugs planted in the kernels, which must not go unseen.
+//! The CUDA kernels of the whiten op, on a GPU or on the CPU stand-in: every pass and option in
+//! every thread order against the f64 reference, and bugs planted in the kernels, which must not go
+//! unseen.
 #![cfg(any(feature = "simt", feature = "cuda"))]
 
 mod common;
@@ -293,7 +294,7 @@ mod planted {
     #[ignore = "ends the process under a sanitizer"]
     fn a_planted_bug_for_a_sanitizer() {
         let bug = std::env::var("PLANTED_BUG").unwrap();
-        let bugs = ["whiten_write_past_the_end", "whiten_missing_barrier"];
+        let bugs = ["whiten_read_past_the_end", "whiten_missing_barrier"];
         let name = bugs.into_iter().find(|name| *name == bug).unwrap();
         // An order that hides the bug from the results, where there is one.
         let _ = agrees_with_the_reference(name, &[Order::Lifo]);

@@ -1,5 +1,6 @@
-// What has to be spelt twice: inline PTX for nvcc, and its twin for the CPU stand-in (src/cuda/simt),
-// which compiles the same kernels with g++ and defines SIMT. No other file holds PTX.
+// What has to be spelt twice: inline PTX for nvcc, and its twin for the CPU stand-in
+// (src/cuda/simt), which compiles the same kernels with g++ and defines SIMT. No other file holds
+// PTX.
 #pragma once
 
 #include <math.h>
@@ -46,8 +47,8 @@ static __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// The same value, of which the compiler knows nothing: what it worked out of x before it will work out
-// again, where it would have kept it in registers.
+// The same value, of which the compiler knows nothing: what it worked out of x before it will work
+// out again, where it would have kept it in registers.
 static __device__ __forceinline__ uint32_t afresh(uint32_t x) {
 #ifndef SIMT
     asm volatile("" : "+r"(x));

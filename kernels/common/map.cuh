@@ -113,6 +113,25 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
     for (int64_t i = split.tail + rank; i < columns; i += share.chunks * threads) one(i);
 }
 
+// Block [threads], all tokens as columns, a few vectors a thread at a time.
+template <int IN, int OUT, class F>
+static __device__ __forceinline__ void map_tokens(const float* const (&in)[IN],
+                                                  float* const (&out)[OUT], const uint8_t* mask,
+                                                  int64_t tokens, const F& f) {
+    const int64_t tile = int64_t(VECTORS<IN>) * WIDTH<float> * blockDim.x;
+    for (int64_t first = blockIdx.x * tile; first < tokens; first += gridDim.x * tile) {
+        const float* from[IN];
+        float* to[OUT];
+#pragma unroll
+        for (int k = 0; k < IN; k++) from[k] = in[k] + first;
+#pragma unroll
+        for (int k = 0; k < OUT; k++) to[k] = out[k] ? out[k] + first : nullptr;
+        const Share share = {0, 1, int(threadIdx.x), int(blockDim.x)};
+        map_columns<true>(from, to, mask ? mask + first : nullptr, min(tile, tokens - first), share,
+                          f);
+    }
+}
+
 // One value in all columns, shared out in the same way.
 template <class T>
 static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns,

@@ -1,12 +1,13 @@
 // Count, mean and sum of squared deviations of many numbers, in f64 and from one pass.
 //
-// A thread adds up deviations from the first of its own numbers. To merge, all sums are brought to the
-// origin of one of them, so that what is merged is added and nothing is divided before the end. An
-// origin is always a number of the set, or the mean of a part of it: its distance from the mean is
-// not more than the numbers' own spread explains, and a large mean costs a small variance no digits.
+// A thread adds up deviations from the first of its own numbers. To merge, all sums are brought to
+// the origin of one of them, so that what is merged is added and nothing is divided before the end.
+// An origin is always a number of the set, or the mean of a part of it: its distance from the mean
+// is not more than the numbers' own spread explains, and a large mean costs a small variance no
+// digits.
 #pragma once
 
-#include "reduce.cuh"
+#include "rows.cuh"
 
 struct Moments {
     double count;
@@ -66,16 +67,18 @@ static __device__ __forceinline__ Deviations warp_merge(Deviations d) {
     return {warp_sum(d.count), origin, warp_sum(d.sum), warp_sum(d.squares)};
 }
 
+// How a block merges them.
+struct MergeDeviations {
+    static __device__ __forceinline__ Deviations none() { return no_deviations(); }
+
+    static __device__ __forceinline__ Deviations warp_merge(const Deviations& d) {
+        return ::warp_merge(d);
+    }
+};
+
 // The deviations of all threads, in the first warp. `warps` is shared memory for one value a warp.
-static __device__ __forceinline__ Deviations block_merge(Deviations d, Deviations* warps) {
-    const unsigned lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    d = warp_merge(d);
-    // The first warp may still be reading what an earlier call left.
-    __syncthreads();
-    if (lane == 0) warps[warp] = d;
-    __syncthreads();
-    if (warp == 0) d = warp_merge(lane < blockDim.x / WARP ? warps[lane] : no_deviations());
-    return d;
+static __device__ __forceinline__ Deviations block_merge(const Deviations& d, Deviations* warps) {
+    return block_merge(MergeDeviations{}, d, warps);
 }
 
 static __device__ __forceinline__ Moments moments_of(const Deviations& d) {
@@ -93,8 +96,8 @@ struct MergeArgs {
     int64_t run;
 };
 
-// Block [threads], a run of partials a block: their moments together, in an order that depends on the
-// length of the run alone.
+// Block [threads], a run of partials a block: their moments together, in an order that depends on
+// the length of the run alone.
 static __device__ __forceinline__ void merge_moments(const MergeArgs& args) {
     SHARED(Deviations, warps, WARP);
     for (int64_t index = blockIdx.x; index == 0 || index * args.run < args.count;

@@ -17,11 +17,11 @@ static __device__ __forceinline__ unsigned misalignment(const void* address, uns
     return unsigned(reinterpret_cast<uintptr_t>(address)) % of;
 }
 
-// Where in a row a warp's segments begin. Counted from there the rest of the row fits 32 bits, or it is
-// as good as endless.
+// Where in a row a warp's segments begin. Counted from there the rest of the row fits 32 bits, or
+// it is as good as endless.
 struct Place {
     int64_t offset;  // of the first token from the array's first
-    int left;        // tokens from there to the end of the row, if not more than 2^30; may be negative
+    int left;        // tokens from there to the end of the row, 2^30 at most; may be negative
     bool inner;      // not the row's first token
 
     __device__ __forceinline__ Place(int64_t row, int64_t tokens, int64_t first)
@@ -85,8 +85,6 @@ static __device__ __forceinline__ void store_tokens(float* array, const Place& p
         float next[QUAD] = {};
 #pragma unroll
         for (int i = 0; i < QUAD - 1; i++) next[i] = __shfl_down_sync(ALL_LANES, x[i], 1);
-        // In place, the next lane has read what is now written over.
-        __syncwarp();
         if (lane < WARP - 1) {
             store_once(to + head, extract(pack(x, float{}), pack(next, float{}), 16 - skip));
             end = lane == 0 ? head : 0;
@@ -117,7 +115,7 @@ static __device__ __forceinline__ uint32_t load_flags(const uint8_t* array, cons
 }
 
 // A bit for each byte that is not 0.
-static __device__ __forceinline__ unsigned bits_of(uint32_t flags) {
+static __device__ __forceinline__ unsigned flag_bits(uint32_t flags) {
     const uint32_t high = (((flags & 0x7f7f7f7f) + 0x7f7f7f7f) | flags) & 0x80808080;
     // Brings bits 7, 15, 23 and 31 next to each other at the top.
     return (high >> 7) * 0x10204080u >> 28;

@@ -1,9 +1,9 @@
 //! Launches of `kernels/gae.cu` on device memory and the caller's stream. Nothing is allocated and
 //! nothing waits for the device.
 //!
-//! Refuses what [`cpu`](super::cpu) refuses. A row's bits depend neither on other rows, nor on padding
-//! behind it, nor on which of the kernels takes it, so that this can be chosen by the whole shape. The
-//! moments depend on the shape as well.
+//! Refuses what [`cpu`](super::cpu) refuses. A row's bits depend neither on other rows, nor on
+//! padding behind it, nor on which of the kernels takes it, so that this can be chosen by the whole
+//! shape. The moments depend on the shape as well.
 
 use std::ptr::{null, null_mut};
 
@@ -37,8 +37,8 @@ const ROWS: [Geometry; 4] = [
 const BLOCK: usize = 256;
 const TILE: usize = BLOCK * HELD;
 
-/// At most so many rows of more than so many tokens are split over blocks: it costs some launches and
-/// reads the inputs again, which are in L2 then. More rows are enough for every multiprocessor.
+/// At most so many rows of more than so many tokens are split over blocks: it costs some launches
+/// and reads the inputs again, which are in L2 then. More rows are enough for every multiprocessor.
 const SPLIT_ROWS: usize = 64;
 const SPLIT_TOKENS: usize = 8 * TILE;
 
@@ -117,8 +117,8 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// What [`gae`] writes, each `[B, T]`, and 0 where masked, but for the moments. None of it may be the
-/// memory of an input.
+/// What [`gae`] writes, each `[B, T]`, and 0 where masked, but for the moments. None of it may be
+/// the memory of an input.
 pub struct Outputs<'a> {
     /// Advantages.
     pub advantages: SliceMut<'a, f32>,
@@ -131,8 +131,8 @@ pub struct Outputs<'a> {
     pub moments: Option<SliceMut<'a, f64>>,
 }
 
-/// The least length of the workspace of [`gae`]: 24 bytes a row or less, and for few long rows some 24
-/// bytes every 128 tokens.
+/// The least length of the workspace of [`gae`]: 24 bytes a row or less, and for few long rows some
+/// 24 bytes every 128 tokens.
 pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
     if batch == 0 || seq_len == 0 {
         return 0;
@@ -150,12 +150,11 @@ pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
 }
 
 /// Advantages and returns of `batch` rows of `seq_len` tokens. Reads every input once, or twice if
-/// there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and can
-/// be used again for the next call on the same stream.
+/// there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and
+/// can be used again for the next call on the same stream.
 ///
-/// # Errors
-/// If a length does not fit, an option is out of range, [`MissingEos`] has no `scores` and `has_eos`
-/// to work on, or a kernel cannot be launched.
+/// # Errors If a length does not fit, an option is out of range, [`MissingEos`] has no `scores` and
+/// `has_eos` to work on, or a kernel cannot be launched.
 pub fn gae(
     stream: &Stream,
     inputs: Inputs,

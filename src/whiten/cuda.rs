@@ -5,8 +5,9 @@
 //! [`masked_moments`] and [`gae`](crate::gae::cuda::gae) write them, and the passes that whiten read
 //! them there, so that they need not come to the host.
 //!
-//! Refuses what [`cpu`](super::cpu) refuses, but for [`Given::OnDevice`] moments of too few elements:
-//! to look at them here would cost a wait. What they whiten comes out as NaN where it is not masked.
+//! Refuses what [`cpu`](super::cpu) refuses, but for [`Given::OnDevice`] moments of too few
+//! elements: to look at them here would cost a wait. What they whiten comes out as NaN where it is
+//! not masked.
 
 use std::ptr::null;
 
@@ -52,8 +53,8 @@ pub fn workspace_len(len: usize) -> usize {
     merge_workspace_len(runs(TILE)).max((runs(PAIRS_TILE) + 1) * SUMS)
 }
 
-/// Count, mean and sum of squared deviations of the unmasked elements of `x` into `moments`, which has
-/// [`MOMENTS`] values. Reads `x` once. `workspace` has [`workspace_len`] values or more, of any
+/// Count, mean and sum of squared deviations of the unmasked elements of `x` into `moments`, which
+/// has [`MOMENTS`] values. Reads `x` once. `workspace` has [`workspace_len`] values or more, of any
 /// content, and can be used again for the next call on the same stream.
 ///
 /// # Errors
@@ -85,8 +86,8 @@ pub fn masked_moments(
     merge(stream, OP, workspace, partials, moments.as_mut_ptr())
 }
 
-/// Whitens `x` into `out` with the given moments: its own, or those of a larger set. `out` may be the
-/// memory of `x`.
+/// Whitens `x` into `out` with the given moments: its own, or those of a larger set. `out` may be
+/// the memory of `x`.
 ///
 /// # Errors
 /// If a length does not fit, `eps` is out of range, moments that are known are of too few elements,
@@ -106,8 +107,8 @@ pub fn masked_whiten(
     forward(stream, x, mask, given, options, out, false)
 }
 
-/// The gradient with respect to `x` of [`masked_whiten`] with `x`'s own moments. `grad_x` may be the
-/// memory of `grad_out`; reads both twice. `workspace` as for [`masked_moments`].
+/// The gradient with respect to `x` of [`masked_whiten`] with `x`'s own moments. `grad_x` may be
+/// the memory of `grad_out`; reads both twice. `workspace` as for [`masked_moments`].
 ///
 /// # Errors
 /// As [`masked_whiten`].
@@ -150,8 +151,8 @@ pub fn masked_whiten_backward(
     launch(stream, "backward", blocks(grad_x.len(), PAIRS_TILE), BLOCK, &args)
 }
 
-/// The gradient with respect to `x` of [`masked_whiten`] with moments that are constants. `grad_x` may
-/// be the memory of `grad_out`.
+/// The gradient with respect to `x` of [`masked_whiten`] with moments that are constants. `grad_x`
+/// may be the memory of `grad_out`.
 ///
 /// # Errors
 /// As [`masked_whiten`].
@@ -206,8 +207,8 @@ pub(crate) fn merge_workspace_len(partials: usize) -> usize {
 }
 
 /// Launches the op's kernel `merge`, as often as it takes, on moments that lie one after the other:
-/// those of all together go into `moments`. [`merge_workspace_len`] says how much memory there is from
-/// `partials` on.
+/// those of all together go into `moments`. [`merge_workspace_len`] says how much memory there is
+/// from `partials` on.
 pub(crate) fn merge(
     stream: &Stream,
     op: &'static str,
