@@ -4,7 +4,7 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::gae::cpu::{self, Outputs};
@@ -27,7 +27,7 @@ fn random(seed: u64, batch: usize, seq_len: usize) -> Tensor {
 /// Column after column from the last one, as every loop over time in a tensor library.
 fn narrow_and_add(rewards: &Tensor, values: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
     let (batch, seq_len) = values.dims2()?;
-    let mut next_value = Tensor::zeros((batch, 1), DType::F32, &Device::Cpu)?;
+    let mut next_value = Tensor::zeros((batch, 1), DType::F32, device())?;
     let mut advantage = next_value.clone();
     let mut columns = Vec::with_capacity(seq_len);
     for t in (0..seq_len).rev() {
@@ -55,7 +55,7 @@ fn walk(batch: usize, seq_len: usize) -> Walk {
 
 fn plain(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let (shape, walk) = (format!("f32_{batch}x{seq_len}"), walk(batch, seq_len));
-    compare(criterion, "gae", &shape, &[walk], || {
+    on_cpu(criterion, "gae", &shape, &[walk], || {
         let (rewards, values) = (random(1, batch, seq_len), random(2, batch, seq_len));
         let inputs = (to_vec(&rewards), to_vec(&values));
         let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
@@ -106,12 +106,12 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let tokens = batch * seq_len;
     // Values, KL and mask in; advantages and returns out.
     let walk = Walk { read: 9 * tokens, write: 8 * tokens };
-    compare(criterion, "gae_shaping", &format!("f32_{batch}x{seq_len}"), &[walk], || {
+    on_cpu(criterion, "gae_shaping", &format!("f32_{batch}x{seq_len}"), &[walk], || {
         let (values, kl) = (random(1, batch, seq_len), random(2, batch, seq_len));
         let scores = tensor(uniform(&mut rng(3), batch, 0.0, 3.0), &[batch], DType::F32);
         let (mask, last) = padding(&mut rng(4), batch, seq_len);
-        let mask = Tensor::from_vec(mask, (batch, seq_len), &Device::Cpu).unwrap();
-        let last = Tensor::from_vec(last, batch, &Device::Cpu).unwrap();
+        let mask = Tensor::from_vec(mask, (batch, seq_len), device()).unwrap();
+        let last = Tensor::from_vec(last, batch, device()).unwrap();
         let kl_coef = options().shaping.kl_coef;
 
         let raw = (to_vec(&values), to_vec(&kl), to_vec(&scores));

@@ -7,7 +7,7 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor, Var, D};
+use candle_core::{DType, Tensor, Var, D};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use half::bf16;
@@ -40,7 +40,7 @@ fn k3(logp: &Tensor, ref_logp: &Tensor) -> candle_core::Result<Tensor> {
 fn sampled_forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let tokens = batch * seq_len;
     let walk = Walk { read: 8 * tokens, write: 4 * tokens };
-    compare(criterion, "kl_sampled_forward", &format!("f32_{batch}x{seq_len}"), &[walk], || {
+    on_cpu(criterion, "kl_sampled_forward", &format!("f32_{batch}x{seq_len}"), &[walk], || {
         let (logp, ref_logp) = log_probabilities(tokens);
         let raw = (to_vec(&logp), to_vec(&ref_logp));
         let fused = move |kl: &mut [f32]| {
@@ -58,7 +58,7 @@ fn sampled_forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
 fn sampled_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let tokens = batch * seq_len;
     let walk = Walk { read: 12 * tokens, write: 4 * tokens };
-    compare(criterion, "kl_sampled_backward", &format!("f32_{batch}x{seq_len}"), &[walk], || {
+    on_cpu(criterion, "kl_sampled_backward", &format!("f32_{batch}x{seq_len}"), &[walk], || {
         let (logp, ref_logp) = log_probabilities(tokens);
         let upstream = tensor(uniform(&mut rng(2), tokens, 0.0, 1.0), &[tokens], DType::F32);
         let var = Var::from_tensor(&logp).unwrap();
@@ -122,12 +122,12 @@ fn full_forward(criterion: &mut Criterion, size: Full) {
 
 fn full_backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, size: Full) {
     let walk = Walk { read: 2 * size.bytes(), write: size.bytes() };
-    compare(criterion, "kl_full_backward", &size.name(), &[walk], || {
+    on_cpu(criterion, "kl_full_backward", &size.name(), &[walk], || {
         let (z, w) = size.logits();
         let upstream = uniform(&mut rng(3), size.rows, 0.0, 1.0);
         let var = Var::from_tensor(&z).unwrap();
         let kl = composition(&var, &w).unwrap();
-        let weights = Tensor::new(upstream.as_slice(), &Device::Cpu).unwrap();
+        let weights = Tensor::new(upstream.as_slice(), device()).unwrap();
         let loss = kl.mul(&weights).unwrap().sum_all().unwrap();
         let candle = move || loss.backward().unwrap().remove(&var).unwrap();
 

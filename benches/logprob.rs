@@ -56,7 +56,7 @@ impl Size {
         let targets = targets(&logits, self.vocab, 2);
         let upstream = uniform(&mut rng(3), self.rows, 0.0, 1.0);
         Inputs {
-            targets: Tensor::new(targets.as_slice(), &candle_core::Device::Cpu).unwrap(),
+            targets: Tensor::new(targets.as_slice(), device()).unwrap(),
             logits: tensor(logits, &[self.rows, self.vocab], self.dtype),
             upstream: tensor(upstream, &[self.rows], DType::F32),
         }
@@ -86,7 +86,7 @@ fn forward(criterion: &mut Criterion, size: Size) {
 }
 
 fn backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, size: Size) {
-    compare(criterion, "logprob_backward", &size.name(), &[size.backward()], || {
+    on_cpu(criterion, "logprob_backward", &size.name(), &[size.backward()], || {
         let Size { rows, vocab, .. } = size;
         let Inputs { logits, targets, upstream } = size.inputs();
         let var = Var::from_tensor(&logits).unwrap();

@@ -30,7 +30,7 @@ fn minibatch(batch: usize, seq_len: usize) -> (Var, Minibatch) {
 
 fn forward_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let (tokens, shape) = (batch * seq_len, format!("f32_{batch}x{seq_len}"));
-    compare(criterion, "ppo_loss_forward_backward", &shape, &[walk(tokens)], || {
+    on_cpu(criterion, "ppo_loss_forward_backward", &shape, &[walk(tokens)], || {
         let (var, data) = minibatch(batch, seq_len);
         let [logp, values] = [&var, &data.values].map(|var| to_vec(var));
         let [old_logp, advantages, old_values, returns] =

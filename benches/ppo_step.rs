@@ -9,7 +9,7 @@ mod common;
 
 use std::rc::Rc;
 
-use candle_core::{DType, Device, Tensor, Var, D};
+use candle_core::{DType, Tensor, Var, D};
 use common::minibatch::Minibatch;
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
@@ -38,7 +38,7 @@ impl Step {
     fn new(dtype: DType) -> Self {
         let z = logits(BATCH * SEQ_LEN, VOCAB, 1);
         let targets = targets(&z, VOCAB, 2);
-        let targets = Tensor::from_vec(targets, (BATCH, SEQ_LEN), &Device::Cpu).unwrap();
+        let targets = Tensor::from_vec(targets, (BATCH, SEQ_LEN), device()).unwrap();
         let z = tensor(z, &[BATCH, SEQ_LEN, VOCAB], dtype);
         let logp = logprobs(&z, &targets, &LogprobOptions::default()).unwrap();
         let logits = Var::from_tensor(&z).unwrap();

@@ -4,7 +4,7 @@
 
 mod common;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::whiten::{cpu, masked_whiten, WhitenOptions};
@@ -22,7 +22,7 @@ fn inputs(batch: usize, seq_len: usize) -> Inputs {
     let (mask, _) = padding(&mut rng(2), batch, seq_len);
     Inputs {
         x: tensor(x, &[batch, seq_len], DType::F32),
-        mask: Tensor::from_vec(mask, (batch, seq_len), &Device::Cpu).unwrap(),
+        mask: Tensor::from_vec(mask, (batch, seq_len), device()).unwrap(),
     }
 }
 
@@ -42,7 +42,7 @@ fn walks(tokens: usize) -> [Walk; 2] {
 
 fn forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let (shape, tokens) = (format!("f32_{batch}x{seq_len}"), batch * seq_len);
-    compare(criterion, "whiten", &shape, &walks(tokens), || {
+    on_cpu(criterion, "whiten", &shape, &walks(tokens), || {
         let Inputs { x, mask } = inputs(batch, seq_len);
         let options = WhitenOptions::default();
         let factors = mask.to_dtype(DType::F32).unwrap();
@@ -77,7 +77,7 @@ fn backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let tokens = batch * seq_len;
     // x, mask and the upstream gradient, for their sums and then for the gradient.
     let walks = [Walk { read: 9 * tokens, write: 0 }, Walk { read: 9 * tokens, write: 4 * tokens }];
-    compare(criterion, "whiten_backward", &format!("f32_{batch}x{seq_len}"), &walks, || {
+    on_cpu(criterion, "whiten_backward", &format!("f32_{batch}x{seq_len}"), &walks, || {
         let Inputs { x, mask } = inputs(batch, seq_len);
         let options = WhitenOptions::default();
         let upstream = uniform(&mut rng(3), tokens, 0.1, 1.0);

@@ -13,10 +13,10 @@
 //! - `reference`: the oracle, plain f64 loops that can be checked by eye, for inputs of the right
 //!   length (others panic);
 //! - `cpu`: the fused implementation on slices, which allocates nothing;
-//! - `cuda`, in `logprob` so far: launches of hand-written kernels on device pointers and the caller's
-//!   stream (feature `cuda`);
-//! - the functions of the module itself: candle tensors in and out, with gradients (feature `candle`,
-//!   on by default).
+//! - `cuda`: launches of hand-written kernels on device pointers and the caller's stream (feature
+//!   `cuda`);
+//! - the functions of the module itself: candle tensors in and out, with gradients, on the CPU and on
+//!   CUDA devices (feature `candle`, on by default).
 //!
 //! All ops hold to the same rules. Sums are kept in f32 whatever the type of the logits. What a mask
 //! leaves out counts for nothing and may hold anything, NaN included. The same inputs give the same

@@ -1,15 +1,32 @@
-//! Shared room of the tensor layer: checks of candle tensors and access to their storage. It knows
-//! nothing of any op.
+//! Shared room of the tensor layer: checks of candle tensors, access to their elements where they
+//! are, memory for outputs, and the way into candle's graph. It knows nothing of any op.
+//!
+//! A pass of an op reads as follows, on any device:
+//!
+//! ```text
+//! let backend = Backend::of(OP, "x", x.device())?;
+//! let x = view::<f32>(OP, "x", x)?;
+//! let mut out = backend.room::<f32>(n)?;
+//! match &backend {
+//!     Backend::Cpu => cpu::forward(x.cpu(), out.cpu())?,
+//!     Backend::Cuda(cuda) => cuda::forward(&cuda.stream()?, x.cuda(), out.cuda())?,
+//! }
+//! node("ppo-op", &[x], out, shape, |output, upstream| ..)
+//! ```
+
+#[cfg(feature = "cuda")]
+mod cuda;
+mod node;
 
 use std::marker::PhantomData;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 
 use candle_core::op::BackpropOp;
-use candle_core::{
-    CpuStorage, DType, Device, Layout, Shape, Storage, StorageRef, Tensor, WithDType,
-};
+use candle_core::{DType, Device, Shape, Storage, StorageRef, Tensor};
 
 use crate::error::{Error, Result};
+
+pub(crate) use node::node;
 
 /// `Ok` when the tensor has these dimensions.
 pub(crate) fn check_shape(
@@ -91,48 +108,174 @@ pub(crate) fn optional_arg(
     Ok(Some(tensor.detach().contiguous()?))
 }
 
-/// The error of an op that has no kernels for the tensor's device.
-pub(crate) fn no_kernels(op: &'static str, arg: &'static str, device: &Device) -> Error {
-    Error::Device { op, arg, expected: "cpu".into(), got: format!("{:?}", device.location()) }
+/// The types that tensors of the ops have.
+#[cfg(not(feature = "cuda"))]
+pub(crate) trait Element: candle_core::WithDType {}
+#[cfg(not(feature = "cuda"))]
+impl<T: candle_core::WithDType> Element for T {}
+
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::Element;
+
+/// Which kernels run: those of the device that the tensors are on.
+pub(crate) enum Backend {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Cuda),
 }
 
-/// A contiguous CPU tensor's elements, held for reading.
+impl Backend {
+    /// The backend of the argument's device; an error that names the argument if there is none.
+    pub(crate) fn of(op: &'static str, arg: &'static str, device: &Device) -> Result<Self> {
+        match device {
+            Device::Cpu => Ok(Backend::Cpu),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Backend::Cuda(cuda::Cuda::new(op, device))),
+            _ => Err(Error::Device {
+                op,
+                arg,
+                expected: if cfg!(feature = "cuda") { "cpu or cuda" } else { "cpu" }.into(),
+                got: format!("{:?}", device.location()),
+            }),
+        }
+    }
+
+    /// Memory for `len` elements that the op is to write; what is in it before is anything.
+    pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Room<T>> {
+        match self {
+            Backend::Cpu => Ok(Room::Cpu(vec![T::from_f64(0.0); len])),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Ok(Room::Cuda(cuda.room(len)?)),
+        }
+    }
+
+    /// Memory for `len` elements that are 0.
+    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Room<T>> {
+        match self {
+            Backend::Cpu => self.room(len),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Ok(Room::Cuda(cuda.zeros(len)?)),
+        }
+    }
+
+    /// [`Backend::room`] for each of several outputs that is wanted.
+    pub(crate) fn rooms<T: Element, const N: usize>(
+        &self,
+        wanted: [bool; N],
+        len: usize,
+    ) -> Result<[Option<Room<T>>; N]> {
+        let mut rooms = [(); N].map(|()| None);
+        for (room, _) in rooms.iter_mut().zip(wanted).filter(|(_, wanted)| *wanted) {
+            *room = Some(self.room(len)?);
+        }
+        Ok(rooms)
+    }
+}
+
+/// Memory of an output, not yet a tensor.
+pub(crate) enum Room<T> {
+    Cpu(Vec<T>),
+    #[cfg(feature = "cuda")]
+    Cuda(cuda::Room<T>),
+}
+
+impl<T: Element> Room<T> {
+    /// The elements, on [`Backend::Cpu`].
+    pub(crate) fn cpu(&mut self) -> &mut [T] {
+        match self {
+            Room::Cpu(elements) => elements,
+            #[cfg(feature = "cuda")]
+            Room::Cuda(_) => unreachable!("made by another backend"),
+        }
+    }
+
+    /// The elements, on [`Backend::Cuda`].
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&mut self) -> crate::cuda::SliceMut<'_, T> {
+        match self {
+            Room::Cuda(elements) => elements.slice(),
+            Room::Cpu(_) => unreachable!("made by another backend"),
+        }
+    }
+
+    fn into_storage(self) -> Storage {
+        match self {
+            Room::Cpu(elements) => Storage::Cpu(T::to_cpu_storage_owned(elements)),
+            #[cfg(feature = "cuda")]
+            Room::Cuda(elements) => Storage::Cuda(elements.into_storage()),
+        }
+    }
+
+    /// A tensor of the elements that takes no part in gradients.
+    pub(crate) fn into_tensor(self, shape: impl Into<Shape>) -> Tensor {
+        Tensor::from_storage(self.into_storage(), shape, BackpropOp::none(), false)
+    }
+}
+
+/// [`Room::cpu`] of those that are there.
+pub(crate) fn cpu_rooms<T: Element, const N: usize>(
+    rooms: &mut [Option<Room<T>>; N],
+) -> [Option<&mut [T]>; N] {
+    rooms.each_mut().map(|room| room.as_mut().map(Room::cpu))
+}
+
+/// [`Room::cuda`] of those that are there.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_rooms<T: Element, const N: usize>(
+    rooms: &mut [Option<Room<T>>; N],
+) -> [Option<crate::cuda::SliceMut<'_, T>>; N] {
+    rooms.each_mut().map(|room| room.as_mut().map(Room::cuda))
+}
+
+/// The elements of a contiguous tensor, held for reading.
 pub(crate) struct View<'a, T> {
     storage: StorageRef<'a>,
     range: Range<usize>,
     element: PhantomData<T>,
 }
 
-impl<T: WithDType> Deref for View<'_, T> {
-    type Target = [T];
-
-    fn deref(&self) -> &[T] {
+impl<T: Element> View<'_, T> {
+    /// The elements, if the tensor is on the CPU.
+    pub(crate) fn cpu(&self) -> &[T] {
         match &*self.storage {
             Storage::Cpu(storage) => {
                 &storage.as_slice::<T>().expect("checked by view")[self.range.clone()]
             }
-            _ => unreachable!("checked by view"),
+            _ => unreachable!("all arguments are on the device of the first"),
+        }
+    }
+
+    /// The elements, if the tensor is on a CUDA device.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn cuda(&self) -> crate::cuda::Slice<'_, T> {
+        match &*self.storage {
+            Storage::Cuda(storage) => cuda::slice(storage, &self.range),
+            _ => unreachable!("all arguments are on the device of the first"),
         }
     }
 }
 
-/// The elements of a contiguous CPU tensor of dtype `T`.
-pub(crate) fn view<'a, T: WithDType>(
+/// The elements of a contiguous tensor of dtype `T`.
+pub(crate) fn view<'a, T: Element>(
     op: &'static str,
     arg: &'static str,
     tensor: &'a Tensor,
 ) -> Result<View<'a, T>> {
     check_dtype(op, arg, tensor, &[T::DTYPE])?;
     let (storage, layout) = tensor.storage_and_layout();
-    if !matches!(&*storage, Storage::Cpu(_)) {
-        return Err(no_kernels(op, arg, tensor.device()));
-    }
-    let range = contiguous_range(layout)?;
-    Ok(View { storage, range, element: PhantomData })
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(Error::Shape {
+            op,
+            arg,
+            expected: "contiguous elements".into(),
+            got: format!("{layout:?}"),
+        });
+    };
+    Ok(View { storage, range: start..end, element: PhantomData })
 }
 
 /// [`view`] of an argument that may be left out.
-pub(crate) fn optional_view<'a, T: WithDType>(
+pub(crate) fn optional_view<'a, T: Element>(
     op: &'static str,
     arg: &'static str,
     tensor: &'a Option<Tensor>,
@@ -140,23 +283,18 @@ pub(crate) fn optional_view<'a, T: WithDType>(
     tensor.as_ref().map(|tensor| view(op, arg, tensor)).transpose()
 }
 
-/// The elements of a contiguous CPU storage inside a custom op.
-pub(crate) fn slice<'a, T: WithDType>(
-    storage: &'a CpuStorage,
-    layout: &Layout,
-) -> candle_core::Result<&'a [T]> {
-    Ok(&storage.as_slice::<T>()?[contiguous_range(layout)?])
+/// `N` equal parts, one behind the other.
+pub(crate) fn parts<const N: usize, T>(all: &[T]) -> [&[T]; N] {
+    let len = all.len() / N;
+    std::array::from_fn(|i| &all[i * len..][..len])
 }
 
-fn contiguous_range(layout: &Layout) -> candle_core::Result<Range<usize>> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(start..end),
-        None => candle_core::bail!("the public functions make every argument contiguous"),
-    }
-}
-
-/// A CPU tensor around `data` that takes no part in gradients.
-pub(crate) fn constant<T: WithDType>(data: Vec<T>, shape: impl Into<Shape>) -> Tensor {
-    let storage = Storage::Cpu(T::to_cpu_storage_owned(data));
-    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+/// [`parts`], for writing.
+pub(crate) fn parts_mut<const N: usize, T>(mut all: &mut [T]) -> [&mut [T]; N] {
+    let len = all.len() / N;
+    std::array::from_fn(|_| {
+        let (part, rest) = std::mem::take(&mut all).split_at_mut(len);
+        all = rest;
+        part
+    })
 }

@@ -72,6 +72,8 @@ fn usage_is_shown_and_wrong_usage_ends_with_2() {
         &["--steps", "many"],
         &["--steps", "-1"],
         &["--reward", "kindness"],
+        &["--device", "abacus"],
+        &["--device", "cuda:-1"],
         &["--steps"],
         &["stray"],
     ] {
@@ -94,6 +96,38 @@ fn settings_are_refused_before_anything_is_made() {
     fs::write(dir.join("c.toml"), "steps = 2\nclip_rage = 0.1\n").unwrap();
     refused(dir, &["--config", "c.toml"], "--config c.toml is refused: TOML parse error at line 2");
     refused(dir, &["--config", "none.toml"], "cannot read --config none.toml: ");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let why = if cfg!(feature = "cuda") {
+        "CUDA d" // river or device
+    } else {
+        "this program was built without CUDA; build it with --features cuda,driver"
+    };
+    for flag in ["--device=cuda:99", "--config=c.toml"] {
+        fs::write(dir.path().join("c.toml"), "device = \"cuda:99\"\n").unwrap();
+        refused(dir.path(), &[flag], "--device cuda:99 cannot be used: ");
+        refused(dir.path(), &[flag], why);
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn a_run_on_a_gpu_writes_what_a_run_on_the_cpu_does() {
+    let dir = tempfile::tempdir().unwrap();
+    train(dir.path(), &[small("2"), vec!["--device", "cuda", "--out", "run"]].concat()).success();
+    let run = dir.path().join("run");
+    let metrics = lines(&run.join("metrics.jsonl"));
+    assert_eq!(metrics.len(), 2);
+    for line in metrics {
+        let null: Vec<_> = line.as_object().unwrap().iter().filter(|(_, v)| v.is_null()).collect();
+        assert!(null.is_empty(), "{null:?}");
+    }
+    let config = fs::read_to_string(run.join("config.toml")).unwrap();
+    assert!(config.contains("device = \"cuda\""), "{config}");
+    assert!(run.join("weights/model.safetensors").exists());
 }
 
 #[test]

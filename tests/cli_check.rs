@@ -20,8 +20,18 @@ fn stderr(assert: &Assert) -> String {
 
 #[test]
 fn check_passes_for_every_op_pass_and_dtype() {
-    let table = stdout(&program(&["check", "--seed", "7"]).success());
-    assert!(table.starts_with("device cpu, seed 7\n"), "{table}");
+    passes("cpu");
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn check_passes_on_a_gpu() {
+    passes("cuda");
+}
+
+fn passes(device: &str) {
+    let table = stdout(&program(&["check", "--seed", "7", "--device", device]).success());
+    assert!(table.starts_with(&format!("device {device}, seed 7\n")), "{table}");
     let mut rows = Vec::new();
     for op in ["logprob", "full_kl"] {
         for dtype in ["f32", "f16", "bf16"] {

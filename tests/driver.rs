@@ -54,6 +54,38 @@ fn the_kl_controller_is_that_of_four_projects() {
     }
 }
 
+/// candle's own kernels, in our order: every parameter gets a gradient, and the CPU's.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_gpu_computes_what_the_cpu_does() {
+    let compute = |device: &Device| {
+        let Loaded { decoder, .. } = embedded::model(3, device).unwrap();
+        let critic = Critic::new(decoder.duplicate().unwrap(), 4).unwrap();
+        let sequences = Sequences {
+            ids: Tensor::new(&[[0u32, 5, 6, 7, 8, 1], [9, 10, 11, 12, 1, 0]], device).unwrap(),
+            pads: vec![1, 0],
+            prompt_len: 3,
+            mask: Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], device).unwrap(),
+        };
+        let (logp, entropy) = sequences.logp_and_entropy(&decoder, 0.7).unwrap();
+        let values = sequences.values(&critic).unwrap();
+        let sum = ((&logp + &entropy).unwrap() + &values).unwrap().sum_all().unwrap();
+        let grads = sum.backward().unwrap();
+        let parameters = decoder.parameters().into_iter().chain(critic.parameters());
+        let grads = parameters.map(|(name, var)| {
+            let grad = grads.get(&var).unwrap_or_else(|| panic!("{name} has no gradient"));
+            (name, to_vec(grad))
+        });
+        let outputs = [("logp", logp), ("entropy", entropy), ("values", values)];
+        let outputs = outputs.map(|(name, tensor)| (name.to_string(), to_vec(&tensor)));
+        outputs.into_iter().chain(grads).collect::<Vec<_>>()
+    };
+    let devices = common::devices();
+    for ((name, cpu), (_, gpu)) in compute(&devices[0]).into_iter().zip(compute(&devices[1])) {
+        assert_close(&name, &gpu, &cpu, 1e-4, 1e-4);
+    }
+}
+
 #[test]
 fn the_kl_controller_ignores_a_kl_that_is_not_finite() {
     let before = KlController::Adaptive { coef: 0.1, target: 6.0, horizon: 100.0 };

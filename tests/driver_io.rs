@@ -101,6 +101,8 @@ fn resolved_settings_load_again_unchanged_but_for_the_folder() {
         "--learning-rate",
         "3.3e-6",
         "--whiten-rewards",
+        "--device",
+        "cuda:1",
     ];
     let first = resolve(&flags).unwrap();
     let file = write(&dir.path().join("config.toml"), first.to_toml().unwrap());
@@ -222,6 +224,7 @@ fn a_config_file_is_refused_with_file_line_and_key() {
         ("seed = 1\nsteps = \"many\"\n", ["line 2", "steps"]),
         ("steps = -1\n", ["line 1", "steps"]),
         ("reward = \"kindness\"\n", ["line 1", "kindness"]),
+        ("device = \"abacus\"\n", ["line 1", "abacus"]),
         ("[run]\nsteps = 3\n", ["line 1", "run"]),
         ("steps = \n", ["line 1", "steps"]),
         ("steps = 1\nsteps = 2\n", ["line 2", "steps"]),

@@ -491,7 +491,7 @@ fn run_tensors(
         advantages: vec(&out.advantages),
         returns: vec(&out.returns),
         rewards: vec(&out.rewards),
-        moments: out.moments,
+        moments: out.moments.to_host().unwrap(),
     };
     (output, [out.advantages, out.returns, out.rewards])
 }
@@ -662,14 +662,14 @@ fn a_row_without_tokens_is_zeros_and_its_score_is_dropped() {
 
 #[test]
 fn empty_batches_and_empty_rows_work() {
-    for device in devices() {
+    for device in devices_with_empty_tensors() {
         for shape in [(0, 5), (3, 0), (0, 0)] {
             let values = Tensor::zeros(shape, DType::F32, &device).unwrap();
             let scores = Tensor::zeros(shape.0, DType::F32, &device).unwrap();
             let inputs = GaeInputs { scores: Some(&scores), ..GaeInputs::new(&values) };
             let out = gae(&inputs, &GaeOptions::default()).unwrap();
             assert_eq!(out.advantages.dims(), [shape.0, shape.1]);
-            assert_eq!(out.moments, Moments::default());
+            assert_eq!(out.moments.to_host().unwrap(), Moments::default());
         }
     }
 }

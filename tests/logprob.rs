@@ -478,10 +478,12 @@ fn the_gradient_reaches_a_strided_leaf() {
 
 #[test]
 fn empty_batches_and_single_elements_work() {
-    for device in devices() {
+    for device in devices_with_empty_tensors() {
         let logits = Tensor::zeros((0, 5), DType::F32, &device).unwrap();
         let targets = Tensor::zeros(0, DType::U32, &device).unwrap();
         assert_eq!(logprobs(&logits, &targets, &options(1.0)).unwrap().dims(), [0]);
+    }
+    for device in devices() {
         let logits = Tensor::new(&[3.0_f32], &device).unwrap();
         let targets = Tensor::new(0_u32, &device).unwrap();
         let (logp, entropy) = logprobs_and_entropy(&logits, &targets, &options(1.0)).unwrap();
@@ -502,6 +504,23 @@ fn half_precision_slices_work_in_the_raw_layer() {
     let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
     cpu::forward(&z, &targets, 3, &options(1.0), outputs).unwrap();
     assert_eq!(logp[0], bf16_logp);
+}
+
+/// On the CPU it is an error.
+#[cfg(feature = "cuda")]
+#[test]
+fn a_target_outside_the_vocabulary_is_nan_in_its_row_where_looking_would_be_a_wait() {
+    for device in devices().iter().filter(|device| device.is_cuda()) {
+        let logits = Tensor::new(&[[0.0_f32, 0.0], [0.0, 0.0], [0.0, 0.0]], device).unwrap();
+        let logits = Var::from_tensor(&logits).unwrap();
+        let targets = Tensor::new(&[2_i64, 1, -1], device).unwrap();
+        let (logp, entropy) = logprobs_and_entropy(&logits, &targets, &options(1.0)).unwrap();
+        let (nan, half) = (f64::NAN, 0.5_f64.ln());
+        assert_close("logp", &to_vec(&logp), &[nan, half, nan], REL, ABS);
+        let grads = (logp + entropy).unwrap().sum_all().unwrap().backward().unwrap();
+        let want = [nan, nan, -0.5, 0.5, nan, nan];
+        assert_close("grad", &to_vec(grads.get(&logits).unwrap()), &want, REL, ABS);
+    }
 }
 
 #[test]

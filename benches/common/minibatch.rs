@@ -1,9 +1,9 @@
 //! The per-token tensors of a PPO minibatch, and its loss by this crate and by candle's own ops.
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use ppo_kernels::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossValueInputs};
 
-use super::{padding, rng, tensor, to_vec, uniform};
+use super::{device, padding, rng, tensor, to_vec, uniform};
 
 /// All `[B, T]`, with some tokens beyond each of the clip ranges.
 pub struct Minibatch {
@@ -26,7 +26,7 @@ impl Minibatch {
             tensor(values, &[batch, seq_len], DType::F32)
         };
         let (mask, _) = padding(&mut rng(10), batch, seq_len);
-        let mask = Tensor::from_vec(mask, (batch, seq_len), &Device::Cpu).unwrap();
+        let mask = Tensor::from_vec(mask, (batch, seq_len), device()).unwrap();
         let values = random(11, 1.0);
         Self {
             old_logp: (logp.detach() + random(12, 0.4)).unwrap(),

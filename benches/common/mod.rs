@@ -11,10 +11,15 @@
 //!
 //! Before anything is timed, `fused` and `candle` are run once and compared, so that it is the same
 //! work. With `--quick` the larger ones of the sizes that show linear cost are left out.
+//!
+//! With the feature `cuda` the groups that go through candle run on the first GPU, each call until the
+//! device has ended, and the limit is a copy there. Those on slices are of the CPU; benches/gpu
+//! measures the kernels in their place.
 #![allow(dead_code)] // each bench uses its own part
 
 pub mod minibatch;
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor};
@@ -28,6 +33,31 @@ use rayon::prelude::*;
 pub struct Walk {
     pub read: usize,
     pub write: usize,
+}
+
+/// Where the tensors are.
+pub fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| match cfg!(feature = "cuda") {
+        true => Device::new_cuda(0).expect("the feature `cuda` is measured on a GPU"),
+        false => Device::Cpu,
+    })
+}
+
+/// [`compare`] where `fused` is a function on slices, unless the tensors are elsewhere.
+pub fn on_cpu<Fused, Candle, F, C>(
+    criterion: &mut Criterion,
+    pass: &str,
+    shape: &str,
+    walks: &[Walk],
+    setup: impl FnOnce() -> (Fused, Candle),
+) where
+    Fused: FnMut() -> F,
+    Candle: FnMut() -> C,
+{
+    if device().is_cpu() {
+        compare(criterion, pass, shape, walks, setup);
+    }
 }
 
 /// The group `pass/shape`. `walks` is the least traffic of the pass; `setup` makes the inputs, checks
@@ -60,20 +90,32 @@ pub fn compare<Fused, Candle, F, C>(
     let mut prepare = move || setup.take().expect("asked for once")();
     group.bench_function("fused", |bencher| {
         let (fused, _) = work.get_or_insert_with(&mut prepare);
-        bencher.iter(fused);
+        bencher.iter(|| ended(fused()));
     });
     group.bench_function("limit", |bencher| {
-        let mut limit = Limit::new(walks);
-        bencher.iter(|| limit.run());
+        if device().is_cpu() {
+            let mut limit = Limit::new(walks);
+            bencher.iter(|| limit.run());
+        } else {
+            // Half of it read, half of it written.
+            let half = Tensor::zeros(bytes.div_ceil(2), DType::U8, device()).unwrap();
+            bencher.iter(|| ended(half.copy().unwrap()));
+        }
     });
     if slow {
         group.sample_size(10);
     }
     group.bench_function("candle", |bencher| {
         let (_, candle) = work.get_or_insert_with(&mut prepare);
-        bencher.iter(candle);
+        bencher.iter(|| ended(candle()));
     });
     group.finish();
+}
+
+/// What was computed, once the device has computed it.
+fn ended<T>(computed: T) -> T {
+    device().synchronize().unwrap();
+    computed
 }
 
 /// Whether this is the short form, `cargo bench -- --quick`.
@@ -206,9 +248,9 @@ pub fn targets(logits: &[f32], vocab: usize, seed: u64) -> Vec<i64> {
     rows.map(|(i, row)| if i % 2 == 0 { likeliest(row) } else { any() }).collect()
 }
 
-/// A tensor on the CPU, of values rounded to `dtype`.
+/// A tensor of values rounded to `dtype`.
 pub fn tensor(values: Vec<f32>, shape: &[usize], dtype: DType) -> Tensor {
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
+    Tensor::from_vec(values, shape, device()).unwrap().to_dtype(dtype).unwrap()
 }
 
 /// Responses of at least half of `seq_len`, padded on the right: the mask `[batch * seq_len]`, 0 in

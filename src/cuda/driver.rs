@@ -67,7 +67,7 @@ impl Stream {
         });
         match found {
             Ok(Ok(found)) => Ok(found),
-            Ok(Err(error)) => Err(Error::CudaDevice { reason: describe(error) }),
+            Ok(Err(error)) => Err(device_error(error)),
             Err(panic) => Err(Error::CudaDriver { reason: message(&*panic) }),
         }
     }
@@ -164,16 +164,39 @@ impl Drop for Current {
 
 /// `Ok` when there is a driver and it has started; looked for once a process.
 fn find_driver() -> Result<()> {
-    static FOUND: OnceLock<std::result::Result<(), String>> = OnceLock::new();
-    let found = FOUND.get_or_init(|| {
-        // cudarc panics where there is no driver.
-        // SAFETY: may be called any number of times.
-        match catch_unwind(|| unsafe { sys::cuInit(0) }.result()) {
-            Ok(started) => started.map_err(describe),
-            Err(panic) => Err(message(&*panic)),
-        }
-    });
-    found.clone().map_err(|reason| Error::CudaDriver { reason })
+    static FOUND: OnceLock<std::result::Result<std::result::Result<(), DriverError>, String>> =
+        OnceLock::new();
+    // cudarc panics where there is no driver.
+    // SAFETY: may be called any number of times.
+    let start = || catch_unwind(|| unsafe { sys::cuInit(0) }.result());
+    match FOUND.get_or_init(|| start().map_err(|panic| message(&*panic))) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => Err(device_error(*error)),
+        Ok(Err(error)) => Err(Error::CudaDriver { reason: describe(*error) }),
+        Err(reason) => Err(Error::CudaDriver { reason: reason.clone() }),
+    }
+}
+
+pub(super) fn device_count() -> Result<usize> {
+    find_driver()?;
+    let mut count = 0;
+    // SAFETY: the driver has started, and writes what the pointer leads to.
+    unsafe { sys::cuDeviceGetCount(&mut count) }.result().map_err(device_error)?;
+    Ok(usize::try_from(count).unwrap_or_default())
+}
+
+/// The error of a call to the driver that is about no kernel.
+pub(crate) fn device_error(error: DriverError) -> Error {
+    Error::CudaDevice { reason: describe(error) }
+}
+
+/// The error of an allocation for an op.
+#[cfg(feature = "candle")]
+pub(crate) fn allocation_error(op: &'static str, error: DriverError) -> Error {
+    match error.0 {
+        CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::CudaMemory { op },
+        _ => device_error(error),
+    }
 }
 
 fn launch_error(kernel: &Kernel, device: Device, error: DriverError) -> Error {

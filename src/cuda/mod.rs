@@ -21,6 +21,18 @@ use std::marker::PhantomData;
 
 use crate::error::Result;
 
+#[cfg(all(feature = "cuda", feature = "candle"))]
+pub(crate) use driver::{allocation_error, device_error};
+
+/// How many CUDA devices there are.
+///
+/// # Errors
+/// If there is no driver or no device.
+#[cfg(feature = "cuda")]
+pub fn device_count() -> Result<usize> {
+    driver::device_count()
+}
+
 /// What the launches need to know of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
@@ -188,6 +200,13 @@ impl<T> Slice<'_, T> {
     pub(crate) fn as_ptr(&self) -> *const T {
         self.address
     }
+
+    /// `N` equal parts, one behind the other.
+    #[cfg(all(feature = "cuda", feature = "candle"))]
+    pub(crate) fn parts<const N: usize>(self) -> [Self; N] {
+        let len = self.len / N;
+        std::array::from_fn(|i| Self { address: self.address.wrapping_add(i * len), len, ..self })
+    }
 }
 
 /// Elements in device memory, for writing.
@@ -215,5 +234,13 @@ impl<T> SliceMut<'_, T> {
 
     pub(crate) fn as_mut_ptr(&self) -> *mut T {
         self.address
+    }
+
+    /// `N` equal parts, one behind the other.
+    #[cfg(all(feature = "cuda", feature = "candle"))]
+    pub(crate) fn parts<const N: usize>(self) -> [Self; N] {
+        let len = self.len / N;
+        let part = |i| self.address.wrapping_add(i * len);
+        std::array::from_fn(|i| Self { address: part(i), len, lifetime: PhantomData })
     }
 }

@@ -41,8 +41,8 @@ use super::config::DeviceName;
 /// The command line of `check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// Device whose kernels are checked
-    #[arg(long, value_enum, default_value_t = DeviceName::Cpu)]
+    /// Device whose kernels are checked: cpu, or with the feature cuda also cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceName::Cpu)]
     pub device: DeviceName,
     /// Seed of the random inputs; a new one every time if not given
     #[arg(long)]
@@ -191,12 +191,13 @@ impl Report {
     /// Runs every op, pass and dtype.
     ///
     /// # Errors
-    /// If the scale of the bounds is not above 0, or an op refuses its inputs.
+    /// If the scale of the bounds is not above 0, the device cannot be used, or an op refuses its
+    /// inputs.
     pub fn new(args: &CheckArgs) -> Result<Self> {
         let scale = args.bound_scale;
         ensure!(scale > 0.0 && scale.is_finite(), "--bound-scale is {scale}, expected above 0");
         let seed = args.seed.unwrap_or_else(rand::random);
-        let rows = cases::all(&args.device.open(), seed, scale)?;
+        let rows = cases::all(&args.device.open()?, seed, scale)?;
         Ok(Self { seed, device: args.device, rows })
     }
 
@@ -212,7 +213,7 @@ impl Report {
 
     /// The seed, and a table of the worst errors.
     pub fn table(&self) -> String {
-        let mut text = format!("device {:?}, seed {}\n\n", self.device, self.seed).to_lowercase();
+        let mut text = format!("device {}, seed {}\n\n", self.device, self.seed);
         text += "| op | pass | dtype | elements | worst abs | worst rel | bound | of it | |\n";
         text += "|---|---|---|--:|--:|--:|---|--:|---|\n";
         for row in &self.rows {

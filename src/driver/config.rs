@@ -13,7 +13,9 @@
 //! setting but `out`, so that `train --config OLD_RUN/config.toml` is the same run again, in a new
 //! folder.
 
+use std::fmt::{self, Display, Formatter};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
@@ -22,20 +24,79 @@ use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-/// Where the tensors live.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+/// Where the tensors live: `cpu`, `cuda` or `cuda:N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum DeviceName {
     /// The processor.
     Cpu,
+    /// The CUDA device of that number.
+    Cuda(usize),
 }
 
 impl DeviceName {
     /// The device of that name.
-    pub fn open(self) -> Device {
+    ///
+    /// # Errors
+    /// If this program has no kernels for it, or the machine has no such device.
+    pub fn open(self) -> Result<Device> {
         match self {
-            DeviceName::Cpu => Device::Cpu,
+            DeviceName::Cpu => Ok(Device::Cpu),
+            DeviceName::Cuda(number) => {
+                open_cuda(number).with_context(|| format!("--device {self} cannot be used"))
+            }
         }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(number: usize) -> Result<Device> {
+    // candle panics where there is no driver.
+    let count = crate::cuda::device_count()?;
+    ensure!(number < count, "this machine has {count} CUDA device(s), counted from 0");
+    Ok(Device::new_cuda(number)?)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(_: usize) -> Result<Device> {
+    bail!("this program was built without CUDA; build it with --features cuda,driver")
+}
+
+impl Display for DeviceName {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        match self {
+            DeviceName::Cpu => f.write_str("cpu"),
+            DeviceName::Cuda(0) => f.write_str("cuda"),
+            DeviceName::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let cuda = |number: &str| number.parse().ok().map(DeviceName::Cuda);
+        let device = match text {
+            "cpu" => Some(DeviceName::Cpu),
+            "cuda" => Some(DeviceName::Cuda(0)),
+            _ => text.strip_prefix("cuda:").and_then(cuda),
+        };
+        device.ok_or_else(|| format!("device {text:?}: expected cpu, cuda or cuda:N"))
+    }
+}
+
+impl TryFrom<String> for DeviceName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<DeviceName> for String {
+    fn from(device: DeviceName) -> String {
+        device.to_string()
     }
 }
 
@@ -134,8 +195,8 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = seed, default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
 
-    /// Device to compute on
-    #[arg(long, value_enum, default_value_t = DeviceName::Cpu, help_heading = "Run")]
+    /// Device to compute on: cpu, or with the feature cuda also cuda or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceName::Cpu, help_heading = "Run")]
     pub device: DeviceName,
 
     /// Steps of language modelling that fit the embedded model before PPO; no effect with --model

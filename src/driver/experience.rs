@@ -123,7 +123,8 @@ fn estimate(
     let rewards = out.rewards.clone();
 
     // One token alone has no variance to whiten by.
-    let can_whiten = out.moments.count > 1;
+    let tokens: usize = rollout.generation.responses.iter().map(Vec::len).sum();
+    let can_whiten = tokens > 1;
     let GaeOutput { advantages, returns, moments, .. } = if settings.whiten_rewards && can_whiten {
         let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
         let scaled = masked_whiten(&rewards, Some(mask), &scaling)?;

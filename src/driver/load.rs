@@ -389,8 +389,9 @@ fn read_gguf_tensor(
         elements.is_some_and(|elements| (1..1 << 40).contains(&elements)),
         "tensor {name}: {shape:?} is no shape of a weight"
     );
-    (content.tensor(file, name, device))
-        .and_then(|tensor| tensor.dequantize(device))
+    // Unpacked on the CPU: the same weights on every device.
+    (content.tensor(file, name, &Device::Cpu))
+        .and_then(|tensor| tensor.dequantize(&Device::Cpu)?.to_device(device))
         .with_context(|| format!("tensor {name}"))
 }
 

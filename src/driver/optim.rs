@@ -56,10 +56,16 @@ impl Optimizer {
 
     /// The L2 norm of all gradients of this network together; not finite if any of them is not.
     pub fn grad_norm(&self, grads: &GradStore) -> Result<f64> {
-        let mut squares = 0.0;
+        // Added up on the device: a wait for it, and not one a parameter.
+        let mut squares = None;
         for grad in self.vars.iter().filter_map(|var| grads.get(var)) {
-            squares += sum_of_squares(grad)?;
+            let more = sum_of_squares(grad)?;
+            squares = Some(match squares {
+                Some(squares) => (squares + more)?,
+                None => more,
+            });
         }
+        let squares = squares.map_or(Ok(0.0), |squares: Tensor| squares.to_scalar::<f64>())?;
         Ok(squares.sqrt())
     }
 
@@ -84,10 +90,10 @@ impl Optimizer {
 }
 
 /// Rows in f32, their sums in f64: an embedding has too many elements for one f32 sum.
-fn sum_of_squares(grad: &Tensor) -> Result<f64> {
+fn sum_of_squares(grad: &Tensor) -> candle_core::Result<Tensor> {
     let rows = match grad.rank() {
         0 => grad.sqr()?,
         rank => grad.sqr()?.sum(rank - 1)?,
     };
-    Ok(rows.to_dtype(DType::F64)?.sum_all()?.to_scalar()?)
+    rows.to_dtype(DType::F64)?.sum_all()
 }

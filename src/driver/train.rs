@@ -27,7 +27,7 @@ const LM_LINE_EVERY: usize = 100;
 /// everything written; a run that has not begun by then leaves nothing.
 ///
 /// # Errors
-/// A setting, model, prompt file, reward or output folder that cannot be used, before any long work.
+/// A setting, device, model, prompt file, reward or output folder that cannot be used, before any long work.
 /// When a later step fails, its error comes after the weights so far are written.
 pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result<()> {
     let start = Instant::now();
@@ -37,7 +37,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result
         Some(path) => prompts::read(path)?,
         None => embedded::prompts(),
     };
-    let device = settings.device.open();
+    let device = settings.device.open()?;
     let Loaded { decoder: policy, tokenizer } = match &settings.model {
         Some(path) => load(path, &device).context("--model is refused")?,
         None => embedded::model(settings.seed, &device)?,

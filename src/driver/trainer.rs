@@ -104,6 +104,8 @@ impl Trainer {
         };
         let Update { skipped, metrics: update_metrics, .. } =
             self.learner.update(&experience, rates, &mut self.rng, on_minibatch)?;
+        // The last minibatch may still be under way.
+        self.learner.policy.device().synchronize()?;
         watch.lap("update");
         self.controller.update(mean(&experience.kl), batch_size);
 

@@ -2,11 +2,12 @@
 
 use candle_core::{DType, Tensor};
 
-use super::cpu::{self, Outputs};
-use super::{GaeOptions, Inputs, OP};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{cpu, GaeOptions, OP};
 use crate::error::{Error, Result};
-use crate::tensor::{check_dtype, constant, optional_arg, optional_view, view};
-use crate::whiten::Moments;
+use crate::tensor::{check_dtype, optional_arg, optional_view, view, Backend, View};
+use crate::whiten::MomentsTensor;
 
 /// The inputs of [`gae`]; see [the module](super) for their meaning.
 #[derive(Debug, Clone, Copy)]
@@ -55,8 +56,8 @@ pub struct GaeOutput {
     pub returns: Tensor,
     /// The rewards after shaping.
     pub rewards: Tensor,
-    /// Moments of the unmasked advantages.
-    pub moments: Moments,
+    /// Moments of the unmasked advantages, to whiten them by.
+    pub moments: MomentsTensor,
 }
 
 /// Advantages and returns of a batch of token sequences, with the shaping of the rewards in the same
@@ -109,30 +110,61 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
     let dones = optional_arg(OP, "dones", inputs.dones, &tokens, DType::U8, device)?;
     let bootstrap = optional_arg(OP, "bootstrap", inputs.bootstrap, &rows, DType::F32, device)?;
 
-    let mut advantages = vec![0.0; batch * seq_len];
-    let mut returns = vec![0.0; batch * seq_len];
-    let mut shaped = vec![0.0; batch * seq_len];
-    let moments = cpu::gae(
-        Inputs {
-            values: &view::<f32>(OP, "values", &values)?,
-            rewards: optional_view(OP, "rewards", &rewards)?.as_deref(),
-            kl: optional_view(OP, "kl", &kl)?.as_deref(),
-            scores: optional_view(OP, "scores", &scores)?.as_deref(),
-            has_eos: optional_view(OP, "has_eos", &has_eos)?.as_deref(),
-            mask: optional_view(OP, "mask", &mask)?.as_deref(),
-            dones: optional_view(OP, "dones", &dones)?.as_deref(),
-            bootstrap: optional_view(OP, "bootstrap", &bootstrap)?.as_deref(),
-        },
-        batch,
-        seq_len,
-        options,
-        Outputs { advantages: &mut advantages, returns: &mut returns, rewards: Some(&mut shaped) },
-    )?;
-    let tensor = |data: Vec<f32>| constant(data, &tokens);
+    let backend = Backend::of(OP, "values", device)?;
+    let room = || backend.room::<f32>(batch * seq_len);
+    let (mut advantages, mut returns, mut shaped) = (room()?, room()?, room()?);
+    let mut moments = backend.room::<f64>(MomentsTensor::LEN)?;
+    let values = view::<f32>(OP, "values", &values)?;
+    let rewards = optional_view::<f32>(OP, "rewards", &rewards)?;
+    let kl = optional_view::<f32>(OP, "kl", &kl)?;
+    let scores = optional_view::<f32>(OP, "scores", &scores)?;
+    let has_eos = optional_view::<u8>(OP, "has_eos", &has_eos)?;
+    let mask = optional_view::<u8>(OP, "mask", &mask)?;
+    let dones = optional_view::<u8>(OP, "dones", &dones)?;
+    let bootstrap = optional_view::<f32>(OP, "bootstrap", &bootstrap)?;
+    // The inputs of the backends have the same names.
+    macro_rules! inputs {
+        ($backend:ident, $elements:ident) => {
+            $backend::Inputs {
+                values: values.$elements(),
+                rewards: rewards.as_ref().map(View::$elements),
+                kl: kl.as_ref().map(View::$elements),
+                scores: scores.as_ref().map(View::$elements),
+                has_eos: has_eos.as_ref().map(View::$elements),
+                mask: mask.as_ref().map(View::$elements),
+                dones: dones.as_ref().map(View::$elements),
+                bootstrap: bootstrap.as_ref().map(View::$elements),
+            }
+        };
+    }
+    match &backend {
+        Backend::Cpu => {
+            let outputs = cpu::Outputs {
+                advantages: advantages.cpu(),
+                returns: returns.cpu(),
+                rewards: Some(shaped.cpu()),
+            };
+            let found = cpu::gae(inputs!(super, cpu), batch, seq_len, options, outputs)?;
+            moments.cpu().copy_from_slice(&found.to_array());
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let outputs = cuda::Outputs {
+                advantages: advantages.cuda(),
+                returns: returns.cuda(),
+                rewards: Some(shaped.cuda()),
+                moments: Some(moments.cuda()),
+            };
+            let (stream, inputs) = (backend.stream()?, inputs!(cuda, cuda));
+            let mut workspace = backend.room(cuda::workspace_len(batch, seq_len))?;
+            let workspace = workspace.slice();
+            cuda::gae(&stream, inputs, batch, seq_len, options, outputs, workspace)?;
+        }
+    }
     Ok(GaeOutput {
-        advantages: tensor(advantages),
-        returns: tensor(returns),
-        rewards: tensor(shaped),
-        moments,
+        advantages: advantages.into_tensor(&tokens),
+        returns: returns.into_tensor(&tokens),
+        rewards: shaped.into_tensor(&tokens),
+        moments: MomentsTensor::from_room(moments),
     })
 }

@@ -1,14 +1,19 @@
 //! The candle functions.
 
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Shape, Tensor, WithDType};
+use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
-use super::cpu::{self, FullInputs, TokenInputs, STATS};
+use super::cpu::{self, STATS};
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{FullKlOptions, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda_rooms;
 use crate::tensor::{
-    check_arg, check_dtype, constant, no_kernels, optional_arg, optional_view, slice, view,
+    check_arg, check_dtype, cpu_rooms, node, optional_arg, optional_view, view, Backend, Element,
+    Room, View,
 };
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
@@ -43,11 +48,7 @@ pub fn token_kl(
     let (shape, device) = (logp.dims(), logp.device());
     check_arg(TOKEN_OP, "ref_logp", ref_logp, shape, &[DType::F32], device)?;
     let mask = optional_arg(TOKEN_OP, "mask", mask, shape, DType::U8, device)?;
-    if !device.is_cpu() {
-        return Err(no_kernels(TOKEN_OP, "logp", device));
-    }
-    let op = TokenKl { mask, options: *options };
-    Ok(logp.contiguous()?.apply_op2(&ref_logp.contiguous()?, op)?)
+    TokenKl { mask, options: *options }.apply(&logp.contiguous()?, &ref_logp.contiguous()?)
 }
 
 /// The exact KL of every row over the vocabulary: f32 `[..]`.
@@ -91,163 +92,194 @@ pub fn full_kl(
     };
     check_arg(FULL_OP, "ref_logits", ref_logits, shape, &[logits.dtype()], device)?;
     let mask = optional_arg(FULL_OP, "mask", mask, leading, DType::U8, device)?;
-    if !device.is_cpu() {
-        return Err(no_kernels(FULL_OP, "logits", device));
-    }
     let rows = leading.iter().product::<usize>();
     let matrix = |logits: &Tensor| logits.contiguous()?.reshape((rows, vocab));
-    let op = FullKl { mask, options: *options };
-    let stats = matrix(logits)?.apply_op2(&matrix(ref_logits)?, op)?;
+    let (logits, ref_logits) = (matrix(logits)?, matrix(ref_logits)?);
+    let pass = FullKl { mask, options: *options };
+    let stats = match logits.dtype() {
+        DType::F32 => pass.apply::<f32>(&logits, &ref_logits),
+        DType::F16 => pass.apply::<f16>(&logits, &ref_logits),
+        _ => pass.apply::<bf16>(&logits, &ref_logits),
+    }?;
     Ok(stats.get(0)?.reshape(leading)?)
 }
 
-/// logp and ref_logp to the KL, all of one shape.
+/// What both passes over logp and ref_logp, of one shape, need to know.
 struct TokenKl {
     mask: Option<Tensor>,
     options: KlOptions,
 }
 
-impl CustomOp2 for TokenKl {
-    fn name(&self) -> &'static str {
-        "ppo-token-kl"
+impl TokenKl {
+    fn apply(self, logp: &Tensor, ref_logp: &Tensor) -> Result<Tensor> {
+        let kl = self.forward(logp, ref_logp)?;
+        let wanted = [logp.track_op(), ref_logp.track_op()];
+        let (a, b) = (logp.detach(), ref_logp.detach());
+        node("ppo-token-kl", &[logp, ref_logp], kl, logp.shape(), move |_, grad| {
+            self.backward(&a, &b, grad, wanted)
+        })
     }
 
-    fn cpu_fwd(
-        &self,
-        logp: &CpuStorage,
-        l1: &Layout,
-        ref_logp: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let mask = optional_view(TOKEN_OP, "mask", &self.mask)?;
-        let (logp, ref_logp) = (slice::<f32>(logp, l1)?, slice::<f32>(ref_logp, l2)?);
-        let mut kl = vec![0.0; logp.len()];
-        let inputs = TokenInputs { logp, ref_logp, mask: mask.as_deref() };
-        cpu::token_forward(inputs, &self.options, &mut kl)?;
-        Ok((CpuStorage::F32(kl), l1.shape().clone()))
+    fn forward(&self, logp: &Tensor, ref_logp: &Tensor) -> Result<Room<f32>> {
+        let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
+        let mut kl = backend.room(logp.elem_count())?;
+        let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
+        let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
+        let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
+        match &backend {
+            Backend::Cpu => {
+                let (logp, ref_logp) = (logp.cpu(), ref_logp.cpu());
+                let inputs =
+                    cpu::TokenInputs { logp, ref_logp, mask: mask.as_ref().map(View::cpu) };
+                cpu::token_forward(inputs, &self.options, kl.cpu())?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::TokenInputs { logp, ref_logp, mask };
+                cuda::token_forward(&backend.stream()?, inputs, &self.options, kl.cuda())?;
+            }
+        }
+        Ok(kl)
     }
 
-    fn bwd(
+    /// The gradients of logp and ref_logp, where wanted.
+    fn backward(
         &self,
         logp: &Tensor,
         ref_logp: &Tensor,
-        _kl: &Tensor,
         grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let mask = optional_view(TOKEN_OP, "mask", &self.mask)?;
-        let a = view::<f32>(TOKEN_OP, "logp", logp)?;
-        let b = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
-        let inputs = TokenInputs { logp: &a, ref_logp: &b, mask: mask.as_deref() };
-        let mut grad_logp = gradient_of::<f32>(logp);
-        let mut grad_ref_logp = gradient_of::<f32>(ref_logp);
-        cpu::token_backward(
-            inputs,
-            &self.options,
-            &view::<f32>(TOKEN_OP, "grad_kl", &grad)?,
-            grad_logp.as_deref_mut(),
-            grad_ref_logp.as_deref_mut(),
-        )?;
-        let tensor = |grad: Vec<f32>| constant(grad, logp.shape());
-        Ok((grad_logp.map(tensor), grad_ref_logp.map(tensor)))
+        wanted: [bool; 2],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let shape = logp.shape();
+        let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
+        let mut grads = backend.rooms::<f32, 2>(wanted, shape.elem_count())?;
+        let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
+        let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
+        let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
+        let grad = view::<f32>(TOKEN_OP, "grad_kl", grad)?;
+        match &backend {
+            Backend::Cpu => {
+                let (logp, ref_logp) = (logp.cpu(), ref_logp.cpu());
+                let inputs =
+                    cpu::TokenInputs { logp, ref_logp, mask: mask.as_ref().map(View::cpu) };
+                let [a, b] = cpu_rooms(&mut grads);
+                cpu::token_backward(inputs, &self.options, grad.cpu(), a, b)?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::TokenInputs { logp, ref_logp, mask };
+                let ([a, b], stream) = (cuda_rooms(&mut grads), backend.stream()?);
+                cuda::token_backward(&stream, inputs, &self.options, grad.cuda(), a, b)?;
+            }
+        }
+        Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }
 }
 
-/// Logits and reference logits `[N, V]` to `[STATS, N]`, of which the caller sees the first row:
-/// candle gives an op one output, and backward needs the rest.
+/// What both passes over logits and reference logits, `[N, V]` each, need to know. The node's output
+/// is `[STATS, N]`, of which the caller sees the first row: it is one output, and backward needs the
+/// rest.
 struct FullKl {
     mask: Option<Tensor>,
     options: FullKlOptions,
 }
 
-impl CustomOp2 for FullKl {
-    fn name(&self) -> &'static str {
-        "ppo-full-kl"
+impl FullKl {
+    fn apply<T: Logit + Element>(self, logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
+        let stats = self.forward::<T>(logits, ref_logits)?;
+        let wanted = [logits.track_op(), ref_logits.track_op()];
+        let (shape, z, w) = ((STATS, logits.dims()[0]), logits.detach(), ref_logits.detach());
+        node("ppo-full-kl", &[logits, ref_logits], stats, shape, move |stats, grad| {
+            self.backward::<T>(&z, &w, stats, &grad.get(0)?, wanted)
+        })
     }
 
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        l1: &Layout,
-        ref_logits: &CpuStorage,
-        l2: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let stats = match logits {
-            CpuStorage::F32(_) => self.forward::<f32>(logits, l1, ref_logits, l2),
-            CpuStorage::F16(_) => self.forward::<f16>(logits, l1, ref_logits, l2),
-            CpuStorage::BF16(_) => self.forward::<bf16>(logits, l1, ref_logits, l2),
-            _ => unreachable!("checked by full_kl"),
-        }?;
-        Ok((CpuStorage::F32(stats), Shape::from((STATS, l1.dims()[0]))))
-    }
-
-    fn bwd(
+    fn forward<T: Logit + Element>(
         &self,
         logits: &Tensor,
         ref_logits: &Tensor,
-        stats: &Tensor,
-        grad: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad_kl = grad.get(0)?.contiguous()?;
-        let grads = match logits.dtype() {
-            DType::F32 => self.backward::<f32>(logits, ref_logits, stats, &grad_kl),
-            DType::F16 => self.backward::<f16>(logits, ref_logits, stats, &grad_kl),
-            DType::BF16 => self.backward::<bf16>(logits, ref_logits, stats, &grad_kl),
-            _ => unreachable!("checked by full_kl"),
-        }?;
-        Ok(grads)
-    }
-}
-
-impl FullKl {
-    fn forward<T: Logit + WithDType>(
-        &self,
-        logits: &CpuStorage,
-        l1: &Layout,
-        ref_logits: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<Vec<f32>> {
-        let mask = optional_view(FULL_OP, "mask", &self.mask)?;
-        let (rows, vocab) = l1.shape().dims2()?;
-        let inputs = FullInputs {
-            logits: slice::<T>(logits, l1)?,
-            ref_logits: slice::<T>(ref_logits, l2)?,
-            vocab,
-            mask: mask.as_deref(),
-        };
-        let mut stats = vec![0.0; STATS * rows];
-        cpu::full_forward(inputs, &self.options, &mut stats)?;
+    ) -> Result<Room<f32>> {
+        let (rows, vocab) = logits.dims2()?;
+        let backend = Backend::of(FULL_OP, "logits", logits.device())?;
+        let mut stats = backend.room(STATS * rows)?;
+        let z = view::<T>(FULL_OP, "logits", logits)?;
+        let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
+        let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
+        match &backend {
+            Backend::Cpu => {
+                let (logits, ref_logits) = (z.cpu(), w.cpu());
+                let mask = mask.as_ref().map(View::cpu);
+                let inputs = cpu::FullInputs { logits, ref_logits, vocab, mask };
+                cpu::full_forward(inputs, &self.options, stats.cpu())?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let stream = backend.stream()?;
+                let (logits, ref_logits) = (z.cuda(), w.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
+                let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
+                let mut workspace = backend.room(len)?;
+                let (stats, workspace) = (stats.cuda(), workspace.slice());
+                cuda::full_forward(&stream, inputs, &self.options, stats, workspace)?;
+            }
+        }
         Ok(stats)
     }
 
-    fn backward<T: Logit + WithDType>(
+    /// The gradients of logits and ref_logits, where wanted.
+    fn backward<T: Logit + Element>(
         &self,
         logits: &Tensor,
         ref_logits: &Tensor,
         stats: &Tensor,
         grad_kl: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mask = optional_view(FULL_OP, "mask", &self.mask)?;
+        wanted: [bool; 2],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (shape, vocab) = (logits.shape(), logits.dims()[1]);
+        let backend = Backend::of(FULL_OP, "logits", logits.device())?;
+        let mut grads = backend.rooms::<T, 2>(wanted, shape.elem_count())?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
         let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
-        let vocab = logits.dims()[1];
-        let inputs = FullInputs { logits: &z, ref_logits: &w, vocab, mask: mask.as_deref() };
-        let mut grad_logits = gradient_of::<T>(logits);
-        let mut grad_ref_logits = gradient_of::<T>(ref_logits);
-        cpu::full_backward(
-            inputs,
-            &self.options,
-            &view::<f32>(FULL_OP, "stats", stats)?,
-            &view::<f32>(FULL_OP, "grad_kl", grad_kl)?,
-            grad_logits.as_deref_mut(),
-            grad_ref_logits.as_deref_mut(),
-        )?;
-        let tensor = |grad: Vec<T>| constant(grad, logits.shape());
-        Ok((grad_logits.map(tensor), grad_ref_logits.map(tensor)))
+        let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
+        let stats = view::<f32>(FULL_OP, "stats", stats)?;
+        let grad_kl = view::<f32>(FULL_OP, "grad_kl", grad_kl)?;
+        match &backend {
+            Backend::Cpu => {
+                let (logits, ref_logits) = (z.cpu(), w.cpu());
+                let mask = mask.as_ref().map(View::cpu);
+                let inputs = cpu::FullInputs { logits, ref_logits, vocab, mask };
+                let [grad_logits, grad_ref_logits] = cpu_rooms(&mut grads);
+                cpu::full_backward(
+                    inputs,
+                    &self.options,
+                    stats.cpu(),
+                    grad_kl.cpu(),
+                    grad_logits,
+                    grad_ref_logits,
+                )?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let (logits, ref_logits) = (z.cuda(), w.cuda());
+                let mask = mask.as_ref().map(View::cuda);
+                let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
+                let [grad_logits, grad_ref_logits] = cuda_rooms(&mut grads);
+                cuda::full_backward(
+                    &backend.stream()?,
+                    inputs,
+                    &self.options,
+                    stats.cuda(),
+                    grad_kl.cuda(),
+                    grad_logits,
+                    grad_ref_logits,
+                )?;
+            }
+        }
+        Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }
-}
-
-/// Room for the gradient of an argument, if it takes one.
-fn gradient_of<T: Logit>(argument: &Tensor) -> Option<Vec<T>> {
-    argument.track_op().then(|| vec![T::ZERO; argument.elem_count()])
 }

@@ -1,21 +1,21 @@
-//! The candle functions. One custom op makes every output of a row at once, since candle gives an op
-//! one output: `[4, N]`, of which the caller sees the first one or two.
+//! The candle functions. One pass makes every output of a row at once, and a node of candle's graph
+//! has one output: `[4, N]`, of which the caller sees the first one or two.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, DType, Layout, Shape, Tensor, WithDType};
+use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
-use super::cpu::{self, Outputs, RowStats, RowStatsMut, Upstream};
-use super::{LogprobOptions, OP};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{cpu, LogprobOptions, OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, no_kernels, slice, view};
+use crate::tensor::{check_arg, check_dtype, node, parts, parts_mut, view, Backend, Element, Room};
 
-/// Rows of the op's output.
+/// Rows of the node's output, and their order: log-probability, entropy, and what backward needs to
+/// know of a row, its maximum and the logarithm of its sum.
+const OUTPUTS: usize = 4;
 const LOGP: usize = 0;
 const ENTROPY: usize = 1;
-const MAX: usize = 2;
-const LOG_SUM: usize = 3;
-const OUTPUTS: usize = 4;
 
 /// Log-probabilities of the targets: f32, of the targets' shape.
 ///
@@ -24,7 +24,7 @@ const OUTPUTS: usize = 4;
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, an option is out of range, or a target is outside the
-/// vocabulary.
+/// vocabulary; on CUDA its row is NaN instead.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -79,132 +79,113 @@ fn apply(
 
     let rows = leading.iter().product::<usize>();
     let targets = targets.detach().to_dtype(DType::I64)?.contiguous()?.reshape(rows)?;
-    if !logits.device().is_cpu() {
-        return Err(no_kernels(OP, "logits", logits.device()));
+    let logits = logits.contiguous()?.reshape((rows, vocab))?;
+    let pass = Pass { targets, options: *options, entropy };
+    match logits.dtype() {
+        DType::F32 => pass.apply::<f32>(&logits),
+        DType::F16 => pass.apply::<f16>(&logits),
+        _ => pass.apply::<bf16>(&logits),
     }
-    // Here, where the error keeps its type; candle would turn it into a text.
-    cpu::check_targets(&view::<i64>(OP, "targets", &targets)?, vocab, options)?;
-    let op = Forward { targets, options: *options, entropy };
-    Ok(logits.contiguous()?.reshape((rows, vocab))?.apply_op1(op)?)
 }
 
-/// Logits `[N, V]` to outputs `[4, N]`.
-struct Forward {
+/// What both passes over the logits `[N, V]` need to know.
+struct Pass {
     targets: Tensor,
     options: LogprobOptions,
     entropy: bool,
 }
 
-impl CustomOp1 for Forward {
-    fn name(&self) -> &'static str {
-        "ppo-logprob"
+impl Pass {
+    /// `[OUTPUTS, N]`, a function of the logits.
+    fn apply<T: Logit + Element>(self, logits: &Tensor) -> Result<Tensor> {
+        let outputs = self.forward::<T>(logits)?;
+        let (shape, z) = ((OUTPUTS, logits.dims()[0]), logits.detach());
+        node("ppo-logprob", &[logits], outputs, shape, move |outputs, grad| {
+            Ok(vec![Some(self.backward::<T>(&z, outputs, grad)?)])
+        })
     }
 
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        let out = match s {
-            CpuStorage::F32(_) => self.run::<f32>(s, l),
-            CpuStorage::F16(_) => self.run::<f16>(s, l),
-            CpuStorage::BF16(_) => self.run::<bf16>(s, l),
-            _ => unreachable!("checked by apply"),
-        }?;
-        let rows = self.targets.elem_count();
-        Ok((CpuStorage::F32(out), Shape::from((OUTPUTS, rows))))
+    fn forward<T: Logit + Element>(&self, logits: &Tensor) -> Result<Room<f32>> {
+        let (rows, vocab) = logits.dims2()?;
+        let backend = Backend::of(OP, "logits", logits.device())?;
+        let z = view::<T>(OP, "logits", logits)?;
+        let targets = view::<i64>(OP, "targets", &self.targets)?;
+        // The entropies must be numbers even where they are not asked for.
+        let mut outputs = backend.zeros(OUTPUTS * rows)?;
+        match &backend {
+            Backend::Cpu => {
+                let [logp, entropy, max, log_sum] = parts_mut(outputs.cpu());
+                let stats = Some(cpu::RowStatsMut { max, log_sum });
+                let entropy = self.entropy.then_some(entropy);
+                let outputs = cpu::Outputs { logp, entropy, stats };
+                cpu::forward(z.cpu(), targets.cpu(), vocab, &self.options, outputs)?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let stream = backend.stream()?;
+                let [logp, entropy, max, log_sum] = outputs.cuda().parts();
+                let stats = Some(cuda::RowStatsMut { max, log_sum });
+                let entropy = self.entropy.then_some(entropy);
+                let outputs = cuda::Outputs { logp, entropy, stats };
+                let len = cuda::workspace_len::<T>(stream.device(), rows, vocab);
+                let mut workspace = backend.room(len)?;
+                cuda::forward(
+                    &stream,
+                    z.cuda(),
+                    targets.cuda(),
+                    vocab,
+                    &self.options,
+                    outputs,
+                    workspace.slice(),
+                )?;
+            }
+        }
+        Ok(outputs)
     }
 
-    fn bwd(
+    /// The logits' gradient, from the node's outputs and their gradients.
+    fn backward<T: Logit + Element>(
         &self,
         logits: &Tensor,
         outputs: &Tensor,
         grad: &Tensor,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let op = Backward {
-            targets: self.targets.clone(),
-            options: self.options,
-            entropy: self.entropy,
-        };
-        let (outputs, grad) = (outputs.detach(), grad.contiguous()?.detach());
-        Ok(Some(logits.detach().apply_op3(&outputs, &grad, op)?))
-    }
-}
-
-impl Forward {
-    fn run<T: Logit + WithDType>(&self, storage: &CpuStorage, layout: &Layout) -> Result<Vec<f32>> {
+    ) -> Result<Tensor> {
+        let vocab = logits.dims()[1];
+        let backend = Backend::of(OP, "logits", logits.device())?;
+        let z = view::<T>(OP, "logits", logits)?;
         let targets = view::<i64>(OP, "targets", &self.targets)?;
-        let rows = targets.len();
-        let mut out = vec![0.0; OUTPUTS * rows];
-        let (logp, rest) = out.split_at_mut(rows);
-        let (entropy, rest) = rest.split_at_mut(rows);
-        let (max, log_sum) = rest.split_at_mut(rows);
-        let outputs = Outputs {
-            logp,
-            entropy: self.entropy.then_some(entropy),
-            stats: Some(RowStatsMut { max, log_sum }),
-        };
-        let logits = slice::<T>(storage, layout)?;
-        cpu::forward(logits, &targets, layout.dims()[1], &self.options, outputs)?;
-        Ok(out)
+        let outputs = view::<f32>(OP, "outputs", outputs)?;
+        let grad = view::<f32>(OP, "grad", grad)?;
+        let mut out = backend.room::<T>(logits.elem_count())?;
+        match &backend {
+            Backend::Cpu => {
+                let [_, entropy, max, log_sum] = parts(outputs.cpu());
+                let stats = cpu::RowStats { max, log_sum, entropy };
+                let [logp, entropy, _, _] = parts(grad.cpu());
+                let entropy = self.entropy.then_some(entropy);
+                let upstream = cpu::Upstream { logp: Some(logp), entropy };
+                let (z, targets) = (z.cpu(), targets.cpu());
+                cpu::backward(z, targets, vocab, &self.options, stats, upstream, out.cpu())?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let [_, entropy, max, log_sum] = outputs.cuda().parts();
+                let stats = cuda::RowStats { max, log_sum, entropy };
+                let [logp, entropy, _, _] = grad.cuda().parts();
+                let entropy = self.entropy.then_some(entropy);
+                let upstream = cuda::Upstream { logp: Some(logp), entropy };
+                cuda::backward(
+                    &backend.stream()?,
+                    z.cuda(),
+                    targets.cuda(),
+                    vocab,
+                    &self.options,
+                    stats,
+                    upstream,
+                    out.cuda(),
+                )?;
+            }
+        }
+        Ok(out.into_tensor(logits.shape()))
     }
-}
-
-/// Logits `[N, V]`, the forward's outputs `[4, N]` and their gradient to the logits' gradient.
-struct Backward {
-    targets: Tensor,
-    options: LogprobOptions,
-    entropy: bool,
-}
-
-impl CustomOp3 for Backward {
-    fn name(&self) -> &'static str {
-        "ppo-logprob-backward"
-    }
-
-    fn cpu_fwd(
-        &self,
-        logits: &CpuStorage,
-        l1: &Layout,
-        outputs: &CpuStorage,
-        l2: &Layout,
-        grad: &CpuStorage,
-        l3: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let (outputs, grad) = (slice::<f32>(outputs, l2)?, slice::<f32>(grad, l3)?);
-        let storage = match logits {
-            CpuStorage::F32(_) => CpuStorage::F32(self.run(logits, l1, outputs, grad)?),
-            CpuStorage::F16(_) => CpuStorage::F16(self.run(logits, l1, outputs, grad)?),
-            CpuStorage::BF16(_) => CpuStorage::BF16(self.run(logits, l1, outputs, grad)?),
-            _ => unreachable!("checked by apply"),
-        };
-        Ok((storage, l1.shape().clone()))
-    }
-}
-
-impl Backward {
-    fn run<T: Logit + WithDType>(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-        outputs: &[f32],
-        grad: &[f32],
-    ) -> Result<Vec<T>> {
-        let targets = view::<i64>(OP, "targets", &self.targets)?;
-        let rows = targets.len();
-        let stats = RowStats {
-            max: row(outputs, MAX, rows),
-            log_sum: row(outputs, LOG_SUM, rows),
-            entropy: row(outputs, ENTROPY, rows),
-        };
-        let upstream = Upstream {
-            logp: Some(row(grad, LOGP, rows)),
-            entropy: self.entropy.then_some(row(grad, ENTROPY, rows)),
-        };
-        let logits = slice::<T>(storage, layout)?;
-        let mut out = vec![T::ZERO; logits.len()];
-        let vocab = layout.dims()[1];
-        cpu::backward(logits, &targets, vocab, &self.options, stats, upstream, &mut out)?;
-        Ok(out)
-    }
-}
-
-fn row(outputs: &[f32], index: usize, rows: usize) -> &[f32] {
-    &outputs[index * rows..][..rows]
 }

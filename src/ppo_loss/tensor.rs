@@ -1,14 +1,18 @@
-//! The candle function. Loss, statistics and gradients are made at once, in one pass; a custom op
-//! then ties the loss to its inputs, and its backward only scales the gradients that are there.
+//! The candle function. Loss, statistics and gradients are made at once, in one pass. The statistics,
+//! with the loss in front, are the output of a node of candle's graph, whose backward only scales the
+//! gradients that are there.
 
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, DType, Device, Layout, Shape, Tensor,
-};
+use candle_core::{DType, Device, Tensor};
 
-use super::cpu::{self, Gradients};
-use super::{Inputs, PpoLossOptions, PpoStats, ValueInputs, OP};
+#[cfg(feature = "cuda")]
+use super::cuda;
+use super::{cpu, PpoLossOptions, PpoStats, OP};
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, constant, no_kernels, optional_view, view};
+#[cfg(feature = "cuda")]
+use crate::tensor::cuda_rooms;
+use crate::tensor::{
+    check_arg, check_dtype, cpu_rooms, node, optional_view, view, Backend, Room, View,
+};
 
 /// The inputs of the value term, each `[B, T]` f32.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +88,8 @@ impl PpoStatsTensor {
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, an option is out of range or asks for an input that is
-/// missing, or no token is unmasked and the denominator is not given.
+/// missing, or no token is unmasked and the denominator is not given. To look for one on CUDA would
+/// cost a wait for the device: the loss is NaN there, with gradients of 0.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -132,31 +137,14 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
 
     // An entropy that is only reported gets no gradient.
     let entropy = entropy.filter(|_| options.entropy_coef != 0.0);
-    let tracked = |tensor: &Option<Tensor>| tensor.as_ref().is_some_and(Tensor::track_op);
-    let wanted =
-        Wanted { logp: logp.track_op(), values: tracked(&values), entropy: tracked(&entropy) };
-    let computed = match device {
-        Device::Cpu => tensors.on_cpu(shape, options, wanted)?,
-        other => return Err(no_kernels(OP, "logp", other)),
-    };
-    let stats = PpoStatsTensor(computed.stats);
-    let loss = stats.0.get(0)?;
-
-    let pairs = [
-        (Some(logp), computed.grad_logp),
-        (values, computed.grad_values),
-        (entropy, computed.grad_entropy),
-    ];
-    let (args, grads): (Vec<_>, Vec<_>) =
-        pairs.into_iter().filter_map(|(arg, grad)| arg.zip(grad)).unzip();
-    let op = Saved { loss, grads };
-    let loss = match args.as_slice() {
-        [a] => a.apply_op1(op)?,
-        [a, b] => a.apply_op2(b, op)?,
-        [a, b, c] => a.apply_op3(b, c, op)?,
-        _ => op.loss,
-    };
-    Ok(PpoLossOutput { loss, stats })
+    let args = [Some(logp), values, entropy].map(|arg| arg.filter(Tensor::track_op));
+    let wanted = args.each_ref().map(Option::is_some);
+    let Computed { stats, grads } = tensors.compute(shape, options, wanted, device)?;
+    let args: Vec<&Tensor> = args.iter().flatten().collect();
+    let stats = node("ppo-loss", &args, stats, PpoStats::LEN, move |_, upstream| {
+        scaled(&grads, &upstream.get(0)?)
+    })?;
+    Ok(PpoLossOutput { loss: stats.get(0)?, stats: PpoStatsTensor(stats.detach()) })
 }
 
 /// Shape and device of all inputs.
@@ -202,152 +190,112 @@ struct Contiguous {
     mask: Option<Tensor>,
 }
 
-/// Which gradients are asked for.
-#[derive(Clone, Copy)]
-struct Wanted {
-    logp: bool,
-    values: bool,
-    entropy: bool,
-}
-
 /// What the pass leaves on the device.
 struct Computed {
     /// `[PpoStats::LEN]`, the loss first.
-    stats: Tensor,
-    grad_logp: Option<Tensor>,
-    grad_values: Option<Tensor>,
-    grad_entropy: Option<Tensor>,
+    stats: Room<f32>,
+    /// With respect to logp, values and entropy, where wanted.
+    grads: [Option<Tensor>; 3],
 }
 
 impl Contiguous {
-    fn on_cpu(
+    fn compute(
         &self,
         shape: (usize, usize),
         options: &PpoLossOptions,
-        wanted: Wanted,
+        wanted: [bool; 3],
+        device: &Device,
     ) -> Result<Computed> {
+        let (batch, seq_len) = shape;
+        let backend = Backend::of(OP, "logp", device)?;
+        let mut grads = backend.rooms::<f32, 3>(wanted, batch * seq_len)?;
+        let mut stats = backend.room::<f32>(PpoStats::LEN)?;
+
         let logp = view::<f32>(OP, "logp", &self.logp)?;
         let old_logp = view::<f32>(OP, "old_logp", &self.old_logp)?;
         let advantages = view::<f32>(OP, "advantages", &self.advantages)?;
-        let values = optional_view(OP, "values", &self.values)?;
-        let old_values = optional_view(OP, "old_values", &self.old_values)?;
-        let returns = optional_view(OP, "returns", &self.returns)?;
-        let entropy = optional_view(OP, "entropy", &self.entropy)?;
-        let ref_logp = optional_view(OP, "ref_logp", &self.ref_logp)?;
-        let mask = optional_view(OP, "mask", &self.mask)?;
-
-        let (batch, seq_len) = shape;
-        let inputs =
-            Inputs {
-                batch,
-                seq_len,
-                logp: &logp,
-                old_logp: &old_logp,
-                advantages: &advantages,
-                value: values.as_deref().zip(returns.as_deref()).map(|(values, returns)| {
-                    ValueInputs { values, old_values: old_values.as_deref(), returns }
-                }),
-                entropy: entropy.as_deref(),
-                ref_logp: ref_logp.as_deref(),
-                mask: mask.as_deref(),
+        let values = optional_view::<f32>(OP, "values", &self.values)?;
+        let old_values = optional_view::<f32>(OP, "old_values", &self.old_values)?;
+        let returns = optional_view::<f32>(OP, "returns", &self.returns)?;
+        let entropy = optional_view::<f32>(OP, "entropy", &self.entropy)?;
+        let ref_logp = optional_view::<f32>(OP, "ref_logp", &self.ref_logp)?;
+        let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
+        // The inputs of the backends have the same names.
+        macro_rules! inputs {
+            ($backend:ident, $elements:ident) => {
+                $backend::Inputs {
+                    batch,
+                    seq_len,
+                    logp: logp.$elements(),
+                    old_logp: old_logp.$elements(),
+                    advantages: advantages.$elements(),
+                    value: values.as_ref().zip(returns.as_ref()).map(|(values, returns)| {
+                        $backend::ValueInputs {
+                            values: values.$elements(),
+                            old_values: old_values.as_ref().map(View::$elements),
+                            returns: returns.$elements(),
+                        }
+                    }),
+                    entropy: entropy.as_ref().map(View::$elements),
+                    ref_logp: ref_logp.as_ref().map(View::$elements),
+                    mask: mask.as_ref().map(View::$elements),
+                }
             };
-        let room = |wanted: bool| wanted.then(|| vec![0.0; batch * seq_len]);
-        let mut grads = [room(wanted.logp), room(wanted.values), room(wanted.entropy)];
-        let [logp, values, entropy] = grads.each_mut().map(Option::as_deref_mut);
-        let stats = cpu::ppo_loss(&inputs, options, Gradients { logp, values, entropy })?;
-
-        let stats = stats.to_array().map(|x| x as f32).to_vec();
-        let [grad_logp, grad_values, grad_entropy] =
-            grads.map(|grad| grad.map(|grad| constant(grad, shape)));
-        let stats = constant(stats, PpoStats::LEN);
-        Ok(Computed { stats, grad_logp, grad_values, grad_entropy })
+        }
+        match &backend {
+            Backend::Cpu => {
+                let [logp, values, entropy] = cpu_rooms(&mut grads);
+                let gradients = cpu::Gradients { logp, values, entropy };
+                let computed = cpu::ppo_loss(&inputs!(super, cpu), options, gradients)?;
+                stats.cpu().copy_from_slice(&computed.to_array().map(|x| x as f32));
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let [logp, values, entropy] = cuda_rooms(&mut grads);
+                let gradients = cuda::Gradients { logp, values, entropy };
+                let mut workspace = backend.room(cuda::workspace_len(batch, seq_len, options))?;
+                cuda::ppo_loss(
+                    &backend.stream()?,
+                    &inputs!(cuda, cuda),
+                    options,
+                    gradients,
+                    stats.cuda(),
+                    workspace.slice(),
+                )?;
+            }
+        }
+        Ok(Computed { stats, grads: grads.map(|grad| Some(grad?.into_tensor(shape))) })
     }
 }
 
-/// The loss and its gradients with respect to the op's arguments, in their order.
-struct Saved {
-    loss: Tensor,
-    grads: Vec<Tensor>,
-}
-
-impl Saved {
-    const NAME: &'static str = "ppo-loss";
-
-    fn forward(&self) -> candle_core::Result<(CpuStorage, Shape)> {
-        let loss = self.loss.to_scalar::<f32>()?;
-        Ok((CpuStorage::F32(vec![loss]), Shape::from(())))
-    }
-
-    fn backward(&self, arg: usize, upstream: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.grads[arg].broadcast_mul(upstream).map(Some)
-    }
-}
-
-impl CustomOp1 for Saved {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward()
-    }
-
-    fn bwd(&self, _: &Tensor, _: &Tensor, up: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        self.backward(0, up)
-    }
-}
-
-impl CustomOp2 for Saved {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward()
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        up: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((self.backward(0, up)?, self.backward(1, up)?))
-    }
-}
-
-impl CustomOp3 for Saved {
-    fn name(&self) -> &'static str {
-        Self::NAME
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        self.forward()
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        up: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        Ok((self.backward(0, up)?, self.backward(1, up)?, self.backward(2, up)?))
+/// The gradients times that of the loss, a scalar.
+fn scaled(grads: &[Option<Tensor>; 3], upstream: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    let backend = Backend::of(OP, "grad", upstream.device())?;
+    match &backend {
+        Backend::Cpu => {
+            let scaled = |grad: &Tensor| Ok(Some(grad.broadcast_mul(upstream)?));
+            grads.iter().flatten().map(scaled).collect()
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(cuda) => {
+            let Some(shape) = grads.iter().flatten().map(Tensor::shape).next() else {
+                return Ok(Vec::new());
+            };
+            let wanted = grads.each_ref().map(Option::is_some);
+            let mut out = backend.rooms::<f32, 3>(wanted, shape.elem_count())?;
+            let logp = optional_view::<f32>(OP, "grad_logp", &grads[0])?;
+            let values = optional_view::<f32>(OP, "grad_values", &grads[1])?;
+            let entropy = optional_view::<f32>(OP, "grad_entropy", &grads[2])?;
+            let stored = cuda::StoredGradients {
+                logp: logp.as_ref().map(View::cuda),
+                values: values.as_ref().map(View::cuda),
+                entropy: entropy.as_ref().map(View::cuda),
+            };
+            let [logp, values, entropy] = cuda_rooms(&mut out);
+            let gradients = cuda::Gradients { logp, values, entropy };
+            let upstream = view::<f32>(OP, "grad", upstream)?;
+            cuda::scale(&cuda.stream()?, upstream.cuda(), stored, gradients)?;
+            Ok(out.into_iter().flatten().map(|grad| Some(grad.into_tensor(shape))).collect())
+        }
     }
 }

@@ -1,9 +1,9 @@
 //! Launches of `kernels/whiten.cu` on device memory and the caller's stream. Nothing is allocated
 //! and nothing waits for the device.
 //!
-//! Moments on the device are three f64: count, mean, and the sum of squared deviations. [`moments`]
-//! and [`gae`](crate::gae::cuda::gae) write them, and the passes that whiten read them there, so
-//! that they need not come to the host.
+//! Moments on the device are three f64: count, mean, and the sum of squared deviations.
+//! [`masked_moments`] and [`gae`](crate::gae::cuda::gae) write them, and the passes that whiten read
+//! them there, so that they need not come to the host.
 //!
 //! Refuses what [`cpu`](super::cpu) refuses, but for [`Given::OnDevice`] moments of too few
 //! elements: to look at them here would cost a wait. What they whiten comes out as NaN where it is
@@ -46,8 +46,8 @@ pub enum Given<'a> {
     Known(Moments),
 }
 
-/// The least length of the workspace of [`moments`] and [`whiten_backward`] for so many elements:
-/// 56 KiB of f64 at most.
+/// The least length of the workspace of [`masked_moments`] and [`masked_whiten_backward`] for so many
+/// elements: 56 KiB of f64 at most.
 pub fn workspace_len(len: usize) -> usize {
     let runs = |tile| len.div_ceil(run_len(len, tile));
     merge_workspace_len(runs(TILE)).max((runs(PAIRS_TILE) + 1) * SUMS)

@@ -1,17 +1,55 @@
 //! Whitening of candle tensors.
 
-use candle_core::{CpuStorage, CustomOp1, DType, Layout, Shape, Tensor};
+use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "cuda")]
+use super::cuda;
 use super::{cpu, Moments, WhitenOptions, OP};
 use crate::error::Result;
-use crate::tensor::{check_dtype, constant, no_kernels, optional_arg, optional_view, slice, view};
+use crate::tensor::{
+    check_device, check_dtype, node, optional_arg, optional_view, view, Backend, Room, View,
+};
+
+/// [`Moments`] where they were computed, so that nobody has to wait for them.
+#[derive(Debug, Clone)]
+pub struct MomentsTensor(Tensor);
+
+impl MomentsTensor {
+    pub(crate) const LEN: usize = 3;
+
+    /// Of [`MomentsTensor::LEN`] numbers that an op has written.
+    pub(crate) fn from_room(room: Room<f64>) -> Self {
+        Self(room.into_tensor(Self::LEN))
+    }
+
+    /// Moments of the host's, those of all shards for instance, for tensors on `device`.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn new(moments: &Moments, device: &Device) -> Result<Self> {
+        Ok(Self(Tensor::new(&moments.to_array(), device)?))
+    }
+
+    /// f64 `[3]`: count, mean, and the sum of squared deviations.
+    pub fn tensor(&self) -> &Tensor {
+        &self.0
+    }
+
+    /// Brings them to the host, which waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_host(&self) -> Result<Moments> {
+        Ok(Moments::from_slice(&self.0.to_vec1()?))
+    }
+}
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` (f32, any shape).
 /// `mask` is u8 of the same shape; without it every element counts.
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit.
-pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<Moments> {
+pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<MomentsTensor> {
     let (x, mask) = arguments(x, mask)?;
     moments(&x, &mask)
 }
@@ -21,7 +59,8 @@ pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<Moments> {
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, `eps` is out of range, or fewer than two elements (one,
-/// if the variance is biased) are unmasked.
+/// if the variance is biased) are unmasked. To count them on CUDA would cost a wait for the device:
+/// the unmasked elements come out as NaN there.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -39,96 +78,133 @@ pub fn masked_whiten(x: &Tensor, mask: Option<&Tensor>, options: &WhitenOptions)
     options.validate()?;
     let (x, mask) = arguments(x, mask)?;
     let moments = moments(&x, &mask)?;
-    options.divisor(if mask.is_some() { "mask" } else { "x" }, &moments)?;
-    whiten(&x, mask, moments, true, options)
+    let counted = if mask.is_some() { "mask" } else { "x" };
+    Pass { mask, moments, own: true, counted, options: *options }.apply(&x)
 }
 
-/// Whitens `x` (f32, any shape) with the given moments, those of all shards for instance, which are
-/// constants to the gradient. `mask` is u8 of the same shape; masked elements come out as 0.
+/// Whitens `x` (f32, any shape) with the given moments, those that [`gae`](crate::gae::gae) made or
+/// those of all shards, which are constants to the gradient. `mask` is u8 of the same shape; masked
+/// elements come out as 0.
 ///
 /// # Errors
 /// As [`masked_whiten`]; it is the moments that must be of enough elements.
 pub fn masked_whiten_with(
     x: &Tensor,
     mask: Option<&Tensor>,
-    moments: &Moments,
+    moments: &MomentsTensor,
     options: &WhitenOptions,
 ) -> Result<Tensor> {
     options.validate()?;
     let (x, mask) = arguments(x, mask)?;
-    options.divisor("moments", moments)?;
-    whiten(&x, mask, *moments, false, options)
+    check_device(OP, "moments", &moments.0, x.device())?;
+    let moments = moments.clone();
+    Pass { mask, moments, own: false, counted: "moments", options: *options }.apply(&x)
 }
 
 fn arguments(x: &Tensor, mask: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
     check_dtype(OP, "x", x, &[DType::F32])?;
-    if !x.device().is_cpu() {
-        return Err(no_kernels(OP, "x", x.device()));
-    }
     let mask = optional_arg(OP, "mask", mask, x.dims(), DType::U8, x.device())?;
     Ok((x.contiguous()?, mask))
 }
 
-fn moments(x: &Tensor, mask: &Option<Tensor>) -> Result<Moments> {
+fn moments(x: &Tensor, mask: &Option<Tensor>) -> Result<MomentsTensor> {
+    let backend = Backend::of(OP, "x", x.device())?;
     let x = view::<f32>(OP, "x", x)?;
-    let mask = optional_view(OP, "mask", mask)?;
-    cpu::masked_moments(&x, mask.as_deref())
+    let mask = optional_view::<u8>(OP, "mask", mask)?;
+    let mut moments = backend.room::<f64>(MomentsTensor::LEN)?;
+    match &backend {
+        Backend::Cpu => {
+            let mask = mask.as_ref().map(View::cpu);
+            moments.cpu().copy_from_slice(&cpu::masked_moments(x.cpu(), mask)?.to_array());
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let (stream, x, mask) = (backend.stream()?, x.cuda(), mask.as_ref().map(View::cuda));
+            let mut workspace = backend.room(cuda::workspace_len(x.len()))?;
+            cuda::masked_moments(&stream, x, mask, moments.cuda(), workspace.slice())?;
+        }
+    }
+    Ok(MomentsTensor::from_room(moments))
 }
 
-fn whiten(
-    x: &Tensor,
+/// What whitening and its backward need to know.
+struct Pass {
     mask: Option<Tensor>,
-    moments: Moments,
-    through_moments: bool,
-    options: &WhitenOptions,
-) -> Result<Tensor> {
-    let op = Whiten { mask, moments, through_moments, options: *options };
-    Ok(x.apply_op1(op)?)
-}
-
-struct Whiten {
-    mask: Option<Tensor>,
-    moments: Moments,
+    moments: MomentsTensor,
     /// Whether the moments are x's own, and so take part in the gradient.
-    through_moments: bool,
+    own: bool,
+    /// The argument that has too few elements if there are too few.
+    counted: &'static str,
     options: WhitenOptions,
 }
 
-impl CustomOp1 for Whiten {
-    fn name(&self) -> &'static str {
-        "ppo-whiten"
+impl Pass {
+    fn apply(self, x: &Tensor) -> Result<Tensor> {
+        let (out, constant) = (self.forward(x)?, x.detach());
+        node("ppo-whiten", &[x], out, x.shape(), move |_, grad| {
+            Ok(vec![Some(self.backward(&constant, grad)?)])
+        })
     }
 
-    fn cpu_fwd(
-        &self,
-        storage: &CpuStorage,
-        layout: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let x = slice::<f32>(storage, layout)?;
-        let mask = optional_view(OP, "mask", &self.mask)?;
-        let mut out = vec![0.0; x.len()];
-        cpu::masked_whiten(x, mask.as_deref(), &self.moments, &self.options, &mut out)?;
-        Ok((CpuStorage::F32(out), layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        _out: &Tensor,
-        grad_out: &Tensor,
-    ) -> candle_core::Result<Option<Tensor>> {
-        let grad_out = grad_out.contiguous()?;
-        let grad = view::<f32>(OP, "grad_out", &grad_out)?;
-        let mask = optional_view(OP, "mask", &self.mask)?;
-        let mask = mask.as_deref();
-        let mut grad_x = vec![0.0; grad.len()];
-        let (moments, options) = (&self.moments, &self.options);
-        if self.through_moments {
-            let x = view::<f32>(OP, "x", x)?;
-            cpu::masked_whiten_backward(&x, mask, moments, &grad, options, &mut grad_x)?;
-        } else {
-            cpu::masked_whiten_with_backward(mask, moments, &grad, options, &mut grad_x)?;
+    fn forward(&self, x: &Tensor) -> Result<Room<f32>> {
+        let backend = Backend::of(OP, "x", x.device())?;
+        let mut out = backend.room::<f32>(x.elem_count())?;
+        let x = view::<f32>(OP, "x", x)?;
+        let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
+        let moments = view::<f64>(OP, "moments", &self.moments.0)?;
+        match &backend {
+            Backend::Cpu => {
+                let moments = Moments::from_slice(moments.cpu());
+                self.options.divisor(self.counted, &moments)?;
+                let mask = mask.as_ref().map(View::cpu);
+                cpu::masked_whiten(x.cpu(), mask, &moments, &self.options, out.cpu())?;
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let (stream, mask) = (backend.stream()?, mask.as_ref().map(View::cuda));
+                let moments = cuda::Given::OnDevice(moments.cuda());
+                cuda::masked_whiten(&stream, x.cuda(), mask, moments, &self.options, out.cuda())?;
+            }
         }
-        Ok(Some(constant(grad_x, x.shape())))
+        Ok(out)
+    }
+
+    fn backward(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let shape = x.shape();
+        let backend = Backend::of(OP, "x", x.device())?;
+        let mut out = backend.room::<f32>(x.elem_count())?;
+        let x = view::<f32>(OP, "x", x)?;
+        let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
+        let moments = view::<f64>(OP, "moments", &self.moments.0)?;
+        let grad = view::<f32>(OP, "grad_out", grad)?;
+        match &backend {
+            Backend::Cpu => {
+                let moments = Moments::from_slice(moments.cpu());
+                let (mask, grad, out) = (mask.as_ref().map(View::cpu), grad.cpu(), out.cpu());
+                if self.own {
+                    let x = x.cpu();
+                    cpu::masked_whiten_backward(x, mask, &moments, grad, &self.options, out)?;
+                } else {
+                    cpu::masked_whiten_with_backward(mask, &moments, grad, &self.options, out)?;
+                }
+            }
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(backend) => {
+                let (stream, options) = (backend.stream()?, &self.options);
+                let moments = cuda::Given::OnDevice(moments.cuda());
+                let (mask, grad, out) = (mask.as_ref().map(View::cuda), grad.cuda(), out.cuda());
+                if self.own {
+                    let x = x.cuda();
+                    let mut room = backend.room(cuda::workspace_len(x.len()))?;
+                    let workspace = room.slice();
+                    cuda::masked_whiten_backward(
+                        &stream, x, mask, moments, grad, options, out, workspace,
+                    )?;
+                } else {
+                    cuda::masked_whiten_with_backward(&stream, mask, moments, grad, options, out)?;
+                }
+            }
+        }
+        Ok(out.into_tensor(shape))
     }
 }

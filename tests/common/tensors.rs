@@ -2,9 +2,19 @@
 
 use candle_core::{DType, Device, Tensor};
 
-/// The devices on which every case runs.
+/// The devices on which every case runs. With the feature `cuda` a machine without a GPU fails: what
+/// was asked for is not skipped.
 pub fn devices() -> Vec<Device> {
-    vec![Device::Cpu]
+    let mut devices = vec![Device::Cpu];
+    if cfg!(feature = "cuda") {
+        devices.push(Device::new_cuda(0).expect("the feature `cuda` is tested on a GPU"));
+    }
+    devices
+}
+
+/// The devices on which candle has tensors without elements: it cannot launch a kernel for none.
+pub fn devices_with_empty_tensors() -> Vec<Device> {
+    devices().into_iter().filter(Device::is_cpu).collect()
 }
 
 /// A tensor's elements, whatever its dtype and layout, in row-major order as f64.

@@ -1,0 +1,90 @@
+//! candle's CUDA storage as device slices, and outputs from candle's allocator, all on the one stream
+//! that candle has for a device: what is launched there runs after what wrote the inputs, and before
+//! what frees or reads them later. Nothing here waits for the device.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::cuda::cudarc::driver::{
+    CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
+};
+use candle_core::cuda::CudaDType;
+use candle_core::{CudaDevice, CudaStorage, WithDType};
+
+use crate::cuda::{allocation_error, device_error, Slice, SliceMut, Stream};
+use crate::error::Result;
+
+pub(crate) trait Element: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits {}
+impl<T: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits> Element for T {}
+
+/// An op's device, and candle's stream on it.
+pub(crate) struct Cuda {
+    op: &'static str,
+    device: CudaDevice,
+    stream: Arc<CudaStream>,
+}
+
+impl Cuda {
+    pub(super) fn new(op: &'static str, device: &CudaDevice) -> Self {
+        Self { op, device: device.clone(), stream: device.cuda_stream() }
+    }
+
+    /// For the launches of one op.
+    pub(crate) fn stream(&self) -> Result<Stream<'_>> {
+        // candle's stream is one of those without a context of their own.
+        self.stream.context().bind_to_thread().map_err(device_error)?;
+        // SAFETY: `self` keeps the stream, and the stream its context.
+        unsafe { Stream::from_raw(self.stream.cu_stream().cast()) }
+    }
+
+    /// Memory for `len` elements, of any content.
+    pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Room<T>> {
+        // SAFETY: every element is written before the op returns it. The driver has nothing to give
+        // for a length of 0.
+        let memory = unsafe { self.stream.alloc::<T>(len.max(1)) };
+        let memory = memory.map_err(|error| allocation_error(self.op, error))?;
+        Ok(Room { memory, len, device: self.device.clone() })
+    }
+
+    /// Memory for `len` elements that are 0.
+    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Room<T>> {
+        let mut room = self.room::<T>(len)?;
+        self.stream.memset_zeros(&mut room.memory).map_err(device_error)?;
+        Ok(room)
+    }
+}
+
+/// Memory of an output or a workspace. Dropped, it is freed behind what was launched with it.
+pub(crate) struct Room<T> {
+    memory: CudaSlice<T>,
+    len: usize,
+    device: CudaDevice,
+}
+
+impl<T: Element> Room<T> {
+    pub(crate) fn slice(&mut self) -> SliceMut<'_, T> {
+        let stream = self.memory.stream().clone();
+        let (address, _) = self.memory.device_ptr_mut(&stream);
+        // SAFETY: memory of that length, which nobody else knows of.
+        unsafe { SliceMut::from_raw(address as *mut T, self.len) }
+    }
+
+    pub(super) fn into_storage(mut self) -> CudaStorage {
+        let stream = self.memory.stream().clone();
+        // Marks the memory as written now, for other streams to wait for.
+        drop(self.memory.device_ptr_mut(&stream));
+        CudaStorage::wrap_cuda_slice(self.memory, self.device)
+    }
+}
+
+/// Elements of a tensor, for what is launched on candle's stream.
+pub(super) fn slice<'a, T: Element>(
+    storage: &'a CudaStorage,
+    range: &Range<usize>,
+) -> Slice<'a, T> {
+    let memory = storage.as_cuda_slice::<T>().expect("checked by view");
+    let (address, _) = memory.device_ptr(memory.stream());
+    // SAFETY: the layout's range is within the storage. Whoever frees or overwrites it does so on the
+    // same stream.
+    unsafe { Slice::from_raw((address as *const T).add(range.start), range.len()) }
+}
