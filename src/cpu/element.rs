@@ -1,5 +1,6 @@
 //! The element types the ops take.
 
+use half::vec::HalfBitsVecExt;
 use half::{bf16, f16};
 
 mod sealed {
@@ -26,11 +27,19 @@ pub trait Logit: sealed::Sealed + Copy + Send + Sync + 'static {
 
     /// The type's name: "f32", "f16" or "bf16".
     const NAME: &'static str;
+
+    /// Zeros that are not written until they are touched: the threads that write over them share the
+    /// cost of getting memory from the system. `vec![Self::ZERO; len]` fills 16-bit vectors itself.
+    fn zeros(len: usize) -> Vec<Self>;
 }
 
 impl Logit for f32 {
     const ZERO: Self = 0.0;
     const NAME: &'static str = "f32";
+
+    fn zeros(len: usize) -> Vec<f32> {
+        vec![0.0; len]
+    }
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -46,6 +55,10 @@ impl Logit for f32 {
 impl Logit for bf16 {
     const ZERO: Self = bf16::ZERO;
     const NAME: &'static str = "bf16";
+
+    fn zeros(len: usize) -> Vec<bf16> {
+        vec![0_u16; len].reinterpret_into()
+    }
 
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -65,6 +78,10 @@ impl Logit for bf16 {
 impl Logit for f16 {
     const ZERO: Self = f16::ZERO;
     const NAME: &'static str = "f16";
+
+    fn zeros(len: usize) -> Vec<f16> {
+        vec![0_u16; len].reinterpret_into()
+    }
 
     #[inline(always)]
     fn to_f32(self) -> f32 {

@@ -81,7 +81,7 @@ pub fn full_kl(
     options.validate(FULL_OP)?;
     check_dtype(FULL_OP, "logits", logits, &[DType::F32, DType::F16, DType::BF16])?;
     let (shape, device) = (logits.dims(), logits.device());
-    let Some((&vocab, leading)) = shape.split_last().filter(|(&v, _)| v > 0) else {
+    let Some((_, leading)) = shape.split_last().filter(|(&v, _)| v > 0) else {
         return Err(Error::Shape {
             op: FULL_OP,
             arg: "logits",
@@ -94,10 +94,9 @@ pub fn full_kl(
     if !device.is_cpu() {
         return Err(no_kernels(FULL_OP, "logits", device));
     }
-    let rows = leading.iter().product::<usize>();
-    let matrix = |logits: &Tensor| logits.contiguous()?.reshape((rows, vocab));
     let op = FullKl { mask, options: *options };
-    let stats = matrix(logits)?.apply_op2(&matrix(ref_logits)?, op)?;
+    // In their own shape: of a reshape candle would make a pass of its own over the gradient.
+    let stats = logits.contiguous()?.apply_op2(&ref_logits.contiguous()?, op)?;
     Ok(stats.get(0)?.reshape(leading)?)
 }
 
@@ -153,7 +152,7 @@ impl CustomOp2 for TokenKl {
     }
 }
 
-/// Logits and reference logits `[N, V]` to `[STATS, N]`, of which the caller sees the first row:
+/// Logits and reference logits `[.., V]` of N rows to `[STATS, N]`, of which the caller sees the first row:
 /// candle gives an op one output, and backward needs the rest.
 struct FullKl {
     mask: Option<Tensor>,
@@ -178,7 +177,8 @@ impl CustomOp2 for FullKl {
             CpuStorage::BF16(_) => self.forward::<bf16>(logits, l1, ref_logits, l2),
             _ => unreachable!("checked by full_kl"),
         }?;
-        Ok((CpuStorage::F32(stats), Shape::from((STATS, l1.dims()[0]))))
+        let rows = stats.len() / STATS;
+        Ok((CpuStorage::F32(stats), Shape::from((STATS, rows))))
     }
 
     fn bwd(
@@ -208,7 +208,8 @@ impl FullKl {
         l2: &Layout,
     ) -> Result<Vec<f32>> {
         let mask = optional_view(FULL_OP, "mask", &self.mask)?;
-        let (rows, vocab) = l1.shape().dims2()?;
+        let vocab = vocab(l1.dims());
+        let rows = l1.shape().elem_count() / vocab;
         let inputs = FullInputs {
             logits: slice::<T>(logits, l1)?,
             ref_logits: slice::<T>(ref_logits, l2)?,
@@ -230,7 +231,7 @@ impl FullKl {
         let mask = optional_view(FULL_OP, "mask", &self.mask)?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
         let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
-        let vocab = logits.dims()[1];
+        let vocab = vocab(logits.dims());
         let inputs = FullInputs { logits: &z, ref_logits: &w, vocab, mask: mask.as_deref() };
         let mut grad_logits = gradient_of::<T>(logits);
         let mut grad_ref_logits = gradient_of::<T>(ref_logits);
@@ -249,5 +250,10 @@ impl FullKl {
 
 /// Room for the gradient of an argument, if it takes one.
 fn gradient_of<T: Logit>(argument: &Tensor) -> Option<Vec<T>> {
-    argument.track_op().then(|| vec![T::ZERO; argument.elem_count()])
+    argument.track_op().then(|| T::zeros(argument.elem_count()))
+}
+
+/// The columns of a row.
+fn vocab(dims: &[usize]) -> usize {
+    *dims.last().expect("checked by full_kl")
 }

@@ -85,10 +85,11 @@ fn apply(
     // Here, where the error keeps its type; candle would turn it into a text.
     cpu::check_targets(&view::<i64>(OP, "targets", &targets)?, vocab, options)?;
     let op = Forward { targets, options: *options, entropy };
-    Ok(logits.contiguous()?.reshape((rows, vocab))?.apply_op1(op)?)
+    // In its own shape: of a reshape candle would make a pass of its own over the gradient.
+    Ok(logits.contiguous()?.apply_op1(op)?)
 }
 
-/// Logits `[N, V]` to outputs `[4, N]`.
+/// Logits `[.., V]` of N rows to outputs `[4, N]`.
 struct Forward {
     targets: Tensor,
     options: LogprobOptions,
@@ -141,12 +142,12 @@ impl Forward {
             stats: Some(RowStatsMut { max, log_sum }),
         };
         let logits = slice::<T>(storage, layout)?;
-        cpu::forward(logits, &targets, layout.dims()[1], &self.options, outputs)?;
+        cpu::forward(logits, &targets, vocab(layout.dims()), &self.options, outputs)?;
         Ok(out)
     }
 }
 
-/// Logits `[N, V]`, the forward's outputs `[4, N]` and their gradient to the logits' gradient.
+/// Logits `[.., V]`, the forward's outputs `[4, N]` and their gradient to the logits' gradient.
 struct Backward {
     targets: Tensor,
     options: LogprobOptions,
@@ -198,11 +199,16 @@ impl Backward {
             entropy: self.entropy.then_some(row(grad, ENTROPY, rows)),
         };
         let logits = slice::<T>(storage, layout)?;
-        let mut out = vec![T::ZERO; logits.len()];
-        let vocab = layout.dims()[1];
+        let mut out = T::zeros(logits.len());
+        let vocab = vocab(layout.dims());
         cpu::backward(logits, &targets, vocab, &self.options, stats, upstream, &mut out)?;
         Ok(out)
     }
+}
+
+/// The columns of a row.
+fn vocab(dims: &[usize]) -> usize {
+    *dims.last().expect("checked by apply")
 }
 
 fn row(outputs: &[f32], index: usize, rows: usize) -> &[f32] {
