@@ -1,0 +1,149 @@
+//! Stores that go past the caches, for outputs that would not stay in them.
+//!
+//! A store into a cache first reads the line it is about to change, so that of a pass which reads as
+//! much as it writes a third of the traffic is for nothing. Past the caches (x86-64's non-temporal
+//! stores) only what is written moves. Where the output fits into the last cache that would be a
+//! loss: whoever reads it next would find it in memory only.
+
+use std::sync::OnceLock;
+
+use super::math::LANES;
+use super::prefetch;
+
+/// How the outputs of one call are written.
+#[derive(Clone, Copy)]
+pub(crate) struct Stores {
+    past: bool,
+}
+
+impl Stores {
+    /// For a call that writes so many bytes.
+    pub(crate) fn of_bytes(bytes: usize) -> Self {
+        Self { past: bytes > last_cache() }
+    }
+
+    /// For the outputs of one thread's share of the work, up to which the result is dropped.
+    #[inline(always)]
+    pub(crate) fn writer(self) -> Writer {
+        Writer { past: self.past }
+    }
+}
+
+/// Writes outputs, and when dropped lets nothing follow before they are written.
+pub(crate) struct Writer {
+    past: bool,
+}
+
+impl Writer {
+    /// Asks for the memory `offset` elements from `out` ahead of writing it, if it is to be in a cache.
+    #[inline(always)]
+    pub(crate) fn prefetch<T>(&self, out: &[T], offset: isize) {
+        if !self.past {
+            prefetch(out, offset);
+        }
+    }
+
+    /// `out = lanes`. Lines are written in one piece where calls follow each other in memory, in
+    /// either direction.
+    #[inline(always)]
+    pub(crate) fn write<T: Copy>(&self, out: &mut [T; LANES], lanes: [T; LANES]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.past && out.as_ptr().addr() % 16 == 0 && size_of_val(out) % 16 == 0 {
+            use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+            let (from, to) = (lanes.as_ptr().cast::<__m128i>(), out.as_mut_ptr().cast::<__m128i>());
+            for i in 0..size_of_val(out) / 16 {
+                // SAFETY: both are of that size, and the target is aligned. What is behind it is
+                // ordered before the end of the borrow's thread by the fence in `drop`.
+                unsafe { _mm_stream_si128(to.add(i), _mm_loadu_si128(from.add(i))) };
+            }
+            return;
+        }
+        *out = lanes;
+    }
+
+    /// `out = from`, from the end.
+    #[inline(always)]
+    pub(crate) fn copy<T: Copy>(&self, out: &mut [T], from: &[T]) {
+        let ((out, last_out), (from, last)) = (out.as_chunks_mut(), from.as_chunks());
+        last_out.copy_from_slice(last);
+        for (out, from) in out.iter_mut().zip(from).rev() {
+            self.write(out, *from);
+        }
+    }
+}
+
+impl Drop for Writer {
+    #[inline(always)]
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.past {
+            // SAFETY: every x86-64 has it. Stores past the caches are in no order with later ones.
+            unsafe { std::arch::x86_64::_mm_sfence() };
+        }
+    }
+}
+
+/// Bytes of the largest cache; more than anything where there is no way to write past it, or the
+/// machine does not say.
+fn last_cache() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| largest_cache().unwrap_or(usize::MAX))
+}
+
+#[cfg(target_arch = "x86_64")]
+fn largest_cache() -> Option<usize> {
+    use std::arch::x86_64::{__cpuid, __cpuid_count, CpuidResult};
+    /// "Deterministic cache parameters" of Intel, and the same of AMD.
+    const LEAVES: [u32; 2] = [4, 0x8000_001d];
+
+    // SAFETY: every x86-64 has the instruction.
+    #[allow(unused_unsafe)] // since Rust 1.94
+    let (cpuid, count) =
+        (|leaf| unsafe { __cpuid(leaf) }, |leaf, i| unsafe { __cpuid_count(leaf, i) });
+    let bytes = |cache: CpuidResult| {
+        let field = |shift: u32, bits: u32| (cache.ebx >> shift & ((1 << bits) - 1)) as usize + 1;
+        field(0, 12) * field(12, 10) * field(22, 10) * (cache.ecx as usize + 1)
+    };
+    LEAVES
+        .into_iter()
+        .filter(|&leaf| leaf <= cpuid(leaf & 0x8000_0000).eax)
+        .flat_map(|leaf| (0..8).map(move |i| count(leaf, i)).take_while(|c| c.eax & 0x1f != 0))
+        .map(bytes)
+        .max()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn largest_cache() -> Option<usize> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_stores_write_the_same_at_any_address() {
+        for past in [false, true] {
+            for offset in 0..5 {
+                let mut out = vec![0_u32; 6 * LANES];
+                let writer = Stores { past }.writer();
+                let lines = out[offset..].as_chunks_mut::<LANES>().0;
+                for (i, line) in lines.iter_mut().enumerate().rev() {
+                    writer.write(line, std::array::from_fn(|lane| (100 * i + lane) as u32));
+                }
+                drop(writer);
+                let written = out[offset..].as_chunks::<LANES>().0.iter().enumerate();
+                for (i, line) in written {
+                    assert!(line.iter().enumerate().all(|(k, &x)| x == (100 * i + k) as u32));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_largest_cache_is_of_a_size_that_exists() {
+        if let Some(bytes) = largest_cache() {
+            assert!((1 << 18..1 << 33).contains(&bytes), "{bytes}");
+        }
+    }
+}
