@@ -10,35 +10,20 @@ use std::sync::OnceLock;
 use super::math::LANES;
 use super::prefetch;
 
-/// How the outputs of one call are written.
-#[derive(Clone, Copy)]
-pub(crate) struct Stores {
-    past: bool,
-}
-
-impl Stores {
-    /// For a call that writes so many bytes.
-    pub(crate) fn of_bytes(bytes: usize) -> Self {
-        Self { past: bytes > last_cache() }
-    }
-
-    /// For the outputs of one thread's share of the work, up to which the result is dropped.
-    #[inline(always)]
-    pub(crate) fn writer(self) -> Writer {
-        Writer { past: self.past }
-    }
+/// Whether outputs of so many bytes in all are better written past the caches. The answer chooses the
+/// [`Writer`], once a leaf of a parallel loop, so that its loops have no branch in them.
+pub(crate) fn past_caches(bytes: usize) -> bool {
+    bytes > last_cache()
 }
 
 /// Writes outputs, and when dropped lets nothing follow before they are written.
-pub(crate) struct Writer {
-    past: bool,
-}
+pub(crate) struct Writer<const PAST: bool>;
 
-impl Writer {
+impl<const PAST: bool> Writer<PAST> {
     /// Asks for the memory `offset` elements from `out` ahead of writing it, if it is to be in a cache.
     #[inline(always)]
     pub(crate) fn prefetch<T>(&self, out: &[T], offset: isize) {
-        if !self.past {
+        if !PAST {
             prefetch(out, offset);
         }
     }
@@ -48,7 +33,7 @@ impl Writer {
     #[inline(always)]
     pub(crate) fn write<T: Copy>(&self, out: &mut [T; LANES], lanes: [T; LANES]) {
         #[cfg(target_arch = "x86_64")]
-        if self.past && out.as_ptr().addr() % 16 == 0 && size_of_val(out) % 16 == 0 {
+        if PAST && out.as_ptr().addr() % 16 == 0 && size_of_val(out) % 16 == 0 {
             use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
             let (from, to) = (lanes.as_ptr().cast::<__m128i>(), out.as_mut_ptr().cast::<__m128i>());
             for i in 0..size_of_val(out) / 16 {
@@ -59,6 +44,16 @@ impl Writer {
             return;
         }
         *out = lanes;
+    }
+
+    /// `out = x` in every element, from the end.
+    #[inline(always)]
+    pub(crate) fn fill<T: Copy>(&self, out: &mut [T], x: T) {
+        let (first, out) = out.as_rchunks_mut();
+        for out in out.iter_mut().rev() {
+            self.write(out, [x; LANES]);
+        }
+        first.fill(x);
     }
 
     /// `out = from`, from the end.
@@ -72,11 +67,11 @@ impl Writer {
     }
 }
 
-impl Drop for Writer {
+impl<const PAST: bool> Drop for Writer<PAST> {
     #[inline(always)]
     fn drop(&mut self) {
         #[cfg(target_arch = "x86_64")]
-        if self.past {
+        if PAST {
             // SAFETY: every x86-64 has it. Stores past the caches are in no order with later ones.
             unsafe { std::arch::x86_64::_mm_sfence() };
         }
@@ -123,20 +118,24 @@ mod tests {
 
     #[test]
     fn all_stores_write_the_same_at_any_address() {
-        for past in [false, true] {
-            for offset in 0..5 {
-                let mut out = vec![0_u32; 6 * LANES];
-                let writer = Stores { past }.writer();
-                let lines = out[offset..].as_chunks_mut::<LANES>().0;
-                for (i, line) in lines.iter_mut().enumerate().rev() {
-                    writer.write(line, std::array::from_fn(|lane| (100 * i + lane) as u32));
-                }
-                drop(writer);
-                let written = out[offset..].as_chunks::<LANES>().0.iter().enumerate();
-                for (i, line) in written {
-                    assert!(line.iter().enumerate().all(|(k, &x)| x == (100 * i + k) as u32));
-                }
+        fn write<const PAST: bool>(out: &mut [u32]) {
+            let writer = Writer::<PAST>;
+            for (i, line) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate().rev() {
+                writer.write(line, std::array::from_fn(|lane| (100 * i + lane) as u32));
             }
+        }
+        for offset in 0..5 {
+            let (mut cached, mut past) = ([0_u32; 6 * LANES], [0_u32; 6 * LANES]);
+            write::<false>(&mut cached[offset..]);
+            write::<true>(&mut past[offset..]);
+            assert_eq!(cached, past);
+            assert_eq!((past[offset + 1], past[offset + 5 * LANES - 1]), (1, 415));
+
+            let from: Vec<u32> = (7..).take(6 * LANES - offset).collect();
+            Writer::<true>.copy(&mut past[offset..], &from);
+            assert_eq!(past[offset..], from);
+            Writer::<true>.fill(&mut past[offset..], 3);
+            assert!(past[offset..].iter().all(|&x| x == 3));
         }
     }
 

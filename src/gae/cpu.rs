@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::{check_missing_eos, GaeOptions, Inputs, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
-use crate::cpu::{prefetch, reduce, vectorise, RowsMut, Stores, Writer};
+use crate::cpu::{past_caches, prefetch, reduce, vectorise, RowsMut, Writer};
 use crate::error::{Error, Result};
 use crate::whiten::cpu::{leaf_moments, LaneMoments};
 use crate::whiten::Moments;
@@ -55,28 +55,17 @@ pub fn gae(
     check_missing_eos(options.shaping.missing_eos, scores, has_eos)?;
 
     let coefficients = Coefficients::new(options);
+    let job = Job { inputs: &inputs, seq_len, options, coefficients };
     let rows = |data| RowsMut { data, width: seq_len };
     let bytes = size_of_val(outputs.advantages) * if outputs.rewards.is_some() { 3 } else { 2 };
-    let stores = Stores::of_bytes(bytes);
+    let past = past_caches(bytes);
     let items = (rows(outputs.advantages), rows(outputs.returns), outputs.rewards.map(rows));
-    let leaf = |first: usize, count: usize, items: (RowsMut<f32>, RowsMut<f32>, _)| {
-        let (mut advantages, mut returns, mut rewards): (_, _, Option<RowsMut<f32>>) = items;
+    let leaf = |first, count, items| {
         vectorise(
             #[inline(always)]
-            || {
-                let (mut moments, writer) = (Moments::default(), stores.writer());
-                // From the last row, so that all goes one way through memory.
-                for i in (0..count).rev() {
-                    let row = Row::new(&inputs, first + i, seq_len, options);
-                    let out = Outputs {
-                        advantages: advantages.row(i),
-                        returns: returns.row(i),
-                        rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
-                    };
-                    let scanned = scan(&row, &coefficients, out, &writer);
-                    moments = scanned.merge(moments);
-                }
-                moments
+            || match past {
+                false => job.scan_rows::<false>(first, count, items),
+                true => job.scan_rows::<true>(first, count, items),
             },
         )
     };
@@ -106,6 +95,37 @@ fn check_lengths(
     check("advantages", Some(outputs.advantages.len()), tokens)?;
     check("returns", Some(outputs.returns.len()), tokens)?;
     check("rewards (out)", outputs.rewards.as_ref().map(|rewards| rewards.len()), tokens)
+}
+
+/// What all rows have in common.
+struct Job<'a> {
+    inputs: &'a Inputs<'a, f32>,
+    seq_len: usize,
+    options: &'a GaeOptions,
+    coefficients: Coefficients,
+}
+
+/// Rows of [`Outputs`].
+type OutRows<'a> = (RowsMut<'a, f32>, RowsMut<'a, f32>, Option<RowsMut<'a, f32>>);
+
+impl Job<'_> {
+    /// `count` rows from `first` on, and the moments of their advantages.
+    #[inline(always)]
+    fn scan_rows<const PAST: bool>(&self, first: usize, count: usize, out: OutRows) -> Moments {
+        let (mut advantages, mut returns, mut rewards) = out;
+        let (mut moments, writer) = (Moments::default(), Writer::<PAST>);
+        // From the last row, so that all goes one way through memory.
+        for i in (0..count).rev() {
+            let row = Row::new(self.inputs, first + i, self.seq_len, self.options);
+            let out = Outputs {
+                advantages: advantages.row(i),
+                returns: returns.row(i),
+                rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
+            };
+            moments = scan(&row, &self.coefficients, out, &writer).merge(moments);
+        }
+        moments
+    }
 }
 
 /// The options as the recurrence uses them.
@@ -279,13 +299,18 @@ impl State {
 
 /// One row, and the moments of its advantages.
 #[inline(always)]
-fn scan(row: &Row, c: &Coefficients, mut out: Outputs, writer: &Writer) -> Moments {
+fn scan<const PAST: bool>(
+    row: &Row,
+    c: &Coefficients,
+    mut out: Outputs,
+    writer: &Writer<PAST>,
+) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
     let padding = out.part(end..row.values.len());
-    padding.advantages.fill(0.0);
-    padding.returns.fill(0.0);
-    if let Some(rewards) = padding.rewards {
-        rewards.fill(0.0);
+    for padding in [Some(padding.advantages), Some(padding.returns), padding.rewards] {
+        if let Some(padding) = padding {
+            writer.fill(padding, 0.0);
+        }
     }
     let mut state = State { next_value: row.bootstrap, advantage: 0.0, value_advantage: 0.0 };
     if let Some((place, score)) = row.score.filter(|&(place, _)| place == end) {
@@ -303,8 +328,8 @@ fn scan(row: &Row, c: &Coefficients, mut out: Outputs, writer: &Writer) -> Momen
         end = chunk.at.start;
         let out = out.part(chunk.at.clone());
         let of_chunk = match (chunk.is_plain(), c.is_one()) {
-            (true, true) => chunk.scan_plain::<true>(&mut state, c, out, writer),
-            (true, false) => chunk.scan_plain::<false>(&mut state, c, out, writer),
+            (true, true) => chunk.scan_plain::<true, PAST>(&mut state, c, out, writer),
+            (true, false) => chunk.scan_plain::<false, PAST>(&mut state, c, out, writer),
             (false, _) => chunk.scan_any(&mut state, c, out),
         };
         moments = moments.merge(of_chunk);
@@ -356,18 +381,16 @@ impl Chunk<'_> {
         !self.mask.is_some_and(masked) && !self.dones.is_some_and(done)
     }
 
-    /// Dense rewards less the KL penalty, and the score in its place. Where there are dense rewards
-    /// alone, it is them, and else the scratch.
+    /// The dense rewards, where nothing is to be done about them.
     #[inline(always)]
-    fn shaped_rewards<'b>(&self, c: &Coefficients, scratch: &'b mut [f32; CHUNK]) -> &'b [f32]
-    where
-        Self: 'b,
-    {
-        let len = self.values.len();
-        if let (Some(rewards), None, None) = (self.rewards, self.kl, self.score) {
-            return rewards;
-        }
-        let shaped = &mut scratch[..len];
+    fn rewards_as_they_are(&self) -> Option<&[f32]> {
+        self.rewards.filter(|_| self.kl.is_none() && self.score.is_none())
+    }
+
+    /// Dense rewards less the KL penalty, and the score in its place.
+    #[inline(always)]
+    fn shaped_rewards<'b>(&self, c: &Coefficients, shaped: &'b mut [f32; CHUNK]) -> &'b [f32] {
+        let shaped = &mut shaped[..self.values.len()];
         match self.rewards {
             Some(rewards) => shaped.copy_from_slice(rewards),
             None => shaped.fill(0.0),
@@ -386,17 +409,23 @@ impl Chunk<'_> {
 
     /// Returns the moments of the advantages, as does [`Self::scan_any`].
     #[inline(always)]
-    fn scan_plain<const ONE: bool>(
+    fn scan_plain<const ONE: bool, const PAST: bool>(
         &self,
         state: &mut State,
         c: &Coefficients,
         out: Outputs,
-        writer: &Writer,
+        writer: &Writer<PAST>,
     ) -> Moments {
         // Copies, which stay in registers whatever is written.
         let (mut now, c) = (*state, *c);
-        let mut scratch = [0.0; CHUNK];
-        let rewards = self.shaped_rewards(&c, &mut scratch);
+        let mut shaped;
+        let rewards = match self.rewards_as_they_are() {
+            Some(rewards) => rewards,
+            None => {
+                shaped = [0.0; CHUNK];
+                self.shaped_rewards(&c, &mut shaped)
+            }
+        };
         if let Some(out) = out.rewards {
             writer.copy(out, rewards);
         }
@@ -423,28 +452,24 @@ impl Chunk<'_> {
             }
             sums.add(a);
         }
-        let rest = first_values.len();
+        let (mut moments, rest) = (Moments::default(), first_values.len());
         if rest > 0 {
             let (values, rewards) = (last_lanes(first_values), last_lanes(first_rewards));
-            let (mut a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
+            let (a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
             first_advantages.copy_from_slice(&a[LANES - rest..]);
             first_returns.copy_from_slice(&r[LANES - rest..]);
-            if tiles == 0 {
-                sums = LaneMoments::around(a[LANES - rest]);
-            }
-            a[..LANES - rest].fill(sums.shift());
-            sums.add(a);
+            moments = leaf_moments(first_advantages, None);
         }
         *state = now;
-        sums.moments(self.values.len())
+        sums.moments(LANES * tiles).merge(moments)
     }
 
     /// The steps of each episode are put together, without what is no step, and scanned then.
     #[inline(always)]
     fn scan_any(&self, state: &mut State, c: &Coefficients, mut out: Outputs) -> Moments {
         let len = self.values.len();
-        let mut scratch = [0.0; CHUNK];
-        let rewards = self.shaped_rewards(c, &mut scratch);
+        let mut shaped = [0.0; CHUNK];
+        let rewards = self.shaped_rewards(c, &mut shaped);
         out.advantages.fill(0.0);
         out.returns.fill(0.0);
         let mut steps = Steps { deltas: [0.0; CHUNK], tokens: [0; CHUNK], first: CHUNK };

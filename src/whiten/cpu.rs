@@ -173,12 +173,6 @@ impl LaneMoments {
         Self { shift, sums: [0.0; LANES], squares: [0.0; LANES] }
     }
 
-    /// The number.
-    #[inline(always)]
-    pub(crate) fn shift(&self) -> f32 {
-        self.shift
-    }
-
     /// Lanes that hold no element are to hold the number.
     #[inline(always)]
     pub(crate) fn add(&mut self, x: [f32; LANES]) {
@@ -192,6 +186,9 @@ impl LaneMoments {
     /// Of `count` elements.
     #[inline(always)]
     pub(crate) fn moments(&self, count: usize) -> Moments {
+        if count == 0 {
+            return Moments::default();
+        }
         let sum: f64 = self.sums.iter().sum();
         let n = count as f64;
         let m2 = self.squares.iter().sum::<f64>() - sum * sum / n;
