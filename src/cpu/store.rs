@@ -20,6 +20,37 @@ pub(crate) fn past_caches(bytes: usize) -> bool {
 pub(crate) struct Writer<const PAST: bool>;
 
 impl<const PAST: bool> Writer<PAST> {
+    /// How many elements of `out` are before the first that starts a line, if lines are of consequence.
+    #[inline(always)]
+    fn before_line<T>(&self, out: &[T]) -> usize {
+        if PAST {
+            out.as_ptr().align_offset(64).min(out.len())
+        } else {
+            0
+        }
+    }
+
+    /// `out = f(x)`, element by element.
+    #[inline(always)]
+    pub(crate) fn map<T: Copy, U: Copy>(&self, out: &mut [U], x: &[T], f: impl Fn(T) -> U) {
+        let head = self.before_line(out);
+        let ((first, out), (first_x, x)) = (out.split_at_mut(head), x.split_at(head));
+        for (out, x) in first.iter_mut().zip(first_x) {
+            *out = f(*x);
+        }
+        let ((out, last), (x, last_x)) = (out.as_chunks_mut::<LANES>(), x.as_chunks::<LANES>());
+        for (out, x) in out.iter_mut().zip(x) {
+            let mut lanes = [out[0]; LANES];
+            for i in 0..LANES {
+                lanes[i] = f(x[i]);
+            }
+            self.write(out, lanes);
+        }
+        for (out, x) in last.iter_mut().zip(last_x) {
+            *out = f(*x);
+        }
+    }
+
     /// Asks for the memory `offset` elements from `out` ahead of writing it, if it is to be in a cache.
     #[inline(always)]
     pub(crate) fn prefetch<T>(&self, out: &[T], offset: isize) {
