@@ -194,8 +194,8 @@ fn stream(source: &[Line], target: &mut [Line], kind: Kind) -> u64 {
 
 #[inline(always)]
 fn stream_piece<const AHEAD: bool, const PAST: bool>(source: &[Line], target: &mut [Line]) -> u64 {
-    // 4 KiB at a time, so that reads and writes are under way together.
-    let blocks = source.len().max(target.len()).div_ceil(64);
+    // 64 KiB at a time, so that reads and writes are under way together.
+    let blocks = source.len().max(target.len()).div_ceil(1024);
     let mut sum = 0_u64;
     for block in 0..blocks {
         let of = |len: usize| len * block / blocks..len * (block + 1) / blocks;
