@@ -64,7 +64,9 @@ impl<const PAST: bool> Writer<PAST> {
     #[inline(always)]
     pub(crate) fn write<T: Copy>(&self, out: &mut [T; LANES], lanes: [T; LANES]) {
         #[cfg(target_arch = "x86_64")]
-        if PAST && out.as_ptr().addr() % 16 == 0 && size_of_val(out) % 16 == 0 {
+        let whole = size_of_val(out).is_multiple_of(16);
+        #[cfg(target_arch = "x86_64")]
+        if PAST && whole && out.as_ptr().addr().is_multiple_of(16) {
             use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
             let (from, to) = (lanes.as_ptr().cast::<__m128i>(), out.as_mut_ptr().cast::<__m128i>());
             for i in 0..size_of_val(out) / 16 {

@@ -307,10 +307,9 @@ fn scan<const PAST: bool>(
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
     let padding = out.part(end..row.values.len());
-    for padding in [Some(padding.advantages), Some(padding.returns), padding.rewards] {
-        if let Some(padding) = padding {
-            writer.fill(padding, 0.0);
-        }
+    let padding = [Some(padding.advantages), Some(padding.returns), padding.rewards];
+    for padding in padding.into_iter().flatten() {
+        writer.fill(padding, 0.0);
     }
     let mut state = State { next_value: row.bootstrap, advantage: 0.0, value_advantage: 0.0 };
     if let Some((place, score)) = row.score.filter(|&(place, _)| place == end) {
@@ -576,8 +575,8 @@ impl Decay {
         x = add_later::<2>(x, d2);
         x = add_later::<4>(x, d4);
         x = add_later::<8>(x, d8);
-        for i in 0..LANES {
-            x[i] = self.across[i].mul_add(after, x[i]);
+        for (x, across) in x.iter_mut().zip(&self.across) {
+            *x = across.mul_add(after, *x);
         }
         x
     }

@@ -176,10 +176,10 @@ impl LaneMoments {
     /// Lanes that hold no element are to hold the number.
     #[inline(always)]
     pub(crate) fn add(&mut self, x: [f32; LANES]) {
-        for i in 0..LANES {
-            let d = f64::from(x[i]) - f64::from(self.shift);
-            self.sums[i] += d;
-            self.squares[i] = d.mul_add(d, self.squares[i]);
+        for (x, (sum, square)) in x.iter().zip(self.sums.iter_mut().zip(&mut self.squares)) {
+            let d = f64::from(*x) - f64::from(self.shift);
+            *sum += d;
+            *square = d.mul_add(d, *square);
         }
     }
 
