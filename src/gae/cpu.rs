@@ -592,3 +592,43 @@ fn add_later<const N: usize>(x: Lanes, d: f32) -> Lanes {
     }
     sum
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bits of advantages, returns and rewards of rows with padding on both sides, gaps and a
+    /// score, and their moments.
+    fn bits<const PAST: bool>(seq_len: usize) -> (Vec<u32>, Moments) {
+        const BATCH: usize = 5;
+        let tokens = BATCH * seq_len;
+        let wave = |step: usize| -> Vec<f32> {
+            (0..tokens).map(|i| ((i * step) as f32 * 0.1).sin()).collect()
+        };
+        let (values, rewards, kl) = (wave(3), wave(5), wave(7));
+        let keep =
+            |i: usize| i % seq_len > 3 && i % seq_len < seq_len - 9 && !i.is_multiple_of(701);
+        let mask: Vec<u8> = (0..tokens).map(|i| u8::from(keep(i))).collect();
+        let inputs = Inputs {
+            rewards: Some(&rewards),
+            kl: Some(&kl),
+            scores: Some(&[1.0; BATCH]),
+            mask: Some(&mask),
+            ..Inputs::new(&values)
+        };
+        let options = GaeOptions::default();
+        let coefficients = Coefficients::new(&options);
+        let job = Job { inputs: &inputs, seq_len, options: &options, coefficients };
+        let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
+        let [a, b, c] = out.each_mut().map(|data| RowsMut { data, width: seq_len });
+        let moments = job.scan_rows::<PAST>(0, BATCH, (a, b, Some(c)));
+        (out.into_iter().flatten().map(f32::to_bits).collect(), moments)
+    }
+
+    #[test]
+    fn outputs_past_the_caches_have_the_same_bits() {
+        for seq_len in [20, 1024, 1301] {
+            assert_eq!(bits::<true>(seq_len), bits::<false>(seq_len));
+        }
+    }
+}

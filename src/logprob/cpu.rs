@@ -358,3 +358,36 @@ impl Slope {
         -p * power * self.grad_entropy.mul_add(ln_p + self.entropy, self.grad_logp)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    fn gradients_past_the_caches_have_the_same_bits<T: Logit>() {
+        let z: Vec<T> = (0..301).map(|i| T::from_f32((i as f32).sin())).collect();
+        let slope = Slope {
+            max: 1.0,
+            scale: 0.8,
+            log_sum: 5.0,
+            entropy: 5.5,
+            grad_logp: 0.7,
+            grad_entropy: -0.1,
+        };
+        for offset in 0..3 {
+            let (mut cached, mut past) = (vec![T::ZERO; 304], vec![T::ZERO; 304]);
+            slope.write_row::<T, false>(&z, 300, &mut cached[offset..][..301]);
+            slope.write_row::<T, true>(&z, 300, &mut past[offset..][..301]);
+            let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&cached), bits(&past));
+            assert!(past[offset].to_f32() != 0.0 && past[offset + 300].to_f32() != 0.0);
+        }
+    }
+
+    #[test]
+    fn gradients_of_every_type_past_the_caches_have_the_same_bits() {
+        gradients_past_the_caches_have_the_same_bits::<f32>();
+        gradients_past_the_caches_have_the_same_bits::<f16>();
+        gradients_past_the_caches_have_the_same_bits::<bf16>();
+    }
+}

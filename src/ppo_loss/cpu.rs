@@ -745,3 +745,41 @@ impl Sums {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bits of all gradients of one block, with every term.
+    fn bits<const PAST: bool>(len: usize, offset: usize) -> Vec<u32> {
+        let wave = |step: usize| -> Vec<f32> {
+            (0..len).map(|i| ((i * step) as f32 * 0.1).sin()).collect()
+        };
+        let inputs = [3, 5, 7, 11, 13, 17, 19, 23].map(wave);
+        let [logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp] = &inputs;
+        let mask: Vec<u8> = (0..len).map(|i| u8::from(!i.is_multiple_of(9))).collect();
+        let mut grads = [(); 3].map(|()| vec![0.0; offset + len]);
+        let [grad_logp, grad_values, grad_entropy] =
+            grads.each_mut().map(|grad| Some(&mut grad[offset..]));
+        let tokens = Tokens {
+            policy: (logp, old_logp, advantages),
+            value: Some(ValueInputs { values, old_values: Some(old_values), returns }),
+            entropy: Some(entropy),
+            ref_logp: Some(ref_logp),
+            mask: Some(&mask),
+            grad_logp,
+            grad_values,
+            grad_entropy,
+        };
+        let options = PpoLossOptions { kl_coef: 0.1, entropy_coef: 0.1, ..Default::default() };
+        Terms::new(&options, 1.0).sum::<PAST>(tokens, RowWeight::Given(1.0));
+        grads.into_iter().flatten().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn gradients_past_the_caches_have_the_same_bits() {
+        for (len, offset) in [(1024, 0), (1001, 1), (7, 0)] {
+            assert_eq!(bits::<true>(len, offset), bits::<false>(len, offset));
+        }
+    }
+}
