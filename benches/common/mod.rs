@@ -194,43 +194,45 @@ fn stream(source: &[Line], target: &mut [Line], kind: Kind) -> u64 {
 
 #[inline(always)]
 fn stream_piece<const AHEAD: bool, const PAST: bool>(source: &[Line], target: &mut [Line]) -> u64 {
-    // 64 KiB at a time, so that reads and writes are under way together.
-    let blocks = source.len().max(target.len()).div_ceil(1024);
-    let mut sum = 0_u64;
-    for block in 0..blocks {
-        let of = |len: usize| len * block / blocks..len * (block + 1) / blocks;
-        sum = sum.wrapping_add(read::<AHEAD>(&source[of(source.len())]));
-        let written = of(target.len());
-        for (i, line) in target[written].iter_mut().enumerate() {
-            // Different values, since equal ones would become a call of memset.
-            write::<PAST>(line, sum ^ i as u64);
+    // 1 KiB at a time, so that reads and writes are under way together.
+    let blocks = source.len().max(target.len()).div_ceil(16).max(1);
+    let a_block = |len: usize| len.div_ceil(blocks).max(1);
+    let mut targets = target.chunks_mut(a_block(target.len()));
+    // Enough independent sums that the loads are waited for, and not the additions.
+    let mut sums = [[0_u64; 8]; 4];
+    for (block, lines) in source.chunks(a_block(source.len())).enumerate() {
+        let (chunks, rest) = lines.as_chunks::<4>();
+        for chunk in chunks {
+            for (sum, line) in sums.iter_mut().zip(chunk) {
+                add::<AHEAD>(sum, line);
+            }
         }
+        for line in rest {
+            add::<AHEAD>(&mut sums[0], line);
+        }
+        for line in targets.next().unwrap_or_default() {
+            write::<PAST>(line, block as u64);
+        }
+    }
+    for line in targets.flatten() {
+        write::<PAST>(line, 1);
     }
     #[cfg(target_arch = "x86_64")]
     if PAST {
         // SAFETY: of every x86-64. Writes past the caches are in no order until then.
         unsafe { std::arch::x86_64::_mm_sfence() };
     }
-    sum
+    sums.iter().flatten().fold(0, |a: u64, b| a.wrapping_add(*b))
 }
 
 #[inline(always)]
-fn read<const AHEAD: bool>(lines: &[Line]) -> u64 {
-    // Enough independent sums that the loads are waited for, and not the additions.
-    let mut sums = [[0_u64; 8]; 4];
-    let (chunks, rest) = lines.as_chunks::<4>();
-    for chunk in chunks {
-        for (sum, line) in sums.iter_mut().zip(chunk) {
-            if AHEAD {
-                ask_for(line, 64);
-            }
-            for (sum, x) in sum.iter_mut().zip(line.0) {
-                *sum = sum.wrapping_add(x);
-            }
-        }
+fn add<const AHEAD: bool>(sum: &mut [u64; 8], line: &Line) {
+    if AHEAD {
+        ask_for(line, 64);
     }
-    let all = sums.iter().flatten().chain(rest.iter().flat_map(|line| &line.0));
-    all.fold(0, |a: u64, b| a.wrapping_add(*b))
+    for (sum, x) in sum.iter_mut().zip(line.0) {
+        *sum = sum.wrapping_add(x);
+    }
 }
 
 #[inline(always)]
