@@ -18,6 +18,7 @@
 mod cuda;
 mod node;
 
+use std::alloc::{alloc_zeroed, handle_alloc_error, Layout};
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -143,7 +144,7 @@ impl Backend {
     /// Memory for `len` elements that the op is to write; what is in it before is anything.
     pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Room<T>> {
         match self {
-            Backend::Cpu => Ok(Room::Cpu(vec![T::from_f64(0.0); len])),
+            Backend::Cpu => Ok(Room::Cpu(zeros(len))),
             #[cfg(feature = "cuda")]
             Backend::Cuda(cuda) => Ok(Room::Cuda(cuda.room(len)?)),
         }
@@ -169,6 +170,24 @@ impl Backend {
             *room = Some(self.room(len)?);
         }
         Ok(rooms)
+    }
+}
+
+/// Zeros that the system writes where they are first touched, so that the threads that write over them
+/// share the cost. `vec!` would fill 16-bit floats itself.
+fn zeros<T: Element>(len: usize) -> Vec<T> {
+    let layout = Layout::array::<T>(len).expect("a tensor's size");
+    if layout.size() == 0 {
+        return Vec::new();
+    }
+    // SAFETY: the layout is that of a vector of this capacity, and candle's types are plain numbers,
+    // for which zero bits are 0.
+    unsafe {
+        let memory = alloc_zeroed(layout);
+        if memory.is_null() {
+            handle_alloc_error(layout);
+        }
+        Vec::from_raw_parts(memory.cast(), len, len)
     }
 }
 

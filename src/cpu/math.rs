@@ -105,21 +105,16 @@ pub(crate) fn at_least(x: f32, floor: f32) -> f32 {
     }
 }
 
-/// Asks for f32 logits that a loop comes to later: one that does an exponential for each does not see
-/// far enough ahead by itself. Over 16-bit logits arithmetic takes longer than memory.
-#[inline(always)]
-fn ask_ahead<T>(z: &[T; LANES]) {
-    if size_of::<T>() == size_of::<f32>() {
-        prefetch(z, 1024);
-    }
-}
+/// How many logits ahead a loop asks for: one that does an exponential for each does not see far
+/// enough ahead by itself.
+const AHEAD: isize = 1024;
 
 /// Calls `body` on `LANES` logits at a time, the last of them filled up with -inf.
 #[inline(always)]
 pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LANES])) {
     let (chunks, rest) = z.as_chunks();
     for z in chunks {
-        ask_ahead(z);
+        prefetch(z, AHEAD);
         body(z);
     }
     if !rest.is_empty() {
@@ -136,8 +131,8 @@ pub(crate) fn for_lanes2<T: Logit>(
 ) {
     let ((chunks_z, rest_z), (chunks_w, rest_w)) = (z.as_chunks(), w.as_chunks());
     for (z, w) in chunks_z.iter().zip(chunks_w) {
-        ask_ahead(z);
-        ask_ahead(w);
+        prefetch(z, AHEAD);
+        prefetch(w, AHEAD);
         body(z, w);
     }
     if !rest_z.is_empty() {

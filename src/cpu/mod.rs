@@ -4,9 +4,11 @@
 mod element;
 pub(crate) mod math;
 mod parallel;
+mod store;
 
 pub use element::{Logit, TokenId};
 pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
+pub(crate) use store::{past_caches, Writer};
 
 /// Runs `body` compiled for the widest vector unit of this machine.
 ///

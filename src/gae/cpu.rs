@@ -1,7 +1,7 @@
 //! The fused CPU implementation. Rows are shared out to threads; a row is walked from its end in
-//! chunks that stay in the L1 cache. A chunk without masked tokens and ends of
-//! episodes is vectorised throughout, the recurrence included; of any other the steps are put together
-//! first.
+//! chunks. A chunk without masked tokens and ends of episodes is taken a vector of tokens at a time,
+//! from inputs to outputs in registers, the recurrence included; of any other the steps are put
+//! together first.
 //!
 //! A step's bits depend on the steps after it in its chunk and on what came of the chunks after that.
 //! Chunks are counted from the start of the row. So a row's bits depend neither on other rows nor on
@@ -11,12 +11,12 @@ use std::ops::Range;
 
 use super::{check_missing_eos, GaeOptions, Inputs, Lengths, MaskMode, ScorePlacement};
 use crate::cpu::math::LANES;
-use crate::cpu::{prefetch, reduce, vectorise, RowsMut};
+use crate::cpu::{past_caches, prefetch, reduce, vectorise, RowsMut, Writer};
 use crate::error::Result;
-use crate::whiten::cpu::leaf_moments;
+use crate::whiten::cpu::{leaf_moments, LaneMoments};
 use crate::whiten::Moments;
 
-/// Tokens of a chunk: rewards, values, advantages and returns of one, and the scratch, are 12 KiB.
+/// Tokens of a chunk: rewards, values, advantages and returns of one are 8 KiB.
 const CHUNK: usize = 512;
 
 /// How many tokens earlier in memory, and later in time, what is asked for ahead is.
@@ -69,23 +69,17 @@ pub fn gae(
     check_missing_eos(options.shaping.missing_eos, scores, has_eos)?;
 
     let coefficients = Coefficients::new(options);
+    let job = Job { inputs: &inputs, seq_len, options, coefficients };
     let rows = |data| RowsMut { data, width: seq_len };
+    let bytes = size_of_val(outputs.advantages) * if outputs.rewards.is_some() { 3 } else { 2 };
+    let past = past_caches(bytes);
     let items = (rows(outputs.advantages), rows(outputs.returns), outputs.rewards.map(rows));
-    let leaf = |first: usize, count: usize, items: (RowsMut<f32>, RowsMut<f32>, _)| {
-        let (mut advantages, mut returns, mut rewards): (_, _, Option<RowsMut<f32>>) = items;
+    let leaf = |first, count, items| {
         vectorise(
             #[inline(always)]
-            || {
-                let mut moments = Moments::default();
-                // From the last row, so that all goes one way through memory.
-                for i in (0..count).rev() {
-                    let row = Row::new(&inputs, first + i, seq_len, options);
-                    let (advantages, returns) = (advantages.row(i), returns.row(i));
-                    let rewards = rewards.as_mut().map(|rewards| rewards.row(i));
-                    let scanned = scan(&row, &coefficients, advantages, returns, rewards);
-                    moments = scanned.merge(moments);
-                }
-                moments
+            || match past {
+                false => job.scan_rows::<false>(first, count, items),
+                true => job.scan_rows::<true>(first, count, items),
             },
         )
     };
@@ -94,7 +88,39 @@ pub fn gae(
     Ok(reduce(batch, GRAIN / seq_len.max(1), items, leaf, Moments::merge))
 }
 
+/// What all rows have in common.
+struct Job<'a> {
+    inputs: &'a Inputs<'a, f32>,
+    seq_len: usize,
+    options: &'a GaeOptions,
+    coefficients: Coefficients,
+}
+
+/// Rows of [`Outputs`].
+type OutRows<'a> = (RowsMut<'a, f32>, RowsMut<'a, f32>, Option<RowsMut<'a, f32>>);
+
+impl Job<'_> {
+    /// `count` rows from `first` on, and the moments of their advantages.
+    #[inline(always)]
+    fn scan_rows<const PAST: bool>(&self, first: usize, count: usize, out: OutRows) -> Moments {
+        let (mut advantages, mut returns, mut rewards) = out;
+        let (mut moments, writer) = (Moments::default(), Writer::<PAST>);
+        // From the last row, so that all goes one way through memory.
+        for i in (0..count).rev() {
+            let row = Row::new(self.inputs, first + i, self.seq_len, self.options);
+            let out = Outputs {
+                advantages: advantages.row(i),
+                returns: returns.row(i),
+                rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
+            };
+            moments = scan(&row, &self.coefficients, out, &writer).merge(moments);
+        }
+        moments
+    }
+}
+
 /// The options as the recurrence uses them.
+#[derive(Clone, Copy)]
 struct Coefficients {
     gamma: f32,
     /// Powers of γ λ.
@@ -114,6 +140,11 @@ impl Coefficients {
             minus_kl_coef: -options.shaping.kl_coef as f32,
             mask_mode: options.mask_mode,
         }
+    }
+
+    /// The returns have no λ of their own.
+    fn is_one(&self) -> bool {
+        self.value_decay.once() == self.decay.once()
     }
 }
 
@@ -165,12 +196,14 @@ impl<'a> Row<'a> {
     #[inline(always)]
     fn chunk(&self, start: usize, end: usize) -> Chunk<'a> {
         let at = start..(start + CHUNK).min(end);
+        let score = self.score.filter(|(place, _)| at.contains(place));
         Chunk {
             values: &self.values[at.clone()],
             rewards: self.rewards.map(|rewards| &rewards[at.clone()]),
             kl: self.kl.map(|kl| &kl[at.clone()]),
             mask: self.mask.map(|mask| &mask[at.clone()]),
             dones: self.dones.map(|dones| &dones[at.clone()]),
+            score: score.map(|(place, score)| (place - start, score)),
             at,
         }
     }
@@ -190,6 +223,7 @@ fn last_kept(mask: &[u8]) -> Option<usize> {
 }
 
 /// What a step sees of the steps after it.
+#[derive(Clone, Copy)]
 struct State {
     next_value: f32,
     advantage: f32,
@@ -205,19 +239,44 @@ impl State {
         self.value_advantage = c.value_decay.once().mul_add(self.value_advantage, delta);
     }
 
-    /// Scans the δ in the scratch.
+    /// A of the steps in the last `count` lanes, which have these δ, and A of their returns: the same
+    /// if ONE, else with a λ of its own.
     #[inline(always)]
-    fn scan(&mut self, c: &Coefficients, scratch: &mut Scratch, len: usize) {
-        let Scratch { deltas, value_deltas, sums } = scratch;
-        if c.value_decay.once() == c.decay.once() {
-            self.advantage = c.decay.discount(self.advantage, deltas, sums, len);
-            self.value_advantage = self.advantage;
-        } else {
-            *value_deltas = *deltas;
-            self.advantage = c.decay.discount(self.advantage, deltas, sums, len);
-            self.value_advantage =
-                c.value_decay.discount(self.value_advantage, value_deltas, sums, len);
+    fn scan<const ONE: bool>(
+        &mut self,
+        deltas: Lanes,
+        count: usize,
+        c: &Coefficients,
+    ) -> (Lanes, Lanes) {
+        let advantages = c.decay.discount(deltas, self.advantage);
+        self.advantage = advantages[LANES - count];
+        let value_advantages =
+            if ONE { advantages } else { c.value_decay.discount(deltas, self.value_advantage) };
+        self.value_advantage = value_advantages[LANES - count];
+        (advantages, value_advantages)
+    }
+
+    /// Advantages and returns of the tokens in the last `count` lanes.
+    #[inline(always)]
+    fn tokens<const ONE: bool>(
+        &mut self,
+        values: Lanes,
+        rewards: Lanes,
+        count: usize,
+        c: &Coefficients,
+    ) -> (Lanes, Lanes) {
+        let mut next_values = [self.next_value; LANES];
+        next_values[..LANES - 1].copy_from_slice(&values[1..]);
+        self.next_value = values[LANES - count];
+        let mut deltas = [0.0; LANES];
+        for i in 0..LANES {
+            deltas[i] = c.gamma.mul_add(next_values[i], rewards[i]) - values[i];
         }
+        let (advantages, mut returns) = self.scan::<ONE>(deltas, count, c);
+        for i in 0..LANES {
+            returns[i] += values[i];
+        }
+        (advantages, returns)
     }
 
     /// δ of a step, which becomes the next one seen.
@@ -231,85 +290,63 @@ impl State {
 
 /// One row, and the moments of its advantages.
 #[inline(always)]
-fn scan(
+fn scan<const PAST: bool>(
     row: &Row,
     c: &Coefficients,
-    advantages: &mut [f32],
-    returns: &mut [f32],
-    mut rewards: Option<&mut [f32]>,
+    mut out: Outputs,
+    writer: &Writer<PAST>,
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
-    advantages[end..].fill(0.0);
-    returns[end..].fill(0.0);
-    if let Some(rewards) = &mut rewards {
-        rewards[end..].fill(0.0);
+    let padding = out.part(end..row.values.len());
+    let padding = [Some(padding.advantages), Some(padding.returns), padding.rewards];
+    for padding in padding.into_iter().flatten() {
+        writer.fill(padding, 0.0);
     }
     let mut state = State { next_value: row.bootstrap, advantage: 0.0, value_advantage: 0.0 };
     if let Some((place, score)) = row.score.filter(|&(place, _)| place == end) {
         let value = row.values[place];
         state.step(score, value, c);
-        returns[place] = state.value_advantage + value;
-        if let Some(rewards) = &mut rewards {
+        out.returns[place] = state.value_advantage + value;
+        if let Some(rewards) = &mut out.rewards {
             rewards[place] = score;
         }
     }
 
     let mut moments = Moments::default();
-    let mut scratch = Scratch::default();
     while end > 0 {
         let chunk = row.chunk((end - 1) / CHUNK * CHUNK, end);
-        let at = chunk.at.clone();
-        let (advantages, returns) = (&mut advantages[at.clone()], &mut returns[at.clone()]);
-        prefetch(chunk.values, AHEAD);
-        let shaped = &mut scratch.deltas.0[..at.len()];
-        chunk.shape_rewards(c.minus_kl_coef, shaped);
-        if let Some((place, score)) = row.score.filter(|(place, _)| at.contains(place)) {
-            shaped[place - at.start] += score;
-        }
-        for x in [chunk.rewards, chunk.kl].into_iter().flatten() {
-            prefetch(x, AHEAD);
-        }
-        let rewards = match &mut rewards {
-            Some(rewards) => {
-                let rewards = &mut rewards[at.clone()];
-                rewards.copy_from_slice(shaped);
-                prefetch(rewards, AHEAD);
-                Some(rewards)
-            }
-            None => None,
+        end = chunk.at.start;
+        let out = out.part(chunk.at.clone());
+        let of_chunk = match (chunk.is_plain(), c.is_one()) {
+            (true, true) => chunk.scan_plain::<true, PAST>(&mut state, c, out, writer),
+            (true, false) => chunk.scan_plain::<false, PAST>(&mut state, c, out, writer),
+            (false, _) => chunk.scan_any(&mut state, c, out),
         };
-        if chunk.is_plain() {
-            chunk.scan_plain(&mut state, c, &mut scratch, advantages, returns);
-        } else {
-            chunk.scan_any(&mut state, c, &mut scratch, advantages, returns, rewards);
-        }
-        prefetch(returns, AHEAD);
-        moments = moments.merge(leaf_moments(advantages, chunk.mask));
-        end = at.start;
+        moments = moments.merge(of_chunk);
     }
     moments
 }
 
-/// As many floats as a chunk has tokens, what comes after them, and zeros up to a multiple of
-/// [`LANES`] and as many again. Aligned, since the scan reads them at four places for each it writes.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Buffer([f32; CHUNK + 2 * LANES]);
-
-impl Default for Buffer {
-    fn default() -> Self {
-        Self([0.0; CHUNK + 2 * LANES])
+impl Outputs<'_> {
+    #[inline(always)]
+    fn part(&mut self, at: Range<usize>) -> Outputs<'_> {
+        Outputs {
+            advantages: &mut self.advantages[at.clone()],
+            returns: &mut self.returns[at.clone()],
+            rewards: self.rewards.as_mut().map(|rewards| &mut rewards[at]),
+        }
     }
 }
 
-/// What a scan works in.
-#[derive(Default)]
-struct Scratch {
-    /// The rewards, then δ, then the advantages.
-    deltas: Buffer,
-    /// The same for the returns, if they have a λ of their own.
-    value_deltas: Buffer,
-    sums: Buffer,
+/// One f32 for each lane.
+type Lanes = [f32; LANES];
+
+/// `x` in the last lanes. The others are 0, and of no consequence: what comes earlier is not looked at.
+#[inline(always)]
+fn last_lanes(x: &[f32]) -> Lanes {
+    let mut lanes = [0.0; LANES];
+    lanes[LANES - x.len()..].copy_from_slice(x);
+    lanes
 }
 
 /// Some tokens of a row.
@@ -321,23 +358,11 @@ struct Chunk<'a> {
     kl: Option<&'a [f32]>,
     mask: Option<&'a [u8]>,
     dones: Option<&'a [u8]>,
+    /// Where in the chunk the score goes, if it does, and the score.
+    score: Option<(usize, f32)>,
 }
 
 impl Chunk<'_> {
-    /// Dense rewards less the KL penalty.
-    #[inline(always)]
-    fn shape_rewards(&self, minus_kl_coef: f32, shaped: &mut [f32]) {
-        match self.rewards {
-            Some(rewards) => shaped.copy_from_slice(rewards),
-            None => shaped.fill(0.0),
-        }
-        if let Some(kl) = self.kl {
-            for (shaped, kl) in shaped.iter_mut().zip(kl) {
-                *shaped = minus_kl_coef.mul_add(*kl, *shaped);
-            }
-        }
-    }
-
     /// Nothing is masked, and no episode ends. Folds, since `all` would not be vectorised.
     #[inline(always)]
     fn is_plain(&self) -> bool {
@@ -346,80 +371,123 @@ impl Chunk<'_> {
         !self.mask.is_some_and(masked) && !self.dones.is_some_and(done)
     }
 
-    /// The scratch holds the rewards.
+    /// The dense rewards, where nothing is to be done about them.
     #[inline(always)]
-    fn scan_plain(
-        &self,
-        state: &mut State,
-        c: &Coefficients,
-        scratch: &mut Scratch,
-        advantages: &mut [f32],
-        returns: &mut [f32],
-    ) {
-        let values = self.values;
-        let len = values.len();
-        let deltas = &mut scratch.deltas.0[..len];
-        for (delta, (next, value)) in deltas.iter_mut().zip(values[1..].iter().zip(values)) {
-            *delta = c.gamma.mul_add(*next, *delta) - value;
-        }
-        deltas[len - 1] = c.gamma.mul_add(state.next_value, deltas[len - 1]) - values[len - 1];
-        state.next_value = values[0];
-
-        state.scan(c, scratch, len);
-        prefetch(advantages, AHEAD);
-        advantages.copy_from_slice(&scratch.deltas.0[..len]);
-        let value_advantages = scratch.value_advantages(c);
-        for ((target, value), advantage) in returns.iter_mut().zip(values).zip(value_advantages) {
-            *target = advantage + value;
-        }
+    fn rewards_as_they_are(&self) -> Option<&[f32]> {
+        self.rewards.filter(|_| self.kl.is_none() && self.score.is_none())
     }
 
-    /// The scratch holds the rewards. Sets masked rewards to 0 as well.
-    ///
-    /// The steps of each episode are put together, without what is no step, and scanned like a plain
-    /// chunk.
+    /// Dense rewards less the KL penalty, and the score in its place.
     #[inline(always)]
-    fn scan_any(
+    fn shaped_rewards<'b>(&self, c: &Coefficients, shaped: &'b mut [f32; CHUNK]) -> &'b [f32] {
+        let shaped = &mut shaped[..self.values.len()];
+        match self.rewards {
+            Some(rewards) => shaped.copy_from_slice(rewards),
+            None => shaped.fill(0.0),
+        }
+        if let Some(kl) = self.kl {
+            prefetch(kl, AHEAD);
+            for (shaped, kl) in shaped.iter_mut().zip(kl) {
+                *shaped = c.minus_kl_coef.mul_add(*kl, *shaped);
+            }
+        }
+        if let Some((place, score)) = self.score {
+            shaped[place] += score;
+        }
+        shaped
+    }
+
+    /// Returns the moments of the advantages, as does [`Self::scan_any`].
+    #[inline(always)]
+    fn scan_plain<const ONE: bool, const PAST: bool>(
         &self,
         state: &mut State,
         c: &Coefficients,
-        scratch: &mut Scratch,
-        advantages: &mut [f32],
-        returns: &mut [f32],
-        rewards: Option<&mut [f32]>,
-    ) {
-        advantages.copy_from_slice(&scratch.deltas.0[..advantages.len()]);
-        returns.copy_from_slice(self.values);
+        out: Outputs,
+        writer: &Writer<PAST>,
+    ) -> Moments {
+        // Copies, which stay in registers whatever is written.
+        let (mut now, c) = (*state, *c);
+        let mut shaped;
+        let rewards = match self.rewards_as_they_are() {
+            Some(rewards) => rewards,
+            None => {
+                shaped = [0.0; CHUNK];
+                self.shaped_rewards(&c, &mut shaped)
+            }
+        };
+        if let Some(out) = out.rewards {
+            writer.copy(out, rewards);
+        }
+
+        // From the end, so that a token's bits depend on those after it only.
+        let (first_values, values) = self.values.as_rchunks();
+        let (first_rewards, rewards) = rewards.as_rchunks();
+        let (first_advantages, advantages) = out.advantages.as_rchunks_mut();
+        let (first_returns, returns) = out.returns.as_rchunks_mut();
+        let tiles = values.len();
+        let (rewards, advantages) = (&rewards[..tiles], &mut advantages[..tiles]);
+        let returns = &mut returns[..tiles];
+        let mut sums = LaneMoments::around(0.0);
+        for i in (0..tiles).rev() {
+            prefetch(&values[i], AHEAD);
+            prefetch(&rewards[i], AHEAD);
+            writer.prefetch(&advantages[i], AHEAD);
+            writer.prefetch(&returns[i], AHEAD);
+            let (a, r) = now.tokens::<ONE>(values[i], rewards[i], LANES, &c);
+            writer.write(&mut advantages[i], a);
+            writer.write(&mut returns[i], r);
+            if i + 1 == tiles {
+                sums = LaneMoments::around(a[0]);
+            }
+            sums.add(a);
+        }
+        let (mut moments, rest) = (Moments::default(), first_values.len());
+        if rest > 0 {
+            let (values, rewards) = (last_lanes(first_values), last_lanes(first_rewards));
+            let (a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
+            first_advantages.copy_from_slice(&a[LANES - rest..]);
+            first_returns.copy_from_slice(&r[LANES - rest..]);
+            moments = leaf_moments(first_advantages, None);
+        }
+        *state = now;
+        sums.moments(LANES * tiles).merge(moments)
+    }
+
+    /// The steps of each episode are put together, without what is no step, and scanned then.
+    #[inline(always)]
+    fn scan_any(&self, state: &mut State, c: &Coefficients, mut out: Outputs) -> Moments {
+        let len = self.values.len();
+        let mut shaped = [0.0; CHUNK];
+        let rewards = self.shaped_rewards(c, &mut shaped);
+        out.advantages.fill(0.0);
+        out.returns.fill(0.0);
         let mut steps = Steps { deltas: [0.0; CHUNK], tokens: [0; CHUNK], first: CHUNK };
-        for i in (0..self.values.len()).rev() {
-            let keep = self.mask.is_none_or(|mask| mask[i] != 0);
+        for i in (0..len).rev() {
+            let keep = self.keeps(i);
             if keep && self.dones.is_some_and(|dones| dones[i] != 0) {
-                steps.scan(state, c, scratch, advantages, returns);
+                steps.scan(state, c, self, &mut out);
                 *state = State { next_value: 0.0, advantage: 0.0, value_advantage: 0.0 };
             }
             if keep {
-                steps.push(i, state.delta(advantages[i], self.values[i], c));
+                steps.push(i, state.delta(rewards[i], self.values[i], c));
             } else if c.mask_mode == MaskMode::Multiply {
                 steps.push(i, state.delta(0.0, 0.0, c));
             }
         }
-        steps.scan(state, c, scratch, advantages, returns);
+        steps.scan(state, c, self, &mut out);
 
-        let Some(mask) = self.mask else { return };
-        for x in [Some(advantages), Some(returns), rewards].into_iter().flatten() {
-            for (x, keep) in x.iter_mut().zip(mask) {
-                *x = if *keep == 0 { 0.0 } else { *x };
+        if let Some(out) = out.rewards {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = if self.keeps(i) { rewards[i] } else { 0.0 };
             }
         }
+        leaf_moments(out.advantages, self.mask)
     }
-}
 
-impl Scratch {
-    /// The advantages that the returns are made of, after a scan.
     #[inline(always)]
-    fn value_advantages(&self, c: &Coefficients) -> &[f32] {
-        let same = c.value_decay.once() == c.decay.once();
-        &(if same { &self.deltas } else { &self.value_deltas }).0
+    fn keeps(&self, token: usize) -> bool {
+        self.mask.is_none_or(|mask| mask[token] != 0)
     }
 }
 
@@ -439,23 +507,26 @@ impl Steps {
         self.tokens[self.first] = token as u16;
     }
 
-    /// Scans the steps, writes their advantages, adds to their returns, and forgets them.
+    /// Scans the steps, writes what comes of those that are unmasked, and forgets them.
     #[inline(always)]
-    fn scan(
-        &mut self,
-        state: &mut State,
-        c: &Coefficients,
-        scratch: &mut Scratch,
-        advantages: &mut [f32],
-        returns: &mut [f32],
-    ) {
+    fn scan(&mut self, state: &mut State, c: &Coefficients, chunk: &Chunk, out: &mut Outputs) {
         let (deltas, tokens) = (&self.deltas[self.first..], &self.tokens[self.first..]);
-        scratch.deltas.0[..deltas.len()].copy_from_slice(deltas);
-        state.scan(c, scratch, deltas.len());
-        let scanned = scratch.deltas.0.iter().zip(scratch.value_advantages(c));
-        for (token, (advantage, value_advantage)) in tokens.iter().zip(scanned) {
-            advantages[usize::from(*token)] = *advantage;
-            returns[usize::from(*token)] += *value_advantage;
+        for (deltas, tokens) in deltas.rchunks(LANES).zip(tokens.rchunks(LANES)) {
+            let (lanes, count) = (last_lanes(deltas), deltas.len());
+            let (advantages, value_advantages) = if c.is_one() {
+                state.scan::<true>(lanes, count, c)
+            } else {
+                state.scan::<false>(lanes, count, c)
+            };
+            let (advantages, value_advantages) =
+                (&advantages[LANES - count..], &value_advantages[LANES - count..]);
+            for (i, &token) in tokens.iter().enumerate() {
+                let token = usize::from(token);
+                if chunk.keeps(token) {
+                    out.advantages[token] = advantages[i];
+                    out.returns[token] = value_advantages[i] + chunk.values[token];
+                }
+            }
         }
         self.first = CHUNK;
     }
@@ -464,59 +535,91 @@ impl Steps {
 /// γλ and its powers.
 #[derive(Clone, Copy)]
 struct Decay {
-    /// The first to the third.
-    near: [f32; 3],
-    /// The 4th, 8th and 12th.
-    far: [f32; 3],
-    /// The power of [`LANES`], 16.
-    lanes: f32,
+    /// The first, second, fourth and eighth.
+    doubled: [f32; 4],
+    /// Those that bring what comes after the lanes to each lane: from that of [`LANES`] down to the
+    /// first.
+    across: Lanes,
 }
 
 impl Decay {
     fn new(decay: f64) -> Self {
-        let power = |n| decay.powi(n) as f32;
-        Self { near: [1, 2, 3].map(power), far: [4, 8, 12].map(power), lanes: power(LANES as i32) }
+        let power = |n: usize| decay.powi(n as i32) as f32;
+        let across = std::array::from_fn(|lane| power(LANES - lane));
+        Self { doubled: [1, 2, 4, 8].map(power), across }
     }
 
     /// γλ itself.
     #[inline(always)]
     fn once(&self) -> f32 {
-        self.near[0]
+        self.doubled[0]
     }
 
-    /// x_i += γλ x_{i+1} over the first `len` of a chunk, from the right, where `after` comes next;
-    /// returns the leftmost.
+    /// x_i + γλ x_{i+1} + (γλ)² x_{i+2} + .. over the lanes and then `after`.
     ///
     /// One after the other, every token would wait for the one after it. So, with d = γλ, first
-    /// y_i = x_i + d x_{i+1} + d² x_{i+2} + d³ x_{i+3}, then
-    /// z_i = y_i + d⁴ y_{i+4} + d⁸ y_{i+8} + d¹² y_{i+12}, which is x over the next 16 tokens, then
-    /// out_i = z_i + d¹⁶ out_{i+16}: 16 tokens at a time in all three.
+    /// x_i += d x_{i+1}, which is the sum over two, then x_i += d² x_{i+2}, over four, and so on.
     #[inline(always)]
-    fn discount(self, after: f32, x: &mut Buffer, sums: &mut Buffer, len: usize) -> f32 {
-        let (x, sums) = (&mut x.0, &mut sums.0);
-        let steps = len / LANES + 1;
-        let padded = steps * LANES;
-        x[len..padded + LANES].fill(0.0);
-        x[len] = after;
-        sums[padded..][..LANES].fill(0.0);
-
-        let [d1, d2, d3] = self.near;
-        let (x0, x1) = (&x[..padded], &x[1..][..padded]);
-        let (x2, x3) = (&x[2..][..padded], &x[3..][..padded]);
-        for (i, sum) in sums[..padded].iter_mut().enumerate() {
-            *sum = d1.mul_add(x1[i], x0[i]) + d3.mul_add(x3[i], d2 * x2[i]);
+    fn discount(&self, mut x: Lanes, after: f32) -> Lanes {
+        let [d1, d2, d4, d8] = self.doubled;
+        x = add_later::<1>(x, d1);
+        x = add_later::<2>(x, d2);
+        x = add_later::<4>(x, d4);
+        x = add_later::<8>(x, d8);
+        for (x, across) in x.iter_mut().zip(&self.across) {
+            *x = across.mul_add(after, *x);
         }
+        x
+    }
+}
 
-        let [d4, d8, d12] = self.far;
-        let mut out = [0.0; LANES];
-        for (step, x) in x.as_chunks_mut::<LANES>().0[..steps].iter_mut().enumerate().rev() {
-            let y = &sums[step * LANES..][..2 * LANES];
-            for i in 0..LANES {
-                let sum = d4.mul_add(y[i + 4], y[i]) + d12.mul_add(y[i + 12], d8 * y[i + 8]);
-                out[i] = self.lanes.mul_add(out[i], sum);
-            }
-            *x = out;
+/// x_i + d x_{i+N}
+#[inline(always)]
+fn add_later<const N: usize>(x: Lanes, d: f32) -> Lanes {
+    let (mut later, mut sum) = ([0.0; LANES], [0.0; LANES]);
+    later[..LANES - N].copy_from_slice(&x[N..]);
+    for i in 0..LANES {
+        sum[i] = d.mul_add(later[i], x[i]);
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bits of advantages, returns and rewards of rows with padding on both sides, gaps and a
+    /// score, and their moments.
+    fn bits<const PAST: bool>(seq_len: usize) -> (Vec<u32>, Moments) {
+        const BATCH: usize = 5;
+        let tokens = BATCH * seq_len;
+        let wave = |step: usize| -> Vec<f32> {
+            (0..tokens).map(|i| ((i * step) as f32 * 0.1).sin()).collect()
+        };
+        let (values, rewards, kl) = (wave(3), wave(5), wave(7));
+        let keep =
+            |i: usize| i % seq_len > 3 && i % seq_len < seq_len - 9 && !i.is_multiple_of(701);
+        let mask: Vec<u8> = (0..tokens).map(|i| u8::from(keep(i))).collect();
+        let inputs = Inputs {
+            rewards: Some(&rewards),
+            kl: Some(&kl),
+            scores: Some(&[1.0; BATCH]),
+            mask: Some(&mask),
+            ..Inputs::new(&values)
+        };
+        let options = GaeOptions::default();
+        let coefficients = Coefficients::new(&options);
+        let job = Job { inputs: &inputs, seq_len, options: &options, coefficients };
+        let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
+        let [a, b, c] = out.each_mut().map(|data| RowsMut { data, width: seq_len });
+        let moments = job.scan_rows::<PAST>(0, BATCH, (a, b, Some(c)));
+        (out.into_iter().flatten().map(f32::to_bits).collect(), moments)
+    }
+
+    #[test]
+    fn outputs_past_the_caches_have_the_same_bits() {
+        for seq_len in [20, 1024, 1301] {
+            assert_eq!(bits::<true>(seq_len), bits::<false>(seq_len));
         }
-        out[0]
     }
 }

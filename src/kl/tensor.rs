@@ -92,10 +92,9 @@ pub fn full_kl(
     };
     check_arg(FULL_OP, "ref_logits", ref_logits, shape, &[logits.dtype()], device)?;
     let mask = optional_arg(FULL_OP, "mask", mask, leading, DType::U8, device)?;
-    let rows = leading.iter().product::<usize>();
-    let matrix = |logits: &Tensor| logits.contiguous()?.reshape((rows, vocab));
-    let (logits, ref_logits) = (matrix(logits)?, matrix(ref_logits)?);
-    let pass = FullKl { mask, options: *options };
+    // In their own shape: of a reshape candle would make a pass of its own over the gradient.
+    let (logits, ref_logits) = (logits.contiguous()?, ref_logits.contiguous()?);
+    let pass = FullKl { mask, vocab, options: *options };
     let stats = match logits.dtype() {
         DType::F32 => pass.apply::<f32>(&logits, &ref_logits),
         DType::F16 => pass.apply::<f16>(&logits, &ref_logits),
@@ -180,11 +179,12 @@ impl TokenKl {
     }
 }
 
-/// What both passes over logits and reference logits, `[N, V]` each, need to know. The node's output
+/// What both passes over logits and reference logits, `[.., V]` of N rows each, need to know. The node's output
 /// is `[STATS, N]`, of which the caller sees the first row: it is one output, and backward needs the
 /// rest.
 struct FullKl {
     mask: Option<Tensor>,
+    vocab: usize,
     options: FullKlOptions,
 }
 
@@ -192,7 +192,8 @@ impl FullKl {
     fn apply<T: Logit + Element>(self, logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
         let stats = self.forward::<T>(logits, ref_logits)?;
         let wanted = [logits.track_op(), ref_logits.track_op()];
-        let (shape, z, w) = ((STATS, logits.dims()[0]), logits.detach(), ref_logits.detach());
+        let shape = (STATS, logits.elem_count() / self.vocab);
+        let (z, w) = (logits.detach(), ref_logits.detach());
         node("ppo-full-kl", &[logits, ref_logits], stats, shape, move |stats, grad| {
             self.backward::<T>(&z, &w, stats, &grad.get(0)?, wanted)
         })
@@ -203,7 +204,7 @@ impl FullKl {
         logits: &Tensor,
         ref_logits: &Tensor,
     ) -> Result<Room<f32>> {
-        let (rows, vocab) = logits.dims2()?;
+        let (rows, vocab) = (logits.elem_count() / self.vocab, self.vocab);
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
         let mut stats = backend.room(STATS * rows)?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
@@ -240,7 +241,7 @@ impl FullKl {
         grad_kl: &Tensor,
         wanted: [bool; 2],
     ) -> Result<Vec<Option<Tensor>>> {
-        let (shape, vocab) = (logits.shape(), logits.dims()[1]);
+        let (shape, vocab) = (logits.shape(), self.vocab);
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
         let mut grads = backend.rooms::<T, 2>(wanted, shape.elem_count())?;
         let z = view::<T>(FULL_OP, "logits", logits)?;

@@ -6,7 +6,7 @@ use super::{check_logits, LogprobOptions, OP};
 use crate::cpu::math::{
     at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR, LANES,
 };
-use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut, TokenId};
+use crate::cpu::{for_each, past_caches, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer};
 use crate::error::{Error, Result};
 
 /// Columns between two looks at the maximum: 8 KiB of f32, which are in the L1 cache still should
@@ -17,8 +17,8 @@ const BLOCK: usize = 2048;
 /// of handing it out.
 const GRAIN: usize = 32 * 1024;
 
-/// How far above the maximum so far x may be before its sums are taken anew: e^8 costs them no
-/// digits.
+/// How far above the number that is subtracted x may be before its sums are taken anew: e^8 costs
+/// them no digits.
 const HEADROOM: f32 = 8.0;
 
 /// What the forward pass writes, one value a row.
@@ -142,6 +142,7 @@ pub fn backward<T: Logit, I: TokenId>(
     Error::check_len(OP, "grad_logits", grad_logits.len(), logits.len())?;
 
     let scale = (1.0 / options.temperature) as f32;
+    let past = past_caches(size_of_val(grad_logits));
     let grads = RowsMut { data: grad_logits, width: vocab };
     for_each(rows, GRAIN / vocab, grads, |first, count, mut grads| {
         for i in 0..count {
@@ -163,7 +164,11 @@ pub fn backward<T: Logit, I: TokenId>(
                 grad_entropy: h,
             };
             let z = &logits[row * vocab..][..vocab];
-            slope.write_row(z, target as usize, grad);
+            if past {
+                slope.write_row::<T, true>(z, target as usize, grad);
+            } else {
+                slope.write_row::<T, false>(z, target as usize, grad);
+            }
         }
     });
     Ok(())
@@ -215,26 +220,29 @@ impl Sums {
             vectorise(
                 #[inline(always)]
                 || {
-                    let mut sums = Sums::NONE;
+                    let (mut sums, mut largest) = (Sums::NONE, f32::NEG_INFINITY);
                     for block in segment.chunks(BLOCK) {
-                        sums = sums.add::<T, ENTROPY>(block, scale);
+                        let max;
+                        (sums, max) = sums.add::<T, ENTROPY>(block, scale);
+                        largest = larger(max, largest);
                     }
-                    sums
+                    sums.rebase(largest, scale)
                 },
             )
         };
         reduce(row.len(), GRAIN, row, of_segment, |a, b| a.merge(b, scale))
     }
 
-    /// With one more block.
+    /// With one more block, and the block's maximum. `max` is that of a block before, unless this one
+    /// is far above it: so no block has to wait for the sums of the one before it.
     #[inline(always)]
-    fn add<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> Sums {
+    fn add<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> (Sums, f32) {
         let start = if self.max > f32::NEG_INFINITY { self } else { self.rebase(max(z), scale) };
         let (sums, max) = start.add_below::<T, ENTROPY>(z, scale);
         if (max - start.max) * scale > HEADROOM {
-            start.rebase(max, scale).add_below::<T, ENTROPY>(z, scale).0
+            start.rebase(max, scale).add_below::<T, ENTROPY>(z, scale)
         } else {
-            sums.rebase(max, scale)
+            (sums, max)
         }
     }
 
@@ -323,14 +331,17 @@ struct Slope {
 }
 
 impl Slope {
-    fn write_row<T: Logit>(self, z: &[T], target: usize, grad: &mut [T]) {
+    fn write_row<T: Logit, const PAST: bool>(self, z: &[T], target: usize, grad: &mut [T]) {
         for_each(z.len(), GRAIN, (z, &mut *grad), |_, _, (z, grad)| {
             vectorise(
                 #[inline(always)]
                 || {
-                    for (grad, z) in grad.iter_mut().zip(z) {
-                        *grad = T::from_f32(self.at(z.to_f32()));
-                    }
+                    Writer::<PAST>.map(
+                        grad,
+                        z,
+                        #[inline(always)]
+                        |z: T| T::from_f32(self.at(z.to_f32())),
+                    );
                 },
             );
         });
@@ -345,5 +356,38 @@ impl Slope {
         let ln_p = at_least(ln_p, EXP_FLOOR);
         let (p, power) = exp_factors(ln_p);
         -p * power * self.grad_entropy.mul_add(ln_p + self.entropy, self.grad_logp)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::{bf16, f16};
+
+    fn gradients_past_the_caches_have_the_same_bits<T: Logit>() {
+        let z: Vec<T> = (0..301).map(|i| T::from_f32((i as f32).sin())).collect();
+        let slope = Slope {
+            max: 1.0,
+            scale: 0.8,
+            log_sum: 5.0,
+            entropy: 5.5,
+            grad_logp: 0.7,
+            grad_entropy: -0.1,
+        };
+        for offset in 0..3 {
+            let (mut cached, mut past) = (vec![T::ZERO; 304], vec![T::ZERO; 304]);
+            slope.write_row::<T, false>(&z, 300, &mut cached[offset..][..301]);
+            slope.write_row::<T, true>(&z, 300, &mut past[offset..][..301]);
+            let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&cached), bits(&past));
+            assert!(past[offset].to_f32() != 0.0 && past[offset + 300].to_f32() != 0.0);
+        }
+    }
+
+    #[test]
+    fn gradients_of_every_type_past_the_caches_have_the_same_bits() {
+        gradients_past_the_caches_have_the_same_bits::<f32>();
+        gradients_past_the_caches_have_the_same_bits::<f16>();
+        gradients_past_the_caches_have_the_same_bits::<bf16>();
     }
 }

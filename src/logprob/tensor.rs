@@ -79,8 +79,9 @@ fn apply(
 
     let rows = leading.iter().product::<usize>();
     let targets = targets.detach().to_dtype(DType::I64)?.contiguous()?.reshape(rows)?;
-    let logits = logits.contiguous()?.reshape((rows, vocab))?;
-    let pass = Pass { targets, options: *options, entropy };
+    // In their own shape: of a reshape candle would make a pass of its own over the gradient.
+    let logits = logits.contiguous()?;
+    let pass = Pass { targets, vocab, options: *options, entropy };
     match logits.dtype() {
         DType::F32 => pass.apply::<f32>(&logits),
         DType::F16 => pass.apply::<f16>(&logits),
@@ -88,9 +89,10 @@ fn apply(
     }
 }
 
-/// What both passes over the logits `[N, V]` need to know.
+/// What both passes over the logits `[.., V]` of N rows need to know.
 struct Pass {
     targets: Tensor,
+    vocab: usize,
     options: LogprobOptions,
     entropy: bool,
 }
@@ -99,14 +101,14 @@ impl Pass {
     /// `[OUTPUTS, N]`, a function of the logits.
     fn apply<T: Logit + Element>(self, logits: &Tensor) -> Result<Tensor> {
         let outputs = self.forward::<T>(logits)?;
-        let (shape, z) = ((OUTPUTS, logits.dims()[0]), logits.detach());
+        let (shape, z) = ((OUTPUTS, self.targets.elem_count()), logits.detach());
         node("ppo-logprob", &[logits], outputs, shape, move |outputs, grad| {
             Ok(vec![Some(self.backward::<T>(&z, outputs, grad)?)])
         })
     }
 
     fn forward<T: Logit + Element>(&self, logits: &Tensor) -> Result<Room<f32>> {
-        let (rows, vocab) = logits.dims2()?;
+        let (rows, vocab) = (self.targets.elem_count(), self.vocab);
         let backend = Backend::of(OP, "logits", logits.device())?;
         let z = view::<T>(OP, "logits", logits)?;
         let targets = view::<i64>(OP, "targets", &self.targets)?;
@@ -150,7 +152,6 @@ impl Pass {
         outputs: &Tensor,
         grad: &Tensor,
     ) -> Result<Tensor> {
-        let vocab = logits.dims()[1];
         let backend = Backend::of(OP, "logits", logits.device())?;
         let z = view::<T>(OP, "logits", logits)?;
         let targets = view::<i64>(OP, "targets", &self.targets)?;
@@ -165,7 +166,7 @@ impl Pass {
                 let entropy = self.entropy.then_some(entropy);
                 let upstream = cpu::Upstream { logp: Some(logp), entropy };
                 let (z, targets) = (z.cpu(), targets.cpu());
-                cpu::backward(z, targets, vocab, &self.options, stats, upstream, out.cpu())?;
+                cpu::backward(z, targets, self.vocab, &self.options, stats, upstream, out.cpu())?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
@@ -178,7 +179,7 @@ impl Pass {
                     &backend.stream()?,
                     z.cuda(),
                     targets.cuda(),
-                    vocab,
+                    self.vocab,
                     &self.options,
                     stats,
                     upstream,

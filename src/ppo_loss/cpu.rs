@@ -6,7 +6,7 @@ use super::{
     check_gradients, Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs,
 };
 use crate::cpu::math::{exp, sum_lanes, LANES};
-use crate::cpu::{prefetch, reduce, vectorise, Split};
+use crate::cpu::{past_caches, prefetch, reduce, vectorise, Split, Writer};
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
@@ -49,6 +49,13 @@ pub fn ppo_loss(
     let divisor = options.divisor(kept, rows, seq_len)?;
 
     let terms = Terms::new(options, divisor);
+    let gradients_of = [&gradients.logp, &gradients.values, &gradients.entropy];
+    let bytes = |gradient: &Option<&mut [f32]>| gradient.as_deref().map_or(0, size_of_val);
+    let past = past_caches(gradients_of.map(bytes).iter().sum());
+    let sum = |block: Tokens, weight| match past {
+        false => terms.sum::<false>(block, weight),
+        true => terms.sum::<true>(block, weight),
+    };
     let tokens = Tokens {
         policy: (inputs.logp, inputs.old_logp, inputs.advantages),
         value: inputs.value,
@@ -60,7 +67,7 @@ pub fn ppo_loss(
         grad_entropy: gradients.entropy,
     };
     let blocks = |tokens: Tokens, weight: f32| {
-        let leaf = |_, _, block: Tokens| terms.sum(block, RowWeight::Given(weight));
+        let leaf = |_, _, block: Tokens| sum(block, RowWeight::Given(weight));
         reduce(tokens.len(), BLOCK, tokens, leaf, Sums::merge)
     };
     let sums = match options.aggregation {
@@ -73,7 +80,7 @@ pub fn ppo_loss(
         }
         Aggregation::SeqMeanTokenMean if seq_len > 0 => {
             let whole_rows = BLOCK / seq_len * seq_len;
-            let leaf = |_, _, block: Tokens| terms.sum(block, RowWeight::OneOverLength(seq_len));
+            let leaf = |_, _, block: Tokens| sum(block, RowWeight::OneOverLength(seq_len));
             reduce(n, whole_rows, tokens, leaf, Sums::merge)
         }
         _ => blocks(tokens, 1.0),
@@ -109,10 +116,29 @@ fn count_kept(mask: Option<&[u8]>, len: usize) -> usize {
     match mask {
         Some(mask) => vectorise(
             #[inline(always)]
-            || mask.iter().filter(|&&m| m != 0).count(),
+            || count_nonzero(mask),
         ),
         None => len,
     }
+}
+
+/// In lanes of a byte, which is as many as there are, emptied before they are full.
+#[inline(always)]
+fn count_nonzero(bytes: &[u8]) -> usize {
+    const WIDTH: usize = 64;
+    let mut count = 0;
+    for bytes in bytes.chunks(WIDTH * usize::from(u8::MAX)) {
+        let (chunks, rest) = bytes.as_chunks::<WIDTH>();
+        let mut lanes = [0_u8; WIDTH];
+        for chunk in chunks {
+            for (lane, &byte) in lanes.iter_mut().zip(chunk) {
+                *lane += u8::from(byte != 0);
+            }
+        }
+        count += lanes.iter().map(|&lane| usize::from(lane)).sum::<usize>();
+        count += rest.iter().filter(|&&byte| byte != 0).count();
+    }
+    count
 }
 
 /// A run of tokens: its part of every input and gradient.
@@ -253,10 +279,17 @@ fn load(x: &[f32], at: usize, full: bool) -> Lanes {
 
 /// Writes the lanes to `x` from `at` on, up to its end.
 #[inline(always)]
-fn store(x: &mut [f32], at: usize, full: bool, lanes: Lanes) {
+fn store<const PAST: bool>(
+    x: &mut [f32],
+    at: usize,
+    full: bool,
+    lanes: Lanes,
+    writer: &Writer<PAST>,
+) {
     if full {
-        prefetch(&x[at..][..LANES], AHEAD);
-        x[at..][..LANES].copy_from_slice(&lanes);
+        let x = &mut x[at..][..LANES].as_chunks_mut().0[0];
+        writer.prefetch(x, AHEAD);
+        writer.write(x, lanes);
     } else {
         let rest = x.len() - at;
         x[at..].copy_from_slice(&lanes[..rest]);
@@ -325,22 +358,41 @@ impl Terms {
     }
 
     /// Sums and gradients of at most [`BLOCK`] tokens.
-    fn sum(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
+    fn sum<const PAST: bool>(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
         let mut weights = [0.0; BLOCK];
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
         let kept = weights.iter().position(|&w| w != 0.0);
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
+        let writer = Writer::<PAST>;
         let grad_logp = &mut block.grad_logp;
-        vectorise(
-            #[inline(always)]
-            || self.policy(weights, block.policy, grad_logp.as_deref_mut(), &mut sums),
-        );
+        // What the KL term is added to is to be in the cache still.
+        let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
+        if again {
+            vectorise(
+                #[inline(always)]
+                || {
+                    let (policy, grad) = (block.policy, grad_logp.as_deref_mut());
+                    self.policy(weights, policy, grad, &mut sums, &Writer::<false>);
+                },
+            );
+        } else {
+            vectorise(
+                #[inline(always)]
+                || {
+                    let (policy, grad) = (block.policy, grad_logp.as_deref_mut());
+                    self.policy(weights, policy, grad, &mut sums, &writer);
+                },
+            );
+        }
         if let Some(ref_logp) = block.ref_logp {
             vectorise(
                 #[inline(always)]
-                || self.kl(weights, block.policy.0, ref_logp, grad_logp.as_deref_mut(), &mut sums),
+                || {
+                    let (logp, grad) = (block.policy.0, grad_logp.as_deref_mut());
+                    self.kl(weights, (logp, ref_logp), grad, &mut sums, &writer);
+                },
             );
         }
         if let Some(ValueInputs { values, old_values, returns }) = block.value {
@@ -349,25 +401,26 @@ impl Terms {
             let first = kept.map_or((0.0, 0.0), |t| (returns[t], returns[t] - values[t]));
             vectorise(
                 #[inline(always)]
-                || self.value(weights, inputs, first, block.grad_values, &mut sums),
+                || self.value(weights, inputs, first, block.grad_values, &mut sums, &writer),
             );
         }
         if let Some(entropy) = block.entropy {
             vectorise(
                 #[inline(always)]
-                || self.entropy(weights, entropy, block.grad_entropy, &mut sums),
+                || self.entropy(weights, entropy, block.grad_entropy, &mut sums, &writer),
             );
         }
         sums
     }
 
     #[inline(always)]
-    fn policy(
+    fn policy<const PAST: bool>(
         self,
         weights: &[f32],
         (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
+        writer: &Writer<PAST>,
     ) {
         const K3: KlOptions =
             KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
@@ -422,7 +475,7 @@ impl Terms {
                     advantage[i] += a;
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g);
+                    store(grad, at, full, g, writer);
                 }
             },
         );
@@ -440,13 +493,13 @@ impl Terms {
 
     /// Adds its gradient to the policy term's.
     #[inline(always)]
-    fn kl(
+    fn kl<const PAST: bool>(
         self,
         weights: &[f32],
-        logp: &[f32],
-        ref_logp: &[f32],
+        (logp, ref_logp): (&[f32], &[f32]),
         grad: Option<&mut [f32]>,
         sums: &mut Sums,
+        writer: &Writer<PAST>,
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
@@ -467,7 +520,7 @@ impl Terms {
                     g[i] += derivative * w[i] * self.kl_scale;
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g);
+                    store(grad, at, full, g, writer);
                 }
             },
         );
@@ -478,13 +531,14 @@ impl Terms {
     /// `first` is the first unmasked return and its residual: variances are taken around them, so
     /// that they keep their digits far from 0.
     #[inline(always)]
-    fn value(
+    fn value<const PAST: bool>(
         self,
         weights: &[f32],
         (values, old_values, returns): (&[f32], &[f32], &[f32]),
         first: (f32, f32),
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
+        writer: &Writer<PAST>,
     ) {
         // Where the coefficient is 0 the error, which may be NaN, is not wanted.
         let wanted = self.value_scale != 0.0;
@@ -523,7 +577,7 @@ impl Terms {
                     residual_squares[i] = x.mul_add(x, residual_squares[i]);
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g);
+                    store(grad, at, full, g, writer);
                 }
             },
         );
@@ -537,12 +591,13 @@ impl Terms {
     }
 
     #[inline(always)]
-    fn entropy(
+    fn entropy<const PAST: bool>(
         self,
         weights: &[f32],
         entropy: &[f32],
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
+        writer: &Writer<PAST>,
     ) {
         let (mut loss, mut total) = (ZERO, ZERO);
         for_lanes(
@@ -558,7 +613,7 @@ impl Terms {
                     g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g);
+                    store(grad, at, full, g, writer);
                 }
             },
         );
@@ -684,6 +739,44 @@ impl Sums {
             value_mean: given(value && any, self.returns.mean - self.residuals.mean),
             explained_variance: 1.0 - explained / self.returns.m2,
             tokens: self.tokens as f64,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The bits of all gradients of one block, with every term.
+    fn bits<const PAST: bool>(len: usize, offset: usize) -> Vec<u32> {
+        let wave = |step: usize| -> Vec<f32> {
+            (0..len).map(|i| ((i * step) as f32 * 0.1).sin()).collect()
+        };
+        let inputs = [3, 5, 7, 11, 13, 17, 19, 23].map(wave);
+        let [logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp] = &inputs;
+        let mask: Vec<u8> = (0..len).map(|i| u8::from(!i.is_multiple_of(9))).collect();
+        let mut grads = [(); 3].map(|()| vec![0.0; offset + len]);
+        let [grad_logp, grad_values, grad_entropy] =
+            grads.each_mut().map(|grad| Some(&mut grad[offset..]));
+        let tokens = Tokens {
+            policy: (logp, old_logp, advantages),
+            value: Some(ValueInputs { values, old_values: Some(old_values), returns }),
+            entropy: Some(entropy),
+            ref_logp: Some(ref_logp),
+            mask: Some(&mask),
+            grad_logp,
+            grad_values,
+            grad_entropy,
+        };
+        let options = PpoLossOptions { kl_coef: 0.1, entropy_coef: 0.1, ..Default::default() };
+        Terms::new(&options, 1.0).sum::<PAST>(tokens, RowWeight::Given(1.0));
+        grads.into_iter().flatten().map(f32::to_bits).collect()
+    }
+
+    #[test]
+    fn gradients_past_the_caches_have_the_same_bits() {
+        for (len, offset) in [(1024, 0), (1001, 1), (7, 0)] {
+            assert_eq!(bits::<true>(len, offset), bits::<false>(len, offset));
         }
     }
 }

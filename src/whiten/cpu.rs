@@ -128,11 +128,7 @@ pub(crate) fn moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     reduce(x.len(), LEAF, (x, mask), leaf, Moments::merge)
 }
 
-/// The moments of a few thousand elements in one pass.
-///
-/// Deviations are taken from the first unmasked element, and the sums are in f64. Since that
-/// element is one of the set, (mean - shift)^2 <= m2, so that the subtraction below costs at most a
-/// factor n in relative precision, whatever the mean: 2048 of 2^53.
+/// The moments of a few thousand elements in one pass, around the first unmasked one.
 #[inline(always)]
 pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     let first = match mask {
@@ -143,33 +139,65 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
         return Moments::default();
     };
 
-    let (mut sums, mut squares, mut counts) = ([0.0_f64; LANES], [0.0_f64; LANES], [0_u32; LANES]);
+    let (mut sums, mut counts) = (LaneMoments::around(shift), [0_u32; LANES]);
     lanes(
         x,
         x,
         mask,
         #[inline(always)]
         |x, _, keep| {
+            let mut kept = [shift; LANES];
             for i in 0..LANES {
-                // Chosen in f32, where a register holds twice as many.
-                let x = if keep[i] != 0 { x[i] } else { shift };
-                let d = f64::from(x) - f64::from(shift);
-                sums[i] += d;
-                squares[i] = d.mul_add(d, squares[i]);
+                kept[i] = if keep[i] != 0 { x[i] } else { shift };
                 counts[i] += u32::from(keep[i] != 0);
             }
+            sums.add(kept);
         },
     );
+    sums.moments(counts.iter().sum::<u32>() as usize)
+}
 
-    let count = counts.iter().sum::<u32>();
-    let sum: f64 = sums.iter().sum();
-    let n = f64::from(count);
-    let m2 = squares.iter().sum::<f64>() - sum * sum / n;
-    Moments {
-        count: u64::from(count),
-        mean: f64::from(shift) + sum / n,
-        // Comparison, not max: NaN stays NaN.
-        m2: if m2 < 0.0 { 0.0 } else { m2 },
+/// The sums of a few thousand deviations from a number, and of their squares, in f64.
+///
+/// That number must be one of the set: then (mean - shift)^2 <= m2, so that the subtraction at the end
+/// costs at most a factor n in relative precision, whatever the mean: 2048 of 2^53.
+pub(crate) struct LaneMoments {
+    shift: f32,
+    sums: [f64; LANES],
+    squares: [f64; LANES],
+}
+
+impl LaneMoments {
+    #[inline(always)]
+    pub(crate) fn around(shift: f32) -> Self {
+        Self { shift, sums: [0.0; LANES], squares: [0.0; LANES] }
+    }
+
+    /// Lanes that hold no element are to hold the number.
+    #[inline(always)]
+    pub(crate) fn add(&mut self, x: [f32; LANES]) {
+        for (x, (sum, square)) in x.iter().zip(self.sums.iter_mut().zip(&mut self.squares)) {
+            let d = f64::from(*x) - f64::from(self.shift);
+            *sum += d;
+            *square = d.mul_add(d, *square);
+        }
+    }
+
+    /// Of `count` elements.
+    #[inline(always)]
+    pub(crate) fn moments(&self, count: usize) -> Moments {
+        if count == 0 {
+            return Moments::default();
+        }
+        let sum: f64 = self.sums.iter().sum();
+        let n = count as f64;
+        let m2 = self.squares.iter().sum::<f64>() - sum * sum / n;
+        Moments {
+            count: count as u64,
+            mean: f64::from(self.shift) + sum / n,
+            // Comparison, not max: NaN stays NaN.
+            m2: if m2 < 0.0 { 0.0 } else { m2 },
+        }
     }
 }
 
