@@ -16,7 +16,8 @@ pub(crate) fn past_caches(bytes: usize) -> bool {
     bytes > last_cache()
 }
 
-/// Writes outputs, and when dropped lets nothing follow before they are written.
+/// Writes outputs, and when dropped lets nothing follow before they are written. Until then what was
+/// written is not to be read or written again.
 pub(crate) struct Writer<const PAST: bool>;
 
 impl<const PAST: bool> Writer<PAST> {

@@ -297,15 +297,19 @@ fn scan<const PAST: bool>(
     writer: &Writer<PAST>,
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
-    let padding = out.part(end..row.values.len());
+    let after = row.score.filter(|&(place, _)| place == end);
+    // Not the score's place: what is written past the caches is not to be written again before the
+    // writer is dropped.
+    let padding = out.part(end + usize::from(after.is_some())..row.values.len());
     let padding = [Some(padding.advantages), Some(padding.returns), padding.rewards];
     for padding in padding.into_iter().flatten() {
         writer.fill(padding, 0.0);
     }
     let mut state = State { next_value: row.bootstrap, advantage: 0.0, value_advantage: 0.0 };
-    if let Some((place, score)) = row.score.filter(|&(place, _)| place == end) {
+    if let Some((place, score)) = after {
         let value = row.values[place];
         state.step(score, value, c);
+        out.advantages[place] = 0.0;
         out.returns[place] = state.value_advantage + value;
         if let Some(rewards) = &mut out.rewards {
             rewards[place] = score;
@@ -590,7 +594,7 @@ mod tests {
 
     /// The bits of advantages, returns and rewards of rows with padding on both sides, gaps and a
     /// score, and their moments.
-    fn bits<const PAST: bool>(seq_len: usize) -> (Vec<u32>, Moments) {
+    fn bits<const PAST: bool>(seq_len: usize, placement: ScorePlacement) -> (Vec<u32>, Moments) {
         const BATCH: usize = 5;
         let tokens = BATCH * seq_len;
         let wave = |step: usize| -> Vec<f32> {
@@ -607,7 +611,8 @@ mod tests {
             mask: Some(&mask),
             ..Inputs::new(&values)
         };
-        let options = GaeOptions::default();
+        let mut options = GaeOptions::default();
+        options.shaping.placement = placement;
         let coefficients = Coefficients::new(&options);
         let job = Job { inputs: &inputs, seq_len, options: &options, coefficients };
         let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
@@ -619,7 +624,9 @@ mod tests {
     #[test]
     fn outputs_past_the_caches_have_the_same_bits() {
         for seq_len in [20, 1024, 1301] {
-            assert_eq!(bits::<true>(seq_len), bits::<false>(seq_len));
+            for placement in [ScorePlacement::LastToken, ScorePlacement::AfterLastToken] {
+                assert_eq!(bits::<true>(seq_len, placement), bits::<false>(seq_len, placement));
+            }
         }
     }
 }
