@@ -27,7 +27,7 @@ build() {
 
 each_test() {
     for test in bin/test-*; do
-        echo "== $*${test#bin/test-}"
+        echo "== ${*:+$* }${test#bin/test-}"
         "$@" "$test"
     done
 }

@@ -93,8 +93,14 @@ impl<T: Copy> Buffer<T> {
         if values.is_empty() {
             return;
         }
-        // SAFETY: within the memory, as just asserted.
-        unsafe { result::memcpy_htod_sync(self.at(index), values) }.expect("the memory lives");
+        // On the stream of the launches, which waits for no other: a synchronous copy may return
+        // before all of it has arrived.
+        let gpu = Gpu::get();
+        let stream = gpu.cuda_stream.cu_stream();
+        // SAFETY: within the memory, as just asserted; the values stay until the copy has ended.
+        unsafe { result::memcpy_htod_async(self.at(index), values, stream) }
+            .expect("the memory lives");
+        gpu.finish();
     }
 
     pub fn read(&self) -> Vec<T> {
