@@ -27,8 +27,8 @@ const LM_LINE_EVERY: usize = 100;
 /// everything written; a run that has not begun by then leaves nothing.
 ///
 /// # Errors
-/// A setting, device, model, prompt file, reward or output folder that cannot be used, before any long work.
-/// When a later step fails, its error comes after the weights so far are written.
+/// A setting, device, model, prompt file, reward or output folder that cannot be used, before any
+/// long work. When a later step fails, its error comes after the weights so far are written.
 pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result<()> {
     let start = Instant::now();
     settings.validate()?;

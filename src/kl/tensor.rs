@@ -179,9 +179,9 @@ impl TokenKl {
     }
 }
 
-/// What both passes over logits and reference logits, `[.., V]` of N rows each, need to know. The node's output
-/// is `[STATS, N]`, of which the caller sees the first row: it is one output, and backward needs the
-/// rest.
+/// What both passes over logits and reference logits, `[.., V]` of N rows each, need to know. The
+/// node's output is `[STATS, N]`, of which the caller sees the first row: it is one output, and
+/// backward needs the rest.
 struct FullKl {
     mask: Option<Tensor>,
     vocab: usize,
