@@ -1,6 +1,10 @@
-//! candle's CUDA storage as device slices, and outputs from candle's allocator, all on the one stream
-//! that candle has for a device: what is launched there runs after what wrote the inputs, and before
-//! what frees or reads them later. Nothing here waits for the device.
+//! candle's CUDA storage as device slices, and outputs from candle's allocator, all on the stream that
+//! candle has for a device: what is launched there runs after what wrote the inputs, and before what
+//! frees or reads them later. Nothing here waits for the device.
+//!
+//! The stream of `Device::new_cuda` is another one in every thread, so that with our ops as with
+//! candle's a tensor is another thread's to use only after the device is synchronised; that of
+//! `Device::new_cuda_with_stream` is the same in all.
 
 use std::ops::Range;
 use std::sync::Arc;
