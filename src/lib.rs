@@ -16,7 +16,8 @@
 //! - `cuda`: launches of hand-written kernels on device pointers and the caller's stream (feature
 //!   `cuda`);
 //! - the functions of the module itself: candle tensors in and out, with gradients, on the CPU and on
-//!   CUDA devices (feature `candle`, on by default).
+//!   CUDA devices (feature `candle`, on by default);
+//! - `capi`: the functions of the C library, see `include/ppo_kernels.h` (feature `capi`).
 //!
 //! All ops hold to the same rules. Sums are kept in f32 whatever the type of the logits. What a mask
 //! leaves out counts for nothing and may hold anything, NaN included. The same inputs give the same
@@ -25,6 +26,8 @@
 //! the argument.
 #![warn(missing_docs)]
 
+#[cfg(feature = "capi")]
+pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;

@@ -133,12 +133,14 @@ fn largest_cache() -> Option<usize> {
         let field = |shift: u32, bits: u32| (cache.ebx >> shift & ((1 << bits) - 1)) as usize + 1;
         field(0, 12) * field(12, 10) * field(22, 10) * (cache.ecx as usize + 1)
     };
-    LEAVES
-        .into_iter()
-        .filter(|&leaf| leaf <= cpuid(leaf & 0x8000_0000).eax)
-        .flat_map(|leaf| (0..8).map(move |i| count(leaf, i)).take_while(|c| c.eax & 0x1f != 0))
-        .map(bytes)
-        .max()
+    // Loops: of flattened iterators the compiler makes code at which valgrind takes offence.
+    let mut largest = None;
+    for leaf in LEAVES.into_iter().filter(|&leaf| leaf <= cpuid(leaf & 0x8000_0000).eax) {
+        for cache in (0..8).map(|i| count(leaf, i)).take_while(|cache| cache.eax & 0x1f != 0) {
+            largest = largest.max(Some(bytes(cache)));
+        }
+    }
+    largest
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -4,7 +4,7 @@
 use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{c_void, CString};
-use std::panic::catch_unwind;
+use std::panic::{self, catch_unwind, UnwindSafe};
 use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
@@ -168,7 +168,7 @@ fn find_driver() -> Result<()> {
         OnceLock::new();
     // cudarc panics where there is no driver.
     // SAFETY: may be called any number of times.
-    let start = || catch_unwind(|| unsafe { sys::cuInit(0) }.result());
+    let start = || quietly(|| unsafe { sys::cuInit(0) }.result());
     match FOUND.get_or_init(|| start().map_err(|panic| message(&*panic))) {
         Ok(Ok(())) => Ok(()),
         Ok(Err(error)) if error.0 == CUresult::CUDA_ERROR_NO_DEVICE => Err(device_error(*error)),
@@ -197,6 +197,20 @@ pub(crate) fn allocation_error(op: &'static str, error: DriverError) -> Error {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::CudaMemory { op },
         _ => device_error(error),
     }
+}
+
+/// [`catch_unwind`] without what a panic prints: the error says it shorter. Between the two hooks a
+/// panic of another thread is not printed either; that is once a process.
+fn quietly<T>(body: impl FnOnce() -> T + UnwindSafe) -> std::thread::Result<T> {
+    // Who panics already cannot change the hook.
+    if std::thread::panicking() {
+        return catch_unwind(body);
+    }
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let result = catch_unwind(body);
+    panic::set_hook(hook);
+    result
 }
 
 fn launch_error(kernel: &Kernel, device: Device, error: DriverError) -> Error {

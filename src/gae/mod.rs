@@ -39,6 +39,9 @@
 //! Cost in bytes per token: values 4, and 4 for each of rewards and kl, 1 for each of mask and dones,
 //! read once; 4 for each output, written once.
 
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;

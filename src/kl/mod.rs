@@ -51,6 +51,9 @@
 //! f32 per row, kept for backward); backward reads 2 S + 28 N and writes S for each gradient, in
 //! the dtype of the logits.
 
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;

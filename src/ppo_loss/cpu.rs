@@ -6,7 +6,7 @@ use super::{
     check_gradients, Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs,
 };
 use crate::cpu::math::{exp, sum_lanes, LANES};
-use crate::cpu::{past_caches, prefetch, reduce, vectorise, Split, Writer};
+use crate::cpu::{for_each, past_caches, prefetch, reduce, vectorise, Split, Writer};
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
@@ -86,6 +86,24 @@ pub fn ppo_loss(
         _ => blocks(tokens, 1.0),
     };
     Ok(sums.stats(inputs, options, divisor))
+}
+
+/// Multiplies a gradient of [`ppo_loss`] by `upstream`, the gradient of whatever came of the loss. A 0
+/// stays 0, whatever `upstream` is.
+pub fn scale(upstream: f32, gradient: &mut [f32]) {
+    if upstream == 1.0 {
+        return;
+    }
+    for_each(gradient.len(), BLOCK, gradient, |_, _, gradient| {
+        vectorise(
+            #[inline(always)]
+            || {
+                for g in gradient {
+                    *g = select(*g == 0.0, 0.0, *g * upstream);
+                }
+            },
+        );
+    });
 }
 
 /// How many tokens are unmasked, and how many rows have one if the aggregation asks.

@@ -40,6 +40,9 @@
 //!
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;

@@ -22,6 +22,9 @@
 //! Traffic with a mask, bytes per element: moments 5 read; whitening 5 read, 4 written; backward 18
 //! read (x, mask and the gradient twice), 4 written.
 
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;

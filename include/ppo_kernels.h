@@ -1,0 +1,1449 @@
+/*
+ * ppo-kernels: fused kernels for the token-level arithmetic of PPO, from C and C++.
+ *
+ * Made by cbindgen from the library's source; do not edit.
+ *
+ * For every op and pass there is one function for the CPU, ppok_OP_PASS_cpu, and one for CUDA,
+ * ppok_OP_PASS_cuda. What holds for all of them:
+ *
+ * Status. Every function that can fail returns PPOK_STATUS_OK, which is 0, or what went wrong;
+ * ppok_last_error() says it in words. Arguments are looked at before anything is written or
+ * launched. No C++ exception and no panic ever leaves the library.
+ *
+ * Arrays. A shape such as [rows, vocab] means that many elements, one after the other, the last
+ * index fastest. Pointers are to the process's memory in _cpu functions and to the device's in
+ * _cuda functions, and are aligned to the size of an element. An array that may be null is said to;
+ * where an array has no elements its pointer is not looked at, except that null still means that it
+ * is not there. Masks are bytes: 0 is for what is left out, which may hold anything, NaN included.
+ *
+ * Overlap. What is read may overlap; what is written may overlap nothing else, unless the function
+ * says that an output may be an input: the very same memory then, from the same address on.
+ *
+ * Structs. Those that begin with struct_size may grow at their end in later versions. Options are
+ * set to their defaults by ppok_..._options_init(&options, sizeof options), and then changed; a
+ * null pointer to options stands for the defaults. In structs of inputs and outputs, set
+ * struct_size to sizeof and all that is not used to zero: ppok_gae_inputs inputs = {sizeof inputs};
+ *
+ * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The _cpu
+ * functions need no workspace. The first that has work for several threads starts a pool of them,
+ * as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life of the
+ * process and is not there in the child of a fork(). Apart from the pool with its queue, kernels
+ * that are loaded, and the texts of errors, nothing is allocated.
+ *
+ * CUDA. The _cuda functions launch kernels on the caller's stream (CUstream or cudaStream_t; null
+ * is the default stream of the thread's current context) and return at once: errors of the kernels
+ * themselves come from later calls. They neither wait for the device nor allocate its memory, and
+ * can be captured into a graph once each has been called outside of a capture, which loads its
+ * kernels. Their workspace is device memory of the size in bytes that ppok_..._workspace_size()
+ * writes, aligned to 16 bytes, of any content; calls on one stream can share it. A library that was
+ * built without CUDA has them too, and they return PPOK_STATUS_UNSUPPORTED.
+ *
+ * Threads. All functions can be called from several threads at a time. The same inputs give the
+ * same bits, for any number of threads.
+ */
+
+
+#ifndef PPO_KERNELS_H
+#define PPO_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/**
+ * The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
+ */
+#define PPOK_VERSION 100
+
+/**
+ * Everything went well.
+ */
+#define PPOK_STATUS_OK 0
+
+/**
+ * A size is not one that the op takes, or does not go with another, or is more than a process can
+ * address.
+ */
+#define PPOK_STATUS_SHAPE 1
+
+/**
+ * An element type is none of those that the op takes.
+ */
+#define PPOK_STATUS_DTYPE 2
+
+/**
+ * An option is out of its range, not finite, or does not go with the arguments given.
+ */
+#define PPOK_STATUS_OPTION 3
+
+/**
+ * A target is neither in the vocabulary nor `ignore_index`.
+ */
+#define PPOK_STATUS_TARGET 4
+
+/**
+ * Too few elements are unmasked for the result to be defined.
+ */
+#define PPOK_STATUS_MASK 5
+
+/**
+ * A pointer that is needed is null.
+ */
+#define PPOK_STATUS_NULL_POINTER 6
+
+/**
+ * A pointer is not aligned to the size of an element.
+ */
+#define PPOK_STATUS_MISALIGNED 7
+
+/**
+ * Memory that is written overlaps another argument.
+ */
+#define PPOK_STATUS_OVERLAP 8
+
+/**
+ * The `struct_size` of a struct is none that this library knows, or the struct sets fields that only
+ * a later version has.
+ */
+#define PPOK_STATUS_STRUCT_SIZE 9
+
+/**
+ * The workspace is smaller than the function's `_workspace_size` says.
+ */
+#define PPOK_STATUS_WORKSPACE 10
+
+/**
+ * The library was built without CUDA.
+ */
+#define PPOK_STATUS_UNSUPPORTED 11
+
+/**
+ * There is no CUDA driver on this machine, or it is too old.
+ */
+#define PPOK_STATUS_CUDA_DRIVER 12
+
+/**
+ * The driver has no device or no context to offer.
+ */
+#define PPOK_STATUS_CUDA_DEVICE 13
+
+/**
+ * The kernels were not compiled for the device's architecture.
+ */
+#define PPOK_STATUS_CUDA_IMAGE 14
+
+/**
+ * The device is out of memory.
+ */
+#define PPOK_STATUS_CUDA_MEMORY 15
+
+/**
+ * A kernel could not be launched, or an earlier one failed.
+ */
+#define PPOK_STATUS_CUDA_LAUNCH 16
+
+/**
+ * A mistake in the library. Please report it, with what ppok_last_error() says.
+ */
+#define PPOK_STATUS_INTERNAL 17
+
+/**
+ * Logits in IEEE single precision.
+ */
+#define PPOK_F32 0
+
+/**
+ * Logits in IEEE half precision.
+ */
+#define PPOK_F16 1
+
+/**
+ * Logits in bfloat16: the upper half of single precision.
+ */
+#define PPOK_BF16 2
+
+/**
+ * Token ids as `uint32_t`.
+ */
+#define PPOK_U32 0
+
+/**
+ * Token ids as `int64_t`, as PyTorch has them.
+ */
+#define PPOK_I64 1
+
+/**
+ * For an option that may be left out: it is. So a clamp of `PPOK_NONE` clamps nothing.
+ */
+#define PPOK_NONE -1.0
+
+/**
+ * A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
+ * NeMo).
+ */
+#define PPOK_GAE_MASK_CARRY 0
+
+/**
+ * It is a step with reward 0 and value 0, which discounts (TRL 0.11, OpenRLHF).
+ */
+#define PPOK_GAE_MASK_MULTIPLY 1
+
+/**
+ * The score is added at the last unmasked token (TRL 0.11, OpenRLHF, verl, NeMo, MOSS).
+ */
+#define PPOK_GAE_SCORE_AT_LAST 0
+
+/**
+ * One past it if there is room, else at it (TRL since 0.12, DeepSpeed-Chat). The masked position
+ * after the last unmasked token then is a step too, of reward score: its value is read, its return
+ * and reward are written, and its advantage is 0 and not among the moments.
+ */
+#define PPOK_GAE_SCORE_AFTER_LAST 1
+
+/**
+ * Scores are scaled, then clipped (TRL 0.11, MOSS).
+ */
+#define PPOK_GAE_SCALE_THEN_CLIP 0
+
+/**
+ * Scores are clipped, then scaled (trlx).
+ */
+#define PPOK_GAE_CLIP_THEN_SCALE 1
+
+/**
+ * The score of a sequence without end-of-sequence token stays as it is.
+ */
+#define PPOK_GAE_MISSING_EOS_KEEP 0
+
+/**
+ * `missing_eos_value` is subtracted from it (TRL's `missing_eos_penalty`).
+ */
+#define PPOK_GAE_MISSING_EOS_SUBTRACT 1
+
+/**
+ * `missing_eos_value` takes its place (lm-human-preferences' `penalty_reward_value`).
+ */
+#define PPOK_GAE_MISSING_EOS_REPLACE 2
+
+/**
+ * d = logp - ref_logp: unbiased, may be negative. What goes into the reward everywhere.
+ */
+#define PPOK_KL_K1 0
+
+/**
+ * |d|.
+ */
+#define PPOK_KL_ABS 1
+
+/**
+ * d^2 / 2: low variance, biased; its gradient is an unbiased estimate of that of the exact KL.
+ */
+#define PPOK_KL_K2 2
+
+/**
+ * exp(-d) - 1 + d: unbiased and never negative. What goes into the loss.
+ */
+#define PPOK_KL_K3 3
+
+/**
+ * The value of `PPOK_KL_K3` with the gradient of `PPOK_KL_K2`.
+ */
+#define PPOK_KL_K3_STRAIGHT_THROUGH 4
+
+/**
+ * KL(policy || reference), the mean over the policy: what the estimators from samples estimate.
+ */
+#define PPOK_KL_FORWARD 0
+
+/**
+ * KL(reference || policy), the mean over the reference, as in distillation.
+ */
+#define PPOK_KL_REVERSE 1
+
+/**
+ * Values a row that ppok_kl_full_forward_* leaves.
+ */
+#define PPOK_KL_FULL_STATS 6
+
+/**
+ * sum m L / sum m: every token counts the same.
+ */
+#define PPOK_PPO_LOSS_TOKEN_MEAN 0
+
+/**
+ * The mean over rows of sum_t m L. The denominator is the number of rows with an unmasked token.
+ */
+#define PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM 1
+
+/**
+ * The mean over rows of the row's mean.
+ */
+#define PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN 2
+
+/**
+ * sum m L / seq_len, not divided by the batch (verl's seq-mean-token-sum-norm).
+ */
+#define PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM 3
+
+/**
+ * sum m L / aggregation_divisor (Dr. GRPO).
+ */
+#define PPOK_PPO_LOSS_CONSTANT 4
+
+/**
+ * The clip fraction counts tokens whose clipped branch is the larger one (TRL, verl).
+ */
+#define PPOK_PPO_LOSS_CLIPPED_BRANCH 0
+
+/**
+ * It counts tokens whose ratio is outside of the bounds (CleanRL).
+ */
+#define PPOK_PPO_LOSS_RATIO_OUTSIDE 1
+
+/**
+ * The total, as it is minimised.
+ */
+#define PPOK_PPO_STAT_LOSS 0
+
+/**
+ * The aggregated policy term.
+ */
+#define PPOK_PPO_STAT_POLICY_LOSS 1
+
+/**
+ * The aggregated value term, before `value_coef`.
+ */
+#define PPOK_PPO_STAT_VALUE_LOSS 2
+
+/**
+ * Share of tokens that are clipped.
+ */
+#define PPOK_PPO_STAT_CLIP_FRACTION 3
+
+/**
+ * Share of tokens bounded by the dual clip.
+ */
+#define PPOK_PPO_STAT_LOWER_CLIP_FRACTION 4
+
+/**
+ * Share of tokens whose clipped value has the larger error.
+ */
+#define PPOK_PPO_STAT_VALUE_CLIP_FRACTION 5
+
+/**
+ * Mean of -d, the first estimate of KL(old || new).
+ */
+#define PPOK_PPO_STAT_APPROX_KL_K1 6
+
+/**
+ * Mean of d^2 / 2.
+ */
+#define PPOK_PPO_STAT_APPROX_KL_K2 7
+
+/**
+ * Mean of ratio - 1 - d.
+ */
+#define PPOK_PPO_STAT_APPROX_KL_K3 8
+
+/**
+ * Mean of the ratio.
+ */
+#define PPOK_PPO_STAT_RATIO_MEAN 9
+
+/**
+ * Variance of the ratio, biased.
+ */
+#define PPOK_PPO_STAT_RATIO_VAR 10
+
+/**
+ * Smallest ratio.
+ */
+#define PPOK_PPO_STAT_RATIO_MIN 11
+
+/**
+ * Largest ratio.
+ */
+#define PPOK_PPO_STAT_RATIO_MAX 12
+
+/**
+ * Mean entropy.
+ */
+#define PPOK_PPO_STAT_ENTROPY_MEAN 13
+
+/**
+ * Mean of the KL estimate against the reference model.
+ */
+#define PPOK_PPO_STAT_KL_MEAN 14
+
+/**
+ * Mean advantage.
+ */
+#define PPOK_PPO_STAT_ADVANTAGE_MEAN 15
+
+/**
+ * Mean return.
+ */
+#define PPOK_PPO_STAT_RETURN_MEAN 16
+
+/**
+ * Mean value.
+ */
+#define PPOK_PPO_STAT_VALUE_MEAN 17
+
+/**
+ * 1 - Var(returns - values) / Var(returns); NaN where the returns do not vary.
+ */
+#define PPOK_PPO_STAT_EXPLAINED_VARIANCE 18
+
+/**
+ * Number of unmasked tokens.
+ */
+#define PPOK_PPO_STAT_TOKENS 19
+
+/**
+ * How many statistics there are.
+ */
+#define PPOK_PPO_STATS 20
+
+/**
+ * `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
+ */
+#define PPOK_WHITEN_EPS_IN_VARIANCE 0
+
+/**
+ * `eps` is added to the standard deviation (CleanRL).
+ */
+#define PPOK_WHITEN_EPS_IN_STD 1
+
+/**
+ * Options of ppok_gae_*.
+ */
+typedef struct ppok_gae_options {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Discount, in 0..1; 1 by default.
+     */
+    double gamma;
+    /**
+     * Lambda of the advantages, in 0..1; 0.95 by default.
+     */
+    double lambda;
+    /**
+     * Lambda of the advantages that the returns are made of, if it is another; `PPOK_NONE` by default.
+     */
+    double value_lambda;
+    /**
+     * Weight of the KL penalty, 0 or above; 0.05 by default. At 0 `kl` is not looked at.
+     */
+    double kl_coef;
+    /**
+     * Subtracted from the scores where `score_std` is given; 0 by default.
+     */
+    double score_mean;
+    /**
+     * The scores are divided by it; above 0, or `PPOK_NONE`, which is the default: not scaled.
+     */
+    double score_std;
+    /**
+     * Scores are clipped to plus or minus this; above 0, or `PPOK_NONE`, which is the default.
+     */
+    double score_clip;
+    /**
+     * What `missing_eos` subtracts or puts in place; 0 by default.
+     */
+    double missing_eos_value;
+    /**
+     * `PPOK_GAE_MASK_CARRY`, the default, or `PPOK_GAE_MASK_MULTIPLY`.
+     */
+    int32_t mask_mode;
+    /**
+     * `PPOK_GAE_SCORE_AT_LAST`, the default, or `PPOK_GAE_SCORE_AFTER_LAST`.
+     */
+    int32_t score_placement;
+    /**
+     * `PPOK_GAE_SCALE_THEN_CLIP`, the default, or `PPOK_GAE_CLIP_THEN_SCALE`.
+     */
+    int32_t score_order;
+    /**
+     * `PPOK_GAE_MISSING_EOS_KEEP`, the default, or one of the others, which need `scores` and
+     * `has_eos`.
+     */
+    int32_t missing_eos;
+} ppok_gae_options;
+
+/**
+ * Inputs of ppok_gae_*. All but `values` may be null.
+ */
+typedef struct ppok_gae_inputs {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Values V, `[batch, seq_len]`.
+     */
+    const float *values;
+    /**
+     * Dense rewards, `[batch, seq_len]`; null stands for zeros.
+     */
+    const float *rewards;
+    /**
+     * KL to the reference model for each token, `[batch, seq_len]`; null stands for zeros.
+     */
+    const float *kl;
+    /**
+     * Scores of the sequences, `[batch]`; null stands for zeros.
+     */
+    const float *scores;
+    /**
+     * Not 0 where the sequence ended by itself, `[batch]`; null if all did.
+     */
+    const uint8_t *has_eos;
+    /**
+     * `[batch, seq_len]`; null if nothing is masked. Padding left and right, and gaps.
+     */
+    const uint8_t *mask;
+    /**
+     * Not 0 where an episode ended with step t, `[batch, seq_len]`; null if none did.
+     */
+    const uint8_t *dones;
+    /**
+     * Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
+     */
+    const float *bootstrap;
+} ppok_gae_inputs;
+
+/**
+ * Count, mean and sum of squared deviations of a set of numbers. On the device, three doubles.
+ */
+typedef struct ppok_moments {
+    /**
+     * How many numbers: a whole number, exact up to 2^53.
+     */
+    double count;
+    /**
+     * Their mean; 0 for none.
+     */
+    double mean;
+    /**
+     * The sum of (x - mean)^2.
+     */
+    double m2;
+} ppok_moments;
+
+/**
+ * Outputs of ppok_gae_*, each `[batch, seq_len]` and 0 where masked, but for the moments.
+ */
+typedef struct ppok_gae_outputs {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Advantages, not whitened.
+     */
+    float *advantages;
+    /**
+     * Returns, the targets of the value function.
+     */
+    float *returns;
+    /**
+     * The rewards after shaping; null if not wanted.
+     */
+    float *rewards;
+    /**
+     * One: the moments of the unmasked advantages, for ppok_whiten_forward_*; null if not wanted.
+     */
+    struct ppok_moments *moments;
+} ppok_gae_outputs;
+
+/**
+ * Options of ppok_kl_token_*.
+ */
+typedef struct ppok_kl_token_options {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Clamps d to plus or minus this before the estimator sees it; above 0, or `PPOK_NONE`, which is
+     * the default. 20 in verl and NeMo-RL.
+     */
+    double log_ratio_clamp;
+    /**
+     * Clamps the estimate likewise. 10 in verl, OpenRLHF and NeMo-RL.
+     */
+    double output_clamp;
+    /**
+     * `PPOK_KL_K1`, the default, to `PPOK_KL_K3_STRAIGHT_THROUGH`.
+     */
+    int32_t estimator;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} ppok_kl_token_options;
+
+/**
+ * Options of ppok_kl_full_*.
+ */
+typedef struct ppok_kl_full_options {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Divides both logits; 1e-30 to 1e30, 1 by default.
+     */
+    double temperature;
+    /**
+     * `PPOK_KL_FORWARD`, the default, or `PPOK_KL_REVERSE`.
+     */
+    int32_t direction;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} ppok_kl_full_options;
+
+/**
+ * Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
+ */
+typedef struct ppok_logprob_options {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * The logits are divided by it; 1e-30 to 1e30, 1 by default. The temperature that the tokens were
+     * sampled at.
+     */
+    double temperature;
+    /**
+     * Rows with this target are skipped, if `has_ignore_index`. PyTorch's custom is -100.
+     */
+    int64_t ignore_index;
+    /**
+     * 1 or 0, which is the default.
+     */
+    int32_t has_ignore_index;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} ppok_logprob_options;
+
+/**
+ * Options of ppok_ppo_loss_*.
+ */
+typedef struct ppok_ppo_loss_options {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * The ratio is clipped from below at 1 - this, and from above at 1 + this unless
+     * `clip_range_high` is given; 0 or above, 0.2 by default.
+     */
+    double clip_range;
+    /**
+     * The ratio is clipped from above at 1 + this; 0 or above, or `PPOK_NONE`, which is the default.
+     */
+    double clip_range_high;
+    /**
+     * Bounds the policy term at -c A where A < 0; above 1 (3 in verl), or `PPOK_NONE`, which is the
+     * default.
+     */
+    double dual_clip;
+    /**
+     * Clamps the log-ratio to plus or minus this; above 0, or `PPOK_NONE`. 20 by default.
+     */
+    double log_ratio_clamp;
+    /**
+     * Clips the values to the old values plus or minus this; 0 or above, or `PPOK_NONE`, which is
+     * needed without `old_values`. 0.2 by default.
+     */
+    double value_clip_range;
+    /**
+     * Factor of the value term; 0.1 by default.
+     */
+    double value_coef;
+    /**
+     * Factor of the entropy, subtracted; 0 by default.
+     */
+    double entropy_coef;
+    /**
+     * Factor of the KL term; 0 by default.
+     */
+    double kl_coef;
+    /**
+     * As in `ppok_kl_token_options`; 20 by default.
+     */
+    double kl_log_ratio_clamp;
+    /**
+     * As in `ppok_kl_token_options`; `PPOK_NONE` by default.
+     */
+    double kl_output_clamp;
+    /**
+     * The divisor of `PPOK_PPO_LOSS_CONSTANT`, above 0; not looked at with others.
+     */
+    double aggregation_divisor;
+    /**
+     * Replaces the denominator of the aggregation, above 0, for gradient accumulation and data
+     * parallelism; not with `PPOK_PPO_LOSS_CONSTANT`. `PPOK_NONE` by default.
+     */
+    double denominator;
+    /**
+     * `PPOK_PPO_LOSS_TOKEN_MEAN`, the default, to `PPOK_PPO_LOSS_CONSTANT`.
+     */
+    int32_t aggregation;
+    /**
+     * `PPOK_PPO_LOSS_CLIPPED_BRANCH`, the default, or `PPOK_PPO_LOSS_RATIO_OUTSIDE`.
+     */
+    int32_t clip_fraction;
+    /**
+     * `PPOK_KL_K3`, the default, or another of `PPOK_KL_K1` to `PPOK_KL_K3_STRAIGHT_THROUGH`.
+     */
+    int32_t kl_estimator;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} ppok_ppo_loss_options;
+
+/**
+ * Inputs of ppok_ppo_loss_*, each `[batch, seq_len]`.
+ */
+typedef struct ppok_ppo_loss_inputs {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Log-probabilities under the policy that is trained, which get the gradient.
+     */
+    const float *logp;
+    /**
+     * Log-probabilities under the policy that made the rollout.
+     */
+    const float *old_logp;
+    /**
+     * Advantages, already whitened if they are to be.
+     */
+    const float *advantages;
+    /**
+     * The critic's predictions, which get the gradient; null for no value term.
+     */
+    const float *values;
+    /**
+     * Its predictions at the time of the rollout; may be null where `value_clip_range` is
+     * `PPOK_NONE`.
+     */
+    const float *old_values;
+    /**
+     * The targets of the regression; null if `values` is.
+     */
+    const float *returns;
+    /**
+     * Entropy of the policy at each token, which gets the gradient; may be null where `entropy_coef`
+     * is 0.
+     */
+    const float *entropy;
+    /**
+     * Log-probabilities under the reference model; may be null where `kl_coef` is 0.
+     */
+    const float *ref_logp;
+    /**
+     * Null if nothing is masked.
+     */
+    const uint8_t *mask;
+} ppok_ppo_loss_inputs;
+
+/**
+ * Gradients of ppok_ppo_loss_*, each `[batch, seq_len]`, written; null if not wanted.
+ */
+typedef struct ppok_ppo_loss_gradients {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * With respect to logp.
+     */
+    float *logp;
+    /**
+     * With respect to values; only with values.
+     */
+    float *values;
+    /**
+     * With respect to entropy; only with entropy.
+     */
+    float *entropy;
+} ppok_ppo_loss_gradients;
+
+/**
+ * Options of ppok_whiten_*.
+ */
+typedef struct ppok_whiten_options {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Keeps the divisor from 0; above 1.2e-38, 1e-8 by default.
+     */
+    double eps;
+    /**
+     * `PPOK_WHITEN_EPS_IN_VARIANCE`, the default, or `PPOK_WHITEN_EPS_IN_STD`.
+     */
+    int32_t eps_placement;
+    /**
+     * 1, the default: the sum of squares is divided by n - 1; 0: by n.
+     */
+    int32_t unbiased;
+    /**
+     * 1, the default: the result has mean 0; 0: the mean is added back after scaling.
+     */
+    int32_t shift_mean;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+} ppok_whiten_options;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/**
+ * What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
+ * the argument, what was expected and what came, in UTF-8. Empty before the first. A call that goes
+ * well leaves it as it is. The text is the library's, and stays until the thread's next failing
+ * call.
+ */
+const char *ppok_last_error(void);
+
+/**
+ * What a status means, in a few words: a string of the library's, never null.
+ */
+const char *ppok_status_string(int32_t status);
+
+/**
+ * The library's version, in the form of `PPOK_VERSION`, which is the header's.
+ */
+int32_t ppok_version(void);
+
+/**
+ * The library's version as text: "major.minor.patch", never null.
+ */
+const char *ppok_version_string(void);
+
+/**
+ * Sets the defaults. `struct_size` is `sizeof *options`.
+ */
+int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_size);
+
+/**
+ * Generalised advantage estimation, with the shaping of the rewards in the same pass: for each row,
+ * from the last token backwards,
+ *
+ * ```text
+ * r_t       = rewards_t - kl_coef kl_t + score    (the score at one place of the row only)
+ * delta_t   = r_t + gamma V_{t+1} - V_t
+ * A_t       = delta_t + gamma lambda A_{t+1}
+ * returns_t = A_t + V_t
+ * ```
+ *
+ * The scan starts at the last unmasked token. A row without one comes out as zeros, its score
+ * dropped. A score is scaled and clipped, then the rule for a missing end of sequence is applied.
+ *
+ * - `inputs`, `outputs`: not null.
+ * - `batch`, `seq_len`: rows and tokens in each.
+ * - `options`: null for the defaults.
+ */
+int32_t ppok_gae_cpu(const struct ppok_gae_inputs *inputs,
+                     size_t batch,
+                     size_t seq_len,
+                     const struct ppok_gae_options *options,
+                     const struct ppok_gae_outputs *outputs);
+
+/**
+ * ppok_gae_cpu() on device memory, to which the pointers in `inputs` and `outputs` lead, and `stream`.
+ * `workspace` has the bytes that ppok_gae_cuda_workspace_size() says.
+ */
+int32_t ppok_gae_cuda(const struct ppok_gae_inputs *inputs,
+                      size_t batch,
+                      size_t seq_len,
+                      const struct ppok_gae_options *options,
+                      const struct ppok_gae_outputs *outputs,
+                      void *workspace,
+                      size_t workspace_size,
+                      void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_gae_cuda() needs to `size`.
+ */
+int32_t ppok_gae_cuda_workspace_size(size_t batch, size_t seq_len, void *stream, size_t *size);
+
+/**
+ * Sets the defaults. `struct_size` is `sizeof *options`.
+ */
+int32_t ppok_kl_token_options_init(struct ppok_kl_token_options *options, size_t struct_size);
+
+/**
+ * Sets the defaults. `struct_size` is `sizeof *options`.
+ */
+int32_t ppok_kl_full_options_init(struct ppok_kl_full_options *options, size_t struct_size);
+
+/**
+ * KL divergence of the policy from the reference model, estimated for each token from the
+ * log-probabilities d = logp - ref_logp of what was sampled, in nats.
+ *
+ * - `logp`, `ref_logp`: `[tokens]`.
+ * - `mask`: `[tokens]`; null if all count. What is left out gives 0.
+ * - `options`: null for the defaults.
+ * - `kl`: `[tokens]`, written.
+ */
+int32_t ppok_kl_token_forward_cpu(const float *logp,
+                                  const float *ref_logp,
+                                  const uint8_t *mask,
+                                  size_t tokens,
+                                  const struct ppok_kl_token_options *options,
+                                  float *kl);
+
+/**
+ * ppok_kl_token_forward_cpu() on device memory and `stream`, where `kl` may be `logp` or `ref_logp`.
+ * `workspace` has the bytes that ppok_kl_token_forward_cuda_workspace_size() says.
+ */
+int32_t ppok_kl_token_forward_cuda(const float *logp,
+                                   const float *ref_logp,
+                                   const uint8_t *mask,
+                                   size_t tokens,
+                                   const struct ppok_kl_token_options *options,
+                                   float *kl,
+                                   void *workspace,
+                                   size_t workspace_size,
+                                   void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_kl_token_forward_cuda() needs to `size`: 0 in this version.
+ */
+int32_t ppok_kl_token_forward_cuda_workspace_size(size_t tokens,
+                                                  void *stream,
+                                                  size_t *size);
+
+/**
+ * Gradients of ppok_kl_token_forward_cpu(). Where a clamp changed anything they are 0.
+ *
+ * - `logp` to `options`: as in the forward pass.
+ * - `grad_kl`: `[tokens]`, the upstream gradient. Where it is 0, so are the gradients.
+ * - `grad_logp`, `grad_ref_logp`: `[tokens]`, written; null if not wanted.
+ */
+int32_t ppok_kl_token_backward_cpu(const float *logp,
+                                   const float *ref_logp,
+                                   const uint8_t *mask,
+                                   size_t tokens,
+                                   const struct ppok_kl_token_options *options,
+                                   const float *grad_kl,
+                                   float *grad_logp,
+                                   float *grad_ref_logp);
+
+/**
+ * ppok_kl_token_backward_cpu() on device memory and `stream`, where each gradient may be `logp`,
+ * `ref_logp` or `grad_kl`. `workspace` has the bytes that
+ * ppok_kl_token_backward_cuda_workspace_size() says.
+ */
+int32_t ppok_kl_token_backward_cuda(const float *logp,
+                                    const float *ref_logp,
+                                    const uint8_t *mask,
+                                    size_t tokens,
+                                    const struct ppok_kl_token_options *options,
+                                    const float *grad_kl,
+                                    float *grad_logp,
+                                    float *grad_ref_logp,
+                                    void *workspace,
+                                    size_t workspace_size,
+                                    void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_kl_token_backward_cuda() needs to `size`: 0 in this
+ * version.
+ */
+int32_t ppok_kl_token_backward_cuda_workspace_size(size_t tokens, void *stream, size_t *size);
+
+/**
+ * Exact KL divergence between the distributions of two rows of logits, in nats: with
+ * p = softmax(logits / temperature) and q = softmax(ref_logits / temperature), forward
+ * sum_i p_i (ln p_i - ln q_i), or reverse with the two exchanged. Reads both logits once.
+ *
+ * - `logits`, `ref_logits`: `[rows, vocab]` of `logits_type`: `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+ * - `mask`: `[rows]`; null if all count. Rows that are left out are not read, and give 0.
+ * - `vocab`: above 0.
+ * - `options`: null for the defaults.
+ * - `stats`: `[PPOK_KL_FULL_STATS, rows]`, written: the first `rows` values are the KL, and the rest
+ *   is what the backward pass needs.
+ *
+ * A logit of -inf is a token of probability 0: under q where p is above 0 the KL is +inf. A row with
+ * NaN or +inf, or of -inf only, in either tensor gives NaN in that row and in no other.
+ */
+int32_t ppok_kl_full_forward_cpu(const void *logits,
+                                 const void *ref_logits,
+                                 int32_t logits_type,
+                                 const uint8_t *mask,
+                                 size_t rows,
+                                 size_t vocab,
+                                 const struct ppok_kl_full_options *options,
+                                 float *stats);
+
+/**
+ * ppok_kl_full_forward_cpu() on device memory and `stream`. `vocab` is below 2^32. `workspace` has the
+ * bytes that ppok_kl_full_forward_cuda_workspace_size() says.
+ */
+int32_t ppok_kl_full_forward_cuda(const void *logits,
+                                  const void *ref_logits,
+                                  int32_t logits_type,
+                                  const uint8_t *mask,
+                                  size_t rows,
+                                  size_t vocab,
+                                  const struct ppok_kl_full_options *options,
+                                  float *stats,
+                                  void *workspace,
+                                  size_t workspace_size,
+                                  void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_kl_full_forward_cuda() needs to `size`. They depend on the
+ * device of the stream.
+ */
+int32_t ppok_kl_full_forward_cuda_workspace_size(int32_t logits_type,
+                                                 size_t rows,
+                                                 size_t vocab,
+                                                 void *stream,
+                                                 size_t *size);
+
+/**
+ * Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
+ *
+ * - `logits` to `options`: as in the forward pass.
+ * - `stats`: `[PPOK_KL_FULL_STATS, rows]`, as the forward pass wrote them.
+ * - `grad_kl`: `[rows]`, the upstream gradient. A row where it is 0 is not read, and gets gradient 0.
+ * - `grad_logits`, `grad_ref_logits`: `[rows, vocab]` of `logits_type`, written; null if not wanted.
+ */
+int32_t ppok_kl_full_backward_cpu(const void *logits,
+                                  const void *ref_logits,
+                                  int32_t logits_type,
+                                  const uint8_t *mask,
+                                  size_t rows,
+                                  size_t vocab,
+                                  const struct ppok_kl_full_options *options,
+                                  const float *stats,
+                                  const float *grad_kl,
+                                  void *grad_logits,
+                                  void *grad_ref_logits);
+
+/**
+ * ppok_kl_full_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`, and
+ * `grad_ref_logits` may be `ref_logits`. `workspace` has the bytes that
+ * ppok_kl_full_backward_cuda_workspace_size() says.
+ */
+int32_t ppok_kl_full_backward_cuda(const void *logits,
+                                   const void *ref_logits,
+                                   int32_t logits_type,
+                                   const uint8_t *mask,
+                                   size_t rows,
+                                   size_t vocab,
+                                   const struct ppok_kl_full_options *options,
+                                   const float *stats,
+                                   const float *grad_kl,
+                                   void *grad_logits,
+                                   void *grad_ref_logits,
+                                   void *workspace,
+                                   size_t workspace_size,
+                                   void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_kl_full_backward_cuda() needs to `size`: 0 in this version.
+ */
+int32_t ppok_kl_full_backward_cuda_workspace_size(int32_t logits_type,
+                                                  size_t rows,
+                                                  size_t vocab,
+                                                  void *stream,
+                                                  size_t *size);
+
+/**
+ * Sets the defaults. `struct_size` is `sizeof *options`.
+ */
+int32_t ppok_logprob_options_init(struct ppok_logprob_options *options, size_t struct_size);
+
+/**
+ * Log-probability of one token a row, and the entropy of the row's distribution, from logits: with
+ * `z[n, 0..V]`, target `t[n]` and temperature T,
+ *
+ * ```text
+ * x_j = (z_j - max z) / T       s = sum_j exp(x_j)       p_j = exp(x_j) / s
+ * logp = x_t - ln s             entropy = ln s - sum_j p_j x_j
+ * ```
+ *
+ * in nats. The logits are read once, and sums are kept in single precision.
+ *
+ * - `logits`: `[rows, vocab]` of `logits_type`: `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+ * - `targets`: `[rows]` of `targets_type`: `PPOK_U32` or `PPOK_I64`; each in `0..vocab` or
+ *   `ignore_index`, else `PPOK_STATUS_TARGET`, and nothing is written.
+ * - `vocab`: above 0.
+ * - `options`: null for the defaults.
+ * - `logp`: `[rows]`, written.
+ * - `entropy`: `[rows]`, written; null if not wanted.
+ * - `max`, `log_sum`: `[rows]`, written: what ppok_logprob_backward_cpu() needs to know, namely the
+ *   largest logit and ln s. Both or neither may be null.
+ *
+ * A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
+ * that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0.
+ */
+int32_t ppok_logprob_forward_cpu(const void *logits,
+                                 int32_t logits_type,
+                                 const void *targets,
+                                 int32_t targets_type,
+                                 size_t rows,
+                                 size_t vocab,
+                                 const struct ppok_logprob_options *options,
+                                 float *logp,
+                                 float *entropy,
+                                 float *max,
+                                 float *log_sum);
+
+/**
+ * ppok_logprob_forward_cpu() on device memory and `stream`. A target that is neither in the
+ * vocabulary nor `ignore_index` is no error here: its row comes out as NaN. `vocab` is below 2^32.
+ * `workspace` has the bytes that ppok_logprob_forward_cuda_workspace_size() says.
+ */
+int32_t ppok_logprob_forward_cuda(const void *logits,
+                                  int32_t logits_type,
+                                  const void *targets,
+                                  int32_t targets_type,
+                                  size_t rows,
+                                  size_t vocab,
+                                  const struct ppok_logprob_options *options,
+                                  float *logp,
+                                  float *entropy,
+                                  float *max,
+                                  float *log_sum,
+                                  void *workspace,
+                                  size_t workspace_size,
+                                  void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `size`. They depend on the
+ * device of the stream.
+ */
+int32_t ppok_logprob_forward_cuda_workspace_size(int32_t logits_type,
+                                                 size_t rows,
+                                                 size_t vocab,
+                                                 void *stream,
+                                                 size_t *size);
+
+/**
+ * Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
+ * h of the entropy,
+ *
+ * ```text
+ * d/dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + entropy)) / T
+ * ```
+ *
+ * - `logits` to `options`: as in the forward pass.
+ * - `max`, `log_sum`: `[rows]`, as the forward pass wrote them.
+ * - `entropy`: `[rows]`, as the forward pass wrote it; may be null if `grad_entropy` is.
+ * - `grad_logp`, `grad_entropy`: `[rows]`, the upstream gradients; null stands for zeros.
+ * - `grad_logits`: `[rows, vocab]` of `logits_type`, written.
+ *
+ * A row that is ignored, or whose upstream gradients are 0, gets gradient 0 and is not read.
+ */
+int32_t ppok_logprob_backward_cpu(const void *logits,
+                                  int32_t logits_type,
+                                  const void *targets,
+                                  int32_t targets_type,
+                                  size_t rows,
+                                  size_t vocab,
+                                  const struct ppok_logprob_options *options,
+                                  const float *max,
+                                  const float *log_sum,
+                                  const float *entropy,
+                                  const float *grad_logp,
+                                  const float *grad_entropy,
+                                  void *grad_logits);
+
+/**
+ * ppok_logprob_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`. A
+ * target that is neither in the vocabulary nor `ignore_index` makes its row NaN. `workspace` has the
+ * bytes that ppok_logprob_backward_cuda_workspace_size() says.
+ */
+int32_t ppok_logprob_backward_cuda(const void *logits,
+                                   int32_t logits_type,
+                                   const void *targets,
+                                   int32_t targets_type,
+                                   size_t rows,
+                                   size_t vocab,
+                                   const struct ppok_logprob_options *options,
+                                   const float *max,
+                                   const float *log_sum,
+                                   const float *entropy,
+                                   const float *grad_logp,
+                                   const float *grad_entropy,
+                                   void *grad_logits,
+                                   void *workspace,
+                                   size_t workspace_size,
+                                   void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `size`: 0 in this version.
+ */
+int32_t ppok_logprob_backward_cuda_workspace_size(int32_t logits_type,
+                                                  size_t rows,
+                                                  size_t vocab,
+                                                  void *stream,
+                                                  size_t *size);
+
+/**
+ * Sets the defaults. `struct_size` is `sizeof *options`.
+ */
+int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t struct_size);
+
+/**
+ * The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their
+ * gradients and statistics, from one pass over the tokens. With d = logp - old_logp, clamped, ratio
+ * r = exp(d) and advantage A,
+ *
+ * ```text
+ * policy = max(-r A, -clip(r, 1 - low, 1 + high) A), at most -c A where A < 0 with dual clip c
+ * value  = max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2) / 2
+ * loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+ * ```
+ *
+ * - `inputs`: not null.
+ * - `batch`, `seq_len`: rows and tokens in each.
+ * - `options`: null for the defaults.
+ * - `stats`: `[PPOK_PPO_STATS]`, written, in the order of `PPOK_PPO_STAT_*`; the first is the loss.
+ *   NaN stands for what is not defined, where an input is not given, say.
+ * - `gradients`: for an upstream gradient of 1; null if none are wanted.
+ *
+ * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`.
+ */
+int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_inputs *inputs,
+                          size_t batch,
+                          size_t seq_len,
+                          const struct ppok_ppo_loss_options *options,
+                          double *stats,
+                          const struct ppok_ppo_loss_gradients *gradients);
+
+/**
+ * ppok_ppo_loss_cpu() on device memory, to which the pointers in `inputs` and `gradients` lead, and
+ * `stream`; `stats` are of `float`. That no token is unmasked is no error here: without a denominator
+ * the loss is NaN then, and the gradients are 0. `workspace` has the bytes that
+ * ppok_ppo_loss_cuda_workspace_size() says.
+ */
+int32_t ppok_ppo_loss_cuda(const struct ppok_ppo_loss_inputs *inputs,
+                           size_t batch,
+                           size_t seq_len,
+                           const struct ppok_ppo_loss_options *options,
+                           float *stats,
+                           const struct ppok_ppo_loss_gradients *gradients,
+                           void *workspace,
+                           size_t workspace_size,
+                           void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_ppo_loss_cuda() needs with these `options` to `size`.
+ */
+int32_t ppok_ppo_loss_cuda_workspace_size(size_t batch,
+                                          size_t seq_len,
+                                          const struct ppok_ppo_loss_options *options,
+                                          void *stream,
+                                          size_t *size);
+
+/**
+ * Multiplies stored gradients of ppok_ppo_loss_cpu() by the gradient of whatever came of the loss. A 0
+ * stays 0, whatever that is.
+ *
+ * - `upstream`: one number.
+ * - `tokens`: `batch` times `seq_len`.
+ * - `stored`, `gradients`: not null. What is null in one is null in the other; each gradient may be
+ *   written to where it is stored.
+ */
+int32_t ppok_ppo_loss_scale_cpu(const float *upstream,
+                                size_t tokens,
+                                const struct ppok_ppo_loss_gradients *stored,
+                                const struct ppok_ppo_loss_gradients *gradients);
+
+/**
+ * ppok_ppo_loss_scale_cpu() on device memory, to which `upstream` and the pointers in the structs
+ * lead, and `stream`. `workspace` has the bytes that ppok_ppo_loss_scale_cuda_workspace_size() says.
+ */
+int32_t ppok_ppo_loss_scale_cuda(const float *upstream,
+                                 size_t tokens,
+                                 const struct ppok_ppo_loss_gradients *stored,
+                                 const struct ppok_ppo_loss_gradients *gradients,
+                                 void *workspace,
+                                 size_t workspace_size,
+                                 void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_ppo_loss_scale_cuda() needs to `size`: 0 in this version.
+ */
+int32_t ppok_ppo_loss_scale_cuda_workspace_size(size_t tokens, void *stream, size_t *size);
+
+/**
+ * Sets the defaults. `struct_size` is `sizeof *options`.
+ */
+int32_t ppok_whiten_options_init(struct ppok_whiten_options *options, size_t struct_size);
+
+/**
+ * The moments of both sets together, for shards and data parallelism, in the process's memory.
+ * `merged` may be `a` or `b`.
+ */
+int32_t ppok_moments_merge(const struct ppok_moments *a,
+                           const struct ppok_moments *b,
+                           struct ppok_moments *merged);
+
+/**
+ * Count, mean and sum of squared deviations of the unmasked elements.
+ *
+ * - `x`: `[elements]`.
+ * - `mask`: `[elements]`; null if all count.
+ * - `moments`: one, written.
+ */
+int32_t ppok_whiten_moments_cpu(const float *x,
+                                const uint8_t *mask,
+                                size_t elements,
+                                struct ppok_moments *moments);
+
+/**
+ * ppok_whiten_moments_cpu() on device memory and `stream`. `workspace` has the bytes that
+ * ppok_whiten_moments_cuda_workspace_size() says.
+ */
+int32_t ppok_whiten_moments_cuda(const float *x,
+                                 const uint8_t *mask,
+                                 size_t elements,
+                                 struct ppok_moments *moments,
+                                 void *workspace,
+                                 size_t workspace_size,
+                                 void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `size`.
+ */
+int32_t ppok_whiten_moments_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+
+/**
+ * Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
+ * variance of `moments`: those of x itself, or of a larger set.
+ *
+ * - `x`: `[elements]`.
+ * - `mask`: `[elements]`; null if all count.
+ * - `options`: null for the defaults.
+ * - `moments`: one; of 2 elements or more, or 1 where not `unbiased`, else `PPOK_STATUS_MASK`.
+ * - `y`: `[elements]`, written.
+ */
+int32_t ppok_whiten_forward_cpu(const float *x,
+                                const uint8_t *mask,
+                                size_t elements,
+                                const struct ppok_whiten_options *options,
+                                const struct ppok_moments *moments,
+                                float *y);
+
+/**
+ * ppok_whiten_forward_cpu() on device memory, moments included, and `stream`; `y` may be `x`. Moments
+ * of too few elements are no error here: y is NaN then where not masked. `workspace` has the bytes
+ * that ppok_whiten_forward_cuda_workspace_size() says.
+ */
+int32_t ppok_whiten_forward_cuda(const float *x,
+                                 const uint8_t *mask,
+                                 size_t elements,
+                                 const struct ppok_whiten_options *options,
+                                 const struct ppok_moments *moments,
+                                 float *y,
+                                 void *workspace,
+                                 size_t workspace_size,
+                                 void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `size`: 0 in this version.
+ */
+int32_t ppok_whiten_forward_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+
+/**
+ * Gradient with respect to `x` of ppok_whiten_forward_cpu() with the moments of `x` itself, through
+ * which it goes too.
+ *
+ * - `x` to `moments`: as in the forward pass.
+ * - `grad_y`: `[elements]`, the upstream gradient.
+ * - `grad_x`: `[elements]`, written; 0 where masked.
+ */
+int32_t ppok_whiten_backward_cpu(const float *x,
+                                 const uint8_t *mask,
+                                 size_t elements,
+                                 const struct ppok_whiten_options *options,
+                                 const struct ppok_moments *moments,
+                                 const float *grad_y,
+                                 float *grad_x);
+
+/**
+ * ppok_whiten_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
+ * `grad_y`. `workspace` has the bytes that ppok_whiten_backward_cuda_workspace_size() says.
+ */
+int32_t ppok_whiten_backward_cuda(const float *x,
+                                  const uint8_t *mask,
+                                  size_t elements,
+                                  const struct ppok_whiten_options *options,
+                                  const struct ppok_moments *moments,
+                                  const float *grad_y,
+                                  float *grad_x,
+                                  void *workspace,
+                                  size_t workspace_size,
+                                  void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `size`.
+ */
+int32_t ppok_whiten_backward_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+
+/**
+ * Gradient with respect to `x` of ppok_whiten_forward_cpu() with moments that are constants.
+ *
+ * - `mask` to `moments`: as in the forward pass.
+ * - `grad_y`: `[elements]`, the upstream gradient.
+ * - `grad_x`: `[elements]`, written; 0 where masked.
+ */
+int32_t ppok_whiten_with_backward_cpu(const uint8_t *mask,
+                                      size_t elements,
+                                      const struct ppok_whiten_options *options,
+                                      const struct ppok_moments *moments,
+                                      const float *grad_y,
+                                      float *grad_x);
+
+/**
+ * ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
+ * `grad_y`. `workspace` has the bytes that ppok_whiten_with_backward_cuda_workspace_size() says.
+ */
+int32_t ppok_whiten_with_backward_cuda(const uint8_t *mask,
+                                       size_t elements,
+                                       const struct ppok_whiten_options *options,
+                                       const struct ppok_moments *moments,
+                                       const float *grad_y,
+                                       float *grad_x,
+                                       void *workspace,
+                                       size_t workspace_size,
+                                       void *stream);
+
+/**
+ * Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `size`: 0 in this version.
+ */
+int32_t ppok_whiten_with_backward_cuda_workspace_size(size_t elements,
+                                                      void *stream,
+                                                      size_t *size);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* PPO_KERNELS_H */

@@ -1,0 +1,328 @@
+//! Shared room of the C library: status codes, the last error, versions, and the one function through
+//! which every call goes. It knows nothing of any op.
+//!
+//! `include/ppo_kernels.h` is made of this module and of every op's `capi.rs` by cbindgen, with
+//! `cbindgen.toml`, whose first page says what holds for all functions; names and comments are
+//! written for its readers. A function takes its arguments as they come, `arguments` makes slices
+//! of them or refuses, and the op's own functions do the rest.
+
+pub(crate) mod arguments;
+
+use std::any::Any;
+use std::cell::Cell;
+use std::ffi::{c_char, CStr};
+use std::fmt::{self, Write};
+use std::panic::{catch_unwind, AssertUnwindSafe};
+
+use crate::error::Error;
+
+/// The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
+pub const PPOK_VERSION: i32 = 100;
+
+/// Everything went well.
+pub const PPOK_STATUS_OK: i32 = 0;
+/// A size is not one that the op takes, or does not go with another, or is more than a process can
+/// address.
+pub const PPOK_STATUS_SHAPE: i32 = 1;
+/// An element type is none of those that the op takes.
+pub const PPOK_STATUS_DTYPE: i32 = 2;
+/// An option is out of its range, not finite, or does not go with the arguments given.
+pub const PPOK_STATUS_OPTION: i32 = 3;
+/// A target is neither in the vocabulary nor `ignore_index`.
+pub const PPOK_STATUS_TARGET: i32 = 4;
+/// Too few elements are unmasked for the result to be defined.
+pub const PPOK_STATUS_MASK: i32 = 5;
+/// A pointer that is needed is null.
+pub const PPOK_STATUS_NULL_POINTER: i32 = 6;
+/// A pointer is not aligned to the size of an element.
+pub const PPOK_STATUS_MISALIGNED: i32 = 7;
+/// Memory that is written overlaps another argument.
+pub const PPOK_STATUS_OVERLAP: i32 = 8;
+/// The `struct_size` of a struct is none that this library knows, or the struct sets fields that only
+/// a later version has.
+pub const PPOK_STATUS_STRUCT_SIZE: i32 = 9;
+/// The workspace is smaller than the function's `_workspace_size` says.
+pub const PPOK_STATUS_WORKSPACE: i32 = 10;
+/// The library was built without CUDA.
+pub const PPOK_STATUS_UNSUPPORTED: i32 = 11;
+/// There is no CUDA driver on this machine, or it is too old.
+pub const PPOK_STATUS_CUDA_DRIVER: i32 = 12;
+/// The driver has no device or no context to offer.
+pub const PPOK_STATUS_CUDA_DEVICE: i32 = 13;
+/// The kernels were not compiled for the device's architecture.
+pub const PPOK_STATUS_CUDA_IMAGE: i32 = 14;
+/// The device is out of memory.
+pub const PPOK_STATUS_CUDA_MEMORY: i32 = 15;
+/// A kernel could not be launched, or an earlier one failed.
+pub const PPOK_STATUS_CUDA_LAUNCH: i32 = 16;
+/// A mistake in the library. Please report it, with what ppok_last_error() says.
+pub const PPOK_STATUS_INTERNAL: i32 = 17;
+
+/// Logits in IEEE single precision.
+pub const PPOK_F32: i32 = 0;
+/// Logits in IEEE half precision.
+pub const PPOK_F16: i32 = 1;
+/// Logits in bfloat16: the upper half of single precision.
+pub const PPOK_BF16: i32 = 2;
+
+/// Token ids as `uint32_t`.
+pub const PPOK_U32: i32 = 0;
+/// Token ids as `int64_t`, as PyTorch has them.
+pub const PPOK_I64: i32 = 1;
+
+/// For an option that may be left out: it is. So a clamp of `PPOK_NONE` clamps nothing.
+pub const PPOK_NONE: f64 = -1.0;
+
+/// Why a call was refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Fault {
+    #[error(transparent)]
+    Op(#[from] Error),
+    #[error("{op}: `{arg}` is null")]
+    Null { op: &'static str, arg: &'static str },
+    #[error("{op}: `{arg}` is at {address:#x}, expected a multiple of {align}")]
+    Misaligned { op: &'static str, arg: &'static str, address: usize, align: usize },
+    #[error("{op}: `{arg}` overlaps `{other}`")]
+    Overlap { op: &'static str, arg: &'static str, other: &'static str },
+    #[error("{op}: `{arg}` has struct_size {got}, expected {least} to {most}")]
+    StructSize { op: &'static str, arg: &'static str, least: usize, most: usize, got: usize },
+    #[error("{op}: `{arg}` sets fields that version {} does not have", env!("CARGO_PKG_VERSION"))]
+    UnknownFields { op: &'static str, arg: &'static str },
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    #[error("{op}: the workspace has {got} bytes, expected {needed} or more")]
+    Workspace { op: &'static str, needed: usize, got: usize },
+    #[cfg(not(any(feature = "cuda", feature = "simt")))]
+    #[error("{op}: this library was built without CUDA; build it with `--features capi,cuda`")]
+    Unsupported { op: &'static str },
+    #[error("a mistake in ppo-kernels {}: {message}", env!("CARGO_PKG_VERSION"))]
+    Panic { message: String },
+}
+
+impl Fault {
+    fn status(&self) -> i32 {
+        match self {
+            Fault::Op(error) => match error {
+                Error::Shape { .. } => PPOK_STATUS_SHAPE,
+                Error::Dtype { .. } => PPOK_STATUS_DTYPE,
+                Error::Option { .. } => PPOK_STATUS_OPTION,
+                Error::Target { .. } => PPOK_STATUS_TARGET,
+                Error::Mask { .. } => PPOK_STATUS_MASK,
+                #[cfg(any(feature = "cuda", feature = "simt"))]
+                Error::CudaDriver { .. } => PPOK_STATUS_CUDA_DRIVER,
+                #[cfg(any(feature = "cuda", feature = "simt"))]
+                Error::CudaDevice { .. } => PPOK_STATUS_CUDA_DEVICE,
+                #[cfg(any(feature = "cuda", feature = "simt"))]
+                Error::CudaImage { .. } => PPOK_STATUS_CUDA_IMAGE,
+                #[cfg(any(feature = "cuda", feature = "simt"))]
+                Error::CudaMemory { .. } => PPOK_STATUS_CUDA_MEMORY,
+                #[cfg(any(feature = "cuda", feature = "simt"))]
+                Error::CudaLaunch { .. } => PPOK_STATUS_CUDA_LAUNCH,
+                // These are of tensors, which C has none of.
+                Error::Device { .. } => PPOK_STATUS_INTERNAL,
+                #[cfg(feature = "candle")]
+                Error::Candle(_) => PPOK_STATUS_INTERNAL,
+            },
+            Fault::Null { .. } => PPOK_STATUS_NULL_POINTER,
+            Fault::Misaligned { .. } => PPOK_STATUS_MISALIGNED,
+            Fault::Overlap { .. } => PPOK_STATUS_OVERLAP,
+            Fault::StructSize { .. } | Fault::UnknownFields { .. } => PPOK_STATUS_STRUCT_SIZE,
+            #[cfg(any(feature = "cuda", feature = "simt"))]
+            Fault::Workspace { .. } => PPOK_STATUS_WORKSPACE,
+            #[cfg(not(any(feature = "cuda", feature = "simt")))]
+            Fault::Unsupported { .. } => PPOK_STATUS_UNSUPPORTED,
+            Fault::Panic { .. } => PPOK_STATUS_INTERNAL,
+        }
+    }
+}
+
+pub(crate) type Result<T> = std::result::Result<T, Fault>;
+
+/// Every function of the library runs in this. No panic leaves it: unwinding into C is undefined.
+pub(crate) fn call(body: impl FnOnce() -> Result<()>) -> i32 {
+    // What a panic may leave half done is the caller's memory, which is not looked at again.
+    let fault = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => return PPOK_STATUS_OK,
+        Ok(Err(fault)) => fault,
+        Err(panic) => Fault::Panic { message: message(&*panic) },
+    };
+    let mut text = Text { bytes: [0; TEXT], len: 0 };
+    // It takes what fits.
+    let _ = write!(text, "{fault}");
+    LAST_ERROR.set(text.bytes);
+    fault.status()
+}
+
+fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("panic").to_string()
+}
+
+/// Bytes of the last error, its zero included.
+const TEXT: usize = 512;
+
+thread_local! {
+    /// Without a destructor, so that it is there for as long as the thread is.
+    static LAST_ERROR: Cell<[u8; TEXT]> = const { Cell::new([0; TEXT]) };
+}
+
+/// Text that is cut off at a character where it gets too long, and ends in zero.
+struct Text {
+    bytes: [u8; TEXT],
+    len: usize,
+}
+
+impl Write for Text {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let room = TEXT - 1 - self.len;
+        let mut count = text.len().min(room);
+        while !text.is_char_boundary(count) {
+            count -= 1;
+        }
+        self.bytes[self.len..][..count].copy_from_slice(&text.as_bytes()[..count]);
+        self.len += count;
+        if count < text.len() {
+            return Err(fmt::Error);
+        }
+        Ok(())
+    }
+}
+
+/// What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
+/// the argument, what was expected and what came, in UTF-8. Empty before the first. A call that goes
+/// well leaves it as it is. The text is the library's, and stays until the thread's next failing
+/// call.
+#[no_mangle]
+pub extern "C" fn ppok_last_error() -> *const c_char {
+    LAST_ERROR.with(|text| text.as_ptr().cast_const().cast())
+}
+
+/// What a status means, in a few words: a string of the library's, never null.
+#[no_mangle]
+pub extern "C" fn ppok_status_string(status: i32) -> *const c_char {
+    let text: &CStr = match status {
+        PPOK_STATUS_OK => c"ok",
+        PPOK_STATUS_SHAPE => c"a size does not fit",
+        PPOK_STATUS_DTYPE => c"unknown element type",
+        PPOK_STATUS_OPTION => c"option out of range",
+        PPOK_STATUS_TARGET => c"target outside the vocabulary",
+        PPOK_STATUS_MASK => c"too few unmasked elements",
+        PPOK_STATUS_NULL_POINTER => c"null pointer",
+        PPOK_STATUS_MISALIGNED => c"misaligned pointer",
+        PPOK_STATUS_OVERLAP => c"overlapping memory",
+        PPOK_STATUS_STRUCT_SIZE => c"unknown size of a struct",
+        PPOK_STATUS_WORKSPACE => c"workspace too small",
+        PPOK_STATUS_UNSUPPORTED => c"built without CUDA",
+        PPOK_STATUS_CUDA_DRIVER => c"no CUDA driver",
+        PPOK_STATUS_CUDA_DEVICE => c"no CUDA device",
+        PPOK_STATUS_CUDA_IMAGE => c"kernels not built for this device",
+        PPOK_STATUS_CUDA_MEMORY => c"CUDA device out of memory",
+        PPOK_STATUS_CUDA_LAUNCH => c"kernel launch failed",
+        PPOK_STATUS_INTERNAL => c"mistake in the library",
+        _ => c"unknown status",
+    };
+    text.as_ptr()
+}
+
+/// The library's version, in the form of `PPOK_VERSION`, which is the header's.
+#[no_mangle]
+pub extern "C" fn ppok_version() -> i32 {
+    PPOK_VERSION
+}
+
+/// The library's version as text: "major.minor.patch", never null.
+#[no_mangle]
+pub extern "C" fn ppok_version_string() -> *const c_char {
+    concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// Runs `body` with the caller's stream. Without CUDA, what it would use is not used.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+macro_rules! on_device {
+    ($op:expr, $handle:expr, [$($used:expr),*], |$stream:ident| $body:expr) => {{
+        // SAFETY: the header asks for a stream that lives.
+        let $stream = &unsafe { $crate::capi::stream($handle) }?;
+        $body
+    }};
+}
+
+/// Runs `body` with the caller's stream. Without CUDA, what it would use is not used.
+#[cfg(not(any(feature = "cuda", feature = "simt")))]
+macro_rules! on_device {
+    ($op:expr, $handle:expr, [$($used:expr),*], |$stream:ident| $body:expr) => {{
+        let _ = ($handle, $(&$used),*);
+        Err($crate::capi::Fault::Unsupported { op: $op })
+    }};
+}
+pub(crate) use on_device;
+
+/// # Safety
+/// The handle is of a stream that lives for as long as the result is used.
+#[cfg(all(feature = "cuda", not(feature = "simt")))]
+pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::cuda::Stream<'a>> {
+    // SAFETY: the caller's.
+    Ok(unsafe { crate::cuda::Stream::from_raw(handle) }?)
+}
+
+/// For tests: a handle is the address of a [`Machine`](crate::cuda::simt::Machine), null one that is
+/// like an H100.
+///
+/// # Safety
+/// The handle is null or as above.
+#[cfg(feature = "simt")]
+pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::cuda::Stream<'a>> {
+    use crate::cuda::simt::{Machine, Order};
+    use crate::cuda::{Device, Stream};
+    let device = Device { compute_capability: (9, 0), max_blocks: i32::MAX as u32 };
+    let machine = Machine { order: Order::Fifo, device, planted_bug: "" };
+    // SAFETY: the caller's.
+    let given = unsafe { handle.cast::<Machine>().as_ref() };
+    Ok(Stream::simt(given.copied().unwrap_or(machine)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn last_error() -> String {
+        // SAFETY: it ends in zero.
+        unsafe { CStr::from_ptr(ppok_last_error()) }.to_str().unwrap().to_string()
+    }
+
+    #[test]
+    fn the_header_has_the_version_of_the_package() {
+        let number = |text: &str| text.parse::<i32>().unwrap();
+        let major = number(env!("CARGO_PKG_VERSION_MAJOR"));
+        let minor = number(env!("CARGO_PKG_VERSION_MINOR"));
+        let patch = number(env!("CARGO_PKG_VERSION_PATCH"));
+        assert_eq!(PPOK_VERSION, 10000 * major + 100 * minor + patch);
+    }
+
+    #[test]
+    fn a_panic_becomes_a_status() {
+        assert_eq!(call(|| panic!("{} is odd", 3)), PPOK_STATUS_INTERNAL);
+        assert!(last_error().ends_with(": 3 is odd"), "{}", last_error());
+        assert_eq!(call(|| Ok(())), PPOK_STATUS_OK);
+        assert!(last_error().ends_with(": 3 is odd"), "{}", last_error());
+        std::thread::spawn(|| assert_eq!(last_error(), "")).join().unwrap();
+    }
+
+    #[test]
+    fn a_long_error_is_cut_off_at_a_character() {
+        for shift in 0..4 {
+            let panic = format!("{}{}", "x".repeat(shift), "\u{1d11e}".repeat(1000));
+            assert_eq!(call(|| panic!("{panic}")), PPOK_STATUS_INTERNAL);
+            assert!((TEXT - 4..TEXT).contains(&last_error().len()));
+        }
+    }
+
+    #[test]
+    fn every_status_has_its_own_text() {
+        // SAFETY: they end in zero.
+        let text = |status| unsafe { CStr::from_ptr(ppok_status_string(status)) }.to_owned();
+        let mut texts: Vec<_> = (PPOK_STATUS_OK - 1..=PPOK_STATUS_INTERNAL).map(text).collect();
+        assert_eq!(texts[0], text(i32::MAX));
+        texts.sort();
+        texts.dedup();
+        assert_eq!(texts.len() as i32, PPOK_STATUS_INTERNAL + 2);
+    }
+}

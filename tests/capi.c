@@ -1,0 +1,1141 @@
+/*
+ * Every function of the C library with arguments as they should be, and then with each of them
+ * wrong in every way: null, misaligned, overlapping, zero, huge, no such number, no such size of a
+ * struct. What is refused must say why and leave all outputs as they were. .ci/capi compiles and
+ * runs it, under AddressSanitizer and UBSan, and under valgrind.
+ *
+ *     capi cpu     a library without CUDA: the _cuda functions say so
+ *     capi cuda    one with CUDA, on a machine without a device: they say so
+ *     capi simt    one with the stand-in for tests: they run, on the process's memory
+ */
+#include <math.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "ppo_kernels.h"
+
+enum { ROWS = 3, VOCAB = 40, BATCH = 2, SEQ_LEN = 6, TOKENS = BATCH * SEQ_LEN };
+
+static int checks, failures;
+static const char *device;
+
+#define CHECK(condition, ...)                              \
+    do {                                                   \
+        checks++;                                          \
+        if (!(condition)) {                                \
+            failures++;                                    \
+            printf("%s:%d: ", __FILE__, __LINE__);         \
+            printf(__VA_ARGS__);                           \
+            printf(" [%s]\n", ppok_last_error());          \
+        }                                                  \
+    } while (0)
+
+/* One argument of the function under test: where it is kept, and what is known of it. */
+typedef struct {
+    const char *name;
+    void **at;
+    size_t bytes; /* of the memory it leads to */
+    size_t align;
+    enum { NEEDED, OPTIONAL, PAIRED } null;
+    enum { READ, WRITTEN } use;
+} pointer;
+
+typedef struct {
+    const char *name;
+    size_t *at;
+    int32_t status_of_zero;
+} size;
+
+typedef struct {
+    const char *name;
+    int32_t *at;
+    int32_t most;
+    int32_t status;
+} number;
+
+typedef struct {
+    const char *name;
+    double *at;
+    double wrong;
+} option;
+
+/* A struct that begins with its size. */
+typedef struct {
+    const char *name;
+    void **at;
+    size_t bytes;
+} growing;
+
+enum { MOST = 24 };
+
+typedef struct {
+    const char *name;
+    int32_t (*run)(void);
+    pointer pointers[MOST];
+    size sizes[MOST];
+    number numbers[MOST];
+    option options[MOST];
+    growing structs[MOST];
+} function;
+
+static void *allocated[256];
+static size_t allocations;
+
+/* Memory that ends where it ends, so that who goes on is seen. */
+static void *memory(size_t bytes) {
+    unsigned char *p = malloc(bytes);
+    if (!p || allocations == sizeof allocated / sizeof *allocated) abort();
+    allocated[allocations++] = p;
+    memset(p, 0x5a, bytes);
+    return p;
+}
+
+static void free_all(void) {
+    while (allocations > 0) free(allocated[--allocations]);
+}
+
+static void *floats(size_t count, float first, float step) {
+    float *p = memory(count * sizeof *p);
+    for (size_t i = 0; i < count; i++) p[i] = first + step * (float)((i * 7) % 11);
+    return p;
+}
+
+/* Runs the function with something wrong, which it must refuse without writing anything. */
+static void refuses(const function *f, const char *what, const char *how, int32_t expected) {
+    unsigned char *before[MOST] = {0};
+    for (int i = 0; i < MOST && f->pointers[i].name; i++) {
+        const pointer *p = &f->pointers[i];
+        /* Only where the pointer still leads to memory of its own. */
+        if (p->use == WRITTEN && strcmp(what, p->name) != 0) {
+            before[i] = malloc(p->bytes);
+            memcpy(before[i], *p->at, p->bytes);
+        }
+    }
+    int32_t status = f->run();
+    CHECK(status == expected, "%s(%s %s): %s, expected %s", f->name, what, how,
+          ppok_status_string(status), ppok_status_string(expected));
+    CHECK(strlen(ppok_last_error()) > 10, "%s(%s %s): no message", f->name, what, how);
+    for (int i = 0; i < MOST && f->pointers[i].name; i++) {
+        if (!before[i]) continue;
+        const pointer *p = &f->pointers[i];
+        CHECK(memcmp(before[i], *p->at, p->bytes) == 0, "%s(%s %s): `%s` was written", f->name,
+              what, how, p->name);
+        free(before[i]);
+    }
+}
+
+static void accepts(const function *f, const char *what, const char *how) {
+    int32_t status = f->run();
+    CHECK(status == PPOK_STATUS_OK, "%s(%s %s): %s", f->name, what, how,
+          ppok_status_string(status));
+}
+
+static void check_pointers(const function *f) {
+    for (int i = 0; i < MOST && f->pointers[i].name; i++) {
+        const pointer *p = &f->pointers[i];
+        void *right = *p->at;
+        *p->at = NULL;
+        if (p->null == OPTIONAL) accepts(f, p->name, "null");
+        else refuses(f, p->name, "null", PPOK_STATUS_NULL_POINTER);
+        if (p->align > 1) {
+            *p->at = (char *)right + 1;
+            refuses(f, p->name, "misaligned", PPOK_STATUS_MISALIGNED);
+            *p->at = (void *)(SIZE_MAX - p->align + 1);
+            if (p->bytes > p->align) refuses(f, p->name, "at the end of memory", PPOK_STATUS_SHAPE);
+        }
+        if (p->use == WRITTEN) {
+            for (int j = 0; j < MOST && f->pointers[j].name; j++) {
+                const pointer *other = &f->pointers[j];
+                if (i == j || other->bytes <= p->align) continue;
+                /* Shifted, so that it is not in place. */
+                *p->at = (char *)*other->at + p->align;
+                refuses(f, p->name, other->name, PPOK_STATUS_OVERLAP);
+            }
+        }
+        *p->at = right;
+    }
+}
+
+static void check_sizes(const function *f) {
+    for (int i = 0; i < MOST && f->sizes[i].name; i++) {
+        const size *s = &f->sizes[i];
+        size_t right = *s->at;
+        *s->at = 0;
+        if (s->status_of_zero == PPOK_STATUS_OK) accepts(f, s->name, "zero");
+        else refuses(f, s->name, "zero", s->status_of_zero);
+        const size_t huge[] = {SIZE_MAX, SIZE_MAX - 1, SIZE_MAX / 2, SIZE_MAX / 2 + 1,
+                               SIZE_MAX / 3};
+        for (size_t j = 0; j < sizeof huge / sizeof *huge; j++) {
+            *s->at = huge[j];
+            refuses(f, s->name, "huge", PPOK_STATUS_SHAPE);
+        }
+        *s->at = right;
+    }
+}
+
+static void check_values(const function *f) {
+    for (int i = 0; i < MOST && f->numbers[i].name; i++) {
+        const number *n = &f->numbers[i];
+        int32_t right = *n->at;
+        const int32_t wrong[] = {-1, n->most + 1, INT32_MIN, INT32_MAX};
+        for (size_t j = 0; j < sizeof wrong / sizeof *wrong; j++) {
+            *n->at = wrong[j];
+            refuses(f, n->name, "no such number", n->status);
+        }
+        *n->at = right;
+    }
+    for (int i = 0; i < MOST && f->options[i].name; i++) {
+        const option *o = &f->options[i];
+        double right = *o->at;
+        const double wrong[] = {o->wrong, NAN, INFINITY, -INFINITY, 1e300};
+        for (size_t j = 0; j < sizeof wrong / sizeof *wrong; j++) {
+            *o->at = wrong[j];
+            refuses(f, o->name, "out of range", PPOK_STATUS_OPTION);
+        }
+        *o->at = right;
+    }
+}
+
+static void check_structs(const function *f) {
+    for (int i = 0; i < MOST && f->structs[i].name; i++) {
+        const growing *g = &f->structs[i];
+        void *right = *g->at;
+        unsigned char *copy = calloc(1, 8192);
+        *g->at = copy;
+        memcpy(copy, right, g->bytes);
+        const size_t wrong[] = {0, 1, sizeof(size_t), g->bytes - 1, 4097, SIZE_MAX};
+        for (size_t j = 0; j < sizeof wrong / sizeof *wrong; j++) {
+            memcpy(copy, &wrong[j], sizeof(size_t));
+            refuses(f, g->name, "of a wrong size", PPOK_STATUS_STRUCT_SIZE);
+        }
+        /* Of a later version, which may not ask for what this one does not know. */
+        size_t later = g->bytes + 24;
+        memcpy(copy, &later, sizeof later);
+        accepts(f, g->name, "of a later version");
+        copy[g->bytes + 9] = 1;
+        refuses(f, g->name, "with unknown fields", PPOK_STATUS_STRUCT_SIZE);
+        *g->at = (char *)right + 1;
+        refuses(f, g->name, "misaligned", PPOK_STATUS_MISALIGNED);
+        *g->at = right;
+        free(copy);
+    }
+}
+
+static void check(const function *f) {
+    accepts(f, "all", "right");
+    check_pointers(f);
+    check_sizes(f);
+    check_values(f);
+    check_structs(f);
+    accepts(f, "all", "right again");
+}
+
+/* Where the last arguments of the _cuda functions are kept. */
+static void *workspace;
+static size_t workspace_size;
+static void *stream;
+static size_t needed;
+
+/* A function of CUDA, and the one that says how much workspace it needs, which writes `needed`. */
+static void check_cuda(function f, int32_t (*size_of_workspace)(void)) {
+    if (strcmp(device, "simt") != 0) {
+        const int32_t statuses[] = {f.run(), size_of_workspace()};
+        for (int i = 0; i < 2; i++) {
+            int32_t status = statuses[i];
+            int without = status == PPOK_STATUS_UNSUPPORTED;
+            int none = status == PPOK_STATUS_CUDA_DRIVER || status == PPOK_STATUS_CUDA_DEVICE;
+            CHECK(strcmp(device, "cpu") == 0 ? without : none, "%s: %s", f.name,
+                  ppok_status_string(status));
+            CHECK(strlen(ppok_last_error()) > 10, "%s: no message", f.name);
+        }
+        return;
+    }
+    needed = 12345;
+    CHECK(size_of_workspace() == PPOK_STATUS_OK, "%s: workspace", f.name);
+    CHECK(needed < 12345, "%s: %zu bytes of workspace", f.name, needed);
+    workspace_size = needed;
+    workspace = needed > 0 ? memory(needed) : NULL;
+    check(&f);
+    if (needed > 0) {
+        workspace_size = needed - 1;
+        refuses(&f, "workspace_size", "too small", PPOK_STATUS_WORKSPACE);
+        workspace_size = 0;
+        refuses(&f, "workspace_size", "zero", PPOK_STATUS_WORKSPACE);
+        workspace_size = needed;
+        void *right = workspace;
+        workspace = NULL;
+        refuses(&f, "workspace", "null", PPOK_STATUS_NULL_POINTER);
+        workspace = (char *)right + 1;
+        refuses(&f, "workspace", "misaligned", PPOK_STATUS_MISALIGNED);
+    }
+    workspace = NULL;
+    workspace_size = 0;
+}
+
+/* A query must not write to null. */
+#define CHECK_QUERY(...)                                                                          \
+    do {                                                                                          \
+        if (strcmp(device, "simt") == 0)                                                          \
+            CHECK((__VA_ARGS__) == PPOK_STATUS_NULL_POINTER, "%s to null", #__VA_ARGS__);         \
+    } while (0)
+
+/* logprob */
+
+static struct {
+    void *logits, *targets, *options, *logp, *entropy, *max, *log_sum;
+    void *grad_logp, *grad_entropy, *grad_logits;
+    int32_t logits_type, targets_type;
+    size_t rows, vocab;
+    ppok_logprob_options settings;
+} lp;
+
+#define LOGPROB_ROWS \
+    lp.logits, lp.logits_type, lp.targets, lp.targets_type, lp.rows, lp.vocab, lp.options
+
+static int32_t logprob_forward_cpu(void) {
+    return ppok_logprob_forward_cpu(LOGPROB_ROWS, lp.logp, lp.entropy, lp.max, lp.log_sum);
+}
+
+static int32_t logprob_forward_cuda(void) {
+    return ppok_logprob_forward_cuda(LOGPROB_ROWS, lp.logp, lp.entropy, lp.max, lp.log_sum,
+                                     workspace, workspace_size, stream);
+}
+
+static int32_t logprob_forward_workspace(void) {
+    return ppok_logprob_forward_cuda_workspace_size(lp.logits_type, lp.rows, lp.vocab, stream,
+                                                    &needed);
+}
+
+static int32_t logprob_backward_cpu(void) {
+    return ppok_logprob_backward_cpu(LOGPROB_ROWS, lp.max, lp.log_sum, lp.entropy, lp.grad_logp,
+                                     lp.grad_entropy, lp.grad_logits);
+}
+
+static int32_t logprob_backward_cuda(void) {
+    return ppok_logprob_backward_cuda(LOGPROB_ROWS, lp.max, lp.log_sum, lp.entropy, lp.grad_logp,
+                                      lp.grad_entropy, lp.grad_logits, workspace, workspace_size,
+                                      stream);
+}
+
+static int32_t logprob_backward_workspace(void) {
+    return ppok_logprob_backward_cuda_workspace_size(lp.logits_type, lp.rows, lp.vocab, stream,
+                                                     &needed);
+}
+
+#define LOGPROB_POINTERS                                                   \
+    {"logits", &lp.logits, ROWS * VOCAB * 4, 4, NEEDED, READ},             \
+    {"targets", &lp.targets, ROWS * 8, 8, NEEDED, READ}
+#define LOGPROB_REST                                                                      \
+    .sizes = {{"rows", &lp.rows, PPOK_STATUS_OK}, {"vocab", &lp.vocab, PPOK_STATUS_SHAPE}}, \
+    .numbers = {{"logits_type", &lp.logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},             \
+                {"targets_type", &lp.targets_type, PPOK_I64, PPOK_STATUS_DTYPE},            \
+                {"has_ignore_index", &lp.settings.has_ignore_index, 1, PPOK_STATUS_OPTION}, \
+                {"reserved", &lp.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},           \
+    .options = {{"temperature", &lp.settings.temperature, 0.0}},                            \
+    .structs = {{"options", &lp.options, sizeof lp.settings}}
+
+static void check_logprob(void) {
+    lp.logits = floats(ROWS * VOCAB, -3.0f, 0.5f);
+    lp.logits_type = PPOK_F32;
+    int64_t *targets = lp.targets = memory(ROWS * sizeof *targets);
+    for (int i = 0; i < ROWS; i++) targets[i] = 7 * i;
+    lp.targets_type = PPOK_I64;
+    lp.rows = ROWS;
+    lp.vocab = VOCAB;
+    CHECK(ppok_logprob_options_init(&lp.settings, sizeof lp.settings) == PPOK_STATUS_OK, "init");
+    lp.options = &lp.settings;
+    lp.logp = memory(ROWS * 4);
+    lp.entropy = memory(ROWS * 4);
+    lp.max = memory(ROWS * 4);
+    lp.log_sum = memory(ROWS * 4);
+    function forward = {
+        .name = "ppok_logprob_forward_cpu",
+        .run = logprob_forward_cpu,
+        .pointers = {LOGPROB_POINTERS,
+                     {"logp", &lp.logp, ROWS * 4, 4, NEEDED, WRITTEN},
+                     {"entropy", &lp.entropy, ROWS * 4, 4, OPTIONAL, WRITTEN},
+                     {"max", &lp.max, ROWS * 4, 4, PAIRED, WRITTEN},
+                     {"log_sum", &lp.log_sum, ROWS * 4, 4, PAIRED, WRITTEN}},
+        LOGPROB_REST,
+    };
+    check(&forward);
+
+    targets[1] = VOCAB;
+    refuses(&forward, "targets", "outside", PPOK_STATUS_TARGET);
+    targets[1] = -100;
+    refuses(&forward, "targets", "negative", PPOK_STATUS_TARGET);
+    lp.settings.has_ignore_index = 1;
+    lp.settings.ignore_index = -100;
+    accepts(&forward, "targets", "ignored");
+    CHECK(((float *)lp.logp)[1] == 0.0f, "an ignored row");
+    targets[1] = 7;
+    lp.options = NULL;
+    accepts(&forward, "options", "null");
+    lp.options = &lp.settings;
+
+    lp.grad_logp = floats(ROWS, 0.5f, 0.1f);
+    lp.grad_entropy = floats(ROWS, -0.5f, 0.1f);
+    lp.grad_logits = memory(ROWS * VOCAB * 4);
+    function backward = {
+        .name = "ppok_logprob_backward_cpu",
+        .run = logprob_backward_cpu,
+        .pointers = {LOGPROB_POINTERS,
+                     {"max", &lp.max, ROWS * 4, 4, NEEDED, READ},
+                     {"log_sum", &lp.log_sum, ROWS * 4, 4, NEEDED, READ},
+                     {"entropy", &lp.entropy, ROWS * 4, 4, NEEDED, READ},
+                     {"grad_logp", &lp.grad_logp, ROWS * 4, 4, OPTIONAL, READ},
+                     {"grad_entropy", &lp.grad_entropy, ROWS * 4, 4, OPTIONAL, READ},
+                     {"grad_logits", &lp.grad_logits, ROWS * VOCAB * 4, 4, NEEDED, WRITTEN}},
+        LOGPROB_REST,
+    };
+    check(&backward);
+    void *entropy = lp.entropy, *grad_entropy = lp.grad_entropy;
+    lp.entropy = lp.grad_entropy = NULL;
+    accepts(&backward, "entropy and grad_entropy", "null");
+    lp.entropy = entropy;
+    lp.grad_entropy = grad_entropy;
+
+    forward.name = "ppok_logprob_forward_cuda";
+    forward.run = logprob_forward_cuda;
+    check_cuda(forward, logprob_forward_workspace);
+    CHECK_QUERY(ppok_logprob_forward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+    backward.name = "ppok_logprob_backward_cuda";
+    backward.run = logprob_backward_cuda;
+    check_cuda(backward, logprob_backward_workspace);
+    CHECK_QUERY(ppok_logprob_backward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+
+    free_all();
+}
+
+/* kl */
+
+static struct {
+    void *logp, *ref_logp, *mask, *options, *kl, *grad_kl, *grad_logp, *grad_ref_logp;
+    size_t tokens;
+    ppok_kl_token_options settings;
+} kt;
+
+#define KL_TOKENS kt.logp, kt.ref_logp, kt.mask, kt.tokens, kt.options
+
+static int32_t kl_token_forward_cpu(void) {
+    return ppok_kl_token_forward_cpu(KL_TOKENS, kt.kl);
+}
+
+static int32_t kl_token_forward_cuda(void) {
+    return ppok_kl_token_forward_cuda(KL_TOKENS, kt.kl, workspace, workspace_size, stream);
+}
+
+static int32_t kl_token_forward_workspace(void) {
+    return ppok_kl_token_forward_cuda_workspace_size(kt.tokens, stream, &needed);
+}
+
+static int32_t kl_token_backward_cpu(void) {
+    return ppok_kl_token_backward_cpu(KL_TOKENS, kt.grad_kl, kt.grad_logp, kt.grad_ref_logp);
+}
+
+static int32_t kl_token_backward_cuda(void) {
+    return ppok_kl_token_backward_cuda(KL_TOKENS, kt.grad_kl, kt.grad_logp, kt.grad_ref_logp,
+                                       workspace, workspace_size, stream);
+}
+
+static int32_t kl_token_backward_workspace(void) {
+    return ppok_kl_token_backward_cuda_workspace_size(kt.tokens, stream, &needed);
+}
+
+#define KL_TOKEN_POINTERS                                       \
+    {"logp", &kt.logp, TOKENS * 4, 4, NEEDED, READ},            \
+    {"ref_logp", &kt.ref_logp, TOKENS * 4, 4, NEEDED, READ},    \
+    {"mask", &kt.mask, TOKENS, 1, OPTIONAL, READ}
+#define KL_TOKEN_REST                                                                        \
+    .sizes = {{"tokens", &kt.tokens, PPOK_STATUS_OK}},                                       \
+    .numbers = {{"estimator", &kt.settings.estimator, PPOK_KL_K3_STRAIGHT_THROUGH,           \
+                 PPOK_STATUS_OPTION},                                                        \
+                {"reserved", &kt.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},            \
+    .options = {{"log_ratio_clamp", &kt.settings.log_ratio_clamp, 0.0},                      \
+                {"output_clamp", &kt.settings.output_clamp, -2.0}},                          \
+    .structs = {{"options", &kt.options, sizeof kt.settings}}
+
+static void check_kl_token(void) {
+    kt.logp = floats(TOKENS, -2.0f, 0.1f);
+    kt.ref_logp = floats(TOKENS, -1.8f, 0.08f);
+    unsigned char *mask = kt.mask = memory(TOKENS);
+    mask[3] = 0;
+    kt.tokens = TOKENS;
+    CHECK(ppok_kl_token_options_init(&kt.settings, sizeof kt.settings) == PPOK_STATUS_OK, "init");
+    CHECK(kt.settings.log_ratio_clamp == PPOK_NONE, "default");
+    kt.options = &kt.settings;
+    kt.kl = memory(TOKENS * 4);
+    function forward = {
+        .name = "ppok_kl_token_forward_cpu",
+        .run = kl_token_forward_cpu,
+        .pointers = {KL_TOKEN_POINTERS, {"kl", &kt.kl, TOKENS * 4, 4, NEEDED, WRITTEN}},
+        KL_TOKEN_REST,
+    };
+    check(&forward);
+    CHECK(((float *)kt.kl)[3] == 0.0f, "a masked token");
+
+    kt.grad_kl = floats(TOKENS, 1.0f, 0.1f);
+    kt.grad_logp = memory(TOKENS * 4);
+    kt.grad_ref_logp = memory(TOKENS * 4);
+    function backward = {
+        .name = "ppok_kl_token_backward_cpu",
+        .run = kl_token_backward_cpu,
+        .pointers = {KL_TOKEN_POINTERS,
+                     {"grad_kl", &kt.grad_kl, TOKENS * 4, 4, NEEDED, READ},
+                     {"grad_logp", &kt.grad_logp, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_ref_logp", &kt.grad_ref_logp, TOKENS * 4, 4, OPTIONAL, WRITTEN}},
+        KL_TOKEN_REST,
+    };
+    check(&backward);
+
+    forward.name = "ppok_kl_token_forward_cuda";
+    forward.run = kl_token_forward_cuda;
+    check_cuda(forward, kl_token_forward_workspace);
+    CHECK_QUERY(ppok_kl_token_forward_cuda_workspace_size(1, stream, NULL));
+    backward.name = "ppok_kl_token_backward_cuda";
+    backward.run = kl_token_backward_cuda;
+    check_cuda(backward, kl_token_backward_workspace);
+    CHECK_QUERY(ppok_kl_token_backward_cuda_workspace_size(1, stream, NULL));
+
+    free_all();
+}
+
+static struct {
+    void *logits, *ref_logits, *mask, *options, *stats, *grad_kl, *grad_logits, *grad_ref_logits;
+    int32_t logits_type;
+    size_t rows, vocab;
+    ppok_kl_full_options settings;
+} kf;
+
+#define KL_ROWS \
+    kf.logits, kf.ref_logits, kf.logits_type, kf.mask, kf.rows, kf.vocab, kf.options
+
+static int32_t kl_full_forward_cpu(void) {
+    return ppok_kl_full_forward_cpu(KL_ROWS, kf.stats);
+}
+
+static int32_t kl_full_forward_cuda(void) {
+    return ppok_kl_full_forward_cuda(KL_ROWS, kf.stats, workspace, workspace_size, stream);
+}
+
+static int32_t kl_full_forward_workspace(void) {
+    return ppok_kl_full_forward_cuda_workspace_size(kf.logits_type, kf.rows, kf.vocab, stream,
+                                                    &needed);
+}
+
+static int32_t kl_full_backward_cpu(void) {
+    return ppok_kl_full_backward_cpu(KL_ROWS, kf.stats, kf.grad_kl, kf.grad_logits,
+                                     kf.grad_ref_logits);
+}
+
+static int32_t kl_full_backward_cuda(void) {
+    return ppok_kl_full_backward_cuda(KL_ROWS, kf.stats, kf.grad_kl, kf.grad_logits,
+                                      kf.grad_ref_logits, workspace, workspace_size, stream);
+}
+
+static int32_t kl_full_backward_workspace(void) {
+    return ppok_kl_full_backward_cuda_workspace_size(kf.logits_type, kf.rows, kf.vocab, stream,
+                                                     &needed);
+}
+
+#define KL_FULL_POINTERS                                                  \
+    {"logits", &kf.logits, ROWS * VOCAB * 4, 4, NEEDED, READ},            \
+    {"ref_logits", &kf.ref_logits, ROWS * VOCAB * 4, 4, NEEDED, READ},    \
+    {"mask", &kf.mask, ROWS, 1, OPTIONAL, READ}
+#define KL_FULL_REST                                                                        \
+    .sizes = {{"rows", &kf.rows, PPOK_STATUS_OK}, {"vocab", &kf.vocab, PPOK_STATUS_SHAPE}}, \
+    .numbers = {{"logits_type", &kf.logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},             \
+                {"direction", &kf.settings.direction, PPOK_KL_REVERSE, PPOK_STATUS_OPTION}, \
+                {"reserved", &kf.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},           \
+    .options = {{"temperature", &kf.settings.temperature, -1.0}},                           \
+    .structs = {{"options", &kf.options, sizeof kf.settings}}
+
+static void check_kl_full(void) {
+    kf.logits = floats(ROWS * VOCAB, -2.0f, 0.4f);
+    kf.ref_logits = floats(ROWS * VOCAB, 1.0f, -0.3f);
+    kf.logits_type = PPOK_F32;
+    unsigned char *mask = kf.mask = memory(ROWS);
+    mask[1] = 0;
+    kf.rows = ROWS;
+    kf.vocab = VOCAB;
+    CHECK(ppok_kl_full_options_init(&kf.settings, sizeof kf.settings) == PPOK_STATUS_OK, "init");
+    kf.options = &kf.settings;
+    kf.stats = memory(PPOK_KL_FULL_STATS * ROWS * 4);
+    function forward = {
+        .name = "ppok_kl_full_forward_cpu",
+        .run = kl_full_forward_cpu,
+        .pointers = {KL_FULL_POINTERS,
+                     {"stats", &kf.stats, PPOK_KL_FULL_STATS * ROWS * 4, 4, NEEDED, WRITTEN}},
+        KL_FULL_REST,
+    };
+    check(&forward);
+    CHECK(((float *)kf.stats)[1] == 0.0f && ((float *)kf.stats)[0] > 0.0f, "KL of the rows");
+
+    kf.grad_kl = floats(ROWS, 1.0f, 0.1f);
+    kf.grad_logits = memory(ROWS * VOCAB * 4);
+    kf.grad_ref_logits = memory(ROWS * VOCAB * 4);
+    function backward = {
+        .name = "ppok_kl_full_backward_cpu",
+        .run = kl_full_backward_cpu,
+        .pointers = {KL_FULL_POINTERS,
+                     {"stats", &kf.stats, PPOK_KL_FULL_STATS * ROWS * 4, 4, NEEDED, READ},
+                     {"grad_kl", &kf.grad_kl, ROWS * 4, 4, NEEDED, READ},
+                     {"grad_logits", &kf.grad_logits, ROWS * VOCAB * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_ref_logits", &kf.grad_ref_logits, ROWS * VOCAB * 4, 4, OPTIONAL,
+                      WRITTEN}},
+        KL_FULL_REST,
+    };
+    check(&backward);
+
+    forward.name = "ppok_kl_full_forward_cuda";
+    forward.run = kl_full_forward_cuda;
+    check_cuda(forward, kl_full_forward_workspace);
+    CHECK_QUERY(ppok_kl_full_forward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+    backward.name = "ppok_kl_full_backward_cuda";
+    backward.run = kl_full_backward_cuda;
+    check_cuda(backward, kl_full_backward_workspace);
+    CHECK_QUERY(ppok_kl_full_backward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+
+    free_all();
+}
+
+/* gae */
+
+static struct {
+    void *inputs, *outputs, *options;
+    size_t batch, seq_len;
+    ppok_gae_inputs in;
+    ppok_gae_outputs out;
+    ppok_gae_options settings;
+} ga;
+
+static int32_t gae_cpu(void) {
+    return ppok_gae_cpu(ga.inputs, ga.batch, ga.seq_len, ga.options, ga.outputs);
+}
+
+static int32_t gae_cuda(void) {
+    return ppok_gae_cuda(ga.inputs, ga.batch, ga.seq_len, ga.options, ga.outputs, workspace,
+                         workspace_size, stream);
+}
+
+static int32_t gae_workspace(void) {
+    return ppok_gae_cuda_workspace_size(ga.batch, ga.seq_len, stream, &needed);
+}
+
+static void check_gae(void) {
+    ga.in = (ppok_gae_inputs){.struct_size = sizeof ga.in};
+    ga.out = (ppok_gae_outputs){.struct_size = sizeof ga.out};
+    unsigned char *has_eos = memory(BATCH), *mask = memory(TOKENS), *dones = memory(TOKENS);
+    has_eos[1] = 0;
+    mask[0] = 0;
+    memset(dones, 0, TOKENS);
+    dones[4] = 1;
+    ga.in.values = floats(TOKENS, 0.1f, 0.05f);
+    ga.in.rewards = floats(TOKENS, 0.0f, 0.02f);
+    ga.in.kl = floats(TOKENS, 0.0f, 0.01f);
+    ga.in.scores = floats(BATCH, 1.0f, 0.3f);
+    ga.in.has_eos = has_eos;
+    ga.in.mask = mask;
+    ga.in.dones = dones;
+    ga.in.bootstrap = floats(BATCH, 0.2f, 0.1f);
+    ga.out.advantages = memory(TOKENS * 4);
+    ga.out.returns = memory(TOKENS * 4);
+    ga.out.rewards = memory(TOKENS * 4);
+    ga.out.moments = memory(sizeof *ga.out.moments);
+    ga.inputs = &ga.in;
+    ga.outputs = &ga.out;
+    ga.batch = BATCH;
+    ga.seq_len = SEQ_LEN;
+    CHECK(ppok_gae_options_init(&ga.settings, sizeof ga.settings) == PPOK_STATUS_OK, "init");
+    ga.options = &ga.settings;
+    function f = {
+        .name = "ppok_gae_cpu",
+        .run = gae_cpu,
+        .pointers = {{"values", (void **)&ga.in.values, TOKENS * 4, 4, NEEDED, READ},
+                     {"rewards", (void **)&ga.in.rewards, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"kl", (void **)&ga.in.kl, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"scores", (void **)&ga.in.scores, BATCH * 4, 4, OPTIONAL, READ},
+                     {"has_eos", (void **)&ga.in.has_eos, BATCH, 1, OPTIONAL, READ},
+                     {"mask", (void **)&ga.in.mask, TOKENS, 1, OPTIONAL, READ},
+                     {"dones", (void **)&ga.in.dones, TOKENS, 1, OPTIONAL, READ},
+                     {"bootstrap", (void **)&ga.in.bootstrap, BATCH * 4, 4, OPTIONAL, READ},
+                     {"advantages", (void **)&ga.out.advantages, TOKENS * 4, 4, NEEDED, WRITTEN},
+                     {"returns", (void **)&ga.out.returns, TOKENS * 4, 4, NEEDED, WRITTEN},
+                     {"rewards (out)", (void **)&ga.out.rewards, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"moments", (void **)&ga.out.moments, sizeof(ppok_moments), 8, OPTIONAL,
+                      WRITTEN}},
+        .sizes = {{"batch", &ga.batch, PPOK_STATUS_OK}, {"seq_len", &ga.seq_len, PPOK_STATUS_OK}},
+        .numbers = {{"mask_mode", &ga.settings.mask_mode, 1, PPOK_STATUS_OPTION},
+                    {"score_placement", &ga.settings.score_placement, 1, PPOK_STATUS_OPTION},
+                    {"score_order", &ga.settings.score_order, 1, PPOK_STATUS_OPTION},
+                    {"missing_eos", &ga.settings.missing_eos, 2, PPOK_STATUS_OPTION}},
+        .options = {{"gamma", &ga.settings.gamma, 1.5},
+                    {"lambda", &ga.settings.lambda, -1.0},
+                    {"value_lambda", &ga.settings.value_lambda, -0.5},
+                    {"kl_coef", &ga.settings.kl_coef, -1.0},
+                    {"score_std", &ga.settings.score_std, 0.0},
+                    {"score_clip", &ga.settings.score_clip, 0.0}},
+        .structs = {{"inputs", &ga.inputs, sizeof ga.in},
+                    {"outputs", &ga.outputs, sizeof ga.out},
+                    {"options", &ga.options, sizeof ga.settings}},
+    };
+    check(&f);
+    CHECK(ga.out.moments->count == TOKENS - 1, "moments of %g", ga.out.moments->count);
+    CHECK(ga.out.advantages[0] == 0.0f && ga.out.returns[0] == 0.0f, "a masked token");
+
+    ga.settings.missing_eos = PPOK_GAE_MISSING_EOS_SUBTRACT;
+    ga.settings.missing_eos_value = 1.0;
+    accepts(&f, "missing_eos", "with scores");
+    ga.in.scores = NULL;
+    refuses(&f, "missing_eos", "without scores", PPOK_STATUS_OPTION);
+    ga.in.scores = floats(BATCH, 1.0f, 0.3f);
+    ga.settings.missing_eos = PPOK_GAE_MISSING_EOS_KEEP;
+    ga.inputs = NULL;
+    refuses(&f, "inputs", "null", PPOK_STATUS_NULL_POINTER);
+    ga.inputs = &ga.in;
+    ga.outputs = NULL;
+    refuses(&f, "outputs", "null", PPOK_STATUS_NULL_POINTER);
+    ga.outputs = &ga.out;
+
+    f.name = "ppok_gae_cuda";
+    f.run = gae_cuda;
+    check_cuda(f, gae_workspace);
+    CHECK_QUERY(ppok_gae_cuda_workspace_size(1, 1, stream, NULL));
+    free_all();
+}
+
+/* whiten */
+
+static struct {
+    void *x, *mask, *options, *moments, *y, *grad_y, *grad_x, *merged;
+    size_t elements;
+    ppok_whiten_options settings;
+} wh;
+
+static int32_t whiten_moments_cpu(void) {
+    return ppok_whiten_moments_cpu(wh.x, wh.mask, wh.elements, wh.moments);
+}
+
+static int32_t whiten_moments_cuda(void) {
+    return ppok_whiten_moments_cuda(wh.x, wh.mask, wh.elements, wh.moments, workspace,
+                                    workspace_size, stream);
+}
+
+static int32_t whiten_moments_workspace(void) {
+    return ppok_whiten_moments_cuda_workspace_size(wh.elements, stream, &needed);
+}
+
+#define WHITEN_REST_OF_ARGUMENTS wh.mask, wh.elements, wh.options, wh.moments
+
+static int32_t whiten_forward_cpu(void) {
+    return ppok_whiten_forward_cpu(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.y);
+}
+
+static int32_t whiten_forward_cuda(void) {
+    return ppok_whiten_forward_cuda(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.y, workspace, workspace_size,
+                                    stream);
+}
+
+static int32_t whiten_forward_workspace(void) {
+    return ppok_whiten_forward_cuda_workspace_size(wh.elements, stream, &needed);
+}
+
+static int32_t whiten_backward_cpu(void) {
+    return ppok_whiten_backward_cpu(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x);
+}
+
+static int32_t whiten_backward_cuda(void) {
+    return ppok_whiten_backward_cuda(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x,
+                                     workspace, workspace_size, stream);
+}
+
+static int32_t whiten_backward_workspace(void) {
+    return ppok_whiten_backward_cuda_workspace_size(wh.elements, stream, &needed);
+}
+
+static int32_t whiten_with_backward_cpu(void) {
+    return ppok_whiten_with_backward_cpu(WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x);
+}
+
+static int32_t whiten_with_backward_cuda(void) {
+    return ppok_whiten_with_backward_cuda(WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x, workspace,
+                                          workspace_size, stream);
+}
+
+static int32_t whiten_with_backward_workspace(void) {
+    return ppok_whiten_with_backward_cuda_workspace_size(wh.elements, stream, &needed);
+}
+
+static int32_t moments_merge(void) {
+    return ppok_moments_merge(wh.moments, wh.moments, wh.merged);
+}
+
+#define WHITEN_X {"x", &wh.x, TOKENS * 4, 4, NEEDED, READ}
+#define WHITEN_MASK {"mask", &wh.mask, TOKENS, 1, OPTIONAL, READ}
+#define WHITEN_MOMENTS {"moments", &wh.moments, sizeof(ppok_moments), 8, NEEDED, READ}
+#define WHITEN_REST                                                                             \
+    .sizes = {{"elements", &wh.elements, PPOK_STATUS_OK}},                                      \
+    .numbers = {{"eps_placement", &wh.settings.eps_placement, PPOK_WHITEN_EPS_IN_STD,           \
+                 PPOK_STATUS_OPTION},                                                           \
+                {"unbiased", &wh.settings.unbiased, 1, PPOK_STATUS_OPTION},                     \
+                {"shift_mean", &wh.settings.shift_mean, 1, PPOK_STATUS_OPTION},                 \
+                {"reserved", &wh.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},               \
+    .options = {{"eps", &wh.settings.eps, 0.0}},                                                \
+    .structs = {{"options", &wh.options, sizeof wh.settings}}
+
+static void check_whiten(void) {
+    wh.x = floats(TOKENS, -1.0f, 0.3f);
+    unsigned char *mask = wh.mask = memory(TOKENS);
+    mask[5] = 0;
+    wh.elements = TOKENS;
+    CHECK(ppok_whiten_options_init(&wh.settings, sizeof wh.settings) == PPOK_STATUS_OK, "init");
+    wh.options = &wh.settings;
+    ppok_moments *moments = wh.moments = memory(sizeof *moments);
+    wh.merged = memory(sizeof(ppok_moments));
+    wh.y = memory(TOKENS * 4);
+    wh.grad_y = floats(TOKENS, -1.0f, 0.25f);
+    wh.grad_x = memory(TOKENS * 4);
+    function take = {
+        .name = "ppok_whiten_moments_cpu",
+        .run = whiten_moments_cpu,
+        .pointers = {WHITEN_X, WHITEN_MASK,
+                     {"moments", &wh.moments, sizeof *moments, 8, NEEDED, WRITTEN}},
+        .sizes = {{"elements", &wh.elements, PPOK_STATUS_OK}},
+    };
+    function forward = {
+        .name = "ppok_whiten_forward_cpu",
+        .run = whiten_forward_cpu,
+        .pointers = {WHITEN_X, WHITEN_MASK, WHITEN_MOMENTS,
+                     {"y", &wh.y, TOKENS * 4, 4, NEEDED, WRITTEN}},
+        WHITEN_REST,
+    };
+    function backward = {
+        .name = "ppok_whiten_backward_cpu",
+        .run = whiten_backward_cpu,
+        .pointers = {WHITEN_X, WHITEN_MASK, WHITEN_MOMENTS,
+                     {"grad_y", &wh.grad_y, TOKENS * 4, 4, NEEDED, READ},
+                     {"grad_x", &wh.grad_x, TOKENS * 4, 4, NEEDED, WRITTEN}},
+        WHITEN_REST,
+    };
+    function with_backward = {
+        .name = "ppok_whiten_with_backward_cpu",
+        .run = whiten_with_backward_cpu,
+        .pointers = {WHITEN_MASK, WHITEN_MOMENTS,
+                     {"grad_y", &wh.grad_y, TOKENS * 4, 4, NEEDED, READ},
+                     {"grad_x", &wh.grad_x, TOKENS * 4, 4, NEEDED, WRITTEN}},
+        WHITEN_REST,
+    };
+    function merge = {
+        .name = "ppok_moments_merge",
+        .run = moments_merge,
+        .pointers = {WHITEN_MOMENTS,
+                     {"merged", &wh.merged, sizeof(ppok_moments), 8, NEEDED, WRITTEN}},
+    };
+    check(&take);
+    CHECK(moments->count == TOKENS - 1, "moments of %g", moments->count);
+    check(&forward);
+    check(&backward);
+    check(&with_backward);
+    accepts(&merge, "all", "right");
+    CHECK(((ppok_moments *)wh.merged)->count == 2.0 * moments->count, "merged moments");
+    CHECK(ppok_moments_merge(moments, moments, NULL) == PPOK_STATUS_NULL_POINTER, "merge");
+    CHECK(ppok_moments_merge(NULL, moments, wh.merged) == PPOK_STATUS_NULL_POINTER, "merge");
+    CHECK(ppok_moments_merge(moments, NULL, wh.merged) == PPOK_STATUS_NULL_POINTER, "merge");
+    ppok_moments right = *moments;
+    CHECK(ppok_moments_merge(moments, moments, moments) == PPOK_STATUS_OK, "merge in place");
+    CHECK(moments->count == 2.0 * right.count, "merged in place");
+    const double counts[] = {-1.0, 0.5, NAN, INFINITY, 1e300};
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
+        moments->count = counts[i];
+        refuses(&forward, "moments", "of a wrong count", PPOK_STATUS_OPTION);
+        refuses(&merge, "moments", "of a wrong count", PPOK_STATUS_OPTION);
+    }
+    moments->count = 1.0;
+    refuses(&forward, "moments", "of one element", PPOK_STATUS_MASK);
+    *moments = right;
+
+    take.name = "ppok_whiten_moments_cuda";
+    take.run = whiten_moments_cuda;
+    check_cuda(take, whiten_moments_workspace);
+    CHECK_QUERY(ppok_whiten_moments_cuda_workspace_size(1, stream, NULL));
+    *moments = right;
+    forward.name = "ppok_whiten_forward_cuda";
+    forward.run = whiten_forward_cuda;
+    check_cuda(forward, whiten_forward_workspace);
+    CHECK_QUERY(ppok_whiten_forward_cuda_workspace_size(1, stream, NULL));
+    backward.name = "ppok_whiten_backward_cuda";
+    backward.run = whiten_backward_cuda;
+    check_cuda(backward, whiten_backward_workspace);
+    CHECK_QUERY(ppok_whiten_backward_cuda_workspace_size(1, stream, NULL));
+    with_backward.name = "ppok_whiten_with_backward_cuda";
+    with_backward.run = whiten_with_backward_cuda;
+    check_cuda(with_backward, whiten_with_backward_workspace);
+    CHECK_QUERY(ppok_whiten_with_backward_cuda_workspace_size(1, stream, NULL));
+
+    free_all();
+}
+
+/* ppo_loss */
+
+static struct {
+    void *inputs, *gradients, *options, *stats;
+    size_t batch, seq_len;
+    ppok_ppo_loss_inputs in;
+    ppok_ppo_loss_gradients grads;
+    ppok_ppo_loss_options settings;
+} pl;
+
+static int32_t ppo_loss_cpu(void) {
+    return ppok_ppo_loss_cpu(pl.inputs, pl.batch, pl.seq_len, pl.options, pl.stats, pl.gradients);
+}
+
+static int32_t ppo_loss_cuda(void) {
+    return ppok_ppo_loss_cuda(pl.inputs, pl.batch, pl.seq_len, pl.options, pl.stats, pl.gradients,
+                              workspace, workspace_size, stream);
+}
+
+static int32_t ppo_loss_workspace(void) {
+    return ppok_ppo_loss_cuda_workspace_size(pl.batch, pl.seq_len, pl.options, stream, &needed);
+}
+
+static void check_ppo_loss(void) {
+    pl.in = (ppok_ppo_loss_inputs){.struct_size = sizeof pl.in};
+    pl.grads = (ppok_ppo_loss_gradients){.struct_size = sizeof pl.grads};
+    unsigned char *mask = memory(TOKENS);
+    mask[1] = 0;
+    pl.in.logp = floats(TOKENS, -2.0f, 0.1f);
+    pl.in.old_logp = floats(TOKENS, -1.9f, 0.09f);
+    pl.in.advantages = floats(TOKENS, -1.0f, 0.2f);
+    pl.in.values = floats(TOKENS, 0.0f, 0.1f);
+    pl.in.old_values = floats(TOKENS, 0.1f, 0.08f);
+    pl.in.returns = floats(TOKENS, 0.2f, 0.12f);
+    pl.in.entropy = floats(TOKENS, 1.0f, 0.1f);
+    pl.in.ref_logp = floats(TOKENS, -2.1f, 0.11f);
+    pl.in.mask = mask;
+    pl.grads.logp = memory(TOKENS * 4);
+    pl.grads.values = memory(TOKENS * 4);
+    pl.grads.entropy = memory(TOKENS * 4);
+    pl.inputs = &pl.in;
+    pl.gradients = &pl.grads;
+    pl.batch = BATCH;
+    pl.seq_len = SEQ_LEN;
+    CHECK(ppok_ppo_loss_options_init(&pl.settings, sizeof pl.settings) == PPOK_STATUS_OK, "init");
+    CHECK(pl.settings.log_ratio_clamp == 20.0, "default");
+    CHECK(pl.settings.clip_range_high == PPOK_NONE, "default");
+    pl.settings.value_clip_range = PPOK_NONE;
+    pl.options = &pl.settings;
+    pl.stats = memory(PPOK_PPO_STATS * sizeof(double));
+    function f = {
+        .name = "ppok_ppo_loss_cpu",
+        .run = ppo_loss_cpu,
+        .pointers = {{"logp", (void **)&pl.in.logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"old_logp", (void **)&pl.in.old_logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"advantages", (void **)&pl.in.advantages, TOKENS * 4, 4, NEEDED, READ},
+                     {"values", (void **)&pl.in.values, TOKENS * 4, 4, PAIRED, READ},
+                     {"old_values", (void **)&pl.in.old_values, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"returns", (void **)&pl.in.returns, TOKENS * 4, 4, PAIRED, READ},
+                     {"ref_logp", (void **)&pl.in.ref_logp, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"mask", (void **)&pl.in.mask, TOKENS, 1, OPTIONAL, READ},
+                     {"grad_logp", (void **)&pl.grads.logp, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_values", (void **)&pl.grads.values, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_entropy", (void **)&pl.grads.entropy, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"stats", &pl.stats, PPOK_PPO_STATS * sizeof(double), 8, NEEDED, WRITTEN}},
+        .sizes = {{"batch", &pl.batch, PPOK_STATUS_MASK},
+                  {"seq_len", &pl.seq_len, PPOK_STATUS_MASK}},
+        .numbers = {{"aggregation", &pl.settings.aggregation, 4, PPOK_STATUS_OPTION},
+                    {"clip_fraction", &pl.settings.clip_fraction, 1, PPOK_STATUS_OPTION},
+                    {"kl_estimator", &pl.settings.kl_estimator, 4, PPOK_STATUS_OPTION},
+                    {"reserved", &pl.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},
+        .options = {{"clip_range", &pl.settings.clip_range, -1.0},
+                    {"clip_range_high", &pl.settings.clip_range_high, -0.1},
+                    {"dual_clip", &pl.settings.dual_clip, 1.0},
+                    {"log_ratio_clamp", &pl.settings.log_ratio_clamp, 0.0},
+                    {"value_clip_range", &pl.settings.value_clip_range, -2.0},
+                    {"kl_log_ratio_clamp", &pl.settings.kl_log_ratio_clamp, 0.0},
+                    {"kl_output_clamp", &pl.settings.kl_output_clamp, 0.0},
+                    {"denominator", &pl.settings.denominator, 0.0}},
+        .structs = {{"inputs", &pl.inputs, sizeof pl.in},
+                    {"gradients", &pl.gradients, sizeof pl.grads},
+                    {"options", &pl.options, sizeof pl.settings}},
+    };
+    check(&f);
+    double *stats = pl.stats;
+    CHECK(stats[PPOK_PPO_STAT_TOKENS] == TOKENS - 1, "%g tokens", stats[PPOK_PPO_STAT_TOKENS]);
+    CHECK(isfinite(stats[PPOK_PPO_STAT_LOSS]), "loss %g", stats[PPOK_PPO_STAT_LOSS]);
+    CHECK(pl.grads.logp[1] == 0.0f, "a masked token");
+
+    pl.settings.entropy_coef = 0.01;
+    const float *entropy = pl.in.entropy;
+    pl.in.entropy = NULL;
+    refuses(&f, "entropy_coef", "without entropy", PPOK_STATUS_OPTION);
+    pl.settings.entropy_coef = 0.0;
+    refuses(&f, "grad_entropy", "without entropy", PPOK_STATUS_SHAPE);
+    pl.in.entropy = entropy;
+    pl.settings.aggregation = PPOK_PPO_LOSS_CONSTANT;
+    refuses(&f, "aggregation_divisor", "zero", PPOK_STATUS_OPTION);
+    pl.settings.aggregation_divisor = 4.0;
+    accepts(&f, "aggregation_divisor", "given");
+    pl.settings.aggregation = PPOK_PPO_LOSS_TOKEN_MEAN;
+    pl.in.mask = memset(memory(TOKENS), 0, TOKENS);
+    refuses(&f, "mask", "of nothing", PPOK_STATUS_MASK);
+    pl.in.mask = mask;
+    pl.gradients = NULL;
+    accepts(&f, "gradients", "null");
+    pl.gradients = &pl.grads;
+    pl.inputs = NULL;
+    refuses(&f, "inputs", "null", PPOK_STATUS_NULL_POINTER);
+    pl.inputs = &pl.in;
+
+    f.name = "ppok_ppo_loss_cuda";
+    f.run = ppo_loss_cuda;
+    /* On the device the statistics are floats. */
+    for (int i = 0; i < MOST && f.pointers[i].name; i++) {
+        if (f.pointers[i].at != &pl.stats) continue;
+        f.pointers[i].bytes = PPOK_PPO_STATS * sizeof(float);
+        f.pointers[i].align = sizeof(float);
+    }
+    check_cuda(f, ppo_loss_workspace);
+    CHECK_QUERY(ppok_ppo_loss_cuda_workspace_size(1, 1, NULL, stream, NULL));
+    free_all();
+}
+
+static struct {
+    void *upstream, *stored, *gradients;
+    size_t tokens;
+    ppok_ppo_loss_gradients from, to;
+} sc;
+
+static int32_t ppo_loss_scale_cpu(void) {
+    return ppok_ppo_loss_scale_cpu(sc.upstream, sc.tokens, sc.stored, sc.gradients);
+}
+
+static int32_t ppo_loss_scale_cuda(void) {
+    return ppok_ppo_loss_scale_cuda(sc.upstream, sc.tokens, sc.stored, sc.gradients, workspace,
+                                    workspace_size, stream);
+}
+
+static int32_t ppo_loss_scale_workspace(void) {
+    return ppok_ppo_loss_scale_cuda_workspace_size(sc.tokens, stream, &needed);
+}
+
+/* In place and not. */
+static void check_scaled(const function *f) {
+    float *upstream = sc.upstream, *stored = sc.from.logp, *scaled = sc.to.logp;
+    *upstream = -2.0f;
+    stored[0] = 0.0f;
+    accepts(f, "gradients", "apart");
+    CHECK(scaled[0] == 0.0f && scaled[1] == -2.0f * stored[1], "%s: scaled", f->name);
+    float before = stored[1];
+    sc.to.logp = stored;
+    accepts(f, "grad_logp", "in place");
+    CHECK(stored[1] == -2.0f * before, "%s: scaled in place", f->name);
+    sc.to.logp = scaled;
+}
+
+static void check_ppo_loss_scale(void) {
+    sc.upstream = floats(1, 0.5f, 0.0f);
+    sc.from = (ppok_ppo_loss_gradients){sizeof sc.from, floats(TOKENS, 1.0f, 0.1f),
+                                        floats(TOKENS, 2.0f, 0.1f), floats(TOKENS, 3.0f, 0.1f)};
+    sc.to = (ppok_ppo_loss_gradients){sizeof sc.to, memory(TOKENS * 4), memory(TOKENS * 4),
+                                      memory(TOKENS * 4)};
+    sc.stored = &sc.from;
+    sc.gradients = &sc.to;
+    sc.tokens = TOKENS;
+    function f = {
+        .name = "ppok_ppo_loss_scale_cpu",
+        .run = ppo_loss_scale_cpu,
+        .pointers = {{"upstream", &sc.upstream, 4, 4, NEEDED, READ},
+                     {"stored.logp", (void **)&sc.from.logp, TOKENS * 4, 4, PAIRED, READ},
+                     {"stored.values", (void **)&sc.from.values, TOKENS * 4, 4, PAIRED, READ},
+                     {"stored.entropy", (void **)&sc.from.entropy, TOKENS * 4, 4, PAIRED, READ},
+                     {"grad_logp", (void **)&sc.to.logp, TOKENS * 4, 4, PAIRED, WRITTEN},
+                     {"grad_values", (void **)&sc.to.values, TOKENS * 4, 4, PAIRED, WRITTEN},
+                     {"grad_entropy", (void **)&sc.to.entropy, TOKENS * 4, 4, PAIRED, WRITTEN}},
+        .sizes = {{"tokens", &sc.tokens, PPOK_STATUS_OK}},
+        .structs = {{"stored", &sc.stored, sizeof sc.from},
+                    {"gradients", &sc.gradients, sizeof sc.to}},
+    };
+    check(&f);
+    check_scaled(&f);
+    f.name = "ppok_ppo_loss_scale_cuda";
+    f.run = ppo_loss_scale_cuda;
+    check_cuda(f, ppo_loss_scale_workspace);
+    if (strcmp(device, "simt") == 0) check_scaled(&f);
+    CHECK_QUERY(ppok_ppo_loss_scale_cuda_workspace_size(1, stream, NULL));
+    free_all();
+}
+
+/* What is not about one op. */
+
+/* The functions that set defaults, of a struct too small for them. */
+#define CHECK_INIT(type)                                                                          \
+    do {                                                                                          \
+        struct {                                                                                  \
+            type options;                                                                         \
+            unsigned char later[16];                                                              \
+        } room;                                                                                   \
+        memset(&room, 0x77, sizeof room);                                                         \
+        CHECK(type##_init(NULL, sizeof(type)) == PPOK_STATUS_NULL_POINTER, #type);                \
+        CHECK(type##_init((type *)((char *)&room + 1), sizeof(type)) == PPOK_STATUS_MISALIGNED,   \
+              #type);                                                                             \
+        const size_t wrong[] = {0, 1, sizeof(type) - 1, 4097, SIZE_MAX};                          \
+        for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++)                                 \
+            CHECK(type##_init(&room.options, wrong[i]) == PPOK_STATUS_STRUCT_SIZE, #type);        \
+        CHECK(((unsigned char *)&room)[0] == 0x77, #type " was written");                         \
+        CHECK(type##_init(&room.options, sizeof(type)) == PPOK_STATUS_OK, #type);                 \
+        CHECK(room.options.struct_size == sizeof(type), #type);                                   \
+        CHECK(room.later[0] == 0x77, #type " was written past its end");                          \
+        CHECK(type##_init(&room.options, sizeof room) == PPOK_STATUS_OK, #type);                  \
+        CHECK(room.options.struct_size == sizeof room && room.later[15] == 0, #type " later");    \
+    } while (0)
+
+static void *of_another_thread(void *arg) {
+    CHECK(strcmp(ppok_last_error(), "") == 0, "a new thread has an error");
+    ppok_logprob_options_init(NULL, 0);
+    CHECK(strstr(ppok_last_error(), "options") != NULL, "the error of a thread");
+    return arg;
+}
+
+static void check_library(void) {
+    CHECK(ppok_version() == PPOK_VERSION, "version %d", ppok_version());
+    char version[32];
+    snprintf(version, sizeof version, "%d.%d.%d", PPOK_VERSION / 10000, PPOK_VERSION / 100 % 100,
+             PPOK_VERSION % 100);
+    CHECK(strcmp(ppok_version_string(), version) == 0, "version %s", ppok_version_string());
+    CHECK(strcmp(ppok_status_string(PPOK_STATUS_OK), "ok") == 0, "ok");
+    CHECK(strcmp(ppok_status_string(-1), ppok_status_string(12345)) == 0, "unknown");
+    CHECK_INIT(ppok_logprob_options);
+    CHECK_INIT(ppok_kl_token_options);
+    CHECK_INIT(ppok_kl_full_options);
+    CHECK_INIT(ppok_gae_options);
+    CHECK_INIT(ppok_whiten_options);
+    CHECK_INIT(ppok_ppo_loss_options);
+
+    ppok_moments_merge(NULL, NULL, NULL);
+    char before[512];
+    snprintf(before, sizeof before, "%s", ppok_last_error());
+    pthread_t thread;
+    pthread_create(&thread, NULL, of_another_thread, NULL);
+    pthread_join(thread, NULL);
+    CHECK(strcmp(ppok_last_error(), before) == 0, "another thread's error");
+}
+
+int main(int argc, char **argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: capi cpu|cuda|simt\n");
+        return 2;
+    }
+    device = argv[1];
+    check_library();
+    check_logprob();
+    check_kl_token();
+    check_kl_full();
+    check_gae();
+    check_whiten();
+    check_ppo_loss();
+    check_ppo_loss_scale();
+    printf("%s: %d checks, %d failures\n", device, checks, failures);
+    return failures != 0;
+}
