@@ -98,7 +98,7 @@ struct GaeArgs {
     int64_t rows;
     int64_t tokens;
     int64_t segments;         // of a row
-    int32_t tiles;           // of a row: what a block has in registers
+    int32_t tiles;            // of a row: what a block has in registers
     Shaping shaping;
     float gamma;
     float minus_kl_coef;
