@@ -32,8 +32,9 @@
 //     merge   puts together the moments that every block left
 //
 // Bytes a token: 4 for each of values, rewards and kl, and 1 for each of mask and dones, read once
-// (twice where rows are split); 4 written for each of advantages, returns and shaped. Registers
-// hold a tile between: 16 bytes times 2 segments times values and rewards are in flight a thread.
+// (twice where rows are split, and the mask behind the last unmasked token once more); 4 written
+// for each of advantages, returns and shaped. Registers hold a tile between: of each of values,
+// rewards and kl a thread has two vectors of 16 bytes in flight.
 //
 // Numbers. All in f32, but the score of a row and the moments of the advantages in f64. Of T steps
 // log2(128) + T / 128 additions follow one another and not T: the error is below that of the loop
@@ -98,7 +99,7 @@ struct GaeArgs {
     int64_t rows;
     int64_t tokens;
     int64_t segments;         // of a row
-    int32_t tiles;           // of a row: what a block has in registers
+    int32_t tiles;            // of a row: what a block has in registers
     Shaping shaping;
     float gamma;
     float minus_kl_coef;

@@ -56,6 +56,10 @@ static __device__ __forceinline__ uint32_t afresh(uint32_t x) {
     return x;
 }
 
+// Loads are not volatile, so that the compiler may move them past each other, past stores and past
+// barriers. What they read must not change while the kernel runs, but by a store of what was made
+// of it.
+
 // 16 bytes that are needed once: they do not push others out of L1. Aligned to 16.
 static __device__ __forceinline__ uint4 load_once(const void* address) {
 #ifdef SIMT
@@ -169,6 +173,9 @@ static __device__ __forceinline__ void cluster_sync() {
 #elif __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;\n"
                  "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+    // A launch that is mistaken about the code it runs must not end in a wrong sum.
+    __trap();
 #endif
 }
 

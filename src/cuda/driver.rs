@@ -10,7 +10,7 @@ use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::DriverError;
 
-use super::{Device, Kernel, Launch};
+use super::{has_clusters, Device, Kernel, Launch};
 use crate::error::{Error, Result};
 
 /// A compiled file of kernels. The driver reads its header as words.
@@ -19,6 +19,9 @@ struct Image<Bytes: ?Sized>(Bytes);
 
 /// The image of every op.
 static IMAGES: &[(&str, &Image<[u8]>)] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
+
+/// What build.rs compiled them for. The PTX is that of the lowest.
+static ARCHITECTURES: &[u32] = include!(concat!(env!("OUT_DIR"), "/architectures.rs"));
 
 /// What has been loaded, by the context's number, which the driver never uses again for another.
 /// Handles are kept as integers; they are the driver's to look into, and go with their context.
@@ -61,7 +64,8 @@ impl Stream {
                     sys::cuDeviceGetAttribute(number, attribute, device).result()?;
                 }
                 let [major, minor, max_blocks] = numbers.map(i32::unsigned_abs);
-                let device = Device { compute_capability: (major, minor), max_blocks };
+                let clusters = has_clusters(ARCHITECTURES, (major, minor));
+                let device = Device { compute_capability: (major, minor), max_blocks, clusters };
                 Ok((Self { stream, context, context_id }, device))
             }
         });

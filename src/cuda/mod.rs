@@ -40,13 +40,19 @@ pub struct Device {
     pub compute_capability: (u32, u32),
     /// The most blocks of a grid; kernels loop over what is left.
     pub max_blocks: u32,
+    /// Whether blocks can run as clusters that read each other's shared memory: from 9.0 on, if the
+    /// kernels that the device runs were compiled for that.
+    pub clusters: bool,
 }
 
-impl Device {
-    /// Whether blocks can run as clusters that read each other's shared memory.
-    pub(crate) fn has_clusters(&self) -> bool {
-        self.compute_capability.0 >= 9
-    }
+/// Whether the code that the driver takes for a device knows of clusters: code for the same major
+/// number and no later minor one, or else the PTX, in which they are missing if it is for less than
+/// 90, whatever the device has.
+#[cfg(any(feature = "cuda", test))]
+fn has_clusters(architectures: &[u32], (major, minor): (u32, u32)) -> bool {
+    let compiled = architectures.iter().any(|arch| arch / 10 == major && arch % 10 <= minor);
+    let ptx = architectures.iter().min().is_some_and(|&arch| arch >= 90);
+    major >= 9 && (compiled || ptx)
 }
 
 /// A stream to launch on.
@@ -95,6 +101,7 @@ impl Stream<'_> {
         let device = Device {
             compute_capability: device.compute_capability.min(self.device.compute_capability),
             max_blocks: device.max_blocks.min(self.device.max_blocks),
+            clusters: device.clusters && self.device.clusters,
         };
         Self { device, ..self }
     }
@@ -242,5 +249,25 @@ impl<T> SliceMut<'_, T> {
         let len = self.len / N;
         let part = |i| self.address.wrapping_add(i * len);
         std::array::from_fn(|i| Self { address: part(i), len, lifetime: PhantomData })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::has_clusters;
+
+    #[test]
+    fn ptx_for_chips_without_clusters_is_launched_without_them() {
+        let all = [80, 86, 89, 90, 100, 120];
+        for device in [(9, 0), (10, 0), (10, 3), (12, 1)] {
+            assert!(has_clusters(&all, device));
+        }
+        for device in [(8, 0), (8, 9), (11, 0), (13, 0)] {
+            assert!(!has_clusters(&all, device), "{device:?}");
+        }
+        assert!(!has_clusters(&[80], (9, 0)));
+        assert!(!has_clusters(&[89, 103], (10, 0)));
+        assert!(has_clusters(&[90], (11, 0)));
+        assert!(!has_clusters(&[], (9, 0)));
     }
 }

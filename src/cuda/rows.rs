@@ -79,7 +79,7 @@ impl Reduction {
             parts: parts as i32,
             // A warp's load is whole in one part.
             part_groups: groups.div_ceil(parts).next_multiple_of(WARP) as i32,
-            through_workspace: parts > 1 && !device.has_clusters(),
+            through_workspace: parts > 1 && !device.clusters,
         }
     }
 

@@ -153,8 +153,9 @@ pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
 /// there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and
 /// can be used again for the next call on the same stream.
 ///
-/// # Errors If a length does not fit, an option is out of range, [`MissingEos`] has no `scores` and
-/// `has_eos` to work on, or a kernel cannot be launched.
+/// # Errors
+/// If a length does not fit, an option is out of range, [`MissingEos`] has no `scores` and `has_eos`
+/// to work on, or a kernel cannot be launched.
 pub fn gae(
     stream: &Stream,
     inputs: Inputs,

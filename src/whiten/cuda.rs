@@ -47,7 +47,7 @@ pub enum Given<'a> {
 }
 
 /// The least length of the workspace of [`masked_moments`] and [`masked_whiten_backward`] for so many
-/// elements: 56 KiB of f64 at most.
+/// elements: 48 KiB of f64 at most.
 pub fn workspace_len(len: usize) -> usize {
     let runs = |tile| len.div_ceil(run_len(len, tile));
     merge_workspace_len(runs(TILE)).max((runs(PAIRS_TILE) + 1) * SUMS)

@@ -25,7 +25,7 @@ pub struct Machine {
 /// A device of that major compute capability (clusters from 9 on) whose grids have that many blocks.
 /// A GPU that is older or smaller stays so.
 pub fn machine(order: Order, major: u32, max_blocks: u32) -> Machine {
-    let device = Device { compute_capability: (major, 0), max_blocks };
+    let device = Device { compute_capability: (major, 0), max_blocks, clusters: major >= 9 };
     Machine { order, device, planted_bug: "" }
 }
 

@@ -93,13 +93,13 @@ impl<T: Copy> Buffer<T> {
         if values.is_empty() {
             return;
         }
-        // On the stream of the launches, which waits for no other: a synchronous copy may return
-        // before all of it has arrived.
+        // On the stream that reads them: a copy from pageable memory that is said to be synchronous
+        // may still be on its way when the call returns, and our stream does not wait for it.
         let gpu = Gpu::get();
         let stream = gpu.cuda_stream.cu_stream();
-        // SAFETY: within the memory, as just asserted; the values stay until the copy has ended.
-        unsafe { result::memcpy_htod_async(self.at(index), values, stream) }
-            .expect("the memory lives");
+        // SAFETY: within the memory, as just asserted; the values live until the copy has ended.
+        let copied = unsafe { result::memcpy_htod_async(self.at(index), values, stream) };
+        copied.expect("the memory lives");
         gpu.finish();
     }
 
