@@ -581,7 +581,8 @@ mod on_the_stand_in {
     /// With clusters and without, where sums of a row's parts go through the workspace.
     fn machines() -> [Machine; 2] {
         [9, 8].map(|major| {
-            let device = Device { compute_capability: (major, 0), max_blocks: 64 };
+            let device =
+                Device { compute_capability: (major, 0), max_blocks: 64, clusters: major >= 9 };
             Machine { order: Order::Lifo, device, planted_bug: "" }
         })
     }

@@ -272,7 +272,7 @@ pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::
 pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::cuda::Stream<'a>> {
     use crate::cuda::simt::{Machine, Order};
     use crate::cuda::{Device, Stream};
-    let device = Device { compute_capability: (9, 0), max_blocks: i32::MAX as u32 };
+    let device = Device { compute_capability: (9, 0), max_blocks: i32::MAX as u32, clusters: true };
     let machine = Machine { order: Order::Fifo, device, planted_bug: "" };
     // SAFETY: the caller's.
     let given = unsafe { handle.cast::<Machine>().as_ref() };
