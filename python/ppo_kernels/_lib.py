@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # Statuses that say that an argument was wrong; all others are the library's or the machine's.
-_SHAPE, _DTYPE, _OPTION, _TARGET, _MASK = range(1, 6)
+_SHAPE, _DTYPE, _OPTION, _TARGET, _MASK, _NULL_POINTER = range(1, 7)
 
 NONE = -1.0  # stands for an option that is left out
 
@@ -362,5 +362,5 @@ library = _Library()
 
 def fail(status: int) -> NoReturn:
     """Raises what the thread's last call said: the argument was wrong, or something else was."""
-    wrong_argument = _SHAPE <= status <= _MASK
+    wrong_argument = _SHAPE <= status <= _NULL_POINTER
     raise (ValueError if wrong_argument else RuntimeError)(library.last_error())

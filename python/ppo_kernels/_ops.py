@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, _C
-from torch.autograd.function import once_differentiable
 
 from . import _lib
 from ._lib import library
@@ -42,6 +41,22 @@ def _define(schema: str, implementation: Callable, fake: Callable) -> Any:
     return getattr(torch.ops.ppo_kernels, name).default
 
 
+class _Once(torch.autograd.Function):
+    """A gradient that has none itself, and says so when it is asked for it."""
+
+    @staticmethod
+    def once(grad: Tensor) -> Tensor:
+        return _Once.apply(grad, grad.new_empty(0).requires_grad_())
+
+    @staticmethod
+    def forward(ctx, grad, _):  # noqa: ANN001
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: ANN001
+        raise RuntimeError("ppo_kernels: gradients of gradients are not supported")
+
+
 _BACKENDS = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 
@@ -60,8 +75,6 @@ def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: 
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keys, *inputs)
 
-    once = once_differentiable(backward)
-
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, keys, *inputs):  # noqa: ANN001
@@ -72,8 +85,11 @@ def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: 
 
         @staticmethod
         def backward(ctx, *gradients):  # noqa: ANN001
-            # With gradients enabled somebody wants gradients of gradients.
-            return None, *(once if _C.is_grad_enabled() else backward)(ctx, *gradients)
+            if not _C.is_grad_enabled():
+                return None, *backward(ctx, *gradients)
+            with torch.no_grad():
+                found = backward(ctx, *gradients)
+            return None, *(grad if grad is None else _Once.once(grad) for grad in found)
 
     Gradient.__name__ = Gradient.__qualname__ = name
 
