@@ -75,27 +75,25 @@ def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: 
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keys, *inputs)
 
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, keys, *inputs):  # noqa: ANN001
-            outputs = below(keys, inputs)
-            ctx.set_materialize_grads(False)
-            keep(ctx, inputs, outputs)
-            return outputs
+    def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
+        outputs = below(keys, inputs)
+        ctx.set_materialize_grads(False)
+        keep(ctx, inputs, outputs)
+        return outputs
 
-        @staticmethod
-        def backward(ctx, *gradients):  # noqa: ANN001
-            if not _C.is_grad_enabled():
-                return None, *backward(ctx, *gradients)
-            with torch.no_grad():
-                found = backward(ctx, *gradients)
-            return None, *(grad if grad is None else _Once.once(grad) for grad in found)
+    def gradient(ctx: Any, *upstream: Tensor | None) -> tuple:
+        if not _C.is_grad_enabled():
+            return None, *backward(ctx, *upstream)
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        return None, *(grad if grad is None else _Once.once(grad) for grad in found)
 
-    Gradient.__name__ = Gradient.__qualname__ = name
+    members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
+    function = type(f"ppo_kernels_{name}", (torch.autograd.Function,), members)
 
     def autograd(keys: Any, *inputs: Any) -> Any:
         if _C.is_grad_enabled() and _C._any_requires_grad(*inputs):
-            return Gradient.apply(keys, *inputs)
+            return function.apply(keys, *inputs)
         return below(keys, inputs)
 
     _ops.impl(name, autograd, "Autograd", with_keyset=True)
