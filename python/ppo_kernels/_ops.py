@@ -12,6 +12,8 @@ its own, without a copy.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from ctypes import byref, c_size_t
 from typing import Any
@@ -121,6 +123,30 @@ def _call_cuda(function: str, device: torch.device, sizes: tuple, arguments: tup
     workspace = torch.empty(size.value, dtype=torch.uint8, device=device)
     address = workspace.data_ptr()
     return getattr(library, function + "_cuda")(*arguments, address, size.value, stream)
+
+
+# --- Room for gradients ---
+
+# Above this size glibc gives every allocation a mapping of its own.
+_OWN_MAPPING = 32 << 20
+_LARGE_PAGE = 2 << 20
+_MADV_HUGEPAGE = 14
+_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+if _madvise is not None:
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _large_pages(gradient: Tensor) -> Tensor:
+    """Room for a gradient, as it is.
+
+    Fresh memory of the CPU is handed over by the page when it is first written, which for pages of
+    4 KiB takes ten times as long as the writing. So large gradients ask for large pages.
+    """
+    if gradient.nbytes > _OWN_MAPPING and gradient.is_cpu and _madvise is not None:
+        start = -(-gradient.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+        end = (gradient.data_ptr() + gradient.nbytes) // _LARGE_PAGE * _LARGE_PAGE
+        _madvise(start, end - start, _MADV_HUGEPAGE)  # where it is refused, all is as before
+    return gradient
 
 
 # --- What is asked of arguments: messages are worded as the library's are. ---
@@ -299,7 +325,7 @@ def _logprob_backward(
     entropy = _optional(_f32, op, "entropy", entropy, *rows_of)
     grad_logp = _optional(_f32, op, "grad_logp", grad_logp, *rows_of)
     grad_entropy = _optional(_f32, op, "grad_entropy", grad_entropy, *rows_of)
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    grad_logits = _large_pages(_room_like_logits(logits))
     total, vocab = index.numel(), logits.shape[-1]
     size, row_bytes = index.element_size(), vocab * logits.element_size()
     for part, first, rows in _blocks(logits, total):
@@ -324,7 +350,7 @@ def _logprob_backward(
     return grad_logits
 
 
-def _logprob_backward_fake(logits: Tensor, index: Tensor, *_: Any) -> Tensor:
+def _room_like_logits(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
@@ -344,7 +370,7 @@ logprob_backward = _define(
     "logprob_backward(Tensor logits, Tensor index, float temperature, int? ignore_index,"
     " Tensor stats, Tensor? entropy, Tensor? grad_logp, Tensor? grad_entropy) -> Tensor",
     _logprob_backward,
-    _logprob_backward_fake,
+    _room_like_logits,
 )
 
 
@@ -431,10 +457,6 @@ def _logprobs_backward(
     return grad_logits.scatter_(-1, index, chosen.to(grad_logits.dtype))
 
 
-def _logprobs_backward_fake(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
 logprobs = _define(
     "logprobs(Tensor logits, Tensor index, float temperature) -> (Tensor logp, Tensor stats)",
     _logprobs,
@@ -444,7 +466,7 @@ logprobs_backward = _define(
     "logprobs_backward(Tensor logits, Tensor index, float temperature, Tensor stats, Tensor logp,"
     " Tensor grad_logp) -> Tensor",
     _logprobs_backward,
-    _logprobs_backward_fake,
+    _room_like_logits,
 )
 
 
@@ -653,7 +675,8 @@ def _full_kl_backward(
     stats_shape = torch.Size((_lib.FULL_KL_STATS, *rows))
     stats = _f32(op, "stats", stats, stats_shape, logits.device)
     grad_kl = _f32(op, "grad_kl", grad_kl, rows, logits.device)
-    grad_logits, grad_ref = _wanted(logits, want_logits), _wanted(logits, want_ref)
+    wanted = (want_logits, want_ref)
+    grad_logits, grad_ref = (_large_pages(_wanted(logits, want)) for want in wanted)
     _call(
         "kl_full_backward",
         logits,
@@ -1009,13 +1032,13 @@ def _ppo_loss_backward(grad: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
     grad = _f32(op, "grad", grad, torch.Size(()), stored[0].device)
     wanted = tuple(gradient.numel() > 0 for gradient in stored)
     tokens = max(gradient.numel() for gradient in stored)
-    gradients = _ppo_loss_backward_fake(grad, *stored)
+    gradients = _room_like_stored(grad, *stored)
     pointers = _ppo_loss_pointers(stored, wanted), _ppo_loss_pointers(gradients, wanted)
     _call("ppo_loss_scale", grad, (tokens,), grad.data_ptr(), tokens, *pointers)
     return gradients
 
 
-def _ppo_loss_backward_fake(grad: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
+def _room_like_stored(grad: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(gradient) for gradient in stored)
 
 
@@ -1037,7 +1060,7 @@ ppo_loss_backward = _define(
     "ppo_loss_backward(Tensor grad, Tensor grad_logp, Tensor grad_values, Tensor grad_entropy)"
     " -> (Tensor, Tensor, Tensor)",
     _ppo_loss_backward,
-    _ppo_loss_backward_fake,
+    _room_like_stored,
 )
 
 
@@ -1052,7 +1075,11 @@ def _backward_of_ppo_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
     if grad is None:
         return (None,) * ctx.inputs
     needs = ctx.needs_input_grad[1:]
-    gradients = dict(zip((0, 3, 6), ppo_loss_backward(grad, *ctx.saved_tensors)))
+    stored = ctx.saved_tensors
+    # After loss.backward() the stored ones are what is wanted. Looking costs nothing on the CPU.
+    as_stored = type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
+    scaled = stored if as_stored else ppo_loss_backward(grad, *stored)
+    gradients = dict(zip((0, 3, 6), scaled))  # of logp, values and entropy
     return tuple(gradients[i] if needs[i] else None for i in range(ctx.inputs))
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 import types
-
-import pytest
 
 STOOD_IN = {
     "accelerate",
@@ -89,9 +88,10 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def load(name: str) -> types.ModuleType:
-    """A module of a peer, or the test is skipped because the peer is not installed."""
-    pytest.importorskip(name.split(".")[0], exc_type=ModuleNotFoundError)
+def find(name: str) -> types.ModuleType | None:
+    """A module of a peer, or None if the peer is not installed."""
+    if importlib.util.find_spec(name.split(".")[0]) is None:
+        return None
     return importlib.import_module(name)
 
 

@@ -13,6 +13,10 @@ TOLERANCE = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1.6e-2, 3e-2)}
 DTYPES = list(TOLERANCE)
 
 
+def load(name):
+    return peers.find(name) or pytest.skip(f"{name.split('.')[0]} is not installed")
+
+
 def compare(patch, call, *tensors, keep=None):
     """Results and gradients of ``call(*tensors)``, as the peer has it and with the patch. The first
     tensor gets the gradient; ``keep`` masks what counts of a result of its shape."""
@@ -57,7 +61,7 @@ def response_mask(dtype=torch.int64):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_trl(dtype):
-    utils = peers.load("trl.trainer.utils")
+    utils = load("trl.trainer.utils")
     logits, index = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))
     several = torch.randint(40, (2, 5, 3))
 
@@ -77,7 +81,7 @@ def test_trl(dtype):
 
 
 def test_trl_is_used_and_undone():
-    utils = peers.load("trl.trainer.utils")
+    utils = load("trl.trainer.utils")
     original = utils.selective_log_softmax
     user = types.ModuleType("trl.trainer.user")
     user.selective_log_softmax = original  # as `from .utils import selective_log_softmax` does
@@ -106,7 +110,7 @@ def test_trl_is_used_and_undone():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_verl_on_logits(dtype):
-    functions = peers.load("verl.utils.torch_functional")
+    functions = load("verl.utils.torch_functional")
     logits, labels = torch.randn(6, 40).to(dtype), torch.randint(40, (6,))
     batch, of_batch = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))
     patch = adapters.patch_verl
@@ -119,8 +123,8 @@ def test_verl_on_logits(dtype):
 
 @pytest.mark.parametrize("mask_dtype", [torch.int64, torch.float32])
 def test_verl_per_token(mask_dtype):
-    functions = peers.load("verl.utils.torch_functional")
-    algorithms = peers.load("verl.trainer.ppo.core_algos")
+    functions = load("verl.utils.torch_functional")
+    algorithms = load("verl.trainer.ppo.core_algos")
     mask, patch = response_mask(mask_dtype), adapters.patch_verl
     values, rewards = per_token(2)
     for shift in (True, False):
@@ -148,7 +152,7 @@ class Config(dict):
     "batch", [{}, {"dp_size": 2, "batch_num_tokens": 100, "global_batch_size": 6}]
 )
 def test_verl_policy_loss(mode, batch):
-    algorithms = peers.load("verl.trainer.ppo.core_algos")
+    algorithms = load("verl.trainer.ppo.core_algos")
     mask = response_mask()
     for clips in ({}, {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 2.0}):
         config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
@@ -172,7 +176,7 @@ def test_verl_policy_loss(mode, batch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_openrlhf_on_logits(dtype):
-    utils = peers.load("openrlhf.models.utils")
+    utils = load("openrlhf.models.utils")
     logits, labels = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))
     patch = adapters.patch_openrlhf
     compare(patch, lambda x: utils.log_probs_from_logits(x, labels), logits)
@@ -187,7 +191,7 @@ def test_openrlhf_on_logits(dtype):
 
 
 def test_openrlhf_per_token():
-    utils, patch = peers.load("openrlhf.models.utils"), adapters.patch_openrlhf
+    utils, patch = load("openrlhf.models.utils"), adapters.patch_openrlhf
     for estimator in ("k1", "k2", "k3"):
         compare(patch, lambda x, y, e=estimator: utils.compute_approx_kl(x, y, kl_estimator=e), *per_token(2))
         compare(
@@ -199,7 +203,7 @@ def test_openrlhf_per_token():
         )
     with pytest.raises(ValueError, match="Unknown kl_estimator"), patch():
         utils.compute_approx_kl(*per_token(2), kl_estimator="k4")
-    maker = peers.load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+    maker = load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
     rewards, mask = torch.randn(4, 21), response_mask(torch.bool)
     for given in (mask, None):
         compare(
@@ -213,7 +217,7 @@ def test_openrlhf_per_token():
 @pytest.mark.parametrize("by_token", [True, False])
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_openrlhf_policy_loss(by_token, dual_clip):
-    losses = peers.load("openrlhf.models.loss")
+    losses = load("openrlhf.models.loss")
     policy = losses.PolicyLoss(0.2, 0.3, dual_clip, by_token)
     mask = response_mask(torch.float32)
     totals = {"dp_size": 2, "batch_num_tokens": 90.0, "global_batch_size": 7}
