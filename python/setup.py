@@ -19,7 +19,7 @@ from setuptools.command.sdist import sdist
 HERE = Path(__file__).resolve().parent
 CRATE = HERE / "crate" if (HERE / "crate").exists() else HERE.parent
 # What the library is made of; Cargo.toml names the benches, and cargo wants to see what it names.
-SOURCES = ("Cargo.toml", "Cargo.lock", "README.md", "LICENSE", "build.rs", "src/", "kernels/", "benches/")
+SOURCES = ("Cargo.toml", "Cargo.lock", "LICENSE", "build.rs", "src/", "kernels/", "benches/")
 
 
 def has_nvcc() -> bool:
@@ -56,7 +56,8 @@ class BuildPackage(build_py):
     def run(self):
         super().run()
         library = build_library()
-        package = HERE / "ppo_kernels" if self.editable_mode else Path(self.build_lib, "ppo_kernels")
+        root = HERE / "src" if self.editable_mode else Path(self.build_lib)
+        package = root / "ppo_kernels"
         package.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, package / library.name)
 
