@@ -1,0 +1,372 @@
+"""Ours beside eager PyTorch, torch.compile and other packages' functions: same tensors, one run.
+
+    python bench.py                  the CPU, with two threads
+    python bench.py --device cuda    the GPU: GB/s, and the share of the copy speed of the same run
+    python bench.py --only gae       the groups with that in their name
+
+Each group first checks that all give the same. Then they take turns, and medians are reported: on the
+CPU by the clock, on CUDA by events, with the L2 cache overwritten in between. Packages that are not
+installed are left out; of TRL, verl and OpenRLHF `pip install --no-deps` is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+THREADS = 2
+SEQUENCES = 8  # that rows of logits are divided into, as TRL and verl loop over them
+os.environ.setdefault("RAYON_NUM_THREADS", str(THREADS))
+
+import torch  # noqa: E402  after the number of threads is set
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+sys.path.append(str(Path(__file__).parent / "tests"))
+import formulas  # noqa: E402
+import peers  # noqa: E402
+import ppo_kernels  # noqa: E402
+
+
+class Group(NamedTuple):
+    """What is compared. The first candidate is ours, the second eager PyTorch."""
+
+    name: str
+    candidates: dict[str, Callable[[], object]]
+    bytes: int  # that have to be moved at least
+    repeat: int = 1  # calls for one sample
+
+
+def function_of(module: str, name: str) -> Callable | None:
+    try:
+        found = peers.find(module)
+    except Exception as error:  # a peer that does not import is left out, and said to be
+        print(f"{module} is left out: {error}", file=sys.stderr)
+        return None
+    return getattr(found, name, None)
+
+
+def importable(module: str, name: str) -> Callable | None:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception:
+        return None
+
+
+def present(candidates: dict[str, Callable | None]) -> dict[str, Callable]:
+    return {name: call for name, call in candidates.items() if call is not None}
+
+
+def bound(function: Callable | None, *arguments: object, **options: object) -> Callable | None:
+    return None if function is None else lambda: function(*arguments, **options)
+
+
+# --- What eager PyTorch, and what is compiled, does ---
+
+
+def eager_logprobs(logits: Tensor, index: Tensor) -> Tensor:
+    return F.log_softmax(logits, -1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def rowwise(cross_entropy: Callable, logits: Tensor, index: Tensor) -> Tensor:
+    loss = cross_entropy(logits.flatten(0, -2), index.flatten(), reduction="none")
+    return -loss.view(index.shape)
+
+
+def negated_cross_entropy(logits: Tensor, index: Tensor) -> Tensor:
+    return rowwise(F.cross_entropy, logits, index)
+
+
+def eager_entropy(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    logp = F.log_softmax(logits, -1)
+    return logp.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+# --- Groups ---
+
+
+def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Group]:
+    batch = (SEQUENCES, rows // SEQUENCES)
+    logits = torch.randn(*batch, vocab, dtype=dtype, device=device).requires_grad_()
+    index = torch.randint(vocab, batch, device=device)
+    upstream = torch.randn(batch, device=device)
+    size = logits.nbytes
+    shape = f"{str(dtype).removeprefix('torch.')} {rows} x {vocab}"
+    liger = importable("liger_kernel.transformers.functional", "liger_cross_entropy")
+    quack = importable("quack.cross_entropy", "cross_entropy")
+    functions = {
+        "ours": ppo_kernels.selective_log_softmax,
+        "eager log_softmax + gather": eager_logprobs,
+        "eager cross_entropy": negated_cross_entropy,
+        "torch.compile": torch.compile(eager_logprobs),
+        "TRL": function_of("trl.trainer.utils", "selective_log_softmax"),
+        "verl": function_of("verl.utils.torch_functional", "logprobs_from_logits"),
+        "OpenRLHF": function_of("openrlhf.models.utils", "log_probs_from_logits"),
+        "Liger-Kernel": liger and functools.partial(rowwise, liger),
+        "QuACK": quack and functools.partial(rowwise, quack),
+    }
+    functions = present(functions)
+
+    def forward(function: Callable) -> Callable:
+        @torch.no_grad()
+        def call() -> object:
+            return function(logits, index)
+
+        return call
+
+    def both(function: Callable) -> Callable:
+        def call() -> Tensor:
+            logits.grad = None
+            result = function(logits, index)
+            result = result if isinstance(result, tuple) else (result,)
+            torch.autograd.backward(result, [upstream.to(part.dtype) for part in result])
+            return logits.grad
+
+        return call
+
+    yield Group(f"logprob forward {shape}", {n: forward(f) for n, f in functions.items()}, size)
+    both_passes = {n: both(f) for n, f in functions.items()}
+    yield Group(f"logprob forward + backward {shape}", both_passes, 3 * size)
+
+    functions = present(
+        {
+            "ours": ppo_kernels.logprobs_and_entropy,
+            "eager": eager_entropy,
+            "torch.compile": torch.compile(eager_entropy),
+            "TRL": function_of("trl.trainer.utils", "selective_log_softmax_and_entropy"),
+        }
+    )
+    name = "logprob and entropy"
+    yield Group(f"{name} forward {shape}", {n: forward(f) for n, f in functions.items()}, size)
+    both_passes = {n: both(f) for n, f in functions.items()}
+    yield Group(f"{name} forward + backward {shape}", both_passes, 3 * size)
+
+
+def full_kl_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Group]:
+    logits, ref_logits = torch.randn(2, rows, vocab, dtype=dtype, device=device)
+
+    def eager() -> Tensor:
+        p, q = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
+        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+    candidates = {
+        "ours": lambda: ppo_kernels.full_kl(logits, ref_logits),
+        "eager": eager,
+        "torch.compile": torch.compile(eager),
+    }
+    shape = f"{str(dtype).removeprefix('torch.')} {rows} x {vocab}"
+    yield Group(f"full_kl forward {shape}", candidates, 2 * logits.nbytes)
+
+
+def gae_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
+    values, rewards = torch.randn(2, batch, seq_len, device=device)
+    mask = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
+    number = mask.float()
+    verl = function_of("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
+    maker = function_of("openrlhf.trainer.ppo_utils.experience_maker", "RemoteExperienceMaker")
+    openrlhf = maker and (
+        lambda: maker.get_advantages_and_returns(None, values, rewards, number, 1.0, 0.95)
+    )
+    plain = {
+        "ours": lambda: ppo_kernels.gae(values, rewards, mask)[:2],
+        "eager loop": lambda: formulas.gae(values, rewards, mask, 1.0, 0.95),
+        "OpenRLHF": openrlhf,
+    }
+    whitened = {
+        "ours": lambda: ppo_kernels.gae(values, rewards, mask, whiten=True)[:2],
+        "verl": bound(verl, rewards, values, number, 1.0, 0.95),
+    }
+    size = 4 * values.nbytes + mask.nbytes
+    yield Group(f"gae {batch} x {seq_len}", present(plain), size)
+    yield Group(f"gae, whitened {batch} x {seq_len}", present(whitened), size + 2 * values.nbytes)
+
+
+def ppo_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
+    tensors = torch.randn(6, batch, seq_len, device=device)
+    old_logp, advantages, old_values, returns = tensors[:4]
+    logp, values = (tensor.clone().requires_grad_() for tensor in tensors[4:])
+    mask = torch.rand(batch, seq_len, device=device) > 0.1
+    options = {"values": values, "old_values": old_values, "returns": returns}
+
+    def run(function: Callable) -> Callable:
+        def call() -> tuple:
+            logp.grad = values.grad = None
+            result = function(logp, old_logp, advantages, mask, **options)
+            (result[0] if isinstance(result, tuple) else result).backward()
+            return logp.grad, values.grad
+
+        return call
+
+    candidates = {
+        "ours, with statistics": run(ppo_kernels.ppo_loss),
+        "eager, without": run(formulas.ppo_loss),
+        "torch.compile, without": run(torch.compile(formulas.ppo_loss)),
+    }
+    # Six inputs, the mask; two gradients, written, and read and written again when scaled.
+    size = 12 * logp.nbytes + mask.nbytes
+    yield Group(f"ppo_loss forward + backward {batch} x {seq_len}", candidates, size)
+
+
+def overhead_groups(device: str) -> Iterator[Group]:
+    logits = torch.randn(4, 32, device=device, requires_grad=True)
+    index = torch.randint(32, (4,), device=device)
+    upstream = torch.ones(4, device=device)
+    functions = {
+        "ours": ppo_kernels.selective_log_softmax,
+        "eager log_softmax + gather": eager_logprobs,
+        "eager cross_entropy": negated_cross_entropy,
+    }
+
+    def both(function: Callable) -> Callable:
+        def call() -> Tensor:
+            logits.grad = None
+            function(logits, index).backward(upstream)
+            return logits.grad
+
+        return call
+
+    alone = {name: lambda f=f: f(logits, index) for name, f in functions.items()}
+    yield Group("overhead forward 4 x 32", alone, 0, 1000)
+    yield Group("overhead forward + backward 4 x 32", {n: both(f) for n, f in functions.items()}, 0, 1000)
+
+
+CUDA_LOGITS = [
+    (8192, 151936),
+    (16384, 128256),
+    (32768, 50257),
+    (4096, 262144),
+    (512, 49152),
+    (64, 151936),
+]
+
+
+def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
+    """Makers of groups, so that the tensors of one are gone before those of the next are made."""
+    if device == "cpu":
+        for dtype in (torch.float32, torch.bfloat16):
+            yield lambda dtype=dtype: logprob_groups(512, 49152, dtype, device)
+            yield lambda dtype=dtype: full_kl_groups(512, 49152, dtype, device)
+        yield lambda: gae_groups(64, 2048, device)
+        yield lambda: ppo_loss_groups(64, 2048, device)
+    else:
+        for rows, vocab in CUDA_LOGITS:
+            yield lambda r=rows, v=vocab: logprob_groups(r, v, torch.bfloat16, device)
+            yield lambda r=rows, v=vocab: full_kl_groups(r, v, torch.bfloat16, device)
+        for batch, seq_len in ((8192, 2048), (512, 1024), (16, 131072)):
+            yield lambda b=batch, s=seq_len: gae_groups(b, s, device)
+        yield lambda: ppo_loss_groups(8192, 2048, device)
+    yield lambda: overhead_groups(device)
+
+
+# --- Measuring ---
+
+
+def agree(group: Group) -> None:
+    """On the first elements of each result."""
+
+    def some(call: Callable) -> list[Tensor]:
+        result = call()
+        result = result if isinstance(result, tuple) else (result,)
+        return [part.detach().flatten()[: 1 << 22].float().clone() for part in result]
+
+    names = iter(group.candidates)
+    ours = some(group.candidates[next(names)])
+    for name in names:
+        for a, b in zip(ours, some(group.candidates[name])):
+            try:
+                torch.testing.assert_close(a, b, rtol=3e-2, atol=6e-2)
+            except AssertionError as error:
+                raise SystemExit(f"{group.name}: {name} gives something else: {error}") from None
+
+
+class Clock:
+    """Times of calls, in seconds."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.cuda else None
+
+    def sample(self, call: Callable, repeat: int) -> float:
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            return (time.perf_counter() - start) / repeat
+        self.cache.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeat
+
+    def medians(self, group: Group, budget: float) -> dict[str, float]:
+        """Turn by turn, for about as many seconds as said, at least five turns."""
+        for call in group.candidates.values():
+            self.sample(call, min(group.repeat, 100))
+        samples = {name: [] for name in group.candidates}
+        start = time.perf_counter()
+        while min(map(len, samples.values())) < 5 or time.perf_counter() - start < budget:
+            for name, call in group.candidates.items():
+                samples[name].append(self.sample(call, group.repeat))
+        return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def copy_speed(clock: Clock) -> float:
+    """Bytes a second of a device-to-device copy, read and written."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = Group("copy", {"ours": lambda: target.copy_(source)}, 2 * source.nbytes)
+    return copy.bytes / clock.medians(copy, 1.0)["ours"]
+
+
+def duration(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--only", default="", help="part of a group's name")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each group")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(THREADS)
+    clock = Clock(arguments.device)
+    where = f"CPU, {THREADS} threads"
+    if arguments.device == "cuda":
+        speed = copy_speed(clock)
+        where = f"{torch.cuda.get_device_name()}, copy at {speed / 1e9:.0f} GB/s"
+    print(f"PyTorch {torch.__version__}, ppo-kernels {ppo_kernels.library_version()}, {where}\n")
+    columns = ["what", "who", "time", "times ours"]
+    columns += ["GB/s", "of a copy"] if arguments.device == "cuda" else []
+    print(f"| {' | '.join(columns)} |\n|---|---|{'--:|' * (len(columns) - 2)}", flush=True)
+    for make in groups(arguments.device):
+        for group in make():
+            if arguments.only not in group.name:
+                continue
+            agree(group)
+            medians = clock.medians(group, arguments.seconds)
+            ours = next(iter(medians.values()))
+            for number, (name, seconds) in enumerate(medians.items()):
+                cells = ["" if number else group.name, name, duration(seconds), f"{seconds / ours:.2f}"]
+                if arguments.device == "cuda":
+                    rate = group.bytes / seconds
+                    cells += [f"{rate / 1e9:.0f}", f"{100 * rate / speed:.0f}%"] if rate else ["", ""]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

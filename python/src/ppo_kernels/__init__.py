@@ -1,0 +1,53 @@
+"""Fused kernels for the token-level arithmetic of PPO.
+
+``ppo_kernels.NAME`` is a function on PyTorch tensors, of :mod:`ppo_kernels.functional`;
+:mod:`ppo_kernels.numpy` has the same on NumPy arrays, and needs no PyTorch. The two are imported
+when they are first asked for. :mod:`ppo_kernels.adapters` puts the functions in the place of those
+of TRL, verl and OpenRLHF.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .functional import (
+        GaeOutput,
+        full_kl,
+        gae,
+        logprobs_and_entropy,
+        masked_moments,
+        masked_whiten,
+        ppo_loss,
+        selective_log_softmax,
+        token_kl,
+    )
+
+__all__ = [
+    "GaeOutput",
+    "full_kl",
+    "gae",
+    "library_version",
+    "logprobs_and_entropy",
+    "masked_moments",
+    "masked_whiten",
+    "ppo_loss",
+    "selective_log_softmax",
+    "token_kl",
+]
+
+
+def library_version() -> str:
+    """The version of the compiled library."""
+    from ._lib import library
+
+    return library.version()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
+    from . import functional
+
+    globals().update({name: getattr(functional, name) for name in functional.__all__})
+    return globals()[name]

@@ -1,0 +1,444 @@
+"""The ops on PyTorch tensors, CPU and CUDA, with gradients.
+
+What holds for all of them:
+
+- Logits are float32, float16 or bfloat16; what is computed from them is float32, and their gradient
+  has their own dtype. Sums are kept in float32.
+- Tensors with a number a token (log-probabilities, values, advantages, ...) are float32; float16 and
+  bfloat16 are converted, and their gradients converted back.
+- Masks are bool or uint8, ``True`` for what counts; other dtypes are compared with 0. What is masked
+  may hold anything, NaN included: it counts for nothing, and results there are 0.
+- Contiguous tensors are used as they are, and so are logits whose leading slices are contiguous,
+  such as ``logits[:, :-1]``; others are copied first.
+- CUDA kernels run on the current stream, without waiting for the device.
+- The same inputs give the same bits.
+- A wrong argument is a ``ValueError`` that names it; anything else that fails a ``RuntimeError``.
+- They work under ``torch.compile(fullgraph=True)``; gradients of gradients are refused.
+
+The package's README and the header of the C library say more about each option.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _lib, _ops
+
+__all__ = [
+    "GaeOutput",
+    "full_kl",
+    "gae",
+    "logprobs_and_entropy",
+    "masked_moments",
+    "masked_whiten",
+    "ppo_loss",
+    "selective_log_softmax",
+    "token_kl",
+]
+
+Estimator = Literal["k1", "abs", "k2", "k3", "k3_straight_through"]
+Aggregation = Literal[
+    "token_mean",
+    "seq_mean_token_sum",
+    "seq_mean_token_mean",
+    "seq_mean_token_sum_norm",
+    "constant",
+]
+
+_HALVES = (torch.float16, torch.bfloat16)
+_BYTES = (torch.bool, torch.uint8, torch.int8)
+_SKIPPED = torch.iinfo(torch.int64).min  # a token id that nobody means
+
+
+def _per_token(tensor: Tensor | None) -> Tensor | None:
+    return tensor.float() if tensor is not None and tensor.dtype in _HALVES else tensor
+
+
+def _mask(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.dtype in _BYTES else mask != 0
+
+
+def _skip(
+    index: Tensor, row_mask: Tensor | None, ignore_index: int | None
+) -> tuple[Tensor, int | None]:
+    """The index with an ``ignore_index`` where the mask is 0."""
+    if row_mask is None:
+        return index, ignore_index
+    ignore_index = _SKIPPED if ignore_index is None else ignore_index
+    return index.long().masked_fill(row_mask == 0, ignore_index), ignore_index
+
+
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+) -> Tensor:
+    """Log-probabilities of chosen tokens: ``log_softmax(logits / temperature)`` at ``index``.
+
+    The logits are read once, and nothing of their size is made but their gradient.
+
+    Args:
+        logits: ``[..., vocab]``, float32, float16 or bfloat16. Differentiable.
+        index: token ids, int64 or int32: ``[...]`` for one a row, or ``[..., K]`` for several.
+            On the CPU an id outside of the vocabulary is an error, on CUDA its row is NaN.
+        temperature: divides the logits.
+        row_mask: ``[...]``; rows where it is 0 are not read and give 0. Only with one id a row.
+        ignore_index: rows with this id are not read and give 0. Only with one id a row.
+
+    Returns:
+        The log-probabilities in nats, float32, of the shape of ``index``. A row of logits with NaN
+        or +inf, or of -inf only, gives NaN in that row and in no other.
+    """
+    if index.dim() == logits.dim():
+        if row_mask is not None or ignore_index is not None:
+            raise ValueError(
+                "selective_log_softmax: `row_mask` and `ignore_index` go with one token a row, not"
+                f" with `index` of shape {list(index.shape)}"
+            )
+        return _ops.logprobs(logits, index, temperature)[0]
+    if row_mask is not None:
+        index, ignore_index = _skip(index, row_mask, ignore_index)
+    return _ops.logprob(logits, index, temperature, ignore_index)[0]
+
+
+def logprobs_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_log_softmax` of one token a row, and the entropy of each row's distribution,
+    from one pass over the logits.
+
+    Args:
+        logits: ``[..., vocab]``, float32, float16 or bfloat16. Differentiable.
+        index: token ids ``[...]``, int64 or int32.
+        temperature: divides the logits.
+        row_mask: ``[...]``; rows where it is 0 are not read and give 0.
+        ignore_index: rows with this id are not read and give 0.
+
+    Returns:
+        Log-probabilities and entropies in nats, float32, ``[...]`` each.
+    """
+    index, ignore_index = _skip(index, row_mask, ignore_index)
+    return _ops.logprob_entropy(logits, index, temperature, ignore_index)[:2]
+
+
+def token_kl(
+    logp: Tensor,
+    ref_logp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    estimator: Estimator = "k1",
+    log_ratio_clamp: float | None = None,
+    output_clamp: float | None = None,
+) -> Tensor:
+    """KL divergence from a reference model, estimated for each token from log-probabilities.
+
+    With d = logp - ref_logp: ``k1`` d; ``abs`` |d|; ``k2`` d^2 / 2; ``k3`` exp(-d) - 1 + d;
+    ``k3_straight_through`` the value of k3 with the gradient of k2.
+
+    Args:
+        logp, ref_logp: ``[...]``. Differentiable.
+        mask: ``[...]``.
+        estimator: one of the above.
+        log_ratio_clamp: clamps d to plus or minus this before the estimator (20 in verl).
+        output_clamp: clamps the estimate likewise (10 in verl). Where a clamp changed anything the
+            gradient is 0.
+
+    Returns:
+        float32, ``[...]``, 0 where masked.
+    """
+    logp, ref_logp, mask = _per_token(logp), _per_token(ref_logp), _mask(mask)
+    return _ops.token_kl(logp, ref_logp, mask, estimator, log_ratio_clamp, output_clamp)
+
+
+def full_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    mask: Tensor | None = None,
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Exact KL divergence between the distributions of two rows of logits, from one pass over both.
+
+    Args:
+        logits, ref_logits: ``[..., vocab]`` of one dtype: float32, float16 or bfloat16.
+            Differentiable.
+        mask: ``[...]``; rows that are masked are not read.
+        direction: ``forward``, KL(policy || reference), or ``reverse``, KL(reference || policy).
+        temperature: divides both logits.
+
+    Returns:
+        float32, ``[...]``, in nats; 0 where masked, +inf where a token that one gives a probability
+        has none under the other.
+    """
+    return _ops.full_kl(logits, ref_logits, _mask(mask), direction, temperature)[0]
+
+
+class GaeOutput(NamedTuple):
+    """What :func:`gae` returns: ``advantages, returns, *_ = gae(...)``."""
+
+    advantages: Tensor
+    """``[..., seq_len]``, 0 where masked."""
+    returns: Tensor
+    """``[..., seq_len]``: the targets of the value function, 0 where masked."""
+    rewards: Tensor | None
+    """``[..., seq_len]``: the rewards after shaping, if ``return_rewards``."""
+    moments: Tensor
+    """``[3]``, float64: count, mean and sum of squared deviations of the unmasked advantages, before
+    whitening; see :func:`masked_moments`."""
+
+
+def gae(
+    values: Tensor,
+    rewards: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    value_lam: float | None = None,
+    kl: Tensor | None = None,
+    kl_coef: float = 0.05,
+    scores: Tensor | None = None,
+    score_placement: Literal["last", "after_last"] = "last",
+    score_mean: float = 0.0,
+    score_std: float | None = None,
+    score_clip: float | None = None,
+    score_order: Literal["scale_then_clip", "clip_then_scale"] = "scale_then_clip",
+    has_eos: Tensor | None = None,
+    missing_eos: Literal["keep", "subtract", "replace"] = "keep",
+    missing_eos_value: float = 0.0,
+    dones: Tensor | None = None,
+    bootstrap: Tensor | None = None,
+    mask_mode: Literal["carry", "multiply"] = "carry",
+    whiten: bool = False,
+    return_rewards: bool = False,
+) -> GaeOutput:
+    """Generalised advantage estimation, with the shaping of the rewards in the same pass.
+
+    For each row, from the last token backwards::
+
+        r_t       = rewards_t - kl_coef kl_t + score    (the score at one place of the row only)
+        delta_t   = r_t + gamma V_{t+1} - V_t
+        A_t       = delta_t + gamma lam A_{t+1}
+        returns_t = A_t + V_t
+
+    It is not differentiable: the results are constants.
+
+    Args:
+        values: ``[..., seq_len]``.
+        rewards: dense rewards, ``[..., seq_len]``.
+        mask: ``[..., seq_len]``: padding left and right, and gaps.
+        gamma, lam: discount, and lambda of the advantages.
+        value_lam: lambda of the returns, if it is another.
+        kl: KL to the reference model, ``[..., seq_len]``, times ``kl_coef`` subtracted.
+        scores: of whole sequences, ``[...]``.
+        score_placement: at the ``last`` unmasked token, or ``after_last``, if there is room.
+        score_mean, score_std: if ``score_std`` is given, scores become (score - mean) / std.
+        score_clip: clips scores to plus or minus this.
+        score_order: which of the two comes first.
+        has_eos: whether the sequence ended by itself, ``[...]``.
+        missing_eos: where it did not, the score is kept, or ``missing_eos_value`` subtracted, or
+            put in its place.
+        dones: whether an episode ended with this step, ``[..., seq_len]``.
+        bootstrap: value of the state after the last unmasked token, ``[...]``.
+        mask_mode: ``carry``: a masked token is no step (verl, NeMo); ``multiply``: it is one of
+            reward 0 and value 0, which discounts (TRL 0.11, OpenRLHF).
+        whiten: whitens the advantages with :func:`masked_whiten`'s defaults.
+        return_rewards: whether to return the rewards after shaping.
+    """
+    numbers = [_constant(tensor) for tensor in (values, rewards, kl, scores, bootstrap)]
+    values, rewards, kl, scores, bootstrap = numbers
+    mask = _mask(mask)
+    advantages, returns, shaped, moments = _ops.gae(
+        values,
+        rewards,
+        mask,
+        kl,
+        scores,
+        _mask(has_eos),
+        _mask(dones),
+        bootstrap,
+        return_rewards,
+        gamma,
+        lam,
+        value_lam,
+        kl_coef,
+        score_mean,
+        score_std,
+        score_clip,
+        missing_eos_value,
+        mask_mode,
+        score_placement,
+        score_order,
+        missing_eos,
+    )
+    if whiten:
+        advantages = masked_whiten(advantages, mask, moments=moments)
+    return GaeOutput(advantages, returns, shaped if return_rewards else None, moments)
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    tensor = _per_token(tensor)
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+def masked_moments(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Count, mean and sum of squared deviations of the unmasked values: ``[3]``, float64.
+
+    Those of several shards merge into those of the whole, n_a and n_b being the counts::
+
+        delta = mean_b - mean_a
+        count = n_a + n_b
+        mean  = mean_a + delta n_b / count
+        m2    = m2_a + m2_b + delta^2 n_a n_b / count
+
+    Not differentiable.
+    """
+    return _ops.masked_moments(_constant(values), _mask(mask))
+
+
+def masked_whiten(
+    values: Tensor,
+    mask: Tensor | None = None,
+    shift_mean: bool = True,
+    *,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    eps_placement: Literal["variance", "std"] = "variance",
+    moments: Tensor | None = None,
+) -> Tensor:
+    """(values - mean) / sqrt(var + eps) over the unmasked values.
+
+    Args:
+        values: ``[...]``. Differentiable.
+        mask: ``[...]``.
+        shift_mean: if not, the mean is added back after scaling.
+        unbiased: whether the sum of squares is divided by n - 1, or else by n.
+        eps: keeps the divisor from 0; added to the variance, or to the standard deviation.
+        moments: :func:`masked_moments` of a larger set, as constants; else those of ``values``,
+            through which the gradient goes too.
+
+    Returns:
+        float32, ``[...]``, 0 where masked. With fewer than 2 unmasked values (1 if not
+        ``unbiased``) it is an error on the CPU and NaN on CUDA.
+    """
+    values, mask = _per_token(values), _mask(mask)
+    if moments is None:
+        return _ops.masked_whiten(values, mask, shift_mean, unbiased, eps, eps_placement)[0]
+    return _ops.masked_whiten_with(
+        values, mask, moments, shift_mean, unbiased, eps, eps_placement
+    )
+
+
+def ppo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    entropy: Tensor | None = None,
+    ref_logp: Tensor | None = None,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    value_clip_range: float | None = 0.2,
+    value_coef: float = 0.1,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_estimator: Estimator = "k3",
+    kl_log_ratio_clamp: float | None = 20.0,
+    kl_output_clamp: float | None = None,
+    aggregation: Aggregation = "token_mean",
+    aggregation_divisor: float | None = None,
+    denominator: float | None = None,
+    clip_fraction: Literal["clipped_branch", "ratio_outside"] = "clipped_branch",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The PPO loss and its statistics, from one pass that makes the gradients too.
+
+    With d = logp - old_logp, clamped, ratio r = exp(d), advantage A, low and high the clip ranges::
+
+        policy = max(-r A, -clip(r, 1 - low, 1 + high) A), at most -c A where A < 0 with dual clip c
+        value  = max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2) / 2
+        loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+
+    Args:
+        logp: log-probabilities under the policy that is trained, ``[..., seq_len]``. Differentiable.
+        old_logp: under the policy that made the rollout.
+        advantages: already whitened, if they are to be.
+        mask: ``[..., seq_len]``.
+        values, old_values, returns: for the value term: the critic's predictions, differentiable;
+            those at the time of the rollout, needed unless ``value_clip_range`` is ``None``; and
+            their targets.
+        entropy: of the policy at each token. Differentiable.
+        ref_logp: log-probabilities under the reference model, for the KL term.
+        clip_range, clip_range_high: low, and high if it is another.
+        dual_clip: c, above 1 (3 in verl).
+        log_ratio_clamp: clamps d to plus or minus this.
+        value_clip_range: e.
+        value_coef, entropy_coef, kl_coef: factors of the terms.
+        kl_estimator, kl_log_ratio_clamp, kl_output_clamp: as in :func:`token_kl`.
+        aggregation: ``token_mean``; ``seq_mean_token_sum`` and ``seq_mean_token_mean``, means over
+            the rows that have an unmasked token; ``seq_mean_token_sum_norm``, the sum over
+            ``seq_len``; ``constant``, the sum over ``aggregation_divisor``.
+        denominator: replaces that of the aggregation, for gradient accumulation and data
+            parallelism.
+        clip_fraction: counts tokens whose clipped branch is larger, or whose ratio is outside.
+
+    Returns:
+        The loss, a float32 scalar, and the statistics, float32 scalars on the same device: ``loss``,
+        ``policy_loss``, ``value_loss``, ``clip_fraction``, ``lower_clip_fraction``,
+        ``value_clip_fraction``, ``approx_kl_k1``, ``_k2``, ``_k3``, ``ratio_mean``, ``ratio_var``,
+        ``ratio_min``, ``ratio_max``, ``entropy_mean``, ``kl_mean``, ``advantage_mean``,
+        ``return_mean``, ``value_mean``, ``explained_variance`` and ``tokens``; NaN for what is not
+        defined, where an input is not given, say.
+    """
+    logp, values, entropy = _per_token(logp), _per_token(values), _per_token(entropy)
+    loss, stats, *_ = _ops.ppo_loss(
+        logp,
+        _per_token(old_logp),
+        _per_token(advantages),
+        values,
+        _per_token(old_values),
+        _per_token(returns),
+        entropy,
+        _per_token(ref_logp),
+        _mask(mask),
+        _wants_gradient(logp),
+        _wants_gradient(values),
+        _wants_gradient(entropy),
+        clip_range,
+        clip_range_high,
+        dual_clip,
+        log_ratio_clamp,
+        value_clip_range,
+        value_coef,
+        entropy_coef,
+        kl_coef,
+        kl_estimator,
+        kl_log_ratio_clamp,
+        kl_output_clamp,
+        aggregation,
+        aggregation_divisor,
+        denominator,
+        clip_fraction,
+    )
+    return loss, dict(zip(_lib.STATS, stats.unbind()))
+
+
+def _wants_gradient(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()

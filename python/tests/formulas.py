@@ -1,0 +1,111 @@
+"""The ops as plain PyTorch, to be run in float64: what values and gradients are compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def logprobs_and_entropy(logits, index, temperature=1.0):
+    logp = F.log_softmax(logits / temperature, -1)
+    many = index if index.dim() == logits.dim() else index.unsqueeze(-1)
+    chosen = logp.gather(-1, many.long())
+    entropy = -torch.where(logp.isneginf(), 0.0, logp.exp() * logp).sum(-1)
+    return (chosen if many is index else chosen.squeeze(-1)), entropy
+
+
+def token_kl(logp, ref_logp, estimator, log_ratio_clamp=None, output_clamp=None):
+    d = logp - ref_logp
+    if log_ratio_clamp is not None:
+        d = d.clamp(-log_ratio_clamp, log_ratio_clamp)
+    k2 = d * d / 2
+    k3 = torch.exp(-d) - 1 + d
+    kl = {"k1": d, "abs": d.abs(), "k2": k2, "k3": k3, "k3_straight_through": k2}[estimator]
+    if estimator == "k3_straight_through":
+        kl = k3.detach() + k2 - k2.detach()
+    return kl if output_clamp is None else kl.clamp(-output_clamp, output_clamp)
+
+
+def full_kl(logits, ref_logits, direction="forward", temperature=1.0):
+    p, q = (F.log_softmax(z / temperature, -1) for z in (logits, ref_logits))
+    p, q = (p, q) if direction == "forward" else (q, p)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def gae(values, rewards, mask, gamma, lam, multiply=False):
+    """Rows of [B, T], token by token from the last."""
+    values, rewards = (torch.where(mask, tensor, 0.0) for tensor in (values, rewards))
+    following = accumulated = torch.zeros_like(values[:, 0])
+    advantages = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        step = mask[:, t] | multiply
+        accumulated = torch.where(step, delta + gamma * lam * accumulated, accumulated)
+        following = torch.where(step, values[:, t], following)
+        advantages.append(accumulated)
+    advantages = torch.stack(advantages[::-1], 1)
+    return advantages * mask, (advantages + values) * mask
+
+
+def masked_whiten(values, mask, shift_mean=True, unbiased=True, eps=1e-8):
+    kept = values[mask]
+    mean, var = kept.mean(), kept.var(correction=int(unbiased))
+    whitened = (values - mean) * torch.rsqrt(var + eps) + (0.0 if shift_mean else mean)
+    return torch.where(mask, whitened, 0.0)
+
+
+def aggregate(loss, mask, aggregation, divisor=None):
+    loss, lengths = torch.where(mask, loss, 0.0), mask.sum(-1)
+    rows = (lengths > 0).sum()
+    if aggregation == "token_mean":
+        return loss.sum() / mask.sum()
+    if aggregation == "seq_mean_token_sum":
+        return loss.sum() / rows
+    if aggregation == "seq_mean_token_mean":
+        return (loss.sum(-1) / lengths.clamp(min=1)).sum() / rows
+    return loss.sum() / (loss.shape[-1] if divisor is None else divisor)
+
+
+def ppo_loss(
+    logp,
+    old_logp,
+    advantages,
+    mask,
+    *,
+    values=None,
+    old_values=None,
+    returns=None,
+    entropy=None,
+    ref_logp=None,
+    clip_range=0.2,
+    clip_range_high=None,
+    dual_clip=None,
+    log_ratio_clamp=20.0,
+    value_clip_range=0.2,
+    value_coef=0.1,
+    entropy_coef=0.0,
+    kl_coef=0.0,
+    aggregation="token_mean",
+    aggregation_divisor=None,
+):
+    def agg(loss):
+        return aggregate(loss, mask, aggregation, aggregation_divisor)
+
+    ratio = (logp - old_logp).clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+    high = clip_range if clip_range_high is None else clip_range_high
+    free, clipped = -ratio * advantages, -ratio.clamp(1 - clip_range, 1 + high) * advantages
+    policy = torch.maximum(free, clipped)
+    if dual_clip is not None:
+        bounded = torch.minimum(policy, -dual_clip * advantages)
+        policy = torch.where(advantages < 0, bounded, policy)
+    loss = agg(policy)
+    if values is not None:
+        near = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+        loss = loss + value_coef * agg(
+            torch.maximum((values - returns) ** 2, (near - returns) ** 2) / 2
+        )
+    if entropy is not None:
+        loss = loss - entropy_coef * agg(entropy)
+    if ref_logp is not None:
+        loss = loss + kl_coef * agg(token_kl(logp, ref_logp, "k3", 20.0))
+    return loss

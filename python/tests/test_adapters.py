@@ -1,0 +1,231 @@
+"""The adapters: ours in the place of the peers' functions give what those give."""
+
+import importlib
+import types
+
+import pytest
+import torch
+
+import peers
+from ppo_kernels import adapters
+
+TOLERANCE = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1.6e-2, 3e-2)}
+DTYPES = list(TOLERANCE)
+
+
+def load(name):
+    return peers.find(name) or pytest.skip(f"{name.split('.')[0]} is not installed")
+
+
+def compare(patch, call, *tensors, keep=None):
+    """Results and gradients of ``call(*tensors)``, as the peer has it and with the patch. The first
+    tensor gets the gradient; ``keep`` masks what counts of a result of its shape."""
+    rtol, atol = TOLERANCE[tensors[0].dtype]
+
+    def run():
+        leaf = tensors[0].clone().requires_grad_()
+        results = call(leaf, *(tensor.clone() for tensor in tensors[1:]))
+        results = results if isinstance(results, tuple) else (results,)
+        differentiable = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
+        upstream = [torch.sin(torch.arange(r.numel()) + 1.0).view(r.shape).to(r.dtype) for r in differentiable]
+        grads = torch.autograd.grad(differentiable, leaf, upstream) if differentiable else ()
+        return results, grads
+
+    expected, expected_grads = run()
+    with patch():
+        ours, grads = run()
+    for a, b in zip((*ours, *grads), (*expected, *expected_grads), strict=True):
+        if isinstance(b, torch.Tensor):
+            if keep is not None and b.shape == keep.shape:
+                a, b = a[keep], b[keep]
+            torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=atol)
+        elif isinstance(b, dict):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
+        else:
+            assert a == b
+    assert len(grads) == len(expected_grads)
+
+
+def per_token(count):
+    return torch.randn(count, 4, 21).unbind()
+
+
+def response_mask(dtype=torch.int64):
+    mask = torch.rand(4, 21) > 0.3
+    mask[:, 0], mask[3] = True, False
+    return mask.to(dtype)
+
+
+# --- TRL ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trl(dtype):
+    utils = load("trl.trainer.utils")
+    logits, index = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))
+    several = torch.randint(40, (2, 5, 3))
+
+    def both(function, *arguments, **options):
+        compare(adapters.patch_trl, lambda x: getattr(utils, function)(x, *arguments, **options), logits)
+
+    both("selective_log_softmax", index)
+    both("selective_log_softmax", several)
+    both("entropy_from_logits")
+    if not hasattr(utils, "selective_log_softmax_and_entropy"):
+        return
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 0, 1, 1]])
+    both("selective_log_softmax", index, temperature=0.7, row_mask=mask)
+    both("selective_log_softmax", several, temperature=0.7)
+    both("selective_log_softmax_and_entropy", index, temperature=0.7, row_mask=mask)
+    both("selective_log_softmax_and_entropy", index, entropy_requires_grad=False)
+
+
+def test_trl_is_used_and_undone():
+    utils = load("trl.trainer.utils")
+    original = utils.selective_log_softmax
+    user = types.ModuleType("trl.trainer.user")
+    user.selective_log_softmax = original  # as `from .utils import selective_log_softmax` does
+    late = types.ModuleType("trl.trainer.late")
+    try:
+        importlib.sys.modules.update({user.__name__: user, late.__name__: late})
+        patch = adapters.patch_trl()
+        assert user.selective_log_softmax is utils.selective_log_softmax is not original
+        late.selective_log_softmax = utils.selective_log_softmax
+        assert utils.selective_log_softmax.__name__ == "selective_log_softmax"
+        logits, index = torch.randn(2, 5, 40), torch.randint(40, (2, 5))
+        assert "ppo_kernels" not in str(original(logits.requires_grad_(), index).grad_fn)
+        assert "ppo_kernels" in str(user.selective_log_softmax(logits, index).grad_fn)
+        doubles = utils.selective_log_softmax(logits.double(), index)
+        assert doubles.dtype == torch.float64  # theirs
+        patch.undo()
+        patch.undo()
+        assert all(m.selective_log_softmax is original for m in (user, late, utils))
+    finally:
+        for module in (user, late):
+            del importlib.sys.modules[module.__name__]
+
+
+# --- verl ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_verl_on_logits(dtype):
+    functions = load("verl.utils.torch_functional")
+    logits, labels = torch.randn(6, 40).to(dtype), torch.randint(40, (6,))
+    batch, of_batch = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))
+    patch = adapters.patch_verl
+    compare(patch, lambda x: functions.logprobs_from_logits(x, labels), logits)
+    compare(patch, lambda x: functions.logprobs_from_logits(logits=x, labels=of_batch), batch)
+    compare(patch, lambda x: functions.logprobs_from_logits_v2(x, of_batch), batch)
+    compare(patch, lambda x: functions.entropy_from_logits(x), batch)
+    compare(patch, lambda x: functions.entropy_from_logits_with_chunking(x, chunk_size=4), logits)
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.int64, torch.float32])
+def test_verl_per_token(mask_dtype):
+    functions = load("verl.utils.torch_functional")
+    algorithms = load("verl.trainer.ppo.core_algos")
+    mask, patch = response_mask(mask_dtype), adapters.patch_verl
+    values, rewards = per_token(2)
+    for shift in (True, False):
+        compare(patch, lambda x: functions.masked_whiten(x * mask, mask, shift) * mask, values)
+
+    def gae(x):
+        advantages, returns = algorithms.get_adv_estimator_fn("gae")(
+            token_level_rewards=rewards, values=x, response_mask=mask, gamma=0.99, lam=0.95
+        )
+        return advantages * mask, returns * mask
+
+    compare(patch, gae, values)
+    for kind in ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3", "k1+", "abs+", "k2+", "k3+"):
+        compare(patch, lambda x, y, kind=kind: algorithms.kl_penalty(x, y, kind), *per_token(2))
+    with pytest.raises(NotImplementedError), patch():
+        algorithms.kl_penalty(values, rewards, "full")
+
+
+class Config(dict):
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    "batch", [{}, {"dp_size": 2, "batch_num_tokens": 100, "global_batch_size": 6}]
+)
+def test_verl_policy_loss(mode, batch):
+    algorithms = load("verl.trainer.ppo.core_algos")
+    mask = response_mask()
+    for clips in ({}, {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 2.0}):
+        config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
+        config.update(clips, global_batch_info=batch)
+
+        def loss(x, old, advantages, **options):
+            function = algorithms.get_policy_loss_fn("vanilla")
+            return function(old, x, advantages, mask, mode, config, **options)
+
+        compare(adapters.patch_verl, loss, *per_token(3))
+        weights = torch.rand(4, 21)
+        compare(adapters.patch_verl, lambda *t: loss(*t, rollout_is_weights=weights), *per_token(3))
+    if not batch:
+        config.update(global_batch_info={"dp_size": 2})
+        with pytest.raises(ValueError, match="dp_size"), adapters.patch_verl():
+            loss(*per_token(3))
+
+
+# --- OpenRLHF ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_openrlhf_on_logits(dtype):
+    utils = load("openrlhf.models.utils")
+    logits, labels = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))
+    patch = adapters.patch_openrlhf
+    compare(patch, lambda x: utils.log_probs_from_logits(x, labels), logits)
+    compare(patch, lambda x: utils.log_probs_from_logits(x * 1, labels, temperature=0.7), logits)
+    if dtype == torch.float32:  # theirs is compiled
+        entropy = utils.compute_entropy
+        utils.compute_entropy = getattr(entropy, "_torchdynamo_orig_callable", entropy)
+        try:
+            compare(patch, lambda x: utils.compute_entropy(x), logits)
+        finally:
+            utils.compute_entropy = entropy
+
+
+def test_openrlhf_per_token():
+    utils, patch = load("openrlhf.models.utils"), adapters.patch_openrlhf
+    for estimator in ("k1", "k2", "k3"):
+        compare(patch, lambda x, y, e=estimator: utils.compute_approx_kl(x, y, kl_estimator=e), *per_token(2))
+        compare(
+            patch,
+            lambda x, y, e=estimator: utils.compute_approx_kl(
+                x, y, kl_estimator=e, unbiased_gradient=True
+            ),
+            *per_token(2),
+        )
+    with pytest.raises(ValueError, match="Unknown kl_estimator"), patch():
+        utils.compute_approx_kl(*per_token(2), kl_estimator="k4")
+    maker = load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+    rewards, mask = torch.randn(4, 21), response_mask(torch.bool)
+    for given in (mask, None):
+        compare(
+            patch,
+            lambda x, given=given: maker.get_advantages_and_returns(None, x, rewards, given, 0.99, 0.9),
+            torch.randn(4, 21),
+            keep=given,
+        )
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_openrlhf_policy_loss(by_token, dual_clip):
+    losses = load("openrlhf.models.loss")
+    policy = losses.PolicyLoss(0.2, 0.3, dual_clip, by_token)
+    mask = response_mask(torch.float32)
+    totals = {"dp_size": 2, "batch_num_tokens": 90.0, "global_batch_size": 7}
+    for options in ({}, totals):
+        compare(
+            adapters.patch_openrlhf,
+            lambda x, old, advantages, options=options: policy(x, old, advantages, mask, **options),
+            *per_token(3),
+        )
+    sequences = losses.PolicyLoss(0.2, 0.3, policy_loss_type="gspo")  # theirs
+    compare(adapters.patch_openrlhf, lambda *t: sequences(*t, mask), *per_token(3))

@@ -1,0 +1,73 @@
+"""Arguments that are refused: each with a ValueError that names the op and the argument."""
+
+import pytest
+import torch
+
+from ppo_kernels import functional
+
+logits, index, rows = torch.randn(2, 3, 8), torch.zeros(2, 3, dtype=torch.int64), torch.randn(2, 3)
+one = torch.tensor([[1, 0, 0], [0, 0, 0]], dtype=torch.bool)
+far = torch.full((2, 3), 8)
+
+CASES = [
+    (functional.selective_log_softmax, (logits, far), "selective_log_softmax|logprob.*8.*0..8"),
+    (functional.selective_log_softmax, (logits, -far.int()), "expected 0..8 or ignore_index"),
+    (functional.selective_log_softmax, (logits, index[0]), "`index` has shape \\[3\\], expected \\[2, 3\\]"),
+    (functional.selective_log_softmax, (logits, rows), "`index` has dtype float32, expected int64"),
+    (functional.selective_log_softmax, (logits.double(), index), "`logits` has dtype float64"),
+    (functional.selective_log_softmax, (logits[0, 0, 0], index[0, 0]), "go with one|shape"),
+    (functional.selective_log_softmax, (logits[..., :0], index), "vocab"),
+    (functional.selective_log_softmax, (logits, index, 0.0), "temperature"),
+    (functional.selective_log_softmax, (logits, index, float("nan")), "temperature"),
+    (functional.selective_log_softmax, (logits, logits.long(), 1.0, one), "row_mask"),
+    (functional.logprobs_and_entropy, (logits, logits.long()), "`index` has shape \\[2, 3, 8\\]"),
+    (functional.token_kl, (rows, rows.T), "token_kl: `ref_logp` has shape \\[3, 2\\]"),
+    (functional.token_kl, (rows.double(), rows), "token_kl: `logp` has dtype float64"),
+    (functional.token_kl, (rows, rows, one[0]), "token_kl: `mask` has shape"),
+    (functional.full_kl, (logits, logits.half()), "`ref_logits` has dtype float16, expected float32"),
+    (functional.full_kl, (logits, logits[:1]), "`ref_logits` has shape"),
+    (functional.full_kl, (logits, logits, rows.T > 0), "`mask` has shape"),
+    (functional.gae, (rows[0, 0],), "gae: `values` has shape \\[\\]"),
+    (functional.gae, (rows, rows.T), "gae: `rewards` has shape"),
+    (functional.masked_whiten, (rows, one), "1 element.*at least 2"),
+    (functional.masked_whiten, (rows, one.T), "`mask` has shape"),
+    (functional.ppo_loss, (rows, rows, rows, one & False), "mask"),
+    (functional.ppo_loss, (rows, rows.T, rows), "`old_logp` has shape"),
+    (functional.ppo_loss, (rows[0, 0], rows, rows), "`logp` has shape \\[\\]"),
+]
+OPTIONS = [
+    (functional.token_kl, (rows, rows), {"estimator": "k4"}, "`estimator` is 'k4', expected one of 'k1'"),
+    (functional.token_kl, (rows, rows), {"output_clamp": -1.0}, "`output_clamp` is -1.0"),
+    (functional.token_kl, (rows, rows), {"output_clamp": -2.0}, "output_clamp"),
+    (functional.full_kl, (logits, logits), {"direction": "sideways"}, "`direction` is 'sideways'"),
+    (functional.gae, (rows,), {"gamma": 1.5}, "gamma"),
+    (functional.gae, (rows,), {"scores": rows}, "`scores` has shape \\[2, 3\\], expected \\[2\\]"),
+    (functional.gae, (rows,), {"mask_mode": "no"}, "`mask_mode` is 'no'"),
+    (functional.gae, (rows,), {"missing_eos": "subtract"}, "missing_eos"),
+    (functional.masked_whiten, (rows,), {"eps": 0.0}, "eps"),
+    (functional.masked_whiten, (rows,), {"moments": rows}, "`moments` has dtype float32"),
+    (functional.ppo_loss, (rows, rows, rows), {"values": rows}, "returns"),
+    (functional.ppo_loss, (rows, rows, rows), {"dual_clip": 0.5}, "dual_clip"),
+    (functional.ppo_loss, (rows, rows, rows), {"aggregation": "mean"}, "`aggregation` is 'mean'"),
+    (functional.ppo_loss, (rows, rows, rows), {"aggregation": "constant"}, "`aggregation` is 0.0, expected above 0"),
+    (functional.ppo_loss, (rows, rows, rows), {"kl_coef": 0.1}, "ref_logp"),
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "message"), CASES)
+def test_argument(function, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)
+
+
+@pytest.mark.parametrize(("function", "arguments", "options", "message"), OPTIONS)
+def test_option(function, arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(*arguments, **options)
+
+
+def test_device():
+    with pytest.raises(ValueError, match="`index` is on device meta, expected cpu"):
+        functional.selective_log_softmax(logits, index.to("meta"))
+    with pytest.raises(NotImplementedError):
+        functional.selective_log_softmax(logits.to_sparse(), index)

@@ -1,0 +1,142 @@
+"""Numbers that the functions of TRL, verl and OpenRLHF gave, at the commits in tests/golden/README.md."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppo_kernels import functional
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="not in the source tree")
+NUMBERS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+def cases(file, *functions):
+    """Those of a file whose function is one of these, their inputs completed. Names are as in the
+    peers' own code."""
+    if not GOLDEN.exists():
+        return []
+    every = {case["id"]: case for case in json.loads((GOLDEN / f"{file}.json").read_text())}
+    found = []
+    for name, case in every.items():
+        if case["function"] in functions and case["dtype"] == "float64" and "raises" not in case["outputs"]:
+            same = case["inputs"].get("same_inputs_as")
+            inputs = {**(every[same]["inputs"] if same else {}), **case["inputs"]}
+            found.append(pytest.param(inputs, case["outputs"], id=name))
+    return found
+
+
+def numbers(nested):
+    if isinstance(nested, list):
+        return [numbers(entry) for entry in nested]
+    return NUMBERS.get(nested, nested)
+
+
+def f32(nested):
+    return torch.tensor(numbers(nested), dtype=torch.float32)
+
+
+def close(ours, expected, mask=None, rtol=1e-5, atol=2e-5):
+    expected = torch.tensor(numbers(expected), dtype=torch.float64)
+    if mask is not None:
+        ours, expected = ours[mask], expected[mask]
+    torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=atol)
+
+
+LOGPROB = (
+    "trl.trainer.utils.selective_log_softmax",
+    "trl.trainer.utils.selective_log_softmax (K indices per position)",
+    "verl.utils.torch_functional.logprobs_from_logits_v2 / _naive",
+    "openrlhf.models.utils.log_probs_from_logits",
+)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), cases("logprob", *LOGPROB))
+def test_logprob(inputs, outputs):
+    logits = f32(inputs["logits"]).requires_grad_()
+    index = torch.tensor(inputs["labels" if "labels" in inputs else "index"])
+    ours = functional.selective_log_softmax(logits, index.long(), inputs.get("temperature", 1.0))
+    close(ours, outputs.get("logp", outputs.get("logp_naive")))
+    grad = outputs.get("grad_logits", outputs.get("grad_logits_naive"))
+    if grad is not None:  # those of large vocabularies were not kept
+        ours.backward(f32(inputs["grad_out"]))
+        close(logits.grad, grad)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), cases("entropy", "trl.trainer.utils.entropy_from_logits")
+)
+def test_entropy(inputs, outputs):
+    logits = f32(inputs["logits"]).requires_grad_()
+    index = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    _, ours = functional.logprobs_and_entropy(logits, index, inputs.get("temperature", 1.0))
+    if inputs["kind"] == "neginf":  # theirs is NaN
+        return
+    close(ours, outputs["entropy"])
+    if "grad_logits" in outputs:
+        ours.backward(f32(inputs["grad_out"]))
+        close(logits.grad, outputs["grad_logits"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    cases("gae", "verl.trainer.ppo.core_algos.compute_gae_advantage_return"),
+)
+def test_gae_of_verl(inputs, outputs):
+    mask = f32(inputs["mask"]) != 0
+    options = {"gamma": inputs["gamma"], "lam": inputs["lam"]}
+    arguments = (f32(inputs["values"]), f32(inputs["rewards"]), mask)
+    close(functional.gae(*arguments, **options).advantages, outputs["advantages_unwhitened"], mask)
+    ours = functional.gae(*arguments, whiten=True, **options)
+    close(ours.advantages, outputs["advantages"], mask, rtol=1e-4)
+    close(ours.returns, outputs["returns"], mask)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    cases(
+        "gae",
+        "openrlhf.trainer.ppo_utils.experience_maker.RemoteExperienceMaker.get_advantages_and_returns",
+    ),
+)
+def test_gae_of_openrlhf(inputs, outputs):
+    mask = f32(inputs["mask"]) != 0
+    options = {"gamma": inputs["gamma"], "lam": inputs["lam"], "mask_mode": "multiply"}
+    ours = functional.gae(f32(inputs["values"]), f32(inputs["rewards"]), mask, **options)
+    close(ours.advantages, outputs["advantages"], mask)
+    close(ours.returns, outputs["returns"], mask)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    cases("policy_loss_verl", "verl.trainer.ppo.core_algos.compute_policy_loss_vanilla"),
+)
+def test_policy_loss_of_verl(inputs, outputs):
+    aggregation = inputs["loss_agg_mode"].replace("-", "_")
+    special = {"rollout_is_weights", "global_batch_info", "batch_num_tokens", "dp_size"}
+    if special & set(inputs):
+        pytest.skip("an option that is the adapter's to pass on")
+    logp = f32(inputs["log_prob"]).requires_grad_()
+    old_logp, advantages = f32(inputs["old_log_prob"]), f32(inputs["advantages"])
+    low, high = inputs.get("clip_ratio_low"), inputs.get("clip_ratio_high")
+    loss, stats = functional.ppo_loss(
+        logp,
+        old_logp,
+        advantages,
+        f32(inputs["response_mask"]),
+        clip_range=inputs["clip_ratio"] if low is None else low,
+        clip_range_high=inputs["clip_ratio"] if high is None else high,
+        dual_clip=inputs.get("clip_ratio_c", 3.0),
+        aggregation=aggregation,
+    )
+    close(loss, outputs["loss"])
+    for name, theirs in (
+        ("clip_fraction", "pg_clipfrac"),
+        ("approx_kl_k1", "ppo_kl"),
+        ("lower_clip_fraction", "pg_clipfrac_lower"),
+    ):
+        close(stats[name], outputs[theirs])
+    loss.backward(f32(inputs.get("grad_out", 1.0)))
+    close(logp.grad, outputs["grad_log_prob"])

@@ -1,0 +1,109 @@
+"""NumPy arrays: the same numbers as PyTorch tensors, and no PyTorch needed."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_kernels.numpy as ppok
+from ppo_kernels import functional
+
+
+def same(array, tensor):
+    assert array.dtype == np.float32 and array.shape == tuple(tensor.shape)
+    np.testing.assert_array_equal(array, tensor.numpy())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.float64])
+@pytest.mark.parametrize("index_dtype", [np.int64, np.int32, np.uint32, np.int16])
+def test_logprobs(dtype, index_dtype):
+    logits = np.random.randn(2, 3, 40).astype(dtype)
+    index = np.random.randint(0, 40, (2, 3)).astype(index_dtype)
+    mask = np.array([[True, False, True], [True, True, False]])
+    tensor = torch.from_numpy(logits if dtype != np.float64 else logits.astype(np.float32))
+    tensors = (tensor, torch.from_numpy(index.astype(np.int64)), 0.7, torch.from_numpy(mask))
+    logp, entropy = ppok.logprobs_and_entropy(logits, index, 0.7, mask)
+    expected = functional.logprobs_and_entropy(*tensors)
+    same(logp, expected[0])
+    same(entropy, expected[1])
+    same(ppok.selective_log_softmax(logits, index, 0.7, mask), expected[0])
+    sliced = ppok.selective_log_softmax(logits[:, ::2], index[:, ::2], 0.7)
+    same(sliced, functional.selective_log_softmax(tensor[:, ::2], tensors[1][:, ::2], 0.7))
+    if index_dtype != np.uint32:
+        skipped = ppok.selective_log_softmax(logits, np.where(mask, index, -1), 0.7, ignore_index=-1)
+        same(skipped, expected[0])
+
+
+def test_per_token_ops():
+    logp, ref_logp, values, rewards = np.random.randn(4, 3, 20).astype(np.float32)
+    mask = np.random.rand(3, 20) > 0.3
+    scores = np.array([1.0, -2.0, 3.0])
+    t = {name: torch.from_numpy(array) for name, array in locals().items() if name != "scores"}
+    mask64 = mask.astype(np.int64)
+    same(
+        ppok.token_kl(logp, ref_logp, mask64, estimator="k3"),
+        functional.token_kl(t["logp"], t["ref_logp"], t["mask"], estimator="k3"),
+    )
+    same(
+        ppok.full_kl(logp, ref_logp, direction="reverse"),
+        functional.full_kl(t["logp"], t["ref_logp"], direction="reverse"),
+    )
+    options = {"gamma": 0.9, "whiten": True, "return_rewards": True}
+    ours = ppok.gae(values, rewards, mask64, scores=scores, **options)
+    expected = functional.gae(
+        t["values"], t["rewards"], t["mask"], scores=torch.from_numpy(scores).float(), **options
+    )
+    for a, b in zip(ours[:3], expected[:3]):
+        same(a, b)
+    assert ours.moments.tolist() == expected.moments.tolist()
+    same(ppok.masked_whiten(values, mask, False), functional.masked_whiten(t["values"], t["mask"], False))
+    assert ppok.masked_moments(values).tolist() == functional.masked_moments(t["values"]).tolist()
+
+    arguments = ("logp", "ref_logp", "rewards", "mask")
+    loss, stats, gradients = ppok.ppo_loss(
+        logp, ref_logp, rewards, mask, values=values, old_values=logp, returns=rewards
+    )
+    leaves = {name: t[name].clone().requires_grad_() for name in ("logp", "values")}
+    expected, tensors = functional.ppo_loss(
+        leaves["logp"],
+        *(t[name] for name in arguments[1:]),
+        values=leaves["values"],
+        old_values=t["logp"],
+        returns=t["rewards"],
+    )
+    expected.backward()
+    assert np.float32(loss) == expected.item() and set(gradients) == set(leaves)
+    assert np.float32(stats["clip_fraction"]) == tensors["clip_fraction"].item()
+    for name, leaf in leaves.items():
+        same(gradients[name], leaf.grad)
+
+
+def test_lists_and_scalars():
+    assert ppok.selective_log_softmax([0.0, 0.0], 1) == np.float32(-np.log(2))
+    assert ppok.masked_whiten([1, 2, 3]).tolist() == pytest.approx([-1, 0, 1])
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="`index` has shape \\[3\\], expected \\[2\\]"):
+        ppok.selective_log_softmax(np.zeros((2, 4)), np.zeros(3, np.int64))
+    with pytest.raises(ValueError, match="0..4"):
+        ppok.selective_log_softmax(np.zeros((2, 4)), np.array([0, 4]))
+    with pytest.raises(ValueError, match="`mask` has shape"):
+        ppok.gae(np.zeros((2, 4)), mask=np.zeros(4))
+    with pytest.raises(ValueError, match="`estimator` is 'x'"):
+        ppok.token_kl(np.zeros(2), np.zeros(2), estimator="x")
+
+
+PROGRAM = """
+import sys
+sys.modules["torch"] = None  # makes `import torch` fail
+import ppo_kernels, ppo_kernels.numpy
+assert ppo_kernels.library_version()
+assert abs(ppo_kernels.numpy.gae([[0.5]], [[1.0]]).advantages[0, 0] - 0.5) < 1e-6
+"""
+
+
+def test_without_torch():
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True)

@@ -1,0 +1,390 @@
+"""Values and gradients against plain PyTorch in float64, and what the docs promise of arguments."""
+
+import pytest
+import torch
+
+import formulas
+import ppo_kernels
+from ppo_kernels import functional
+
+# Sums of V float32 terms of order 1 in float32, and the rounding of 16-bit gradients.
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float16: {"rtol": 2e-3, "atol": 1e-3},
+    torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
+}
+F32 = TOLERANCE[torch.float32]
+DTYPES = list(TOLERANCE)
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+def leaf(tensor):
+    return tensor.detach().clone().requires_grad_()
+
+
+def check(ours, exact, inputs, exact_inputs, tolerance=F32):
+    """Results and, for random upstream gradients, gradients."""
+    ours, exact = ([x] if isinstance(x, torch.Tensor) else list(x) for x in (ours, exact))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    upstream = [torch.randn_like(a) for a in ours]
+    found = torch.autograd.grad(ours, inputs, upstream)
+    expected = torch.autograd.grad(exact, exact_inputs, [g.double() for g in upstream])
+    for a, b, x in zip(found, expected, inputs, strict=True):
+        assert a.dtype == x.dtype and a.shape == x.shape
+        torch.testing.assert_close(a.double(), b, **tolerance)
+
+
+def logits_and_index(shape, dtype=torch.float32, device="cpu"):
+    logits = (3 * torch.randn(shape, device=device)).to(dtype).requires_grad_()
+    index = torch.randint(shape[-1], shape[:-1], device=device)
+    return logits, index, leaf(logits.double())
+
+
+# --- logprob ---
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 1), (5, 1000), (2, 3, 33), (2, 2, 3, 50)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_logprobs(shape, dtype, index_dtype, device):
+    logits, index, exact = logits_and_index(shape, dtype, device)
+    ours = functional.logprobs_and_entropy(logits, index.to(index_dtype), 0.7)
+    reference = formulas.logprobs_and_entropy(exact, index, 0.7)
+    check(ours, reference, [logits], [exact], TOLERANCE[dtype])
+    alone = functional.selective_log_softmax(logits, index.to(index_dtype), 0.7)
+    assert torch.equal(alone, ours[0]) and alone.dtype == torch.float32
+    check(alone, formulas.logprobs_and_entropy(exact, index, 0.7)[0], [logits], [exact], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropy_alone(dtype, device):
+    logits, index, exact = logits_and_index((4, 65), dtype, device)
+    ours = functional.logprobs_and_entropy(logits, index)[1]
+    check(ours, formulas.logprobs_and_entropy(exact, index)[1], [logits], [exact], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(9, 40), (2, 3, 33)])
+def test_several_tokens_a_row(shape, dtype, device):
+    logits, _, exact = logits_and_index(shape, dtype, device)
+    index = torch.randint(shape[-1], (*shape[:-1], 5), device=device)  # some of them twice
+    ours = functional.selective_log_softmax(logits, index, 1.3)
+    reference, _ = formulas.logprobs_and_entropy(exact, index, 1.3)
+    check(ours, reference, [logits], [exact], TOLERANCE[dtype])
+
+
+def test_impossible_tokens(device):
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]], device=device, requires_grad=True)
+    for index in ([[1]], [[1, 0, 1]]):
+        index = torch.tensor(index, device=device)
+        logp = functional.selective_log_softmax(logits, index[:, 0] if index.numel() == 1 else index)
+        assert logp.flatten()[0].isneginf()
+        (grad,) = torch.autograd.grad(logp, logits, torch.ones_like(logp))
+        assert grad.isfinite().all() and not (grad == 0).all()
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32])
+def test_rows_that_are_skipped(index_dtype, device):
+    logits, index, _ = logits_and_index((3, 4, 20), device=device)
+    mask = torch.rand(3, 4, device=device) > 0.5
+    holes = leaf(torch.where(mask[..., None], logits, torch.nan))
+    index = index.to(index_dtype)
+    want = functional.selective_log_softmax(logits, index)
+    for arguments in (
+        {"row_mask": mask},
+        {"row_mask": mask.long()},
+        {"ignore_index": -100},
+        {"row_mask": mask, "ignore_index": -100},
+    ):
+        chosen = index.masked_fill(~mask, -100) if "ignore_index" in arguments else index
+        for function in (functional.selective_log_softmax, functional.logprobs_and_entropy):
+            ours = function(holes, chosen, **arguments)
+            ours = ours if isinstance(ours, tuple) else (ours,)
+            assert torch.equal(ours[0], torch.where(mask, want, 0.0))
+            (grad,) = torch.autograd.grad(ours, holes, [torch.ones_like(x) for x in ours])
+            assert grad.isfinite().all() and (grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "slices",
+    [
+        (slice(None), slice(None, -1)),
+        (slice(None), slice(1, None, 2)),
+        (slice(None, None, 2), slice(3, 5)),
+        (slice(None), slice(None), slice(1, -1)),
+    ],
+)
+def test_logits_that_are_not_contiguous(slices, dtype, device):
+    logits, index, _ = logits_and_index((4, 6, 50), dtype, device)
+    part = logits[slices]
+    index = index[slices[:2]] % 40
+    ours = functional.logprobs_and_entropy(part, index)
+    same = leaf(part.contiguous())
+    expected = functional.logprobs_and_entropy(same, index)
+    assert all(map(torch.equal, ours, expected))
+    upstream = [torch.randn_like(x) for x in ours]
+    (found,) = torch.autograd.grad(ours, logits, upstream)
+    (want,) = torch.autograd.grad(expected, same, upstream)
+    assert torch.equal(found[slices], want)
+    transposed = logits.detach().transpose(0, 1)
+    again = functional.selective_log_softmax(transposed, torch.zeros(6, 4, dtype=torch.int64, device=device))
+    assert torch.equal(again[:, 0], functional.selective_log_softmax(logits[0], torch.zeros(6, dtype=torch.int64, device=device)))
+
+
+# --- kl ---
+
+
+@pytest.mark.parametrize("estimator", ["k1", "abs", "k2", "k3", "k3_straight_through"])
+@pytest.mark.parametrize("clamps", [(None, None), (1.0, None), (2.0, 0.5)])
+def test_token_kl(estimator, clamps, device):
+    logp, ref = (leaf(torch.randn(3, 40, device=device)) for _ in range(2))
+    mask = torch.rand(3, 40, device=device) > 0.3
+    with torch.no_grad():
+        logp[~mask] = torch.nan
+    options = dict(zip(("log_ratio_clamp", "output_clamp"), clamps))
+    ours = functional.token_kl(logp, ref, mask, estimator=estimator, **options)
+    assert (ours[~mask] == 0).all()
+    exact = [leaf(x.double()) for x in (logp, ref)]
+    expected = formulas.token_kl(*exact, estimator, *clamps)
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (logp, ref), upstream)
+    want = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(ours[mask].double(), expected[mask], **F32)
+    for a, b in zip(found, want):
+        assert (a[~mask] == 0).all()
+        torch.testing.assert_close(a[mask].double(), b[mask], **F32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_full_kl(direction, dtype, device):
+    (a, _, exact_a), (b, _, exact_b) = (logits_and_index((2, 3, 70), dtype, device) for _ in range(2))
+    options = {"direction": direction, "temperature": 0.8}
+    ours = functional.full_kl(a, b, **options)
+    exact = formulas.full_kl(exact_a, exact_b, **options)
+    check(ours, exact, [a, b], [exact_a, exact_b], TOLERANCE[dtype])
+    one = functional.full_kl(a.transpose(0, 1), b.detach().transpose(0, 1), **options)
+    assert torch.equal(one, functional.full_kl(a, b, **options).T)
+    mask = torch.tensor([[1, 0, 1], [0, 1, 1]], dtype=torch.uint8, device=device)
+    holes = leaf(torch.where(mask[..., None] != 0, a, torch.nan))
+    masked = functional.full_kl(holes, b.detach(), mask, **options)
+    assert torch.equal(masked, torch.where(mask != 0, ours, 0.0))
+    masked.sum().backward()
+    assert holes.grad.isfinite().all()
+
+
+# --- gae and whitening ---
+
+
+@pytest.mark.parametrize("mode", ["carry", "multiply"])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_gae(mode, mask_dtype, device):
+    values, rewards = torch.randn(2, 4, 31, device=device)
+    mask = torch.rand(4, 31, device=device) > 0.3
+    mask[:, -3:] = False
+    mask[:, 0] = True
+    expected = formulas.gae(
+        values.double(), rewards.double(), mask, 0.99, 0.9, multiply=mode == "multiply"
+    )
+    values, rewards = (torch.where(mask, x, torch.nan) for x in (values, rewards))
+    options = {"gamma": 0.99, "lam": 0.9, "mask_mode": mode}
+    ours = functional.gae(values, rewards, mask.to(mask_dtype), **options)
+    for a, b in zip(ours[:2], expected):
+        torch.testing.assert_close(a.double(), b, **F32)
+    assert ours.rewards is None and ours.moments[0] == mask.sum()
+    whitened = functional.gae(values, rewards, mask, whiten=True, **options)
+    torch.testing.assert_close(whitened.advantages, functional.masked_whiten(ours.advantages, mask))
+    assert torch.equal(whitened.returns, ours.returns)
+
+
+def test_gae_shapes_rewards(device):
+    kl, scores = torch.rand(2, 5, device=device), torch.tensor([20.0, -1.0], device=device)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 1, 1, 1]], dtype=torch.bool, device=device)
+    ours = functional.gae(
+        torch.zeros(2, 5, device=device),
+        None,
+        mask,
+        kl=kl,
+        kl_coef=0.5,
+        scores=scores,
+        score_clip=10.0,
+        has_eos=torch.tensor([True, False], device=device),
+        missing_eos="subtract",
+        missing_eos_value=3.0,
+        return_rewards=True,
+    )
+    expected = torch.where(mask, -0.5 * kl, 0.0)
+    expected[0, 2] += 10
+    expected[1, 4] += -1 - 3
+    torch.testing.assert_close(ours.rewards, expected)
+
+
+def test_gae_gives_constants(device):
+    values = torch.randn(3, 5, device=device, requires_grad=True)
+    ours = functional.gae(values, torch.randn(3, 5, device=device).bfloat16())
+    assert not ours.advantages.requires_grad and not ours.returns.requires_grad
+    assert functional.gae(values[0].detach()).advantages.shape == (5,)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_masked_whiten(shift_mean, unbiased, device):
+    values = torch.randn(5, 21, device=device) * 3 + 7
+    mask = torch.rand(5, 21, device=device) > 0.4
+    values = leaf(torch.where(mask, values, torch.nan))
+    exact = leaf(torch.where(mask, values, 0.0).double())
+    ours = functional.masked_whiten(values, mask, shift_mean, unbiased=unbiased)
+    check(ours, formulas.masked_whiten(exact, mask, shift_mean, unbiased), [values], [exact])
+
+
+def test_whitening_with_moments_of_a_larger_set(device):
+    values = torch.randn(2, 6, 9, device=device)
+    parts = [functional.masked_moments(part) for part in values]
+    (n, mean, m2), (k, other, more) = parts
+    delta, count = other - mean, n + k
+    merged = torch.stack([count, mean + delta * k / count, m2 + more + delta**2 * n * k / count])
+    torch.testing.assert_close(merged, functional.masked_moments(values))
+    part = leaf(values[0])
+    ours = functional.masked_whiten(part, moments=merged)
+    torch.testing.assert_close(ours, functional.masked_whiten(values)[0])
+    (grad,) = torch.autograd.grad(ours, part, torch.ones_like(ours))
+    torch.testing.assert_close(grad, values.var().rsqrt().expand(6, 9))
+
+
+# --- ppo_loss ---
+
+
+PPO_OPTIONS = [
+    {},
+    {"clip_range": 0.1, "clip_range_high": 0.3, "dual_clip": 2.0},
+    {"aggregation": "seq_mean_token_sum"},
+    {"aggregation": "seq_mean_token_mean", "value_coef": 0.7},
+    {"aggregation": "seq_mean_token_sum_norm"},
+    {"aggregation": "constant", "aggregation_divisor": 50.0},
+    {"entropy_coef": 0.01, "kl_coef": 0.2},
+]
+
+
+@pytest.mark.parametrize("options", PPO_OPTIONS)
+def test_ppo_loss(options, device):
+    names = "logp old_logp advantages values old_values returns entropy ref_logp".split()
+    tensors = dict(zip(names, torch.randn(8, 5, 30, device=device).unbind()))
+    mask = torch.rand(5, 30, device=device) > 0.3
+    mask[2] = False
+    exact = {name: leaf(tensor.double()) for name, tensor in tensors.items()}
+    tensors = {name: torch.where(mask, x, torch.nan) for name, x in tensors.items()}
+    differentiable = ["logp", "values", "entropy"]
+    tensors.update({name: leaf(tensors[name]) for name in differentiable})
+    loss, stats = functional.ppo_loss(**tensors, mask=mask, **options)
+    expected = formulas.ppo_loss(**exact, mask=mask, **options)
+    check(
+        loss, expected, [tensors[n] for n in differentiable], [exact[n] for n in differentiable]
+    )
+    assert torch.equal(stats["loss"], loss) and stats["tokens"] == mask.sum()
+    assert not stats["loss"].requires_grad
+
+
+def test_ppo_loss_of_the_policy_alone(device):
+    logp = torch.randn(3, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    old_logp, advantages = torch.randn(2, 3, 8, device=device)
+    with torch.no_grad():
+        silent, _ = functional.ppo_loss(logp, old_logp, advantages)
+    loss, stats = functional.ppo_loss(logp, old_logp, advantages)
+    assert torch.equal(silent, loss) and stats["value_loss"].isnan() and not silent.requires_grad
+    (2 * loss).backward()
+    exact = leaf(logp.double())
+    mask = torch.ones_like(logp, dtype=torch.bool)
+    (2 * formulas.ppo_loss(exact, old_logp.double(), advantages.double(), mask)).backward()
+    torch.testing.assert_close(logp.grad.double(), exact.grad, **TOLERANCE[torch.bfloat16])
+
+
+# --- what holds for all ---
+
+
+def test_nothing_to_do(device):
+    none = torch.empty(0, 7, device=device, requires_grad=True)
+    index = torch.empty(0, dtype=torch.int64, device=device)
+    for ours in functional.logprobs_and_entropy(none, index):
+        assert ours.shape == (0,)
+    functional.selective_log_softmax(none, index).sum().backward()
+    assert none.grad.shape == (0, 7)
+    assert functional.selective_log_softmax(none, torch.empty(0, 3, dtype=torch.int64, device=device)).shape == (0, 3)
+    assert functional.token_kl(none, none).shape == (0, 7)
+    assert functional.full_kl(none, none).shape == (0,)
+    assert functional.gae(none).advantages.shape == (0, 7)
+    assert functional.gae(none.reshape(7, 0)).advantages.shape == (7, 0)
+    assert functional.masked_moments(none).tolist() == [0, 0, 0]
+
+
+def test_the_same_bits(device):
+    logits, index, _ = logits_and_index((64, 5000), device=device)
+    first = functional.logprobs_and_entropy(logits, index)
+    for rows in (slice(None), slice(3, 9), slice(63, None)):
+        again = functional.logprobs_and_entropy(logits[rows], index[rows])
+        assert all(torch.equal(a[rows], b) for a, b in zip(first, again))
+
+
+def test_gradients_of_gradients_are_refused():
+    logits, index, _ = logits_and_index((3, 9))
+    logp = functional.selective_log_softmax(logits, index)
+    (grad,) = torch.autograd.grad(logp.sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="gradients of gradients"):
+        grad.sum().backward()
+
+
+def test_gradients_can_be_asked_for_twice():
+    logits, index, _ = logits_and_index((3, 9))
+    logp = functional.selective_log_softmax(logits, index)
+    first = torch.autograd.grad(logp.sum(), logits, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(logp.sum(), logits)[0])
+
+
+def test_changing_what_is_kept_is_seen():
+    logits, index, _ = logits_and_index((3, 9))
+    scaled = logits * 2
+    logp = functional.selective_log_softmax(scaled, index)
+    scaled.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+
+
+def test_package_attributes():
+    assert ppo_kernels.selective_log_softmax is functional.selective_log_softmax
+    assert set(functional.__all__) < set(ppo_kernels.__all__)
+    assert ppo_kernels.library_version().count(".") == 2
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ppo_kernels.nothing
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_current_stream():
+    """Work on a stream sees what was done on it before, and waits for nothing else."""
+    stream = torch.cuda.Stream()
+    logits = torch.randn(512, 50257, device="cuda")
+    index = torch.zeros(512, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        ours = functional.selective_log_softmax(logits * 2, index)
+    stream.synchronize()
+    exact, _ = formulas.logprobs_and_entropy(logits.double() * 2, index)
+    torch.testing.assert_close(ours.double(), exact, **F32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graph_capture():
+    logits = torch.randn(64, 1000, device="cuda")
+    index = torch.zeros(64, dtype=torch.int64, device="cuda")
+    functional.selective_log_softmax(logits, index)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = functional.selective_log_softmax(logits, index)
+    logits.mul_(2)
+    graph.replay()
+    assert torch.equal(ours, functional.selective_log_softmax(logits, index))
