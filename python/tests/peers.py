@@ -1,4 +1,4 @@
-"""Imports modules of TRL, verl and OpenRLHF where the packages are installed without all they depend on.
+"""Imports modules of TRL, verl and OpenRLHF where they are installed without what they depend on.
 
 What is missing and only imported, not used, by the functions that the tests call is stood in for.
 """
@@ -38,7 +38,7 @@ STOOD_IN = {
 
 
 class _Thing(type):
-    """A class of which every attribute is another: it can be a base, a decorator, a type, a flag."""
+    """A class of which every attribute is another: a base, a decorator, a type or a flag."""
 
     def __getattr__(cls, name: str):
         if name.startswith("__"):

@@ -3,10 +3,10 @@
 import importlib
 import types
 
+import peers
 import pytest
 import torch
 
-import peers
 from ppo_kernels import adapters
 
 TOLERANCE = {torch.float32: (1e-5, 2e-5), torch.bfloat16: (1.6e-2, 3e-2)}
@@ -27,7 +27,10 @@ def compare(patch, call, *tensors, keep=None):
         results = call(leaf, *(tensor.clone() for tensor in tensors[1:]))
         results = results if isinstance(results, tuple) else (results,)
         differentiable = [r for r in results if isinstance(r, torch.Tensor) and r.requires_grad]
-        upstream = [torch.sin(torch.arange(r.numel()) + 1.0).view(r.shape).to(r.dtype) for r in differentiable]
+        upstream = [
+            torch.sin(torch.arange(r.numel()) + 1.0).view(r.shape).to(r.dtype)
+            for r in differentiable
+        ]
         grads = torch.autograd.grad(differentiable, leaf, upstream) if differentiable else ()
         return results, grads
 
@@ -66,7 +69,9 @@ def test_trl(dtype):
     several = torch.randint(40, (2, 5, 3))
 
     def both(function, *arguments, **options):
-        compare(adapters.patch_trl, lambda x: getattr(utils, function)(x, *arguments, **options), logits)
+        compare(
+            adapters.patch_trl, lambda x: getattr(utils, function)(x, *arguments, **options), logits
+        )
 
     both("selective_log_softmax", index)
     both("selective_log_softmax", several)
@@ -147,7 +152,9 @@ class Config(dict):
     __getattr__ = dict.__getitem__
 
 
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
+)
 @pytest.mark.parametrize(
     "batch", [{}, {"dp_size": 2, "batch_num_tokens": 100, "global_batch_size": 6}]
 )
@@ -193,7 +200,11 @@ def test_openrlhf_on_logits(dtype):
 def test_openrlhf_per_token():
     utils, patch = load("openrlhf.models.utils"), adapters.patch_openrlhf
     for estimator in ("k1", "k2", "k3"):
-        compare(patch, lambda x, y, e=estimator: utils.compute_approx_kl(x, y, kl_estimator=e), *per_token(2))
+        compare(
+            patch,
+            lambda x, y, e=estimator: utils.compute_approx_kl(x, y, kl_estimator=e),
+            *per_token(2),
+        )
         compare(
             patch,
             lambda x, y, e=estimator: utils.compute_approx_kl(
@@ -208,7 +219,9 @@ def test_openrlhf_per_token():
     for given in (mask, None):
         compare(
             patch,
-            lambda x, given=given: maker.get_advantages_and_returns(None, x, rewards, given, 0.99, 0.9),
+            lambda x, given=given: maker.get_advantages_and_returns(
+                None, x, rewards, given, 0.99, 0.9
+            ),
             torch.randn(4, 21),
             keep=given,
         )

@@ -12,7 +12,11 @@ far = torch.full((2, 3), 8)
 CASES = [
     (functional.selective_log_softmax, (logits, far), "selective_log_softmax|logprob.*8.*0..8"),
     (functional.selective_log_softmax, (logits, -far.int()), "expected 0..8 or ignore_index"),
-    (functional.selective_log_softmax, (logits, index[0]), "`index` has shape \\[3\\], expected \\[2, 3\\]"),
+    (
+        functional.selective_log_softmax,
+        (logits, index[0]),
+        "`index` has shape \\[3\\], expected \\[2, 3\\]",
+    ),
     (functional.selective_log_softmax, (logits, rows), "`index` has dtype float32, expected int64"),
     (functional.selective_log_softmax, (logits.double(), index), "`logits` has dtype float64"),
     (functional.selective_log_softmax, (logits[0, 0, 0], index[0, 0]), "go with one|shape"),
@@ -24,7 +28,11 @@ CASES = [
     (functional.token_kl, (rows, rows.T), "token_kl: `ref_logp` has shape \\[3, 2\\]"),
     (functional.token_kl, (rows.double(), rows), "token_kl: `logp` has dtype float64"),
     (functional.token_kl, (rows, rows, one[0]), "token_kl: `mask` has shape"),
-    (functional.full_kl, (logits, logits.half()), "`ref_logits` has dtype float16, expected float32"),
+    (
+        functional.full_kl,
+        (logits, logits.half()),
+        "`ref_logits` has dtype float16, expected float32",
+    ),
     (functional.full_kl, (logits, logits[:1]), "`ref_logits` has shape"),
     (functional.full_kl, (logits, logits, rows.T > 0), "`mask` has shape"),
     (functional.gae, (rows[0, 0],), "gae: `values` has shape \\[\\]"),
@@ -36,7 +44,12 @@ CASES = [
     (functional.ppo_loss, (rows[0, 0], rows, rows), "`logp` has shape \\[\\]"),
 ]
 OPTIONS = [
-    (functional.token_kl, (rows, rows), {"estimator": "k4"}, "`estimator` is 'k4', expected one of 'k1'"),
+    (
+        functional.token_kl,
+        (rows, rows),
+        {"estimator": "k4"},
+        "`estimator` is 'k4', expected one of 'k1'",
+    ),
     (functional.token_kl, (rows, rows), {"output_clamp": -1.0}, "`output_clamp` is -1.0"),
     (functional.token_kl, (rows, rows), {"output_clamp": -2.0}, "output_clamp"),
     (functional.full_kl, (logits, logits), {"direction": "sideways"}, "`direction` is 'sideways'"),
@@ -49,7 +62,12 @@ OPTIONS = [
     (functional.ppo_loss, (rows, rows, rows), {"values": rows}, "returns"),
     (functional.ppo_loss, (rows, rows, rows), {"dual_clip": 0.5}, "dual_clip"),
     (functional.ppo_loss, (rows, rows, rows), {"aggregation": "mean"}, "`aggregation` is 'mean'"),
-    (functional.ppo_loss, (rows, rows, rows), {"aggregation": "constant"}, "`aggregation` is 0.0, expected above 0"),
+    (
+        functional.ppo_loss,
+        (rows, rows, rows),
+        {"aggregation": "constant"},
+        "`aggregation` is 0.0, expected above 0",
+    ),
     (functional.ppo_loss, (rows, rows, rows), {"kl_coef": 0.1}, "ref_logp"),
 ]
 

@@ -1,4 +1,4 @@
-"""Numbers that the functions of TRL, verl and OpenRLHF gave, at the commits in tests/golden/README.md."""
+"""Numbers that the functions of TRL, verl and OpenRLHF gave; tests/golden/README.md says which."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,11 @@ def cases(file, *functions):
     every = {case["id"]: case for case in json.loads((GOLDEN / f"{file}.json").read_text())}
     found = []
     for name, case in every.items():
-        if case["function"] in functions and case["dtype"] == "float64" and "raises" not in case["outputs"]:
+        if (
+            case["function"] in functions
+            and case["dtype"] == "float64"
+            and "raises" not in case["outputs"]
+        ):
             same = case["inputs"].get("same_inputs_as")
             inputs = {**(every[same]["inputs"] if same else {}), **case["inputs"]}
             found.append(pytest.param(inputs, case["outputs"], id=name))
@@ -98,7 +102,8 @@ def test_gae_of_verl(inputs, outputs):
     ("inputs", "outputs"),
     cases(
         "gae",
-        "openrlhf.trainer.ppo_utils.experience_maker.RemoteExperienceMaker.get_advantages_and_returns",
+        "openrlhf.trainer.ppo_utils.experience_maker"
+        ".RemoteExperienceMaker.get_advantages_and_returns",
     ),
 )
 def test_gae_of_openrlhf(inputs, outputs):

@@ -32,7 +32,9 @@ def test_logprobs(dtype, index_dtype):
     sliced = ppok.selective_log_softmax(logits[:, ::2], index[:, ::2], 0.7)
     same(sliced, functional.selective_log_softmax(tensor[:, ::2], tensors[1][:, ::2], 0.7))
     if index_dtype != np.uint32:
-        skipped = ppok.selective_log_softmax(logits, np.where(mask, index, -1), 0.7, ignore_index=-1)
+        skipped = ppok.selective_log_softmax(
+            logits, np.where(mask, index, -1), 0.7, ignore_index=-1
+        )
         same(skipped, expected[0])
 
 
@@ -58,7 +60,10 @@ def test_per_token_ops():
     for a, b in zip(ours[:3], expected[:3]):
         same(a, b)
     assert ours.moments.tolist() == expected.moments.tolist()
-    same(ppok.masked_whiten(values, mask, False), functional.masked_whiten(t["values"], t["mask"], False))
+    same(
+        ppok.masked_whiten(values, mask, False),
+        functional.masked_whiten(t["values"], t["mask"], False),
+    )
     assert ppok.masked_moments(values).tolist() == functional.masked_moments(t["values"]).tolist()
 
     arguments = ("logp", "ref_logp", "rewards", "mask")

@@ -51,7 +51,16 @@ def samples():
     yield ops.masked_whiten_backward, (None, None, moments, more, *whiten)
     constants = torch.randn(5, 2, 5)
     old_logp, advantages, old_values, returns, ref_logp = constants
-    tensors = (leaf(2, 5), old_logp, advantages, leaf(2, 5), old_values, returns, leaf(2, 5), ref_logp)
+    tensors = (
+        leaf(2, 5),
+        old_logp,
+        advantages,
+        leaf(2, 5),
+        old_values,
+        returns,
+        leaf(2, 5),
+        ref_logp,
+    )
     yield ops.ppo_loss, (*tensors, mask, True, True, True, *ppo, "clipped_branch")
     yield ops.ppo_loss_backward, (torch.tensor(2.0), rows, torch.empty(0), more)
 
@@ -65,7 +74,11 @@ def test_opcheck(op, arguments):
 
 
 def test_every_op_is_checked():
-    defined = {name.removeprefix("ppo_kernels::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("ppo_kernels::")}
+    defined = {
+        name.removeprefix("ppo_kernels::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ppo_kernels::")
+    }
     assert defined == {op._qualified_op_name.removeprefix("ppo_kernels::") for op, _ in SAMPLES}
 
 
@@ -89,7 +102,9 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
         entropy_coef=0.01,
     )
     whitened = functional.masked_whiten(logp, mask)
-    return loss + exact.mean() + kl.mean() + (whitened**3).mean() + top.mean(), stats["clip_fraction"]
+    return loss + exact.mean() + kl.mean() + (whitened**3).mean() + top.mean(), stats[
+        "clip_fraction"
+    ]
 
 
 BACKENDS = ["eager", "aot_eager"] + (["inductor"] if shutil.which("g++") else [])

@@ -1,9 +1,9 @@
 """Values and gradients against plain PyTorch in float64, and what the docs promise of arguments."""
 
+import formulas
 import pytest
 import torch
 
-import formulas
 import ppo_kernels
 from ppo_kernels import functional
 
@@ -59,7 +59,13 @@ def test_logprobs(shape, dtype, index_dtype, device):
     check(ours, reference, [logits], [exact], TOLERANCE[dtype])
     alone = functional.selective_log_softmax(logits, index.to(index_dtype), 0.7)
     assert torch.equal(alone, ours[0]) and alone.dtype == torch.float32
-    check(alone, formulas.logprobs_and_entropy(exact, index, 0.7)[0], [logits], [exact], TOLERANCE[dtype])
+    check(
+        alone,
+        formulas.logprobs_and_entropy(exact, index, 0.7)[0],
+        [logits],
+        [exact],
+        TOLERANCE[dtype],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +89,9 @@ def test_impossible_tokens(device):
     logits = torch.tensor([[0.0, float("-inf"), 1.0]], device=device, requires_grad=True)
     for index in ([[1]], [[1, 0, 1]]):
         index = torch.tensor(index, device=device)
-        logp = functional.selective_log_softmax(logits, index[:, 0] if index.numel() == 1 else index)
+        logp = functional.selective_log_softmax(
+            logits, index[:, 0] if index.numel() == 1 else index
+        )
         assert logp.flatten()[0].isneginf()
         (grad,) = torch.autograd.grad(logp, logits, torch.ones_like(logp))
         assert grad.isfinite().all() and not (grad == 0).all()
@@ -134,8 +142,15 @@ def test_logits_that_are_not_contiguous(slices, dtype, device):
     (want,) = torch.autograd.grad(expected, same, upstream)
     assert torch.equal(found[slices], want)
     transposed = logits.detach().transpose(0, 1)
-    again = functional.selective_log_softmax(transposed, torch.zeros(6, 4, dtype=torch.int64, device=device))
-    assert torch.equal(again[:, 0], functional.selective_log_softmax(logits[0], torch.zeros(6, dtype=torch.int64, device=device)))
+    again = functional.selective_log_softmax(
+        transposed, torch.zeros(6, 4, dtype=torch.int64, device=device)
+    )
+    assert torch.equal(
+        again[:, 0],
+        functional.selective_log_softmax(
+            logits[0], torch.zeros(6, dtype=torch.int64, device=device)
+        ),
+    )
 
 
 # --- kl ---
@@ -165,7 +180,9 @@ def test_token_kl(estimator, clamps, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_full_kl(direction, dtype, device):
-    (a, _, exact_a), (b, _, exact_b) = (logits_and_index((2, 3, 70), dtype, device) for _ in range(2))
+    (a, _, exact_a), (b, _, exact_b) = (
+        logits_and_index((2, 3, 70), dtype, device) for _ in range(2)
+    )
     options = {"direction": direction, "temperature": 0.8}
     ours = functional.full_kl(a, b, **options)
     exact = formulas.full_kl(exact_a, exact_b, **options)
@@ -284,9 +301,7 @@ def test_ppo_loss(options, device):
     tensors.update({name: leaf(tensors[name]) for name in differentiable})
     loss, stats = functional.ppo_loss(**tensors, mask=mask, **options)
     expected = formulas.ppo_loss(**exact, mask=mask, **options)
-    check(
-        loss, expected, [tensors[n] for n in differentiable], [exact[n] for n in differentiable]
-    )
+    check(loss, expected, [tensors[n] for n in differentiable], [exact[n] for n in differentiable])
     assert torch.equal(stats["loss"], loss) and stats["tokens"] == mask.sum()
     assert not stats["loss"].requires_grad
 
@@ -315,7 +330,9 @@ def test_nothing_to_do(device):
         assert ours.shape == (0,)
     functional.selective_log_softmax(none, index).sum().backward()
     assert none.grad.shape == (0, 7)
-    assert functional.selective_log_softmax(none, torch.empty(0, 3, dtype=torch.int64, device=device)).shape == (0, 3)
+    assert functional.selective_log_softmax(
+        none, torch.empty(0, 3, dtype=torch.int64, device=device)
+    ).shape == (0, 3)
     assert functional.token_kl(none, none).shape == (0, 7)
     assert functional.full_kl(none, none).shape == (0,)
     assert functional.gae(none).advantages.shape == (0, 7)
@@ -360,7 +377,7 @@ def test_package_attributes():
     assert set(functional.__all__) < set(ppo_kernels.__all__)
     assert ppo_kernels.library_version().count(".") == 2
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        ppo_kernels.nothing
+        _ = ppo_kernels.nothing
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,8 +1,7 @@
 """The C library: where it is, the types of its functions, its structs, its errors as exceptions.
 
-It mirrors ``include/ppo_kernels.h``, which says what every function does. What calls it passes
-addresses as integers, or ``None`` for what is not there, and sizes; ``functional`` and ``numpy`` say
-which. A function that fails leaves a text, which :func:`fail` raises.
+It mirrors ``include/ppo_kernels.h``, which says what every function does. Addresses are integers,
+or ``None`` for what is not there. A function that fails leaves a text, which :func:`fail` raises.
 """
 
 from __future__ import annotations
@@ -89,9 +88,7 @@ KlTokenOptions = _struct(
     estimator=c_int32,
     reserved=c_int32,
 )
-KlFullOptions = _struct(
-    "KlFullOptions", temperature=c_double, direction=c_int32, reserved=c_int32
-)
+KlFullOptions = _struct("KlFullOptions", temperature=c_double, direction=c_int32, reserved=c_int32)
 GaeOptions = _struct(
     "GaeOptions",
     gamma=c_double,
@@ -160,9 +157,7 @@ PpoLossInputs = _struct(
     ref_logp=c_void_p,
     mask=c_void_p,
 )
-PpoLossGradients = _struct(
-    "PpoLossGradients", logp=c_void_p, values=c_void_p, entropy=c_void_p
-)
+PpoLossGradients = _struct("PpoLossGradients", logp=c_void_p, values=c_void_p, entropy=c_void_p)
 
 
 # --- Options: checked and made once for each set of values, then kept. ---
@@ -293,8 +288,8 @@ def ppo_loss_options(
 
 # --- Functions ---
 
-# The arguments of each _cpu function, as the header has them: p a pointer, z a size_t, i an int32_t;
-# and of those the ones that the size of the workspace of its _cuda twin depends on.
+# The arguments of each _cpu function, as the header has them: p a pointer, z a size_t, i an
+# int32_t; and of those the ones that the size of the workspace of its _cuda twin depends on.
 _ARGUMENTS = {
     "logprob_forward": ("pipizzppppp", "izz"),
     "logprob_backward": ("pipizzppppppp", "izz"),

@@ -1,4 +1,4 @@
-"""The ops of ``torch.ops.ppo_kernels``, for CPU and CUDA tensors, with fake implementations and gradients.
+"""The ops of ``torch.ops.ppo_kernels``, for CPU and CUDA, with fake implementations and gradients.
 
 ``functional`` is what to call; this module is how it is done. For each op there is its schema, a
 function that allocates the outputs and calls the C library, a fake one that only allocates, and
@@ -19,7 +19,7 @@ from ctypes import byref, c_size_t
 from typing import Any
 
 import torch
-from torch import Tensor, _C
+from torch import _C, Tensor
 
 from . import _lib
 from ._lib import library
@@ -51,11 +51,11 @@ class _Once(torch.autograd.Function):
         return _Once.apply(grad, grad.new_empty(0).requires_grad_())
 
     @staticmethod
-    def forward(ctx, grad, _):  # noqa: ANN001
+    def forward(ctx, grad, _):
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, *_):  # noqa: ANN001
+    def backward(ctx, *_):
         raise RuntimeError("ppo_kernels: gradients of gradients are not supported")
 
 
@@ -102,7 +102,7 @@ def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: 
 
 
 def _call(function: str, like: Tensor, sizes: tuple[int, ...], *arguments: Any) -> None:
-    """Calls the library for a tensor's device; ``sizes`` is what the workspace on CUDA depends on."""
+    """Calls the library for a tensor's device; ``sizes``: what the workspace on CUDA depends on."""
     if like.is_cpu:
         status = getattr(library, function + "_cpu")(*arguments)
     elif like.get_device() == torch.cuda.current_device():
@@ -154,9 +154,7 @@ def _large_pages(gradient: Tensor) -> Tensor:
 
 def _check_shape(op: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
-        raise ValueError(
-            f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(shape)}"
-        )
+        raise ValueError(f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
 def _check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
@@ -236,8 +234,8 @@ def _logprob_options(index: Tensor, temperature: float, ignore_index: int | None
 
 
 def _logprob_outputs(op: str, logits: Tensor, index: Tensor) -> tuple[int, int, Tensor, Tensor]:
-    """Types of the arguments, once they are checked; room for one number a row, and for the two that
-    the backward pass needs."""
+    """Types of the arguments, once they are checked; room for one number a row, and for the two
+    that the backward pass needs."""
     types = _check_logprob(op, logits, index)
     f32 = torch.float32
     logp = torch.empty_like(index, dtype=f32, memory_format=torch.contiguous_format)
@@ -410,7 +408,9 @@ def _backward_of_logprob_entropy(
 
 
 _differentiate(logprob, _logprob, _keep_logprob, _backward_of_logprob)
-_differentiate(logprob_entropy, _logprob_entropy, _keep_logprob_entropy, _backward_of_logprob_entropy)
+_differentiate(
+    logprob_entropy, _logprob_entropy, _keep_logprob_entropy, _backward_of_logprob_entropy
+)
 
 
 # --- logprob of several tokens a row ---

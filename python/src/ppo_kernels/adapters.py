@@ -5,13 +5,13 @@ One call before training starts::
     import ppo_kernels.adapters
     ppo_kernels.adapters.patch_trl()     # or patch_verl(), or patch_openrlhf()
 
-Every module of the package that has imported a function gets ours in its place, and modules that are
-imported later get it as well. What is returned undoes all of that: ``patch.undo()``, or at the end
-of ``with patch_trl(): ...``.
+Every module of the package that has imported a function gets ours in its place, and modules that
+are imported later get it as well. What is returned undoes all of that: ``patch.undo()``, or at the
+end of ``with patch_trl(): ...``.
 
-Ours take over where they do the same: for float32, float16 and bfloat16 tensors on CPU and CUDA, and
-the options that they have; everything else goes on to the package's own function. Differences are
-that log-probabilities and entropies are float32 also for half-precision logits, that masked
+Ours take over where they do the same: for float32, float16 and bfloat16 tensors on CPU and CUDA,
+and the options that they have; everything else goes on to the package's own function. Differences
+are that log-probabilities and entropies are float32 also for half-precision logits, that masked
 positions of advantages, returns and whitened values are 0, and what :mod:`.functional` says about
 wrong arguments. Logits are never changed in place.
 """
@@ -24,7 +24,6 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ def patch_trl() -> Patch:
     utils = importlib.import_module("trl.trainer.utils")
 
     def selective_log_softmax(theirs: Callable) -> Callable:
-        def ours(logits, index, *args, **kwargs):  # noqa: ANN001
+        def ours(logits, index, *args, **kwargs):
             if _ours(logits) and (index.dim() < logits.dim() or not (args[1:] or kwargs)):
                 return functional.selective_log_softmax(logits, index, *args, **kwargs)
             return theirs(logits, index, *args, **kwargs)
@@ -109,13 +108,13 @@ def patch_trl() -> Patch:
         return ours
 
     def entropy_from_logits(theirs: Callable) -> Callable:
-        def ours(logits, *args, **kwargs):  # noqa: ANN001
+        def ours(logits, *args, **kwargs):
             return _entropy(logits) if _ours(logits) else theirs(logits, *args, **kwargs)
 
         return ours
 
     def selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
-        def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):  # noqa: ANN001
+        def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
             if not _ours(logits) or index.dim() == logits.dim():
                 return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
             logp, entropy = functional.logprobs_and_entropy(logits, index, temperature, row_mask)
@@ -155,7 +154,7 @@ def patch_verl() -> Patch:
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
 
     def logprobs(theirs: Callable) -> Callable:
-        def ours(logits, labels, *args, **kwargs):  # noqa: ANN001
+        def ours(logits, labels, *args, **kwargs):
             if _ours(logits):
                 return functional.selective_log_softmax(logits, labels)
             return theirs(logits, labels, *args, **kwargs)
@@ -163,20 +162,20 @@ def patch_verl() -> Patch:
         return ours
 
     def entropy(theirs: Callable) -> Callable:
-        def ours(logits, *args, **kwargs):  # noqa: ANN001
+        def ours(logits, *args, **kwargs):
             return _entropy(logits) if _ours(logits) else theirs(logits, *args, **kwargs)
 
         return ours
 
     def masked_whiten(theirs: Callable) -> Callable:
-        def ours(values, mask, shift_mean=True):  # noqa: ANN001
+        def ours(values, mask, shift_mean=True):
             function = functional.masked_whiten if _ours(values) else theirs
             return function(values, mask, shift_mean)
 
         return ours
 
     def gae(theirs: Callable) -> Callable:
-        def ours(token_level_rewards, values, response_mask, gamma, lam):  # noqa: ANN001
+        def ours(token_level_rewards, values, response_mask, gamma, lam):
             if not _ours(token_level_rewards, values):
                 return theirs(token_level_rewards, values, response_mask, gamma, lam)
             gamma, lam = float(gamma), float(lam)
@@ -187,7 +186,7 @@ def patch_verl() -> Patch:
         return ours
 
     def kl_penalty(theirs: Callable) -> Callable:
-        def ours(logprob, ref_logprob, kl_penalty):  # noqa: ANN001
+        def ours(logprob, ref_logprob, kl_penalty):
             straight_through = kl_penalty.endswith("+")
             estimator = _VERL_KL.get(kl_penalty.removesuffix("+"))
             if estimator is None or not _ours(logprob, ref_logprob):
@@ -202,7 +201,7 @@ def patch_verl() -> Patch:
         return ours
 
     def policy_loss(theirs: Callable) -> Callable:
-        def ours(  # noqa: ANN001
+        def ours(
             old_log_prob,
             log_prob,
             advantages,
@@ -267,14 +266,14 @@ def patch_openrlhf() -> Patch:
     losses = importlib.import_module("openrlhf.models.loss")
 
     def log_probs(theirs: Callable) -> Callable:
-        def ours(logits, labels, temperature=1.0):  # noqa: ANN001
+        def ours(logits, labels, temperature=1.0):
             function = functional.selective_log_softmax if _ours(logits) else theirs
             return function(logits, labels, temperature)
 
         return ours
 
     def entropy(theirs: Callable) -> Callable:
-        def ours(logits):  # noqa: ANN001
+        def ours(logits):
             return _entropy(logits) if _ours(logits) else theirs(logits)
 
         return ours
@@ -282,7 +281,7 @@ def patch_openrlhf() -> Patch:
     def approx_kl(theirs: Callable) -> Callable:
         signature = inspect.signature(theirs)
 
-        def ours(*args, **kwargs):  # noqa: ANN002, ANN003
+        def ours(*args, **kwargs):
             given = signature.bind(*args, **kwargs).arguments
             logp, ref_logp = given["log_probs"], given["log_probs_base"]
             estimator = given.get("kl_estimator", "k1")
@@ -294,7 +293,7 @@ def patch_openrlhf() -> Patch:
         return ours
 
     def policy_loss(theirs: Callable) -> Callable:
-        def ours(  # noqa: ANN001
+        def ours(
             self,
             log_probs,
             old_log_probs,
@@ -329,7 +328,7 @@ def patch_openrlhf() -> Patch:
         return ours
 
     def advantages_and_returns(theirs: Callable) -> Callable:
-        def ours(self, values, rewards, action_mask, gamma, lambd):  # noqa: ANN001
+        def ours(self, values, rewards, action_mask, gamma, lambd):
             if not _ours(values, rewards):
                 return theirs(self, values, rewards, action_mask, gamma, lambd)
             return functional.gae(

@@ -4,10 +4,10 @@ What holds for all of them:
 
 - Logits are float32, float16 or bfloat16; what is computed from them is float32, and their gradient
   has their own dtype. Sums are kept in float32.
-- Tensors with a number a token (log-probabilities, values, advantages, ...) are float32; float16 and
-  bfloat16 are converted, and their gradients converted back.
-- Masks are bool or uint8, ``True`` for what counts; other dtypes are compared with 0. What is masked
-  may hold anything, NaN included: it counts for nothing, and results there are 0.
+- Tensors with a number a token (log-probabilities, values, advantages, ...) are float32; float16
+  and bfloat16 are converted, and their gradients converted back.
+- Masks are bool or uint8, ``True`` for what counts; other dtypes are compared with 0. What is
+  masked may hold anything, NaN included: it counts for nothing, and results there are 0.
 - Contiguous tensors are used as they are, and so are logits whose leading slices are contiguous,
   such as ``logits[:, :-1]``; others are copied first.
 - CUDA kernels run on the current stream, without waiting for the device.
@@ -195,8 +195,8 @@ class GaeOutput(NamedTuple):
     rewards: Tensor | None
     """``[..., seq_len]``: the rewards after shaping, if ``return_rewards``."""
     moments: Tensor
-    """``[3]``, float64: count, mean and sum of squared deviations of the unmasked advantages, before
-    whitening; see :func:`masked_moments`."""
+    """``[3]``, float64: count, mean and sum of squared deviations of the unmasked advantages,
+    before whitening; see :func:`masked_moments`."""
 
 
 def gae(
@@ -336,9 +336,7 @@ def masked_whiten(
     values, mask = _per_token(values), _mask(mask)
     if moments is None:
         return _ops.masked_whiten(values, mask, shift_mean, unbiased, eps, eps_placement)[0]
-    return _ops.masked_whiten_with(
-        values, mask, moments, shift_mean, unbiased, eps, eps_placement
-    )
+    return _ops.masked_whiten_with(values, mask, moments, shift_mean, unbiased, eps, eps_placement)
 
 
 def ppo_loss(
@@ -377,7 +375,8 @@ def ppo_loss(
         loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
 
     Args:
-        logp: log-probabilities under the policy that is trained, ``[..., seq_len]``. Differentiable.
+        logp: log-probabilities under the policy that is trained, ``[..., seq_len]``.
+            Differentiable.
         old_logp: under the policy that made the rollout.
         advantages: already whitened, if they are to be.
         mask: ``[..., seq_len]``.
@@ -400,7 +399,7 @@ def ppo_loss(
         clip_fraction: counts tokens whose clipped branch is larger, or whose ratio is outside.
 
     Returns:
-        The loss, a float32 scalar, and the statistics, float32 scalars on the same device: ``loss``,
+        The loss, and the statistics, all float32 scalars on the same device: ``loss``,
         ``policy_loss``, ``value_loss``, ``clip_fraction``, ``lower_clip_fraction``,
         ``value_clip_fraction``, ``approx_kl_k1``, ``_k2``, ``_k3``, ``ratio_mean``, ``ratio_var``,
         ``ratio_min``, ``ratio_max``, ``entropy_mean``, ``kl_mean``, ``advantage_mean``,

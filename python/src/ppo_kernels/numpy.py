@@ -337,8 +337,8 @@ def ppo_loss(
     denominator: float | None = None,
     clip_fraction: str = "clipped_branch",
 ) -> tuple[float, dict[str, float], dict[str, Floats]]:
-    """The PPO loss of ``[..., seq_len]``; its statistics; and its gradients with respect to ``logp``,
-    and to ``values`` and ``entropy`` where they are given."""
+    """The PPO loss of ``[..., seq_len]``; its statistics; and its gradients with respect to
+    ``logp``, and to ``values`` and ``entropy`` where they are given."""
     op, shape = "ppo_loss", np.shape(logp)
     if not shape:
         raise ValueError(f"{op}: `logp` has shape [], expected [..., seq_len]")
