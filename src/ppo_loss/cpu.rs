@@ -15,6 +15,9 @@ use crate::whiten::Moments;
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK: usize = 4096;
 
+/// Tokens that one loop leaves to the next in the L1 cache.
+const STRETCH: usize = 512;
+
 /// How many tokens ahead of the loops memory is asked for. They do so much for a token that the
 /// machine does not see far enough ahead by itself.
 const AHEAD: isize = 512;
@@ -252,9 +255,10 @@ impl RowWeight {
                 weights.fill(weight);
                 continue;
             };
+            // A copy: from behind a reference the compiler would gather what is one number.
             vectorise(
                 #[inline(always)]
-                || {
+                move || {
                     for (w, &m) in weights.iter_mut().zip(mask) {
                         *w = if m != 0 { weight } else { 0.0 };
                     }
@@ -384,23 +388,24 @@ impl Terms {
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
         let writer = Writer::<PAST>;
-        let grad_logp = &mut block.grad_logp;
+        let (policy, grad_logp) = (block.policy, &mut block.grad_logp);
+        let next = block.value.map(|v| [v.values, v.old_values.unwrap_or(v.values), v.returns]);
         // What the KL term is added to is to be in the cache still.
         let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
         if again {
             vectorise(
                 #[inline(always)]
                 || {
-                    let (policy, grad) = (block.policy, grad_logp.as_deref_mut());
-                    self.policy(weights, policy, grad, &mut sums, &Writer::<false>);
+                    let grad = grad_logp.as_deref_mut();
+                    self.policy(weights, policy, next, grad, &mut sums, &Writer::<false>);
                 },
             );
         } else {
             vectorise(
                 #[inline(always)]
                 || {
-                    let (policy, grad) = (block.policy, grad_logp.as_deref_mut());
-                    self.policy(weights, policy, grad, &mut sums, &writer);
+                    let grad = grad_logp.as_deref_mut();
+                    self.policy(weights, policy, next, grad, &mut sums, &writer);
                 },
             );
         }
@@ -431,11 +436,14 @@ impl Terms {
         sums
     }
 
+    /// Asks for what the `next` loop reads: this one has so much to do for a token, and that one so
+    /// little, that memory would be idle now and waited for then.
     #[inline(always)]
     fn policy<const PAST: bool>(
         self,
         weights: &[f32],
         (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
+        next: Option<[&[f32]; 3]>,
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
         writer: &Writer<PAST>,
@@ -446,64 +454,94 @@ impl Terms {
         let (mut clipped, mut lower_clipped) = ([0_u32; LANES], [0_u32; LANES]);
         let mut loss = ZERO;
         let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
-        let (mut ratios, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
+        let (mut ratio_sum, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
         let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
-        for_lanes(
-            weights.len(),
-            #[inline(always)]
-            |at, full| {
-                let w = load(weights, at, full);
-                let (new, old, a) =
-                    (load(logp, at, full), load(old_logp, at, full), load(advantages, at, full));
-                let mut g = ZERO;
-                for i in 0..LANES {
-                    // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
-                    let keep = w[i] != 0.0;
-                    let raw = select(keep, new[i] - old[i], 0.0);
-                    let a = select(keep, a[i], 0.0);
-                    let d = clip(raw, -self.log_ratio_limit, self.log_ratio_limit);
-                    let clamped = (raw < -self.log_ratio_limit) | (raw > self.log_ratio_limit);
-                    let ratio = exp(d);
+        // Two loops a stretch, each of them short enough for the machine to work on several tokens
+        // at once: from log-ratio to loss one operation waits for the other.
+        let (mut raws, mut ratios) = ([0.0; STRETCH], [0.0; STRETCH]);
+        for first in (0..weights.len()).step_by(STRETCH) {
+            let stretch = first..weights.len().min(first + STRETCH);
+            let (weights, logp, old_logp, advantages) = (
+                &weights[stretch.clone()],
+                &logp[stretch.clone()],
+                &old_logp[stretch.clone()],
+                &advantages[stretch.clone()],
+            );
+            for_lanes(
+                weights.len(),
+                #[inline(always)]
+                |at, full| {
+                    let w = load(weights, at, full);
+                    let (new, old) = (load(logp, at, full), load(old_logp, at, full));
+                    for x in next.iter().flatten().filter(|_| full) {
+                        prefetch(&x[first + at..][..LANES], 0);
+                    }
+                    let (mut raw, mut ratio) = (ZERO, ZERO);
+                    for i in 0..LANES {
+                        // A masked token becomes one with ratio 1, which adds nothing.
+                        raw[i] = select(w[i] != 0.0, new[i] - old[i], 0.0);
+                        let d = clip(raw[i], -self.log_ratio_limit, self.log_ratio_limit);
+                        ratio[i] = exp(d);
+                        total[i] += d;
+                        total_squares[i] = d.mul_add(d, total_squares[i]);
+                        k3[i] += k3_of.at(-d).0;
+                    }
+                    raws[at..][..LANES].copy_from_slice(&raw);
+                    ratios[at..][..LANES].copy_from_slice(&ratio);
+                },
+            );
+            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
+            for_lanes(
+                weights.len(),
+                #[inline(always)]
+                |at, full| {
+                    let (w, a) = (load(weights, at, full), load(advantages, at, full));
+                    let (raw, ratio) = (&raws[at..][..LANES], &ratios[at..][..LANES]);
+                    let mut g = ZERO;
+                    for i in 0..LANES {
+                        let (raw, ratio) = (raw[i], ratio[i]);
+                        let keep = w[i] != 0.0;
+                        let a = select(keep, a[i], 0.0);
+                        let clamped = (raw < -self.log_ratio_limit) | (raw > self.log_ratio_limit);
 
-                    let unclipped_loss = -ratio * a;
-                    let clipped_loss = -clip(ratio, self.low, self.high) * a;
-                    let is_clipped = clipped_loss > unclipped_loss;
-                    let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                    let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
-                    let is_lower = larger > bound;
-                    let blocked = is_clipped | is_lower | clamped;
-                    g[i] = select(blocked | !keep, 0.0, unclipped_loss * w[i] * self.policy_scale);
+                        let unclipped_loss = -ratio * a;
+                        let clipped_loss = -clip(ratio, self.low, self.high) * a;
+                        let is_clipped = clipped_loss > unclipped_loss;
+                        let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                        let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
+                        let is_lower = larger > bound;
+                        let blocked = is_clipped | is_lower | clamped | !keep;
+                        g[i] = select(blocked, 0.0, unclipped_loss * w[i] * self.policy_scale);
 
-                    let is_outside = (ratio < self.low) | (ratio > self.high);
-                    let counts =
-                        (self.count_outside & is_outside) | (!self.count_outside & is_clipped);
-                    loss[i] = w[i].mul_add(select(is_lower, bound, larger), loss[i]);
-                    clipped[i] += u32::from(counts & keep);
-                    lower_clipped[i] += u32::from(is_lower);
-                    total[i] += d;
-                    total_squares[i] = d.mul_add(d, total_squares[i]);
-                    k3[i] += k3_of.at(-d).0;
-                    // Around 1, where ratios are, so that the variance keeps its digits.
-                    let excess = ratio - 1.0;
-                    ratios[i] += excess;
-                    squares[i] = excess.mul_add(excess, squares[i]);
-                    let (low, high) = (select(keep, ratio, min[i]), select(keep, ratio, max[i]));
-                    min[i] = select(low < min[i], low, min[i]);
-                    max[i] = select(high > max[i], high, max[i]);
-                    advantage[i] += a;
-                }
-                if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
-                }
-            },
-        );
+                        let is_outside = (ratio < self.low) | (ratio > self.high);
+                        let counts =
+                            (self.count_outside & is_outside) | (!self.count_outside & is_clipped);
+                        loss[i] = w[i].mul_add(select(is_lower, bound, larger), loss[i]);
+                        clipped[i] += u32::from(counts & keep);
+                        lower_clipped[i] += u32::from(is_lower);
+                        // Around 1, where ratios are, so that the variance keeps its digits.
+                        let excess = ratio - 1.0;
+                        ratio_sum[i] += excess;
+                        squares[i] = excess.mul_add(excess, squares[i]);
+                        let low = select(keep, ratio, min[i]);
+                        let high = select(keep, ratio, max[i]);
+                        min[i] = select(low < min[i], low, min[i]);
+                        max[i] = select(high > max[i], high, max[i]);
+                        advantage[i] += a;
+                    }
+                    if let Some(grad) = &mut grad {
+                        store(grad, at, full, g, writer);
+                    }
+                },
+            );
+        }
         sums.policy_loss = sum(loss);
         sums.clipped = count_of(clipped);
         sums.lower_clipped = count_of(lower_clipped);
         sums.k1 = -sum(total);
         sums.k2 = 0.5 * sum(total_squares);
         sums.k3 = sum(k3);
-        sums.ratio = moments(1.0, sums.tokens, sum(ratios), sum(squares));
+        sums.ratio = moments(1.0, sums.tokens, sum(ratio_sum), sum(squares));
         sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
         sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
         sums.advantages = sum(advantage);
