@@ -187,8 +187,31 @@ fn zeros<T: Element>(len: usize) -> Vec<T> {
         if memory.is_null() {
             handle_alloc_error(layout);
         }
+        ask_for_large_pages(memory, layout.size());
         Vec::from_raw_parts(memory.cast(), len, len)
     }
+}
+
+/// Fresh memory is handed over by the page when it is first written, which for pages of 4 KiB takes ten
+/// times as long as the writing: what is large asks for large pages. A hint, and where it is refused
+/// all is as before.
+///
+/// # Safety
+/// The memory is an allocation of so many bytes.
+unsafe fn ask_for_large_pages(memory: *mut u8, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        const LARGE_PAGE: usize = 2 << 20;
+        /// From here on glibc gives every allocation a mapping of its own; a smaller one may have its pages.
+        const OWN_MAPPING: usize = 32 << 20;
+        if bytes >= OWN_MAPPING {
+            let head = memory.align_offset(LARGE_PAGE);
+            let whole_pages = (bytes - head) / LARGE_PAGE * LARGE_PAGE;
+            libc::madvise(memory.add(head).cast(), whole_pages, libc::MADV_HUGEPAGE);
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (memory, bytes);
 }
 
 /// Memory of an output, not yet a tensor.

@@ -2,6 +2,8 @@
 
 use half::{bf16, f16};
 
+use super::math::LOGIT_LANES;
+
 mod sealed {
     pub trait Sealed {}
     impl Sealed for f32 {}
@@ -20,6 +22,17 @@ pub trait Logit: sealed::Sealed + Copy + Send + Sync + 'static {
 
     /// The value next to `x`; of two, the even one.
     fn from_f32(x: f32) -> Self;
+
+    /// The values as `f32`, in whichever order costs least: for sums and maxima.
+    #[doc(hidden)]
+    #[inline(always)]
+    fn widen(lanes: &[Self; LOGIT_LANES]) -> [f32; LOGIT_LANES] {
+        let mut wide = [0.0; LOGIT_LANES];
+        for (wide, x) in wide.iter_mut().zip(lanes) {
+            *wide = x.to_f32();
+        }
+        wide
+    }
 
     /// The value zero.
     const ZERO: Self;
@@ -50,6 +63,18 @@ impl Logit for bf16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+
+    #[inline(always)]
+    fn widen(lanes: &[Self; LOGIT_LANES]) -> [f32; LOGIT_LANES] {
+        // Two at a time: an instruction each, where one after the other would take two.
+        let pairs: [u32; LOGIT_LANES / 2] = bytemuck::cast(*lanes);
+        let mut wide = [0.0; LOGIT_LANES];
+        for (i, pair) in pairs.into_iter().enumerate() {
+            wide[i] = f32::from_bits(pair << 16);
+            wide[LOGIT_LANES / 2 + i] = f32::from_bits(pair & 0xffff_0000);
+        }
+        wide
     }
 
     #[inline(always)]

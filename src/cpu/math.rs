@@ -6,6 +6,10 @@ use super::{prefetch, Logit};
 /// number, so that the order of additions does not depend on the machine's width.
 pub(crate) const LANES: usize = 16;
 
+/// The same for reductions over logits: two of the widest registers, so that one's exponentials hide
+/// the latency of the other's.
+pub(crate) const LOGIT_LANES: usize = 32;
+
 /// Below this [`exp_factors`] gives 0.
 pub(crate) const EXP_FLOOR: f32 = -88.0;
 
@@ -109,9 +113,9 @@ pub(crate) fn at_least(x: f32, floor: f32) -> f32 {
 /// enough ahead by itself.
 const AHEAD: isize = 1024;
 
-/// Calls `body` on `LANES` logits at a time, the last of them filled up with -inf.
+/// Calls `body` on [`LOGIT_LANES`] logits at a time, the last of them filled up with -inf.
 #[inline(always)]
-pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LANES])) {
+pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LOGIT_LANES])) {
     let (chunks, rest) = z.as_chunks();
     for z in chunks {
         prefetch(z, AHEAD);
@@ -127,7 +131,7 @@ pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LANES])) {
 pub(crate) fn for_lanes2<T: Logit>(
     z: &[T],
     w: &[T],
-    mut body: impl FnMut(&[T; LANES], &[T; LANES]),
+    mut body: impl FnMut(&[T; LOGIT_LANES], &[T; LOGIT_LANES]),
 ) {
     let ((chunks_z, rest_z), (chunks_w, rest_w)) = (z.as_chunks(), w.as_chunks());
     for (z, w) in chunks_z.iter().zip(chunks_w) {
@@ -141,8 +145,8 @@ pub(crate) fn for_lanes2<T: Logit>(
 }
 
 #[inline(always)]
-fn filled_up<T: Logit>(rest: &[T]) -> [T; LANES] {
-    let mut lanes = [T::from_f32(f32::NEG_INFINITY); LANES];
+fn filled_up<T: Logit>(rest: &[T]) -> [T; LOGIT_LANES] {
+    let mut lanes = [T::from_f32(f32::NEG_INFINITY); LOGIT_LANES];
     lanes[..rest.len()].copy_from_slice(rest);
     lanes
 }
@@ -160,13 +164,14 @@ pub(crate) fn larger(x: f32, max: f32) -> f32 {
 /// The largest element, or -inf for none. NaN is skipped: its `exp` brings it back.
 #[inline(always)]
 pub(crate) fn max<T: Logit>(values: &[T]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let mut lanes = [f32::NEG_INFINITY; LOGIT_LANES];
     for_lanes(
         values,
         #[inline(always)]
         |values| {
-            for lane in 0..LANES {
-                lanes[lane] = larger(values[lane].to_f32(), lanes[lane]);
+            let values = T::widen(values);
+            for lane in 0..LOGIT_LANES {
+                lanes[lane] = larger(values[lane], lanes[lane]);
             }
         },
     );
@@ -175,8 +180,8 @@ pub(crate) fn max<T: Logit>(values: &[T]) -> f32 {
 
 /// The largest lane.
 #[inline(always)]
-pub(crate) fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
+pub(crate) fn max_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] = larger(lanes[i + width], lanes[i]);
@@ -188,8 +193,8 @@ pub(crate) fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
 
 /// Adds the lanes up as a balanced tree.
 #[inline(always)]
-pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
-    let mut width = LANES / 2;
+pub(crate) fn sum_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
             lanes[i] += lanes[i + width];

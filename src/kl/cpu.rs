@@ -8,7 +8,7 @@ use super::{
 };
 use crate::cpu::math::{
     at_least, exp, exp_factors, for_lanes2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
-    LANES,
+    LOGIT_LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, RowsMut};
 use crate::error::{Error, Result};
@@ -445,19 +445,20 @@ impl Sums {
         let base = |max: f32| if max == f32::NEG_INFINITY { 0.0 } else { max };
         let (base_z, base_w) = (base(self.max_z), base(self.max_w));
         let exp = Exp::new(scale);
-        let mut max_z = [f32::NEG_INFINITY; LANES];
-        let mut max_w = [f32::NEG_INFINITY; LANES];
-        let mut max_gap = [f32::NEG_INFINITY; LANES];
-        let mut sum_z = [0.0; LANES];
-        let mut sum_w = [0.0; LANES];
-        let mut weighted = [0.0; LANES];
+        let mut max_z = [f32::NEG_INFINITY; LOGIT_LANES];
+        let mut max_w = [f32::NEG_INFINITY; LOGIT_LANES];
+        let mut max_gap = [f32::NEG_INFINITY; LOGIT_LANES];
+        let mut sum_z = [0.0; LOGIT_LANES];
+        let mut sum_w = [0.0; LOGIT_LANES];
+        let mut weighted = [0.0; LOGIT_LANES];
         for_lanes2(
             z,
             w,
             #[inline(always)]
             |z, w| {
-                for lane in 0..LANES {
-                    let (z, w) = (z[lane].to_f32(), w[lane].to_f32());
+                let (z, w) = (T::widen(z), T::widen(w));
+                for lane in 0..LOGIT_LANES {
+                    let (z, w) = (z[lane], w[lane]);
                     max_z[lane] = larger(z, max_z[lane]);
                     max_w[lane] = larger(w, max_w[lane]);
                     let (x, y) = (z - base_z, w - base_w);

@@ -4,7 +4,8 @@
 
 use super::{check_logits, LogprobOptions, OP};
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR, LANES,
+    at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
+    LOGIT_LANES,
 };
 use crate::cpu::{for_each, past_caches, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer};
 use crate::error::{Error, Result};
@@ -276,15 +277,16 @@ impl Sums {
         // With -inf throughout, -inf - -inf would make NaN of legal masked columns.
         let base = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
         let exp = Exp::new(scale);
-        let mut max = [f32::NEG_INFINITY; LANES];
-        let mut sum = [0.0; LANES];
-        let mut weighted = [0.0; LANES];
+        let mut max = [f32::NEG_INFINITY; LOGIT_LANES];
+        let mut sum = [0.0; LOGIT_LANES];
+        let mut weighted = [0.0; LOGIT_LANES];
         for_lanes(
             z,
             #[inline(always)]
             |z| {
-                for lane in 0..LANES {
-                    let z = z[lane].to_f32();
+                let z = T::widen(z);
+                for lane in 0..LOGIT_LANES {
+                    let z = z[lane];
                     max[lane] = larger(z, max[lane]);
                     let x = exp.clamp(z - base);
                     let (p, power) = exp.factors(x);

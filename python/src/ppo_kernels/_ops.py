@@ -127,7 +127,7 @@ def _call_cuda(function: str, device: torch.device, sizes: tuple, arguments: tup
 
 # --- Room for gradients ---
 
-# Above this size glibc gives every allocation a mapping of its own.
+# From this size on glibc gives every allocation a mapping of its own.
 _OWN_MAPPING = 32 << 20
 _LARGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
@@ -142,7 +142,7 @@ def _large_pages(gradient: Tensor) -> Tensor:
     Fresh memory of the CPU is handed over by the page when it is first written, which for pages of
     4 KiB takes ten times as long as the writing. So large gradients ask for large pages.
     """
-    if gradient.nbytes > _OWN_MAPPING and gradient.is_cpu and _madvise is not None:
+    if gradient.nbytes >= _OWN_MAPPING and gradient.is_cpu and _madvise is not None:
         start = -(-gradient.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
         end = (gradient.data_ptr() + gradient.nbytes) // _LARGE_PAGE * _LARGE_PAGE
         _madvise(start, end - start, _MADV_HUGEPAGE)  # where it is refused, all is as before
