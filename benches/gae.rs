@@ -10,37 +10,15 @@ use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::gae::cpu::{self, Outputs};
 use ppo_kernels::gae::{gae, GaeInputs, GaeOptions, Inputs};
 
-const GAMMA: f64 = 0.99;
-const LAMBDA: f64 = 0.95;
-
 /// Sums of about a hundred deltas of magnitude 1, in f32.
 const TOLERANCE: f32 = 1e-4;
 
 fn options() -> GaeOptions {
-    GaeOptions { gamma: GAMMA, lambda: LAMBDA, ..Default::default() }
+    GaeOptions { gamma: 0.99, lambda: 0.95, ..Default::default() }
 }
 
 fn random(seed: u64, batch: usize, seq_len: usize) -> Tensor {
     tensor(uniform(&mut rng(seed), batch * seq_len, 0.0, 1.0), &[batch, seq_len], DType::F32)
-}
-
-/// Column after column from the last one, as every loop over time in a tensor library.
-fn narrow_and_add(rewards: &Tensor, values: &Tensor) -> candle_core::Result<(Tensor, Tensor)> {
-    let (batch, seq_len) = values.dims2()?;
-    let mut next_value = Tensor::zeros((batch, 1), DType::F32, device())?;
-    let mut advantage = next_value.clone();
-    let mut columns = Vec::with_capacity(seq_len);
-    for t in (0..seq_len).rev() {
-        let value = values.narrow(1, t, 1)?;
-        let delta = ((rewards.narrow(1, t, 1)? + (next_value * GAMMA)?)? - &value)?;
-        advantage = (delta + (advantage * (GAMMA * LAMBDA))?)?;
-        columns.push(advantage.clone());
-        next_value = value;
-    }
-    columns.reverse();
-    let advantages = Tensor::cat(&columns, 1)?;
-    let returns = (&advantages + values)?;
-    Ok((advantages, returns))
 }
 
 fn check(advantages: &[f32], returns: &[f32], candle: &(Tensor, Tensor)) {
@@ -63,7 +41,7 @@ fn plain(criterion: &mut Criterion, batch: usize, seq_len: usize) {
             let outputs = Outputs { advantages, returns, rewards: None };
             cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap()
         };
-        let candle = move || narrow_and_add(&rewards, &values).unwrap();
+        let candle = move || compositions::gae(&rewards, &values, &options()).unwrap();
         let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; batch * seq_len]);
         fused(&mut advantages, &mut returns);
         check(&advantages, &returns, &candle());
@@ -80,26 +58,11 @@ fn tensors(criterion: &mut Criterion, batch: usize, seq_len: usize) {
             let inputs = GaeInputs { rewards: Some(&rewards), ..GaeInputs::new(&values) };
             gae(&inputs, &options()).unwrap()
         };
-        let candle = move || narrow_and_add(&inputs.0, &inputs.1).unwrap();
+        let candle = move || compositions::gae(&inputs.0, &inputs.1, &options()).unwrap();
         let ours = fused();
         check(&to_vec(&ours.advantages), &to_vec(&ours.returns), &candle());
         (fused, candle)
     });
-}
-
-/// As TRL does it: rewards and values are multiplied by the mask, and so is what comes out.
-fn shape_and_loop(
-    values: &Tensor,
-    kl: &Tensor,
-    scores: &Tensor,
-    last: &Tensor,
-    mask: &Tensor,
-    kl_coef: f64,
-) -> candle_core::Result<(Tensor, Tensor)> {
-    let penalty = ((kl * -kl_coef)? * mask)?;
-    let rewards = penalty.scatter_add(&last.unsqueeze(1)?, &scores.unsqueeze(1)?, 1)?;
-    let (advantages, returns) = narrow_and_add(&rewards, &(values * mask)?)?;
-    Ok(((advantages * mask)?, (returns * mask)?))
 }
 
 fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
@@ -112,7 +75,6 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let (mask, last) = padding(&mut rng(4), batch, seq_len);
         let mask = Tensor::from_vec(mask, (batch, seq_len), device()).unwrap();
         let last = Tensor::from_vec(last, batch, device()).unwrap();
-        let kl_coef = options().shaping.kl_coef;
 
         let raw = (to_vec(&values), to_vec(&kl), to_vec(&scores));
         let factors = mask.to_dtype(DType::F32).unwrap();
@@ -128,8 +90,9 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
             let outputs = Outputs { advantages, returns, rewards: None };
             cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap()
         };
-        let candle =
-            move || shape_and_loop(&values, &kl, &scores, &last, &factors, kl_coef).unwrap();
+        let candle = move || {
+            compositions::masked_gae(&values, &kl, &scores, &last, &factors, &options()).unwrap()
+        };
         let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; tokens]);
         fused(&mut advantages, &mut returns);
         check(&advantages, &returns, &candle());

@@ -7,7 +7,7 @@
 
 mod common;
 
-use candle_core::{DType, Tensor, Var, D};
+use candle_core::{DType, Tensor, Var};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use half::bf16;
@@ -32,11 +32,6 @@ fn log_probabilities(tokens: usize) -> (Tensor, Tensor) {
     (tensor(logp), tensor(ref_logp))
 }
 
-fn k3(logp: &Tensor, ref_logp: &Tensor) -> candle_core::Result<Tensor> {
-    let d = logp.sub(ref_logp)?;
-    d.neg()?.exp()?.add(&d)? - 1.0
-}
-
 fn sampled_forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let tokens = batch * seq_len;
     let walk = Walk { read: 8 * tokens, write: 4 * tokens };
@@ -47,7 +42,7 @@ fn sampled_forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
             let inputs = TokenInputs { logp: &raw.0, ref_logp: &raw.1, mask: None };
             cpu::token_forward(inputs, &SAMPLED, kl).unwrap();
         };
-        let candle = move || k3(&logp, &ref_logp).unwrap();
+        let candle = move || compositions::token_kl(&logp, &ref_logp).unwrap();
         let mut kl = vec![0.0; tokens];
         fused(&mut kl);
         agree("token_kl", &kl, &to_vec(&candle()), TOLERANCE);
@@ -62,7 +57,12 @@ fn sampled_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let (logp, ref_logp) = log_probabilities(tokens);
         let upstream = tensor(uniform(&mut rng(2), tokens, 0.0, 1.0), &[tokens], DType::F32);
         let var = Var::from_tensor(&logp).unwrap();
-        let loss = k3(&var, &ref_logp).unwrap().mul(&upstream).unwrap().sum_all().unwrap();
+        let loss = compositions::token_kl(&var, &ref_logp)
+            .unwrap()
+            .mul(&upstream)
+            .unwrap()
+            .sum_all()
+            .unwrap();
         let candle = move || loss.backward().unwrap().remove(&var).unwrap();
 
         let [logp, ref_logp, upstream] = [logp, ref_logp, upstream].map(|t| to_vec(&t));
@@ -102,19 +102,13 @@ impl Full {
     }
 }
 
-fn composition(z: &Tensor, w: &Tensor) -> candle_core::Result<Tensor> {
-    let ln_p = candle_nn::ops::log_softmax(&z.to_dtype(DType::F32)?, D::Minus1)?;
-    let ln_q = candle_nn::ops::log_softmax(&w.to_dtype(DType::F32)?, D::Minus1)?;
-    ln_p.exp()?.mul(&ln_p.sub(&ln_q)?)?.sum(D::Minus1)
-}
-
 fn full_forward(criterion: &mut Criterion, size: Full) {
     let walk = Walk { read: 2 * size.bytes(), write: 4 * size.rows };
     compare(criterion, "kl_full_forward", &size.name(), &[walk], || {
         let (z, w) = size.logits();
         let inputs = (z.clone(), w.clone());
         let fused = move || full_kl(&z, &w, None, &FULL).unwrap();
-        let candle = move || composition(&inputs.0, &inputs.1).unwrap();
+        let candle = move || compositions::full_kl(&inputs.0, &inputs.1).unwrap();
         tensors_agree("full_kl", &fused(), &candle(), TOLERANCE);
         (fused, candle)
     });
@@ -126,7 +120,7 @@ fn full_backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, s
         let (z, w) = size.logits();
         let upstream = uniform(&mut rng(3), size.rows, 0.0, 1.0);
         let var = Var::from_tensor(&z).unwrap();
-        let kl = composition(&var, &w).unwrap();
+        let kl = compositions::full_kl(&var, &w).unwrap();
         let weights = Tensor::new(upstream.as_slice(), device()).unwrap();
         let loss = kl.mul(&weights).unwrap().sum_all().unwrap();
         let candle = move || loss.backward().unwrap().remove(&var).unwrap();

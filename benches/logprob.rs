@@ -1,12 +1,10 @@
 //! Log-probabilities of sampled tokens. `fused` is the candle function forward and through autograd;
 //! for the pure backward it is the function on slices, writing where there is memory, against the
 //! backward of candle's graph.
-//!
-//! candle's own ops widen 16-bit logits first: its sums would have 8 bits otherwise.
 
 mod common;
 
-use candle_core::{DType, Tensor, Var, D};
+use candle_core::{DType, Tensor, Var};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use half::{bf16, f16};
@@ -69,17 +67,12 @@ struct Inputs {
     upstream: Tensor,
 }
 
-fn composition(logits: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
-    let logp = candle_nn::ops::log_softmax(&logits.to_dtype(DType::F32)?, D::Minus1)?;
-    logp.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)
-}
-
 fn forward(criterion: &mut Criterion, size: Size) {
     compare(criterion, "logprob_forward", &size.name(), &[size.forward()], || {
         let Inputs { logits, targets, .. } = size.inputs();
         let inputs = (logits.clone(), targets.clone());
         let fused = move || logprobs(&logits, &targets, &OPTIONS).unwrap();
-        let candle = move || composition(&inputs.0, &inputs.1).unwrap();
+        let candle = move || compositions::logprobs(&inputs.0, &inputs.1).unwrap();
         tensors_agree("logprob", &fused(), &candle(), tolerance(DType::F32));
         (fused, candle)
     });
@@ -90,7 +83,7 @@ fn backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, size: 
         let Size { rows, vocab, .. } = size;
         let Inputs { logits, targets, upstream } = size.inputs();
         let var = Var::from_tensor(&logits).unwrap();
-        let loss = composition(&var, &targets).unwrap().mul(&upstream).unwrap();
+        let loss = compositions::logprobs(&var, &targets).unwrap().mul(&upstream).unwrap();
         let loss = loss.sum_all().unwrap();
         let candle = move || loss.backward().unwrap().remove(&var).unwrap();
 
@@ -131,8 +124,9 @@ fn forward_backward(criterion: &mut Criterion, size: Size) {
         };
         let inputs = (var.clone(), targets.clone(), upstream.clone());
         let fused = move || gradient(logprobs(&var, &targets, &OPTIONS).unwrap(), &var, &upstream);
-        let candle =
-            move || gradient(composition(&inputs.0, &inputs.1).unwrap(), &inputs.0, &inputs.2);
+        let candle = move || {
+            gradient(compositions::logprobs(&inputs.0, &inputs.1).unwrap(), &inputs.0, &inputs.2)
+        };
         tensors_agree("logprob gradient", &fused(), &candle(), tolerance(size.dtype));
         (fused, candle)
     });

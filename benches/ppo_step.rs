@@ -9,7 +9,7 @@ mod common;
 
 use std::rc::Rc;
 
-use candle_core::{DType, Tensor, Var, D};
+use candle_core::{DType, Tensor, Var};
 use common::minibatch::Minibatch;
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
@@ -51,8 +51,7 @@ impl Step {
     }
 
     fn candle(&self) -> candle_core::Result<[Tensor; 2]> {
-        let logp = candle_nn::ops::log_softmax(&self.logits.to_dtype(DType::F32)?, D::Minus1)?;
-        let logp = logp.gather(&self.targets.unsqueeze(2)?, 2)?.squeeze(2)?;
+        let logp = compositions::logprobs(&self.logits, &self.targets)?;
         let loss = self.minibatch.composition(&logp)?;
         Ok(self.minibatch.gradients(&loss, &self.logits))
     }

@@ -26,15 +26,6 @@ fn inputs(batch: usize, seq_len: usize) -> Inputs {
     }
 }
 
-/// The mask is of f32, as candle multiplies by it.
-fn composition(x: &Tensor, mask: &Tensor, eps: f64) -> candle_core::Result<Tensor> {
-    let count = mask.sum_all()?;
-    let mean = x.mul(mask)?.sum_all()?.div(&count)?;
-    let centred = x.broadcast_sub(&mean)?.mul(mask)?;
-    let variance = centred.sqr()?.sum_all()?.div(&(count - 1.0)?)?;
-    centred.broadcast_div(&(variance + eps)?.sqrt()?)
-}
-
 /// The moments are those of all elements, so the elements are read twice.
 fn walks(tokens: usize) -> [Walk; 2] {
     [Walk { read: 5 * tokens, write: 0 }, Walk { read: 5 * tokens, write: 4 * tokens }]
@@ -47,7 +38,7 @@ fn forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let options = WhitenOptions::default();
         let factors = mask.to_dtype(DType::F32).unwrap();
         let raw = (to_vec(&x), mask.flatten_all().unwrap().to_vec1::<u8>().unwrap());
-        let candle = move || composition(&x, &factors, options.eps).unwrap();
+        let candle = move || compositions::masked_whiten(&x, &factors, options.eps).unwrap();
         let fused = move |out: &mut [f32]| {
             let (x, mask) = (&raw.0, Some(raw.1.as_slice()));
             let moments = cpu::masked_moments(x, mask).unwrap();
@@ -66,7 +57,8 @@ fn tensors(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let Inputs { x, mask } = inputs(batch, seq_len);
         let options = WhitenOptions::default();
         let theirs = (x.clone(), mask.to_dtype(DType::F32).unwrap());
-        let candle = move || composition(&theirs.0, &theirs.1, options.eps).unwrap();
+        let candle =
+            move || compositions::masked_whiten(&theirs.0, &theirs.1, options.eps).unwrap();
         let fused = move || masked_whiten(&x, Some(&mask), &options).unwrap();
         tensors_agree("whitened", &fused(), &candle(), TOLERANCE);
         (fused, candle)
@@ -82,7 +74,8 @@ fn backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let options = WhitenOptions::default();
         let upstream = uniform(&mut rng(3), tokens, 0.1, 1.0);
         let var = Var::from_tensor(&x).unwrap();
-        let y = composition(&var, &mask.to_dtype(DType::F32).unwrap(), options.eps).unwrap();
+        let y = compositions::masked_whiten(&var, &mask.to_dtype(DType::F32).unwrap(), options.eps)
+            .unwrap();
         let weights = tensor(upstream.clone(), &[batch, seq_len], DType::F32);
         let loss = y.mul(&weights).unwrap().sum_all().unwrap();
         let candle = move || loss.backward().unwrap().remove(&var).unwrap();

@@ -18,6 +18,7 @@
 //! measures the kernels in their place.
 #![allow(dead_code)] // each bench uses its own part
 
+pub mod compositions;
 pub mod minibatch;
 
 use std::hint::black_box;

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The tests of the CUDA kernels and their measurements, for a machine with a GPU.
 #
-#   benches/gpu/run.sh build             on a machine with Rust: makes benches/gpu/bin/, to carry along
+#   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, to carry along;
+#                                        with candle's own ops to measure beside, which takes twenty
+#                                        minutes and the libraries of the CUDA toolkit
 #   benches/gpu/run.sh test              runs the tests
 #   benches/gpu/run.sh sanitize          runs them under compute-sanitizer's memcheck, racecheck, initcheck
 #   benches/gpu/run.sh time              prints the table
@@ -9,20 +11,25 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 build() {
-    NVCC=$(../../.ci/nvcc)
+    NVCC=${NVCC:-$(../../.ci/nvcc)}
     export NVCC CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-../../target/gpu}
     rm -rf bin
     mkdir bin
-    cargo build --release
-    cp "$CARGO_TARGET_DIR/release/ppo-kernels-gpu" bin/time
-    cargo test --release --no-run --message-format=json-render-diagnostics |
-        sed -n '/"kind":\["test"\]/s/.*"executable":"\([^"]*\)".*/\1/p' |
-        while read -r test; do
-            name=${test##*/}
-            cp "$test" "bin/test-${name%-*}"
-        done
+    cp "$(executables bin build ${1:+--features "$1"})" bin/time
+    executables test test --no-run | while read -r test; do
+        name=${test##*/}
+        cp "$test" "bin/test-${name%-*}"
+    done
     strip bin/*
     ls -l bin
+}
+
+# Prints what of the kind $1 cargo makes when it is told the rest.
+executables() {
+    local kind=$1
+    shift
+    cargo "$@" --release --message-format=json-render-diagnostics |
+        sed -n '/"kind":\["'"$kind"'"\]/s/.*"executable":"\([^"]*\)".*/\1/p'
 }
 
 each_test() {
@@ -33,7 +40,7 @@ each_test() {
 }
 
 case ${1:-} in
-build) build ;;
+build) build "${2:-}" ;;
 test) each_test ;;
 sanitize)
     for tool in memcheck racecheck initcheck; do
@@ -42,7 +49,7 @@ sanitize)
     ;;
 time) bin/time ;;
 *)
-    sed -n '2,8s/^# *//p' run.sh
+    sed -n '2,10s/^# *//p' run.sh
     exit 2
     ;;
 esac

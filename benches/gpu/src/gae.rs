@@ -7,7 +7,7 @@ use ppo_kernels::whiten::WhitenOptions;
 
 use crate::gpu::{Buffer, Gpu};
 use crate::inputs::{mask, tokens};
-use crate::table::{Shape, Table};
+use crate::table::{Pass, Shape, Table};
 
 const SHAPES: [(usize, usize); 4] = [(8192, 2048), (512, 1024), (64, 2048), (16, 131_072)];
 
@@ -47,10 +47,10 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
             cuda::gae(&stream, inputs, batch, seq_len, &options, outputs, workspace).unwrap();
         });
     };
-    gae("GAE", plain, 16, false);
-    gae("GAE with shaping, mask, moments", shaped, 17, true);
+    gae(Pass::Gae, plain, 16, false);
+    gae(Pass::GaeShaped, shaped, 17, true);
     let mut whitened = Buffer::<f32>::uninit(count, 0);
-    table.row("whiten by known moments, mask", shape, 9 * count, || {
+    table.row(Pass::Whiten, shape, 9 * count, || {
         let given = Given::OnDevice(moments.slice());
         let (x, mask, options) = (advantages.slice(), Some(mask.slice()), WhitenOptions::default());
         masked_whiten(&stream, x, mask, given, &options, whitened.slice_mut()).unwrap();

@@ -3,12 +3,12 @@
 use half::bf16;
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
-use ppo_kernels::kl::{cpu, FullKlOptions, KlOptions};
+use ppo_kernels::kl::{cpu, FullKlOptions, KlEstimator, KlOptions};
 
 use crate::gpu::{Buffer, Gpu};
 use crate::inputs::{logits, tiled, tokens};
 use crate::logprob::SHAPES;
-use crate::table::{Shape, Table};
+use crate::table::{Pass, Shape, Table};
 
 pub fn time(table: &Table) {
     for (rows, vocab) in SHAPES {
@@ -20,7 +20,7 @@ pub fn time(table: &Table) {
 
 fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     let stream = Gpu::get().stream();
-    let options = FullKlOptions { temperature: 0.7, ..Default::default() };
+    let options = FullKlOptions::default();
     let policy = tiled(&logits::<T>(1 << 24), rows * vocab);
     let reference = tiled(&logits::<T>((1 << 24) - 1), rows * vocab);
     let mut stats = Buffer::<f32>::uninit(cpu::STATS * rows, 0);
@@ -33,11 +33,11 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
         FullInputs { logits: policy.slice(), ref_logits: reference.slice(), vocab, mask: None };
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
     let bytes = rows * vocab * size_of::<T>();
-    table.row("exact KL forward", shape, 2 * bytes, || {
+    table.row(Pass::FullKlForward, shape, 2 * bytes, || {
         let (stats, workspace) = (stats.slice_mut(), workspace.slice_mut());
         cuda::full_forward(&stream, inputs, &options, stats, workspace).unwrap();
     });
-    table.row("exact KL backward", shape, 3 * bytes, || {
+    table.row(Pass::FullKlBackward, shape, 3 * bytes, || {
         let (stats, up, grad) = (stats.slice(), up.slice(), grad.slice_mut());
         cuda::full_backward(&stream, inputs, &options, stats, up, Some(grad), None).unwrap();
     });
@@ -46,11 +46,12 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
 fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
     let stream = Gpu::get().stream();
     let count = batch * seq_len;
+    let options = KlOptions { estimator: KlEstimator::K3, ..Default::default() };
     let (logp, ref_logp) = (tokens(count), tokens(count));
     let mut kl = Buffer::<f32>::uninit(count, 0);
     let inputs = TokenInputs { logp: logp.slice(), ref_logp: ref_logp.slice(), mask: None };
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
-    table.row("sampled KL forward", shape, 12 * count, || {
-        cuda::token_forward(&stream, inputs, &KlOptions::default(), kl.slice_mut()).unwrap();
+    table.row(Pass::TokenKlForward, shape, 12 * count, || {
+        cuda::token_forward(&stream, inputs, &options, kl.slice_mut()).unwrap();
     });
 }

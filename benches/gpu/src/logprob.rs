@@ -7,7 +7,7 @@ use ppo_kernels::logprob::LogprobOptions;
 
 use crate::gpu::{Buffer, Gpu};
 use crate::inputs::{logits, tiled};
-use crate::table::{Shape, Table};
+use crate::table::{Pass, Shape, Table};
 
 /// Rows and columns of language models' logits in training.
 pub const SHAPES: [(usize, usize); 6] = [
@@ -40,7 +40,7 @@ impl<T: Logit> Op<T> {
         let workspace = cuda::workspace_len::<T>(Gpu::get().stream().device(), rows, vocab);
         Self {
             vocab,
-            options: LogprobOptions { temperature: 0.7, ..Default::default() },
+            options: LogprobOptions::default(),
             logits: tiled(&logits(1 << 24), rows * vocab),
             targets: Buffer::new(&targets, 0),
             up: Buffer::new(&vec![1.0; rows], 0),
@@ -93,7 +93,7 @@ fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     let mut op = Op::<T>::new(rows, vocab);
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
     let bytes = rows * vocab * size_of::<T>();
-    table.row("logprob forward", shape, bytes, || op.forward(false));
-    table.row("logprob + entropy forward", shape, bytes, || op.forward(true));
-    table.row("logprob + entropy backward", shape, 2 * bytes, || op.backward());
+    table.row(Pass::LogprobForward, shape, bytes, || op.forward(false));
+    table.row(Pass::LogprobEntropyForward, shape, bytes, || op.forward(true));
+    table.row(Pass::LogprobEntropyBackward, shape, 2 * bytes, || op.backward());
 }

@@ -1,5 +1,11 @@
-//! The CUDA kernels measured on a GPU, beside a copy within the device.
+//! The CUDA kernels measured on a GPU, beside a copy within the device and, with the feature `candle`,
+//! beside candle's own ops.
 
+#[cfg(feature = "candle")]
+mod beside;
+#[cfg(feature = "candle")]
+#[path = "../../common/mod.rs"]
+mod common;
 // As the tests have them.
 #[allow(dead_code, unused_imports)]
 #[path = "../../../tests/common/device.rs"]

@@ -5,7 +5,7 @@ use ppo_kernels::ppo_loss::{PpoLossOptions, PpoStats};
 
 use crate::gpu::{Buffer, Gpu};
 use crate::inputs::{mask, tokens};
-use crate::table::{Shape, Table};
+use crate::table::{Pass, Shape, Table};
 
 pub fn time(table: &Table) {
     for (batch, seq_len) in [(8192, 2048), (512, 1024), (64, 2048)] {
@@ -41,7 +41,7 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     };
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
     // Six inputs, two gradients, and the mask, which is also counted.
-    table.row("PPO loss forward + backward, mask", shape, 34 * count, || {
+    table.row(Pass::PpoLoss, shape, 34 * count, || {
         let gradients = Gradients {
             logp: Some(grad_logp.slice_mut()),
             values: Some(grad_values.slice_mut()),

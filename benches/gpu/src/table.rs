@@ -4,6 +4,38 @@ use cudarc::driver::{result, sys};
 
 use crate::gpu::{Buffer, Gpu};
 
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Pass {
+    LogprobForward,
+    LogprobEntropyForward,
+    LogprobEntropyBackward,
+    FullKlForward,
+    FullKlBackward,
+    TokenKlForward,
+    Gae,
+    GaeShaped,
+    Whiten,
+    PpoLoss,
+}
+
+impl Pass {
+    fn name(self) -> &'static str {
+        match self {
+            Pass::LogprobForward => "logprob forward",
+            Pass::LogprobEntropyForward => "logprob + entropy forward",
+            Pass::LogprobEntropyBackward => "logprob + entropy backward",
+            Pass::FullKlForward => "exact KL forward",
+            Pass::FullKlBackward => "exact KL backward",
+            Pass::TokenKlForward => "sampled KL forward",
+            Pass::Gae => "GAE",
+            Pass::GaeShaped => "GAE with shaping, mask, moments",
+            Pass::Whiten => "whiten by known moments, mask",
+            Pass::PpoLoss => "PPO loss forward + backward, mask",
+        }
+    }
+}
+
 /// What an op works on.
 #[derive(Clone, Copy)]
 pub struct Shape {
@@ -24,18 +56,34 @@ impl Table {
         println!("{}", describe(gpu));
         let copy = copy_bandwidth(gpu);
         println!("copy, read + written: {copy:.0} GB/s");
-        println!("\n| pass | dtype | shape | us | GB/s | of copy |\n|---|---|---|---|---|---|");
+        println!("\n| pass | dtype | shape | us | GB/s | of copy | candle, us |");
+        println!("|---|---|---|--:|--:|--:|--:|");
         Self { gpu, copy }
     }
 
-    /// Prints the row of a pass that moves at least so many bytes.
-    pub fn row(&self, pass: &str, shape: Shape, bytes: usize, launch: impl FnMut()) {
+    /// Prints the row of a pass that moves at least so many bytes. Where they fit into the L2 cache its
+    /// share of a copy can be above 100 %.
+    pub fn row(&self, pass: Pass, shape: Shape, bytes: usize, launch: impl FnMut()) {
         let seconds = seconds(self.gpu, launch);
         let rate = bytes as f64 / seconds * 1e-9;
         let (us, share) = (seconds * 1e6, 100.0 * rate / self.copy);
         let Shape { dtype, rows, columns } = shape;
-        println!("| {pass} | {dtype} | {rows} x {columns} | {us:.1} | {rate:.0} | {share:.0} % |");
+        let row = format!("{} | {dtype} | {rows} x {columns}", pass.name());
+        let candle =
+            candle(pass, shape).map_or("-".into(), |seconds| format!("{:.1}", seconds * 1e6));
+        println!("| {row} | {us:.1} | {rate:.0} | {share:.0} % | {candle} |");
     }
+}
+
+/// The time of candle's ops for the same, if they are there.
+#[cfg(feature = "candle")]
+fn candle(pass: Pass, shape: Shape) -> Option<f64> {
+    crate::beside::composition(pass, shape).map(crate::beside::seconds)
+}
+
+#[cfg(not(feature = "candle"))]
+fn candle(_: Pass, _: Shape) -> Option<f64> {
+    None
 }
 
 fn describe(gpu: &Gpu) -> String {
