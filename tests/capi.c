@@ -267,7 +267,7 @@ static void check_cuda(function f, int32_t (*size_of_workspace)(void)) {
         void *right = workspace;
         workspace = NULL;
         refuses(&f, "workspace", "null", PPOK_STATUS_NULL_POINTER);
-        workspace = (char *)right + 1;
+        workspace = (char *)right + 8;
         refuses(&f, "workspace", "misaligned", PPOK_STATUS_MISALIGNED);
     }
     workspace = NULL;

@@ -208,9 +208,18 @@ impl<'a> Memory<'a, Device> {
         if workspace.bytes < bytes {
             return Err(Fault::Workspace { op: self.op, needed: bytes, got: workspace.bytes });
         }
+        let address = workspace.address as usize;
+        if needed > 0 && !address.is_multiple_of(WORKSPACE_ALIGN) {
+            let (op, align) = (self.op, WORKSPACE_ALIGN);
+            return Err(Fault::Misaligned { op, arg: "workspace", address, align });
+        }
         self.output("workspace", workspace.address.cast(), needed)
     }
 }
+
+/// What the header asks of every workspace, whatever is kept there today.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+const WORKSPACE_ALIGN: usize = 16;
 
 /// Memory for whatever a function keeps there while it runs.
 #[derive(Clone, Copy)]

@@ -289,12 +289,14 @@ mod tests {
     }
 
     #[test]
-    fn the_header_has_the_version_of_the_package() {
+    fn header_and_pkg_config_have_the_version_of_the_package() {
         let number = |text: &str| text.parse::<i32>().unwrap();
         let major = number(env!("CARGO_PKG_VERSION_MAJOR"));
         let minor = number(env!("CARGO_PKG_VERSION_MINOR"));
         let patch = number(env!("CARGO_PKG_VERSION_PATCH"));
         assert_eq!(PPOK_VERSION, 10000 * major + 100 * minor + patch);
+        let version = concat!("Version: ", env!("CARGO_PKG_VERSION"), "\n");
+        assert!(include_str!("../../include/ppo_kernels.pc.in").contains(version));
     }
 
     #[test]
