@@ -181,7 +181,7 @@ fn zeros<T: Element>(len: usize) -> Vec<T> {
         return Vec::new();
     }
     // SAFETY: the layout is that of a vector of this capacity, and candle's types are plain numbers,
-    // for which zero bits are 0.
+    // for which zero bits are 0. Where there is memory it is that of the layout.
     unsafe {
         let memory = alloc_zeroed(layout);
         if memory.is_null() {

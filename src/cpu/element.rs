@@ -23,7 +23,8 @@ pub trait Logit: sealed::Sealed + Copy + Send + Sync + 'static {
     /// The value next to `x`; of two, the even one.
     fn from_f32(x: f32) -> Self;
 
-    /// The values as `f32`, in whichever order costs least: for sums and maxima.
+    /// The values as `f32`, for sums and maxima: in whichever order costs least, the same for all values
+    /// of the type.
     #[doc(hidden)]
     #[inline(always)]
     fn widen(lanes: &[Self; LOGIT_LANES]) -> [f32; LOGIT_LANES] {
@@ -158,6 +159,27 @@ mod tests {
             assert!(same(Logit::to_f32(half), half.to_f32()), "{bits:#x}");
             assert!(same(Logit::to_f32(brain), brain.to_f32()), "{bits:#x}");
         }
+    }
+
+    fn widening_keeps_every_value_in_an_order_of_the_type<T: Logit>() {
+        let ascending: [T; LOGIT_LANES] = std::array::from_fn(|i| T::from_f32(i as f32 - 7.0));
+        let order = T::widen(&ascending).map(|x| (x + 7.0) as usize);
+        let mut sorted = order;
+        sorted.sort_unstable();
+        assert_eq!(sorted, std::array::from_fn(|i| i));
+        // Both signs, and every bit of a half.
+        let others: [T; LOGIT_LANES] = std::array::from_fn(|i| T::from_f32((i as f32).sin()));
+        let wide = T::widen(&others);
+        for (lane, i) in order.into_iter().enumerate() {
+            assert_eq!(wide[lane].to_bits(), others[i].to_f32().to_bits(), "{} {lane}", T::NAME);
+        }
+    }
+
+    #[test]
+    fn widening_keeps_every_value() {
+        widening_keeps_every_value_in_an_order_of_the_type::<f32>();
+        widening_keeps_every_value_in_an_order_of_the_type::<f16>();
+        widening_keeps_every_value_in_an_order_of_the_type::<bf16>();
     }
 
     #[test]

@@ -115,7 +115,7 @@ const AHEAD: isize = 1024;
 
 /// Calls `body` on [`LOGIT_LANES`] logits at a time, the last of them filled up with -inf.
 #[inline(always)]
-pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LOGIT_LANES])) {
+pub(crate) fn for_logits<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LOGIT_LANES])) {
     let (chunks, rest) = z.as_chunks();
     for z in chunks {
         prefetch(z, AHEAD);
@@ -126,9 +126,9 @@ pub(crate) fn for_lanes<T: Logit>(z: &[T], mut body: impl FnMut(&[T; LOGIT_LANES
     }
 }
 
-/// [`for_lanes`] over two rows side by side.
+/// [`for_logits`] over two rows side by side.
 #[inline(always)]
-pub(crate) fn for_lanes2<T: Logit>(
+pub(crate) fn for_logits2<T: Logit>(
     z: &[T],
     w: &[T],
     mut body: impl FnMut(&[T; LOGIT_LANES], &[T; LOGIT_LANES]),
@@ -165,7 +165,7 @@ pub(crate) fn larger(x: f32, max: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn max<T: Logit>(values: &[T]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LOGIT_LANES];
-    for_lanes(
+    for_logits(
         values,
         #[inline(always)]
         |values| {
@@ -181,6 +181,7 @@ pub(crate) fn max<T: Logit>(values: &[T]) -> f32 {
 /// The largest lane.
 #[inline(always)]
 pub(crate) fn max_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    const { assert!(N.is_power_of_two()) };
     let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
@@ -194,6 +195,7 @@ pub(crate) fn max_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
 /// Adds the lanes up as a balanced tree.
 #[inline(always)]
 pub(crate) fn sum_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+    const { assert!(N.is_power_of_two()) };
     let mut width = N / 2;
     while width > 0 {
         for i in 0..width {

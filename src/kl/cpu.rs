@@ -7,7 +7,7 @@ use super::{
     KlEstimator, KlOptions, TOKEN_OP,
 };
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_lanes2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
+    at_least, exp, exp_factors, for_logits2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
     LOGIT_LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, RowsMut};
@@ -451,7 +451,7 @@ impl Sums {
         let mut sum_z = [0.0; LOGIT_LANES];
         let mut sum_w = [0.0; LOGIT_LANES];
         let mut weighted = [0.0; LOGIT_LANES];
-        for_lanes2(
+        for_logits2(
             z,
             w,
             #[inline(always)]

@@ -4,7 +4,7 @@
 
 use super::{check_logits, LogprobOptions, OP};
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_lanes, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
+    at_least, exp, exp_factors, for_logits, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
     LOGIT_LANES,
 };
 use crate::cpu::{for_each, past_caches, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer};
@@ -280,7 +280,7 @@ impl Sums {
         let mut max = [f32::NEG_INFINITY; LOGIT_LANES];
         let mut sum = [0.0; LOGIT_LANES];
         let mut weighted = [0.0; LOGIT_LANES];
-        for_lanes(
+        for_logits(
             z,
             #[inline(always)]
             |z| {
