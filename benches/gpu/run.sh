@@ -2,20 +2,29 @@
 # The tests of the CUDA kernels and their measurements, for a machine with a GPU.
 #
 #   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, to carry along;
-#                                        with candle's own ops to measure beside, which takes twenty
-#                                        minutes and the libraries of the CUDA toolkit
+#                                        with candle's own ops to measure beside and the training
+#                                        program, which takes twenty minutes and the libraries of the
+#                                        CUDA toolkit
 #   benches/gpu/run.sh test              runs the tests
 #   benches/gpu/run.sh sanitize          runs them under compute-sanitizer's memcheck, racecheck, initcheck
 #   benches/gpu/run.sh time              prints the table
+#   benches/gpu/run.sh python            tests and measures the PyTorch ops, beside all peers that are there
+#   benches/gpu/run.sh train [ARGS]      checks every op and trains on the GPU; ARGS as of `train`
+#   benches/gpu/run.sh all               all of these but the build, and says at the end what failed
 set -euo pipefail
 cd "$(dirname "$0")"
 
 build() {
     NVCC=${NVCC:-$(../../.ci/nvcc)}
-    export NVCC CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-../../target/gpu}
+    export NVCC CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/../../target/gpu}
     rm -rf bin
     mkdir bin
     cp "$(executables bin build ${1:+--features "$1"})" bin/time
+    if [ -n "${1:-}" ]; then
+        cp "$(cd ../.. && executables bin build --features cuda,driver)" bin/ppo-kernels
+    fi
+    (cd ../.. && cargo rustc --release --lib --crate-type cdylib --no-default-features --features capi,cuda)
+    cp "$(find "$CARGO_TARGET_DIR" -path '*release/libppo_kernels.so')" bin/
     executables test test --no-run | while read -r test; do
         name=${test##*/}
         cp "$test" "bin/test-${name%-*}"
@@ -39,17 +48,43 @@ each_test() {
     done
 }
 
-case ${1:-} in
-build) build "${2:-}" ;;
-test) each_test ;;
-sanitize)
+sanitize() {
     for tool in memcheck racecheck initcheck; do
         each_test compute-sanitizer --tool "$tool" --error-exitcode 1
     done
-    ;;
+}
+
+in_python() {
+    export PPO_KERNELS_LIB=$PWD/bin/libppo_kernels.so PYTHONPATH=$PWD/../../python/src
+    python3 -m pytest -q -p no:cacheprovider ../../python/tests
+    python3 ../../python/bench.py --device cuda
+}
+
+train() {
+    bin/ppo-kernels check --device cuda
+    bin/ppo-kernels train --device cuda --out "$(mktemp -d)/run" "$@"
+}
+
+all() {
+    local failed=()
+    for part in test sanitize time python train; do
+        echo "== $part"
+        ./run.sh "$part" || failed+=("$part")
+    done
+    echo "failed: ${failed[*]:-nothing}"
+    ((${#failed[@]} == 0))
+}
+
+case ${1:-} in
+build) build "${2:-}" ;;
+test) each_test ;;
+sanitize) sanitize ;;
 time) bin/time ;;
+python) in_python ;;
+train) train "${@:2}" ;;
+all) all ;;
 *)
-    sed -n '2,10s/^# *//p' run.sh
+    sed -n '2,15s/^# *//p' run.sh
     exit 2
     ;;
 esac
