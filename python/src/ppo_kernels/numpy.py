@@ -225,8 +225,8 @@ def gae(
     whiten: bool = False,
     return_rewards: bool = False,
 ) -> GaeOutput:
-    """Rewards, advantages and returns of ``[..., seq_len]``; ``scores``, ``has_eos`` and ``bootstrap``
-    are ``[...]``."""
+    """Rewards, advantages and returns of ``[..., seq_len]``; of scores, has_eos and bootstrap there
+    is one a row, ``[...]``."""
     op, shape = "gae", np.shape(values)
     if not shape:
         raise ValueError(f"{op}: `values` has shape [], expected [..., seq_len]")
