@@ -6,8 +6,8 @@
 
 Each group first checks that all give the same. Then they take turns, each with a call that is not
 counted and calls that are, and medians are reported: on the CPU by the clock, on CUDA by events,
-with the L2 cache overwritten in between. Packages that are not installed are left out; of TRL, verl
-and OpenRLHF `pip install --no-deps` is enough.
+with the L2 cache overwritten in between. Packages that are not installed are left out, and so are
+those that do not import; of TRL, verl and OpenRLHF `pip install --no-deps` is enough.
 """
 
 from __future__ import annotations
@@ -31,6 +31,19 @@ import torch  # noqa: E402  after the number of threads is set
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+
+def importable(module: str, name: str) -> Callable | None:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # what does not import is left out, and said to be
+        print(f"{module} is left out: {error}", file=sys.stderr)
+        return None
+
+
+# Before the peers, as these are not to meet the stand-ins for what the peers import.
+LIGER = importable("liger_kernel.transformers.functional", "liger_cross_entropy")
+QUACK = importable("quack.cross_entropy", "cross_entropy")
+
 sys.path.append(str(Path(__file__).parent / "tests"))
 import formulas  # noqa: E402
 import peers  # noqa: E402
@@ -45,22 +58,20 @@ class Group(NamedTuple):
     candidates: dict[str, Callable[[], object]]
     bytes: int  # that have to be moved at least
     repeat: int = 1  # calls for one sample
+    restore: dict[str, Callable[[], object]] = {}  # puts back what a candidate writes over
+
+    def put_back(self, name: str) -> None:
+        if name in self.restore:
+            self.restore[name]()
 
 
 def function_of(module: str, name: str) -> Callable | None:
     try:
         found = peers.find(module)
-    except Exception as error:  # a peer that does not import is left out, and said to be
+    except Exception as error:
         print(f"{module} is left out: {error}", file=sys.stderr)
         return None
     return getattr(found, name, None)
-
-
-def importable(module: str, name: str) -> Callable | None:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception:
-        return None
 
 
 def present(candidates: dict[str, Callable | None]) -> dict[str, Callable]:
@@ -92,7 +103,56 @@ def eager_entropy(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return logp.gather(-1, index.unsqueeze(-1)).squeeze(-1), -(logp.exp() * logp).sum(-1)
 
 
+def eager_full_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    p, q = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+
+
+def eager_token_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    d = (logp - ref_logp).clamp(-20, 20)
+    return (torch.exp(-d) - 1 + d).clamp(-10, 10)
+
+
+def eager_gae(values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    return formulas.gae(values, rewards, mask, 1.0, 0.95)
+
+
+def eager_whiten(values: Tensor, mask: Tensor) -> Tensor:
+    count = mask.sum()
+    mean = torch.where(mask, values, 0.0).sum() / count
+    centred = torch.where(mask, values - mean, 0.0)
+    return centred * torch.rsqrt(centred.square().sum() / (count - 1) + 1e-8)
+
+
+def eager_whitened_gae(values: Tensor, rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    advantages, returns = eager_gae(values, rewards, mask)
+    return eager_whiten(advantages, mask), returns
+
+
 # --- Groups ---
+
+
+def forward(function: Callable, *arguments: Tensor) -> Callable[[], object]:
+    @torch.no_grad()
+    def call() -> object:
+        return function(*arguments)
+
+    return call
+
+
+def both(function: Callable, upstream: Tensor, leaf: Tensor, *arguments: Tensor) -> Callable:
+    def call() -> Tensor:
+        leaf.grad = None
+        result = function(leaf, *arguments)
+        result = result if isinstance(result, tuple) else (result,)
+        torch.autograd.backward(result, [upstream.to(part.dtype) for part in result])
+        return leaf.grad
+
+    return call
+
+
+# On CUDA these write the gradient over the logits, and get logits that no other is given.
+WRITE_OVER_LOGITS = ("verl", "Liger-Kernel")
 
 
 def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Group]:
@@ -102,8 +162,7 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
     upstream = torch.randn(batch, device=device)
     size = logits.nbytes
     shape = f"{str(dtype).removeprefix('torch.')} {rows} x {vocab}"
-    liger = importable("liger_kernel.transformers.functional", "liger_cross_entropy")
-    quack = importable("quack.cross_entropy", "cross_entropy")
+    liger, quack = (LIGER, QUACK) if device == "cuda" else (None, None)
     functions = {
         "ours": ppo_kernels.selective_log_softmax,
         "eager log_softmax + gather": eager_logprobs,
@@ -116,27 +175,16 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
         "QuACK": quack and functools.partial(rowwise, quack),
     }
     functions = present(functions)
-
-    def forward(function: Callable) -> Callable:
-        @torch.no_grad()
-        def call() -> object:
-            return function(logits, index)
-
-        return call
-
-    def both(function: Callable) -> Callable:
-        def call() -> Tensor:
-            logits.grad = None
-            result = function(logits, index)
-            result = result if isinstance(result, tuple) else (result,)
-            torch.autograd.backward(result, [upstream.to(part.dtype) for part in result])
-            return logits.grad
-
-        return call
-
-    yield Group(f"logprob forward {shape}", {n: forward(f) for n, f in functions.items()}, size)
-    both_passes = {n: both(f) for n, f in functions.items()}
-    yield Group(f"logprob forward + backward {shape}", both_passes, 3 * size)
+    given, restore = dict.fromkeys(functions, logits), {}
+    if device == "cuda" and not functions.keys().isdisjoint(WRITE_OVER_LOGITS):
+        own = logits.detach().clone().requires_grad_()
+        for name in functions.keys() & WRITE_OVER_LOGITS:
+            given[name] = own
+            restore[name] = lambda: own.detach().copy_(logits.detach())
+    once = {n: forward(f, given[n], index) for n, f in functions.items()}
+    yield Group(f"logprob forward {shape}", once, size, restore=restore)
+    twice = {n: both(f, upstream, given[n], index) for n, f in functions.items()}
+    yield Group(f"logprob forward + backward {shape}", twice, 3 * size, restore=restore)
 
     functions = present(
         {
@@ -147,48 +195,96 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
         }
     )
     name = "logprob and entropy"
-    yield Group(f"{name} forward {shape}", {n: forward(f) for n, f in functions.items()}, size)
-    both_passes = {n: both(f) for n, f in functions.items()}
-    yield Group(f"{name} forward + backward {shape}", both_passes, 3 * size)
+    once = {n: forward(f, logits, index) for n, f in functions.items()}
+    yield Group(f"{name} forward {shape}", once, size)
+    twice = {n: both(f, upstream, logits, index) for n, f in functions.items()}
+    yield Group(f"{name} forward + backward {shape}", twice, 3 * size)
 
 
 def full_kl_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Group]:
     logits, ref_logits = torch.randn(2, rows, vocab, dtype=dtype, device=device)
-
-    def eager() -> Tensor:
-        p, q = F.log_softmax(logits, -1), F.log_softmax(ref_logits, -1)
-        return F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
-
-    candidates = {
-        "ours": lambda: ppo_kernels.full_kl(logits, ref_logits),
-        "eager": eager,
-        "torch.compile": torch.compile(eager),
+    logits = logits.requires_grad_()
+    upstream = torch.randn(rows, device=device)
+    functions = {
+        "ours": ppo_kernels.full_kl,
+        "eager": eager_full_kl,
+        "torch.compile": torch.compile(eager_full_kl),
     }
     shape = f"{str(dtype).removeprefix('torch.')} {rows} x {vocab}"
-    yield Group(f"full_kl forward {shape}", candidates, 2 * logits.nbytes)
+    once = {n: forward(f, logits, ref_logits) for n, f in functions.items()}
+    yield Group(f"full_kl forward {shape}", once, 2 * logits.nbytes)
+    twice = {n: both(f, upstream, logits, ref_logits) for n, f in functions.items()}
+    yield Group(f"full_kl forward + backward {shape}", twice, 5 * logits.nbytes)
+
+
+def token_kl_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
+    """The estimator k3, clamped as in verl."""
+    logp, ref_logp, upstream = torch.randn(3, batch, seq_len, device=device)
+    logp = logp.requires_grad_()
+    verl = function_of("verl.trainer.ppo.core_algos", "kl_penalty")
+    openrlhf = function_of("openrlhf.models.utils", "compute_approx_kl")
+    functions = present(
+        {
+            "ours": functools.partial(
+                ppo_kernels.token_kl, estimator="k3", log_ratio_clamp=20.0, output_clamp=10.0
+            ),
+            "eager": eager_token_kl,
+            "torch.compile": torch.compile(eager_token_kl),
+            "verl": verl and (lambda a, b: verl(a, b, "low_var_kl")),
+            "OpenRLHF": openrlhf and functools.partial(openrlhf, kl_estimator="k3"),
+        }
+    )
+    shape, size = f"{batch} x {seq_len}", logp.nbytes
+    once = {n: forward(f, logp, ref_logp) for n, f in functions.items()}
+    yield Group(f"token_kl forward {shape}", once, 3 * size)
+    twice = {n: both(f, upstream, logp, ref_logp) for n, f in functions.items()}
+    yield Group(f"token_kl forward + backward {shape}", twice, 7 * size)
+
+
+# Steps that torch.compile unrolls in some seconds; those of a long sequence take it many minutes.
+COMPILED_STEPS = 64
 
 
 def gae_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     values, rewards = torch.randn(2, batch, seq_len, device=device)
     mask = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
     number = mask.float()
+    compiled = seq_len <= COMPILED_STEPS
     verl = function_of("verl.trainer.ppo.core_algos", "compute_gae_advantage_return")
     maker = function_of("openrlhf.trainer.ppo_utils.experience_maker", "RemoteExperienceMaker")
     openrlhf = maker and (
         lambda: maker.get_advantages_and_returns(None, values, rewards, number, 1.0, 0.95)
     )
+    arguments = (values, rewards, mask)
     plain = {
-        "ours": lambda: ppo_kernels.gae(values, rewards, mask)[:2],
-        "eager loop": lambda: formulas.gae(values, rewards, mask, 1.0, 0.95),
+        "ours": lambda: ppo_kernels.gae(*arguments)[:2],
+        "eager loop": bound(eager_gae, *arguments),
+        "torch.compile": bound(torch.compile(eager_gae), *arguments) if compiled else None,
         "OpenRLHF": openrlhf,
     }
     whitened = {
-        "ours": lambda: ppo_kernels.gae(values, rewards, mask, whiten=True)[:2],
+        "ours": lambda: ppo_kernels.gae(*arguments, whiten=True)[:2],
+        "eager loop": bound(eager_whitened_gae, *arguments),
         "verl": bound(verl, rewards, values, number, 1.0, 0.95),
     }
     size = 4 * values.nbytes + mask.nbytes
     yield Group(f"gae {batch} x {seq_len}", present(plain), size)
     yield Group(f"gae, whitened {batch} x {seq_len}", present(whitened), size + 2 * values.nbytes)
+
+
+def whiten_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
+    """With nothing masked, as verl leaves that as it is."""
+    values = torch.randn(batch, seq_len, device=device)
+    mask = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
+    verl = function_of("verl.utils.torch_functional", "masked_whiten")
+    candidates = {
+        "ours": bound(ppo_kernels.masked_whiten, values, mask),
+        "eager": bound(eager_whiten, values, mask),
+        "torch.compile": bound(torch.compile(eager_whiten), values, mask),
+        "verl": bound(verl, values, mask.float()),
+    }
+    size = 3 * values.nbytes + 2 * mask.nbytes
+    yield Group(f"masked_whiten {batch} x {seq_len}", present(candidates), size)
 
 
 def ppo_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
@@ -227,19 +323,15 @@ def overhead_groups(device: str) -> Iterator[Group]:
         "eager cross_entropy": negated_cross_entropy,
     }
 
-    def both(function: Callable) -> Callable:
-        def call() -> Tensor:
-            logits.grad = None
-            function(logits, index).backward(upstream)
-            return logits.grad
+    def gradient(function: Callable) -> Tensor:
+        logits.grad = None
+        function(logits, index).backward(upstream)
+        return logits.grad
 
-        return call
-
-    alone = {name: lambda f=f: f(logits, index) for name, f in functions.items()}
-    yield Group("overhead forward 4 x 32", alone, 0, 1000)
-    yield Group(
-        "overhead forward + backward 4 x 32", {n: both(f) for n, f in functions.items()}, 0, 1000
-    )
+    once = {name: bound(f, logits, index) for name, f in functions.items()}
+    yield Group("overhead forward 4 x 32", once, 0, 1000)
+    twice = {name: bound(gradient, f) for name, f in functions.items()}
+    yield Group("overhead forward + backward 4 x 32", twice, 0, 1000)
 
 
 CUDA_LOGITS = [
@@ -259,14 +351,16 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
             yield lambda dtype=dtype: logprob_groups(512, 49152, dtype, device)
             yield lambda dtype=dtype: full_kl_groups(512, 49152, dtype, device)
         yield lambda: gae_groups(64, 2048, device)
-        yield lambda: ppo_loss_groups(64, 2048, device)
+        yield lambda: gae_groups(64, COMPILED_STEPS, device)
     else:
         for rows, vocab in CUDA_LOGITS:
             yield lambda r=rows, v=vocab: logprob_groups(r, v, torch.bfloat16, device)
             yield lambda r=rows, v=vocab: full_kl_groups(r, v, torch.bfloat16, device)
-        for batch, seq_len in ((8192, 2048), (512, 1024), (16, 131072)):
+        for batch, seq_len in ((8192, 2048), (512, 1024), (16, 131072), (8192, COMPILED_STEPS)):
             yield lambda b=batch, s=seq_len: gae_groups(b, s, device)
-        yield lambda: ppo_loss_groups(8192, 2048, device)
+    batch = 64 if device == "cpu" else 8192
+    for make in (token_kl_groups, whiten_groups, ppo_loss_groups):
+        yield lambda make=make: make(batch, 2048, device)
     yield lambda: overhead_groups(device)
 
 
@@ -276,15 +370,18 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
 def agree(group: Group) -> None:
     """On the first elements of each result."""
 
-    def some(call: Callable) -> list[Tensor]:
-        result = call()
+    def some(name: str) -> list[Tensor]:
+        result = group.candidates[name]()
         result = result if isinstance(result, tuple) else (result,)
-        return [part.detach().flatten()[: 1 << 22].float().clone() for part in result]
+        # Copies, also because a gradient can be what was written over the logits.
+        parts = [part.detach().flatten()[: 1 << 22].float().clone() for part in result]
+        group.put_back(name)
+        return parts
 
     names = iter(group.candidates)
-    ours = some(group.candidates[next(names)])
+    ours = some(next(names))
     for name in names:
-        for a, b in zip(ours, some(group.candidates[name])):
+        for a, b in zip(ours, some(name)):
             try:
                 torch.testing.assert_close(a, b, rtol=3e-2, atol=6e-2)
             except AssertionError as error:
@@ -298,8 +395,10 @@ class Clock:
         self.cuda = device == "cuda"
         self.cache = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.cuda else None
 
-    def sample(self, call: Callable, repeat: int) -> float:
+    def sample(self, group: Group, name: str, repeat: int) -> float:
+        call = group.candidates[name]
         call()  # what the one before left behind, threads that still spin included, is not counted
+        group.put_back(name)  # nor is this
         if not self.cuda:
             start = time.perf_counter()
             for _ in range(repeat):
@@ -316,13 +415,13 @@ class Clock:
 
     def medians(self, group: Group, budget: float) -> dict[str, float]:
         """Turn by turn, for about as many seconds as said, at least five turns."""
-        for call in group.candidates.values():
-            self.sample(call, min(group.repeat, 100))
+        for name in group.candidates:
+            self.sample(group, name, min(group.repeat, 100))
         samples = {name: [] for name in group.candidates}
         start = time.perf_counter()
         while min(map(len, samples.values())) < 5 or time.perf_counter() - start < budget:
-            for name, call in group.candidates.items():
-                samples[name].append(self.sample(call, group.repeat))
+            for name in group.candidates:
+                samples[name].append(self.sample(group, name, group.repeat))
         return {name: statistics.median(times) for name, times in samples.items()}
 
 

@@ -1,6 +1,6 @@
 """The adapters: ours in the place of the peers' functions give what those give."""
 
-import importlib
+import importlib.util
 import types
 
 import peers
@@ -17,7 +17,7 @@ def load(name):
     return peers.find(name) or pytest.skip(f"{name.split('.')[0]} is not installed")
 
 
-def compare(patch, call, *tensors, keep=None):
+def compare(patch, call, *tensors, keep=None, equal_nan=False):
     """Results and gradients of ``call(*tensors)``, as the peer has it and with the patch. The first
     tensor gets the gradient; ``keep`` masks what counts of a result of its shape."""
     rtol, atol = TOLERANCE[tensors[0].dtype]
@@ -41,7 +41,8 @@ def compare(patch, call, *tensors, keep=None):
         if isinstance(b, torch.Tensor):
             if keep is not None and b.shape == keep.shape:
                 a, b = a[keep], b[keep]
-            torch.testing.assert_close(a.float(), b.float(), rtol=rtol, atol=atol)
+            close = {"rtol": rtol, "atol": atol, "equal_nan": equal_nan}
+            torch.testing.assert_close(a.float(), b.float(), **close)
         elif isinstance(b, dict):
             assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
         else:
@@ -83,6 +84,24 @@ def test_trl(dtype):
     both("selective_log_softmax", several, temperature=0.7)
     both("selective_log_softmax_and_entropy", index, temperature=0.7, row_mask=mask)
     both("selective_log_softmax_and_entropy", index, entropy_requires_grad=False)
+
+
+def test_trl_has_its_kernels():
+    """The stand-in for transformers lets TRL use Triton where that is installed."""
+    utils = load("trl.trainer.utils")
+    if not hasattr(utils, "selective_log_softmax_and_entropy"):
+        pytest.skip("a version without kernels")
+    installed = importlib.util.find_spec("triton") is not None
+    assert utils.is_triton_available() == installed == hasattr(utils, "_fused_logprob_entropy")
+    on_cuda = types.SimpleNamespace(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        ndim=3,
+        shape=(2, 3, 8),
+        stride=lambda _: 1,
+    )
+    index = types.SimpleNamespace(device=on_cuda.device, dtype=torch.int64, shape=(2, 3))
+    assert utils._supports_trl_loss_kernel(on_cuda, index)
 
 
 def test_trl_is_used_and_undone():
@@ -172,6 +191,8 @@ def test_verl_policy_loss(mode, batch):
         compare(adapters.patch_verl, loss, *per_token(3))
         weights = torch.rand(4, 21)
         compare(adapters.patch_verl, lambda *t: loss(*t, rollout_is_weights=weights), *per_token(3))
+    mask = torch.zeros_like(mask)  # a micro-batch with nothing in it
+    compare(adapters.patch_verl, loss, *per_token(3), equal_nan=True)
     if not batch:
         config.update(global_batch_info={"dp_size": 2})
         with pytest.raises(ValueError, match="dp_size"), adapters.patch_verl():
@@ -234,11 +255,13 @@ def test_openrlhf_policy_loss(by_token, dual_clip):
     policy = losses.PolicyLoss(0.2, 0.3, dual_clip, by_token)
     mask = response_mask(torch.float32)
     totals = {"dp_size": 2, "batch_num_tokens": 90.0, "global_batch_size": 7}
-    for options in ({}, totals):
-        compare(
-            adapters.patch_openrlhf,
-            lambda x, old, advantages, options=options: policy(x, old, advantages, mask, **options),
-            *per_token(3),
-        )
+    for given in (mask, torch.zeros_like(mask)):
+        for options in ({}, totals):
+            compare(
+                adapters.patch_openrlhf,
+                lambda *t, given=given, options=options: policy(*t, given, **options),
+                *per_token(3),
+                equal_nan=given is not mask,
+            )
     sequences = losses.PolicyLoss(0.2, 0.3, policy_loss_type="gspo")  # theirs
     compare(adapters.patch_openrlhf, lambda *t: sequences(*t, mask), *per_token(3))

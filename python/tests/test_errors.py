@@ -24,6 +24,42 @@ CASES = [
     (functional.selective_log_softmax, (logits, index, 0.0), "temperature"),
     (functional.selective_log_softmax, (logits, index, float("nan")), "temperature"),
     (functional.selective_log_softmax, (logits, logits.long(), 1.0, one), "row_mask"),
+    (
+        functional.selective_log_softmax,
+        (logits, index, 1.0, one[0]),
+        "selective_log_softmax: `row_mask` has shape \\[3\\], expected \\[2, 3\\]",
+    ),
+    (
+        functional.selective_log_softmax,
+        (logits, index[0], 1.0, one),
+        "selective_log_softmax: `index` has shape \\[3\\]",
+    ),
+    (functional.logprobs_and_entropy, (logits, index, 1.0, one.T), "`row_mask` has shape"),
+    (
+        functional.logprobs_and_entropy,
+        (logits, index, 1.0, one.to("meta")),
+        "logprobs_and_entropy: `row_mask` is on device meta, expected cpu",
+    ),
+    (
+        functional.selective_log_softmax,
+        (logits, torch.zeros(3, 2, 5).long()),
+        "`index` has shape \\[3, 2, 5\\], expected \\[2, 3, 5\\]",
+    ),
+    (
+        functional.selective_log_softmax,
+        (logits, torch.zeros(3, 2, 0).long()),
+        "`index` has shape \\[3, 2, 0\\], expected \\[2, 3, 0\\]",
+    ),
+    (
+        functional.selective_log_softmax,
+        (logits, torch.tensor([[0, 7], [3, 8], [9, 0]]).expand(2, 3, 2)),
+        "selective_log_softmax: `index`\\[1, 1\\] is 8, expected 0..8",
+    ),
+    (
+        functional.selective_log_softmax,
+        (logits.transpose(0, 1), torch.tensor([[0, 7, 8], [-1, 0, 9]]).T.unsqueeze(-1).int()),
+        "selective_log_softmax: `index`\\[1, 0\\] is -1, expected 0..8",
+    ),
     (functional.logprobs_and_entropy, (logits, logits.long()), "`index` has shape \\[2, 3, 8\\]"),
     (functional.token_kl, (rows, rows.T), "token_kl: `ref_logp` has shape \\[3, 2\\]"),
     (functional.token_kl, (rows.double(), rows), "token_kl: `logp` has dtype float64"),

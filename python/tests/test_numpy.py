@@ -85,6 +85,49 @@ def test_per_token_ops():
         same(gradients[name], leaf.grad)
 
 
+def test_any_layout_will_do():
+    """Not aligned, not contiguous, of the other byte order: all give what plain arrays do."""
+
+    def unaligned(array):
+        room = np.zeros(array.nbytes + 1, np.uint8)
+        odd = room[1:].view(array.dtype).reshape(array.shape)
+        odd[...] = array
+        assert array.dtype.itemsize == 1 or not odd.flags.aligned
+        return odd
+
+    def every_other(array):
+        return np.repeat(array, 2, axis=0)[::2]
+
+    def swapped(array):
+        return array.astype(array.dtype.newbyteorder())
+
+    logits, ref_logits = np.random.randn(2, 3, 40).astype(np.float32)
+    index, ids = np.array([5, 0, 39]), np.array([5, 0, 39], np.uint32)
+    a, b, c, d = np.random.randn(4, 3, 7).astype(np.float32)
+    mask = np.random.rand(3, 7) > 0.3
+    moments = ppok.masked_moments(a, mask)
+    losses = ("values", "old_values", "returns")
+    for call, arrays in (
+        (ppok.selective_log_softmax, (logits, index)),
+        (ppok.logprobs_and_entropy, (logits.astype(np.float16), ids)),
+        (ppok.token_kl, (a, b, mask)),
+        (ppok.full_kl, (logits, ref_logits, mask[:, 0])),
+        (
+            lambda v, r, m, k, s, e, x, w: ppok.gae(
+                v, r, m, kl=k, scores=s, has_eos=e, dones=x, bootstrap=w, missing_eos="replace"
+            ),
+            (a, b, mask, c, d[:, 0].copy(), mask[:, 1].copy(), ~mask, d[:, 1].copy()),
+        ),
+        (ppok.masked_moments, (a, mask.astype(np.int64))),
+        (lambda v, m, n: ppok.masked_whiten(v, m, moments=n), (a, mask, moments)),
+        (lambda *t: ppok.ppo_loss(*t[:4], **dict(zip(losses, t[4:]))), (a, b, c, mask, d, a, b)),
+    ):
+        expected = call(*arrays)
+        for change in (unaligned, every_other, swapped):
+            found = call(*(change(array) for array in arrays))
+            np.testing.assert_equal(found, expected)
+
+
 def test_lists_and_scalars():
     assert ppok.selective_log_softmax([0.0, 0.0], 1) == np.float32(-np.log(2))
     assert ppok.masked_whiten([1, 2, 3]).tolist() == pytest.approx([-1, 0, 1])

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import ppo_kernels
-from ppo_kernels import functional
+from ppo_kernels import _ops, functional
 
 # Sums of V float32 terms of order 1 in float32, and the rounding of 16-bit gradients.
 TOLERANCE = {
@@ -83,6 +83,41 @@ def test_several_tokens_a_row(shape, dtype, device):
     ours = functional.selective_log_softmax(logits, index, 1.3)
     reference, _ = formulas.logprobs_and_entropy(exact, index, 1.3)
     check(ours, reference, [logits], [exact], TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", [(9, 40), (2, 3, 33), (0, 8)])
+def test_no_tokens_a_row(shape, device):
+    logits, _, _ = logits_and_index(shape, device=device)
+    index = torch.empty(*shape[:-1], 0, dtype=torch.int64, device=device)
+    ours = functional.selective_log_softmax(logits, index)
+    assert ours.shape == index.shape
+    ours.sum().backward()
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_several_tokens_a_row_some_of_no_vocabulary(device, monkeypatch):
+    """As on CUDA: each gives NaN, and so does the gradient of its row where it has one."""
+    if device == "cpu":  # where they are an error: what comes after the check is shown
+        places = _ops._places
+
+        def unchecked(index, vocab):
+            inside = index.clamp(0, vocab - 1)
+            return places(inside, vocab)[0], inside != index
+
+        monkeypatch.setattr(_ops, "_places", unchecked)
+    logits, _, exact = logits_and_index((4, 20), device=device)
+    index = torch.tensor([[3, 19, 0], [-1, 19, 3], [20, 19, 0], [5, 5, 1 << 40]], device=device)
+    outside = (index < 0) | (index >= 20)
+    upstream = torch.randn(4, 3, device=device)
+    upstream[2, 0] = 0
+    ours = functional.selective_log_softmax(logits, index, 0.7)
+    reference, _ = formulas.logprobs_and_entropy(exact, index.clamp(0, 19), 0.7)
+    expected = reference.masked_fill(outside, torch.nan)
+    torch.testing.assert_close(ours.double(), expected, equal_nan=True, **F32)
+    (grad,) = torch.autograd.grad(ours, logits, upstream)
+    (want,) = torch.autograd.grad(reference, exact, upstream.double())
+    want[[1, 3]] = torch.nan
+    torch.testing.assert_close(grad.double(), want, equal_nan=True, **F32)
 
 
 def test_impossible_tokens(device):
@@ -320,6 +355,15 @@ def test_ppo_loss_of_the_policy_alone(device):
     torch.testing.assert_close(logp.grad.double(), exact.grad, **TOLERANCE[torch.bfloat16])
 
 
+def test_ppo_loss_takes_the_others_as_constants(device):
+    logp, old_logp, advantages = torch.randn(3, 3, 8, device=device).requires_grad_().unbind()
+    loss, _ = functional.ppo_loss(logp, old_logp, advantages)
+    found = torch.autograd.grad(loss, (logp, old_logp, advantages), allow_unused=True)
+    alone, _ = functional.ppo_loss(logp, old_logp.detach(), advantages.detach())
+    assert torch.equal(found[0], torch.autograd.grad(alone, logp)[0])
+    assert found[1:] == (None, None)
+
+
 # --- what holds for all ---
 
 
@@ -370,6 +414,43 @@ def test_changing_what_is_kept_is_seen():
     scaled.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logp.sum().backward()
+
+
+@pytest.mark.skipif(_ops._madvise is None, reason="large pages are asked for on Linux")
+def test_large_results_have_large_pages(monkeypatch):
+    """Every result and gradient of that size, and nothing that is smaller."""
+    asked = []
+    monkeypatch.setattr(_ops, "_OWN_MAPPING", 8 << 20)
+    monkeypatch.setattr(_ops, "_madvise", lambda *arguments: asked.append(arguments))
+
+    def ask(call):
+        asked.clear()
+        call()
+        for start, size, advice in asked:
+            assert start % (2 << 20) == size % (2 << 20) == 0 and advice == 14
+            assert (4 << 20) <= size <= (8 << 20)
+        return len(asked)
+
+    a, b = (torch.zeros(1 << 11, 1 << 10, requires_grad=True) for _ in range(2))
+    index, ones = torch.zeros(1 << 11, dtype=torch.int64), torch.ones(1 << 11)
+    logp = functional.selective_log_softmax(a, index)
+    assert ask(lambda: torch.autograd.grad(logp, a, ones)) == 1
+    several = functional.selective_log_softmax(a, index[:, None])
+    assert ask(lambda: torch.autograd.grad(several, a, ones[:, None])) == 1
+    exact = functional.full_kl(a, b)
+    assert ask(lambda: torch.autograd.grad(exact, (a, b), ones)) == 2
+    kl = functional.token_kl(a, b)
+    assert ask(lambda: functional.token_kl(a, b)) == 1
+    assert ask(lambda: torch.autograd.grad(kl, (a, b), a)) == 2
+    assert ask(lambda: functional.gae(a, whiten=True, return_rewards=True)) == 4
+    whitened = functional.masked_whiten(a)
+    assert ask(lambda: functional.masked_whiten(a)) == 1
+    assert ask(lambda: torch.autograd.grad(whitened, a, a)) == 1
+    loss = functional.ppo_loss(a, b, b)[0]
+    assert ask(lambda: functional.ppo_loss(a, b, b, values=b, old_values=a, returns=a)) == 2
+    assert ask(lambda: torch.autograd.grad(2 * loss, a)) == 1
+    small = a[: 1 << 10]
+    assert ask(lambda: functional.token_kl(small, small)) == 0
 
 
 def test_package_attributes():

@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-# Statuses that say that an argument was wrong; all others are the library's or the machine's.
-_SHAPE, _DTYPE, _OPTION, _TARGET, _MASK, _NULL_POINTER = range(1, 7)
+# Statuses that say that an argument was wrong; all others are the library's, the machine's, or, as
+# that of what is written over something else, this package's: results are memory of their own.
+_SHAPE, _DTYPE, _OPTION, _TARGET, _MASK, _NULL_POINTER, _MISALIGNED = range(1, 8)
 
 NONE = -1.0  # stands for an option that is left out
 
@@ -357,5 +358,5 @@ library = _Library()
 
 def fail(status: int) -> NoReturn:
     """Raises what the thread's last call said: the argument was wrong, or something else was."""
-    wrong_argument = _SHAPE <= status <= _NULL_POINTER
+    wrong_argument = _SHAPE <= status <= _MISALIGNED
     raise (ValueError if wrong_argument else RuntimeError)(library.last_error())

@@ -125,7 +125,7 @@ def _call_cuda(function: str, device: torch.device, sizes: tuple, arguments: tup
     return getattr(library, function + "_cuda")(*arguments, address, size.value, stream)
 
 
-# --- Room for gradients ---
+# --- Room for results ---
 
 # From this size on glibc gives every allocation a mapping of its own.
 _OWN_MAPPING = 32 << 20
@@ -136,28 +136,30 @@ if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def _large_pages(gradient: Tensor) -> Tensor:
-    """Room for a gradient, as it is.
+def _large_pages(*results: Tensor) -> tuple[Tensor, ...]:
+    """Room for results, as it is.
 
     Fresh memory of the CPU is handed over by the page when it is first written, which for pages of
-    4 KiB takes ten times as long as the writing. So large gradients ask for large pages.
+    4 KiB takes ten times as long as the writing. So large results ask for large pages. Not for fake
+    tensors, which have no memory.
     """
-    if gradient.nbytes >= _OWN_MAPPING and gradient.is_cpu and _madvise is not None:
-        start = -(-gradient.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-        end = (gradient.data_ptr() + gradient.nbytes) // _LARGE_PAGE * _LARGE_PAGE
-        _madvise(start, end - start, _MADV_HUGEPAGE)  # where it is refused, all is as before
-    return gradient
+    for result in results:
+        if result.nbytes >= _OWN_MAPPING and result.is_cpu and _madvise is not None:
+            start = -(-result.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+            end = (result.data_ptr() + result.nbytes) // _LARGE_PAGE * _LARGE_PAGE
+            _madvise(start, end - start, _MADV_HUGEPAGE)  # where it is refused, all is as before
+    return results
 
 
 # --- What is asked of arguments: messages are worded as the library's are. ---
 
 
-def _check_shape(op: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
+def check_shape(op: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(shape)}")
 
 
-def _check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{op}: `{name}` is on device {tensor.device}, expected {device}")
 
@@ -170,16 +172,16 @@ def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str) -> None:
 def _f32(op: str, name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     if tensor.dtype is not torch.float32:
         _refuse_dtype(op, name, tensor, "float32")
-    _check_shape(op, name, tensor, shape)
-    _check_device(op, name, tensor, device)
+    check_shape(op, name, tensor, shape)
+    check_device(op, name, tensor, device)
     return tensor.contiguous()
 
 
 def _mask(op: str, name: str, mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     if mask.dtype not in _BYTES:
         _refuse_dtype(op, name, mask, "bool or uint8")
-    _check_shape(op, name, mask, shape)
-    _check_device(op, name, mask, device)
+    check_shape(op, name, mask, shape)
+    check_device(op, name, mask, device)
     return mask.contiguous()
 
 
@@ -215,13 +217,13 @@ def _blocks(logits: Tensor, rows: int) -> Iterator[tuple[Tensor, int, int]]:
 # --- logprob ---
 
 
-def _check_logprob(op: str, logits: Tensor, index: Tensor) -> tuple[int, int]:
+def check_logprob(op: str, logits: Tensor, index: Tensor) -> tuple[int, int]:
     logits_type = _logits_type(op, "logits", logits)
     index_type = _TARGETS.get(index.dtype)
     if index_type is None:
         _refuse_dtype(op, "index", index, "int64 or int32")
-    _check_shape(op, "index", index, logits.shape[:-1])
-    _check_device(op, "index", index, logits.device)
+    check_shape(op, "index", index, logits.shape[:-1])
+    check_device(op, "index", index, logits.device)
     return logits_type, index_type
 
 
@@ -236,7 +238,7 @@ def _logprob_options(index: Tensor, temperature: float, ignore_index: int | None
 def _logprob_outputs(op: str, logits: Tensor, index: Tensor) -> tuple[int, int, Tensor, Tensor]:
     """Types of the arguments, once they are checked; room for one number a row, and for the two
     that the backward pass needs."""
-    types = _check_logprob(op, logits, index)
+    types = check_logprob(op, logits, index)
     f32 = torch.float32
     logp = torch.empty_like(index, dtype=f32, memory_format=torch.contiguous_format)
     return *types, logp, torch.empty(2, *index.shape, dtype=f32, device=logits.device)
@@ -315,7 +317,7 @@ def _logprob_backward(
     grad_entropy: Tensor | None,
 ) -> Tensor:
     op, device = "logprob_backward", logits.device
-    logits_type, index_type = _check_logprob(op, logits, index)
+    logits_type, index_type = check_logprob(op, logits, index)
     options = _logprob_options(index, temperature, ignore_index)
     index = index.contiguous()
     stats = _f32(op, "stats", stats, torch.Size((2, *index.shape)), device)
@@ -323,7 +325,7 @@ def _logprob_backward(
     entropy = _optional(_f32, op, "entropy", entropy, *rows_of)
     grad_logp = _optional(_f32, op, "grad_logp", grad_logp, *rows_of)
     grad_entropy = _optional(_f32, op, "grad_entropy", grad_entropy, *rows_of)
-    grad_logits = _large_pages(_room_like_logits(logits))
+    (grad_logits,) = _large_pages(_room_like_logits(logits))
     total, vocab = index.numel(), logits.shape[-1]
     size, row_bytes = index.element_size(), vocab * logits.element_size()
     for part, first, rows in _blocks(logits, total):
@@ -421,17 +423,40 @@ def _check_many(logits: Tensor, index: Tensor) -> None:
     _logits_type(op, "logits", logits)
     if _TARGETS.get(index.dtype) is None:
         _refuse_dtype(op, "index", index, "int64 or int32")
-    _check_shape(op, "index", index[..., 0], logits.shape[:-1])
-    _check_device(op, "index", index, logits.device)
+    check_shape(op, "index", index, torch.Size((*logits.shape[:-1], *index.shape[-1:])))
+    check_device(op, "index", index, logits.device)
+
+
+def _places(index: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
+    """Ids that can be looked up, and where there were others, which is an error on the CPU."""
+    index = index.long()
+    outside = (index < 0) | (index >= vocab)
+    if index.is_cpu and outside.any():
+        row, column = outside.reshape(-1, index.shape[-1]).nonzero()[0].tolist()
+        raise ValueError(
+            f"selective_log_softmax: `index`[{row}, {column}] is {index[outside][0]}, expected"
+            f" 0..{vocab}"
+        )
+    return index.clamp(0, vocab - 1), outside
+
+
+def _one_of(places: Tensor) -> Tensor:
+    """Some token of each row."""
+    return places[..., 0] if places.shape[-1] else places.new_zeros(places.shape[:-1])
+
+
+def _at_places(logits: Tensor, places: Tensor, temperature: float, stats: Tensor) -> Tensor:
+    largest, log_sum = stats.unsqueeze(-1)
+    return (logits.gather(-1, places).float() - largest) / temperature - log_sum
 
 
 def _logprobs(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """One pass over the logits for the normaliser of each row, then K numbers of each row."""
     _check_many(logits, index)
-    index = index.long()
-    _, stats = _logprob(logits, index[..., 0], temperature, None)
-    largest, log_sum = stats.unsqueeze(-1)
-    return (logits.gather(-1, index).float() - largest) / temperature - log_sum, stats
+    places, outside = _places(index, logits.shape[-1])
+    _, stats = _logprob(logits, _one_of(places), temperature, None)
+    logp = _at_places(logits, places, temperature, stats)
+    return logp.masked_fill_(outside, torch.nan), stats
 
 
 def _logprobs_fake(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -442,19 +467,23 @@ def _logprobs_fake(logits: Tensor, index: Tensor, temperature: float) -> tuple[T
 
 
 def _logprobs_backward(
-    logits: Tensor, index: Tensor, temperature: float, stats: Tensor, logp: Tensor, grad: Tensor
+    logits: Tensor, index: Tensor, temperature: float, stats: Tensor, grad: Tensor
 ) -> Tensor:
     """With G the sum of a row's upstream gradients, -G p_j / T everywhere, and the sum of those of
-    token j on top of it where j is chosen. The chosen ones are formed in single precision."""
-    index = index.long()
-    total = grad.sum(-1)
+    token j on top of it where j is chosen. The chosen ones are formed in single precision. A row
+    with a gradient for an id outside of the vocabulary is NaN, as with one token a row."""
+    places, outside = _places(index, logits.shape[-1])
+    nowhere = (outside & (grad != 0)).any(-1)
+    total = grad.sum(-1).masked_fill_(nowhere, torch.nan)
     grad_logits = _logprob_backward(
-        logits, index[..., 0], temperature, None, stats, None, total, None
+        logits, _one_of(places), temperature, None, stats, None, total, None
     )
-    same = index.unsqueeze(-1) == index.unsqueeze(-2)
+    same = places.unsqueeze(-1) == places.unsqueeze(-2)
     of_token = torch.where(same, grad.unsqueeze(-2), 0.0).sum(-1)
-    chosen = (of_token - total.unsqueeze(-1) * logp.exp()) / temperature
-    return grad_logits.scatter_(-1, index, chosen.to(grad_logits.dtype))
+    # What is not in the vocabulary has another's place: all that is written there is the same.
+    p = _at_places(logits, places, temperature, stats).exp()
+    chosen = (of_token - total.unsqueeze(-1) * p) / temperature
+    return grad_logits.scatter_(-1, places, chosen.to(grad_logits.dtype))
 
 
 logprobs = _define(
@@ -463,7 +492,7 @@ logprobs = _define(
     _logprobs_fake,
 )
 logprobs_backward = _define(
-    "logprobs_backward(Tensor logits, Tensor index, float temperature, Tensor stats, Tensor logp,"
+    "logprobs_backward(Tensor logits, Tensor index, float temperature, Tensor stats,"
     " Tensor grad_logp) -> Tensor",
     _logprobs_backward,
     _room_like_logits,
@@ -472,16 +501,16 @@ logprobs_backward = _define(
 
 def _keep_logprobs(ctx: Any, inputs: tuple, outputs: tuple) -> None:
     logits, index, ctx.temperature = inputs
-    logp, stats = outputs
-    ctx.save_for_backward(logits, index, stats, logp)
+    _, stats = outputs
+    ctx.save_for_backward(logits, index, stats)
     ctx.mark_non_differentiable(stats)
 
 
 def _backward_of_logprobs(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple:
     if grad_logp is None:
         return None, None, None
-    logits, index, stats, logp = ctx.saved_tensors
-    grad = logprobs_backward(logits, index, ctx.temperature, stats, logp, grad_logp)
+    logits, index, stats = ctx.saved_tensors
+    grad = logprobs_backward(logits, index, ctx.temperature, stats, grad_logp)
     return grad, None, None
 
 
@@ -508,7 +537,7 @@ def _token_kl(
     output_clamp: float | None,
 ) -> Tensor:
     logp, ref_logp, mask = _check_token_kl("token_kl", logp, ref_logp, mask)
-    kl = torch.empty_like(logp)
+    (kl,) = _large_pages(torch.empty_like(logp))
     _call(
         "kl_token_forward",
         logp,
@@ -552,7 +581,7 @@ def _token_kl_backward(
     op = "token_kl_backward"
     logp, ref_logp, mask = _check_token_kl(op, logp, ref_logp, mask)
     grad_kl = _f32(op, "grad_kl", grad_kl, logp.shape, logp.device)
-    grad_logp, grad_ref = _wanted(logp, want_logp), _wanted(logp, want_ref)
+    grad_logp, grad_ref = _large_pages(_wanted(logp, want_logp), _wanted(logp, want_ref))
     _call(
         "kl_token_backward",
         logp,
@@ -569,9 +598,9 @@ def _token_kl_backward(
     return grad_logp, grad_ref
 
 
-def _token_kl_backward_fake(logp: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    want_logp, want_ref = rest[-2:]
-    return _wanted(logp, want_logp), _wanted(logp, want_ref)
+def _two_gradients_fake(like: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    want, want_ref = rest[-2:]
+    return _wanted(like, want), _wanted(like, want_ref)
 
 
 token_kl = _define(
@@ -585,7 +614,7 @@ token_kl_backward = _define(
     " float? log_ratio_clamp, float? output_clamp, Tensor grad_kl, bool want_logp, bool want_ref)"
     " -> (Tensor grad_logp, Tensor grad_ref_logp)",
     _token_kl_backward,
-    _token_kl_backward_fake,
+    _two_gradients_fake,
 )
 
 
@@ -615,8 +644,8 @@ def _check_full_kl(
     logits_type = _logits_type(op, "logits", logits)
     if ref_logits.dtype is not logits.dtype:
         _refuse_dtype(op, "ref_logits", ref_logits, str(logits.dtype).removeprefix("torch."))
-    _check_shape(op, "ref_logits", ref_logits, logits.shape)
-    _check_device(op, "ref_logits", ref_logits, logits.device)
+    check_shape(op, "ref_logits", ref_logits, logits.shape)
+    check_device(op, "ref_logits", ref_logits, logits.device)
     rows = (logits.shape[:-1], logits.device)
     return logits_type, _optional(_mask, op, "mask", mask, *rows)
 
@@ -675,8 +704,7 @@ def _full_kl_backward(
     stats_shape = torch.Size((_lib.FULL_KL_STATS, *rows))
     stats = _f32(op, "stats", stats, stats_shape, logits.device)
     grad_kl = _f32(op, "grad_kl", grad_kl, rows, logits.device)
-    wanted = (want_logits, want_ref)
-    grad_logits, grad_ref = (_large_pages(_wanted(logits, want)) for want in wanted)
+    grad_logits, grad_ref = _large_pages(_wanted(logits, want_logits), _wanted(logits, want_ref))
     _call(
         "kl_full_backward",
         logits,
@@ -707,7 +735,7 @@ full_kl_backward = _define(
     " float temperature, Tensor stats, Tensor grad_kl, bool want_logits, bool want_ref)"
     " -> (Tensor grad_logits, Tensor grad_ref_logits)",
     _full_kl_backward,
-    _token_kl_backward_fake,
+    _two_gradients_fake,
 )
 
 
@@ -771,7 +799,7 @@ def _gae(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = arguments[9:]
     inputs = _check_gae(*tensors)
     values = inputs["values"]
-    advantages, returns, rewards, moments = _gae_outputs(values, want_rewards)
+    advantages, returns, rewards, moments = _large_pages(*_gae_outputs(values, want_rewards))
     seq_len = values.shape[-1]
     batch = values.shape[:-1].numel()
     _call(
@@ -821,8 +849,8 @@ def _check_whiten(op: str, values: Tensor, mask: Tensor | None) -> tuple[Tensor,
 def _check_moments(op: str, moments: Tensor, device: torch.device) -> Tensor:
     if moments.dtype is not torch.float64:
         _refuse_dtype(op, "moments", moments, "float64")
-    _check_shape(op, "moments", moments, torch.Size((3,)))
-    _check_device(op, "moments", moments, device)
+    check_shape(op, "moments", moments, torch.Size((3,)))
+    check_device(op, "moments", moments, device)
     return moments.contiguous()
 
 
@@ -844,7 +872,7 @@ def _whiten_with(values: Tensor, mask: Tensor | None, moments: Tensor, *options:
     op = "masked_whiten"
     values, mask = _check_whiten(op, values, mask)
     moments = _check_moments(op, moments, values.device)
-    whitened = torch.empty_like(values)
+    (whitened,) = _large_pages(torch.empty_like(values))
     elements = values.numel()
     _call(
         "whiten_forward",
@@ -885,7 +913,7 @@ def _whiten_backward(
     values = _optional(_f32, op, "values", values, *like)
     mask = _optional(_mask, op, "mask", mask, *like)
     moments = _check_moments(op, moments, grad.device)
-    grad_values = torch.empty_like(grad)
+    (grad_values,) = _large_pages(torch.empty_like(grad))
     elements = grad.numel()
     rest = (
         _pointer(mask),
@@ -1003,7 +1031,7 @@ def _ppo_loss(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, wanted, options = arguments[:9], arguments[9:12], arguments[12:]
     inputs = _check_ppo_loss(*tensors)
     logp = inputs["logp"]
-    loss, stats, *gradients = _ppo_loss_outputs(logp, wanted)
+    loss, stats, *gradients = _large_pages(*_ppo_loss_outputs(logp, wanted))
     # The library writes doubles on the CPU.
     raw = torch.empty_like(stats, dtype=torch.float64) if logp.is_cpu else stats
     shape = logp.shape[:-1].numel(), logp.shape[-1]
@@ -1032,7 +1060,7 @@ def _ppo_loss_backward(grad: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
     grad = _f32(op, "grad", grad, torch.Size(()), stored[0].device)
     wanted = tuple(gradient.numel() > 0 for gradient in stored)
     tokens = max(gradient.numel() for gradient in stored)
-    gradients = _room_like_stored(grad, *stored)
+    gradients = _large_pages(*_room_like_stored(grad, *stored))
     pointers = _ppo_loss_pointers(stored, wanted), _ppo_loss_pointers(gradients, wanted)
     _call("ppo_loss_scale", grad, (tokens,), grad.data_ptr(), tokens, *pointers)
     return gradients
@@ -1080,7 +1108,8 @@ def _backward_of_ppo_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
     as_stored = type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
     scaled = stored if as_stored else ppo_loss_backward(grad, *stored)
     gradients = dict(zip((0, 3, 6), scaled))  # of logp, values and entropy
-    return tuple(gradients[i] if needs[i] else None for i in range(ctx.inputs))
+    # What else asks for a gradient, old_logp say, is a constant.
+    return tuple(gradients.get(i) if needs[i] else None for i in range(ctx.inputs))
 
 
 _differentiate(ppo_loss, _ppo_loss, _keep_ppo_loss, _backward_of_ppo_loss)

@@ -24,6 +24,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def patch_trl() -> Patch:
     utils = importlib.import_module("trl.trainer.utils")
 
     def selective_log_softmax(theirs: Callable) -> Callable:
-        def ours(logits, index, *args, **kwargs):
+        def ours(logits: Tensor, index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if _ours(logits) and (index.dim() < logits.dim() or not (args[1:] or kwargs)):
                 return functional.selective_log_softmax(logits, index, *args, **kwargs)
             return theirs(logits, index, *args, **kwargs)
@@ -108,13 +109,19 @@ def patch_trl() -> Patch:
         return ours
 
     def entropy_from_logits(theirs: Callable) -> Callable:
-        def ours(logits, *args, **kwargs):
+        def ours(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return _entropy(logits) if _ours(logits) else theirs(logits, *args, **kwargs)
 
         return ours
 
     def selective_log_softmax_and_entropy(theirs: Callable) -> Callable:
-        def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
+        def ours(
+            logits: Tensor,
+            index: Tensor,
+            entropy_requires_grad: bool = True,
+            temperature: float = 1.0,
+            row_mask: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor]:
             if not _ours(logits) or index.dim() == logits.dim():
                 return theirs(logits, index, entropy_requires_grad, temperature, row_mask)
             logp, entropy = functional.logprobs_and_entropy(logits, index, temperature, row_mask)
@@ -154,7 +161,7 @@ def patch_verl() -> Patch:
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
 
     def logprobs(theirs: Callable) -> Callable:
-        def ours(logits, labels, *args, **kwargs):
+        def ours(logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if _ours(logits):
                 return functional.selective_log_softmax(logits, labels)
             return theirs(logits, labels, *args, **kwargs)
@@ -162,20 +169,26 @@ def patch_verl() -> Patch:
         return ours
 
     def entropy(theirs: Callable) -> Callable:
-        def ours(logits, *args, **kwargs):
+        def ours(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return _entropy(logits) if _ours(logits) else theirs(logits, *args, **kwargs)
 
         return ours
 
     def masked_whiten(theirs: Callable) -> Callable:
-        def ours(values, mask, shift_mean=True):
+        def ours(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
             function = functional.masked_whiten if _ours(values) else theirs
             return function(values, mask, shift_mean)
 
         return ours
 
     def gae(theirs: Callable) -> Callable:
-        def ours(token_level_rewards, values, response_mask, gamma, lam):
+        def ours(
+            token_level_rewards: Tensor,
+            values: Tensor,
+            response_mask: Tensor,
+            gamma: float | Tensor,
+            lam: float | Tensor,
+        ) -> tuple[Tensor, Tensor]:
             if not _ours(token_level_rewards, values):
                 return theirs(token_level_rewards, values, response_mask, gamma, lam)
             gamma, lam = float(gamma), float(lam)
@@ -186,7 +199,7 @@ def patch_verl() -> Patch:
         return ours
 
     def kl_penalty(theirs: Callable) -> Callable:
-        def ours(logprob, ref_logprob, kl_penalty):
+        def ours(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
             straight_through = kl_penalty.endswith("+")
             estimator = _VERL_KL.get(kl_penalty.removesuffix("+"))
             if estimator is None or not _ours(logprob, ref_logprob):
@@ -202,20 +215,21 @@ def patch_verl() -> Patch:
 
     def policy_loss(theirs: Callable) -> Callable:
         def ours(
-            old_log_prob,
-            log_prob,
-            advantages,
-            response_mask,
-            loss_agg_mode="token-mean",
-            config=None,
-            rollout_is_weights=None,
-        ):
+            old_log_prob: Tensor,
+            log_prob: Tensor,
+            advantages: Tensor,
+            response_mask: Tensor,
+            loss_agg_mode: str = "token-mean",
+            config: Any = None,
+            rollout_is_weights: Tensor | None = None,
+        ) -> tuple[Tensor, dict[str, Any]]:
             arguments = (old_log_prob, log_prob, advantages, response_mask)
             if (
                 loss_agg_mode not in _VERL_AGGREGATION
                 or config is None
                 or rollout_is_weights is not None
                 or not _ours(old_log_prob, log_prob, advantages)
+                or not response_mask.any()  # no mean, but a loss where the batch's total is known
             ):
                 return theirs(*arguments, loss_agg_mode, config, rollout_is_weights)
             aggregation, total = _VERL_AGGREGATION[loss_agg_mode]
@@ -266,14 +280,14 @@ def patch_openrlhf() -> Patch:
     losses = importlib.import_module("openrlhf.models.loss")
 
     def log_probs(theirs: Callable) -> Callable:
-        def ours(logits, labels, temperature=1.0):
+        def ours(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
             function = functional.selective_log_softmax if _ours(logits) else theirs
             return function(logits, labels, temperature)
 
         return ours
 
     def entropy(theirs: Callable) -> Callable:
-        def ours(logits):
+        def ours(logits: Tensor) -> Tensor:
             return _entropy(logits) if _ours(logits) else theirs(logits)
 
         return ours
@@ -281,7 +295,7 @@ def patch_openrlhf() -> Patch:
     def approx_kl(theirs: Callable) -> Callable:
         signature = inspect.signature(theirs)
 
-        def ours(*args, **kwargs):
+        def ours(*args: Any, **kwargs: Any) -> Tensor:
             given = signature.bind(*args, **kwargs).arguments
             logp, ref_logp = given["log_probs"], given["log_probs_base"]
             estimator = given.get("kl_estimator", "k1")
@@ -294,16 +308,16 @@ def patch_openrlhf() -> Patch:
 
     def policy_loss(theirs: Callable) -> Callable:
         def ours(
-            self,
-            log_probs,
-            old_log_probs,
-            advantages,
-            action_mask=None,
-            rollout_log_probs=None,
-            dp_size=1,
-            batch_num_tokens=None,
-            global_batch_size=None,
-        ):
+            self: Any,
+            log_probs: Tensor,
+            old_log_probs: Tensor,
+            advantages: Tensor,
+            action_mask: Tensor | None = None,
+            rollout_log_probs: Tensor | None = None,
+            dp_size: int = 1,
+            batch_num_tokens: float | None = None,
+            global_batch_size: float | None = None,
+        ) -> tuple[Tensor | None, ...]:
             by_token = self.token_level_loss
             total = batch_num_tokens if by_token else global_batch_size
             tensors = (log_probs, old_log_probs, advantages)
@@ -311,6 +325,7 @@ def patch_openrlhf() -> Patch:
                 self.policy_loss_type != "ppo"
                 or getattr(self, "is_correction_level", None) != "off"
                 or not _ours(*tensors)
+                or (action_mask is not None and not action_mask.any())
             ):
                 rest = (rollout_log_probs, dp_size, batch_num_tokens, global_batch_size)
                 return theirs(self, *tensors, action_mask, *rest)
@@ -328,7 +343,14 @@ def patch_openrlhf() -> Patch:
         return ours
 
     def advantages_and_returns(theirs: Callable) -> Callable:
-        def ours(self, values, rewards, action_mask, gamma, lambd):
+        def ours(
+            self: Any,
+            values: Tensor,
+            rewards: Tensor,
+            action_mask: Tensor | None,
+            gamma: float,
+            lambd: float,
+        ) -> tuple[Tensor, Tensor]:
             if not _ours(values, rewards):
                 return theirs(self, values, rewards, action_mask, gamma, lambd)
             return functional.gae(

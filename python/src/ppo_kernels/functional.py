@@ -11,6 +11,10 @@ What holds for all of them:
 - Contiguous tensors are used as they are, and so are logits whose leading slices are contiguous,
   such as ``logits[:, :-1]``; others are copied first.
 - CUDA kernels run on the current stream, without waiting for the device.
+- On the CPU, ``RAYON_NUM_THREADS``, set before the first call, says how many threads there are, as
+  many as cores if it is not set; ``torch.set_num_threads`` does not. The first call with work for
+  several starts them, and they are not there in the child of a fork after that, where such a call
+  would wait for ever: start processes by ``spawn`` or ``forkserver``, or fork before that call.
 - The same inputs give the same bits.
 - A wrong argument is a ``ValueError`` that names it; anything else that fails a ``RuntimeError``.
 - They work under ``torch.compile(fullgraph=True)``; gradients of gradients are refused.
@@ -62,11 +66,14 @@ def _mask(mask: Tensor | None) -> Tensor | None:
 
 
 def _skip(
-    index: Tensor, row_mask: Tensor | None, ignore_index: int | None
+    op: str, logits: Tensor, index: Tensor, row_mask: Tensor | None, ignore_index: int | None
 ) -> tuple[Tensor, int | None]:
     """The index with an ``ignore_index`` where the mask is 0."""
     if row_mask is None:
         return index, ignore_index
+    _ops.check_logprob(op, logits, index)
+    _ops.check_shape(op, "row_mask", row_mask, logits.shape[:-1])
+    _ops.check_device(op, "row_mask", row_mask, logits.device)
     ignore_index = _SKIPPED if ignore_index is None else ignore_index
     return index.long().masked_fill(row_mask == 0, ignore_index), ignore_index
 
@@ -86,7 +93,8 @@ def selective_log_softmax(
     Args:
         logits: ``[..., vocab]``, float32, float16 or bfloat16. Differentiable.
         index: token ids, int64 or int32: ``[...]`` for one a row, or ``[..., K]`` for several.
-            On the CPU an id outside of the vocabulary is an error, on CUDA its row is NaN.
+            On the CPU an id outside of the vocabulary is an error. On CUDA what it would give is
+            NaN, and so is the gradient of its row.
         temperature: divides the logits.
         row_mask: ``[...]``; rows where it is 0 are not read and give 0. Only with one id a row.
         ignore_index: rows with this id are not read and give 0. Only with one id a row.
@@ -103,7 +111,8 @@ def selective_log_softmax(
             )
         return _ops.logprobs(logits, index, temperature)[0]
     if row_mask is not None:
-        index, ignore_index = _skip(index, row_mask, ignore_index)
+        op = "selective_log_softmax"
+        index, ignore_index = _skip(op, logits, index, row_mask, ignore_index)
     return _ops.logprob(logits, index, temperature, ignore_index)[0]
 
 
@@ -128,7 +137,8 @@ def logprobs_and_entropy(
     Returns:
         Log-probabilities and entropies in nats, float32, ``[...]`` each.
     """
-    index, ignore_index = _skip(index, row_mask, ignore_index)
+    op = "logprobs_and_entropy"
+    index, ignore_index = _skip(op, logits, index, row_mask, ignore_index)
     return _ops.logprob_entropy(logits, index, temperature, ignore_index)[:2]
 
 
@@ -377,7 +387,8 @@ def ppo_loss(
     Args:
         logp: log-probabilities under the policy that is trained, ``[..., seq_len]``.
             Differentiable.
-        old_logp: under the policy that made the rollout.
+        old_logp: under the policy that made the rollout. Like all that is not said to be
+            differentiable, a constant.
         advantages: already whitened, if they are to be.
         mask: ``[..., seq_len]``.
         values, old_values, returns: for the value term: the critic's predictions, differentiable;

@@ -2,8 +2,8 @@
 
 The functions are those of :mod:`ppo_kernels.functional`, where their arguments are described, with
 arrays for tensors. Logits are float32, float16, or bfloat16 of ``ml_dtypes``, and anything else is
-converted to float32; so are arrays with a number a token. Contiguous arrays of the right dtype are
-used as they are. Results are new float32 arrays.
+converted to float32; so are arrays with a number a token. Contiguous, aligned arrays of the right
+dtype are used as they are, others are copied. Results are new float32 arrays.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ __all__ = [
 
 Floats = NDArray[np.float32]
 
+_PLAIN = ("C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY")  # what the library takes; else a copy is made
+
 
 def _call(function: str, *arguments: Any) -> None:
     status = getattr(library, function + "_cpu")(*arguments)
@@ -50,7 +52,7 @@ def _check_shape(op: str, name: str, array: NDArray, shape: tuple[int, ...]) -> 
 def _f32(op: str, name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> Floats | None:
     if array is None:
         return None
-    array = np.asarray(array, dtype=np.float32, order="C")
+    array = np.require(array, np.float32, _PLAIN)
     _check_shape(op, name, array, shape)
     return array
 
@@ -58,17 +60,19 @@ def _f32(op: str, name: str, array: ArrayLike | None, shape: tuple[int, ...]) ->
 def _mask(op: str, name: str, mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray | None:
     if mask is None:
         return None
-    mask = np.asarray(mask, order="C")
+    mask = np.asarray(mask)
     if mask.dtype.itemsize != 1:
         mask = mask != 0
+    mask = np.require(mask, None, _PLAIN)
     _check_shape(op, name, mask, shape)
     return mask
 
 
 def _logits(op: str, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
-    logits = np.asarray(logits, order="C")
-    if logits.dtype.name not in _lib.LOGITS:
+    logits = np.asarray(logits)
+    if logits.dtype.name not in _lib.LOGITS or not logits.dtype.isnative:
         logits = logits.astype(np.float32)
+    logits = np.require(logits, None, _PLAIN)
     if logits.ndim == 0:
         raise ValueError(f"{op}: `{name}` has shape [], expected [..., vocab]")
     return logits, _lib.LOGITS[logits.dtype.name]
@@ -85,10 +89,9 @@ def _logprobs(
 ) -> tuple[Floats, Floats | None]:
     logits, logits_type = _logits(op, "logits", logits)
     *rows, vocab = logits.shape
-    index = np.asarray(index, order="C")
+    index = np.asarray(index)
     _check_shape(op, "index", index, tuple(rows))
-    if index.dtype.name not in ("int64", "uint32"):
-        index = index.astype(np.int64)
+    index = np.require(index, np.uint32 if index.dtype.name == "uint32" else np.int64, _PLAIN)
     mask = _mask(op, "row_mask", row_mask, tuple(rows))
     if mask is not None:
         ignore_index = np.iinfo(np.int64).min if ignore_index is None else ignore_index
@@ -222,7 +225,8 @@ def gae(
     whiten: bool = False,
     return_rewards: bool = False,
 ) -> GaeOutput:
-    """Rewards, advantages and returns of ``[..., seq_len]``."""
+    """Rewards, advantages and returns of ``[..., seq_len]``; of scores, has_eos and bootstrap there
+    is one a row, ``[...]``."""
     op, shape = "gae", np.shape(values)
     if not shape:
         raise ValueError(f"{op}: `values` has shape [], expected [..., seq_len]")
@@ -295,7 +299,7 @@ def masked_whiten(
     op, shape = "masked_whiten", np.shape(values)
     values, mask = _f32(op, "values", values, shape), _mask(op, "mask", mask, shape)
     moments = masked_moments(values, mask) if moments is None else moments
-    moments = np.asarray(moments, dtype=np.float64, order="C")
+    moments = np.require(moments, np.float64, _PLAIN)
     _check_shape(op, "moments", moments, (3,))
     whitened = np.empty(shape, np.float32)
     _call(
