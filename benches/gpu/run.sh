@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The tests of the CUDA kernels and their measurements, for a machine with a GPU.
 #
-#   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, to carry along;
-#                                        with candle's own ops to measure beside and the training
-#                                        program, which takes twenty minutes and the libraries of the
-#                                        CUDA toolkit
+#   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, and bin.tar.xz to
+#                                        carry along; with candle's own ops to measure beside and the
+#                                        training program, which takes twenty minutes and the libraries
+#                                        of the CUDA toolkit
 #   benches/gpu/run.sh test              runs the tests
 #   benches/gpu/run.sh sanitize          runs them under compute-sanitizer's memcheck, racecheck, initcheck
 #   benches/gpu/run.sh time              prints the table
@@ -30,7 +30,19 @@ build() {
         cp "$test" "bin/test-${name%-*}"
     done
     strip bin/*
-    ls -l bin
+    python3 -m tarfile -c bin.tar.xz bin
+    ls -l bin bin.tar.xz
+}
+
+# What was carried, and the toolkit's libraries, which may be PyTorch's.
+unpack() {
+    if [ ! -d bin ]; then
+        python3 -m tarfile -e bin.tar.xz
+    fi
+    local found
+    found=$(python3 -c 'import glob, site
+print(*(f for s in site.getsitepackages() for f in glob.glob(s + "/nvidia/*/lib")), sep=":")' || true)
+    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64:$found
 }
 
 # Prints what of the kind $1 cargo makes when it is told the rest.
@@ -76,6 +88,9 @@ all() {
 }
 
 case ${1:-} in
+test | sanitize | time | python | train) unpack ;;
+esac
+case ${1:-} in
 build) build "${2:-}" ;;
 test) each_test ;;
 sanitize) sanitize ;;
@@ -84,7 +99,7 @@ python) in_python ;;
 train) train "${@:2}" ;;
 all) all ;;
 *)
-    sed -n '2,15s/^# *//p' run.sh
+    sed -n '2,14s/^# *//p' run.sh
     exit 2
     ;;
 esac
