@@ -1,5 +1,7 @@
 //! Branch-free `f32` math that the compiler can vectorise; call it inside [`super::vectorise`].
 
+use std::ops::AddAssign;
+
 use super::{prefetch, Logit};
 
 /// Independent accumulators of a reduction: enough lanes to fill the vector unit, and a fixed
@@ -194,12 +196,13 @@ pub(crate) fn max_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
 
 /// Adds the lanes up as a balanced tree.
 #[inline(always)]
-pub(crate) fn sum_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
+pub(crate) fn sum_lanes<T: Copy + AddAssign, const N: usize>(mut lanes: [T; N]) -> T {
     const { assert!(N.is_power_of_two()) };
     let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
-            lanes[i] += lanes[i + width];
+            let other = lanes[i + width];
+            lanes[i] += other;
         }
         width /= 2;
     }

@@ -13,11 +13,12 @@ use super::{check_missing_eos, GaeOptions, Inputs, Lengths, MaskMode, ScorePlace
 use crate::cpu::math::LANES;
 use crate::cpu::{past_caches, prefetch, reduce, vectorise, RowsMut, Writer};
 use crate::error::Result;
-use crate::whiten::cpu::{leaf_moments, LaneMoments};
+use crate::whiten::cpu::{leaf_moments, LaneMoments, LEAF};
 use crate::whiten::Moments;
 
 /// Tokens of a chunk: rewards, values, advantages and returns of one are 8 KiB.
 const CHUNK: usize = 512;
+const _: () = assert!(CHUNK <= LEAF, "the moments of a chunk are taken at once");
 
 /// How many tokens earlier in memory, and later in time, what is asked for ahead is.
 const AHEAD: isize = -1024;

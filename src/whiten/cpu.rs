@@ -1,14 +1,12 @@
 //! Whitening on slices. Sums are taken in f64, over leaves of a fixed size that a fixed tree merges.
 
 use super::{check_mask, EpsPlacement, Moments, WhitenOptions, OP};
-use crate::cpu::math::LANES;
+use crate::cpu::math::{sum_lanes, LANES};
 use crate::cpu::{for_each, reduce, vectorise};
 use crate::error::{Error, Result};
 
 /// Elements of a leaf: x, mask, gradient and result of one stay in the first-level cache.
-const LEAF: usize = 2048;
-
-const KEEP_ALL: [u8; LANES] = [1; LANES];
+pub(crate) const LEAF: usize = 2048;
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x`.
 ///
@@ -128,7 +126,7 @@ pub(crate) fn moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     reduce(x.len(), LEAF, (x, mask), leaf, Moments::merge)
 }
 
-/// The moments of a few thousand elements in one pass, around the first unmasked one.
+/// The moments of up to [`LEAF`] elements, around the first unmasked one.
 #[inline(always)]
 pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     let first = match mask {
@@ -139,22 +137,37 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
         return Moments::default();
     };
 
-    let (mut sums, mut counts) = (LaneMoments::around(shift), [0_u32; LANES]);
-    lanes(
-        x,
-        x,
-        mask,
-        #[inline(always)]
-        |x, _, keep| {
-            let mut kept = [shift; LANES];
-            for i in 0..LANES {
-                kept[i] = if keep[i] != 0 { x[i] } else { shift };
-                counts[i] += u32::from(keep[i] != 0);
-            }
-            sums.add(kept);
-        },
-    );
-    sums.moments(counts.iter().sum::<u32>() as usize)
+    let Some(mask) = mask else {
+        return lane_moments(x, shift).moments(x.len());
+    };
+    // Whole arrays one after the other: of a selection among the sums the compiler makes branches.
+    let mut kept = [0.0; LEAF];
+    let kept = &mut kept[..x.len()];
+    select(x, mask, shift, kept);
+    let count = mask.iter().map(|&keep| u32::from(keep != 0)).sum::<u32>();
+    lane_moments(kept, shift).moments(count as usize)
+}
+
+/// Of the elements around the number.
+#[inline(always)]
+fn lane_moments(x: &[f32], shift: f32) -> LaneMoments {
+    let mut sums = LaneMoments::around(shift);
+    let (full, rest) = x.as_chunks();
+    for x in full {
+        sums.add(*x);
+    }
+    let mut last = [shift; LANES];
+    last[..rest.len()].copy_from_slice(rest);
+    sums.add(last);
+    sums
+}
+
+/// `out = x` where unmasked, else `other`.
+#[inline(always)]
+fn select(x: &[f32], mask: &[u8], other: f32, out: &mut [f32]) {
+    for ((out, &x), &keep) in out.iter_mut().zip(x).zip(mask) {
+        *out = if keep != 0 { x } else { other };
+    }
 }
 
 /// The sums of a few thousand deviations from a number, and of their squares, in f64.
@@ -176,10 +189,11 @@ impl LaneMoments {
     /// Lanes that hold no element are to hold the number.
     #[inline(always)]
     pub(crate) fn add(&mut self, x: [f32; LANES]) {
-        for (x, (sum, square)) in x.iter().zip(self.sums.iter_mut().zip(&mut self.squares)) {
-            let d = f64::from(*x) - f64::from(self.shift);
-            *sum += d;
-            *square = d.mul_add(d, *square);
+        let Self { shift, sums, squares } = self;
+        for i in 0..LANES {
+            let d = f64::from(x[i]) - f64::from(*shift);
+            sums[i] += d;
+            squares[i] = d.mul_add(d, squares[i]);
         }
     }
 
@@ -189,9 +203,8 @@ impl LaneMoments {
         if count == 0 {
             return Moments::default();
         }
-        let sum: f64 = self.sums.iter().sum();
-        let n = count as f64;
-        let m2 = self.squares.iter().sum::<f64>() - sum * sum / n;
+        let (sum, n) = (sum_lanes(self.sums), count as f64);
+        let m2 = sum_lanes(self.squares) - sum * sum / n;
         Moments {
             count: count as u64,
             mean: f64::from(self.shift) + sum / n,
@@ -201,58 +214,25 @@ impl LaneMoments {
     }
 }
 
-/// The sums of g and of g (x - mean) over the unmasked elements.
+/// The sums of g and of g (x - mean) over the unmasked elements of a leaf.
 #[inline(always)]
 fn gradient_sums(x: &[f32], g: &[f32], mask: Option<&[u8]>, mean: &Mean) -> (f64, f64) {
+    let (mut deviations, mut gradients) = ([0.0; LEAF], [0.0; LEAF]);
+    map(x, x, mask, &mut deviations[..x.len()], |x, _| mean.deviation(x));
+    map(g, g, mask, &mut gradients[..g.len()], |g, _| g);
+    // What is behind the last element is 0 in both.
+    let len = x.len().next_multiple_of(LANES);
+    let (deviations, _) = deviations[..len].as_chunks::<LANES>();
+    let (gradients, _) = gradients[..len].as_chunks::<LANES>();
     let (mut sum_g, mut sum_gd) = ([0.0_f64; LANES], [0.0_f64; LANES]);
-    lanes(
-        x,
-        g,
-        mask,
-        #[inline(always)]
-        |x, g, keep| {
-            for i in 0..LANES {
-                let d = mean.deviation(x[i]);
-                let g = f64::from(if keep[i] != 0 { g[i] } else { 0.0 });
-                let d = f64::from(if keep[i] != 0 { d } else { 0.0 });
-                sum_g[i] += g;
-                sum_gd[i] = g.mul_add(d, sum_gd[i]);
-            }
-        },
-    );
-    (sum_g.iter().sum(), sum_gd.iter().sum())
-}
-
-/// Calls `body(a, b, keep)` on `LANES` elements at a time; the last ones are filled up with masked.
-#[inline(always)]
-fn lanes(
-    a: &[f32],
-    b: &[f32],
-    mask: Option<&[u8]>,
-    mut body: impl FnMut(&[f32; LANES], &[f32; LANES], &[u8; LANES]),
-) {
-    let (full_a, rest_a) = a.as_chunks();
-    let (full_b, rest_b) = b.as_chunks();
-    let mut last_keep = [0; LANES];
-    match mask {
-        None => {
-            for (a, b) in full_a.iter().zip(full_b) {
-                body(a, b, &KEEP_ALL);
-            }
-            last_keep[..rest_a.len()].fill(1);
-        }
-        Some(mask) => {
-            let (full_mask, rest_mask) = mask.as_chunks();
-            for ((a, b), keep) in full_a.iter().zip(full_b).zip(full_mask) {
-                body(a, b, keep);
-            }
-            last_keep[..rest_mask.len()].copy_from_slice(rest_mask);
+    for (d, g) in deviations.iter().zip(gradients) {
+        for i in 0..LANES {
+            let (d, g) = (f64::from(d[i]), f64::from(g[i]));
+            sum_g[i] += g;
+            sum_gd[i] = g.mul_add(d, sum_gd[i]);
         }
     }
-    let (mut last_a, mut last_b) = ([0.0; LANES], [0.0; LANES]);
-    last_a[..rest_a.len()].copy_from_slice(rest_a);
-    last_b[..rest_b.len()].copy_from_slice(rest_b);
-    body(&last_a, &last_b, &last_keep);
+    (sum_lanes(sum_g), sum_lanes(sum_gd))
 }
 
 /// `out = f(a, b)` where unmasked, else 0.
