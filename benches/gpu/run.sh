@@ -10,7 +10,7 @@
 #   benches/gpu/run.sh time              prints the table
 #   benches/gpu/run.sh python            tests and measures the PyTorch ops, beside all peers that are there
 #   benches/gpu/run.sh train [ARGS]      checks every op and trains on the GPU; ARGS as of `train`
-#   benches/gpu/run.sh all               all of these but the build, and says at the end what failed
+#   benches/gpu/run.sh all [ARGS]        all of these but the build, and says at the end what failed
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -23,8 +23,7 @@ build() {
     if [ -n "${1:-}" ]; then
         cp "$(cd ../.. && executables bin build --features cuda,driver)" bin/ppo-kernels
     fi
-    (cd ../.. && cargo rustc --release --lib --crate-type cdylib --no-default-features --features capi,cuda)
-    cp "$(find "$CARGO_TARGET_DIR" -path '*release/libppo_kernels.so')" bin/
+    cp "$(cd ../.. && library)" bin/
     executables test test --no-run | while read -r test; do
         name=${test##*/}
         cp "$test" "bin/test-${name%-*}"
@@ -53,6 +52,13 @@ executables() {
         sed -n '/"kind":\["'"$kind"'"\]/s/.*"executable":"\([^"]*\)".*/\1/p'
 }
 
+# Prints the C library, which the PyTorch ops load.
+library() {
+    cargo rustc --release --lib --crate-type cdylib --no-default-features --features capi,cuda \
+        --message-format=json-render-diagnostics |
+        sed -n 's/.*"\([^"]*libppo_kernels\.so\)".*/\1/p'
+}
+
 each_test() {
     for test in bin/test-*; do
         echo "== ${*:+$* }${test#bin/test-}"
@@ -78,10 +84,11 @@ train() {
 }
 
 all() {
-    local failed=()
+    local failed=() arguments=()
     for part in test sanitize time python train; do
         echo "== $part"
-        ./run.sh "$part" || failed+=("$part")
+        if [ "$part" = train ]; then arguments=("$@"); fi
+        ./run.sh "$part" "${arguments[@]}" || failed+=("$part")
     done
     echo "failed: ${failed[*]:-nothing}"
     ((${#failed[@]} == 0))
@@ -97,7 +104,7 @@ sanitize) sanitize ;;
 time) bin/time ;;
 python) in_python ;;
 train) train "${@:2}" ;;
-all) all ;;
+all) all "${@:2}" ;;
 *)
     sed -n '2,14s/^# *//p' run.sh
     exit 2
