@@ -1,47 +1,44 @@
 #!/usr/bin/env bash
-# The tests of the CUDA kernels and their measurements, for a machine with a GPU.
+# The tests of the CUDA kernels and their measurements, for a machine with a GPU. What fails is named at
+# the end, and keeps nothing else from running.
 #
 #   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, and bin.tar.xz to
 #                                        carry along; with candle's own ops to measure beside and the
 #                                        training program, which takes twenty minutes and the libraries
-#                                        of the CUDA toolkit
+#                                        of the CUDA toolkit, and, where there is no GPU to ask, the one
+#                                        to compile for in CUDA_COMPUTE_CAP (90 is an H200)
 #   benches/gpu/run.sh test              runs the tests
 #   benches/gpu/run.sh sanitize          runs them under compute-sanitizer's memcheck, racecheck, initcheck
-#   benches/gpu/run.sh time              prints the table
+#   benches/gpu/run.sh time [ARGS]       prints the table; --no-clusters, or part of a pass's name
 #   benches/gpu/run.sh python            tests and measures the PyTorch ops, beside all peers that are there
 #   benches/gpu/run.sh train [ARGS]      checks every op and trains on the GPU; ARGS as of `train`
-#   benches/gpu/run.sh all [ARGS]        all of these but the build, and says at the end what failed
+#   benches/gpu/run.sh all [ARGS]        all of these but the build
 set -euo pipefail
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/../.."
+bin=benches/gpu/bin
+failed=()
 
 build() {
-    NVCC=${NVCC:-$(../../.ci/nvcc)}
-    export NVCC CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/../../target/gpu}
-    rm -rf bin
-    mkdir bin
-    cp "$(executables bin build ${1:+--features "$1"})" bin/time
+    NVCC=${NVCC:-$(.ci/nvcc)}
+    export NVCC CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$PWD/target/gpu}
+    if [ -n "${1:-}" ] && ! command -v nvidia-smi >/dev/null; then
+        export CUDA_COMPUTE_CAP=${CUDA_COMPUTE_CAP:?the GPU to compile candle for, such as 90 for an H200}
+    fi
+    export PATH=${NVCC%/*}:$PATH
+    rm -rf "$bin"
+    mkdir "$bin"
+    cp "$(cd benches/gpu && executables bin build ${1:+--features "$1"})" "$bin/time"
     if [ -n "${1:-}" ]; then
-        cp "$(cd ../.. && executables bin build --features cuda,driver)" bin/ppo-kernels
+        cp "$(executables bin build --features cuda,driver)" "$bin/ppo-kernels"
     fi
-    cp "$(cd ../.. && library)" bin/
-    executables test test --no-run | while read -r test; do
+    cp "$(library)" "$bin/"
+    (cd benches/gpu && executables test test --no-run) | while read -r test; do
         name=${test##*/}
-        cp "$test" "bin/test-${name%-*}"
+        cp "$test" "$bin/test-${name%-*}"
     done
-    strip bin/*
-    python3 -m tarfile -c bin.tar.xz bin
-    ls -l bin bin.tar.xz
-}
-
-# What was carried, and the toolkit's libraries, which may be PyTorch's.
-unpack() {
-    if [ ! -d bin ]; then
-        python3 -m tarfile -e bin.tar.xz
-    fi
-    local found
-    found=$(python3 -c 'import glob, site
-print(*(f for s in site.getsitepackages() for f in glob.glob(s + "/nvidia/*/lib")), sep=":")' || true)
-    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64:$found
+    strip "$bin"/*
+    python3 -m tarfile -c "$bin.tar.xz" "$bin"
+    ls -l "$bin" "$bin.tar.xz"
 }
 
 # Prints what of the kind $1 cargo makes when it is told the rest.
@@ -59,54 +56,77 @@ library() {
         sed -n 's/.*"\([^"]*libppo_kernels\.so\)".*/\1/p'
 }
 
+unpack() {
+    if [ -e "$bin.tar.xz" ]; then
+        python3 -m tarfile -e "$bin.tar.xz"
+    fi
+}
+
+attempt() {
+    echo "== $*"
+    "$@" || failed+=("$*")
+}
+
+# With the toolkit's libraries, which candle links; they may be PyTorch's.
+with_toolkit() {
+    local found
+    found=$(python3 -c 'import glob, site
+print(*(f for s in site.getsitepackages() for f in glob.glob(s + "/nvidia/*/lib")), sep=":")' || true)
+    LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64${found:+:$found} "$@"
+}
+
 each_test() {
-    for test in bin/test-*; do
-        echo "== ${*:+$* }${test#bin/test-}"
-        "$@" "$test"
+    for test in "$bin"/test-*; do
+        attempt "$@" "$test"
     done
 }
 
 sanitize() {
     for tool in memcheck racecheck initcheck; do
-        each_test compute-sanitizer --tool "$tool" --error-exitcode 1
+        each_test env "PPO_KERNELS_${tool^^}=1" compute-sanitizer --tool "$tool" --error-exitcode 1
     done
+}
+
+measure() {
+    attempt with_toolkit "$bin/time" "$@"
 }
 
 in_python() {
-    export PPO_KERNELS_LIB=$PWD/bin/libppo_kernels.so PYTHONPATH=$PWD/../../python/src
-    python3 -m pytest -q -p no:cacheprovider ../../python/tests
-    python3 ../../python/bench.py --device cuda
+    export PPO_KERNELS_LIB=$PWD/$bin/libppo_kernels.so PYTHONPATH=$PWD/python/src
+    attempt python3 -m pytest -q -p no:cacheprovider python/tests
+    attempt python3 python/bench.py --device cuda
 }
 
 train() {
-    bin/ppo-kernels check --device cuda
-    bin/ppo-kernels train --device cuda --out "$(mktemp -d)/run" "$@"
+    attempt with_toolkit "$bin/ppo-kernels" check --device cuda
+    attempt with_toolkit "$bin/ppo-kernels" train --device cuda --out "$(mktemp -d)/run" "$@"
 }
 
 all() {
-    local failed=() arguments=()
-    for part in test sanitize time python train; do
-        echo "== $part"
-        if [ "$part" = train ]; then arguments=("$@"); fi
-        ./run.sh "$part" "${arguments[@]}" || failed+=("$part")
-    done
-    echo "failed: ${failed[*]:-nothing}"
-    ((${#failed[@]} == 0))
+    each_test
+    sanitize
+    measure
+    in_python
+    train "$@"
 }
 
 case ${1:-} in
-test | sanitize | time | python | train) unpack ;;
+test | sanitize | time | python | train | all) unpack ;;
 esac
 case ${1:-} in
 build) build "${2:-}" ;;
 test) each_test ;;
 sanitize) sanitize ;;
-time) bin/time ;;
+time) measure "${@:2}" ;;
 python) in_python ;;
 train) train "${@:2}" ;;
 all) all "${@:2}" ;;
 *)
-    sed -n '2,14s/^# *//p' run.sh
+    sed -n '2,17s/^# *//p' "benches/gpu/run.sh"
     exit 2
     ;;
 esac
+if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}"
+    exit 1
+fi
