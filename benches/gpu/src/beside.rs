@@ -11,9 +11,10 @@ use crate::table::{Pass, Shape};
 
 type Composition = Box<dyn FnMut() -> Result<()>>;
 
-/// The pass on candle's tensors; of a backward pass candle's own, of a graph that is there. `None`
-/// where candle's work would not be the same.
-pub fn composition(pass: Pass, shape: Shape) -> Option<Composition> {
+/// The median time of the pass on candle's tensors; of a backward pass candle's own, of a graph that is
+/// there. `None` where ours does less, with the moments from the pass before, and where candle fails,
+/// as it does for want of memory.
+pub fn seconds(pass: Pass, shape: Shape) -> Option<f64> {
     let made = match pass {
         Pass::LogprobForward => logprob(shape),
         Pass::LogprobEntropyForward => logprob_entropy(shape),
@@ -22,26 +23,27 @@ pub fn composition(pass: Pass, shape: Shape) -> Option<Composition> {
         Pass::FullKlBackward => full_kl_backward(shape),
         Pass::TokenKlForward => token_kl(shape),
         Pass::Gae => gae(shape),
+        // Without the moments.
         Pass::GaeShaped => gae_shaped(shape),
-        // Ours has the moments from the pass before.
         Pass::Whiten => return None,
         Pass::PpoLoss => ppo_loss(shape),
     };
-    Some(made.expect("candle's ops take these shapes"))
+    made.and_then(median).inspect_err(|error| eprintln!("candle, {}: {error}", pass.name())).ok()
 }
 
-/// The median time of a call, by the host's clock: candle waits for the host more than for the device.
-pub fn seconds(mut composition: Composition) -> f64 {
+/// By the host's clock: candle waits for the host more than for the device.
+fn median(mut composition: Composition) -> Result<f64> {
     let mut once = || {
         let start = Instant::now();
-        composition().and_then(|()| device().synchronize()).expect("candle's ops ran before");
-        start.elapsed().as_secs_f64()
+        composition()?;
+        device().synchronize()?;
+        Ok(start.elapsed().as_secs_f64())
     };
     // The first one also loads kernels and fills candle's memory pool.
-    once();
-    let mut times = [(); 5].map(|()| once());
+    once()?;
+    let mut times = (0..5).map(|_| once()).collect::<Result<Vec<f64>>>()?;
     times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    Ok(times[times.len() / 2])
 }
 
 fn call<T>(mut f: impl FnMut() -> Result<T> + 'static) -> Result<Composition> {

@@ -5,7 +5,7 @@ use ppo_kernels::gae::GaeOptions;
 use ppo_kernels::whiten::cuda::{masked_whiten, Given, MOMENTS};
 use ppo_kernels::whiten::WhitenOptions;
 
-use crate::gpu::{Buffer, Gpu};
+use crate::gpu::Buffer;
 use crate::inputs::{mask, tokens};
 use crate::table::{Pass, Shape, Table};
 
@@ -18,7 +18,7 @@ pub fn time(table: &Table) {
 }
 
 fn time_shape(table: &Table, batch: usize, seq_len: usize) {
-    let stream = Gpu::get().stream();
+    let stream = table.stream();
     let count = batch * seq_len;
     let (values, rewards, kl, scores) =
         (tokens(count), tokens(count), tokens(count), tokens(batch));

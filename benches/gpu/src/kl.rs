@@ -5,7 +5,7 @@ use ppo_kernels::cpu::Logit;
 use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
 use ppo_kernels::kl::{cpu, FullKlOptions, KlEstimator, KlOptions};
 
-use crate::gpu::{Buffer, Gpu};
+use crate::gpu::Buffer;
 use crate::inputs::{logits, tiled, tokens};
 use crate::logprob::SHAPES;
 use crate::table::{Pass, Shape, Table};
@@ -19,7 +19,7 @@ pub fn time(table: &Table) {
 }
 
 fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
-    let stream = Gpu::get().stream();
+    let stream = table.stream();
     let options = FullKlOptions::default();
     let policy = tiled(&logits::<T>(1 << 24), rows * vocab);
     let reference = tiled(&logits::<T>((1 << 24) - 1), rows * vocab);
@@ -44,7 +44,7 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
 }
 
 fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
-    let stream = Gpu::get().stream();
+    let stream = table.stream();
     let count = batch * seq_len;
     let options = KlOptions { estimator: KlEstimator::K3, ..Default::default() };
     let (logp, ref_logp) = (tokens(count), tokens(count));

@@ -2,10 +2,11 @@
 
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
+use ppo_kernels::cuda::Stream;
 use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream};
 use ppo_kernels::logprob::LogprobOptions;
 
-use crate::gpu::{Buffer, Gpu};
+use crate::gpu::Buffer;
 use crate::inputs::{logits, tiled};
 use crate::table::{Pass, Shape, Table};
 
@@ -21,6 +22,7 @@ pub const SHAPES: [(usize, usize); 6] = [
 
 /// Logits, targets and all outputs of both passes.
 struct Op<T> {
+    stream: Stream<'static>,
     vocab: usize,
     options: LogprobOptions,
     logits: Buffer<T>,
@@ -35,10 +37,11 @@ struct Op<T> {
 }
 
 impl<T: Logit> Op<T> {
-    fn new(rows: usize, vocab: usize) -> Self {
+    fn new(stream: Stream<'static>, rows: usize, vocab: usize) -> Self {
         let targets: Vec<i64> = (0..rows).map(|row| ((row * 7919) % vocab) as i64).collect();
-        let workspace = cuda::workspace_len::<T>(Gpu::get().stream().device(), rows, vocab);
+        let workspace = cuda::workspace_len::<T>(stream.device(), rows, vocab);
         Self {
+            stream,
             vocab,
             options: LogprobOptions::default(),
             logits: tiled(&logits(1 << 24), rows * vocab),
@@ -62,8 +65,7 @@ impl<T: Logit> Op<T> {
         };
         let (z, ids, work) =
             (self.logits.slice(), self.targets.slice(), self.workspace.slice_mut());
-        let stream = Gpu::get().stream();
-        cuda::forward(&stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
+        cuda::forward(&self.stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
     }
 
     fn backward(&mut self) {
@@ -74,8 +76,8 @@ impl<T: Logit> Op<T> {
         };
         let upstream = Upstream { logp: Some(self.up.slice()), entropy: Some(self.up.slice()) };
         let (z, ids, grad) = (self.logits.slice(), self.targets.slice(), self.grad.slice_mut());
-        let (stream, options) = (Gpu::get().stream(), &self.options);
-        cuda::backward(&stream, z, ids, self.vocab, options, stats, upstream, grad).unwrap();
+        let (stream, options) = (&self.stream, &self.options);
+        cuda::backward(stream, z, ids, self.vocab, options, stats, upstream, grad).unwrap();
     }
 }
 
@@ -90,7 +92,7 @@ pub fn time(table: &Table) {
 }
 
 fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
-    let mut op = Op::<T>::new(rows, vocab);
+    let mut op = Op::<T>::new(table.stream(), rows, vocab);
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
     let bytes = rows * vocab * size_of::<T>();
     table.row(Pass::LogprobForward, shape, bytes, || op.forward(false));

@@ -1,5 +1,7 @@
 //! The CUDA kernels measured on a GPU, beside a copy within the device and, with the feature `candle`,
 //! beside candle's own ops.
+//!
+//! `time [--no-clusters] [PART OF A PASS'S NAME]`
 
 #[cfg(feature = "candle")]
 mod beside;
@@ -21,9 +23,17 @@ mod ppo_loss;
 mod table;
 
 use gpu::Gpu;
+use table::{Arguments, Table};
 
 fn main() {
-    let table = table::Table::new(Gpu::get());
+    let mut arguments = Arguments::default();
+    for argument in std::env::args().skip(1) {
+        match argument.as_str() {
+            "--no-clusters" => arguments.no_clusters = true,
+            _ => arguments.only = argument,
+        }
+    }
+    let table = Table::new(Gpu::get(), arguments);
     logprob::time(&table);
     kl::time(&table);
     gae::time(&table);

@@ -3,7 +3,7 @@
 use ppo_kernels::ppo_loss::cuda::{self, Gradients, Inputs, ValueInputs};
 use ppo_kernels::ppo_loss::{PpoLossOptions, PpoStats};
 
-use crate::gpu::{Buffer, Gpu};
+use crate::gpu::Buffer;
 use crate::inputs::{mask, tokens};
 use crate::table::{Pass, Shape, Table};
 
@@ -14,7 +14,7 @@ pub fn time(table: &Table) {
 }
 
 fn time_shape(table: &Table, batch: usize, seq_len: usize) {
-    let stream = Gpu::get().stream();
+    let stream = table.stream();
     let count = batch * seq_len;
     let [logp, old_logp, advantages, values, old_values, returns] = [(); 6].map(|()| tokens(count));
     let mask = mask(batch, seq_len);
