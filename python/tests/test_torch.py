@@ -154,16 +154,16 @@ def test_rows_that_are_skipped(index_dtype, device):
             assert grad.isfinite().all() and (grad[~mask] == 0).all()
 
 
+SLICES = [
+    (slice(None), slice(None, -1)),
+    (slice(None), slice(1, None, 2)),
+    (slice(None, None, 2), slice(3, 5)),
+    (slice(None), slice(None), slice(1, -1)),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "slices",
-    [
-        (slice(None), slice(None, -1)),
-        (slice(None), slice(1, None, 2)),
-        (slice(None, None, 2), slice(3, 5)),
-        (slice(None), slice(None), slice(1, -1)),
-    ],
-)
+@pytest.mark.parametrize("slices", SLICES)
 def test_logits_that_are_not_contiguous(slices, dtype, device):
     logits, index, _ = logits_and_index((4, 6, 50), dtype, device)
     part = logits[slices]
@@ -230,6 +230,43 @@ def test_full_kl(direction, dtype, device):
     assert torch.equal(masked, torch.where(mask != 0, ours, 0.0))
     masked.sum().backward()
     assert holes.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slices", SLICES)
+@pytest.mark.parametrize("both", [False, True])
+def test_full_kl_of_logits_that_are_not_contiguous(both, slices, dtype, device):
+    (policy, *_), (reference, *_) = (logits_and_index((4, 6, 50), dtype, device) for _ in range(2))
+    part = policy[slices]
+    ref_part = reference[slices] if both else leaf(reference[slices].contiguous())
+    mask = torch.rand(part.shape[:-1], device=device) < 0.7
+    ours = functional.full_kl(part, ref_part, mask)
+    same, ref_same = leaf(part.contiguous()), leaf(ref_part.contiguous())
+    expected = functional.full_kl(same, ref_same, mask)
+    assert torch.equal(ours, expected)
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (part, ref_part), upstream)
+    want = torch.autograd.grad(expected, (same, ref_same), upstream)
+    assert all(map(torch.equal, found, want))
+
+
+@pytest.mark.parametrize("slices", SLICES[:1])
+def test_leading_slices_of_logits_are_not_copied(slices, device, monkeypatch):
+    """Were they, their copies would be what the library is given."""
+    (policy, index, _), (reference, *_) = (
+        logits_and_index((4, 6, 50), device=device) for _ in "ab"
+    )
+    call, given = _ops._call, set()
+
+    def watched(*arguments):
+        given.update(argument for argument in arguments if isinstance(argument, int))
+        call(*arguments)
+
+    monkeypatch.setattr(_ops, "_call", watched)
+    logp = functional.selective_log_softmax(policy[slices], index[slices])
+    (logp + functional.full_kl(policy[slices], reference[slices])).sum().backward()
+    for logits in (policy, reference):
+        assert {row.data_ptr() for row in logits} <= given
 
 
 # --- gae and whitening ---

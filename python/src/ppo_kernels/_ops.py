@@ -26,7 +26,7 @@ from ._lib import library
 
 _LOGITS = {getattr(torch, name): code for name, code in _lib.LOGITS.items()}
 _TARGETS = {getattr(torch, name): code for name, code in _lib.TARGETS.items()}
-_BYTES = (torch.bool, torch.uint8, torch.int8)
+BYTES = (torch.bool, torch.uint8, torch.int8)
 
 _ops = torch.library.Library("ppo_kernels", "DEF")
 
@@ -178,7 +178,7 @@ def _f32(op: str, name: str, tensor: Tensor, shape: torch.Size, device: torch.de
 
 
 def _mask(op: str, name: str, mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    if mask.dtype not in _BYTES:
+    if mask.dtype not in BYTES:
         _refuse_dtype(op, name, mask, "bool or uint8")
     check_shape(op, name, mask, shape)
     check_device(op, name, mask, device)
@@ -202,16 +202,17 @@ def _logits_type(op: str, name: str, logits: Tensor) -> int:
     return code
 
 
-def _blocks(logits: Tensor, rows: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Contiguous parts of logits that make up the whole: each with its first row and its rows."""
-    if logits.is_contiguous():
+def _blocks(rows: int, *logits: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int, int]]:
+    """Contiguous parts of logits, the same of each, that make up the whole: each with its first row
+    and its rows."""
+    if all(tensor.is_contiguous() for tensor in logits):
         yield logits, 0, rows
-    elif logits.dim() > 2 and rows and logits[0].is_contiguous():
-        each = rows // logits.shape[0]
-        for index, part in enumerate(logits.unbind()):
-            yield part, index * each, each
+    elif logits[0].dim() > 2 and rows and all(tensor[0].is_contiguous() for tensor in logits):
+        each = rows // len(logits[0])
+        for index, parts in enumerate(zip(*(tensor.unbind() for tensor in logits))):
+            yield parts, index * each, each
     else:
-        yield logits.contiguous(), 0, rows
+        yield tuple(tensor.contiguous() for tensor in logits), 0, rows
 
 
 # --- logprob ---
@@ -258,7 +259,7 @@ def _logprob_forward(
     index = index.contiguous()
     total, vocab = index.numel(), logits.shape[-1]
     size = index.element_size()
-    for part, first, rows in _blocks(logits, total):
+    for (part,), first, rows in _blocks(total, logits):
         _call(
             "logprob_forward",
             logits,
@@ -328,7 +329,7 @@ def _logprob_backward(
     (grad_logits,) = _large_pages(_room_like_logits(logits))
     total, vocab = index.numel(), logits.shape[-1]
     size, row_bytes = index.element_size(), vocab * logits.element_size()
-    for part, first, rows in _blocks(logits, total):
+    for (part,), first, rows in _blocks(total, logits):
         _call(
             "logprob_backward",
             logits,
@@ -656,26 +657,34 @@ def _full_kl_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.float32), stats
 
 
+def _stats_of(stats: Tensor, first: int, rows: int) -> Tensor:
+    return stats.view(len(stats), -1)[:, first : first + rows]
+
+
 def _full_kl(
     logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: str, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logits_type, mask = _check_full_kl("full_kl", logits, ref_logits, mask)
-    logits, ref_logits = logits.contiguous(), ref_logits.contiguous()
     kl, stats = _full_kl_outputs(logits)
-    rows, vocab = kl.numel(), logits.shape[-1]
-    _call(
-        "kl_full_forward",
-        logits,
-        (logits_type, rows, vocab),
-        logits.data_ptr(),
-        ref_logits.data_ptr(),
-        logits_type,
-        _pointer(mask),
-        rows,
-        vocab,
-        byref(_lib.kl_full_options(direction, temperature)),
-        stats.data_ptr(),
-    )
+    total, vocab = kl.numel(), logits.shape[-1]
+    options = byref(_lib.kl_full_options(direction, temperature))
+    for (part, ref_part), first, rows in _blocks(total, logits, ref_logits):
+        room = stats if rows == total else stats.new_empty(len(stats), rows)
+        _call(
+            "kl_full_forward",
+            logits,
+            (logits_type, rows, vocab),
+            part.data_ptr(),
+            ref_part.data_ptr(),
+            logits_type,
+            None if mask is None else mask.data_ptr() + first,
+            rows,
+            vocab,
+            options,
+            room.data_ptr(),
+        )
+        if room is not stats:
+            _stats_of(stats, first, rows).copy_(room)
     return kl.copy_(stats[0]), stats
 
 
@@ -699,28 +708,31 @@ def _full_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     op = "full_kl_backward"
     logits_type, mask = _check_full_kl(op, logits, ref_logits, mask)
-    logits, ref_logits = logits.contiguous(), ref_logits.contiguous()
-    rows, vocab = logits.shape[:-1], logits.shape[-1]
-    stats_shape = torch.Size((_lib.FULL_KL_STATS, *rows))
+    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    stats_shape = torch.Size((_lib.FULL_KL_STATS, *shape))
     stats = _f32(op, "stats", stats, stats_shape, logits.device)
-    grad_kl = _f32(op, "grad_kl", grad_kl, rows, logits.device)
+    grad_kl = _f32(op, "grad_kl", grad_kl, shape, logits.device)
     grad_logits, grad_ref = _large_pages(_wanted(logits, want_logits), _wanted(logits, want_ref))
-    _call(
-        "kl_full_backward",
-        logits,
-        (logits_type, rows.numel(), vocab),
-        logits.data_ptr(),
-        ref_logits.data_ptr(),
-        logits_type,
-        _pointer(mask),
-        rows.numel(),
-        vocab,
-        byref(_lib.kl_full_options(direction, temperature)),
-        stats.data_ptr(),
-        grad_kl.data_ptr(),
-        _pointer_if(grad_logits, want_logits),
-        _pointer_if(grad_ref, want_ref),
-    )
+    options = byref(_lib.kl_full_options(direction, temperature))
+    row_bytes = vocab * logits.element_size()
+    for (part, ref_part), first, rows in _blocks(shape.numel(), logits, ref_logits):
+        part_stats = _stats_of(stats, first, rows).contiguous()
+        _call(
+            "kl_full_backward",
+            logits,
+            (logits_type, rows, vocab),
+            part.data_ptr(),
+            ref_part.data_ptr(),
+            logits_type,
+            None if mask is None else mask.data_ptr() + first,
+            rows,
+            vocab,
+            options,
+            part_stats.data_ptr(),
+            grad_kl.data_ptr() + 4 * first,
+            grad_logits.data_ptr() + first * row_bytes if want_logits else None,
+            grad_ref.data_ptr() + first * row_bytes if want_ref else None,
+        )
     return grad_logits, grad_ref
 
 

@@ -53,7 +53,6 @@ Aggregation = Literal[
 ]
 
 _HALVES = (torch.float16, torch.bfloat16)
-_BYTES = (torch.bool, torch.uint8, torch.int8)
 _SKIPPED = torch.iinfo(torch.int64).min  # a token id that nobody means
 
 
@@ -62,7 +61,7 @@ def _per_token(tensor: Tensor | None) -> Tensor | None:
 
 
 def _mask(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.dtype in _BYTES else mask != 0
+    return mask if mask is None or mask.dtype in _ops.BYTES else mask != 0
 
 
 def _skip(
