@@ -715,6 +715,7 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
         for (int part = lane; part < args.parts; part += WARP) total += mine[part];
         return warp_sum(total);
     }
+    if (args.parts == 0) return 0.0;
     const bool of_returns = which == RETURN || which == RETURN_SQUARES || which == RETURN_CENTRE;
     const float* centres = all(of_returns ? RETURN_CENTRE : RESIDUAL_CENTRE);
     const double centre = centres[first_part(args)];

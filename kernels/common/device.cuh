@@ -171,8 +171,9 @@ static __device__ __forceinline__ void cluster_sync() {
 #ifdef SIMT
     simt::cluster_sync();
 #elif __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;\n"
-                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    // Not `.aligned`: lanes of a warp come here apart after what only one of them does.
+    asm volatile("barrier.cluster.arrive.release;\n"
+                 "barrier.cluster.wait.acquire;" ::: "memory");
 #else
     // A launch that is mistaken about the code it runs must not end in a wrong sum.
     __trap();
