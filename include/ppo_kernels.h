@@ -33,10 +33,11 @@
  * CUDA. The _cuda functions launch kernels on the caller's stream (CUstream or cudaStream_t; null
  * is the default stream of the thread's current context) and return at once: errors of the kernels
  * themselves come from later calls. They neither wait for the device nor allocate its memory, and
- * can be captured into a graph once each has been called outside of a capture, which loads its
- * kernels. Their workspace is device memory of the size in bytes that ppok_..._workspace_size()
- * writes, aligned to 16 bytes, of any content; calls on one stream can share it. A library that was
- * built without CUDA has them too, and they return PPOK_STATUS_UNSUPPORTED.
+ * can be captured into a graph once each has been called with the same types, sizes and options
+ * outside of a capture, which loads its kernels. Their workspace is device memory of the size in
+ * bytes that ppok_..._workspace_size() writes, aligned to 16 bytes, of any content; calls on one
+ * stream can share it. A library that was built without CUDA has them too, and they return
+ * PPOK_STATUS_UNSUPPORTED.
  *
  * Threads. All functions can be called from several threads at a time. The same inputs give the
  * same bits, for any number of threads.

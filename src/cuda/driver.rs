@@ -222,6 +222,7 @@ fn launch_error(kernel: &Kernel, device: Device, error: DriverError) -> Error {
     match error.0 {
         CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::CudaMemory { op },
         CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU
+        | CUresult::CUDA_ERROR_INVALID_IMAGE
         | CUresult::CUDA_ERROR_INVALID_PTX
         | CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => {
             Error::CudaImage { op, compute_capability: device.compute_capability, reason }

@@ -2,8 +2,8 @@
 //! a kernel. It knows nothing of any op.
 //!
 //! Nothing here allocates device memory or waits for the device: what is launched on a stream runs
-//! when the stream comes to it. The first launch of a kernel in a context loads it, so run once
-//! before capturing a graph.
+//! when the stream comes to it. The first launch of a kernel in a context loads it; which kernels an
+//! op launches depends on dtype, shape and options, so run once with the same before capturing a graph.
 //!
 //! Two backends run the same launches of the same kernels: the CUDA driver (feature `cuda`), looked
 //! for when the first stream is made, and a stand-in on the CPU (feature `simt`) for tests where
