@@ -270,10 +270,19 @@ pub(crate) fn cuda_rooms<T: Element, const N: usize>(
 }
 
 /// The elements of a contiguous tensor, held for reading.
-pub(crate) struct View<'a, T> {
+pub(crate) struct View<'a, T: Element> {
     storage: StorageRef<'a>,
     range: Range<usize>,
     element: PhantomData<T>,
+}
+
+#[cfg(feature = "cuda")]
+impl<T: Element> Drop for View<'_, T> {
+    fn drop(&mut self) {
+        if let Storage::Cuda(storage) = &*self.storage {
+            cuda::mark_read::<T>(storage);
+        }
+    }
 }
 
 impl<T: Element> View<'_, T> {

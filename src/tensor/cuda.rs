@@ -87,8 +87,15 @@ pub(super) fn slice<'a, T: Element>(
     range: &Range<usize>,
 ) -> Slice<'a, T> {
     let memory = storage.as_cuda_slice::<T>().expect("checked by view");
-    let (address, _) = memory.device_ptr(memory.stream());
-    // SAFETY: the layout's range is within the storage. Whoever frees or overwrites it does so on the
-    // same stream.
+    // Storage that was made on another stream has been written before what is launched on this one.
+    let (address, _) = memory.device_ptr(&storage.device.cuda_stream());
+    // SAFETY: the layout's range is within the storage. Whoever frees or overwrites it waits until it
+    // was read.
     unsafe { Slice::from_raw((address as *const T).add(range.start), range.len()) }
+}
+
+/// Marks a tensor as read by what was launched until now, for other streams to wait for.
+pub(super) fn mark_read<T: Element>(storage: &CudaStorage) {
+    let memory = storage.as_cuda_slice::<T>().expect("checked by view");
+    drop(memory.device_ptr(&storage.device.cuda_stream()));
 }
