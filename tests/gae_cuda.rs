@@ -71,7 +71,7 @@ impl Call<'_> {
         let [advantages, returns, shaped] = &mut out;
         let mut moments = Buffer::new(&[f64::NAN; 3], 0);
         let length = cuda::workspace_len(self.batch, self.seq_len);
-        let mut workspace = Buffer::new(&vec![f64::NAN; length], 1);
+        let mut workspace = Buffer::workspace(length, 1);
         let outputs = Outputs {
             advantages: advantages.slice_mut(),
             returns: returns.slice_mut(),

@@ -209,7 +209,7 @@ impl<T: Logit> FullCall<'_, T> {
         let up = Buffer::new(self.up, 0);
         let mut stats = Buffer::new(&vec![f32::NAN; STATS * rows], 0);
         let length = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-        let mut workspace = Buffer::new(&vec![f32::NAN; length], 0);
+        let mut workspace = Buffer::workspace(length, 0);
         let inputs = FullInputs {
             logits: z.slice(),
             ref_logits: w.slice(),

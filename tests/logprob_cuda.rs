@@ -57,7 +57,7 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
         let mut out = [(); 4].map(|()| Buffer::new(&vec![f32::NAN; rows], 0));
         let [logp, entropy, max, log_sum] = &mut out;
         let length = cuda::workspace_len::<T>(stream.device(), rows, vocab);
-        let mut workspace = Buffer::new(&vec![f32::NAN; length], 0);
+        let mut workspace = Buffer::workspace(length, 0);
         let outputs = Outputs {
             logp: logp.slice_mut(),
             entropy: Some(entropy.slice_mut()),

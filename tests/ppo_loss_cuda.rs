@@ -47,7 +47,7 @@ impl Call {
         };
         let mut stats = Buffer::new(&[f32::NAN; PpoStats::LEN], 0);
         let length = cuda::workspace_len(data.batch, data.seq_len, options);
-        let mut workspace = Buffer::new(&vec![f32::NAN; length], 0);
+        let mut workspace = Buffer::workspace(length, 0);
         let stream = stream(self.machine);
         let inputs = device.inputs();
         let (to, scratch) = (stats.slice_mut(), workspace.slice_mut());

@@ -51,7 +51,7 @@ impl Call<'_> {
         let mask = self.sample.mask.as_ref().map(|mask| Buffer::new(mask, self.offset));
         let mask = mask.as_ref().map(Buffer::slice);
         let mut moments = Buffer::new(&[f64::NAN; 3], 0);
-        let mut workspace = Buffer::new(&vec![f64::NAN; cuda::workspace_len(n)], 1);
+        let mut workspace = Buffer::workspace(cuda::workspace_len(n), 1);
         let (to, space) = (moments.slice_mut(), workspace.slice_mut());
         cuda::masked_moments(&stream, x.slice(), mask, to, space)?;
 
@@ -166,7 +166,7 @@ fn many_elements_are_merged_from_runs_of_several_tiles() {
     let (x, mask) = (Buffer::new(&sample.x, 0), sample.mask.as_deref().unwrap());
     let bytes = Buffer::new(mask, 0);
     let mut moments = Buffer::new(&[f64::NAN; 3], 0);
-    let mut space = Buffer::new(&vec![f64::NAN; cuda::workspace_len(n)], 0);
+    let mut space = Buffer::workspace(cuda::workspace_len(n), 0);
     let (to, space) = (moments.slice_mut(), space.slice_mut());
     cuda::masked_moments(&stream, x.slice(), Some(bytes.slice()), to, space).unwrap();
     let got = moments.read();

@@ -161,25 +161,29 @@ mod tests {
         }
     }
 
-    fn widening_keeps_every_value_in_an_order_of_the_type<T: Logit>() {
+    fn widening_keeps_every_value_in_an_order_of_the_type<T: Logit>(from_bits: fn(u16) -> T) {
         let ascending: [T; LOGIT_LANES] = std::array::from_fn(|i| T::from_f32(i as f32 - 7.0));
         let order = T::widen(&ascending).map(|x| (x + 7.0) as usize);
         let mut sorted = order;
         sorted.sort_unstable();
         assert_eq!(sorted, std::array::from_fn(|i| i));
-        // Both signs, and every bit of a half.
-        let others: [T; LOGIT_LANES] = std::array::from_fn(|i| T::from_f32((i as f32).sin()));
-        let wide = T::widen(&others);
-        for (lane, i) in order.into_iter().enumerate() {
-            assert_eq!(wide[lane].to_bits(), others[i].to_f32().to_bits(), "{} {lane}", T::NAME);
+        // Every half, and of the floats those with the same leading bits.
+        for first in (0..=u16::MAX).step_by(LOGIT_LANES) {
+            let values: [T; LOGIT_LANES] = std::array::from_fn(|i| from_bits(first + i as u16));
+            let wide = T::widen(&values);
+            for (lane, i) in order.into_iter().enumerate() {
+                let (x, y) = (wide[lane], values[i].to_f32());
+                let same = x.to_bits() == y.to_bits() || (x.is_nan() && y.is_nan());
+                assert!(same, "{} {x} {y}", T::NAME);
+            }
         }
     }
 
     #[test]
     fn widening_keeps_every_value() {
-        widening_keeps_every_value_in_an_order_of_the_type::<f32>();
-        widening_keeps_every_value_in_an_order_of_the_type::<f16>();
-        widening_keeps_every_value_in_an_order_of_the_type::<bf16>();
+        widening_keeps_every_value_in_an_order_of_the_type(|bits| f32::from_bits(u32::from(bits) << 16));
+        widening_keeps_every_value_in_an_order_of_the_type(f16::from_bits);
+        widening_keeps_every_value_in_an_order_of_the_type(bf16::from_bits);
     }
 
     #[test]

@@ -82,6 +82,18 @@ impl<T: Copy> Buffer<T> {
         Self { address, offset, len, element: PhantomData }
     }
 
+    /// NaN, which shows in the results of who reads what was not written; under compute-sanitizer's
+    /// initcheck, which looks for such reads, nothing is written.
+    pub fn workspace(len: usize, offset: usize) -> Self
+    where
+        T: From<f32>,
+    {
+        if std::env::var_os("PPO_KERNELS_INITCHECK").is_some() {
+            return Self::uninit(len, offset);
+        }
+        Self::new(&vec![f32::NAN.into(); len], offset)
+    }
+
     /// Where the element is.
     pub fn at(&self, index: usize) -> sys::CUdeviceptr {
         self.address + ((self.offset + index) * size_of::<T>()) as u64

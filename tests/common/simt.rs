@@ -31,6 +31,14 @@ impl<T: Copy> Buffer<T> {
         Self { memory, first, len: values.len() }
     }
 
+    /// NaN, which shows in the results of who reads what was not written.
+    pub fn workspace(len: usize, offset: usize) -> Self
+    where
+        T: From<f32>,
+    {
+        Self::new(&vec![f32::NAN.into(); len], offset)
+    }
+
     pub fn read(&self) -> Vec<T> {
         // SAFETY: `new` wrote the values there, and nobody writes while this is borrowed.
         unsafe { std::slice::from_raw_parts(self.memory.add(self.first), self.len) }.to_vec()
