@@ -389,7 +389,8 @@ impl Terms {
 
         let writer = Writer::<PAST>;
         let (policy, grad_logp) = (block.policy, &mut block.grad_logp);
-        let next = block.value.map(|v| [v.values, v.old_values.unwrap_or(v.values), v.returns]);
+        // Without a clip the old values are not looked at, whatever they are.
+        let value = block.value.map(|v| [v.values, v.old_values.unwrap_or(v.values), v.returns]);
         // What the KL term is added to is to be in the cache still.
         let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
         if again {
@@ -397,7 +398,7 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(weights, policy, next, grad, &mut sums, &Writer::<false>);
+                    self.policy(weights, policy, value, grad, &mut sums, &Writer::<false>);
                 },
             );
         } else {
@@ -405,7 +406,7 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(weights, policy, next, grad, &mut sums, &writer);
+                    self.policy(weights, policy, value, grad, &mut sums, &writer);
                 },
             );
         }
@@ -418,9 +419,7 @@ impl Terms {
                 },
             );
         }
-        if let Some(ValueInputs { values, old_values, returns }) = block.value {
-            // Without a clip the old values are not looked at, whatever they are.
-            let inputs = (values, old_values.unwrap_or(values), returns);
+        if let Some(inputs @ [values, _, returns]) = value {
             let first = kept.map_or((0.0, 0.0), |t| (returns[t], returns[t] - values[t]));
             vectorise(
                 #[inline(always)]
@@ -436,14 +435,14 @@ impl Terms {
         sums
     }
 
-    /// Asks for what the `next` loop reads: this one has so much to do for a token, and that one so
+    /// Asks for what the value loop reads: this one has so much to do for a token, and that one so
     /// little, that memory would be idle now and waited for then.
     #[inline(always)]
     fn policy<const PAST: bool>(
         self,
         weights: &[f32],
         (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
-        next: Option<[&[f32]; 3]>,
+        value: Option<[&[f32]; 3]>,
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
         writer: &Writer<PAST>,
@@ -473,7 +472,7 @@ impl Terms {
                 |at, full| {
                     let w = load(weights, at, full);
                     let (new, old) = (load(logp, at, full), load(old_logp, at, full));
-                    for x in next.iter().flatten().filter(|_| full) {
+                    for x in value.iter().flatten().filter(|_| full) {
                         prefetch(&x[first + at..][..LANES], 0);
                     }
                     let (mut raw, mut ratio) = (ZERO, ZERO);
@@ -590,7 +589,7 @@ impl Terms {
     fn value<const PAST: bool>(
         self,
         weights: &[f32],
-        (values, old_values, returns): (&[f32], &[f32], &[f32]),
+        [values, old_values, returns]: [&[f32]; 3],
         first: (f32, f32),
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,

@@ -5,7 +5,7 @@ use crate::cpu::math::{sum_lanes, LANES};
 use crate::cpu::{for_each, reduce, vectorise};
 use crate::error::{Error, Result};
 
-/// Elements of a leaf: x, mask, gradient and result of one stay in the first-level cache.
+/// Elements of a leaf: x, mask, gradient and result of one stay near the core, in 32 KiB or little more.
 pub(crate) const LEAF: usize = 2048;
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x`.
