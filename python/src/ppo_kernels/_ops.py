@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from ctypes import byref, c_size_t
 from typing import Any
 
@@ -202,12 +202,17 @@ def _logits_type(op: str, name: str, logits: Tensor) -> int:
     return code
 
 
-def _blocks(rows: int, *logits: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int, int]]:
+def _blocks(rows: int, *logits: Tensor) -> Iterable[tuple[tuple[Tensor, ...], int, int]]:
     """Contiguous parts of logits, the same of each, that make up the whole: each with its first row
     and its rows."""
-    if all(tensor.is_contiguous() for tensor in logits):
-        yield logits, 0, rows
-    elif logits[0].dim() > 2 and rows and all(tensor[0].is_contiguous() for tensor in logits):
+    for tensor in logits:
+        if not tensor.is_contiguous():
+            return _slices(rows, *logits)
+    return ((logits, 0, rows),)
+
+
+def _slices(rows: int, *logits: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int, int]]:
+    if logits[0].dim() > 2 and rows and all(tensor[0].is_contiguous() for tensor in logits):
         each = rows // len(logits[0])
         for index, parts in enumerate(zip(*(tensor.unbind() for tensor in logits))):
             yield parts, index * each, each
