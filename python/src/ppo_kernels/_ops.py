@@ -662,6 +662,19 @@ def _full_kl_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
     return logits.new_empty(rows, dtype=torch.float32), stats
 
 
+def _full_kl_inputs(
+    logits_type: int, logits: Tensor, ref_logits: Tensor, mask: Tensor | None
+) -> Iterator[tuple[int, int, tuple[int, ...], tuple]]:
+    """For each part its first row, its rows, what its workspace depends on, and what the library's
+    functions begin with."""
+    vocab = logits.shape[-1]
+    for parts, first, rows in _blocks(logits.shape[:-1].numel(), logits, ref_logits):
+        addresses = (part.data_ptr() for part in parts)
+        of_mask = None if mask is None else mask.data_ptr() + first
+        inputs = (*addresses, logits_type, of_mask, rows, vocab)
+        yield first, rows, (logits_type, rows, vocab), inputs
+
+
 def _stats_of(stats: Tensor, first: int, rows: int) -> Tensor:
     return stats.view(len(stats), -1)[:, first : first + rows]
 
@@ -671,23 +684,10 @@ def _full_kl(
 ) -> tuple[Tensor, Tensor]:
     logits_type, mask = _check_full_kl("full_kl", logits, ref_logits, mask)
     kl, stats = _full_kl_outputs(logits)
-    total, vocab = kl.numel(), logits.shape[-1]
     options = byref(_lib.kl_full_options(direction, temperature))
-    for (part, ref_part), first, rows in _blocks(total, logits, ref_logits):
-        room = stats if rows == total else stats.new_empty(len(stats), rows)
-        _call(
-            "kl_full_forward",
-            logits,
-            (logits_type, rows, vocab),
-            part.data_ptr(),
-            ref_part.data_ptr(),
-            logits_type,
-            None if mask is None else mask.data_ptr() + first,
-            rows,
-            vocab,
-            options,
-            room.data_ptr(),
-        )
+    for first, rows, sizes, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
+        room = stats if rows == kl.numel() else stats.new_empty(len(stats), rows)
+        _call("kl_full_forward", logits, sizes, *inputs, options, room.data_ptr())
         if room is not stats:
             _stats_of(stats, first, rows).copy_(room)
     return kl.copy_(stats[0]), stats
@@ -713,25 +713,20 @@ def _full_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     op = "full_kl_backward"
     logits_type, mask = _check_full_kl(op, logits, ref_logits, mask)
-    shape, vocab = logits.shape[:-1], logits.shape[-1]
+    shape = logits.shape[:-1]
     stats_shape = torch.Size((_lib.FULL_KL_STATS, *shape))
     stats = _f32(op, "stats", stats, stats_shape, logits.device)
     grad_kl = _f32(op, "grad_kl", grad_kl, shape, logits.device)
     grad_logits, grad_ref = _large_pages(_wanted(logits, want_logits), _wanted(logits, want_ref))
     options = byref(_lib.kl_full_options(direction, temperature))
-    row_bytes = vocab * logits.element_size()
-    for (part, ref_part), first, rows in _blocks(shape.numel(), logits, ref_logits):
+    row_bytes = logits.shape[-1] * logits.element_size()
+    for first, rows, sizes, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
         part_stats = _stats_of(stats, first, rows).contiguous()
         _call(
             "kl_full_backward",
             logits,
-            (logits_type, rows, vocab),
-            part.data_ptr(),
-            ref_part.data_ptr(),
-            logits_type,
-            None if mask is None else mask.data_ptr() + first,
-            rows,
-            vocab,
+            sizes,
+            *inputs,
             options,
             part_stats.data_ptr(),
             grad_kl.data_ptr() + 4 * first,
