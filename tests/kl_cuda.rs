@@ -5,7 +5,9 @@
 
 mod common;
 
-use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
+use common::device::{
+    blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, ORDERS,
+};
 use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, ROWS};
 use common::*;
 use half::{bf16, f16};
@@ -235,18 +237,12 @@ impl<T: Logit> FullCall<'_, T> {
     }
 }
 
-/// Vocabularies for every mapping: a warp a row, blocks of both sizes, and 2, 4 and 8 parts, all
-/// with rows that are not aligned.
-fn vocabularies<T>() -> Vec<usize> {
-    let kib = 1024 / size_of::<T>();
-    vec![1, 2, 7, 8, 9, 31, 257, 2 * kib, 2 * kib + 1, 5 * kib + 3, 17 * kib + 1, 65 * kib + 5]
-}
-
 /// Every case against the reference, all orders, with clusters and without.
 fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
     let mut rng = rng(2);
     for (round, vocab) in vocabularies::<T>().into_iter().enumerate() {
-        for (case, pair) in pairs_of(&mut rng, vocab).into_iter().enumerate() {
+        let (blocks, kinds) = blocks_and_kinds::<T>(vocab);
+        for (case, pair) in pairs_of(&mut rng, vocab).into_iter().enumerate().take(kinds) {
             let (logits, ref_logits) = (narrow::<T>(&pair.z), narrow::<T>(&pair.w));
             let up = uniform(&mut rng, ROWS, 1.0);
             let options = all_full_options()[(round + case) % 4];
@@ -263,8 +259,6 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
                 "f16" => 2f64.powi(-11),
                 _ => REL,
             };
-            // A small grid, so that kernels loop over rows.
-            let blocks = if vocab * size_of::<T>() > 64 << 10 { 8 } else { 2 };
             let mut first: Option<Vec<u32>> = None;
             for (i, &order) in orders.iter().enumerate() {
                 let call = FullCall {

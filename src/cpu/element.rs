@@ -181,7 +181,9 @@ mod tests {
 
     #[test]
     fn widening_keeps_every_value() {
-        widening_keeps_every_value_in_an_order_of_the_type(|bits| f32::from_bits(u32::from(bits) << 16));
+        widening_keeps_every_value_in_an_order_of_the_type(|bits| {
+            f32::from_bits(u32::from(bits) << 16)
+        });
         widening_keeps_every_value_in_an_order_of_the_type(f16::from_bits);
         widening_keeps_every_value_in_an_order_of_the_type(bf16::from_bits);
     }

@@ -33,3 +33,22 @@ pub fn machine(order: Order, major: u32, max_blocks: u32) -> Machine {
 pub fn stream(machine: Machine) -> Stream<'static> {
     backend::stream(machine)
 }
+
+/// Vocabularies for every mapping of rows: a warp a row, blocks of both sizes, and 2, 4 and 8 parts, all
+/// with rows that are not aligned.
+pub fn vocabularies<T>() -> Vec<usize> {
+    let kib = 1024 / size_of::<T>();
+    let parts = [65 * kib + 5, 129 * kib + 3, 257 * kib + 1];
+    [&[1, 2, 3, 7, 8, 9, 31, 257, 2 * kib, 2 * kib + 1, 5 * kib + 3, 17 * kib + 1][..], &parts]
+        .concat()
+}
+
+/// How many blocks make a small grid, so that kernels loop over rows, and how many kinds of rows are
+/// enough: those of several parts are long.
+pub fn blocks_and_kinds<T>(vocab: usize) -> (u32, usize) {
+    match vocab * size_of::<T>() {
+        0..=65_536 => (2, usize::MAX),
+        65_537..=131_072 => (8, usize::MAX),
+        _ => (8, 2),
+    }
+}

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Result, Tensor, Var};
 use ppo_kernels::gae::GaeOptions;
+use ppo_kernels::whiten::WhitenOptions;
 
 use crate::common::minibatch::Minibatch;
 use crate::common::{compositions, device, padding, rng, uniform};
@@ -12,20 +13,23 @@ use crate::table::{Pass, Shape};
 type Composition = Box<dyn FnMut() -> Result<()>>;
 
 /// The median time of the pass on candle's tensors; of a backward pass candle's own, of a graph that is
-/// there. `None` where ours does less, with the moments from the pass before, and where candle fails,
-/// as it does for want of memory.
+/// there. `None` where ours does another part of the work, and where candle fails, as it does for want
+/// of memory.
 pub fn seconds(pass: Pass, shape: Shape) -> Option<f64> {
     let made = match pass {
         Pass::LogprobForward => logprob(shape),
+        Pass::LogprobBackward => logprob_backward(shape),
         Pass::LogprobEntropyForward => logprob_entropy(shape),
         Pass::LogprobEntropyBackward => logprob_entropy_backward(shape),
         Pass::FullKlForward => full_kl(shape),
         Pass::FullKlBackward => full_kl_backward(shape),
         Pass::TokenKlForward => token_kl(shape),
+        Pass::TokenKlBackward => token_kl_backward(shape),
         Pass::Gae => gae(shape),
         // Without the moments.
         Pass::GaeShaped => gae_shaped(shape),
-        Pass::Whiten => return None,
+        Pass::Moments | Pass::Whiten => return None,
+        Pass::WhitenBackward => whiten_backward(shape),
         Pass::PpoLoss => ppo_loss(shape),
     };
     made.and_then(median).inspect_err(|error| eprintln!("candle, {}: {error}", pass.name())).ok()
@@ -75,6 +79,12 @@ fn logprob(shape: Shape) -> Result<Composition> {
     call(move || compositions::logprobs(&logits, &targets))
 }
 
+fn logprob_backward(shape: Shape) -> Result<Composition> {
+    let logits = Var::from_tensor(&logits(shape)?)?;
+    let loss = compositions::logprobs(&logits, &targets(shape)?)?.sum_all()?;
+    call(move || loss.backward())
+}
+
 fn logprob_entropy(shape: Shape) -> Result<Composition> {
     let (logits, targets) = (logits(shape)?, targets(shape)?);
     call(move || compositions::logprobs_and_entropy(&logits, &targets))
@@ -108,6 +118,12 @@ fn token_kl(shape: Shape) -> Result<Composition> {
     call(move || compositions::token_kl(&logp, &ref_logp))
 }
 
+fn token_kl_backward(shape: Shape) -> Result<Composition> {
+    let logp = Var::from_tensor(&tokens(shape)?)?;
+    let loss = compositions::token_kl(&logp, &tokens(shape)?)?.mul(&tokens(shape)?)?.sum_all()?;
+    call(move || loss.backward())
+}
+
 fn gae(shape: Shape) -> Result<Composition> {
     let (rewards, values) = (tokens(shape)?, tokens(shape)?);
     call(move || compositions::gae(&rewards, &values, &GaeOptions::default()))
@@ -122,6 +138,16 @@ fn gae_shaped(shape: Shape) -> Result<Composition> {
     let last = Tensor::new(last, device())?;
     let options = GaeOptions::default();
     call(move || compositions::masked_gae(&values, &kl, &scores, &last, &mask, &options))
+}
+
+fn whiten_backward(shape: Shape) -> Result<Composition> {
+    let Shape { rows, columns, .. } = shape;
+    let x = Var::from_tensor(&tokens(shape)?)?;
+    let (mask, _) = padding(&mut rng(2), rows, columns);
+    let mask = Tensor::from_vec(mask, (rows, columns), device())?.to_dtype(DType::F32)?;
+    let whitened = compositions::masked_whiten(&x, &mask, WhitenOptions::default().eps)?;
+    let loss = whitened.mul(&tokens(shape)?)?.sum_all()?;
+    call(move || loss.backward())
 }
 
 fn ppo_loss(shape: Shape) -> Result<Composition> {

@@ -2,7 +2,7 @@
 
 use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
 use ppo_kernels::gae::GaeOptions;
-use ppo_kernels::whiten::cuda::{masked_whiten, Given, MOMENTS};
+use ppo_kernels::whiten::cuda::{self as whiten, Given, MOMENTS};
 use ppo_kernels::whiten::WhitenOptions;
 
 use crate::gpu::Buffer;
@@ -26,6 +26,7 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     let [mut advantages, mut returns] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
     let mut moments = Buffer::<f64>::uninit(MOMENTS, 0);
     let mut workspace = Buffer::<f64>::uninit(cuda::workspace_len(batch, seq_len), 0);
+    let mut whiten_workspace = Buffer::<f64>::uninit(whiten::workspace_len(count), 0);
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
 
     let plain = Inputs { rewards: Some(rewards.slice()), ..Inputs::new(values.slice()) };
@@ -50,9 +51,21 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     gae(Pass::Gae, plain, 16, false);
     gae(Pass::GaeShaped, shaped, 17, true);
     let mut whitened = Buffer::<f32>::uninit(count, 0);
+    let options = WhitenOptions::default();
+    let (x, kept) = (advantages.slice(), Some(mask.slice()));
+    table.row(Pass::Moments, shape, 5 * count, || {
+        let (moments, workspace) = (moments.slice_mut(), whiten_workspace.slice_mut());
+        whiten::masked_moments(&stream, x, kept, moments, workspace).unwrap();
+    });
     table.row(Pass::Whiten, shape, 9 * count, || {
         let given = Given::OnDevice(moments.slice());
-        let (x, mask, options) = (advantages.slice(), Some(mask.slice()), WhitenOptions::default());
-        masked_whiten(&stream, x, mask, given, &options, whitened.slice_mut()).unwrap();
+        whiten::masked_whiten(&stream, x, kept, given, &options, whitened.slice_mut()).unwrap();
+    });
+    // What it reads it reads twice: for its sums, and for the gradient.
+    table.row(Pass::WhitenBackward, shape, 22 * count, || {
+        let (given, up) = (Given::OnDevice(moments.slice()), values.slice());
+        let (grad, workspace) = (whitened.slice_mut(), whiten_workspace.slice_mut());
+        whiten::masked_whiten_backward(&stream, x, kept, given, up, &options, grad, workspace)
+            .unwrap();
     });
 }

@@ -1,6 +1,6 @@
 //! The kl op.
 
-use half::bf16;
+use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
 use ppo_kernels::kl::{cpu, FullKlOptions, KlEstimator, KlOptions};
@@ -11,11 +11,16 @@ use crate::logprob::SHAPES;
 use crate::table::{Pass, Shape, Table};
 
 pub fn time(table: &Table) {
-    for (rows, vocab) in SHAPES {
-        time_full::<bf16>(table, rows, vocab);
-    }
-    time_full::<f32>(table, 512, 49_152);
+    time_dtype::<bf16>(table);
+    time_dtype::<f16>(table);
+    time_dtype::<f32>(table);
     time_sampled(table, 8192, 2048);
+}
+
+fn time_dtype<T: Logit>(table: &Table) {
+    for (rows, vocab) in SHAPES {
+        time_full::<T>(table, rows, vocab);
+    }
 }
 
 fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
@@ -48,10 +53,15 @@ fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
     let count = batch * seq_len;
     let options = KlOptions { estimator: KlEstimator::K3, ..Default::default() };
     let (logp, ref_logp) = (tokens(count), tokens(count));
-    let mut kl = Buffer::<f32>::uninit(count, 0);
+    let up = tokens(count);
+    let [mut kl, mut grad] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
     let inputs = TokenInputs { logp: logp.slice(), ref_logp: ref_logp.slice(), mask: None };
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
     table.row(Pass::TokenKlForward, shape, 12 * count, || {
         cuda::token_forward(&stream, inputs, &options, kl.slice_mut()).unwrap();
+    });
+    table.row(Pass::TokenKlBackward, shape, 16 * count, || {
+        let grad = Some(grad.slice_mut());
+        cuda::token_backward(&stream, inputs, &options, up.slice(), grad, None).unwrap();
     });
 }

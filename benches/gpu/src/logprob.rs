@@ -68,13 +68,14 @@ impl<T: Logit> Op<T> {
         cuda::forward(&self.stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
     }
 
-    fn backward(&mut self) {
+    fn backward(&mut self, entropy: bool) {
         let stats = RowStats {
             max: self.max.slice(),
             log_sum: self.log_sum.slice(),
             entropy: self.entropy.slice(),
         };
-        let upstream = Upstream { logp: Some(self.up.slice()), entropy: Some(self.up.slice()) };
+        let up = self.up.slice();
+        let upstream = Upstream { logp: Some(up), entropy: entropy.then_some(up) };
         let (z, ids, grad) = (self.logits.slice(), self.targets.slice(), self.grad.slice_mut());
         let (stream, options) = (&self.stream, &self.options);
         cuda::backward(stream, z, ids, self.vocab, options, stats, upstream, grad).unwrap();
@@ -82,12 +83,14 @@ impl<T: Logit> Op<T> {
 }
 
 pub fn time(table: &Table) {
+    time_dtype::<bf16>(table);
+    time_dtype::<f16>(table);
+    time_dtype::<f32>(table);
+}
+
+fn time_dtype<T: Logit>(table: &Table) {
     for (rows, vocab) in SHAPES {
-        time_shape::<bf16>(table, rows, vocab);
-    }
-    for (rows, vocab) in [(8192, 50_257), (512, 49_152)] {
-        time_shape::<f32>(table, rows, vocab);
-        time_shape::<f16>(table, rows, vocab);
+        time_shape::<T>(table, rows, vocab);
     }
 }
 
@@ -96,6 +99,7 @@ fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
     let bytes = rows * vocab * size_of::<T>();
     table.row(Pass::LogprobForward, shape, bytes, || op.forward(false));
+    table.row(Pass::LogprobBackward, shape, 2 * bytes, || op.backward(false));
     table.row(Pass::LogprobEntropyForward, shape, bytes, || op.forward(true));
-    table.row(Pass::LogprobEntropyBackward, shape, 2 * bytes, || op.backward());
+    table.row(Pass::LogprobEntropyBackward, shape, 2 * bytes, || op.backward(true));
 }

@@ -9,14 +9,18 @@ use crate::gpu::{Buffer, Gpu};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Pass {
     LogprobForward,
+    LogprobBackward,
     LogprobEntropyForward,
     LogprobEntropyBackward,
     FullKlForward,
     FullKlBackward,
     TokenKlForward,
+    TokenKlBackward,
     Gae,
     GaeShaped,
+    Moments,
     Whiten,
+    WhitenBackward,
     PpoLoss,
 }
 
@@ -24,14 +28,18 @@ impl Pass {
     pub fn name(self) -> &'static str {
         match self {
             Pass::LogprobForward => "logprob forward",
+            Pass::LogprobBackward => "logprob backward",
             Pass::LogprobEntropyForward => "logprob + entropy forward",
             Pass::LogprobEntropyBackward => "logprob + entropy backward",
             Pass::FullKlForward => "exact KL forward",
             Pass::FullKlBackward => "exact KL backward",
             Pass::TokenKlForward => "sampled KL forward",
+            Pass::TokenKlBackward => "sampled KL backward",
             Pass::Gae => "GAE",
             Pass::GaeShaped => "GAE with shaping, mask, moments",
+            Pass::Moments => "moments, mask",
             Pass::Whiten => "whiten by known moments, mask",
+            Pass::WhitenBackward => "whiten backward, mask",
             Pass::PpoLoss => "PPO loss forward + backward, mask",
         }
     }
