@@ -3,19 +3,22 @@
 # the end, and keeps nothing else from running.
 #
 #   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, and bin.tar.xz to
-#                                        carry along; with candle's own ops to measure beside and the
-#                                        training program, which takes twenty minutes and the libraries
-#                                        of the CUDA toolkit, and, where there is no GPU to ask, the one
-#                                        to compile for in CUDA_COMPUTE_CAP (90 is an H200)
+#                                        carry along; with candle's own ops to measure beside, the ops'
+#                                        tests and benches through candle, and the training program,
+#                                        which takes half an hour and the libraries of the CUDA toolkit,
+#                                        and, where there is no GPU to ask, the one to compile for in
+#                                        CUDA_COMPUTE_CAP (90 is an H200)
 #   benches/gpu/run.sh test              runs the tests
 #   benches/gpu/run.sh sanitize          runs them under compute-sanitizer's memcheck, racecheck, initcheck
 #   benches/gpu/run.sh time [ARGS]       prints the table; --no-clusters, or part of a pass's name
 #   benches/gpu/run.sh python            tests and measures the PyTorch ops, beside all peers that are there
+#   benches/gpu/run.sh candle            runs the tests of the ops through candle, and their benches
 #   benches/gpu/run.sh train [ARGS]      checks every op and trains on the GPU; ARGS as of `train`
 #   benches/gpu/run.sh all [ARGS]        all of these but the build
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 bin=benches/gpu/bin
+OPS=(logprob kl gae whiten ppo_loss)
 failed=()
 
 build() {
@@ -30,14 +33,14 @@ build() {
     cp "$(cd benches/gpu && executables bin build ${1:+--features "$1"})" "$bin/time"
     if [ -n "${1:-}" ]; then
         cp "$(executables bin build --features cuda,driver)" "$bin/ppo-kernels"
+        executables test test --no-run --features cuda "${OPS[@]/#/--test=}" | copy_as candle-test
+        executables bench build --features cuda "${OPS[@]/#/--bench=}" --bench=ppo_step | copy_as candle-bench
     fi
     cp "$(library)" "$bin/"
-    (cd benches/gpu && executables test test --no-run) | while read -r test; do
-        name=${test##*/}
-        cp "$test" "$bin/test-${name%-*}"
-    done
+    (cd benches/gpu && executables test test --no-run) | copy_as test
     strip "$bin"/*
-    python3 -m tarfile -c "$bin.tar.xz" "$bin"
+    # The largest dictionary: much is the same in all of them.
+    XZ_OPT=-9 tar -cJf "$bin.tar.xz" "$bin"
     ls -l "$bin" "$bin.tar.xz"
 }
 
@@ -47,6 +50,15 @@ executables() {
     shift
     cargo "$@" --release --message-format=json-render-diagnostics |
         sed -n '/"kind":\["'"$kind"'"\]/s/.*"executable":"\([^"]*\)".*/\1/p'
+}
+
+# Copies cargo's executables, whose paths it reads, by their names behind $1.
+copy_as() {
+    local path name
+    while read -r path; do
+        name=${path##*/}
+        cp "$path" "$bin/$1-${name%-*}"
+    done
 }
 
 # Prints the C library, which the PyTorch ops load.
@@ -97,6 +109,17 @@ in_python() {
     attempt python3 python/bench.py --device cuda
 }
 
+through_candle() {
+    local program
+    for program in "$bin"/candle-test-*; do
+        attempt with_toolkit "$program"
+    done
+    for program in "$bin"/candle-bench-*; do
+        attempt with_toolkit "$program" --bench --quick
+    done
+    attempt with_toolkit "$bin/ppo-kernels" bench-table
+}
+
 train() {
     attempt with_toolkit "$bin/ppo-kernels" check --device cuda
     attempt with_toolkit "$bin/ppo-kernels" train --device cuda --out "$(mktemp -d)/run" "$@"
@@ -107,11 +130,12 @@ all() {
     sanitize
     measure
     in_python
+    through_candle
     train "$@"
 }
 
 case ${1:-} in
-test | sanitize | time | python | train | all) unpack ;;
+test | sanitize | time | python | candle | train | all) unpack ;;
 esac
 case ${1:-} in
 build) build "${2:-}" ;;
@@ -119,10 +143,11 @@ test) each_test ;;
 sanitize) sanitize ;;
 time) measure "${@:2}" ;;
 python) in_python ;;
+candle) through_candle ;;
 train) train "${@:2}" ;;
 all) all "${@:2}" ;;
 *)
-    sed -n '2,17s/^# *//p' "benches/gpu/run.sh"
+    sed -n '2,19s/^# *//p' "benches/gpu/run.sh"
     exit 2
     ;;
 esac

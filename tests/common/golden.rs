@@ -14,7 +14,8 @@ pub struct Golden {
 
 /// The cases of `tests/golden/FILE.json`, with `same_inputs_as` filled in.
 pub fn golden(file: &str) -> Vec<Golden> {
-    let path = format!("{}/tests/golden/{file}.json", env!("CARGO_MANIFEST_DIR"));
+    // From the package's folder, where tests are run.
+    let path = format!("tests/golden/{file}.json");
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
     let raw: Vec<Value> = serde_json::from_str(&text).unwrap();
     let mut cases: Vec<Golden> = Vec::new();
