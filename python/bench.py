@@ -314,6 +314,42 @@ def ppo_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     yield Group(f"ppo_loss forward + backward {batch} x {seq_len}", candidates, size)
 
 
+def policy_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
+    """Without a value term, as verl and OpenRLHF have it, and with the dual clip that verl has."""
+    old_logp, advantages = torch.randn(2, batch, seq_len, device=device)
+    logp = torch.randn(batch, seq_len, device=device, requires_grad=True)
+    mask = torch.rand(batch, seq_len, device=device) > 0.1
+    number = mask.float()
+    vanilla = function_of("verl.trainer.ppo.core_algos", "compute_policy_loss_vanilla")
+    module = function_of("openrlhf.models.loss", "PolicyLoss")
+    openrlhf = module and module(0.2, 0.2, 3.0, True)
+    config = peers.Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
+    config.update(clip_ratio_c=3.0, global_batch_info={})
+
+    def run(function: Callable | None, mask: Tensor, **options: object) -> Callable | None:
+        def call() -> Tensor:
+            logp.grad = None
+            result = function(logp, old_logp, advantages, mask, **options)
+            (result[0] if isinstance(result, tuple) else result).backward()
+            return logp.grad
+
+        return function and call
+
+    def verl(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> tuple:
+        return vanilla(old_logp, logp, advantages, mask, "token-mean", config)
+
+    candidates = {
+        "ours, with statistics": run(ppo_kernels.ppo_loss, mask, dual_clip=3.0),
+        "eager, without": run(formulas.ppo_loss, mask, dual_clip=3.0),
+        "torch.compile, without": run(torch.compile(formulas.ppo_loss), mask, dual_clip=3.0),
+        "verl": run(vanilla and verl, number),
+        "OpenRLHF": run(openrlhf, number),
+    }
+    # Three inputs, the mask; the gradient, written, and read and written again when scaled.
+    size = 6 * logp.nbytes + mask.nbytes
+    yield Group(f"policy loss forward + backward {batch} x {seq_len}", present(candidates), size)
+
+
 def overhead_groups(device: str) -> Iterator[Group]:
     logits = torch.randn(4, 32, device=device, requires_grad=True)
     index = torch.randint(32, (4,), device=device)
@@ -360,7 +396,7 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
         for batch, seq_len in ((8192, 2048), (512, 1024), (16, 131072), (8192, COMPILED_STEPS)):
             yield lambda b=batch, s=seq_len: gae_groups(b, s, device)
     batch = 64 if device == "cpu" else 8192
-    for make in (token_kl_groups, whiten_groups, ppo_loss_groups):
+    for make in (token_kl_groups, whiten_groups, ppo_loss_groups, policy_loss_groups):
         yield lambda make=make: make(batch, 2048, device)
     yield lambda: overhead_groups(device)
 

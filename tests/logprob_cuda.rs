@@ -162,6 +162,28 @@ fn bf16_agrees_with_the_reference_in_every_order() {
 }
 
 #[test]
+fn rows_begin_beyond_two_to_the_31st_element() {
+    let (rows, vocab, target) = ((1 << 11) + 2, 1 << 20, 5);
+    let logits = Buffer::<bf16>::zeroed(rows * vocab, 0);
+    logits.write((rows - 1) * vocab + target, &[bf16::from_f32(10.0)]);
+    let mut ids = vec![-100; rows];
+    ids[rows - 1] = target as i64;
+    let ids = Buffer::new(&ids, 0);
+    let mut logp = Buffer::new(&vec![f32::NAN; rows], 0);
+    let stream = stream(machine(Order::Fifo, 9, 8));
+    let options = LogprobOptions { ignore_index: Some(-100), ..Default::default() };
+    let outputs = Outputs { logp: logp.slice_mut(), entropy: None, stats: None };
+    let length = cuda::workspace_len::<bf16>(stream.device(), rows, vocab);
+    let mut workspace = Buffer::workspace(length, 0);
+    let (z, ids, workspace) = (logits.slice(), ids.slice(), workspace.slice_mut());
+    cuda::forward(&stream, z, ids, vocab, &options, outputs, workspace).unwrap();
+    let expected = 10.0 - (vocab as f64 - 1.0 + 10f64.exp()).ln();
+    let logp = wide(&logp.read());
+    assert!(logp[..rows - 1].iter().all(|&logp| logp == 0.0));
+    assert_close("last row", &logp[rows - 1..], &[expected], REL, ABS);
+}
+
+#[test]
 fn bits_do_not_depend_on_the_other_rows() {
     let mut rng = rng(2);
     for vocab in [37, 3001, 50257] {

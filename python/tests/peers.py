@@ -98,4 +98,10 @@ def find(name: str) -> types.ModuleType | None:
     return importlib.import_module(name)
 
 
+class Config(dict):
+    """What verl's functions read their options from."""
+
+    __getattr__ = dict.__getitem__
+
+
 sys.meta_path.append(_StandIns())

@@ -167,10 +167,6 @@ def test_verl_per_token(mask_dtype):
         algorithms.kl_penalty(values, rewards, "full")
 
 
-class Config(dict):
-    __getattr__ = dict.__getitem__
-
-
 @pytest.mark.parametrize(
     "mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 )
@@ -181,7 +177,7 @@ def test_verl_policy_loss(mode, batch):
     algorithms = load("verl.trainer.ppo.core_algos")
     mask = response_mask()
     for clips in ({}, {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 2.0}):
-        config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
+        config = peers.Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
         config.update(clips, global_batch_info=batch)
 
         def loss(x, old, advantages, **options):

@@ -46,6 +46,38 @@ def logits_and_index(shape, dtype=torch.float32, device="cpu"):
     return logits, index, leaf(logits.double())
 
 
+# --- all ---
+
+
+@pytest.mark.filterwarnings("ignore:Input #")  # that they are not float64
+def test_gradcheck(device):
+    """Against differences of the op itself. Sums are in float32 and inputs float32 at most, so the
+    steps are large and the tolerances theirs."""
+    logits, index, _ = logits_and_index((3, 7), device=device)
+    ref_logits = logits_and_index((3, 7), device=device)[0]
+    mask = torch.tensor([[True, True, False, True], [True, False, True, True]], device=device)
+    logp, other, old, values, returns = torch.randn(5, 2, 4, device=device).mul(0.3).unbind()
+    logp, other, values = map(leaf, (logp, other, values))
+
+    def loss(logp, values, entropy):
+        given = {"values": values, "old_values": old, "returns": returns, "entropy": entropy}
+        options = {"entropy_coef": 0.1, "kl_coef": 0.2, "ref_logp": old, "clip_range": 5.0}
+        return functional.ppo_loss(
+            logp, old, returns, mask, value_clip_range=5.0, **given, **options
+        )[0]
+
+    for function, inputs in {
+        lambda z: functional.selective_log_softmax(z, index, 0.8): (logits,),
+        lambda z: functional.selective_log_softmax(z, index[:, None], 0.8): (logits,),
+        lambda z: functional.logprobs_and_entropy(z, index, 0.8): (logits,),
+        lambda x, y: functional.token_kl(x, y, mask, estimator="k3"): (logp, other),
+        functional.full_kl: (logits, ref_logits),
+        lambda x: functional.masked_whiten(x, mask): (logp,),
+        loss: (logp, values, other),
+    }.items():
+        torch.autograd.gradcheck(function, inputs, eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
 # --- logprob ---
 
 

@@ -72,6 +72,17 @@ impl<T: Copy> Buffer<T> {
         buffer
     }
 
+    /// Zero bits.
+    pub fn zeroed(len: usize, offset: usize) -> Self {
+        let buffer = Self::uninit(len, offset);
+        let stream = Gpu::get().cuda_stream.cu_stream();
+        // SAFETY: so many bytes are there.
+        let filled =
+            unsafe { result::memset_d8_async(buffer.at(0), 0, len * size_of::<T>(), stream) };
+        filled.expect("the memory lives");
+        buffer
+    }
+
     /// Memory of any content.
     pub fn uninit(len: usize, offset: usize) -> Self {
         Gpu::get();

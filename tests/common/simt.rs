@@ -22,13 +22,28 @@ pub struct Buffer<T> {
 
 impl<T: Copy> Buffer<T> {
     pub fn new(values: &[T], offset: usize) -> Self {
+        let buffer = Self::zeroed(values.len(), offset);
+        buffer.write(0, values);
+        buffer
+    }
+
+    /// Zero bits. Pages that nobody writes cost no memory.
+    pub fn zeroed(len: usize, offset: usize) -> Self {
         let first = offset % (16 / size_of::<T>());
-        let layout = Self::layout(first, values.len());
-        // SAFETY: the layout is not empty, and the memory has room for every value.
-        let memory = unsafe { alloc_zeroed(layout) }.cast::<T>();
+        // SAFETY: the layout is not empty.
+        let memory = unsafe { alloc_zeroed(Self::layout(first, len)) }.cast::<T>();
         assert!(!memory.is_null());
-        unsafe { memory.add(first).copy_from_nonoverlapping(values.as_ptr(), values.len()) };
-        Self { memory, first, len: values.len() }
+        Self { memory, first, len }
+    }
+
+    /// Overwrites the elements from `index` on.
+    pub fn write(&self, index: usize, values: &[T]) {
+        assert!(index + values.len() <= self.len);
+        // SAFETY: within the memory, as just asserted, and no launch is under way.
+        unsafe {
+            let to = self.memory.add(self.first + index);
+            to.copy_from_nonoverlapping(values.as_ptr(), values.len());
+        }
     }
 
     /// NaN, which shows in the results of who reads what was not written.
