@@ -5,7 +5,7 @@
 #   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, and bin.tar.xz to
 #                                        carry along; with candle's own ops to measure beside, the ops'
 #                                        tests and benches through candle, and the training program,
-#                                        which takes half an hour and the libraries of the CUDA toolkit,
+#                                        which takes a quarter of an hour and the libraries of the CUDA toolkit,
 #                                        and, where there is no GPU to ask, the one to compile for in
 #                                        CUDA_COMPUTE_CAP (90 is an H200)
 #   benches/gpu/run.sh test              runs the tests
