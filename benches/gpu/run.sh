@@ -5,9 +5,9 @@
 #   benches/gpu/run.sh build [candle]    on a machine with Rust: makes benches/gpu/bin/, and bin.tar.xz to
 #                                        carry along; with candle's own ops to measure beside, the ops'
 #                                        tests and benches through candle, and the training program,
-#                                        which takes a quarter of an hour and the libraries of the CUDA toolkit,
-#                                        and, where there is no GPU to ask, the one to compile for in
-#                                        CUDA_COMPUTE_CAP (90 is an H200)
+#                                        which takes a quarter of an hour, the libraries of the CUDA
+#                                        toolkit, and, where there is no GPU to ask, the one to compile
+#                                        for in CUDA_COMPUTE_CAP (90 is an H200)
 #   benches/gpu/run.sh test              runs the tests
 #   benches/gpu/run.sh sanitize          runs them under compute-sanitizer's memcheck, racecheck, initcheck
 #   benches/gpu/run.sh time [ARGS]       prints the table; --no-clusters, or part of a pass's name
@@ -94,9 +94,9 @@ each_test() {
 }
 
 sanitize() {
-    for tool in memcheck racecheck initcheck; do
-        each_test env "PPO_KERNELS_${tool^^}=1" compute-sanitizer --tool "$tool" --error-exitcode 1
-    done
+    each_test compute-sanitizer --tool memcheck --error-exitcode 1
+    each_test compute-sanitizer --tool racecheck --error-exitcode 1
+    PPO_KERNELS_INITCHECK=1 each_test compute-sanitizer --tool initcheck --error-exitcode 1
 }
 
 measure() {
@@ -147,7 +147,7 @@ candle) through_candle ;;
 train) train "${@:2}" ;;
 all) all "${@:2}" ;;
 *)
-    sed -n '2,19s/^# *//p' "benches/gpu/run.sh"
+    sed -n '2,19s/^# *//p' benches/gpu/run.sh
     exit 2
     ;;
 esac
