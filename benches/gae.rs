@@ -7,8 +7,9 @@ mod common;
 use candle_core::{DType, Tensor};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
-use ppo_kernels::gae::cpu::{self, Outputs};
-use ppo_kernels::gae::{gae, GaeInputs, GaeOptions, Inputs};
+use ppo_kernels::gae::cpu::{self, Inputs, Outputs};
+use ppo_kernels::gae::{gae, GaeInputs, GaeOptions};
+use ppo_kernels::moments::Moments;
 
 /// Sums of about a hundred deltas of magnitude 1, in f32.
 const TOLERANCE: f32 = 1e-4;
@@ -38,8 +39,10 @@ fn plain(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let inputs = (to_vec(&rewards), to_vec(&values));
         let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
             let inputs = Inputs { rewards: Some(&inputs.0), ..Inputs::new(&inputs.1) };
-            let outputs = Outputs { advantages, returns, rewards: None };
-            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap()
+            let mut moments = [Moments::default()];
+            let moments = Some(&mut moments[..]);
+            let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
+            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
         };
         let candle = move || compositions::gae(&rewards, &values, &options()).unwrap();
         let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; batch * seq_len]);
@@ -87,8 +90,10 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
                 mask: Some(&mask),
                 ..Inputs::new(values)
             };
-            let outputs = Outputs { advantages, returns, rewards: None };
-            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap()
+            let mut moments = [Moments::default()];
+            let moments = Some(&mut moments[..]);
+            let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
+            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
         };
         let candle = move || {
             compositions::masked_gae(&values, &kl, &scores, &last, &factors, &options()).unwrap()

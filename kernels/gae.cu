@@ -4,7 +4,7 @@
 //
 //     A_t = r_t + gamma V_{t+1} - V_t + gamma lambda A_{t+1}        returns_t = A_t + V_t
 //
-// values, rewards, kl, advantages, returns and shaped are [rows, tokens] in f32, mask and dones
+// values, rewards, kl, advantages, returns and shaped_rewards are [rows, tokens] in f32, mask and dones
 // [rows, tokens] in u8, scores and bootstrap [rows] in f32, has_eos [rows] in u8, moments three
 // f64.
 //
@@ -33,7 +33,7 @@
 //
 // Bytes a token: 4 for each of values, rewards and kl, and 1 for each of mask and dones, read once
 // (twice where rows are split, and the mask behind the last unmasked token once more); 4 written
-// for each of advantages, returns and shaped. Registers hold a tile between: of each of values,
+// for each of advantages, returns and shaped_rewards. Registers hold a tile between: of each of values,
 // rewards and kl a thread has two vectors of 16 bytes in flight.
 //
 // Numbers. All in f32, but the score of a row and the moments of the advantages in f64. Of T steps
@@ -81,17 +81,18 @@ struct Map {
 };
 
 struct GaeArgs {
-    const float* values;
-    const float* rewards;     // or null: zeros
-    const float* kl;          // or null: zeros
-    const float* scores;      // or null: zeros
-    const float* bootstrap;   // or null: zeros
-    const uint8_t* has_eos;   // or null: ones
-    const uint8_t* mask;      // or null: ones
-    const uint8_t* dones;     // or null: zeros
-    float* advantages;
-    float* returns;
-    float* shaped;            // or null
+    const float* values;      // [rows, tokens]
+    const float* rewards;     // [rows, tokens], or null: zeros
+    const float* kl;          // [rows, tokens], or null: zeros
+    const float* scores;      // [rows], or null: zeros
+    const uint8_t* has_eos;   // [rows], or null: ones
+    const uint8_t* mask;      // [rows, tokens], or null: ones
+    const uint8_t* dones;     // [rows, tokens], or null: zeros
+    const float* bootstrap;   // [rows], or null: zeros
+    float* advantages;        // [rows, tokens]
+    float* returns;           // [rows, tokens]
+    float* shaped_rewards;    // [rows, tokens], or null
+    Moments* moments;         // not looked at: the merge's
     Moments* partials;        // a block's work; or null
     int64_t* last;            // a row: its last unmasked token, or -1
     Map* totals;              // a segment
@@ -346,7 +347,7 @@ static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& 
 #pragma unroll
     for (int i = 0; i < QUAD; i++) x[i] = t.is(OUTPUT, j, i) ? t.reward[j][i] + after[i] : 0.0f;
     store_tokens(args.returns, place, j, x);
-    if (args.shaped) store_tokens(args.shaped, place, j, t.reward[j]);
+    if (args.shaped_rewards) store_tokens(args.shaped_rewards, place, j, t.reward[j]);
 }
 
 // Leaves the moments of what all threads of the block wrote.

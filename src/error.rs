@@ -53,6 +53,16 @@ pub enum Error {
         /// The value it was given.
         got: String,
     },
+    /// An argument that another one needs is not given.
+    #[error("{op}: `{arg}` is missing, which `{needed_by}` needs")]
+    Missing {
+        /// The op that refused.
+        op: &'static str,
+        /// The argument that is not there.
+        arg: &'static str,
+        /// The argument that is.
+        needed_by: &'static str,
+    },
     /// A target token id that is neither in the vocabulary nor `ignore_index`.
     #[error("{op}: `targets`[{row}] is {target}, expected 0..{vocab} or ignore_index")]
     Target {
@@ -157,6 +167,18 @@ impl Error {
             return Ok(());
         }
         Err(Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") })
+    }
+
+    /// `Ok` when the second argument is given if the first one is.
+    pub(crate) fn check_given(
+        op: &'static str,
+        [needed_by, arg]: [&'static str; 2],
+        given: [bool; 2],
+    ) -> Result<()> {
+        if given == [true, false] {
+            return Err(Error::Missing { op, arg, needed_by });
+        }
+        Ok(())
     }
 
     /// `Ok` when a workspace has as many elements as it must have.

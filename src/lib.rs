@@ -37,6 +37,8 @@ mod error;
 pub mod gae;
 pub mod kl;
 pub mod logprob;
+pub mod memory;
+pub mod moments;
 pub mod ppo_loss;
 #[cfg(feature = "candle")]
 mod tensor;

@@ -1,17 +1,24 @@
 //! Shared room of the tensor layer: checks of candle tensors, access to their elements where they
-//! are, memory for outputs, and the way into candle's graph. It knows nothing of any op.
+//! are, buffers for outputs, and the way into candle's graph. It knows nothing of any op.
 //!
-//! A pass of an op reads as follows, on any device:
+//! A pass of an op reads as follows, on any device. The lists are those of the op, in four spaces:
+//! the caller's [`Tensors`], checked and contiguous ones ([`Owned`]), held for reading ([`Views`]), and
+//! the memory that the backend takes:
 //!
 //! ```text
 //! let backend = Backend::of(OP, "x", x.device())?;
-//! let x = view::<f32>(OP, "x", x)?;
-//! let mut out = backend.room::<f32>(n)?;
+//! let tensors: Inputs<Owned> = inputs.try_map(shape, &mut Constants::new(OP, x.device()))?;
+//! let views: Inputs<Views> = tensors.try_map(shape, &mut Held(OP))?;
+//! let mut buffers = Outputs { out: backend.buffer::<f32>(n)? };
 //! match &backend {
-//!     Backend::Cpu => cpu::forward(x.cpu(), out.cpu())?,
-//!     Backend::Cuda(cuda) => cuda::forward(&cuda.stream()?, x.cuda(), out.cuda())?,
+//!     Backend::Cpu => {
+//!         let (Ok(inputs), Ok(outputs)) =
+//!             (views.try_map(shape, &mut OnCpu), buffers.try_map(shape, &mut OnCpu));
+//!         cpu::forward(inputs, n, outputs)?
+//!     }
+//!     Backend::Cuda(cuda) => ..the same with OnCuda, a stream and a workspace
 //! }
-//! node("ppo-op", &[x], out, shape, |output, upstream| ..)
+//! node("ppo-op", &[x], buffers.out, shape, |output, upstream| ..)
 //! ```
 
 #[cfg(feature = "cuda")]
@@ -19,14 +26,19 @@ mod cuda;
 mod node;
 
 use std::alloc::{alloc_zeroed, handle_alloc_error, Layout};
+use std::convert::Infallible;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+use bytemuck::Pod;
 use candle_core::op::BackpropOp;
-use candle_core::{DType, Device, Shape, Storage, StorageRef, Tensor};
+use candle_core::{DType, Device, Shape, Storage, StorageRef, Tensor, WithDType};
 
 use crate::error::{Error, Result};
+use crate::memory::{self, Element, Host, Reads, Space, Tensors, Writes};
 
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::OnCuda;
 pub(crate) use node::node;
 
 /// `Ok` when the tensor has these dimensions.
@@ -109,14 +121,19 @@ pub(crate) fn optional_arg(
     Ok(Some(tensor.detach().contiguous()?))
 }
 
-/// The types that tensors of the ops have.
+/// The numbers that tensors of the ops hold.
 #[cfg(not(feature = "cuda"))]
-pub(crate) trait Element: candle_core::WithDType {}
+pub trait Number: candle_core::WithDType + Pod {}
 #[cfg(not(feature = "cuda"))]
-impl<T: candle_core::WithDType> Element for T {}
+impl<T: candle_core::WithDType + Pod> Number for T {}
 
 #[cfg(feature = "cuda")]
-pub(crate) use cuda::Element;
+pub use cuda::Number;
+
+/// How many numbers an element is made of.
+fn numbers<T: Element>() -> usize {
+    size_of::<T>() / size_of::<T::Number>()
+}
 
 /// Which kernels run: those of the device that the tensors are on.
 pub(crate) enum Backend {
@@ -141,41 +158,37 @@ impl Backend {
         }
     }
 
-    /// Memory for `len` elements that the op is to write; what is in it before is anything.
-    pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Room<T>> {
+    /// A buffer of `len` elements that the op is to write; what is in it before is anything.
+    pub(crate) fn buffer<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         match self {
-            Backend::Cpu => Ok(Room::Cpu(zeros(len))),
+            Backend::Cpu => Ok(Buffer::Cpu(zeros(len * numbers::<T>()))),
             #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => Ok(Room::Cuda(cuda.room(len)?)),
+            Backend::Cuda(cuda) => Ok(Buffer::Cuda(cuda.buffer(len)?)),
         }
     }
 
-    /// Memory for `len` elements that are 0.
-    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Room<T>> {
-        match self {
-            Backend::Cpu => self.room(len),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => Ok(Room::Cuda(cuda.zeros(len)?)),
-        }
-    }
-
-    /// [`Backend::room`] for each of several outputs that is wanted.
-    pub(crate) fn rooms<T: Element, const N: usize>(
+    /// [`Backend::buffer`] if it is wanted.
+    pub(crate) fn optional_buffer<T: Element>(
         &self,
-        wanted: [bool; N],
+        wanted: bool,
         len: usize,
-    ) -> Result<[Option<Room<T>>; N]> {
-        let mut rooms = [(); N].map(|()| None);
-        for (room, _) in rooms.iter_mut().zip(wanted).filter(|(_, wanted)| *wanted) {
-            *room = Some(self.room(len)?);
+    ) -> Result<Option<Buffer<T>>> {
+        wanted.then(|| self.buffer(len)).transpose()
+    }
+
+    /// A buffer of `len` elements that are 0.
+    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        match self {
+            Backend::Cpu => self.buffer(len),
+            #[cfg(feature = "cuda")]
+            Backend::Cuda(cuda) => Ok(Buffer::Cuda(cuda.zeros(len)?)),
         }
-        Ok(rooms)
     }
 }
 
 /// Zeros that the system writes where they are first touched, so that the threads that write over them
 /// share the cost. `vec!` would fill 16-bit floats itself.
-fn zeros<T: Element>(len: usize) -> Vec<T> {
+fn zeros<T: Number>(len: usize) -> Vec<T> {
     let layout = Layout::array::<T>(len).expect("a tensor's size");
     if layout.size() == 0 {
         return Vec::new();
@@ -214,20 +227,20 @@ unsafe fn ask_for_large_pages(memory: *mut u8, bytes: usize) {
     let _ = (memory, bytes);
 }
 
-/// Memory of an output, not yet a tensor.
-pub(crate) enum Room<T> {
-    Cpu(Vec<T>),
+/// The memory of an output, not yet a tensor.
+pub(crate) enum Buffer<T: Element> {
+    Cpu(Vec<T::Number>),
     #[cfg(feature = "cuda")]
-    Cuda(cuda::Room<T>),
+    Cuda(cuda::Buffer<T>),
 }
 
-impl<T: Element> Room<T> {
+impl<T: Element> Buffer<T> {
     /// The elements, on [`Backend::Cpu`].
     pub(crate) fn cpu(&mut self) -> &mut [T] {
         match self {
-            Room::Cpu(elements) => elements,
+            Buffer::Cpu(numbers) => bytemuck::cast_slice_mut(numbers),
             #[cfg(feature = "cuda")]
-            Room::Cuda(_) => unreachable!("made by another backend"),
+            Buffer::Cuda(_) => unreachable!("made by another backend"),
         }
     }
 
@@ -235,43 +248,29 @@ impl<T: Element> Room<T> {
     #[cfg(feature = "cuda")]
     pub(crate) fn cuda(&mut self) -> crate::cuda::SliceMut<'_, T> {
         match self {
-            Room::Cuda(elements) => elements.slice(),
-            Room::Cpu(_) => unreachable!("made by another backend"),
+            Buffer::Cuda(elements) => elements.slice(),
+            Buffer::Cpu(_) => unreachable!("made by another backend"),
         }
     }
 
     fn into_storage(self) -> Storage {
         match self {
-            Room::Cpu(elements) => Storage::Cpu(T::to_cpu_storage_owned(elements)),
+            Buffer::Cpu(numbers) => Storage::Cpu(T::Number::to_cpu_storage_owned(numbers)),
             #[cfg(feature = "cuda")]
-            Room::Cuda(elements) => Storage::Cuda(elements.into_storage()),
+            Buffer::Cuda(elements) => Storage::Cuda(elements.into_storage()),
         }
     }
 
-    /// A tensor of the elements that takes no part in gradients.
+    /// A tensor of the elements' numbers that takes no part in gradients.
     pub(crate) fn into_tensor(self, shape: impl Into<Shape>) -> Tensor {
         Tensor::from_storage(self.into_storage(), shape, BackpropOp::none(), false)
     }
 }
 
-/// [`Room::cpu`] of those that are there.
-pub(crate) fn cpu_rooms<T: Element, const N: usize>(
-    rooms: &mut [Option<Room<T>>; N],
-) -> [Option<&mut [T]>; N] {
-    rooms.each_mut().map(|room| room.as_mut().map(Room::cpu))
-}
-
-/// [`Room::cuda`] of those that are there.
-#[cfg(feature = "cuda")]
-pub(crate) fn cuda_rooms<T: Element, const N: usize>(
-    rooms: &mut [Option<Room<T>>; N],
-) -> [Option<crate::cuda::SliceMut<'_, T>>; N] {
-    rooms.each_mut().map(|room| room.as_mut().map(Room::cuda))
-}
-
 /// The elements of a contiguous tensor, held for reading.
 pub(crate) struct View<'a, T: Element> {
     storage: StorageRef<'a>,
+    /// Of the tensor's numbers.
     range: Range<usize>,
     element: PhantomData<T>,
 }
@@ -280,7 +279,7 @@ pub(crate) struct View<'a, T: Element> {
 impl<T: Element> Drop for View<'_, T> {
     fn drop(&mut self) {
         if let Storage::Cuda(storage) = &*self.storage {
-            cuda::mark_read::<T>(storage);
+            cuda::mark_read::<T::Number>(storage);
         }
     }
 }
@@ -290,7 +289,8 @@ impl<T: Element> View<'_, T> {
     pub(crate) fn cpu(&self) -> &[T] {
         match &*self.storage {
             Storage::Cpu(storage) => {
-                &storage.as_slice::<T>().expect("checked by view")[self.range.clone()]
+                let numbers = storage.as_slice::<T::Number>().expect("checked by view");
+                bytemuck::cast_slice(&numbers[self.range.clone()])
             }
             _ => unreachable!("all arguments are on the device of the first"),
         }
@@ -306,13 +306,13 @@ impl<T: Element> View<'_, T> {
     }
 }
 
-/// The elements of a contiguous tensor of dtype `T`.
+/// The elements of a contiguous tensor of the dtype of `T`.
 pub(crate) fn view<'a, T: Element>(
     op: &'static str,
     arg: &'static str,
     tensor: &'a Tensor,
 ) -> Result<View<'a, T>> {
-    check_dtype(op, arg, tensor, &[T::DTYPE])?;
+    check_dtype(op, arg, tensor, &[T::Number::DTYPE])?;
     let (storage, layout) = tensor.storage_and_layout();
     let Some((start, end)) = layout.contiguous_offsets() else {
         return Err(Error::Shape {
@@ -323,6 +323,95 @@ pub(crate) fn view<'a, T: Element>(
         });
     };
     Ok(View { storage, range: start..end, element: PhantomData })
+}
+
+/// Checked tensors, and buffers for outputs.
+#[derive(Clone)]
+pub(crate) struct Owned;
+
+impl Space for Owned {
+    type In<'a, T: Element> = Tensor;
+    type Out<'a, T: Element> = Buffer<T>;
+}
+
+/// Tensors held for reading.
+pub(crate) struct Views;
+
+impl Space for Views {
+    type In<'a, T: Element> = View<'a, T>;
+    type Out<'a, T: Element> = ();
+}
+
+/// Checks tensors against shape, dtype and the op's device, and makes them contiguous constants.
+pub(crate) struct Constants<'a> {
+    op: &'static str,
+    device: &'a Device,
+}
+
+impl<'a> Constants<'a> {
+    pub(crate) fn new(op: &'static str, device: &'a Device) -> Self {
+        Self { op, device }
+    }
+}
+
+impl Reads<Tensors, Owned> for Constants<'_> {
+    type Error = Error;
+
+    fn input<'a, 'b, T: Element>(
+        &mut self,
+        arg: &'static str,
+        shape: memory::Shape,
+        from: &'b &'a Tensor,
+    ) -> Result<Tensor> {
+        check_arg(self.op, arg, from, &shape.concat(), &[T::Number::DTYPE], self.device)?;
+        Ok(from.detach().contiguous()?)
+    }
+}
+
+/// Holds tensors for reading.
+pub(crate) struct Held(pub &'static str);
+
+impl Reads<Owned, Views> for Held {
+    type Error = Error;
+
+    fn input<'a, 'b, T: Element>(
+        &mut self,
+        arg: &'static str,
+        _: memory::Shape,
+        from: &'b Tensor,
+    ) -> Result<View<'b, T>> {
+        view(self.0, arg, from)
+    }
+}
+
+/// The elements of views and buffers, on [`Backend::Cpu`].
+pub(crate) struct OnCpu;
+
+impl Reads<Views, Host> for OnCpu {
+    type Error = Infallible;
+
+    fn input<'a, 'b, T: Element>(
+        &mut self,
+        _: &'static str,
+        _: memory::Shape,
+        from: &'b View<'a, T>,
+    ) -> std::result::Result<&'b [T], Infallible> {
+        Ok(from.cpu())
+    }
+}
+
+impl Writes<Owned, Host> for OnCpu {
+    type Error = Infallible;
+
+    fn output<'a, 'b, T: Element>(
+        &mut self,
+        _: &'static str,
+        _: memory::Shape,
+        _: &[&'static str],
+        to: &'b mut Buffer<T>,
+    ) -> std::result::Result<&'b mut [T], Infallible> {
+        Ok(to.cpu())
+    }
 }
 
 /// [`view`] of an argument that may be left out.
@@ -348,4 +437,32 @@ pub(crate) fn parts_mut<const N: usize, T>(mut all: &mut [T]) -> [&mut [T]; N] {
         all = rest;
         part
     })
+}
+
+/// [`Backend::buffer`] for each of several outputs that is wanted.
+pub(crate) fn buffers<T: Element, const N: usize>(
+    backend: &Backend,
+    wanted: [bool; N],
+    len: usize,
+) -> Result<[Option<Buffer<T>>; N]> {
+    let mut buffers = [(); N].map(|()| None);
+    for (buffer, _) in buffers.iter_mut().zip(wanted).filter(|(_, wanted)| *wanted) {
+        *buffer = Some(backend.buffer(len)?);
+    }
+    Ok(buffers)
+}
+
+/// [`Buffer::cpu`] of those that are there.
+pub(crate) fn cpu_buffers<T: Element, const N: usize>(
+    buffers: &mut [Option<Buffer<T>>; N],
+) -> [Option<&mut [T]>; N] {
+    buffers.each_mut().map(|buffer| buffer.as_mut().map(Buffer::cpu))
+}
+
+/// [`Buffer::cuda`] of those that are there.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda_buffers<T: Element, const N: usize>(
+    buffers: &mut [Option<Buffer<T>>; N],
+) -> [Option<crate::cuda::SliceMut<'_, T>>; N] {
+    buffers.each_mut().map(|buffer| buffer.as_mut().map(Buffer::cuda))
 }

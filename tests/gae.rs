@@ -3,15 +3,18 @@
 
 mod common;
 
+use std::slice::from_mut;
+
 use candle_core::{DType, Device, Tensor, Var};
 use common::gae_cases::*;
 use common::*;
-use ppo_kernels::gae::cpu::{self, Outputs};
+use ppo_kernels::gae::cpu::{self, Inputs, Outputs};
 use ppo_kernels::gae::{
-    gae, reference, GaeInputs, GaeOptions, Inputs, MaskMode, MissingEos, RewardShaping, ScoreOrder,
+    gae, reference, GaeInputs, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder,
     ScorePlacement, ScoreScale,
 };
-use ppo_kernels::whiten::{self, Moments, RunningMoments, WhitenOptions};
+use ppo_kernels::moments::{Moments, RunningMoments};
+use ppo_kernels::whiten::{self, WhitenOptions};
 use ppo_kernels::{Error, Result};
 
 /// The peers' float64.
@@ -37,7 +40,7 @@ fn kept(values: &[f64], mask: &[u8]) -> Vec<f64> {
 #[track_caller]
 fn check_peer(
     case: &Golden,
-    inputs: &Inputs<f64>,
+    inputs: &reference::Inputs,
     seq_len: usize,
     options: &GaeOptions,
     advantages: &str,
@@ -58,7 +61,7 @@ fn check_peer(
 #[track_caller]
 fn check_reference_and_cpu(
     what: &str,
-    inputs: &Inputs<f64>,
+    inputs: &reference::Inputs,
     seq_len: usize,
     options: &GaeOptions,
 ) -> reference::Gae {
@@ -83,18 +86,18 @@ fn check_reference_and_cpu(
     want
 }
 
-fn run_cpu(
-    inputs: Inputs<f32>,
-    batch: usize,
-    seq_len: usize,
-    options: &GaeOptions,
-) -> Result<Output> {
+fn run_cpu(inputs: Inputs, batch: usize, seq_len: usize, options: &GaeOptions) -> Result<Output> {
     // Whatever was there must be overwritten.
     let garbage = || vec![f32::NAN; batch * seq_len];
     let (mut advantages, mut returns, mut rewards) = (garbage(), garbage(), garbage());
-    let outputs =
-        Outputs { advantages: &mut advantages, returns: &mut returns, rewards: Some(&mut rewards) };
-    let moments = cpu::gae(inputs, batch, seq_len, options, outputs)?;
+    let mut moments = Moments { count: f64::NAN, mean: f64::NAN, m2: f64::NAN };
+    let outputs = Outputs {
+        advantages: &mut advantages,
+        returns: &mut returns,
+        shaped_rewards: Some(&mut rewards),
+        moments: Some(from_mut(&mut moments)),
+    };
+    cpu::gae(inputs, batch, seq_len, options, outputs)?;
     Ok(Output { advantages, returns, rewards, moments })
 }
 
@@ -113,7 +116,8 @@ fn reference_equals_the_peers_advantages_and_returns() {
 
         if case.peer == "trlx" {
             // Has no mask.
-            let inputs = Inputs { rewards: Some(&rewards), ..Inputs::new(&values) };
+            let inputs =
+                reference::Inputs { rewards: Some(&rewards), ..reference::Inputs::new(&values) };
             let whitens = case.inputs["use_whitening"].as_bool().unwrap();
             let key = if whitens { "" } else { "advantages" };
             let got = check_peer(&case, &inputs, seq_len, &carry, key, "returns");
@@ -131,8 +135,11 @@ fn reference_equals_the_peers_advantages_and_returns() {
             (rewards, values) = (from(&rewards), from(&values));
             let wide_mask: Vec<f64> = mask.iter().map(|&m| f64::from(m)).collect();
             let mask: Vec<u8> = from(&wide_mask).iter().map(|&m| m as u8).collect();
-            let inputs =
-                Inputs { rewards: Some(&rewards), mask: Some(&mask), ..Inputs::new(&values) };
+            let inputs = reference::Inputs {
+                rewards: Some(&rewards),
+                mask: Some(&mask),
+                ..reference::Inputs::new(&values)
+            };
             let width = seq_len - start;
             check_peer(&case, &inputs, width, &multiply, "advantages", "returns");
             continue;
@@ -140,13 +147,20 @@ fn reference_equals_the_peers_advantages_and_returns() {
         if function == "get_cumulative_returns" {
             // Advantages with λ = 1 and no values.
             let zeros = vec![0.0; values.len()];
-            let inputs =
-                Inputs { rewards: Some(&rewards), mask: Some(&mask), ..Inputs::new(&zeros) };
+            let inputs = reference::Inputs {
+                rewards: Some(&rewards),
+                mask: Some(&mask),
+                ..reference::Inputs::new(&zeros)
+            };
             let options = GaeOptions { lambda: 1.0, ..multiply };
             check_peer(&case, &inputs, seq_len, &options, "returns", "returns");
             continue;
         }
-        let inputs = Inputs { rewards: Some(&rewards), mask: Some(&mask), ..Inputs::new(&values) };
+        let inputs = reference::Inputs {
+            rewards: Some(&rewards),
+            mask: Some(&mask),
+            ..reference::Inputs::new(&values)
+        };
         let (options, advantages) = match case.peer.as_str() {
             "verl" => (carry, "advantages_unwhitened"),
             "nemo-rl" => (carry, "advantages"),
@@ -162,7 +176,8 @@ fn reference_equals_the_peers_advantages_and_returns() {
             let moments = whiten::reference::masked_moments(&zeroed, Some(&mask));
             let rewards = whiten::reference::masked_whiten_with(&zeroed, None, &moments, &options);
             let values = kept(&values, &mask);
-            let inputs = Inputs { rewards: Some(&rewards), ..Inputs::new(&values) };
+            let inputs =
+                reference::Inputs { rewards: Some(&rewards), ..reference::Inputs::new(&values) };
             check_peer(&case, &inputs, seq_len, &carry, advantages, "returns");
             continue;
         }
@@ -184,9 +199,9 @@ fn reference_equals_the_peers_advantages_and_returns() {
 
 /// The peer's whitened advantages, made with the moments of the same pass.
 fn check_whitened(case: &Golden, got: &reference::Gae, mask: Option<&[u8]>) {
-    let peer_has_none = case.outputs["advantages"].is_null() || got.moments.count == 1;
+    let peer_has_none = case.outputs["advantages"].is_null() || got.moments.count == 1.0;
     if peer_has_none {
-        assert_eq!(got.moments.count, 1, "{}", case.id);
+        assert_eq!(got.moments.count, 1.0, "{}", case.id);
         return;
     }
     let options = WhitenOptions::default();
@@ -215,11 +230,11 @@ fn reference_equals_cleanrl_with_dones_and_bootstrap() {
         let dones = transposed(&starts[batch..]);
         let dones: Vec<u8> = dones.iter().map(|&d| u8::from(d != 0.0)).collect();
         let bootstrap = case.input("next_value");
-        let inputs = Inputs {
+        let inputs = reference::Inputs {
             rewards: Some(&rewards),
             dones: Some(&dones),
             bootstrap: Some(&bootstrap),
-            ..Inputs::new(&values)
+            ..reference::Inputs::new(&values)
         };
         let options = options(case.number("gamma"), case.number("lam"), MaskMode::Carry);
         let got = check_reference_and_cpu(&case.id, &inputs, seq_len, &options);
@@ -254,11 +269,11 @@ fn reference_equals_nemos_estimator() {
             },
             ..Default::default()
         };
-        let inputs = Inputs {
+        let inputs = reference::Inputs {
             scores: Some(&scores),
             kl: Some(&kl),
             mask: Some(&mask),
-            ..Inputs::new(&values)
+            ..reference::Inputs::new(&values)
         };
         let normalized = case.inputs["normalize_advantages"].as_bool().unwrap();
         let key = if normalized { "" } else { "advantages" };
@@ -314,11 +329,11 @@ fn reference_equals_current_trl_with_the_score_after_the_last_token() {
             },
             ..Default::default()
         };
-        let inputs = Inputs {
+        let inputs = reference::Inputs {
             scores: Some(&scores),
             kl: Some(&kl),
             mask: Some(&mask),
-            ..Inputs::new(&values)
+            ..reference::Inputs::new(&values)
         };
         let mut got = check_reference_and_cpu(&case.id, &inputs, seq_len, &options);
         if case.inputs["whiten_rewards"].as_bool().unwrap() {
@@ -326,8 +341,11 @@ fn reference_equals_current_trl_with_the_score_after_the_last_token() {
             let options = WhitenOptions { shift_mean: false, ..Default::default() };
             let rewards = whiten::reference::masked_whiten(&got.rewards, Some(&mask_p1), &options);
             let options = options_of(case);
-            let inputs =
-                Inputs { rewards: Some(&rewards), mask: Some(&mask_p1), ..Inputs::new(&values) };
+            let inputs = reference::Inputs {
+                rewards: Some(&rewards),
+                mask: Some(&mask_p1),
+                ..reference::Inputs::new(&values)
+            };
             got = check_reference_and_cpu(&case.id, &inputs, seq_len, &options);
             got.advantages = kept(&got.advantages, &mask);
             got.moments = whiten::reference::masked_moments(&got.advantages, Some(&mask));
@@ -395,12 +413,12 @@ fn reference_equals_the_peers_rewards() {
         }
         let seq_len = mask.len() / case.shape(key_of_rows(&case.peer))[0];
         let values = vec![0.0; mask.len()];
-        let inputs = Inputs {
+        let inputs = reference::Inputs {
             rewards: dense.as_deref(),
             scores: scores.as_deref(),
             kl: Some(&kl),
             mask: Some(&mask),
-            ..Inputs::new(&values)
+            ..reference::Inputs::new(&values)
         };
         let options = GaeOptions { shaping, ..Default::default() };
         let got = check_reference_and_cpu(&case.id, &inputs, seq_len, &options);
@@ -526,7 +544,7 @@ fn outputs_are_constants_even_if_the_values_are_not() {
 // ---- what the options mean ----
 
 /// One row of f32, through the CPU.
-fn one_row(inputs: Inputs<f32>, options: &GaeOptions) -> Output {
+fn one_row(inputs: Inputs, options: &GaeOptions) -> Output {
     run_cpu(inputs, 1, inputs.values.len(), options).unwrap()
 }
 
@@ -584,7 +602,7 @@ fn the_score_lands_on_the_last_token_or_one_past_it() {
     let out = one_row(inputs, &with(ScorePlacement::AfterLastToken));
     assert_eq!(out.rewards, [-0.5, -1.0, 5.0, 0.0]);
     assert_eq!(out.returns, [3.5, 4.0, 5.0, 0.0]);
-    assert_eq!((out.advantages[2], out.moments.count), (0.0, 2));
+    assert_eq!((out.advantages[2], out.moments.count), (0.0, 2.0));
 
     // No room, and no score.
     let full = Inputs { kl: Some(&kl[..2]), mask: None, ..inputs };
@@ -600,7 +618,11 @@ fn the_score_lands_on_the_last_token_or_one_past_it() {
 #[test]
 fn without_a_kl_coefficient_the_kl_may_be_anything() {
     let (values, kl) = ([0.5; 2], [f64::INFINITY, f64::NAN]);
-    let inputs = Inputs { kl: Some(&kl), scores: Some(&[1.0]), ..Inputs::new(&values) };
+    let inputs = reference::Inputs {
+        kl: Some(&kl),
+        scores: Some(&[1.0]),
+        ..reference::Inputs::new(&values)
+    };
     let shaping = RewardShaping { kl_coef: 0.0, ..Default::default() };
     let options = GaeOptions { shaping, ..Default::default() };
     let got = check_reference_and_cpu("no coefficient", &inputs, 2, &options);
@@ -779,20 +801,29 @@ fn errors_name_the_argument_of_the_wrong_length() {
 
     let sizes = |advantages: usize, returns: usize, rewards: usize| {
         let (mut a, mut r, mut s) = (vec![0.0; advantages], vec![0.0; returns], vec![0.0; rewards]);
-        let outputs = Outputs { advantages: &mut a, returns: &mut r, rewards: Some(&mut s) };
+        let outputs = Outputs {
+            advantages: &mut a,
+            returns: &mut r,
+            shaped_rewards: Some(&mut s),
+            moments: None,
+        };
         cpu::gae(base, 2, 3, &GaeOptions::default(), outputs)
     };
     says(sizes(5, 6, 6), &["`advantages`", "[5]", "[6]"]);
     says(sizes(6, 5, 6), &["`returns`", "[5]", "[6]"]);
-    says(sizes(6, 6, 5), &["`rewards (out)`", "[5]", "[6]"]);
+    says(sizes(6, 6, 5), &["`shaped_rewards`", "[5]", "[6]"]);
     says(run_huge(2), &["`values`"]);
     assert_eq!(run_huge(0).unwrap(), Moments::default());
 }
 
 /// A size that does not fit in memory is an error, not an overflow; of rows of nothing it does.
 fn run_huge(seq_len: usize) -> Result<Moments> {
-    let outputs = Outputs { advantages: &mut [], returns: &mut [], rewards: None };
-    cpu::gae(Inputs::new(&[]), usize::MAX, seq_len, &GaeOptions::default(), outputs)
+    let mut moments = [Moments::default()];
+    let (advantages, returns) = (&mut [][..], &mut [][..]);
+    let outputs =
+        Outputs { advantages, returns, shaped_rewards: None, moments: Some(&mut moments) };
+    cpu::gae(Inputs::new(&[]), usize::MAX, seq_len, &GaeOptions::default(), outputs)?;
+    Ok(moments[0])
 }
 
 #[test]

@@ -8,9 +8,10 @@ mod common;
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::gae_cases::*;
 use common::*;
+use ppo_kernels::gae::cpu::Inputs;
 use ppo_kernels::gae::cuda::{self, Outputs};
-use ppo_kernels::gae::{GaeOptions, Inputs, MissingEos, RewardShaping, ScorePlacement, ScoreScale};
-use ppo_kernels::whiten::Moments;
+use ppo_kernels::gae::{GaeOptions, MissingEos, RewardShaping, ScorePlacement, ScoreScale};
+use ppo_kernels::moments::Moments;
 use ppo_kernels::{Error, Result};
 
 /// Elements from a 16-byte boundary to the first of each array, times 1, 2, 3 and so on.
@@ -22,18 +23,21 @@ const OFFSETS: [usize; 3] = [0, 1, 3];
 /// once each.
 const LONG_ROW: f64 = 2e-6;
 
+/// Moments that nothing has written.
+const NOTHING: Moments = Moments { count: f64::NAN, mean: f64::NAN, m2: f64::NAN };
+
 /// One call.
 #[derive(Clone, Copy)]
-struct Call<'a> {
+struct Call<'a, 'b> {
     machine: Machine,
     offset: usize,
-    inputs: Inputs<'a, f32>,
+    inputs: Inputs<'a>,
     batch: usize,
     seq_len: usize,
-    options: &'a GaeOptions,
+    options: &'b GaeOptions,
 }
 
-impl Call<'_> {
+impl Call<'_, '_> {
     /// What comes out, which must not depend on whether rewards and moments are asked for.
     fn run(&self) -> Result<Output> {
         let output = self.run_with(true)?;
@@ -69,23 +73,22 @@ impl Call<'_> {
         let garbage = vec![f32::NAN; self.batch * self.seq_len];
         let mut out = [1, 2, 3].map(|i| Buffer::new(&garbage, i * self.offset));
         let [advantages, returns, shaped] = &mut out;
-        let mut moments = Buffer::new(&[f64::NAN; 3], 0);
+        let mut moments = Buffer::new(&[NOTHING], 0);
         let length = cuda::workspace_len(self.batch, self.seq_len);
         let mut workspace = Buffer::workspace(length, 1);
         let outputs = Outputs {
             advantages: advantages.slice_mut(),
             returns: returns.slice_mut(),
-            rewards: all.then(|| shaped.slice_mut()),
+            shaped_rewards: all.then(|| shaped.slice_mut()),
             moments: all.then(|| moments.slice_mut()),
         };
         let (batch, seq_len) = (self.batch, self.seq_len);
         cuda::gae(&stream, inputs, batch, seq_len, self.options, outputs, workspace.slice_mut())?;
-        let moments = moments.read();
         Ok(Output {
             advantages: advantages.read().to_vec(),
             returns: returns.read().to_vec(),
             rewards: shaped.read().to_vec(),
-            moments: Moments { count: moments[0] as u64, mean: moments[1], m2: moments[2] },
+            moments: moments.read()[0],
         })
     }
 }
@@ -402,12 +405,13 @@ fn bad_input_is_refused_by_name() {
         let stream = stream(machine(Order::Fifo, 9, 1 << 20));
         let [advantages, returns, shaped, moments, workspace] = sizes;
         let mut floats = [advantages, returns, shaped].map(|n| Buffer::new(&vec![0_f32; n], 0));
-        let mut doubles = [moments, workspace].map(|n| Buffer::new(&vec![0_f64; n], 0));
-        let ([advantages, returns, shaped], [moments, workspace]) = (&mut floats, &mut doubles);
+        let mut moments = Buffer::new(&vec![NOTHING; moments], 0);
+        let mut workspace = Buffer::new(&vec![0_f64; workspace], 0);
+        let [advantages, returns, shaped] = &mut floats;
         let outputs = Outputs {
             advantages: advantages.slice_mut(),
             returns: returns.slice_mut(),
-            rewards: Some(shaped.slice_mut()),
+            shaped_rewards: Some(shaped.slice_mut()),
             moments: Some(moments.slice_mut()),
         };
         let values = Buffer::new(&values, 0);
@@ -416,12 +420,12 @@ fn bad_input_is_refused_by_name() {
     };
     let needed = cuda::workspace_len(2, 3);
     assert_eq!(needed, 3);
-    sizes([6, 6, 6, 3, needed]).unwrap();
-    says(sizes([5, 6, 6, 3, needed]), &["`advantages`", "[5]", "[6]"]);
-    says(sizes([6, 5, 6, 3, needed]), &["`returns`", "[5]", "[6]"]);
-    says(sizes([6, 6, 5, 3, needed]), &["`rewards (out)`", "[5]", "[6]"]);
-    says(sizes([6, 6, 6, 2, needed]), &["`moments`", "[2]", "[3]"]);
-    let error = sizes([6, 6, 6, 3, needed - 1]).unwrap_err();
+    sizes([6, 6, 6, 1, needed]).unwrap();
+    says(sizes([5, 6, 6, 1, needed]), &["`advantages`", "[5]", "[6]"]);
+    says(sizes([6, 5, 6, 1, needed]), &["`returns`", "[5]", "[6]"]);
+    says(sizes([6, 6, 5, 1, needed]), &["`shaped_rewards`", "[5]", "[6]"]);
+    says(sizes([6, 6, 6, 2, needed]), &["`moments`", "[2]", "[1]"]);
+    let error = sizes([6, 6, 6, 1, needed - 1]).unwrap_err();
     assert!(matches!(error, Error::Shape { op: "gae", arg: "workspace", .. }), "{error}");
     assert_eq!(error.to_string(), "gae: `workspace` has shape [2], expected [3] or more");
 }

@@ -6,9 +6,9 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use common::whiten_cases::*;
 use common::*;
+use ppo_kernels::moments::{Moments, MomentsTensor, RunningMoments};
 use ppo_kernels::whiten::{
-    cpu, masked_moments, masked_whiten, masked_whiten_with, reference, Moments, MomentsTensor,
-    RunningMoments, WhitenOptions,
+    cpu, masked_moments, masked_whiten, masked_whiten_with, reference, WhitenOptions,
 };
 use ppo_kernels::Error;
 
@@ -124,7 +124,7 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
             let grad = reference::masked_whiten_backward(&x, mask, &up, &options);
             assert_close("grad", &grad, &numeric, 1e-7, 1e-8);
 
-            let moments = Moments { count: 7, mean: 0.3, m2: 11.0 };
+            let moments = Moments { count: 7.0, mean: 0.3, m2: 11.0 };
             let whiten = |x: &[f64]| reference::masked_whiten_with(x, mask, &moments, &options);
             let numeric = finite_difference(&x, |x| dot(&up, &whiten(x)));
             let grad = reference::masked_whiten_with_backward(mask, &moments, &up, &options);
@@ -171,7 +171,7 @@ fn tensors_agree_with_the_reference_and_nan_behind_the_mask_does_no_harm() {
                         &reference::masked_whiten(&x64, bytes, &options),
                         &reference::masked_whiten_backward(&x64, bytes, &up64, &options),
                     );
-                    let moments = Moments { count: 5, mean: -0.7, m2: 9.0 };
+                    let moments = Moments { count: 5.0, mean: -0.7, m2: 9.0 };
                     let given = MomentsTensor::new(&moments, &device).unwrap();
                     let y = masked_whiten_with(&var, mask, &given, &options).unwrap();
                     check(
@@ -302,7 +302,7 @@ fn any_layout_and_any_rank_will_do() {
 fn results_may_be_used_twice_and_with_any_upstream_gradient() {
     let mut rng = rng(8);
     let options = WhitenOptions::default();
-    let moments = Moments { count: 4, mean: 0.5, m2: 7.0 };
+    let moments = Moments { count: 4.0, mean: 0.5, m2: 7.0 };
     for device in devices() {
         let x = Tensor::from_vec(uniform(&mut rng, 24, 2.0), (4, 6), &device).unwrap();
         let x = Var::from_tensor(&x).unwrap();
@@ -384,7 +384,7 @@ fn too_few_elements_are_an_error() {
         assert_eq!(refused(&x, Some(&none), &unbiased), ("mask", 2, 0));
         assert_eq!(refused(&x, Some(&none), &biased), ("mask", 1, 0));
         assert_eq!(refused(&empty, None, &unbiased), ("x", 2, 0));
-        let few = Moments { count: 1, mean: 1.0, m2: 0.0 };
+        let few = Moments { count: 1.0, mean: 1.0, m2: 0.0 };
         let given = MomentsTensor::new(&few, &device).unwrap();
         let error = masked_whiten_with(&x, None, &given, &unbiased).unwrap_err();
         assert!(matches!(error, Error::Mask { arg: "moments", got: 1, .. }), "{error}");
@@ -395,7 +395,7 @@ fn too_few_elements_are_an_error() {
         let of_none = masked_moments(&empty, None).unwrap().to_host().unwrap();
         assert_eq!(of_none, Moments::default());
         // No element to whiten, but moments to whiten with.
-        let moments = Moments { count: 3, mean: 1.0, m2: 2.0 };
+        let moments = Moments { count: 3.0, mean: 1.0, m2: 2.0 };
         let moments = MomentsTensor::new(&moments, &device).unwrap();
         let y = masked_whiten_with(&empty, None, &moments, &unbiased).unwrap();
         assert_eq!(y.dims(), [0, 3]);
@@ -411,7 +411,7 @@ fn too_few_elements_are_nan_where_looking_would_be_a_wait() {
         let y = masked_whiten(&x, Some(&mask), &WhitenOptions::default()).unwrap();
         let y = to_vec(&y);
         assert!(y[0] == 0.0 && y[1].is_nan(), "{y:?}");
-        let few = Moments { count: 1, mean: 1.0, m2: 0.0 };
+        let few = Moments { count: 1.0, mean: 1.0, m2: 0.0 };
         let few = MomentsTensor::new(&few, device).unwrap();
         let y = masked_whiten_with(&x, None, &few, &WhitenOptions::default()).unwrap();
         assert!(to_vec(&y).iter().all(|y| y.is_nan()));
@@ -438,7 +438,7 @@ fn errors_name_the_argument() {
         says(masked_whiten(&x, None, &options).unwrap_err(), &["whiten", "`eps`"]);
     }
 
-    let (x, moments) = ([1.0, 2.0], Moments { count: 2, mean: 1.5, m2: 0.5 });
+    let (x, moments) = ([1.0, 2.0], Moments { count: 2.0, mean: 1.5, m2: 0.5 });
     let mut out = [0.0; 2];
     let error = cpu::masked_moments(&x, Some(&[1])).unwrap_err();
     says(error, &["`mask`", "[1]", "[2]"]);

@@ -8,8 +8,9 @@ mod common;
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::whiten_cases::*;
 use common::*;
+use ppo_kernels::moments::Moments;
 use ppo_kernels::whiten::cuda::{self, Given};
-use ppo_kernels::whiten::{reference, Moments, WhitenOptions};
+use ppo_kernels::whiten::{reference, WhitenOptions};
 use ppo_kernels::{Error, Result};
 
 /// What the passes write.
@@ -102,7 +103,7 @@ fn agrees_with_the_reference(planted_bug: &'static str, orders: &[Order]) -> Res
             let sample = Sample::new(&mut rng, n, masked);
             let (x, up, mask) = (wide(&sample.x), wide(&sample.up), sample.mask.as_deref());
             for options in options.by_ref().take(if n < 1000 { all.len() } else { 3 }) {
-                let given = Moments { count: 5, mean: -0.7, m2: 9.0 };
+                let given = Moments { count: 5.0, mean: -0.7, m2: 9.0 };
                 let mut first = None;
                 for (i, &order) in orders.iter().enumerate() {
                     let blocks = [1 << 20, 3, 2][i % 3];
@@ -139,7 +140,7 @@ fn every_pass_agrees_with_the_reference_in_every_order() {
 fn run(x: &[f32], mask: Option<&[u8]>, options: &WhitenOptions) -> Run {
     let mask = mask.map(<[u8]>::to_vec);
     let sample = &Sample { x: x.to_vec(), up: vec![1.0; x.len()], mask };
-    let given = Moments { count: 5, mean: -0.7, m2: 9.0 };
+    let given = Moments { count: 5.0, mean: -0.7, m2: 9.0 };
     let machine = machine(Order::Fifo, 9, 1 << 20);
     Call { machine, offset: 0, sample, given, options, in_place: false }.run().unwrap()
 }
@@ -224,8 +225,8 @@ fn bad_input_is_refused_by_name() {
     let mask = Some(byte.slice());
     let (mut three, mut many) = (Buffer::new(&[2_f64; 3], 0), Buffer::new(&[0_f64; 4], 0));
     let (mut out2, mut out1) = (Buffer::new(&[0_f32; 2], 0), Buffer::new(&[0_f32], 0));
-    let known = Given::Known(Moments { count: 2, mean: 1.0, m2: 1.0 });
-    let few = Given::Known(Moments { count: 1, mean: 1.0, m2: 0.0 });
+    let known = Given::Known(Moments { count: 2.0, mean: 1.0, m2: 1.0 });
+    let few = Given::Known(Moments { count: 1.0, mean: 1.0, m2: 0.0 });
     let on_device = Given::OnDevice(many.slice());
 
     let moments = |mask, moments: &mut Buffer<f64>, space: &mut Buffer<f64>| {

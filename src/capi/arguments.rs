@@ -1,79 +1,51 @@
 //! What a C caller hands over, made into slices and values, or refused.
 
-use std::marker::PhantomData;
 use std::ptr::NonNull;
 
-use super::{Fault, Result, PPOK_NONE};
+use super::{Fault, Pass, Result, PPOK_NONE};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use crate::cuda::{Slice, SliceMut};
 use crate::error::Error;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use crate::memory::Device;
+use crate::memory::{elements, Element, Host, Reads, Shape, Space, Writes};
 
-/// Where the memory is, and the slices that lead to it.
-pub(crate) trait Space {
-    type In<'a, T: 'a>: Copy;
-    type Out<'a, T: 'a>;
+/// What a C caller gave: pointers that have not been looked at.
+pub(crate) struct Raw;
 
-    /// Whether an op may write to the very memory it reads, where it says so.
-    const IN_PLACE: bool;
-
-    /// # Safety
-    /// As of the slice's own constructor.
-    unsafe fn input<'a, T: 'a>(address: *const T, len: usize) -> Self::In<'a, T>;
-
-    /// # Safety
-    /// As of the slice's own constructor.
-    unsafe fn output<'a, T: 'a>(address: *mut T, len: usize) -> Self::Out<'a, T>;
+impl Space for Raw {
+    type In<'a, T: Element> = *const T;
+    type Out<'a, T: Element> = *mut T;
 }
 
-/// The memory of the process.
-pub(crate) struct Host;
+/// A pointer to what may be left out.
+pub(crate) trait Given: Copy {
+    /// `None` where it is null.
+    fn given(self) -> Option<Self>;
+}
 
-impl Space for Host {
-    type In<'a, T: 'a> = &'a [T];
-    type Out<'a, T: 'a> = &'a mut [T];
-    const IN_PLACE: bool = false;
-
-    unsafe fn input<'a, T: 'a>(address: *const T, len: usize) -> &'a [T] {
-        // SAFETY: the caller's.
-        unsafe { std::slice::from_raw_parts(address, len) }
-    }
-
-    unsafe fn output<'a, T: 'a>(address: *mut T, len: usize) -> &'a mut [T] {
-        // SAFETY: the caller's.
-        unsafe { std::slice::from_raw_parts_mut(address, len) }
+impl<T> Given for *const T {
+    fn given(self) -> Option<Self> {
+        (!self.is_null()).then_some(self)
     }
 }
 
-/// The memory of a CUDA device.
-#[cfg(any(feature = "cuda", feature = "simt"))]
-pub(crate) struct Device;
-
-#[cfg(any(feature = "cuda", feature = "simt"))]
-impl Space for Device {
-    type In<'a, T: 'a> = crate::cuda::Slice<'a, T>;
-    type Out<'a, T: 'a> = crate::cuda::SliceMut<'a, T>;
-    const IN_PLACE: bool = true;
-
-    unsafe fn input<'a, T: 'a>(address: *const T, len: usize) -> Self::In<'a, T> {
-        // SAFETY: the caller's.
-        unsafe { crate::cuda::Slice::from_raw(address, len) }
-    }
-
-    unsafe fn output<'a, T: 'a>(address: *mut T, len: usize) -> Self::Out<'a, T> {
-        // SAFETY: the caller's.
-        unsafe { crate::cuda::SliceMut::from_raw(address, len) }
+impl<T> Given for *mut T {
+    fn given(self) -> Option<Self> {
+        (!self.is_null()).then_some(self)
     }
 }
 
 /// The arrays of one call: each is looked at before a slice is made of it, and what is written must
 /// overlap nothing else.
-pub(crate) struct Memory<'a, S> {
+pub(crate) struct Memory {
     op: &'static str,
     spans: [Span; MOST_ARRAYS],
     count: usize,
-    space: PhantomData<(&'a (), S)>,
 }
 
-/// The most arrays that an op takes.
-const MOST_ARRAYS: usize = 16;
+/// The most arrays of a pass; [`Memory::new`] does not compile for one that could have more.
+const MOST_ARRAYS: usize = 32;
 
 #[derive(Clone, Copy)]
 struct Span {
@@ -83,81 +55,57 @@ struct Span {
     written: bool,
 }
 
-impl<'a, S: Space> Memory<'a, S> {
+impl Memory {
+    /// For the arrays of the pass whose arguments these are.
+    ///
     /// # Safety
-    /// Every address it is then given leads to as many elements as are asked of it, in the space, for
-    /// `'a`, if it is neither null nor misaligned.
-    pub(crate) unsafe fn new(op: &'static str) -> Self {
+    /// Every pointer it is then given leads to as many elements as are asked of it, in the memory that it
+    /// is to be in, for as long as the call runs, if it is neither null nor misaligned.
+    pub(crate) unsafe fn new<A: Pass>() -> Self {
+        // An array is a word of the struct, and the workspace makes up for that of the size.
+        const { assert!(size_of::<A>() / size_of::<usize>() <= MOST_ARRAYS) };
         let none = Span { arg: "", start: 0, end: 0, written: false };
-        Self { op, spans: [none; MOST_ARRAYS], count: 0, space: PhantomData }
+        Self { op: A::OP, spans: [none; MOST_ARRAYS], count: 0 }
     }
 
-    /// An array that is read.
-    pub(crate) fn input<T>(
+    /// The options that the caller gave, or the defaults where the pointer is null.
+    pub(crate) fn options<O: Options>(&self, options: *const O) -> Result<O::Options> {
+        // SAFETY: `new` was promised it.
+        unsafe { read_or_default(self.op, "options", options) }?.options()
+    }
+
+    /// The elements of an array of that shape, and where they are.
+    fn array<T>(
         &mut self,
         arg: &'static str,
+        shape: Shape,
         address: *const T,
-        len: usize,
-    ) -> Result<S::In<'a, T>> {
-        let address = self.add(arg, address, len, false, &[])?;
-        // SAFETY: `new` was promised it, and `add` has looked at it.
-        Ok(unsafe { S::input(address.as_ptr(), len) })
-    }
-
-    /// An array that is read, and absent where the pointer is null.
-    pub(crate) fn optional_input<T>(
-        &mut self,
-        arg: &'static str,
-        address: *const T,
-        len: usize,
-    ) -> Result<Option<S::In<'a, T>>> {
-        (!address.is_null()).then(|| self.input(arg, address, len)).transpose()
-    }
-
-    /// An array that is written.
-    pub(crate) fn output<T>(
-        &mut self,
-        arg: &'static str,
-        address: *mut T,
-        len: usize,
-    ) -> Result<S::Out<'a, T>> {
-        self.output_over(arg, address, len, &[])
-    }
-
-    /// An array that is written, and not wanted where the pointer is null.
-    pub(crate) fn optional_output<T>(
-        &mut self,
-        arg: &'static str,
-        address: *mut T,
-        len: usize,
-    ) -> Result<Option<S::Out<'a, T>>> {
-        self.optional_output_over(arg, address, len, &[])
-    }
-
-    /// An array that is written, and may be the very memory of one of the inputs `over` if the space
-    /// allows.
-    pub(crate) fn output_over<T>(
-        &mut self,
-        arg: &'static str,
-        address: *mut T,
-        len: usize,
+        written: bool,
         over: &[&'static str],
-    ) -> Result<S::Out<'a, T>> {
-        let over = if S::IN_PLACE { over } else { &[] };
-        let address = self.add(arg, address, len, true, over)?;
-        // SAFETY: `new` was promised it, and `add` has looked at it.
-        Ok(unsafe { S::output(address.as_ptr(), len) })
+    ) -> Result<(NonNull<T>, usize)> {
+        let len = elements(shape).ok_or_else(|| too_large(self.op, arg, &shape.concat()))?;
+        Ok((self.add(arg, address, len, written, over)?, len))
     }
 
-    /// [`Memory::output_over`], and not wanted where the pointer is null.
-    pub(crate) fn optional_output_over<T>(
+    /// The first `needed` of the bytes of the caller's workspace.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    pub(super) fn workspace<'a>(
         &mut self,
-        arg: &'static str,
-        address: *mut T,
-        len: usize,
-        over: &[&'static str],
-    ) -> Result<Option<S::Out<'a, T>>> {
-        (!address.is_null()).then(|| self.output_over(arg, address, len, over)).transpose()
+        address: *mut std::ffi::c_void,
+        bytes: usize,
+        needed: usize,
+    ) -> Result<SliceMut<'a, u8>> {
+        let (op, align) = (self.op, WORKSPACE_ALIGN);
+        if bytes < needed {
+            return Err(Fault::Workspace { op, needed, got: bytes });
+        }
+        if needed > 0 && !(address as usize).is_multiple_of(align) {
+            let address = address as usize;
+            return Err(Fault::Misaligned { op, arg: "workspace", address, align });
+        }
+        let address = self.add("workspace", address.cast::<u8>(), needed, true, &[])?;
+        // SAFETY: `new` was promised it, and `add` has looked at it.
+        Ok(unsafe { SliceMut::from_raw(address.as_ptr(), needed) })
     }
 
     fn add<T>(
@@ -196,88 +144,74 @@ impl<'a, S: Space> Memory<'a, S> {
     }
 }
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-impl<'a> Memory<'a, Device> {
-    /// The first `needed` elements of the caller's workspace.
-    pub(crate) fn workspace<T>(
+impl Reads<Raw, Host> for Memory {
+    type Error = Fault;
+
+    fn input<'a, 'b, T: Element>(
         &mut self,
-        workspace: Workspace,
-        needed: usize,
-    ) -> Result<crate::cuda::SliceMut<'a, T>> {
-        let bytes = needed.saturating_mul(size_of::<T>());
-        if workspace.bytes < bytes {
-            return Err(Fault::Workspace { op: self.op, needed: bytes, got: workspace.bytes });
-        }
-        let address = workspace.address as usize;
-        if needed > 0 && !address.is_multiple_of(WORKSPACE_ALIGN) {
-            let (op, align) = (self.op, WORKSPACE_ALIGN);
-            return Err(Fault::Misaligned { op, arg: "workspace", address, align });
-        }
-        self.output("workspace", workspace.address.cast(), needed)
+        arg: &'static str,
+        shape: Shape,
+        from: &'b *const T,
+    ) -> Result<&'b [T]> {
+        let (address, len) = self.array(arg, shape, *from, false, &[])?;
+        // SAFETY: `new` was promised it, and `array` has looked at it.
+        Ok(unsafe { std::slice::from_raw_parts(address.as_ptr(), len) })
+    }
+}
+
+impl Writes<Raw, Host> for Memory {
+    type Error = Fault;
+
+    // Nothing is written over an input in the process's memory, where slices would be of the same.
+    fn output<'a, 'b, T: Element>(
+        &mut self,
+        arg: &'static str,
+        shape: Shape,
+        _: &[&'static str],
+        to: &'b mut *mut T,
+    ) -> Result<&'b mut [T]> {
+        let (address, len) = self.array(arg, shape, *to, true, &[])?;
+        // SAFETY: `new` was promised it, and `array` has looked at it.
+        Ok(unsafe { std::slice::from_raw_parts_mut(address.as_ptr(), len) })
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "simt"))]
+impl Reads<Raw, Device> for Memory {
+    type Error = Fault;
+
+    fn input<'a, 'b, T: Element>(
+        &mut self,
+        arg: &'static str,
+        shape: Shape,
+        from: &'b *const T,
+    ) -> Result<Slice<'b, T>> {
+        let (address, len) = self.array(arg, shape, *from, false, &[])?;
+        // SAFETY: `new` was promised it, and `array` has looked at it.
+        Ok(unsafe { Slice::from_raw(address.as_ptr(), len) })
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "simt"))]
+impl Writes<Raw, Device> for Memory {
+    type Error = Fault;
+
+    fn output<'a, 'b, T: Element>(
+        &mut self,
+        arg: &'static str,
+        shape: Shape,
+        over: &[&'static str],
+        to: &'b mut *mut T,
+    ) -> Result<SliceMut<'b, T>> {
+        let (address, len) = self.array(arg, shape, *to, true, over)?;
+        // SAFETY: `new` was promised it, and `array` has looked at it.
+        Ok(unsafe { SliceMut::from_raw(address.as_ptr(), len) })
     }
 }
 
 /// What the header asks of every workspace, whatever is kept there today.
 #[cfg(any(feature = "cuda", feature = "simt"))]
 const WORKSPACE_ALIGN: usize = 16;
-
-/// Memory for whatever a function keeps there while it runs.
-#[derive(Clone, Copy)]
-#[cfg_attr(not(any(feature = "cuda", feature = "simt")), expect(dead_code))]
-pub(crate) struct Workspace {
-    pub address: *mut std::ffi::c_void,
-    pub bytes: usize,
-}
-
-/// Writes the bytes of `len` elements of workspace where the caller asked for them.
-///
-/// # Safety
-/// The address is null, or misaligned, or leads to room for the number.
-#[cfg(any(feature = "cuda", feature = "simt"))]
-pub(crate) unsafe fn write_size<T>(op: &'static str, to: *mut usize, len: usize) -> Result<()> {
-    if to.is_null() {
-        return Err(Fault::Null { op, arg: "size" });
-    }
-    check_aligned(op, "size", to)?;
-    // SAFETY: the caller's.
-    unsafe { to.write(len.saturating_mul(size_of::<T>())) };
-    Ok(())
-}
-
-/// [`write_size`] of a pass that needs no workspace for arguments of those sizes, nor for any others.
-///
-/// # Safety
-/// As there.
-#[cfg(any(feature = "cuda", feature = "simt"))]
-pub(crate) unsafe fn write_no_size<T>(
-    op: &'static str,
-    _sizes: &[usize],
-    to: *mut usize,
-) -> Result<()> {
-    // SAFETY: the caller's.
-    unsafe { write_size::<T>(op, to, 0) }
-}
-
-/// Both or neither.
-pub(crate) fn both<A>(
-    op: &'static str,
-    args: [&'static str; 2],
-    a: Option<A>,
-    b: Option<A>,
-) -> Result<Option<[A; 2]>> {
-    match (a, b) {
-        (Some(a), Some(b)) => Ok(Some([a, b])),
-        (None, None) => Ok(None),
-        (None, Some(_)) => Err(Fault::Null { op, arg: args[0] }),
-        (Some(_), None) => Err(Fault::Null { op, arg: args[1] }),
-    }
-}
-
-/// How many elements an array of that shape has.
-pub(crate) fn elements(op: &'static str, arg: &'static str, shape: &[usize]) -> Result<usize> {
-    let product = shape.iter().try_fold(1_usize, |product, &size| product.checked_mul(size));
-    product.ok_or_else(|| too_large(op, arg, shape))
-}
 
 fn too_large(op: &'static str, arg: &'static str, shape: &[usize]) -> Fault {
     let expected = "a size that a process can address".into();
@@ -321,6 +255,14 @@ pub(crate) fn check_reserved(op: &'static str, arg: &'static str, number: i32) -
     Err(Fault::UnknownFields { op, arg })
 }
 
+/// `Ok` where a pointer can be followed.
+pub(crate) fn check_pointer<T>(op: &'static str, arg: &'static str, to: *const T) -> Result<()> {
+    if to.is_null() {
+        return Err(Fault::Null { op, arg });
+    }
+    check_aligned(op, arg, to)
+}
+
 fn check_aligned<T>(op: &'static str, arg: &'static str, address: *const T) -> Result<()> {
     if address.is_aligned() {
         return Ok(());
@@ -338,8 +280,19 @@ pub(crate) unsafe trait Growing: Copy {
     /// Its size in the first version that had it.
     const FIRST_SIZE: usize;
 
-    /// What a caller has that sets nothing.
-    fn initial() -> Self;
+    /// What a caller has that sets nothing: zeros and null pointers, and in options the defaults.
+    fn initial() -> Self {
+        // SAFETY: of numbers and pointers only, by the trait.
+        unsafe { std::mem::zeroed() }
+    }
+}
+
+/// Options of the header, which begin as the defaults.
+pub(crate) trait Options: Growing {
+    /// The op's own.
+    type Options;
+
+    fn options(&self) -> Result<Self::Options>;
 }
 
 /// No struct will ever be as large, and what says so was not initialised.
@@ -354,10 +307,7 @@ pub(crate) unsafe fn read<T: Growing>(
     arg: &'static str,
     from: *const T,
 ) -> Result<T> {
-    if from.is_null() {
-        return Err(Fault::Null { op, arg });
-    }
-    check_aligned(op, arg, from)?;
+    check_pointer(op, arg, from)?;
     // SAFETY: the first field, by the trait.
     let size = unsafe { from.cast::<usize>().read() };
     check_size::<T>(op, arg, size)?;
@@ -400,10 +350,7 @@ pub(crate) unsafe fn initialise<T: Growing>(
     to: *mut T,
     size: usize,
 ) -> Result<()> {
-    if to.is_null() {
-        return Err(Fault::Null { op, arg });
-    }
-    check_aligned(op, arg, to)?;
+    check_pointer(op, arg, to)?;
     check_size::<T>(op, arg, size)?;
     let value = T::initial();
     let known = size.min(size_of::<T>());
@@ -520,6 +467,19 @@ mod tests {
         }
     }
 
+    impl Pass for Second {
+        const OP: &'static str = "op";
+
+        fn on_cpu(&self, _: &mut Memory) -> Result<()> {
+            Ok(())
+        }
+
+        #[cfg(any(feature = "cuda", feature = "simt"))]
+        fn on_cuda(&self, _: &mut Memory, _: &crate::cuda::Stream, _: SliceMut<u8>) -> Result<()> {
+            Ok(())
+        }
+    }
+
     #[test]
     fn structs_of_other_versions_are_read() {
         let first = First { struct_size: size_of::<First>(), a: 3 };
@@ -565,19 +525,29 @@ mod tests {
         let mut x = [0.0_f32; 8];
         let p = x.as_mut_ptr();
         // SAFETY: no slice is used.
-        let mut memory = unsafe { Memory::<Host>::new("op") };
-        memory.input("a", p, 4).unwrap();
-        memory.input("b", p.wrapping_add(2), 4).unwrap();
-        memory.output("c", p.wrapping_add(6), 2).unwrap();
-        memory.output("none", p, 0).unwrap();
+        let mut memory = unsafe { Memory::new::<Second>() };
+        let mut add = |arg, at, len, written, over: &[&'static str]| {
+            memory.array(arg, &[&[len]], p.wrapping_add(at), written, over).map(drop)
+        };
+        add("a", 0, 4, false, &[]).unwrap();
+        add("b", 2, 4, false, &[]).unwrap();
+        add("c", 6, 2, true, &[]).unwrap();
+        add("none", 0, 0, true, &[]).unwrap();
         for refused in [
-            memory.output("d", p.wrapping_add(5), 1).map(drop),
-            memory.input("d", p.wrapping_add(7), 1).map(drop),
-            // In place, which this space has not.
-            memory.output_over("d", p, 4, &["a"]).map(drop),
+            add("d", 5, 1, true, &[]),
+            add("d", 7, 1, false, &[]),
+            // Over an input, of which another is a part.
+            add("d", 0, 4, true, &["a"]),
+            add("d", 2, 4, true, &["a", "b"]),
         ] {
             assert!(matches!(refused, Err(Fault::Overlap { .. })), "{refused:?}");
         }
+        // SAFETY: no slice is used.
+        let mut memory = unsafe { Memory::new::<Second>() };
+        let mut p = p;
+        Reads::<Raw, Host>::input(&mut memory, "a", &[&[4]], &p.cast_const()).unwrap();
+        let refused = Writes::<Raw, Host>::output(&mut memory, "d", &[&[4]], &["a"], &mut p);
+        assert!(matches!(refused, Err(Fault::Overlap { .. })), "not in place: {refused:?}");
     }
 
     #[test]
@@ -585,8 +555,10 @@ mod tests {
         let x = [0.0_f64; 2];
         let p = x.as_ptr();
         // SAFETY: no slice is used.
-        let mut memory = unsafe { Memory::<Host>::new("op") };
-        let mut refused = |address: *const f64, len| memory.input("x", address, len).unwrap_err();
+        let mut memory = unsafe { Memory::new::<Second>() };
+        let mut refused = |address: *const f64, len| {
+            memory.array("x", &[&[len]], address, false, &[]).unwrap_err()
+        };
         assert!(matches!(refused(std::ptr::null(), 1), Fault::Null { .. }));
         assert!(matches!(refused(p.wrapping_byte_add(1), 1), Fault::Misaligned { .. }));
         for len in [usize::MAX, usize::MAX / 8, isize::MAX as usize / 8 + 1] {
@@ -595,7 +567,8 @@ mod tests {
         // The end is past the last address.
         let last = (usize::MAX - 7) as *const f64;
         assert!(matches!(refused(last, 2), Fault::Op(Error::Shape { .. })));
-        assert!(elements("op", "x", &[1 << 40, 1 << 40]).is_err());
-        assert_eq!(elements("op", "x", &[0, usize::MAX]).unwrap(), 0);
+        let mut product = |shape: &[usize]| memory.array("x", &[shape], p, false, &[]);
+        assert!(matches!(product(&[1 << 40, 1 << 40]), Err(Fault::Op(Error::Shape { .. }))));
+        assert_eq!(product(&[0, usize::MAX]).unwrap().1, 0);
     }
 }

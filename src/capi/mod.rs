@@ -3,17 +3,25 @@
 //!
 //! `include/ppo_kernels.h` is made of this module and of every op's `capi.rs` by cbindgen, with
 //! `cbindgen.toml`, whose first page says what holds for all functions; names and comments are
-//! written for its readers. A function takes its arguments as they come, `arguments` makes slices
-//! of them or refuses, and the op's own functions do the rest.
+//! written for its readers.
+//!
+//! # Safety
+//! Every exported function asks of its pointers what that page says, which is what [`cpu`] and
+//! [`cuda`] ask for: it hands them on and does nothing else.
 
 pub(crate) mod arguments;
 
 use std::any::Any;
 use std::cell::Cell;
-use std::ffi::{c_char, CStr};
+use std::ffi::{c_char, c_void, CStr};
 use std::fmt::{self, Write};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use self::arguments::check_pointer;
+use self::arguments::{initialise, read, Growing, Memory};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use crate::cuda::{Device, SliceMut, Stream};
 use crate::error::Error;
 
 /// The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
@@ -105,6 +113,7 @@ impl Fault {
                 Error::Shape { .. } => PPOK_STATUS_SHAPE,
                 Error::Dtype { .. } => PPOK_STATUS_DTYPE,
                 Error::Option { .. } => PPOK_STATUS_OPTION,
+                Error::Missing { .. } => PPOK_STATUS_NULL_POINTER,
                 Error::Target { .. } => PPOK_STATUS_TARGET,
                 Error::Mask { .. } => PPOK_STATUS_MASK,
                 #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -235,30 +244,116 @@ pub extern "C" fn ppok_version_string() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
-/// Runs `body` with the caller's stream. Without CUDA, what it would use is not used.
-#[cfg(any(feature = "cuda", feature = "simt"))]
-macro_rules! on_device {
-    ($op:expr, $handle:expr, [$($used:expr),*], |$stream:ident| $body:expr) => {{
-        // SAFETY: the header asks for a stream that lives.
-        let $stream = &unsafe { $crate::capi::stream($handle) }?;
-        $body
-    }};
+/// The arguments of one pass, as the header has them: sizes, inputs, options and outputs of the pass, all
+/// in one growing struct, for which [`cpu`], [`cuda`] and [`workspace_size`] do what all passes do.
+///
+/// Its methods turn the struct into the op's own lists, which `memory` checks on the way.
+pub(crate) trait Pass: Growing {
+    /// The op as errors name it.
+    const OP: &'static str;
+
+    /// Runs the pass on the CPU.
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()>;
+
+    /// Launches the pass, with a workspace of [`Pass::workspace_size`] bytes.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: SliceMut<u8>) -> Result<()>;
+
+    /// The bytes of workspace that [`Pass::on_cuda`] needs, by sizes and options, and by which pointers
+    /// are null.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+        Ok(0)
+    }
 }
 
-/// Runs `body` with the caller's stream. Without CUDA, what it would use is not used.
-#[cfg(not(any(feature = "cuda", feature = "simt")))]
-macro_rules! on_device {
-    ($op:expr, $handle:expr, [$($used:expr),*], |$stream:ident| $body:expr) => {{
-        let _ = ($handle, $(&$used),*);
-        Err($crate::capi::Fault::Unsupported { op: $op })
-    }};
+/// Gives options, of `size` bytes, their defaults.
+///
+/// # Safety
+/// The pointer is null or misaligned, or leads to as many bytes.
+pub(crate) unsafe fn init<T: Growing>(op: &'static str, options: *mut T, size: usize) -> i32 {
+    // SAFETY: the caller's.
+    call(|| unsafe { initialise(op, "options", options, size) })
 }
-pub(crate) use on_device;
+
+/// Runs a pass on the CPU.
+///
+/// # Safety
+/// The pointers are what the header asks for: those to structs null or misaligned or to as many bytes as
+/// `struct_size` says, those to arrays null or misaligned or to as many elements as the sizes say.
+pub(crate) unsafe fn cpu<A: Pass>(args: *const A) -> i32 {
+    call(|| {
+        // SAFETY: the caller's.
+        let (args, mut memory) = unsafe { (read(A::OP, "args", args)?, Memory::new::<A>()) };
+        args.on_cpu(&mut memory)
+    })
+}
+
+/// Launches a pass on the caller's stream.
+///
+/// # Safety
+/// As of [`cpu`], the arrays and the workspace being the device's, and the stream one that lives.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub(crate) unsafe fn cuda<A: Pass>(
+    args: *const A,
+    workspace: *mut c_void,
+    bytes: usize,
+    handle: *mut c_void,
+) -> i32 {
+    call(|| {
+        // SAFETY: the caller's.
+        let (args, stream, mut memory) =
+            unsafe { (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>()) };
+        let needed = args.workspace_size(&memory, stream.device())?;
+        let workspace = memory.workspace(workspace, bytes, needed)?;
+        args.on_cuda(&mut memory, &stream, workspace)
+    })
+}
+
+/// Writes the bytes of workspace that a pass needs to `size`.
+///
+/// # Safety
+/// As of [`cuda`], and `size` is null or misaligned or leads to room for the number. Arrays are not looked
+/// at.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+pub(crate) unsafe fn workspace_size<A: Pass>(
+    args: *const A,
+    handle: *mut c_void,
+    size: *mut usize,
+) -> i32 {
+    call(|| {
+        check_pointer(A::OP, "size", size)?;
+        // SAFETY: the caller's.
+        unsafe {
+            let (args, stream) = (read(A::OP, "args", args)?, stream(handle)?);
+            size.write(args.workspace_size(&Memory::new::<A>(), stream.device())?);
+        }
+        Ok(())
+    })
+}
+
+/// Refuses, in a library without CUDA.
+///
+/// # Safety
+/// None is needed.
+#[cfg(not(any(feature = "cuda", feature = "simt")))]
+pub(crate) unsafe fn cuda<A: Pass>(_: *const A, _: *mut c_void, _: usize, _: *mut c_void) -> i32 {
+    call(|| Err(Fault::Unsupported { op: A::OP }))
+}
+
+/// Refuses, in a library without CUDA.
+///
+/// # Safety
+/// None is needed.
+#[cfg(not(any(feature = "cuda", feature = "simt")))]
+pub(crate) unsafe fn workspace_size<A: Pass>(_: *const A, _: *mut c_void, _: *mut usize) -> i32 {
+    call(|| Err(Fault::Unsupported { op: A::OP }))
+}
 
 /// # Safety
 /// The handle is of a stream that lives for as long as the result is used.
 #[cfg(all(feature = "cuda", not(feature = "simt")))]
-pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::cuda::Stream<'a>> {
+pub(crate) unsafe fn stream<'a>(handle: *mut c_void) -> Result<crate::cuda::Stream<'a>> {
     // SAFETY: the caller's.
     Ok(unsafe { crate::cuda::Stream::from_raw(handle) }?)
 }
@@ -269,9 +364,8 @@ pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::
 /// # Safety
 /// The handle is null or as above.
 #[cfg(feature = "simt")]
-pub(crate) unsafe fn stream<'a>(handle: *mut std::ffi::c_void) -> Result<crate::cuda::Stream<'a>> {
+pub(crate) unsafe fn stream<'a>(handle: *mut c_void) -> Result<crate::cuda::Stream<'a>> {
     use crate::cuda::simt::{Machine, Order};
-    use crate::cuda::{Device, Stream};
     let device = Device { compute_capability: (9, 0), max_blocks: i32::MAX as u32, clusters: true };
     let machine = Machine { order: Order::Fifo, device, planted_bug: "" };
     // SAFETY: the caller's.

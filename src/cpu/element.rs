@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::math::LOGIT_LANES;
+use crate::memory::Element;
 
 mod sealed {
     pub trait Sealed {}
@@ -16,7 +17,7 @@ mod sealed {
 /// An element type of logits: `f32`, `f16` or `bf16`. Arithmetic is in `f32` whatever it is.
 ///
 /// The conversions are branch-free, so that a loop over logits widens and narrows in registers.
-pub trait Logit: sealed::Sealed + Copy + Send + Sync + 'static {
+pub trait Logit: sealed::Sealed + Element {
     /// The value as `f32`, which holds it exactly.
     fn to_f32(self) -> f32;
 
@@ -121,7 +122,7 @@ impl Logit for f16 {
 }
 
 /// An integer type of token ids: `u32` or `i64`.
-pub trait TokenId: sealed::Sealed + Copy + Send + Sync + 'static {
+pub trait TokenId: sealed::Sealed + Element {
     /// Whether the type has 64 bits, and not 32.
     const WIDE: bool;
 

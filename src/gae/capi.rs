@@ -5,21 +5,14 @@ use std::ffi::c_void;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use super::cuda;
 use super::{
-    cpu, GaeOptions, Inputs, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement,
-    ScoreScale, OP,
+    cpu, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, RewardShaping, ScoreOrder,
+    ScorePlacement, ScoreScale, OP,
 };
-use crate::capi::arguments::{
-    choose, elements, initialise, optional, or_none, read, read_or_default, Growing, Host, Memory,
-    Space, Workspace,
-};
+use crate::capi::arguments::{choose, optional, or_none, Given, Growing, Memory, Options, Raw};
+use crate::capi::{self, Pass, Result};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::{write_size, Device};
-use crate::capi::{call, on_device, Result};
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::Stream;
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::whiten;
-use crate::whiten::capi::ppok_moments;
+use crate::cuda::{Device, SliceMut, Stream};
+use crate::moments::Moments;
 
 /// A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
 /// NeMo).
@@ -109,7 +102,9 @@ unsafe impl Growing for ppok_gae_options {
     }
 }
 
-impl ppok_gae_options {
+impl Options for ppok_gae_options {
+    type Options = GaeOptions;
+
     fn options(&self) -> Result<GaeOptions> {
         let mean = self.score_mean;
         let value = self.missing_eos_value;
@@ -134,13 +129,17 @@ impl ppok_gae_options {
     }
 }
 
-/// Inputs of ppok_gae_*. All but `values` may be null.
+/// Arguments of ppok_gae_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 #[allow(non_camel_case_types)]
-pub struct ppok_gae_inputs {
+pub struct ppok_gae_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
+    /// Rows.
+    pub batch: usize,
+    /// Tokens of a row.
+    pub seq_len: usize,
     /// Values V, `[batch, seq_len]`.
     pub values: *const f32,
     /// Dense rewards, `[batch, seq_len]`; null stands for zeros.
@@ -157,58 +156,72 @@ pub struct ppok_gae_inputs {
     pub dones: *const u8,
     /// Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
     pub bootstrap: *const f32,
+    /// Null for the defaults. In the process's memory, also for CUDA.
+    pub options: *const ppok_gae_options,
+    /// Advantages, not whitened, `[batch, seq_len]`; written, and 0 where masked, as are the next two.
+    pub advantages: *mut f32,
+    /// Returns, the targets of the value function, `[batch, seq_len]`.
+    pub returns: *mut f32,
+    /// The rewards after shaping, `[batch, seq_len]`; null if not wanted.
+    pub shaped_rewards: *mut f32,
+    /// Moments of the unmasked advantages, one, written, for ppok_whiten_forward_*; null if not wanted.
+    pub moments: *mut Moments,
 }
 
-// SAFETY: of pointers without padding, its size first.
-unsafe impl Growing for ppok_gae_inputs {
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_gae_args {
     const FIRST_SIZE: usize = size_of::<Self>();
+}
 
-    fn initial() -> Self {
-        use std::ptr::null;
-        Self {
-            struct_size: size_of::<Self>(),
-            values: null(),
-            rewards: null(),
-            kl: null(),
-            scores: null(),
-            has_eos: null(),
-            mask: null(),
-            dones: null(),
-            bootstrap: null(),
+impl ppok_gae_args {
+    fn inputs(&self) -> Inputs<'_, Raw> {
+        Inputs {
+            values: self.values,
+            rewards: self.rewards.given(),
+            kl: self.kl.given(),
+            scores: self.scores.given(),
+            has_eos: self.has_eos.given(),
+            mask: self.mask.given(),
+            dones: self.dones.given(),
+            bootstrap: self.bootstrap.given(),
+        }
+    }
+
+    fn outputs(&self) -> Outputs<'_, Raw> {
+        Outputs {
+            advantages: self.advantages,
+            returns: self.returns,
+            shaped_rewards: self.shaped_rewards.given(),
+            moments: self.moments.given(),
         }
     }
 }
 
-/// Outputs of ppok_gae_*, each `[batch, seq_len]` and 0 where masked, but for the moments.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-#[allow(non_camel_case_types)]
-pub struct ppok_gae_outputs {
-    /// `sizeof` of this struct.
-    pub struct_size: usize,
-    /// Advantages, not whitened.
-    pub advantages: *mut f32,
-    /// Returns, the targets of the value function.
-    pub returns: *mut f32,
-    /// The rewards after shaping; null if not wanted.
-    pub rewards: *mut f32,
-    /// One: the moments of the unmasked advantages, for ppok_whiten_forward_*; null if not wanted.
-    pub moments: *mut ppok_moments,
-}
+impl Pass for ppok_gae_args {
+    const OP: &'static str = OP;
 
-// SAFETY: of pointers without padding, its size first.
-unsafe impl Growing for ppok_gae_outputs {
-    const FIRST_SIZE: usize = size_of::<Self>();
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        let (batch, seq_len) = (self.batch, self.seq_len);
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map([batch, seq_len], memory)?;
+        let outputs = outputs.try_map([batch, seq_len], memory)?;
+        Ok(cpu::gae(inputs, batch, seq_len, &options, outputs)?)
+    }
 
-    fn initial() -> Self {
-        use std::ptr::null_mut;
-        Self {
-            struct_size: size_of::<Self>(),
-            advantages: null_mut(),
-            returns: null_mut(),
-            rewards: null_mut(),
-            moments: null_mut(),
-        }
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: SliceMut<u8>) -> Result<()> {
+        let (batch, seq_len) = (self.batch, self.seq_len);
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map([batch, seq_len], memory)?;
+        let outputs = outputs.try_map([batch, seq_len], memory)?;
+        Ok(cuda::gae(stream, inputs, batch, seq_len, &options, outputs, workspace.cast())?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+        Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.batch, self.seq_len)))
     }
 }
 
@@ -218,8 +231,7 @@ pub unsafe extern "C" fn ppok_gae_options_init(
     options: *mut ppok_gae_options,
     struct_size: usize,
 ) -> i32 {
-    // SAFETY: the header's.
-    call(|| unsafe { initialise(OP, "options", options, struct_size) })
+    capi::init(OP, options, struct_size)
 }
 
 /// Generalised advantage estimation, with the shaping of the rewards in the same pass: for each row,
@@ -234,149 +246,28 @@ pub unsafe extern "C" fn ppok_gae_options_init(
 ///
 /// The scan starts at the last unmasked token. A row without one comes out as zeros, its score
 /// dropped. A score is scaled and clipped, then the rule for a missing end of sequence is applied.
-///
-/// - `inputs`, `outputs`: not null.
-/// - `batch`, `seq_len`: rows and tokens in each.
-/// - `options`: null for the defaults.
 #[no_mangle]
-pub unsafe extern "C" fn ppok_gae_cpu(
-    inputs: *const ppok_gae_inputs,
-    batch: usize,
-    seq_len: usize,
-    options: *const ppok_gae_options,
-    outputs: *const ppok_gae_outputs,
-) -> i32 {
-    let pass = Gae { inputs, batch, seq_len, options, outputs };
-    // SAFETY: the header's.
-    call(|| unsafe { pass.on_cpu() })
+pub unsafe extern "C" fn ppok_gae_cpu(args: *const ppok_gae_args) -> i32 {
+    capi::cpu(args)
 }
 
-/// ppok_gae_cpu() on device memory, to which the pointers in `inputs` and `outputs` lead, and `stream`.
-/// `workspace` has the bytes that ppok_gae_cuda_workspace_size() says.
+/// ppok_gae_cpu() on device memory and `stream`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_gae_cuda(
-    inputs: *const ppok_gae_inputs,
-    batch: usize,
-    seq_len: usize,
-    options: *const ppok_gae_options,
-    outputs: *const ppok_gae_outputs,
+    args: *const ppok_gae_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let pass = Gae { inputs, batch, seq_len, options, outputs };
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [pass, workspace], |stream| {
-            // SAFETY: the header's.
-            unsafe { pass.on_cuda(stream, workspace) }
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_gae_cuda() needs to `size`.
+/// Writes the bytes of workspace that ppok_gae_cuda() needs to `bytes`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_gae_cuda_workspace_size(
-    batch: usize,
-    seq_len: usize,
+    args: *const ppok_gae_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [batch, seq_len, size], |_stream| {
-            // SAFETY: the header's.
-            unsafe { write_size::<f64>(OP, size, cuda::workspace_len(batch, seq_len)) }
-        })
-    })
-}
-
-/// The arguments of the pass, as they came.
-#[derive(Clone, Copy)]
-struct Gae {
-    inputs: *const ppok_gae_inputs,
-    batch: usize,
-    seq_len: usize,
-    options: *const ppok_gae_options,
-    outputs: *const ppok_gae_outputs,
-}
-
-/// The arguments of the pass, looked at.
-struct Taken<'a, S: Space> {
-    options: GaeOptions,
-    values: S::In<'a, f32>,
-    rewards: Option<S::In<'a, f32>>,
-    kl: Option<S::In<'a, f32>>,
-    scores: Option<S::In<'a, f32>>,
-    has_eos: Option<S::In<'a, u8>>,
-    mask: Option<S::In<'a, u8>>,
-    dones: Option<S::In<'a, u8>>,
-    bootstrap: Option<S::In<'a, f32>>,
-    advantages: S::Out<'a, f32>,
-    returns: S::Out<'a, f32>,
-    shaped: Option<S::Out<'a, f32>>,
-    /// Null if not wanted.
-    moments: *mut ppok_moments,
-}
-
-impl Gae {
-    /// # Safety
-    /// The pointers are what the header asks for.
-    unsafe fn on_cpu(&self) -> Result<()> {
-        // SAFETY: the caller's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let taken = self.take(&mut memory)?;
-        let wanted = memory.optional_output("moments", taken.moments, 1)?;
-        let Taken { values, rewards, kl, scores, has_eos, mask, dones, bootstrap, .. } = taken;
-        let inputs = Inputs { values, rewards, kl, scores, has_eos, mask, dones, bootstrap };
-        let Taken { advantages, returns, shaped: rewards, .. } = taken;
-        let outputs = cpu::Outputs { advantages, returns, rewards };
-        let moments = cpu::gae(inputs, self.batch, self.seq_len, &taken.options, outputs)?;
-        if let Some(wanted) = wanted {
-            wanted[0] = moments.into();
-        }
-        Ok(())
-    }
-
-    /// # Safety
-    /// The pointers are what the header asks for.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    unsafe fn on_cuda(&self, stream: &Stream, workspace: Workspace) -> Result<()> {
-        // SAFETY: the caller's.
-        let mut memory = unsafe { Memory::<Device>::new(OP) };
-        let taken = self.take(&mut memory)?;
-        let moments =
-            memory.optional_output("moments", taken.moments.cast(), whiten::cuda::MOMENTS)?;
-        let &Gae { batch, seq_len, .. } = self;
-        let workspace = memory.workspace(workspace, cuda::workspace_len(batch, seq_len))?;
-        let Taken { values, rewards, kl, scores, has_eos, mask, dones, bootstrap, .. } = taken;
-        let inputs = cuda::Inputs { values, rewards, kl, scores, has_eos, mask, dones, bootstrap };
-        let Taken { advantages, returns, shaped: rewards, .. } = taken;
-        let outputs = cuda::Outputs { advantages, returns, rewards, moments };
-        Ok(cuda::gae(stream, inputs, batch, seq_len, &taken.options, outputs, workspace)?)
-    }
-
-    fn take<'a, S: Space>(&self, memory: &mut Memory<'a, S>) -> Result<Taken<'a, S>> {
-        // SAFETY: the header's.
-        let (options, inputs, outputs) = unsafe {
-            let options = read_or_default(OP, "options", self.options)?.options()?;
-            (options, read(OP, "inputs", self.inputs)?, read(OP, "outputs", self.outputs)?)
-        };
-        let batch = self.batch;
-        let tokens = elements(OP, "values", &[batch, self.seq_len])?;
-        Ok(Taken {
-            options,
-            values: memory.input("values", inputs.values, tokens)?,
-            rewards: memory.optional_input("rewards", inputs.rewards, tokens)?,
-            kl: memory.optional_input("kl", inputs.kl, tokens)?,
-            scores: memory.optional_input("scores", inputs.scores, batch)?,
-            has_eos: memory.optional_input("has_eos", inputs.has_eos, batch)?,
-            mask: memory.optional_input("mask", inputs.mask, tokens)?,
-            dones: memory.optional_input("dones", inputs.dones, tokens)?,
-            bootstrap: memory.optional_input("bootstrap", inputs.bootstrap, batch)?,
-            advantages: memory.output("advantages", outputs.advantages, tokens)?,
-            returns: memory.output("returns", outputs.returns, tokens)?,
-            shaped: memory.optional_output("rewards (out)", outputs.rewards, tokens)?,
-            moments: outputs.moments,
-        })
-    }
+    capi::workspace_size(args, stream, bytes)
 }

@@ -9,12 +9,13 @@
 
 use std::ops::Range;
 
-use super::{check_missing_eos, GaeOptions, Inputs, Lengths, MaskMode, ScorePlacement};
+use super::{check_missing_eos, GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
 use crate::cpu::{past_caches, prefetch, reduce, vectorise, RowsMut, Writer};
 use crate::error::Result;
-use crate::whiten::cpu::{leaf_moments, LaneMoments, LEAF};
-use crate::whiten::Moments;
+use crate::memory::{Host, Lengths};
+use crate::moments::cpu::{leaf_moments, LaneMoments, LEAF};
+use crate::moments::Moments;
 
 /// Tokens of a chunk: rewards, values, advantages and returns of one are 8 KiB.
 const CHUNK: usize = 512;
@@ -26,55 +27,37 @@ const AHEAD: isize = -1024;
 /// Tokens a thread takes at a time: some 10 us of work, far above the cost of handing it out.
 const GRAIN: usize = 16 * 1024;
 
-/// What [`gae`] writes, each `[B, T]`, and 0 where masked.
-#[derive(Debug)]
-pub struct Outputs<'a> {
-    /// Advantages.
-    pub advantages: &'a mut [f32],
-    /// Returns: the targets of the value function.
-    pub returns: &'a mut [f32],
-    /// The rewards after shaping, if wanted.
-    pub rewards: Option<&'a mut [f32]>,
-}
+/// The inputs as slices.
+pub type Inputs<'a> = super::Inputs<'a, Host>;
 
-/// Advantages and returns of `batch` rows of `seq_len` tokens; returns the moments of the unmasked
-/// advantages.
+/// The outputs as slices.
+pub type Outputs<'a> = super::Outputs<'a, Host>;
+
+/// Advantages and returns of `batch` rows of `seq_len` tokens.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, or [`MissingEos`](super::MissingEos) has no
 /// `scores` and `has_eos` to work on. Nothing is written then.
 pub fn gae(
-    inputs: Inputs<f32>,
+    inputs: Inputs,
     batch: usize,
     seq_len: usize,
     options: &GaeOptions,
-    outputs: Outputs,
-) -> Result<Moments> {
+    mut outputs: Outputs,
+) -> Result<()> {
     options.validate()?;
-    let shaped = outputs.rewards.as_ref();
-    Lengths {
-        values: inputs.values.len(),
-        rewards: inputs.rewards.map(<[f32]>::len),
-        kl: inputs.kl.map(<[f32]>::len),
-        scores: inputs.scores.map(<[f32]>::len),
-        has_eos: inputs.has_eos.map(<[u8]>::len),
-        mask: inputs.mask.map(<[u8]>::len),
-        dones: inputs.dones.map(<[u8]>::len),
-        bootstrap: inputs.bootstrap.map(<[f32]>::len),
-        advantages: outputs.advantages.len(),
-        returns: outputs.returns.len(),
-        shaped: shaped.map(|shaped| shaped.len()),
-    }
-    .check(batch, seq_len)?;
-    let (scores, has_eos) = (inputs.scores.is_some(), inputs.has_eos.is_some());
-    check_missing_eos(options.shaping.missing_eos, scores, has_eos)?;
+    let shape = [batch, seq_len];
+    inputs.try_map(shape, &mut Lengths(OP))?;
+    outputs.try_map(shape, &mut Lengths(OP))?;
+    check_missing_eos(options.shaping.missing_eos, &inputs)?;
 
     let coefficients = Coefficients::new(options);
-    let job = Job { inputs: &inputs, seq_len, options, coefficients };
+    let job = Job { inputs, seq_len, options, coefficients };
     let rows = |data| RowsMut { data, width: seq_len };
-    let bytes = size_of_val(outputs.advantages) * if outputs.rewards.is_some() { 3 } else { 2 };
+    let bytes =
+        size_of_val(outputs.advantages) * if outputs.shaped_rewards.is_some() { 3 } else { 2 };
     let past = past_caches(bytes);
-    let items = (rows(outputs.advantages), rows(outputs.returns), outputs.rewards.map(rows));
+    let items = (rows(outputs.advantages), rows(outputs.returns), outputs.shaped_rewards.map(rows));
     let leaf = |first, count, items| {
         vectorise(
             #[inline(always)]
@@ -86,21 +69,25 @@ pub fn gae(
     };
     // Rows of nothing need no walk, however many there are.
     let batch = if seq_len == 0 { 0 } else { batch };
-    Ok(reduce(batch, GRAIN / seq_len.max(1), items, leaf, Moments::merge))
+    let moments = reduce(batch, GRAIN / seq_len.max(1), items, leaf, Moments::merge);
+    if let Some(wanted) = outputs.moments {
+        wanted[0] = moments;
+    }
+    Ok(())
 }
 
 /// What all rows have in common.
-struct Job<'a> {
-    inputs: &'a Inputs<'a, f32>,
+struct Job<'a, 'b> {
+    inputs: Inputs<'a>,
     seq_len: usize,
-    options: &'a GaeOptions,
+    options: &'b GaeOptions,
     coefficients: Coefficients,
 }
 
 /// Rows of [`Outputs`].
 type OutRows<'a> = (RowsMut<'a, f32>, RowsMut<'a, f32>, Option<RowsMut<'a, f32>>);
 
-impl Job<'_> {
+impl Job<'_, '_> {
     /// `count` rows from `first` on, and the moments of their advantages.
     #[inline(always)]
     fn scan_rows<const PAST: bool>(&self, first: usize, count: usize, out: OutRows) -> Moments {
@@ -108,11 +95,12 @@ impl Job<'_> {
         let (mut moments, writer) = (Moments::default(), Writer::<PAST>);
         // From the last row, so that all goes one way through memory.
         for i in (0..count).rev() {
-            let row = Row::new(self.inputs, first + i, self.seq_len, self.options);
+            let row = Row::new(&self.inputs, first + i, self.seq_len, self.options);
             let out = Outputs {
                 advantages: advantages.row(i),
                 returns: returns.row(i),
-                rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
+                shaped_rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
+                moments: None,
             };
             moments = scan(&row, &self.coefficients, out, &writer).merge(moments);
         }
@@ -165,7 +153,7 @@ struct Row<'a> {
 
 impl<'a> Row<'a> {
     #[inline(always)]
-    fn new(inputs: &Inputs<'a, f32>, row: usize, seq_len: usize, options: &GaeOptions) -> Self {
+    fn new(inputs: &Inputs<'a>, row: usize, seq_len: usize, options: &GaeOptions) -> Self {
         let at = row * seq_len..(row + 1) * seq_len;
         let mask = inputs.mask.map(|mask| &mask[at.clone()]);
         let last = match mask {
@@ -302,7 +290,7 @@ fn scan<const PAST: bool>(
     // Not the score's place: what is written past the caches is not to be written again before the
     // writer is dropped.
     let padding = out.part(end + usize::from(after.is_some())..row.values.len());
-    let padding = [Some(padding.advantages), Some(padding.returns), padding.rewards];
+    let padding = [Some(padding.advantages), Some(padding.returns), padding.shaped_rewards];
     for padding in padding.into_iter().flatten() {
         writer.fill(padding, 0.0);
     }
@@ -312,7 +300,7 @@ fn scan<const PAST: bool>(
         state.step(score, value, c);
         out.advantages[place] = 0.0;
         out.returns[place] = state.value_advantage + value;
-        if let Some(rewards) = &mut out.rewards {
+        if let Some(rewards) = &mut out.shaped_rewards {
             rewards[place] = score;
         }
     }
@@ -338,7 +326,8 @@ impl Outputs<'_> {
         Outputs {
             advantages: &mut self.advantages[at.clone()],
             returns: &mut self.returns[at.clone()],
-            rewards: self.rewards.as_mut().map(|rewards| &mut rewards[at]),
+            shaped_rewards: self.shaped_rewards.as_mut().map(|rewards| &mut rewards[at]),
+            moments: None,
         }
     }
 }
@@ -421,7 +410,7 @@ impl Chunk<'_> {
                 self.shaped_rewards(&c, &mut shaped)
             }
         };
-        if let Some(out) = out.rewards {
+        if let Some(out) = out.shaped_rewards {
             writer.copy(out, rewards);
         }
 
@@ -482,7 +471,7 @@ impl Chunk<'_> {
         }
         steps.scan(state, c, self, &mut out);
 
-        if let Some(out) = out.rewards {
+        if let Some(out) = out.shaped_rewards {
             for (i, out) in out.iter_mut().enumerate() {
                 *out = if self.keeps(i) { rewards[i] } else { 0.0 };
             }
@@ -615,7 +604,7 @@ mod tests {
         let mut options = GaeOptions::default();
         options.shaping.placement = placement;
         let coefficients = Coefficients::new(&options);
-        let job = Job { inputs: &inputs, seq_len, options: &options, coefficients };
+        let job = Job { inputs, seq_len, options: &options, coefficients };
         let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
         let [a, b, c] = out.each_mut().map(|data| RowsMut { data, width: seq_len });
         let moments = job.scan_rows::<PAST>(0, BATCH, (a, b, Some(c)));

@@ -5,13 +5,17 @@
 //! padding behind it, nor on which of the kernels takes it, so that this can be chosen by the whole
 //! shape. The moments depend on the shape as well.
 
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
-use super::{check_missing_eos, GaeOptions, Lengths, MaskMode, MissingEos, RewardShaping};
-use super::{ScoreOrder, ScorePlacement, OP};
-use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
+use super::{
+    check_missing_eos, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement,
+    OP,
+};
+use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::whiten::cuda::{merge, merge_workspace_len, MOMENTS};
+use crate::memory::{Device, Lengths, Pointer, Pointers};
+use crate::moments::cuda::{merge, merge_workspace_len};
+use crate::moments::Moments;
 
 const WARP: usize = 32;
 
@@ -80,56 +84,11 @@ impl Mapping {
     }
 }
 
-/// The inputs on the device; see [the module](super) for their meaning.
-#[derive(Clone, Copy)]
-pub struct Inputs<'a> {
-    /// Values, `[B, T]`.
-    pub values: Slice<'a, f32>,
-    /// Dense rewards, `[B, T]`.
-    pub rewards: Option<Slice<'a, f32>>,
-    /// KL to the reference policy, `[B, T]`.
-    pub kl: Option<Slice<'a, f32>>,
-    /// Scores of the sequences, `[B]`.
-    pub scores: Option<Slice<'a, f32>>,
-    /// Whether the sequence has an end-of-sequence token, `[B]`.
-    pub has_eos: Option<Slice<'a, u8>>,
-    /// 0 where masked, `[B, T]`.
-    pub mask: Option<Slice<'a, u8>>,
-    /// Non-zero where an episode ended with step t, `[B, T]`.
-    pub dones: Option<Slice<'a, u8>>,
-    /// Value of the state after the last unmasked token, `[B]`.
-    pub bootstrap: Option<Slice<'a, f32>>,
-}
+/// The inputs in device memory.
+pub type Inputs<'a> = super::Inputs<'a, Device>;
 
-impl<'a> Inputs<'a> {
-    /// Values alone, to be filled in with `Inputs { mask: Some(..), ..Inputs::new(values) }`.
-    pub fn new(values: Slice<'a, f32>) -> Self {
-        Self {
-            values,
-            rewards: None,
-            kl: None,
-            scores: None,
-            has_eos: None,
-            mask: None,
-            dones: None,
-            bootstrap: None,
-        }
-    }
-}
-
-/// What [`gae`] writes, each `[B, T]`, and 0 where masked, but for the moments. None of it may be
-/// the memory of an input.
-pub struct Outputs<'a> {
-    /// Advantages.
-    pub advantages: SliceMut<'a, f32>,
-    /// Returns: the targets of the value function.
-    pub returns: SliceMut<'a, f32>,
-    /// The rewards after shaping, if wanted.
-    pub rewards: Option<SliceMut<'a, f32>>,
-    /// Count, mean and sum of squared deviations of the unmasked advantages, if wanted, for
-    /// [`whiten::cuda`](crate::whiten::cuda).
-    pub moments: Option<SliceMut<'a, f64>>,
-}
+/// The outputs in device memory.
+pub type Outputs<'a> = super::Outputs<'a, Device>;
 
 /// The least length of the workspace of [`gae`]: 24 bytes a row or less, and for few long rows some
 /// 24 bytes every 128 tokens.
@@ -162,40 +121,25 @@ pub fn gae(
     batch: usize,
     seq_len: usize,
     options: &GaeOptions,
-    outputs: Outputs,
+    mut outputs: Outputs,
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     options.validate()?;
-    Lengths {
-        values: inputs.values.len(),
-        rewards: inputs.rewards.map(|slice| slice.len()),
-        kl: inputs.kl.map(|slice| slice.len()),
-        scores: inputs.scores.map(|slice| slice.len()),
-        has_eos: inputs.has_eos.map(|slice| slice.len()),
-        mask: inputs.mask.map(|slice| slice.len()),
-        dones: inputs.dones.map(|slice| slice.len()),
-        bootstrap: inputs.bootstrap.map(|slice| slice.len()),
-        advantages: outputs.advantages.len(),
-        returns: outputs.returns.len(),
-        shaped: outputs.rewards.as_ref().map(|slice| slice.len()),
-    }
-    .check(batch, seq_len)?;
-    let (scores, has_eos) = (inputs.scores.is_some(), inputs.has_eos.is_some());
-    check_missing_eos(options.shaping.missing_eos, scores, has_eos)?;
-    if let Some(moments) = &outputs.moments {
-        Error::check_len(OP, "moments", moments.len(), MOMENTS)?;
-    }
+    let shape = [batch, seq_len];
+    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
+    check_missing_eos(options.shaping.missing_eos, &inputs)?;
     Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len))?;
 
-    let moments = outputs.moments.as_ref().map(|moments| moments.as_mut_ptr());
-    let workspace = workspace.as_mut_ptr();
+    let moments = outputs.moments.map(Pointer::as_ptr);
+    let workspace: *mut Moments = workspace.as_mut_ptr().cast();
     if batch == 0 || seq_len == 0 {
         return moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, 0, moments));
     }
     let mapping = Mapping::new(batch, seq_len);
     let blocks = mapping.blocks(batch, seq_len);
     let partials = if moments.is_some() { workspace } else { null_mut() };
-    let mut args = GaeArgs::new(inputs, batch, seq_len, options, outputs, partials);
+    let mut args = GaeArgs::new(inputs, shape, options, outputs, partials);
 
     let launch = |pass, blocks, threads: usize, args: &GaeArgs| {
         let launch = Launch::new(stream.device(), blocks, 1, threads as u32);
@@ -211,10 +155,10 @@ pub fn gae(
             let segments = seq_len.div_ceil(SEGMENT);
             args.segments = segments as i64;
             args.tiles = seq_len.div_ceil(TILE) as i32;
-            args.last = workspace.wrapping_add(merge_workspace_len(blocks)).cast();
+            args.last = workspace.cast::<f64>().wrapping_add(merge_workspace_len(blocks)).cast();
             args.carries = args.last.wrapping_add(batch).cast();
             args.totals = args.carries.wrapping_add(batch * segments).cast();
-            if !args.mask.is_null() {
+            if args.inputs.mask.is_some() {
                 launch("last", batch, BLOCK, &args)?;
             }
             launch("totals", blocks, BLOCK, &args)?;
@@ -274,19 +218,10 @@ impl Shaping {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct GaeArgs {
-    values: *const f32,
-    rewards: *const f32,
-    kl: *const f32,
-    scores: *const f32,
-    bootstrap: *const f32,
-    has_eos: *const u8,
-    mask: *const u8,
-    dones: *const u8,
-    advantages: *mut f32,
-    returns: *mut f32,
-    shaped: *mut f32,
-    partials: *mut f64,
+struct GaeArgs<'a> {
+    inputs: super::Inputs<'a, Pointers>,
+    outputs: super::Outputs<'a, Pointers>,
+    partials: *mut Moments,
     last: *mut i64,
     totals: *mut [u32; 3],
     carries: *mut [f32; 2],
@@ -304,34 +239,25 @@ struct GaeArgs {
     returns_decay: Decay,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for GaeArgs {}
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+unsafe impl Args for GaeArgs<'_> {}
 
-impl GaeArgs {
+impl<'a> GaeArgs<'a> {
     /// Without what only some mappings have.
     fn new(
-        inputs: Inputs,
-        batch: usize,
-        seq_len: usize,
+        mut inputs: super::Inputs<'a, Pointers>,
+        [batch, seq_len]: [usize; 2],
         options: &GaeOptions,
-        outputs: Outputs,
-        partials: *mut f64,
+        outputs: super::Outputs<'a, Pointers>,
+        partials: *mut Moments,
     ) -> Self {
-        let f32s = |slice: Option<Slice<f32>>| slice.map_or(null(), |slice| slice.as_ptr());
-        let flags = |slice: Option<Slice<u8>>| slice.map_or(null(), |slice| slice.as_ptr());
         let shaping = &options.shaping;
+        // What the options make nothing of is not read.
+        inputs.kl = inputs.kl.filter(|_| shaping.kl_coef != 0.0);
+        inputs.has_eos = inputs.has_eos.filter(|_| shaping.missing_eos != MissingEos::Keep);
         Self {
-            values: inputs.values.as_ptr(),
-            rewards: f32s(inputs.rewards),
-            kl: f32s(inputs.kl.filter(|_| shaping.kl_coef != 0.0)),
-            scores: f32s(inputs.scores),
-            bootstrap: f32s(inputs.bootstrap),
-            has_eos: flags(inputs.has_eos.filter(|_| shaping.missing_eos != MissingEos::Keep)),
-            mask: flags(inputs.mask),
-            dones: flags(inputs.dones),
-            advantages: outputs.advantages.as_mut_ptr(),
-            returns: outputs.returns.as_mut_ptr(),
-            shaped: outputs.rewards.map_or(null_mut(), |slice| slice.as_mut_ptr()),
+            inputs,
+            outputs,
             partials,
             last: null_mut(),
             totals: null_mut(),

@@ -21,7 +21,7 @@
 //! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
 //! | dones | `[B, T]` | u8, non-zero where an episode ended *with* step t | none did |
 //! | bootstrap | `[B]` | f32, value of the state after the last unmasked token | 0 |
-//! | advantages, returns, rewards (out) | `[B, T]` | f32 | |
+//! | advantages, returns, shaped_rewards (out) | `[B, T]` | f32 | |
 //!
 //! - **Masks** may have padding left and right, and gaps. Masked elements of all inputs, `dones`
 //!   included, are not looked at and may hold NaN; they come out as 0. The scan starts at the last
@@ -53,7 +53,8 @@ mod tensor;
 pub use tensor::{gae, GaeInputs, GaeOutput};
 
 use crate::error::{Error, Result};
-use crate::whiten::RunningMoments;
+use crate::memory::{Reads, Shape, Space, Writes};
+use crate::moments::{Moments, RunningMoments};
 
 const OP: &str = "gae";
 
@@ -241,31 +242,32 @@ impl RewardShaping {
     }
 }
 
-/// The inputs as slices, of f32 for [`cpu::gae`] and of f64 for [`reference::gae`]; see
-/// [the module](self) for their meaning.
+/// The inputs in some memory; see [the module](self) for their meaning. All but the values may be left
+/// out.
 #[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a, T> {
+#[repr(C)]
+pub struct Inputs<'a, S: Space> {
     /// Values, `[B, T]`.
-    pub values: &'a [T],
+    pub values: S::In<'a, f32>,
     /// Dense rewards, `[B, T]`.
-    pub rewards: Option<&'a [T]>,
+    pub rewards: Option<S::In<'a, f32>>,
     /// KL to the reference policy, `[B, T]`.
-    pub kl: Option<&'a [T]>,
+    pub kl: Option<S::In<'a, f32>>,
     /// Scores of the sequences, `[B]`.
-    pub scores: Option<&'a [T]>,
+    pub scores: Option<S::In<'a, f32>>,
     /// Whether the sequence has an end-of-sequence token, `[B]`.
-    pub has_eos: Option<&'a [u8]>,
+    pub has_eos: Option<S::In<'a, u8>>,
     /// 0 where masked, `[B, T]`.
-    pub mask: Option<&'a [u8]>,
+    pub mask: Option<S::In<'a, u8>>,
     /// Non-zero where an episode ended with step t, `[B, T]`.
-    pub dones: Option<&'a [u8]>,
+    pub dones: Option<S::In<'a, u8>>,
     /// Value of the state after the last unmasked token, `[B]`.
-    pub bootstrap: Option<&'a [T]>,
+    pub bootstrap: Option<S::In<'a, f32>>,
 }
 
-impl<'a, T> Inputs<'a, T> {
+impl<'a, S: Space> Inputs<'a, S> {
     /// Values alone, to be filled in with `Inputs { mask: Some(..), ..Inputs::new(values) }`.
-    pub fn new(values: &'a [T]) -> Self {
+    pub fn new(values: S::In<'a, f32>) -> Self {
         Self {
             values,
             rewards: None,
@@ -277,47 +279,67 @@ impl<'a, T> Inputs<'a, T> {
             bootstrap: None,
         }
     }
+
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        [batch, seq_len]: [usize; 2],
+        c: &mut C,
+    ) -> std::result::Result<Inputs<'b, To>, C::Error> {
+        let (tokens, rows): (Shape, Shape) = (&[&[batch, seq_len]], &[&[batch]]);
+        Ok(Inputs {
+            values: c.input("values", tokens, &self.values)?,
+            rewards: c.optional_input("rewards", tokens, &self.rewards)?,
+            kl: c.optional_input("kl", tokens, &self.kl)?,
+            scores: c.optional_input("scores", rows, &self.scores)?,
+            has_eos: c.optional_input("has_eos", rows, &self.has_eos)?,
+            mask: c.optional_input("mask", tokens, &self.mask)?,
+            dones: c.optional_input("dones", tokens, &self.dones)?,
+            bootstrap: c.optional_input("bootstrap", rows, &self.bootstrap)?,
+        })
+    }
 }
 
-/// The lengths of all arguments, `None` for what is not given.
-struct Lengths {
-    values: usize,
-    rewards: Option<usize>,
-    kl: Option<usize>,
-    scores: Option<usize>,
-    has_eos: Option<usize>,
-    mask: Option<usize>,
-    dones: Option<usize>,
-    bootstrap: Option<usize>,
-    advantages: usize,
-    returns: usize,
-    shaped: Option<usize>,
+/// The outputs in some memory: `[B, T]` and 0 where masked, but for the moments. None may be the memory
+/// of an input.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Outputs<'a, S: Space> {
+    /// Advantages, not whitened.
+    pub advantages: S::Out<'a, f32>,
+    /// Returns: the targets of the value function.
+    pub returns: S::Out<'a, f32>,
+    /// The rewards after shaping, if wanted.
+    pub shaped_rewards: Option<S::Out<'a, f32>>,
+    /// Moments of the unmasked advantages, `[1]`, if wanted.
+    pub moments: Option<S::Out<'a, Moments>>,
 }
 
-impl Lengths {
-    /// `Ok` when they are those of `batch` rows of `seq_len` tokens.
-    fn check(&self, batch: usize, seq_len: usize) -> Result<()> {
-        let tokens = batch.saturating_mul(seq_len);
-        let check = |arg, length: Option<usize>, expected| {
-            Error::check_len(OP, arg, length.unwrap_or(expected), expected)
-        };
-        check("values", Some(self.values), tokens)?;
-        check("rewards", self.rewards, tokens)?;
-        check("kl", self.kl, tokens)?;
-        check("scores", self.scores, batch)?;
-        check("has_eos", self.has_eos, batch)?;
-        check("mask", self.mask, tokens)?;
-        check("dones", self.dones, tokens)?;
-        check("bootstrap", self.bootstrap, batch)?;
-        check("advantages", Some(self.advantages), tokens)?;
-        check("returns", Some(self.returns), tokens)?;
-        check("rewards (out)", self.shaped, tokens)
+impl<S: Space> Outputs<'_, S> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        [batch, seq_len]: [usize; 2],
+        c: &mut C,
+    ) -> std::result::Result<Outputs<'b, To>, C::Error> {
+        let tokens: Shape = &[&[batch, seq_len]];
+        Ok(Outputs {
+            advantages: c.output("advantages", tokens, &[], &mut self.advantages)?,
+            returns: c.output("returns", tokens, &[], &mut self.returns)?,
+            shaped_rewards: c.optional_output(
+                "shaped_rewards",
+                tokens,
+                &[],
+                &mut self.shaped_rewards,
+            )?,
+            moments: c.optional_output("moments", &[&[1]], &[], &mut self.moments)?,
+        })
     }
 }
 
 /// An error if the rule for a missing end of sequence lacks the inputs it works on.
-fn check_missing_eos(rule: MissingEos, scores: bool, has_eos: bool) -> Result<()> {
-    if rule == MissingEos::Keep || (scores && has_eos) {
+fn check_missing_eos<S: Space>(rule: MissingEos, inputs: &Inputs<S>) -> Result<()> {
+    if rule == MissingEos::Keep || (inputs.scores.is_some() && inputs.has_eos.is_some()) {
         return Ok(());
     }
     Err(Error::Option {

@@ -1,7 +1,12 @@
 //! The op in plain f64 loops: make a list of steps, then walk it backwards.
 
-use super::{GaeOptions, Inputs, MaskMode, ScorePlacement};
-use crate::whiten::{self, Moments};
+use super::{GaeOptions, MaskMode, ScorePlacement};
+use crate::memory::HostF64;
+use crate::moments::Moments;
+use crate::whiten;
+
+/// The inputs in f64.
+pub type Inputs<'a> = super::Inputs<'a, HostF64>;
 
 /// What [`gae`] returns, each `[B, T]`, and 0 where masked.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,7 +34,7 @@ struct Step {
 ///
 /// # Panics
 /// If a slice is shorter than its shape says.
-pub fn gae(inputs: &Inputs<f64>, batch: usize, seq_len: usize, options: &GaeOptions) -> Gae {
+pub fn gae(inputs: &Inputs, batch: usize, seq_len: usize, options: &GaeOptions) -> Gae {
     let zeros = vec![0.0; batch * seq_len];
     let mut out = Gae {
         advantages: zeros.clone(),
@@ -61,7 +66,7 @@ pub fn gae(inputs: &Inputs<f64>, batch: usize, seq_len: usize, options: &GaeOpti
 }
 
 /// The steps of a row in order of time, from its first unmasked token on.
-fn steps(inputs: &Inputs<f64>, row: usize, seq_len: usize, options: &GaeOptions) -> Vec<Step> {
+fn steps(inputs: &Inputs, row: usize, seq_len: usize, options: &GaeOptions) -> Vec<Step> {
     let at = |t: usize| row * seq_len + t;
     let keeps = |t: usize| inputs.mask.is_none_or(|mask| mask[at(t)] != 0);
     let tokens: Vec<usize> = (0..seq_len).filter(|&t| keeps(t)).collect();

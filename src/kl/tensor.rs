@@ -10,10 +10,10 @@ use super::{FullKlOptions, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
 #[cfg(feature = "cuda")]
-use crate::tensor::cuda_rooms;
+use crate::tensor::cuda_buffers;
 use crate::tensor::{
-    check_arg, check_dtype, cpu_rooms, node, optional_arg, optional_view, view, Backend, Element,
-    Room, View,
+    buffers, check_arg, check_dtype, cpu_buffers, node, optional_arg, optional_view, view, Backend,
+    Buffer, View,
 };
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
@@ -119,9 +119,9 @@ impl TokenKl {
         })
     }
 
-    fn forward(&self, logp: &Tensor, ref_logp: &Tensor) -> Result<Room<f32>> {
+    fn forward(&self, logp: &Tensor, ref_logp: &Tensor) -> Result<Buffer<f32>> {
         let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
-        let mut kl = backend.room(logp.elem_count())?;
+        let mut kl = backend.buffer(logp.elem_count())?;
         let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
         let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
         let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
@@ -153,7 +153,7 @@ impl TokenKl {
     ) -> Result<Vec<Option<Tensor>>> {
         let shape = logp.shape();
         let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
-        let mut grads = backend.rooms::<f32, 2>(wanted, shape.elem_count())?;
+        let mut grads = buffers::<f32, 2>(&backend, wanted, shape.elem_count())?;
         let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
         let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
         let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
@@ -163,7 +163,7 @@ impl TokenKl {
                 let (logp, ref_logp) = (logp.cpu(), ref_logp.cpu());
                 let inputs =
                     cpu::TokenInputs { logp, ref_logp, mask: mask.as_ref().map(View::cpu) };
-                let [a, b] = cpu_rooms(&mut grads);
+                let [a, b] = cpu_buffers(&mut grads);
                 cpu::token_backward(inputs, &self.options, grad.cpu(), a, b)?;
             }
             #[cfg(feature = "cuda")]
@@ -171,7 +171,7 @@ impl TokenKl {
                 let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
                 let mask = mask.as_ref().map(View::cuda);
                 let inputs = cuda::TokenInputs { logp, ref_logp, mask };
-                let ([a, b], stream) = (cuda_rooms(&mut grads), backend.stream()?);
+                let ([a, b], stream) = (cuda_buffers(&mut grads), backend.stream()?);
                 cuda::token_backward(&stream, inputs, &self.options, grad.cuda(), a, b)?;
             }
         }
@@ -189,7 +189,11 @@ struct FullKl {
 }
 
 impl FullKl {
-    fn apply<T: Logit + Element>(self, logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
+    fn apply<T: Logit + crate::memory::Element>(
+        self,
+        logits: &Tensor,
+        ref_logits: &Tensor,
+    ) -> Result<Tensor> {
         let stats = self.forward::<T>(logits, ref_logits)?;
         let wanted = [logits.track_op(), ref_logits.track_op()];
         let shape = (STATS, logits.elem_count() / self.vocab);
@@ -199,14 +203,14 @@ impl FullKl {
         })
     }
 
-    fn forward<T: Logit + Element>(
+    fn forward<T: Logit + crate::memory::Element>(
         &self,
         logits: &Tensor,
         ref_logits: &Tensor,
-    ) -> Result<Room<f32>> {
+    ) -> Result<Buffer<f32>> {
         let (rows, vocab) = (logits.elem_count() / self.vocab, self.vocab);
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let mut stats = backend.room(STATS * rows)?;
+        let mut stats = backend.buffer(STATS * rows)?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
         let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
         let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
@@ -224,7 +228,7 @@ impl FullKl {
                 let mask = mask.as_ref().map(View::cuda);
                 let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
                 let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-                let mut workspace = backend.room(len)?;
+                let mut workspace = backend.buffer(len)?;
                 let (stats, workspace) = (stats.cuda(), workspace.slice());
                 cuda::full_forward(&stream, inputs, &self.options, stats, workspace)?;
             }
@@ -233,7 +237,7 @@ impl FullKl {
     }
 
     /// The gradients of logits and ref_logits, where wanted.
-    fn backward<T: Logit + Element>(
+    fn backward<T: Logit + crate::memory::Element>(
         &self,
         logits: &Tensor,
         ref_logits: &Tensor,
@@ -243,7 +247,7 @@ impl FullKl {
     ) -> Result<Vec<Option<Tensor>>> {
         let (shape, vocab) = (logits.shape(), self.vocab);
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let mut grads = backend.rooms::<T, 2>(wanted, shape.elem_count())?;
+        let mut grads = buffers::<T, 2>(&backend, wanted, shape.elem_count())?;
         let z = view::<T>(FULL_OP, "logits", logits)?;
         let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
         let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
@@ -254,7 +258,7 @@ impl FullKl {
                 let (logits, ref_logits) = (z.cpu(), w.cpu());
                 let mask = mask.as_ref().map(View::cpu);
                 let inputs = cpu::FullInputs { logits, ref_logits, vocab, mask };
-                let [grad_logits, grad_ref_logits] = cpu_rooms(&mut grads);
+                let [grad_logits, grad_ref_logits] = cpu_buffers(&mut grads);
                 cpu::full_backward(
                     inputs,
                     &self.options,
@@ -269,7 +273,7 @@ impl FullKl {
                 let (logits, ref_logits) = (z.cuda(), w.cuda());
                 let mask = mask.as_ref().map(View::cuda);
                 let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
-                let [grad_logits, grad_ref_logits] = cuda_rooms(&mut grads);
+                let [grad_logits, grad_ref_logits] = cuda_buffers(&mut grads);
                 cuda::full_backward(
                     &backend.stream()?,
                     inputs,

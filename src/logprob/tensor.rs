@@ -9,7 +9,8 @@ use super::cuda;
 use super::{cpu, LogprobOptions, OP};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
-use crate::tensor::{check_arg, check_dtype, node, parts, parts_mut, view, Backend, Element, Room};
+use crate::memory::Element;
+use crate::tensor::{check_arg, check_dtype, node, parts, parts_mut, view, Backend, Buffer};
 
 /// Rows of the node's output, and their order: log-probability, entropy, and what backward needs to
 /// know of a row, its maximum and the logarithm of its sum.
@@ -107,7 +108,7 @@ impl Pass {
         })
     }
 
-    fn forward<T: Logit + Element>(&self, logits: &Tensor) -> Result<Room<f32>> {
+    fn forward<T: Logit + Element>(&self, logits: &Tensor) -> Result<Buffer<f32>> {
         let (rows, vocab) = (self.targets.elem_count(), self.vocab);
         let backend = Backend::of(OP, "logits", logits.device())?;
         let z = view::<T>(OP, "logits", logits)?;
@@ -130,7 +131,7 @@ impl Pass {
                 let entropy = self.entropy.then_some(entropy);
                 let outputs = cuda::Outputs { logp, entropy, stats };
                 let len = cuda::workspace_len::<T>(stream.device(), rows, vocab);
-                let mut workspace = backend.room(len)?;
+                let mut workspace = backend.buffer(len)?;
                 cuda::forward(
                     &stream,
                     z.cuda(),
@@ -157,7 +158,7 @@ impl Pass {
         let targets = view::<i64>(OP, "targets", &self.targets)?;
         let outputs = view::<f32>(OP, "outputs", outputs)?;
         let grad = view::<f32>(OP, "grad", grad)?;
-        let mut out = backend.room::<T>(logits.elem_count())?;
+        let mut out = backend.buffer::<T>(logits.elem_count())?;
         match &backend {
             Backend::Cpu => {
                 let [_, entropy, max, log_sum] = parts(outputs.cpu());

@@ -10,7 +10,7 @@ use crate::cpu::{for_each, past_caches, prefetch, reduce, vectorise, Split, Writ
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
-use crate::whiten::Moments;
+use crate::moments::Moments;
 
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK: usize = 4096;
@@ -685,7 +685,7 @@ fn moments(centre: f64, count: u64, sum: f64, squares: f64) -> Moments {
     let shift = sum / count as f64;
     let m2 = squares - shift * sum;
     // Comparison, not max: NaN stays NaN.
-    Moments { count, mean: centre + shift, m2: if m2 < 0.0 { 0.0 } else { m2 } }
+    Moments { count: count as f64, mean: centre + shift, m2: if m2 < 0.0 { 0.0 } else { m2 } }
 }
 
 /// What a run of tokens adds up to. The losses are weighted by row, the rest is plain.
@@ -725,14 +725,14 @@ impl Sums {
         k1: 0.0,
         k2: 0.0,
         k3: 0.0,
-        ratio: Moments { count: 0, mean: 0.0, m2: 0.0 },
+        ratio: Moments { count: 0.0, mean: 0.0, m2: 0.0 },
         ratio_min: f64::INFINITY,
         ratio_max: f64::NEG_INFINITY,
         entropy: 0.0,
         kl: 0.0,
         advantages: 0.0,
-        returns: Moments { count: 0, mean: 0.0, m2: 0.0 },
-        residuals: Moments { count: 0, mean: 0.0, m2: 0.0 },
+        returns: Moments { count: 0.0, mean: 0.0, m2: 0.0 },
+        residuals: Moments { count: 0.0, mean: 0.0, m2: 0.0 },
     };
 
     fn merge(self, other: Self) -> Self {

@@ -40,7 +40,7 @@
 //!
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
-#[cfg(feature = "capi")]
+#[cfg(any())] // TODO
 #[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
 pub mod capi;
 pub mod cpu;

@@ -8,10 +8,11 @@ use candle_core::{DType, Device, Tensor};
 use super::cuda;
 use super::{cpu, PpoLossOptions, PpoStats, OP};
 use crate::error::{Error, Result};
+use crate::tensor::buffers;
 #[cfg(feature = "cuda")]
-use crate::tensor::cuda_rooms;
+use crate::tensor::cuda_buffers;
 use crate::tensor::{
-    check_arg, check_dtype, cpu_rooms, node, optional_view, view, Backend, Room, View,
+    check_arg, check_dtype, cpu_buffers, node, optional_view, view, Backend, Buffer, View,
 };
 
 /// The inputs of the value term, each `[B, T]` f32.
@@ -193,7 +194,7 @@ struct Contiguous {
 /// What the pass leaves on the device.
 struct Computed {
     /// `[PpoStats::LEN]`, the loss first.
-    stats: Room<f32>,
+    stats: Buffer<f32>,
     /// With respect to logp, values and entropy, where wanted.
     grads: [Option<Tensor>; 3],
 }
@@ -208,8 +209,8 @@ impl Contiguous {
     ) -> Result<Computed> {
         let (batch, seq_len) = shape;
         let backend = Backend::of(OP, "logp", device)?;
-        let mut grads = backend.rooms::<f32, 3>(wanted, batch * seq_len)?;
-        let mut stats = backend.room::<f32>(PpoStats::LEN)?;
+        let mut grads = buffers::<f32, 3>(&backend, wanted, batch * seq_len)?;
+        let mut stats = backend.buffer::<f32>(PpoStats::LEN)?;
 
         let logp = view::<f32>(OP, "logp", &self.logp)?;
         let old_logp = view::<f32>(OP, "old_logp", &self.old_logp)?;
@@ -244,16 +245,16 @@ impl Contiguous {
         }
         match &backend {
             Backend::Cpu => {
-                let [logp, values, entropy] = cpu_rooms(&mut grads);
+                let [logp, values, entropy] = cpu_buffers(&mut grads);
                 let gradients = cpu::Gradients { logp, values, entropy };
                 let computed = cpu::ppo_loss(&inputs!(super, cpu), options, gradients)?;
                 stats.cpu().copy_from_slice(&computed.to_array().map(|x| x as f32));
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
-                let [logp, values, entropy] = cuda_rooms(&mut grads);
+                let [logp, values, entropy] = cuda_buffers(&mut grads);
                 let gradients = cuda::Gradients { logp, values, entropy };
-                let mut workspace = backend.room(cuda::workspace_len(batch, seq_len, options))?;
+                let mut workspace = backend.buffer(cuda::workspace_len(batch, seq_len, options))?;
                 cuda::ppo_loss(
                     &backend.stream()?,
                     &inputs!(cuda, cuda),
@@ -282,7 +283,7 @@ fn scaled(grads: &[Option<Tensor>; 3], upstream: &Tensor) -> Result<Vec<Option<T
                 return Ok(Vec::new());
             };
             let wanted = grads.each_ref().map(Option::is_some);
-            let mut out = backend.rooms::<f32, 3>(wanted, shape.elem_count())?;
+            let mut out = buffers::<f32, 3>(&backend, wanted, shape.elem_count())?;
             let logp = optional_view::<f32>(OP, "grad_logp", &grads[0])?;
             let values = optional_view::<f32>(OP, "grad_values", &grads[1])?;
             let entropy = optional_view::<f32>(OP, "grad_entropy", &grads[2])?;
@@ -291,7 +292,7 @@ fn scaled(grads: &[Option<Tensor>; 3], upstream: &Tensor) -> Result<Vec<Option<T
                 values: values.as_ref().map(View::cuda),
                 entropy: entropy.as_ref().map(View::cuda),
             };
-            let [logp, values, entropy] = cuda_rooms(&mut out);
+            let [logp, values, entropy] = cuda_buffers(&mut out);
             let gradients = cuda::Gradients { logp, values, entropy };
             let upstream = view::<f32>(OP, "grad", upstream)?;
             cuda::scale(&cuda.stream()?, upstream.cuda(), stored, gradients)?;

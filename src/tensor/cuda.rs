@@ -6,9 +6,11 @@
 //! candle's a tensor is another thread's to use only after the device is synchronised; that of
 //! `Device::new_cuda_with_stream` is the same in all.
 
+use std::convert::Infallible;
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytemuck::Pod;
 use candle_core::cuda::cudarc::driver::{
     CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr, ValidAsZeroBits,
 };
@@ -17,9 +19,11 @@ use candle_core::{CudaDevice, CudaStorage, WithDType};
 
 use crate::cuda::{allocation_error, device_error, Slice, SliceMut, Stream};
 use crate::error::Result;
+use crate::memory::{Device, Element, Reads, Shape, Writes};
+use crate::tensor::{numbers, Owned, View, Views};
 
-pub(crate) trait Element: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits {}
-impl<T: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits> Element for T {}
+pub trait Number: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits + Pod {}
+impl<T: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits + Pod> Number for T {}
 
 /// An op's device, and candle's stream on it.
 pub(crate) struct Cuda {
@@ -41,31 +45,31 @@ impl Cuda {
         unsafe { Stream::from_raw(self.stream.cu_stream().cast()) }
     }
 
-    /// Memory for `len` elements, of any content.
-    pub(crate) fn room<T: Element>(&self, len: usize) -> Result<Room<T>> {
+    /// A buffer of `len` elements, of any content.
+    pub(crate) fn buffer<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
         // SAFETY: every element is written before the op returns it. The driver has nothing to give
         // for a length of 0.
-        let memory = unsafe { self.stream.alloc::<T>(len.max(1)) };
+        let memory = unsafe { self.stream.alloc::<T::Number>((len * numbers::<T>()).max(1)) };
         let memory = memory.map_err(|error| allocation_error(self.op, error))?;
-        Ok(Room { memory, len, device: self.device.clone() })
+        Ok(Buffer { memory, len, device: self.device.clone() })
     }
 
-    /// Memory for `len` elements that are 0.
-    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Room<T>> {
-        let mut room = self.room::<T>(len)?;
-        self.stream.memset_zeros(&mut room.memory).map_err(device_error)?;
-        Ok(room)
+    /// A buffer of `len` elements that are 0.
+    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
+        let mut buffer = self.buffer::<T>(len)?;
+        self.stream.memset_zeros(&mut buffer.memory).map_err(device_error)?;
+        Ok(buffer)
     }
 }
 
-/// Memory of an output or a workspace. Dropped, it is freed behind what was launched with it.
-pub(crate) struct Room<T> {
-    memory: CudaSlice<T>,
+/// The memory of an output or a workspace. Dropped, it is freed behind what was launched with it.
+pub(crate) struct Buffer<T: Element> {
+    memory: CudaSlice<T::Number>,
     len: usize,
     device: CudaDevice,
 }
 
-impl<T: Element> Room<T> {
+impl<T: Element> Buffer<T> {
     pub(crate) fn slice(&mut self) -> SliceMut<'_, T> {
         let stream = self.memory.stream().clone();
         let (address, _) = self.memory.device_ptr_mut(&stream);
@@ -81,21 +85,54 @@ impl<T: Element> Room<T> {
     }
 }
 
+/// The elements of views and buffers, on [`Backend::Cuda`](super::Backend::Cuda).
+pub(crate) struct OnCuda;
+
+impl Reads<Views, Device> for OnCuda {
+    type Error = Infallible;
+
+    fn input<'a, 'b, T: Element>(
+        &mut self,
+        _: &'static str,
+        _: Shape,
+        from: &'b View<'a, T>,
+    ) -> std::result::Result<Slice<'b, T>, Infallible> {
+        Ok(from.cuda())
+    }
+}
+
+impl Writes<Owned, Device> for OnCuda {
+    type Error = Infallible;
+
+    fn output<'a, 'b, T: Element>(
+        &mut self,
+        _: &'static str,
+        _: Shape,
+        _: &[&'static str],
+        to: &'b mut super::Buffer<T>,
+    ) -> std::result::Result<SliceMut<'b, T>, Infallible> {
+        Ok(to.cuda())
+    }
+}
+
 /// Elements of a tensor, for what is launched on candle's stream.
 pub(super) fn slice<'a, T: Element>(
     storage: &'a CudaStorage,
     range: &Range<usize>,
 ) -> Slice<'a, T> {
-    let memory = storage.as_cuda_slice::<T>().expect("checked by view");
+    let memory = storage.as_cuda_slice::<T::Number>().expect("checked by view");
     // Storage that was made on another stream has been written before what is launched on this one.
     let (address, _) = memory.device_ptr(&storage.device.cuda_stream());
     // SAFETY: the layout's range is within the storage. Whoever frees or overwrites it waits until it
     // was read.
-    unsafe { Slice::from_raw((address as *const T).add(range.start), range.len()) }
+    unsafe {
+        let first = (address as *const T::Number).add(range.start);
+        Slice::from_raw(first.cast(), range.len() / numbers::<T>())
+    }
 }
 
 /// Marks a tensor as read by what was launched until now, for other streams to wait for.
-pub(super) fn mark_read<T: Element>(storage: &CudaStorage) {
+pub(super) fn mark_read<T: Number>(storage: &CudaStorage) {
     let memory = storage.as_cuda_slice::<T>().expect("checked by view");
     drop(memory.device_ptr(&storage.device.cuda_stream()));
 }

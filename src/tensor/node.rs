@@ -7,15 +7,16 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Shape, Storage, Tensor,
 };
 
-use super::{Element, Room};
+use super::Buffer;
 use crate::error::Result;
+use crate::memory::Element;
 
 /// `output` as a function of `args`, three at most. From it and its upstream gradient, `backward`
 /// makes the gradients of the arguments, in their order; `None` for those that take none.
 pub(crate) fn node<T: Element>(
     name: &'static str,
     args: &[&Tensor],
-    output: Room<T>,
+    output: Buffer<T>,
     shape: impl Into<Shape>,
     backward: impl Fn(&Tensor, &Tensor) -> Result<Vec<Option<Tensor>>> + Send + Sync + 'static,
 ) -> Result<Tensor> {

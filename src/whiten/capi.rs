@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use super::cuda;
-use super::{cpu, EpsPlacement, Moments, WhitenOptions, OP};
+use super::{cpu, EpsPlacement, WhitenOptions, OP};
 use crate::capi::arguments::{
     check_reserved, choose, flag, initialise, read_or_default, Growing, Host, Memory, Space,
     Workspace,
@@ -13,41 +13,24 @@ use crate::capi::arguments::{
 use crate::capi::arguments::{write_no_size, write_size, Device};
 use crate::capi::{call, on_device, Result};
 use crate::error::Error;
+use crate::moments::Moments;
 
 /// `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
 pub const PPOK_WHITEN_EPS_IN_VARIANCE: i32 = 0;
 /// `eps` is added to the standard deviation (CleanRL).
 pub const PPOK_WHITEN_EPS_IN_STD: i32 = 1;
 
-/// Count, mean and sum of squared deviations of a set of numbers. On the device, three doubles.
-#[derive(Debug, Clone, Copy, PartialEq)]
-#[repr(C)]
-#[allow(non_camel_case_types)]
-pub struct ppok_moments {
-    /// How many numbers: a whole number, exact up to 2^53.
-    pub count: f64,
-    /// Their mean; 0 for none.
-    pub mean: f64,
-    /// The sum of (x - mean)^2.
-    pub m2: f64,
-}
-
-impl From<Moments> for ppok_moments {
-    fn from(moments: Moments) -> Self {
-        Self { count: moments.count as f64, mean: moments.mean, m2: moments.m2 }
-    }
-}
-
-impl ppok_moments {
-    fn moments(&self) -> Result<Moments> {
-        let count = self.count;
-        let valid = (0.0..=9_007_199_254_740_992.0).contains(&count) && count.fract() == 0.0;
+impl Moments {
+    /// What a C caller gave, if it can be.
+    fn checked(self) -> Result<Self> {
+        let valid =
+            (0.0..=9_007_199_254_740_992.0).contains(&self.count) && self.count.fract() == 0.0;
         if !valid {
             let (option, expected) = ("moments.count", "a whole number from 0 to 2^53".into());
-            let error = Error::Option { op: OP, option, expected, got: format!("{count:?}") };
-            return Err(error.into());
+            let got = format!("{:?}", self.count);
+            return Err(Error::Option { op: OP, option, expected, got }.into());
         }
-        Ok(Moments { count: count as u64, mean: self.mean, m2: self.m2 })
+        Ok(self)
     }
 }
 
@@ -114,9 +97,9 @@ pub unsafe extern "C" fn ppok_whiten_options_init(
 /// `merged` may be `a` or `b`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_moments_merge(
-    a: *const ppok_moments,
-    b: *const ppok_moments,
-    merged: *mut ppok_moments,
+    a: *const Moments,
+    b: *const Moments,
+    merged: *mut Moments,
 ) -> i32 {
     call(|| {
         // SAFETY: the header's.
@@ -124,7 +107,7 @@ pub unsafe extern "C" fn ppok_moments_merge(
         let (a, b) = (memory.input("a", a, 1)?[0], memory.input("b", b, 1)?[0]);
         // SAFETY: the header's. In a room of its own, since it may be one of the others.
         let mut memory = unsafe { Memory::<Host>::new(OP) };
-        memory.output("merged", merged, 1)?[0] = a.moments()?.merge(b.moments()?).into();
+        memory.output("merged", merged, 1)?[0] = a.checked()?.merge(b.checked()?);
         Ok(())
     })
 }
@@ -139,7 +122,7 @@ pub unsafe extern "C" fn ppok_whiten_moments_cpu(
     x: *const f32,
     mask: *const u8,
     elements: usize,
-    moments: *mut ppok_moments,
+    moments: *mut Moments,
 ) -> i32 {
     call(|| {
         // SAFETY: the header's.
@@ -147,7 +130,7 @@ pub unsafe extern "C" fn ppok_whiten_moments_cpu(
         let x = memory.input("x", x, elements)?;
         let mask = memory.optional_input("mask", mask, elements)?;
         let moments = memory.output("moments", moments, 1)?;
-        moments[0] = cpu::masked_moments(x, mask)?.into();
+        moments[0] = cpu::masked_moments(x, mask)?;
         Ok(())
     })
 }
@@ -159,7 +142,7 @@ pub unsafe extern "C" fn ppok_whiten_moments_cuda(
     x: *const f32,
     mask: *const u8,
     elements: usize,
-    moments: *mut ppok_moments,
+    moments: *mut Moments,
     workspace: *mut c_void,
     workspace_size: usize,
     stream: *mut c_void,
@@ -171,7 +154,7 @@ pub unsafe extern "C" fn ppok_whiten_moments_cuda(
             let mut memory = unsafe { Memory::<Device>::new(OP) };
             let x = memory.input("x", x, elements)?;
             let mask = memory.optional_input("mask", mask, elements)?;
-            let moments = memory.output("moments", moments.cast(), cuda::MOMENTS)?;
+            let moments = memory.output("moments", moments, 1)?;
             let workspace = memory.workspace(workspace, cuda::workspace_len(elements))?;
             Ok(cuda::masked_moments(stream, x, mask, moments, workspace)?)
         })
@@ -207,7 +190,7 @@ pub unsafe extern "C" fn ppok_whiten_forward_cpu(
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
     y: *mut f32,
 ) -> i32 {
     let inputs = Whiten { mask, elements, options, moments };
@@ -230,7 +213,7 @@ pub unsafe extern "C" fn ppok_whiten_forward_cuda(
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
     y: *mut f32,
     workspace: *mut c_void,
     workspace_size: usize,
@@ -278,7 +261,7 @@ pub unsafe extern "C" fn ppok_whiten_backward_cpu(
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
     grad_y: *const f32,
     grad_x: *mut f32,
 ) -> i32 {
@@ -302,7 +285,7 @@ pub unsafe extern "C" fn ppok_whiten_backward_cuda(
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
     grad_y: *const f32,
     grad_x: *mut f32,
     workspace: *mut c_void,
@@ -351,7 +334,7 @@ pub unsafe extern "C" fn ppok_whiten_with_backward_cpu(
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
     grad_y: *const f32,
     grad_x: *mut f32,
 ) -> i32 {
@@ -373,7 +356,7 @@ pub unsafe extern "C" fn ppok_whiten_with_backward_cuda(
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
     grad_y: *const f32,
     grad_x: *mut f32,
     workspace: *mut c_void,
@@ -417,7 +400,7 @@ struct Whiten {
     mask: *const u8,
     elements: usize,
     options: *const ppok_whiten_options,
-    moments: *const ppok_moments,
+    moments: *const Moments,
 }
 
 impl Whiten {
@@ -426,7 +409,7 @@ impl Whiten {
         memory: &mut Memory<'a, Host>,
     ) -> Result<(Option<&'a [u8]>, WhitenOptions, Moments)> {
         let (mask, options) = self.take(memory)?;
-        Ok((mask, options, memory.input("moments", self.moments, 1)?[0].moments()?))
+        Ok((mask, options, memory.input("moments", self.moments, 1)?[0].checked()?))
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -435,7 +418,7 @@ impl Whiten {
         memory: &mut Memory<'a, Device>,
     ) -> Result<(Option<crate::cuda::Slice<'a, u8>>, WhitenOptions, cuda::Given<'a>)> {
         let (mask, options) = self.take(memory)?;
-        let moments = memory.input("moments", self.moments.cast(), cuda::MOMENTS)?;
+        let moments = memory.input("moments", self.moments, 1)?;
         Ok((mask, options, cuda::Given::OnDevice(moments)))
     }
 

@@ -11,19 +11,17 @@
 
 use std::ptr::null;
 
-use super::{check_mask, EpsPlacement, Moments, WhitenOptions, OP};
+use super::{check_mask, EpsPlacement, WhitenOptions, OP};
 use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
 use crate::error::{Error, Result};
-
-/// Values of f64 that moments are: count, mean, and the sum of squared deviations.
-pub const MOMENTS: usize = 3;
+use crate::moments::cuda::{merge, merge_workspace_len};
+use crate::moments::Moments;
 
 /// Threads of a block.
 const BLOCK: usize = 256;
 
-/// Threads of the block that merges, and the partials it takes: 16 a thread.
+/// Threads of the block that merges sums.
 const MERGE_BLOCK: usize = 512;
-const MERGE_RUN: usize = 8192;
 
 /// Elements that the threads of a block hold, as in the kernels.
 const TILE: usize = 16 * BLOCK;
@@ -40,8 +38,8 @@ const SUMS: usize = 2;
 /// Moments to whiten with.
 #[derive(Clone, Copy)]
 pub enum Given<'a> {
-    /// [`MOMENTS`] values that an earlier launch on the same stream wrote.
-    OnDevice(Slice<'a, f64>),
+    /// One that an earlier launch on the same stream wrote.
+    OnDevice(Slice<'a, Moments>),
     /// Of all shards, say.
     Known(Moments),
 }
@@ -54,7 +52,7 @@ pub fn workspace_len(len: usize) -> usize {
 }
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` into `moments`, which
-/// has [`MOMENTS`] values. Reads `x` once. `workspace` has [`workspace_len`] values or more, of any
+/// has one element. Reads `x` once. `workspace` has [`workspace_len`] values or more, of any
 /// content, and can be used again for the next call on the same stream.
 ///
 /// # Errors
@@ -63,16 +61,16 @@ pub fn masked_moments(
     stream: &Stream,
     x: Slice<f32>,
     mask: Option<Slice<u8>>,
-    moments: SliceMut<f64>,
+    moments: SliceMut<Moments>,
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     check_mask(x.len(), mask.map(|mask| mask.len()))?;
-    Error::check_len(OP, "moments", moments.len(), MOMENTS)?;
+    Error::check_len(OP, "moments", moments.len(), 1)?;
     let run = run_len(x.len(), TILE);
     let partials = x.len().div_ceil(run);
     Error::check_workspace(OP, workspace.len(), merge_workspace_len(partials))?;
 
-    let workspace = workspace.as_mut_ptr();
+    let workspace: *mut Moments = workspace.as_mut_ptr().cast();
     if partials > 0 {
         let args = MomentsArgs {
             x: x.as_ptr(),
@@ -195,41 +193,6 @@ fn forward(
     launch(stream, "forward", blocks(x.len(), TILE), BLOCK, &args)
 }
 
-/// The least length of a workspace that begins with so many partial moments, for [`merge`].
-pub(crate) fn merge_workspace_len(partials: usize) -> usize {
-    let mut merged = partials;
-    let mut all = partials;
-    while merged > MERGE_RUN {
-        merged = merged.div_ceil(MERGE_RUN);
-        all = all.saturating_add(merged);
-    }
-    all.saturating_mul(MOMENTS)
-}
-
-/// Launches the op's kernel `merge`, as often as it takes, on moments that lie one after the other:
-/// those of all together go into `moments`. [`merge_workspace_len`] says how much memory there is
-/// from `partials` on.
-pub(crate) fn merge(
-    stream: &Stream,
-    op: &'static str,
-    mut partials: *mut f64,
-    mut count: usize,
-    moments: *mut f64,
-) -> Result<()> {
-    loop {
-        let runs = count.div_ceil(MERGE_RUN).max(1);
-        let merged = if runs == 1 { moments } else { partials.wrapping_add(count * MOMENTS) };
-        let args =
-            MergeArgs { partials, moments: merged, count: count as i64, run: MERGE_RUN as i64 };
-        let kernel = Kernel { op, pass: "merge", dtype: "f32" };
-        stream.launch(&kernel, Launch::new(stream.device(), runs, 1, MERGE_BLOCK as u32), &args)?;
-        if runs == 1 {
-            return Ok(());
-        }
-        (partials, count) = (merged, runs);
-    }
-}
-
 fn launch<A: Args>(
     stream: &Stream,
     pass: &'static str,
@@ -258,18 +221,6 @@ fn pointer<T>(slice: Option<Slice<T>>) -> *const T {
 /// As in the kernels, and so are the next ones.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct MergeArgs {
-    partials: *const f64,
-    moments: *mut f64,
-    count: i64,
-    run: i64,
-}
-
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for MergeArgs {}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
 struct OptionsArgs {
     eps: f64,
     eps_at_std: i32,
@@ -291,8 +242,8 @@ impl OptionsArgs {
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct GivenArgs {
-    moments: *const f64,
-    values: [f64; MOMENTS],
+    moments: *const Moments,
+    values: Moments,
 }
 
 impl GivenArgs {
@@ -300,13 +251,12 @@ impl GivenArgs {
     fn new(given: Given, options: &WhitenOptions) -> Result<Self> {
         match given {
             Given::OnDevice(moments) => {
-                Error::check_len(OP, "moments", moments.len(), MOMENTS)?;
-                Ok(Self { moments: moments.as_ptr(), values: [0.0; MOMENTS] })
+                Error::check_len(OP, "moments", moments.len(), 1)?;
+                Ok(Self { moments: moments.as_ptr(), values: Moments::default() })
             }
             Given::Known(moments) => {
                 options.divisor("moments", &moments)?;
-                let values = [moments.count as f64, moments.mean, moments.m2];
-                Ok(Self { moments: null(), values })
+                Ok(Self { moments: null(), values: moments })
             }
         }
     }
@@ -317,7 +267,7 @@ impl GivenArgs {
 struct MomentsArgs {
     x: *const f32,
     mask: *const u8,
-    partials: *mut f64,
+    partials: *mut Moments,
     count: i64,
     run: i64,
 }

@@ -1,6 +1,7 @@
 //! Whitening in plain f64 loops. Where the variance is undefined the result is NaN.
 
-use super::{EpsPlacement, Moments, WhitenOptions};
+use super::{EpsPlacement, WhitenOptions};
+use crate::moments::Moments;
 
 /// Count, mean and sum of squared deviations of the unmasked elements, in two passes.
 pub fn masked_moments(x: &[f64], mask: Option<&[u8]>) -> Moments {
@@ -10,7 +11,7 @@ pub fn masked_moments(x: &[f64], mask: Option<&[u8]>) -> Moments {
     }
     let mean = kept.iter().sum::<f64>() / kept.len() as f64;
     let m2 = kept.iter().map(|v| (v - mean).powi(2)).sum();
-    Moments { count: kept.len() as u64, mean, m2 }
+    Moments { count: kept.len() as f64, mean, m2 }
 }
 
 /// Whitens `x` with its own moments.
@@ -49,7 +50,7 @@ pub fn masked_whiten_backward(
     let moments = masked_moments(x, mask);
     let inv = inverse(&moments, options);
     let variance = moments.variance(options.unbiased);
-    let n = moments.count as f64;
+    let n = moments.count;
     let divisor = if options.unbiased { n - 1.0 } else { n };
 
     let (mut sum_g, mut sum_gd) = (0.0, 0.0);

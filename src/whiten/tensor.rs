@@ -1,48 +1,15 @@
 //! Whitening of candle tensors.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{cpu, Moments, WhitenOptions, OP};
+use super::{cpu, WhitenOptions, OP};
 use crate::error::Result;
+use crate::moments::{Moments, MomentsTensor};
 use crate::tensor::{
-    check_device, check_dtype, node, optional_arg, optional_view, view, Backend, Room, View,
+    check_device, check_dtype, node, optional_arg, optional_view, view, Backend, Buffer, View,
 };
-
-/// [`Moments`] where they were computed, so that nobody has to wait for them.
-#[derive(Debug, Clone)]
-pub struct MomentsTensor(Tensor);
-
-impl MomentsTensor {
-    pub(crate) const LEN: usize = 3;
-
-    /// Of [`MomentsTensor::LEN`] numbers that an op has written.
-    pub(crate) fn from_room(room: Room<f64>) -> Self {
-        Self(room.into_tensor(Self::LEN))
-    }
-
-    /// Moments of the host's, those of all shards for instance, for tensors on `device`.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn new(moments: &Moments, device: &Device) -> Result<Self> {
-        Ok(Self(Tensor::new(&moments.to_array(), device)?))
-    }
-
-    /// f64 `[3]`: count, mean, and the sum of squared deviations.
-    pub fn tensor(&self) -> &Tensor {
-        &self.0
-    }
-
-    /// Brings them to the host, which waits for the device.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn to_host(&self) -> Result<Moments> {
-        Ok(Moments::from_slice(&self.0.to_vec1()?))
-    }
-}
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` (f32, any shape).
 /// `mask` is u8 of the same shape; without it every element counts.
@@ -96,7 +63,7 @@ pub fn masked_whiten_with(
 ) -> Result<Tensor> {
     options.validate()?;
     let (x, mask) = arguments(x, mask)?;
-    check_device(OP, "moments", &moments.0, x.device())?;
+    check_device(OP, "moments", moments.tensor(), x.device())?;
     let moments = moments.clone();
     Pass { mask, moments, own: false, counted: "moments", options: *options }.apply(&x)
 }
@@ -111,20 +78,20 @@ fn moments(x: &Tensor, mask: &Option<Tensor>) -> Result<MomentsTensor> {
     let backend = Backend::of(OP, "x", x.device())?;
     let x = view::<f32>(OP, "x", x)?;
     let mask = optional_view::<u8>(OP, "mask", mask)?;
-    let mut moments = backend.room::<f64>(MomentsTensor::LEN)?;
+    let mut moments = backend.buffer::<Moments>(1)?;
     match &backend {
         Backend::Cpu => {
             let mask = mask.as_ref().map(View::cpu);
-            moments.cpu().copy_from_slice(&cpu::masked_moments(x.cpu(), mask)?.to_array());
+            moments.cpu()[0] = cpu::masked_moments(x.cpu(), mask)?;
         }
         #[cfg(feature = "cuda")]
         Backend::Cuda(backend) => {
             let (stream, x, mask) = (backend.stream()?, x.cuda(), mask.as_ref().map(View::cuda));
-            let mut workspace = backend.room(cuda::workspace_len(x.len()))?;
+            let mut workspace = backend.buffer(cuda::workspace_len(x.len()))?;
             cuda::masked_moments(&stream, x, mask, moments.cuda(), workspace.slice())?;
         }
     }
-    Ok(MomentsTensor::from_room(moments))
+    Ok(MomentsTensor::from_buffer(moments))
 }
 
 /// What whitening and its backward need to know.
@@ -146,15 +113,15 @@ impl Pass {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Room<f32>> {
+    fn forward(&self, x: &Tensor) -> Result<Buffer<f32>> {
         let backend = Backend::of(OP, "x", x.device())?;
-        let mut out = backend.room::<f32>(x.elem_count())?;
+        let mut out = backend.buffer::<f32>(x.elem_count())?;
         let x = view::<f32>(OP, "x", x)?;
         let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
-        let moments = view::<f64>(OP, "moments", &self.moments.0)?;
+        let moments = view::<Moments>(OP, "moments", self.moments.tensor())?;
         match &backend {
             Backend::Cpu => {
-                let moments = Moments::from_slice(moments.cpu());
+                let moments = moments.cpu()[0];
                 self.options.divisor(self.counted, &moments)?;
                 let mask = mask.as_ref().map(View::cpu);
                 cpu::masked_whiten(x.cpu(), mask, &moments, &self.options, out.cpu())?;
@@ -172,14 +139,14 @@ impl Pass {
     fn backward(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
         let shape = x.shape();
         let backend = Backend::of(OP, "x", x.device())?;
-        let mut out = backend.room::<f32>(x.elem_count())?;
+        let mut out = backend.buffer::<f32>(x.elem_count())?;
         let x = view::<f32>(OP, "x", x)?;
         let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
-        let moments = view::<f64>(OP, "moments", &self.moments.0)?;
+        let moments = view::<Moments>(OP, "moments", self.moments.tensor())?;
         let grad = view::<f32>(OP, "grad_out", grad)?;
         match &backend {
             Backend::Cpu => {
-                let moments = Moments::from_slice(moments.cpu());
+                let moments = moments.cpu()[0];
                 let (mask, grad, out) = (mask.as_ref().map(View::cpu), grad.cpu(), out.cpu());
                 if self.own {
                     let x = x.cpu();
@@ -195,7 +162,7 @@ impl Pass {
                 let (mask, grad, out) = (mask.as_ref().map(View::cuda), grad.cuda(), out.cuda());
                 if self.own {
                     let x = x.cuda();
-                    let mut room = backend.room(cuda::workspace_len(x.len()))?;
+                    let mut room = backend.buffer(cuda::workspace_len(x.len()))?;
                     let workspace = room.slice();
                     cuda::masked_whiten_backward(
                         &stream, x, mask, moments, grad, options, out, workspace,

@@ -1,10 +1,11 @@
 //! The batches on which every backend of the gae op is tested, and how its results are compared.
 
+use ppo_kernels::gae::cpu::Inputs;
 use ppo_kernels::gae::{
-    reference, GaeOptions, Inputs, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement,
+    reference, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement,
     ScoreScale,
 };
-use ppo_kernels::whiten::Moments;
+use ppo_kernels::moments::Moments;
 use rand::rngs::StdRng;
 use rand::Rng;
 
@@ -32,7 +33,7 @@ pub fn check_output(what: &str, got: &Output, want: &reference::Gae) {
     close("advantages", &got.advantages, &want.advantages);
     close("returns", &got.returns, &want.returns);
     assert_eq!(got.moments.count, want.moments.count, "{what}");
-    let n = want.moments.count.max(1) as f64;
+    let n = want.moments.count.max(1.0);
     let pair = |m: &Moments| [m.mean, m.m2 / n];
     assert_close(&format!("{what} moments"), &pair(&got.moments), &pair(&want.moments), REL, ABS);
 }
@@ -98,7 +99,7 @@ impl Sample {
     }
 
     /// Everything, or (`fewer`) only what a plain PPO has.
-    pub fn inputs(&self, fewer: bool, masked: bool) -> Inputs<'_, f32> {
+    pub fn inputs(&self, fewer: bool, masked: bool) -> Inputs<'_> {
         let all = Inputs {
             values: &self.values,
             rewards: Some(&self.rewards),
@@ -118,7 +119,7 @@ impl Sample {
 
 /// The reference on f32 inputs.
 pub fn run_reference(
-    inputs: &Inputs<f32>,
+    inputs: &Inputs,
     batch: usize,
     seq_len: usize,
     options: &GaeOptions,
@@ -126,7 +127,7 @@ pub fn run_reference(
     let widened = |v: Option<&[f32]>| v.map(wide);
     let (values, rewards, kl) = (wide(inputs.values), widened(inputs.rewards), widened(inputs.kl));
     let (scores, bootstrap) = (widened(inputs.scores), widened(inputs.bootstrap));
-    let inputs = Inputs {
+    let inputs = reference::Inputs {
         values: &values,
         rewards: rewards.as_deref(),
         kl: kl.as_deref(),

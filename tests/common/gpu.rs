@@ -86,7 +86,7 @@ impl<T: Copy> Buffer<T> {
     /// Memory of any content.
     pub fn uninit(len: usize, offset: usize) -> Self {
         Gpu::get();
-        let offset = offset % (16 / size_of::<T>());
+        let offset = offset % (16 / size_of::<T>()).max(1);
         let bytes = ((len + offset) * size_of::<T>()).max(1);
         // SAFETY: of any size.
         let address = unsafe { result::malloc_sync(bytes) }.expect("enough device memory");

@@ -29,7 +29,7 @@ impl<T: Copy> Buffer<T> {
 
     /// Zero bits. Pages that nobody writes cost no memory.
     pub fn zeroed(len: usize, offset: usize) -> Self {
-        let first = offset % (16 / size_of::<T>());
+        let first = offset % (16 / size_of::<T>()).max(1);
         // SAFETY: the layout is not empty.
         let memory = unsafe { alloc_zeroed(Self::layout(first, len)) }.cast::<T>();
         assert!(!memory.is_null());

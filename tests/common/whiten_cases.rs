@@ -1,6 +1,7 @@
 //! The arrays on which every backend of the whiten op is tested, and how its results are compared.
 
-use ppo_kernels::whiten::{EpsPlacement, Moments, WhitenOptions};
+use ppo_kernels::moments::Moments;
+use ppo_kernels::whiten::{EpsPlacement, WhitenOptions};
 use rand::rngs::StdRng;
 
 use super::{assert_close, random_mask, uniform};

@@ -13,13 +13,12 @@ use crate::gae::{
 };
 use crate::kl::{self, full_kl, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions};
 use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
+use crate::moments::{Moments, MomentsTensor};
 use crate::ppo_loss::{
     self, ppo_loss, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions,
     PpoLossValueInputs, PpoStats,
 };
-use crate::whiten::{
-    self, masked_whiten, masked_whiten_with, EpsPlacement, MomentsTensor, WhitenOptions,
-};
+use crate::whiten::{self, masked_whiten, masked_whiten_with, EpsPlacement, WhitenOptions};
 
 const LOGITS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
@@ -311,7 +310,7 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
 
             let (rewards, kl) = (wide(&rewards)?, wide(&kl)?);
             let (scores, bootstrap) = (wide(&scores)?, wide(&bootstrap)?);
-            let inputs = gae::Inputs {
+            let inputs = gae::reference::Inputs {
                 values: &wide(&values)?,
                 rewards: Some(&rewards),
                 kl: Some(&kl),
@@ -326,7 +325,7 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
             row.compare(&wide(&computed.advantages)?, &want.advantages)?;
             row.compare(&wide(&computed.returns)?, &want.returns)?;
             row.compare(&wide(&computed.rewards)?, &want.rewards)?;
-            let numbers = |m: whiten::Moments| [m.count as f64, m.mean, m.variance(false).sqrt()];
+            let numbers = |m: Moments| [m.count, m.mean, m.variance(false).sqrt()];
             row.compare(&numbers(computed.moments.to_host()?), &numbers(want.moments))?;
         }
     }
@@ -358,7 +357,7 @@ fn whiten_case(
     // And two that are apart, for a divisor that is not 0.
     (x[0], x[1]) = (-1.0, 1.5);
     let up = draw.values(x.len(), 0.0, 1.0);
-    let given = whiten::Moments { count: 100, mean: 0.2, m2: 150.0 };
+    let given = Moments { count: 100.0, mean: 0.2, m2: 150.0 };
 
     let var = draw.var(&x, &shape)?;
     let (bytes, weights) = (draw.bytes(&mask, &shape)?, draw.tensor(&up, &shape)?);

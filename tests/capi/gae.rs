@@ -1,0 +1,212 @@
+//! The functions of the gae op.
+
+use ppo_kernels::gae::capi::*;
+use ppo_kernels::gae::cpu::{self, Inputs, Outputs};
+use ppo_kernels::gae::{
+    GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement, ScoreScale,
+};
+
+use super::*;
+
+/// Every option away from its default, and every number of the enumerations.
+fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
+    let init = || defaults(ppok_gae_options_init);
+    let default = GaeOptions::default();
+    let shaped = |shaping| GaeOptions { shaping, ..default };
+    let shaping = RewardShaping::default();
+    let scale = Some(ScoreScale { mean: 0.4, std: 1.7 });
+    let clipped = RewardShaping { scale, clip: Some(1.1), ..shaping };
+    vec![
+        (default, init()),
+        (
+            GaeOptions {
+                gamma: 0.97,
+                lambda: 0.8,
+                value_lambda: Some(0.6),
+                mask_mode: MaskMode::Multiply,
+                shaping: RewardShaping { kl_coef: 0.3, ..shaping },
+            },
+            ppok_gae_options {
+                gamma: 0.97,
+                lambda: 0.8,
+                value_lambda: 0.6,
+                mask_mode: PPOK_GAE_MASK_MULTIPLY,
+                kl_coef: 0.3,
+                ..init()
+            },
+        ),
+        (
+            shaped(RewardShaping { placement: ScorePlacement::AfterLastToken, ..clipped }),
+            ppok_gae_options {
+                score_placement: PPOK_GAE_SCORE_AFTER_LAST,
+                score_mean: 0.4,
+                score_std: 1.7,
+                score_clip: 1.1,
+                ..init()
+            },
+        ),
+        (
+            shaped(RewardShaping {
+                order: ScoreOrder::ClipThenScale,
+                missing_eos: MissingEos::Subtract(0.8),
+                ..clipped
+            }),
+            ppok_gae_options {
+                score_order: PPOK_GAE_CLIP_THEN_SCALE,
+                score_mean: 0.4,
+                score_std: 1.7,
+                score_clip: 1.1,
+                missing_eos: PPOK_GAE_MISSING_EOS_SUBTRACT,
+                missing_eos_value: 0.8,
+                ..init()
+            },
+        ),
+        (
+            shaped(RewardShaping { missing_eos: MissingEos::Replace(-2.0), ..shaping }),
+            ppok_gae_options {
+                missing_eos: PPOK_GAE_MISSING_EOS_REPLACE,
+                missing_eos_value: -2.0,
+                ..init()
+            },
+        ),
+    ]
+}
+
+/// The three arrays of tokens, and the moments.
+type Written = ([Vec<f32>; 3], [Moments; 1]);
+
+fn unwritten(tokens: usize) -> Written {
+    let moments = Moments { count: -1.0, mean: f64::NAN, m2: f64::NAN };
+    ([(); 3].map(|()| vec![f32::NAN; tokens]), [moments])
+}
+
+fn args(
+    inputs: &Inputs,
+    [batch, seq_len]: [usize; 2],
+    options: &ppok_gae_options,
+    (tokens, moments): &mut Written,
+) -> ppok_gae_args {
+    let [advantages, returns, shaped_rewards] = tokens.each_mut().map(Vec::as_mut_ptr);
+    ppok_gae_args {
+        struct_size: size_of::<ppok_gae_args>(),
+        batch,
+        seq_len,
+        values: inputs.values.as_ptr(),
+        rewards: pointer(inputs.rewards),
+        kl: pointer(inputs.kl),
+        scores: pointer(inputs.scores),
+        has_eos: pointer(inputs.has_eos),
+        mask: pointer(inputs.mask),
+        dones: pointer(inputs.dones),
+        bootstrap: pointer(inputs.bootstrap),
+        options,
+        advantages,
+        returns,
+        shaped_rewards,
+        moments: moments.as_mut_ptr(),
+    }
+}
+
+#[track_caller]
+fn assert_same(got: &Written, want: &Written, options: &GaeOptions) {
+    let bits_of = |written: &Written| written.0.each_ref().map(|x| bits(x));
+    assert_eq!(bits_of(got), bits_of(want), "{options:?}");
+    assert_eq!(got.1, want.1, "{options:?}");
+}
+
+/// Calls `check` with inputs that are all given, and with the values alone.
+fn with_gae_inputs(check: impl Fn(Inputs, usize, usize)) {
+    let (rng, batch, seq_len) = (&mut rng(4), 6, 50);
+    let n = batch * seq_len;
+    let [values, rewards, kl] = [(); 3].map(|()| uniform(rng, n, 1.0));
+    let [scores, bootstrap] = [(); 2].map(|()| uniform(rng, batch, 2.0));
+    let has_eos = random_mask(rng, batch, 0.5);
+    let mut mask = random_mask(rng, n, 0.9);
+    mask[seq_len - 7..seq_len].fill(0);
+    let dones = random_mask(rng, n, 0.05);
+    check(
+        Inputs {
+            values: &values,
+            rewards: Some(&rewards),
+            kl: Some(&kl),
+            scores: Some(&scores),
+            has_eos: Some(&has_eos),
+            mask: Some(&mask),
+            dones: Some(&dones),
+            bootstrap: Some(&bootstrap),
+        },
+        batch,
+        seq_len,
+    );
+    let (scores, has_eos) = (Some(&scores[..]), Some(&has_eos[..]));
+    check(Inputs { scores, has_eos, ..Inputs::new(&values) }, batch, seq_len);
+}
+
+#[test]
+fn gae_is_that_of_rust() {
+    with_gae_inputs(|inputs, batch, seq_len| {
+        for (options, c) in gae_option_sets() {
+            let mut want = unwritten(batch * seq_len);
+            let ([advantages, returns, shaped_rewards], moments) = &mut want;
+            let outputs = Outputs {
+                advantages,
+                returns,
+                shaped_rewards: Some(shaped_rewards),
+                moments: Some(moments),
+            };
+            cpu::gae(inputs, batch, seq_len, &options, outputs).unwrap();
+
+            let mut got = unwritten(batch * seq_len);
+            // SAFETY: lengths as said.
+            ok(unsafe { ppok_gae_cpu(&args(&inputs, [batch, seq_len], &c, &mut got)) });
+            assert_same(&got, &want, &options);
+        }
+    });
+}
+
+#[cfg(feature = "simt")]
+mod on_the_stand_in {
+    use ppo_kernels::cuda::Stream;
+    use ppo_kernels::gae::cuda;
+
+    use super::*;
+    use crate::on_the_stand_in::*;
+
+    #[test]
+    fn gae_is_that_of_rust() {
+        let machine = machines()[0];
+        let stream = Stream::simt(machine);
+        with_gae_inputs(|inputs, batch, seq_len| {
+            for (options, c) in gae_option_sets() {
+                let device_inputs = cuda::Inputs {
+                    values: slice(inputs.values),
+                    rewards: inputs.rewards.map(slice),
+                    kl: inputs.kl.map(slice),
+                    scores: inputs.scores.map(slice),
+                    has_eos: inputs.has_eos.map(slice),
+                    mask: inputs.mask.map(slice),
+                    dones: inputs.dones.map(slice),
+                    bootstrap: inputs.bootstrap.map(slice),
+                };
+                let mut want = unwritten(batch * seq_len);
+                let ([advantages, returns, shaped_rewards], moments) = &mut want;
+                let outputs = cuda::Outputs {
+                    advantages: out(advantages),
+                    returns: out(returns),
+                    shaped_rewards: Some(out(shaped_rewards)),
+                    moments: Some(out(moments)),
+                };
+                let workspace = &mut vec![f64::NAN; cuda::workspace_len(batch, seq_len)][..];
+                let workspace = out(workspace);
+                cuda::gae(&stream, device_inputs, batch, seq_len, &options, outputs, workspace)
+                    .unwrap();
+
+                let mut got = unwritten(batch * seq_len);
+                let args = args(&inputs, [batch, seq_len], &c, &mut got);
+                // SAFETY: lengths as said.
+                unsafe { run(ppok_gae_cuda, ppok_gae_cuda_workspace_size, &args, &machine) };
+                assert_same(&got, &want, &options);
+            }
+        });
+    }
+}
