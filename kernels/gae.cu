@@ -44,8 +44,9 @@
 #include "common/moments.cuh"
 #include "common/tokens.cuh"
 
-// Segments that a warp has in registers.
-constexpr int HELD = 2;
+// Segments that a warp has in registers, and their tokens that a thread has.
+constexpr int WARP_SEGMENTS = 2;
+constexpr int THREAD_TOKENS = WARP_SEGMENTS * QUAD;
 
 constexpr int MAX_THREADS = 256;
 constexpr int MAX_WARPS = MAX_THREADS / WARP;
@@ -71,7 +72,8 @@ struct Shaping {
 
 // u, and that of the returns if they have a lambda of their own.
 struct State {
-    float u, of_returns;
+    float u;
+    float of_returns;
 };
 
 // u before some tokens as a function of u after them: power[steps] u + add, or just add.
@@ -107,12 +109,13 @@ struct GaeArgs {
     int32_t multiply;         // gaps are steps
     int32_t after_last;       // the score is a step of its own, if there is room
     int32_t two;              // returns have a decay of their own
-    Decay decay, returns_decay;
+    Decay decay;
+    Decay returns_decay;
 };
 
 struct Shared {
     float powers[2][SEGMENT + 1];
-    Map totals[MAX_WARPS * HELD];
+    Map totals[MAX_WARPS * WARP_SEGMENTS];
     int64_t last[MAX_WARPS];
     Deviations warps[MAX_WARPS];
     Deviations threads[MAX_THREADS];  // of the advantages that a thread wrote
@@ -124,10 +127,10 @@ enum Flag { KEPT, DONE, STEP, OUTPUT };
 // Some segments of a row: four tokens of each a lane. Eight bits for each flag say what they are,
 // all in one register.
 struct Tokens {
-    float value[HELD][QUAD], reward[HELD][QUAD];
+    float value[WARP_SEGMENTS][QUAD], reward[WARP_SEGMENTS][QUAD];
     uint32_t flags;
 
-    static_assert(HELD * QUAD <= 8, "a flag has eight bits");
+    static_assert(THREAD_TOKENS <= 8, "a flag has eight bits");
 
     __device__ __forceinline__ void set(Flag flag, unsigned bits) { flags |= bits << 8 * flag; }
 
@@ -185,19 +188,19 @@ static __device__ __forceinline__ float score_of(const GaeArgs& args, int64_t ro
 
 // Reads a warp's segments. The rewards are dense rewards less the KL penalty.
 static __device__ __forceinline__ void load(const GaeArgs& args, const Place& place, Tokens& t) {
-    float kl[HELD][QUAD];
+    float kl[WARP_SEGMENTS][QUAD];
     load_tokens(args.values, place, t.value);
     if (args.rewards) load_tokens(args.rewards, place, t.reward);
     if (args.kl) load_tokens(args.kl, place, kl);
-    uint32_t mask[HELD], dones[HELD];
+    uint32_t mask[WARP_SEGMENTS], dones[WARP_SEGMENTS];
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
+    for (int j = 0; j < WARP_SEGMENTS; j++) {
         if (args.mask) mask[j] = load_flags(args.mask, place, j);
         if (args.dones) dones[j] = load_flags(args.dones, place, j);
     }
     t.flags = 0;
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
+    for (int j = 0; j < WARP_SEGMENTS; j++) {
         const unsigned kept =
             args.mask ? flag_bits(mask[j]) : lowest_bits(place.left - first_of_lane(j));
         t.set(KEPT, kept << QUAD * j);
@@ -223,7 +226,7 @@ static __device__ __forceinline__ int64_t highest_in_warp(int64_t x) {
 static __device__ __forceinline__ int64_t last_kept(const Tokens& t, int64_t first) {
     int64_t last = -1;
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
+    for (int j = 0; j < WARP_SEGMENTS; j++) {
         const unsigned kept = t.bits(KEPT, j);
         if (kept) last = first + first_of_lane(j) + 31 - __clz(kept);
     }
@@ -237,12 +240,12 @@ static __device__ __forceinline__ void classify(const GaeArgs& args, int64_t row
     const int64_t score = args.after_last && last + 1 < args.tokens ? last + 1 : last;
     // Counted from the warp's first token; far outside its segments is as good as just outside.
     const auto here = [&](int64_t token) {
-        return int(max(int64_t(-1), min(token - first, int64_t(HELD * SEGMENT))));
+        return int(max(int64_t(-1), min(token - first, int64_t(WARP_SEGMENTS * SEGMENT))));
     };
     const int last_here = here(last), score_here = has_score ? here(score) : -1;
     float score_value = 0.0f;
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
+    for (int j = 0; j < WARP_SEGMENTS; j++) {
         const int score_at = score_here - first_of_lane(j);
         const unsigned scored = score_at >= 0 && score_at < QUAD ? 1u << score_at : 0;
         const unsigned output = t.bits(KEPT, j) | scored;
@@ -262,9 +265,9 @@ static __device__ __forceinline__ void classify(const GaeArgs& args, int64_t row
 // For each segment the map of the tokens from the lane's first on.
 template <bool TWO>
 static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t,
-                                            const Shared* shared, Map (&maps)[HELD]) {
+                                            const Shared* shared, Map (&maps)[WARP_SEGMENTS]) {
 #pragma unroll
-    for (int j = 0; j < HELD; j++) {
+    for (int j = 0; j < WARP_SEGMENTS; j++) {
         Map& map = maps[j];
         map = {0, {0.0f, 0.0f}};
 #pragma unroll
@@ -284,7 +287,7 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
 #pragma unroll
     for (int distance = 1; distance < WARP; distance *= 2) {
 #pragma unroll
-        for (int j = 0; j < HELD; j++) {
+        for (int j = 0; j < WARP_SEGMENTS; j++) {
             Map later = {__shfl_down_sync(ALL_LANES, maps[j].steps, distance),
                          {__shfl_down_sync(ALL_LANES, maps[j].add.u, distance), 0.0f}};
             if (TWO) {
@@ -372,11 +375,11 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
             load(args, place, t);
             const int64_t last = args.mask ? last_kept(t, 0) : args.tokens - 1;
             classify(args, row, 0, last, t);
-            Map maps[HELD];
+            Map maps[WARP_SEGMENTS];
             scan<TWO>(args, t, shared, maps);
             State s = end_of_row(args, row);
 #pragma unroll
-            for (int j = HELD - 1; j >= 0; j--) {
+            for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
                 const Map segment = of_segment<TWO>(maps[j]);
                 if (j * SEGMENT < place.left) finish<TWO>(args, place, t, j, maps[j], s, shared);
                 s = apply<TWO>(segment, s, shared);
@@ -390,7 +393,7 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
 template <bool TWO>
 static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* shared) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const int mine = warp * HELD, segments = warps * HELD;
+    const int mine = warp * WARP_SEGMENTS, segments = warps * WARP_SEGMENTS;
     for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
         shared->threads[threadIdx.x] = no_deviations();
         State s = end_of_row(args, row);
@@ -417,18 +420,18 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
                 found = last >= 0;
             }
             classify(args, row, first, last, t);
-            Map maps[HELD];
+            Map maps[WARP_SEGMENTS];
             scan<TWO>(args, t, shared, maps);
             if (lane_of_thread() == 0) {
 #pragma unroll
-                for (int j = 0; j < HELD; j++) shared->totals[mine + j] = maps[j];
+                for (int j = 0; j < WARP_SEGMENTS; j++) shared->totals[mine + j] = maps[j];
             }
             __syncthreads();
-            for (int k = segments - 1; k >= mine + HELD; k--) {
+            for (int k = segments - 1; k >= mine + WARP_SEGMENTS; k--) {
                 s = apply<TWO>(shared->totals[k], s, shared);
             }
 #pragma unroll
-            for (int j = HELD - 1; j >= 0; j--) {
+            for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
                 finish<TWO>(args, place, t, j, maps[j], s, shared);
                 s = apply<TWO>(shared->totals[mine + j], s, shared);
             }
@@ -492,18 +495,18 @@ static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared*
 template <bool TWO, class Work>
 static __device__ __forceinline__ void for_tiles(const GaeArgs& args, const Shared* shared,
                                                  Work work) {
-    const int segments = blockDim.x / WARP * HELD;
+    const int segments = blockDim.x / WARP * WARP_SEGMENTS;
     // Rows are few, so that tiles are counted in 32 bits.
     const unsigned tiles = unsigned(args.rows) * args.tiles;
     for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
         const unsigned row = index / args.tiles, tile = index % args.tiles;
-        const int64_t segment = int64_t(tile) * segments + threadIdx.x / WARP * HELD;
+        const int64_t segment = int64_t(tile) * segments + threadIdx.x / WARP * WARP_SEGMENTS;
         const int64_t first = segment * SEGMENT;
         const Place place(row, args.tokens, first);
         Tokens t;
         load(args, place, t);
         classify(args, row, first, args.mask ? args.last[row] : args.tokens - 1, t);
-        Map maps[HELD];
+        Map maps[WARP_SEGMENTS];
         scan<TWO>(args, t, shared, maps);
         work(index, place, row * args.segments + segment, t, maps);
     }
@@ -512,9 +515,9 @@ static __device__ __forceinline__ void for_tiles(const GaeArgs& args, const Shar
 template <bool TWO>
 static __device__ __forceinline__ void totals(const GaeArgs& args, const Shared* shared) {
     for_tiles<TWO>(args, shared, [&](int64_t, const Place& place, int64_t segment, Tokens&,
-                                     const Map (&maps)[HELD]) {
+                                     const Map (&maps)[WARP_SEGMENTS]) {
 #pragma unroll
-        for (int j = 0; j < HELD; j++) {
+        for (int j = 0; j < WARP_SEGMENTS; j++) {
             if (lane_of_thread() == 0 && j * SEGMENT < place.left) {
                 args.totals[segment + j] = maps[j];
             }
@@ -558,10 +561,10 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, const Shared* 
 template <bool TWO>
 static __device__ __forceinline__ void apply_carries(const GaeArgs& args, Shared* shared) {
     for_tiles<TWO>(args, shared, [&](int64_t index, const Place& place, int64_t segment,
-                                     Tokens& t, const Map (&maps)[HELD]) {
+                                     Tokens& t, const Map (&maps)[WARP_SEGMENTS]) {
         shared->threads[threadIdx.x] = no_deviations();
 #pragma unroll
-        for (int j = 0; j < HELD; j++) {
+        for (int j = 0; j < WARP_SEGMENTS; j++) {
             if (j * SEGMENT < place.left) {
                 finish<TWO>(args, place, t, j, maps[j], args.carries[segment + j], shared);
             }

@@ -121,7 +121,7 @@ struct Inverse {
 
     __device__ __forceinline__ Inverse(const Moments& m, const Options& o) {
         divisor = m.count - (o.unbiased ? 1.0 : 0.0);
-        const double variance = divisor < 1.0 ? NAN : m.squares / divisor;
+        const double variance = divisor < 1.0 ? NAN : m.m2 / divisor;
         if (o.eps_at_std) {
             const double std = sqrt(variance);
             value = 1.0 / (std + o.eps);

@@ -19,36 +19,36 @@ use crate::moments::Moments;
 
 const WARP: usize = 32;
 
-/// Tokens of a segment, and those that a thread holds, as in the kernels.
+/// Tokens of a segment, and tokens of a warp's segments that a thread has in registers.
 const SEGMENT: usize = 128;
-const HELD: usize = 8;
+const THREAD_TOKENS: usize = 8;
 
-/// Threads of a block for rows of up to so many tokens.
-struct Geometry {
+/// The threads that rows of up to so many tokens take.
+struct RowThreads {
     max_tokens: usize,
     threads: usize,
 }
 
 /// A block a row, but for the shortest, of which a warp has one. Longer ones take several turns.
-const ROWS: [Geometry; 4] = [
-    Geometry { max_tokens: WARP * HELD, threads: WARP },
-    Geometry { max_tokens: 512, threads: 64 },
-    Geometry { max_tokens: 1024, threads: 128 },
-    Geometry { max_tokens: usize::MAX, threads: BLOCK },
+const ROWS: [RowThreads; 4] = [
+    RowThreads { max_tokens: WARP * THREAD_TOKENS, threads: WARP },
+    RowThreads { max_tokens: 512, threads: 64 },
+    RowThreads { max_tokens: 1024, threads: 128 },
+    RowThreads { max_tokens: usize::MAX, threads: MAX_THREADS },
 ];
 
 /// Threads of a block that several rows share, or a tile of a long one.
-const BLOCK: usize = 256;
-const TILE: usize = BLOCK * HELD;
+const MAX_THREADS: usize = 256;
+const TILE: usize = MAX_THREADS * THREAD_TOKENS;
 
 /// At most so many rows of more than so many tokens are split over blocks: it costs some launches
 /// and reads the inputs again, which are in L2 then. More rows are enough for every multiprocessor.
 const SPLIT_ROWS: usize = 64;
 const SPLIT_TOKENS: usize = 8 * TILE;
 
-/// Values of f64 that hold a segment's map, of three times four bytes, and its state, of two.
-fn map_len(segments: usize) -> usize {
-    (segments.saturating_mul(3)).div_ceil(2)
+/// Values of f64 that hold the maps of so many segments.
+fn maps_len(segments: usize) -> usize {
+    segments.saturating_mul(size_of::<Map>()).div_ceil(size_of::<f64>())
 }
 
 /// How the kernels share out a batch.
@@ -77,7 +77,7 @@ impl Mapping {
     /// Blocks' worth of work, of which each leaves its moments.
     fn blocks(&self, batch: usize, seq_len: usize) -> usize {
         match self {
-            Mapping::Warp => batch.div_ceil(BLOCK / WARP),
+            Mapping::Warp => batch.div_ceil(MAX_THREADS / WARP),
             Mapping::Block(_) => batch,
             Mapping::Split => batch.saturating_mul(seq_len.div_ceil(TILE)),
         }
@@ -101,7 +101,7 @@ pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
     match mapping {
         Mapping::Split => {
             let segments = batch.saturating_mul(seq_len.div_ceil(SEGMENT));
-            let scan = batch.saturating_add(segments).saturating_add(map_len(segments));
+            let scan = batch.saturating_add(segments).saturating_add(maps_len(segments));
             partials.saturating_add(scan)
         }
         _ => partials,
@@ -146,9 +146,9 @@ pub fn gae(
         stream.launch(&Kernel { op: OP, pass, dtype: "f32" }, launch, args)
     };
     match mapping {
-        Mapping::Warp => launch("warp", blocks, BLOCK, &args)?,
+        Mapping::Warp => launch("warp", blocks, MAX_THREADS, &args)?,
         Mapping::Block(threads) => {
-            args.tiles = seq_len.div_ceil(threads * HELD) as i32;
+            args.tiles = seq_len.div_ceil(threads * THREAD_TOKENS) as i32;
             launch("block", blocks, threads, &args)?;
         }
         Mapping::Split => {
@@ -159,17 +159,33 @@ pub fn gae(
             args.carries = args.last.wrapping_add(batch).cast();
             args.totals = args.carries.wrapping_add(batch * segments).cast();
             if args.inputs.mask.is_some() {
-                launch("last", batch, BLOCK, &args)?;
+                launch("last", batch, MAX_THREADS, &args)?;
             }
-            launch("totals", blocks, BLOCK, &args)?;
+            launch("totals", blocks, MAX_THREADS, &args)?;
             launch("carry", batch, WARP, &args)?;
-            launch("apply", blocks, BLOCK, &args)?;
+            launch("apply", blocks, MAX_THREADS, &args)?;
         }
     }
     moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, blocks, moments))
 }
 
-/// γλ in the forms that the kernels use; as there, and so are the next ones.
+/// What a step passes to the one before it.
+#[allow(dead_code)] // only its size is looked at here
+#[repr(C)]
+struct State {
+    u: f32,
+    of_returns: f32,
+}
+
+/// What some steps make of a state.
+#[allow(dead_code)] // only its size is looked at here
+#[repr(C)]
+struct Map {
+    steps: i32,
+    add: State,
+}
+
+/// γλ in the forms that the kernels use.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Decay {
@@ -223,8 +239,8 @@ struct GaeArgs<'a> {
     outputs: super::Outputs<'a, Pointers>,
     partials: *mut Moments,
     last: *mut i64,
-    totals: *mut [u32; 3],
-    carries: *mut [f32; 2],
+    totals: *mut Map,
+    carries: *mut State,
     rows: i64,
     tokens: i64,
     segments: i64,
