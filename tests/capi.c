@@ -603,106 +603,91 @@ static void check_kl_full(void) {
 
 /* gae */
 
-static struct {
-    void *inputs, *outputs, *options;
-    size_t batch, seq_len;
-    ppok_gae_inputs in;
-    ppok_gae_outputs out;
-    ppok_gae_options settings;
-} ga;
+static void *gae_args;
+static ppok_gae_args ga;
+static ppok_gae_options gae_options;
 
-static int32_t gae_cpu(void) {
-    return ppok_gae_cpu(ga.inputs, ga.batch, ga.seq_len, ga.options, ga.outputs);
-}
+static int32_t gae_cpu(void) { return ppok_gae_cpu(gae_args); }
 
 static int32_t gae_cuda(void) {
-    return ppok_gae_cuda(ga.inputs, ga.batch, ga.seq_len, ga.options, ga.outputs, workspace,
-                         workspace_size, stream);
+    return ppok_gae_cuda(gae_args, workspace, workspace_size, stream);
 }
 
 static int32_t gae_workspace(void) {
-    return ppok_gae_cuda_workspace_size(ga.batch, ga.seq_len, stream, &needed);
+    return ppok_gae_cuda_workspace_size(gae_args, stream, &needed);
 }
 
 static void check_gae(void) {
-    ga.in = (ppok_gae_inputs){.struct_size = sizeof ga.in};
-    ga.out = (ppok_gae_outputs){.struct_size = sizeof ga.out};
+    ga = (ppok_gae_args){.struct_size = sizeof ga, .batch = BATCH, .seq_len = SEQ_LEN};
     unsigned char *has_eos = memory(BATCH), *mask = memory(TOKENS), *dones = memory(TOKENS);
     has_eos[1] = 0;
     mask[0] = 0;
     memset(dones, 0, TOKENS);
     dones[4] = 1;
-    ga.in.values = floats(TOKENS, 0.1f, 0.05f);
-    ga.in.rewards = floats(TOKENS, 0.0f, 0.02f);
-    ga.in.kl = floats(TOKENS, 0.0f, 0.01f);
-    ga.in.scores = floats(BATCH, 1.0f, 0.3f);
-    ga.in.has_eos = has_eos;
-    ga.in.mask = mask;
-    ga.in.dones = dones;
-    ga.in.bootstrap = floats(BATCH, 0.2f, 0.1f);
-    ga.out.advantages = memory(TOKENS * 4);
-    ga.out.returns = memory(TOKENS * 4);
-    ga.out.rewards = memory(TOKENS * 4);
-    ga.out.moments = memory(sizeof *ga.out.moments);
-    ga.inputs = &ga.in;
-    ga.outputs = &ga.out;
-    ga.batch = BATCH;
-    ga.seq_len = SEQ_LEN;
-    CHECK(ppok_gae_options_init(&ga.settings, sizeof ga.settings) == PPOK_STATUS_OK, "init");
-    ga.options = &ga.settings;
+    ga.values = floats(TOKENS, 0.1f, 0.05f);
+    ga.rewards = floats(TOKENS, 0.0f, 0.02f);
+    ga.kl = floats(TOKENS, 0.0f, 0.01f);
+    ga.scores = floats(BATCH, 1.0f, 0.3f);
+    ga.has_eos = has_eos;
+    ga.mask = mask;
+    ga.dones = dones;
+    ga.bootstrap = floats(BATCH, 0.2f, 0.1f);
+    ga.advantages = memory(TOKENS * 4);
+    ga.returns = memory(TOKENS * 4);
+    ga.shaped_rewards = memory(TOKENS * 4);
+    ga.moments = memory(sizeof *ga.moments);
+    CHECK(ppok_gae_options_init(&gae_options, sizeof gae_options) == PPOK_STATUS_OK, "init");
+    ga.options = &gae_options;
+    gae_args = &ga;
     function f = {
         .name = "ppok_gae_cpu",
         .run = gae_cpu,
-        .pointers = {{"values", (void **)&ga.in.values, TOKENS * 4, 4, NEEDED, READ},
-                     {"rewards", (void **)&ga.in.rewards, TOKENS * 4, 4, OPTIONAL, READ},
-                     {"kl", (void **)&ga.in.kl, TOKENS * 4, 4, OPTIONAL, READ},
-                     {"scores", (void **)&ga.in.scores, BATCH * 4, 4, OPTIONAL, READ},
-                     {"has_eos", (void **)&ga.in.has_eos, BATCH, 1, OPTIONAL, READ},
-                     {"mask", (void **)&ga.in.mask, TOKENS, 1, OPTIONAL, READ},
-                     {"dones", (void **)&ga.in.dones, TOKENS, 1, OPTIONAL, READ},
-                     {"bootstrap", (void **)&ga.in.bootstrap, BATCH * 4, 4, OPTIONAL, READ},
-                     {"advantages", (void **)&ga.out.advantages, TOKENS * 4, 4, NEEDED, WRITTEN},
-                     {"returns", (void **)&ga.out.returns, TOKENS * 4, 4, NEEDED, WRITTEN},
-                     {"rewards (out)", (void **)&ga.out.rewards, TOKENS * 4, 4, OPTIONAL, WRITTEN},
-                     {"moments", (void **)&ga.out.moments, sizeof(ppok_moments), 8, OPTIONAL,
+        .pointers = {{"values", (void **)&ga.values, TOKENS * 4, 4, NEEDED, READ},
+                     {"rewards", (void **)&ga.rewards, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"kl", (void **)&ga.kl, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"scores", (void **)&ga.scores, BATCH * 4, 4, OPTIONAL, READ},
+                     {"has_eos", (void **)&ga.has_eos, BATCH, 1, OPTIONAL, READ},
+                     {"mask", (void **)&ga.mask, TOKENS, 1, OPTIONAL, READ},
+                     {"dones", (void **)&ga.dones, TOKENS, 1, OPTIONAL, READ},
+                     {"bootstrap", (void **)&ga.bootstrap, BATCH * 4, 4, OPTIONAL, READ},
+                     {"advantages", (void **)&ga.advantages, TOKENS * 4, 4, NEEDED, WRITTEN},
+                     {"returns", (void **)&ga.returns, TOKENS * 4, 4, NEEDED, WRITTEN},
+                     {"shaped_rewards", (void **)&ga.shaped_rewards, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"moments", (void **)&ga.moments, sizeof(ppok_moments), 8, OPTIONAL,
                       WRITTEN}},
         .sizes = {{"batch", &ga.batch, PPOK_STATUS_OK}, {"seq_len", &ga.seq_len, PPOK_STATUS_OK}},
-        .numbers = {{"mask_mode", &ga.settings.mask_mode, 1, PPOK_STATUS_OPTION},
-                    {"score_placement", &ga.settings.score_placement, 1, PPOK_STATUS_OPTION},
-                    {"score_order", &ga.settings.score_order, 1, PPOK_STATUS_OPTION},
-                    {"missing_eos", &ga.settings.missing_eos, 2, PPOK_STATUS_OPTION}},
-        .options = {{"gamma", &ga.settings.gamma, 1.5},
-                    {"lambda", &ga.settings.lambda, -1.0},
-                    {"value_lambda", &ga.settings.value_lambda, -0.5},
-                    {"kl_coef", &ga.settings.kl_coef, -1.0},
-                    {"score_std", &ga.settings.score_std, 0.0},
-                    {"score_clip", &ga.settings.score_clip, 0.0}},
-        .structs = {{"inputs", &ga.inputs, sizeof ga.in},
-                    {"outputs", &ga.outputs, sizeof ga.out},
-                    {"options", &ga.options, sizeof ga.settings}},
+        .numbers = {{"mask_mode", &gae_options.mask_mode, 1, PPOK_STATUS_OPTION},
+                    {"score_placement", &gae_options.score_placement, 1, PPOK_STATUS_OPTION},
+                    {"score_order", &gae_options.score_order, 1, PPOK_STATUS_OPTION},
+                    {"missing_eos", &gae_options.missing_eos, 2, PPOK_STATUS_OPTION}},
+        .options = {{"gamma", &gae_options.gamma, 1.5},
+                    {"lambda", &gae_options.lambda, -1.0},
+                    {"value_lambda", &gae_options.value_lambda, -0.5},
+                    {"kl_coef", &gae_options.kl_coef, -1.0},
+                    {"score_std", &gae_options.score_std, 0.0},
+                    {"score_clip", &gae_options.score_clip, 0.0}},
+        .structs = {{"args", &gae_args, sizeof ga},
+                    {"options", (void **)&ga.options, sizeof gae_options}},
     };
     check(&f);
-    CHECK(ga.out.moments->count == TOKENS - 1, "moments of %g", ga.out.moments->count);
-    CHECK(ga.out.advantages[0] == 0.0f && ga.out.returns[0] == 0.0f, "a masked token");
+    CHECK(ga.moments->count == TOKENS - 1, "moments of %g", ga.moments->count);
+    CHECK(ga.advantages[0] == 0.0f && ga.returns[0] == 0.0f, "a masked token");
 
-    ga.settings.missing_eos = PPOK_GAE_MISSING_EOS_SUBTRACT;
-    ga.settings.missing_eos_value = 1.0;
+    gae_options.missing_eos = PPOK_GAE_MISSING_EOS_SUBTRACT;
+    gae_options.missing_eos_value = 1.0;
     accepts(&f, "missing_eos", "with scores");
-    ga.in.scores = NULL;
+    ga.scores = NULL;
     refuses(&f, "missing_eos", "without scores", PPOK_STATUS_OPTION);
-    ga.in.scores = floats(BATCH, 1.0f, 0.3f);
-    ga.settings.missing_eos = PPOK_GAE_MISSING_EOS_KEEP;
-    ga.inputs = NULL;
-    refuses(&f, "inputs", "null", PPOK_STATUS_NULL_POINTER);
-    ga.inputs = &ga.in;
-    ga.outputs = NULL;
-    refuses(&f, "outputs", "null", PPOK_STATUS_NULL_POINTER);
-    ga.outputs = &ga.out;
+    ga.scores = floats(BATCH, 1.0f, 0.3f);
+    gae_options.missing_eos = PPOK_GAE_MISSING_EOS_KEEP;
+    gae_args = NULL;
+    refuses(&f, "args", "null", PPOK_STATUS_NULL_POINTER);
+    gae_args = &ga;
 
     f.name = "ppok_gae_cuda";
     f.run = gae_cuda;
     check_cuda(f, gae_workspace);
-    CHECK_QUERY(ppok_gae_cuda_workspace_size(1, 1, stream, NULL));
+    CHECK_QUERY(ppok_gae_cuda_workspace_size(gae_args, stream, NULL));
     free_all();
 }
 

@@ -87,15 +87,11 @@ impl Memory {
         Ok((self.add(arg, address, len, written, over)?, len))
     }
 
-    /// The first `needed` of the bytes of the caller's workspace.
+    /// The workspace as elements of the type that the pass keeps there.
     #[cfg(any(feature = "cuda", feature = "simt"))]
-    pub(super) fn workspace<'a>(
-        &mut self,
-        address: *mut std::ffi::c_void,
-        bytes: usize,
-        needed: usize,
-    ) -> Result<SliceMut<'a, u8>> {
+    pub(crate) fn workspace<'a, T>(&mut self, workspace: Workspace) -> Result<SliceMut<'a, T>> {
         let (op, align) = (self.op, WORKSPACE_ALIGN);
+        let Workspace { address, bytes, needed } = workspace;
         if bytes < needed {
             return Err(Fault::Workspace { op, needed, got: bytes });
         }
@@ -103,9 +99,10 @@ impl Memory {
             let address = address as usize;
             return Err(Fault::Misaligned { op, arg: "workspace", address, align });
         }
-        let address = self.add("workspace", address.cast::<u8>(), needed, true, &[])?;
+        let len = needed / size_of::<T>();
+        let address = self.add("workspace", address.cast::<T>(), len, true, &[])?;
         // SAFETY: `new` was promised it, and `add` has looked at it.
-        Ok(unsafe { SliceMut::from_raw(address.as_ptr(), needed) })
+        Ok(unsafe { SliceMut::from_raw(address.as_ptr(), len) })
     }
 
     fn add<T>(
@@ -207,6 +204,16 @@ impl Writes<Raw, Device> for Memory {
         // SAFETY: `new` was promised it, and `array` has looked at it.
         Ok(unsafe { SliceMut::from_raw(address.as_ptr(), len) })
     }
+}
+
+/// Device memory for whatever a pass keeps there while it runs, as the caller gave it.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+#[derive(Clone, Copy)]
+pub(crate) struct Workspace {
+    pub address: *mut std::ffi::c_void,
+    pub bytes: usize,
+    /// The bytes that the pass asked for.
+    pub needed: usize,
 }
 
 /// What the header asks of every workspace, whatever is kept there today.
@@ -475,7 +482,7 @@ mod tests {
         }
 
         #[cfg(any(feature = "cuda", feature = "simt"))]
-        fn on_cuda(&self, _: &mut Memory, _: &crate::cuda::Stream, _: SliceMut<u8>) -> Result<()> {
+        fn on_cuda(&self, _: &mut Memory, _: &crate::cuda::Stream, _: Workspace) -> Result<()> {
             Ok(())
         }
     }

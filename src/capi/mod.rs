@@ -18,10 +18,10 @@ use std::fmt::{self, Write};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use self::arguments::check_pointer;
+use self::arguments::{check_pointer, Workspace};
 use self::arguments::{initialise, read, Growing, Memory};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, SliceMut, Stream};
+use crate::cuda::{Device, Stream};
 use crate::error::Error;
 
 /// The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
@@ -255,9 +255,9 @@ pub(crate) trait Pass: Growing {
     /// Runs the pass on the CPU.
     fn on_cpu(&self, memory: &mut Memory) -> Result<()>;
 
-    /// Launches the pass, with a workspace of [`Pass::workspace_size`] bytes.
+    /// Launches the pass; [`Memory::workspace`] makes a slice of the workspace.
     #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: SliceMut<u8>) -> Result<()>;
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()>;
 
     /// The bytes of workspace that [`Pass::on_cuda`] needs, by sizes and options, and by which pointers
     /// are null.
@@ -305,7 +305,7 @@ pub(crate) unsafe fn cuda<A: Pass>(
         let (args, stream, mut memory) =
             unsafe { (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>()) };
         let needed = args.workspace_size(&memory, stream.device())?;
-        let workspace = memory.workspace(workspace, bytes, needed)?;
+        let workspace = Workspace { address: workspace, bytes, needed };
         args.on_cuda(&mut memory, &stream, workspace)
     })
 }

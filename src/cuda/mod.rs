@@ -224,7 +224,7 @@ pub struct SliceMut<'a, T> {
     lifetime: PhantomData<&'a mut T>,
 }
 
-impl<'a, T> SliceMut<'a, T> {
+impl<T> SliceMut<'_, T> {
     /// `len` elements from `address` on.
     ///
     /// # Safety
@@ -241,13 +241,6 @@ impl<'a, T> SliceMut<'a, T> {
 
     pub(crate) fn as_mut_ptr(&self) -> *mut T {
         self.address
-    }
-
-    /// The same memory, as whole elements of another type.
-    #[cfg(feature = "capi")]
-    pub(crate) fn cast<U>(self) -> SliceMut<'a, U> {
-        let len = self.len * size_of::<T>() / size_of::<U>();
-        SliceMut { address: self.address.cast(), len, lifetime: PhantomData }
     }
 
     /// `N` equal parts, one behind the other.

@@ -8,10 +8,12 @@ use super::{
     cpu, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, RewardShaping, ScoreOrder,
     ScorePlacement, ScoreScale, OP,
 };
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use crate::capi::arguments::Workspace;
 use crate::capi::arguments::{choose, optional, or_none, Given, Growing, Memory, Options, Raw};
 use crate::capi::{self, Pass, Result};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, SliceMut, Stream};
+use crate::cuda::{Device, Stream};
 use crate::moments::Moments;
 
 /// A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
@@ -210,13 +212,14 @@ impl Pass for ppok_gae_args {
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: SliceMut<u8>) -> Result<()> {
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
         let options = memory.options(self.options)?;
         let (inputs, mut outputs) = (self.inputs(), self.outputs());
         let inputs = inputs.try_map([batch, seq_len], memory)?;
         let outputs = outputs.try_map([batch, seq_len], memory)?;
-        Ok(cuda::gae(stream, inputs, batch, seq_len, &options, outputs, workspace.cast())?)
+        let workspace = memory.workspace(workspace)?;
+        Ok(cuda::gae(stream, inputs, batch, seq_len, &options, outputs, workspace)?)
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
