@@ -40,6 +40,10 @@ fn main() -> ExitCode {
         println!("{USAGE}");
         return ExitCode::SUCCESS;
     }
+    if let Err(error) = ppo_kernels::cuda::device_count() {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
     let start = Instant::now();
     let table = Table::new(Gpu::get(), arguments);
     logprob::time(&table);
