@@ -78,9 +78,13 @@ build() (
     export PPO_KERNELS_CUDA_ARCHS=${PPO_KERNELS_CUDA_ARCHS:-90}
     rm -rf "$bin" "$bin.tar.xz"
     mkdir "$bin"
-    cp "$(cd benches/gpu && executables bin build)" "$bin/time"
-    cp "$(cd benches/gpu && executables test test --no-run --test cuda)" "$bin/test"
-    cp "$(library)" "$bin/"
+    # Assigned first: what fails within an argument ends nothing.
+    built=$(cd benches/gpu && executables bin build)
+    cp "$built" "$bin/time"
+    built=$(cd benches/gpu && executables test test --no-run --test cuda)
+    cp "$built" "$bin/test"
+    built=$(library)
+    cp "$built" "$bin/"
     if [ -n "${1:-}" ]; then
         through_candle
     fi
@@ -106,8 +110,10 @@ through_candle() {
     fi
     # shellcheck disable=SC2031  # called in it
     export PATH=${NVCC%/*}:$PATH
-    cp "$(cd benches/gpu && executables bin build --features candle)" "$bin/time-candle"
-    cp "$(executables bin build --features cuda,driver)" "$bin/ppo-kernels"
+    built=$(cd benches/gpu && executables bin build --features candle)
+    cp "$built" "$bin/time-candle"
+    built=$(executables bin build --features cuda,driver)
+    cp "$built" "$bin/ppo-kernels"
     executables test test --no-run --features cuda "${ops[@]/#/--test=}" | copy_as candle-test
     executables bench build --features cuda "${ops[@]/#/--bench=}" --bench=ppo_step |
         copy_as candle-bench
@@ -190,16 +196,21 @@ bring() {
     done
 }
 
+# Where the driver and the toolkit are, should the machine's own settings not say it.
+environment() {
+    export PATH=$PATH:/usr/local/cuda/bin:/usr/local/nvidia/bin
+    LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64:/usr/local/nvidia/lib
+    export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:/usr/local/cuda/lib64
+    export PPO_KERNELS_LIB=$PWD/$bin/libppo_kernels.so PYTHONUNBUFFERED=1
+    export PYTHONPATH=$PWD/python/src${PYTHONPATH:+:$PYTHONPATH}
+    # A backtrace takes seconds and says nothing about the device.
+    export RUST_BACKTRACE=0
+}
+
 prepare() {
     OUT=${OUT:-$(mktemp -d)}
     mkdir -p "$OUT" || exit
-    export PATH=$PATH:/usr/local/cuda/bin:/usr/local/nvidia/bin PYTHONUNBUFFERED=1
-    # The driver, should the loader not know where it is, and what candle links.
-    LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/nvidia/lib64:/usr/local/nvidia/lib
-    export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:/usr/local/cuda/lib64
-    export PPO_KERNELS_LIB=$PWD/$bin/libppo_kernels.so PYTHONPATH=$PWD/python/src
-    # A backtrace takes seconds and says nothing about the device.
-    export RUST_BACKTRACE=0
+    environment
     echo "results in $OUT, $BUDGET s"
     trap report EXIT
 }
@@ -306,14 +317,14 @@ peers() {
     local logits="8192 x 151936" tokens="8192 x 2048"
     local bench=(python3 python/bench.py --device cuda --seconds 0.3)
     if [ -e "$peers.tar.xz" ]; then
-        step 30 pytorch "unpacking the peers" python3 -m tarfile -e "$peers.tar.xz"
+        step 20 pytorch "unpacking the peers" python3 -m tarfile -e "$peers.tar.xz"
         # In the second is QuACK's compiler, which a .pth file names that is not read here.
         export PYTHONPATH=$PYTHONPATH:$PWD/$peers:$PWD/$peers/nvidia_cutlass_dsl/dsl_packages
     else
         echo "without $peers.tar.xz: beside what the machine has" | tee -a "$OUT/pytorch.txt"
     fi
-    step 100 pytorch "peers, logits" "${bench[@]}" --only "$logits"
-    step 40 pytorch "peers, tokens" "${bench[@]}" --only "$tokens" --without torch.compile
+    step 90 pytorch "peers, logits" "${bench[@]}" --only "$logits"
+    step 30 pytorch "peers, tokens" "${bench[@]}" --only "$tokens" --without torch.compile
 }
 
 counters() {
@@ -326,7 +337,7 @@ counters() {
 count() {
     local kernel=$1
     shift
-    step 40 counters "ncu $kernel" ncu --clock-control none --set full --launch-skip 1 --launch-count 1 \
+    step 30 counters "ncu $kernel" ncu --clock-control none --set full --launch-skip 1 --launch-count 1 \
         --kernel-name "regex:$kernel" "$bin/time" "$@"
 }
 
@@ -371,6 +382,7 @@ build)
 -h | --help) usage && exit ;;
 time)
     bring "${needed[@]}"
+    environment
     exec "$bin/time" "${@:2}"
     ;;
 first) BUDGET=${BUDGET:-330} steps=(smoke test table parts python sanitize) ;;
