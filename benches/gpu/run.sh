@@ -241,15 +241,16 @@ report() {
 }
 
 smoke() {
-    # shellcheck disable=SC2016  # it is the inner shell that runs these
+    # shellcheck disable=SC2016  # it is the inner shell that expands these
     step 20 env "the machine" bash -c '
         nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,ecc.mode.current \
             --format=csv,noheader || echo "no nvidia-smi"
-        cat "$0/BUILT"
-        nvcc --version | tail -n 2 || echo "no nvcc"
-        date -u +%Y-%m-%dT%H:%MZ; uname -srm; nproc; ldd --version | head -n 1
+        cat "$1"
+        if command -v nvcc; then nvcc --version | tail -n 2; fi
         command -v compute-sanitizer ncu
-        python3 -c "import sys, torch; print(sys.version, torch.__version__, torch.version.cuda)"' "$bin"
+        python3 -c "import sys, torch; print(sys.version, torch.__version__, torch.version.cuda)" ||
+            echo "no PyTorch"
+        date -u +%Y-%m-%dT%H:%MZ; uname -srm; nproc; ldd --version | head -n 1' machine "$bin/BUILT"
     if ! step 25 env "the device" "$bin/time" --device; then
         echo "no GPU that can be used: $(tail -n 1 "$OUT/env.txt")" | tee -a "$OUT/steps.txt" >&2
         exit 4
