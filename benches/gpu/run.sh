@@ -220,15 +220,21 @@ step() {
     local limit=$1 to=$OUT/$2.txt name=$3 left=$((BUDGET - SECONDS)) began=$SECONDS rc
     shift 3
     if ((left < 6)); then
-        echo "$name: no time left" | tee -a "$OUT/steps.txt"
+        went "$name: no time left"
         return 1
     fi
     ((limit > left - 5)) && limit=$((left - 5))
     printf '\n== %s\n' "$name" >>"$to"
     timeout --kill-after=3 "$limit" "$@" </dev/null >>"$to" 2>&1
     rc=$?
-    echo "$name: rc=$rc in $((SECONDS - began)) s of $limit" | tee -a "$OUT/steps.txt"
+    went "$name: rc=$rc in $((SECONDS - began)) s of $limit"
     return "$rc"
+}
+
+# Says how a step went, now and, if not well, at the end: the folder may be of several runs.
+went() {
+    echo "$1" | tee -a "$OUT/steps.txt"
+    case $1 in *": rc=0 in "*) ;; *) failed+=("$1") ;; esac
 }
 
 report() {
@@ -236,7 +242,7 @@ report() {
     # The end of what is printed is what is sure to be seen.
     if [ -e "$OUT/table.txt" ]; then tail -n 60 "$OUT/table.txt"; fi
     printf '\n== %s s of %s, files in %s\n' "$SECONDS" "$BUDGET" "$OUT"
-    grep -vE 'rc=0 ' "$OUT/steps.txt" || echo "every step went well"
+    if ((${#failed[@]})); then printf '%s\n' "${failed[@]}"; else echo "every step went well"; fi
     exit "$rc"
 }
 
@@ -252,7 +258,7 @@ smoke() {
             echo "no PyTorch"
         date -u +%Y-%m-%dT%H:%MZ; uname -srm; nproc; ldd --version | head -n 1' machine "$bin/BUILT"
     if ! step 25 env "the device" "$bin/time" --device; then
-        echo "no GPU that can be used: $(tail -n 1 "$OUT/env.txt")" | tee -a "$OUT/steps.txt" >&2
+        went "no GPU that can be used: $(tail -n 1 "$OUT/env.txt")"
         exit 4
     fi
     step 20 tests "smoke: clusters" "$bin/test" --exact "$SMOKE"
@@ -406,6 +412,7 @@ for name in "${steps[@]}"; do
     esac
 done
 bring "${needed[@]}"
+failed=()
 prepare
 for name in "${steps[@]}"; do
     case $name in
@@ -414,4 +421,4 @@ for name in "${steps[@]}"; do
     *) "$name" ;;
     esac
 done
-! grep -qvE ': rc=0 ' "$OUT/steps.txt"
+((${#failed[@]} == 0))
