@@ -165,7 +165,7 @@ bring_peers() {
     python3 -m pip install --quiet --no-deps --no-compile --only-binary=:all: --target "$peers" \
         --python-version "$version" --implementation cp "${platforms[@]}" \
         --platform manylinux2014_x86_64 "${PEERS[@]}"
-    XZ_OPT='--x86 --lzma2=preset=6,dict=64MiB' tar -cJf "$peers.tar.xz" "$peers"
+    XZ_OPT='-T0 --x86 --lzma2=preset=6,dict=64MiB' tar -cJf "$peers.tar.xz" "$peers"
     rm -rf "$peers"
     ls -l "$peers.tar.xz"
 }
