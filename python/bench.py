@@ -6,11 +6,11 @@
     python bench.py --without verl   no candidate with that in its name; ours and eager PyTorch stay
 
 Each group first checks that all give the same, and leaves out who does not. A group in which ours
-fails, or differs from eager PyTorch, is left out too, and the run ends with an error when the others
-are measured. Then they take turns, each with a call that is not counted and calls that are, and medians are reported: on the CPU by the
-clock, on CUDA by events, with the L2 cache overwritten in between. Packages that are not installed
-are left out, and so are those that do not import; of TRL, verl and OpenRLHF `pip install --no-deps`
-is enough.
+fails, or differs from eager PyTorch, is left out too, and makes the run end with an error once the
+others are measured. Then they take turns, each with a call that is not counted and calls that are,
+and medians are reported: on the CPU by the clock, on CUDA by events, with the L2 cache overwritten
+in between. Packages that are not installed are left out, and so are those that do not import; of
+TRL, verl and OpenRLHF `pip install --no-deps` is enough.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
 
 
 def cross_entropy_group(logits: Tensor, index: Tensor, shape: str) -> Group:
-    """The gradient of the negated log-probabilities when nothing comes from upstream: QuACK's forward
-    pass gives it too, and so reads the logits once."""
+    """The gradient of the negated log-probabilities, each taken once: QuACK's forward pass can give
+    it too, and then reads the logits once."""
     upstream = -torch.ones(index.shape, device=logits.device)
     rows = logits.detach().flatten(0, -2), index.flatten()
     quack = QUACK_WITH_GRADIENT
@@ -506,8 +506,8 @@ def duration(seconds: float) -> str:
 
 
 def without(group: Group, names: list[str]) -> Group:
-    """The group without the candidates that have one of the names as part of theirs, except ours and
-    eager PyTorch."""
+    """Without the candidates that have one of the names as part of theirs; ours and eager PyTorch
+    stay."""
     kept = {
         name: call
         for number, (name, call) in enumerate(group.candidates.items())
