@@ -1,5 +1,5 @@
-//! Lists the tests of the CUDA kernels, `tests/*_cuda.rs`, as modules of one test program: together they
-//! are a third of the size.
+//! Lists the tests of the CUDA kernels, `tests/*_cuda.rs`, as modules of one test program: what they
+//! share, the kernels too, is in it once.
 
 use std::path::Path;
 
