@@ -2,13 +2,15 @@
 
     python bench.py                  the CPU, with two threads
     python bench.py --device cuda    the GPU: GB/s, and the share of the copy speed of the same run
-    python bench.py --only gae       the groups with that in their name
+    python bench.py --only gae       the groups with that in their name; may be given several times
+    python bench.py --without verl   no candidate with that in its name; ours and eager PyTorch stay
 
-Each group first checks that all give the same, and leaves out who does not. Then they take turns,
-each with a call that is not counted and calls that are, and medians are reported: on the CPU by the
-clock, on CUDA by events, with the L2 cache overwritten in between. Packages that are not installed
-are left out, and so are those that do not import; of TRL, verl and OpenRLHF `pip install --no-deps`
-is enough.
+Each group first checks that all give the same, and leaves out who does not. A group in which ours
+fails, or differs from eager PyTorch, is left out too, and makes the run end with an error once the
+others are measured. Then they take turns, each with a call that is not counted and calls that are,
+and medians are reported: on the CPU by the clock, on CUDA by events, with the L2 cache overwritten
+in between. Packages that are not installed are left out, and so are those that do not import; of
+TRL, verl and OpenRLHF `pip install --no-deps` is enough.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def importable(module: str, name: str) -> Callable | None:
 # Before the peers, as these are not to meet the stand-ins for what the peers import.
 LIGER = importable("liger_kernel.transformers.functional", "liger_cross_entropy")
 QUACK = importable("quack.cross_entropy", "cross_entropy")
+QUACK_WITH_GRADIENT = importable("quack.cross_entropy", "cross_entropy_fwd")
 
 sys.path.append(str(Path(__file__).parent / "tests"))
 import formulas  # noqa: E402
@@ -186,6 +189,8 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
     yield Group(f"logprob forward {shape}", forwards, size, restore=restore)
     gradients = {n: both(f, upstream, given[n], index) for n, f in functions.items()}
     yield Group(f"logprob forward + backward {shape}", gradients, 3 * size, restore=restore)
+    if device == "cuda":
+        yield cross_entropy_group(logits, index, shape)
 
     functions = present(
         {
@@ -200,6 +205,21 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
     yield Group(f"{name} forward {shape}", forwards, size)
     gradients = {n: both(f, upstream, logits, index) for n, f in functions.items()}
     yield Group(f"{name} forward + backward {shape}", gradients, 3 * size)
+
+
+def cross_entropy_group(logits: Tensor, index: Tensor, shape: str) -> Group:
+    """The gradient of the negated log-probabilities, each taken once: QuACK's forward pass can give
+    it too, and then reads the logits once."""
+    upstream = -torch.ones(index.shape, device=logits.device)
+    rows = logits.detach().flatten(0, -2), index.flatten()
+    quack = QUACK_WITH_GRADIENT
+    functions = {
+        "ours": ppo_kernels.selective_log_softmax,
+        "eager cross_entropy": negated_cross_entropy,
+    }
+    candidates = {n: both(f, upstream, logits, index) for n, f in functions.items()}
+    candidates["QuACK, return_dx"] = quack and (lambda: quack(*rows, return_dx=True)[1])
+    return Group(f"cross entropy and gradient {shape}", present(candidates), 2 * logits.nbytes)
 
 
 def full_kl_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> Iterator[Group]:
@@ -407,7 +427,7 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
 
 def agreeing(group: Group) -> Group:
     """Without the candidates whose results begin otherwise than ours, and without those that fail,
-    as for want of memory. It ends the run when ours and eager PyTorch differ."""
+    as for want of memory. Raises when ours fails, or ours and eager PyTorch differ."""
 
     def beginnings(name: str) -> list[Tensor]:
         group.put_back(name)
@@ -485,16 +505,42 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
+def without(group: Group, names: list[str]) -> Group:
+    """Without the candidates that have one of the names as part of theirs; ours and eager PyTorch
+    stay."""
+    kept = {
+        name: call
+        for number, (name, call) in enumerate(group.candidates.items())
+        if number < 2 or not any(part in name for part in names)
+    }
+    return group._replace(candidates=kept)
+
+
+def rows(group: Group, medians: dict[str, float], speed: float | None) -> Iterator[list[str]]:
+    """The cells of each candidate, ours first. With the speed of a copy those of the rates too."""
+    ours = next(iter(medians.values()))
+    for number, (name, seconds) in enumerate(medians.items()):
+        what = "" if number else group.name
+        cells = [what, name, duration(seconds), f"{seconds / ours:.2f}"]
+        if speed is not None:
+            rate = group.bytes / seconds
+            cells += [f"{rate / 1e9:.0f}", f"{100 * rate / speed:.0f}%"] if rate else ["", ""]
+        yield cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--only", default="", help="part of a group's name")
+    parser.add_argument("--only", action="append", help="part of a group's name; repeatable")
+    parser.add_argument(
+        "--without", action="append", default=[], help="part of a candidate's name; repeatable"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="for each group")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(THREADS)
     clock = Clock(arguments.device)
-    where = f"CPU, {THREADS} threads"
+    where, speed = f"CPU, {THREADS} threads", None
     if arguments.device == "cuda":
         speed = copy_speed(clock)
         where = f"{torch.cuda.get_device_name()}, copy at {speed / 1e9:.0f} GB/s"
@@ -502,26 +548,26 @@ def main() -> None:
     columns = ["what", "who", "time", "times ours"]
     columns += ["GB/s", "of a copy"] if arguments.device == "cuda" else []
     print(f"| {' | '.join(columns)} |\n|---|---|{'--:|' * (len(columns) - 2)}", flush=True)
+    failed = []
     for make in groups(arguments.device):
-        for group in make():
-            if arguments.only not in group.name:
-                continue
-            group = agreeing(group)
-            medians = clock.medians(group, arguments.seconds)
-            ours = next(iter(medians.values()))
-            for number, (name, seconds) in enumerate(medians.items()):
-                cells = [
-                    "" if number else group.name,
-                    name,
-                    duration(seconds),
-                    f"{seconds / ours:.2f}",
-                ]
-                if arguments.device == "cuda":
-                    rate = group.bytes / seconds
-                    cells += (
-                        [f"{rate / 1e9:.0f}", f"{100 * rate / speed:.0f}%"] if rate else ["", ""]
-                    )
-                print(f"| {' | '.join(cells)} |", flush=True)
+        try:
+            for group in make():
+                if not any(part in group.name for part in arguments.only or [""]):
+                    continue
+                try:
+                    group = agreeing(without(group, arguments.without))
+                    medians = clock.medians(group, arguments.seconds)
+                except Exception as error:
+                    failed.append(group.name)
+                    print(f"{group.name} is left out: {error}", file=sys.stderr)
+                    continue
+                for cells in rows(group, medians, speed):
+                    print(f"| {' | '.join(cells)} |", flush=True)
+        except Exception as error:  # as for want of memory for the tensors
+            failed.append("the groups that were to be made")
+            print(f"groups are left out: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -47,10 +47,10 @@ impl Stream {
         find_driver()?;
         // cudarc panics where the driver lacks a function.
         let found = catch_unwind(|| {
-            let (mut context, mut context_id) = (std::ptr::null_mut(), 0);
+            let mut context_id = 0;
             // SAFETY: the caller's handle; the driver writes what the pointers lead to.
             unsafe {
-                sys::cuStreamGetCtx(stream, &mut context).result()?;
+                let context = context_of(stream)?;
                 sys::cuCtxGetId(context, &mut context_id).result()?;
                 let _current = Current::set(context)?;
                 let (mut device, mut numbers) = (0, [0; 3]);
@@ -143,6 +143,46 @@ impl Stream {
         loaded.functions.insert((self.context_id, *kernel), function as usize);
         Ok(function)
     }
+}
+
+/// The context that a stream launches in.
+///
+/// # Safety
+/// The driver has started, and the handle is of a stream that lives.
+unsafe fn context_of(stream: sys::CUstream) -> std::result::Result<sys::CUcontext, DriverError> {
+    let mut context = std::ptr::null_mut();
+    // SAFETY: the caller's handle; the driver writes what the pointer leads to.
+    let found = unsafe { sys::cuStreamGetCtx(stream, &mut context) };
+    // The handles of the default stream, null, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, belong to
+    // no context but the thread's current one. A thread that has made no CUDA call has none, and
+    // PyTorch's backward thread of the first device is one: there the CUDA runtime would take the
+    // first device's primary context.
+    let none_is_current = found == CUresult::CUDA_ERROR_INVALID_CONTEXT
+        || found == CUresult::CUDA_SUCCESS && context.is_null();
+    if none_is_current && stream as usize <= 2 {
+        return primary_context();
+    }
+    found.result()?;
+    Ok(context)
+}
+
+/// The first device's primary context, which the CUDA runtime and so PyTorch work in. It is retained
+/// once a process and never released: streams that are copied around would outlive a release.
+fn primary_context() -> std::result::Result<sys::CUcontext, DriverError> {
+    // As an integer, like the tables above. An error is not kept: memory may be free the next time.
+    static RETAINED: Mutex<Option<usize>> = Mutex::new(None);
+    let mut retained = RETAINED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(context) = *retained {
+        return Ok(context as sys::CUcontext);
+    }
+    let (mut device, mut context) = (0, std::ptr::null_mut());
+    // SAFETY: the driver has started, and writes what the pointers lead to.
+    unsafe {
+        sys::cuDeviceGet(&mut device, 0).result()?;
+        sys::cuDevicePrimaryCtxRetain(&mut context, device).result()?;
+    }
+    *retained = Some(context as usize);
+    Ok(context)
 }
 
 /// Makes a context the thread's, and gives the thread back what it had.

@@ -23,6 +23,8 @@ use crate::error::Result;
 
 #[cfg(all(feature = "cuda", feature = "candle"))]
 pub(crate) use driver::{allocation_error, device_error};
+#[doc(hidden)]
+pub use rows::force_parts;
 
 /// How many CUDA devices there are.
 ///
@@ -73,7 +75,8 @@ enum Backend {
 
 impl Stream<'_> {
     /// A stream by its handle (`CUstream` or `cudaStream_t`). Null is the default stream of the
-    /// thread's current context.
+    /// thread's current context, or where there is none, as in a thread that has made no CUDA call,
+    /// of the first device's primary context.
     ///
     /// # Errors
     /// If there is no driver or no device, or the kernels were not built for it.

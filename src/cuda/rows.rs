@@ -1,6 +1,8 @@
 //! How rows of logits are shared out to warps and blocks, the same for every op that reads them.
 //! `kernels/common/rows.cuh` and `kernels/common/map.cuh` are the device's side.
 
+use std::cell::Cell;
+
 use super::{Args, Device, Kernel, Launch, Stream};
 use crate::error::{Error, Result};
 
@@ -38,6 +40,18 @@ const BLOCK: usize = 256;
 /// Bytes of a load.
 const VECTOR: usize = 16;
 
+thread_local! {
+    /// See [`force_parts`].
+    static FORCED_PARTS: Cell<usize> = const { Cell::new(0) };
+}
+
+/// Splits every row that blocks take over so many of them (8 at most), whatever its length; 0 leaves
+/// that to the length again. For this thread's calls, and for measuring only: it changes the order of
+/// additions, and with it the last bits.
+pub fn force_parts(parts: usize) {
+    FORCED_PARTS.set(parts.min(8));
+}
+
 fn geometry<T>(table: &'static [Geometry], vocab: usize) -> &'static Geometry {
     let bytes = vocab.saturating_mul(size_of::<T>());
     let last = table.len() - 1;
@@ -72,6 +86,10 @@ impl Reduction {
     /// Of rows of `vocab` columns.
     pub fn new<T>(device: Device, rows: usize, vocab: usize) -> Self {
         let &Geometry { threads, parts, .. } = geometry::<T>(&REDUCTION, vocab);
+        let parts = match FORCED_PARTS.get() {
+            forced if forced > 0 && threads > WARP => forced,
+            _ => parts,
+        };
         let groups = vocab.div_ceil(VECTOR / size_of::<T>());
         Self {
             rows,

@@ -17,54 +17,97 @@ pub fn time(table: &Table) {
     }
 }
 
+/// Inputs, and the outputs of all passes.
+struct Set {
+    values: Buffer<f32>,
+    rewards: Buffer<f32>,
+    kl: Buffer<f32>,
+    scores: Buffer<f32>,
+    mask: Buffer<u8>,
+    advantages: Buffer<f32>,
+    returns: Buffer<f32>,
+    whitened: Buffer<f32>,
+    moments: Buffer<f64>,
+    workspace: Buffer<f64>,
+    whiten_workspace: Buffer<f64>,
+}
+
+impl Set {
+    fn new(batch: usize, seq_len: usize) -> Self {
+        let count = batch * seq_len;
+        Self {
+            values: tokens(0, count),
+            rewards: tokens(1, count),
+            kl: tokens(2, count),
+            scores: tokens(3, batch),
+            mask: mask(batch, seq_len),
+            advantages: Buffer::uninit(count, 0),
+            returns: Buffer::uninit(count, 0),
+            whitened: Buffer::uninit(count, 0),
+            moments: Buffer::uninit(MOMENTS, 0),
+            workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len), 0),
+            whiten_workspace: Buffer::uninit(whiten::workspace_len(count), 0),
+        }
+    }
+}
+
 fn time_shape(table: &Table, batch: usize, seq_len: usize) {
+    let passes = [Pass::Gae, Pass::GaeShaped, Pass::Moments, Pass::Whiten, Pass::WhitenBackward];
+    if !table.wants(&passes, "f32") {
+        return;
+    }
     let stream = table.stream();
     let count = batch * seq_len;
-    let (values, rewards, kl, scores) =
-        (tokens(count), tokens(count), tokens(count), tokens(batch));
-    let mask = mask(batch, seq_len);
-    let [mut advantages, mut returns] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
-    let mut moments = Buffer::<f64>::uninit(MOMENTS, 0);
-    let mut workspace = Buffer::<f64>::uninit(cuda::workspace_len(batch, seq_len), 0);
-    let mut whiten_workspace = Buffer::<f64>::uninit(whiten::workspace_len(count), 0);
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
 
-    let plain = Inputs { rewards: Some(rewards.slice()), ..Inputs::new(values.slice()) };
-    let shaped = Inputs {
-        kl: Some(kl.slice()),
-        scores: Some(scores.slice()),
-        mask: Some(mask.slice()),
-        ..Inputs::new(values.slice())
+    let gae = |set: &mut Set, inputs: Inputs, with_moments: bool| {
+        let outputs = Outputs {
+            advantages: set.advantages.slice_mut(),
+            returns: set.returns.slice_mut(),
+            rewards: None,
+            moments: with_moments.then(|| set.moments.slice_mut()),
+        };
+        let (options, workspace) = (GaeOptions::default(), set.workspace.slice_mut());
+        cuda::gae(&stream, inputs, batch, seq_len, &options, outputs, workspace).unwrap();
     };
-    let mut gae = |pass, inputs, bytes: usize, with_moments: bool| {
-        table.row(pass, shape, bytes * count, || {
-            let outputs = Outputs {
-                advantages: advantages.slice_mut(),
-                returns: returns.slice_mut(),
-                rewards: None,
-                moments: with_moments.then(|| moments.slice_mut()),
-            };
-            let (options, workspace) = (GaeOptions::default(), workspace.slice_mut());
-            cuda::gae(&stream, inputs, batch, seq_len, &options, outputs, workspace).unwrap();
-        });
+    let plain = |set: &mut Set| {
+        let inputs =
+            Inputs { rewards: Some(set.rewards.slice()), ..Inputs::new(set.values.slice()) };
+        gae(set, inputs, false);
     };
-    gae(Pass::Gae, plain, 16, false);
-    gae(Pass::GaeShaped, shaped, 17, true);
-    let mut whitened = Buffer::<f32>::uninit(count, 0);
+    let shaped = |set: &mut Set| {
+        let inputs = Inputs {
+            kl: Some(set.kl.slice()),
+            scores: Some(set.scores.slice()),
+            mask: Some(set.mask.slice()),
+            ..Inputs::new(set.values.slice())
+        };
+        gae(set, inputs, true);
+    };
+    // The least that a pass moves, and what the passes behind GAE read.
+    let sets = &mut table.sets(5 * count, || {
+        let mut set = Set::new(batch, seq_len);
+        shaped(&mut set);
+        set
+    });
+    table.row(Pass::Gae, shape, 16 * count, sets, plain);
+    table.row(Pass::GaeShaped, shape, 17 * count, sets, shaped);
     let options = WhitenOptions::default();
-    let (x, kept) = (advantages.slice(), Some(mask.slice()));
-    table.row(Pass::Moments, shape, 5 * count, || {
-        let (moments, workspace) = (moments.slice_mut(), whiten_workspace.slice_mut());
+    table.row(Pass::Moments, shape, 5 * count, sets, |set| {
+        let (x, kept) = (set.advantages.slice(), Some(set.mask.slice()));
+        let (moments, workspace) = (set.moments.slice_mut(), set.whiten_workspace.slice_mut());
         whiten::masked_moments(&stream, x, kept, moments, workspace).unwrap();
     });
-    table.row(Pass::Whiten, shape, 9 * count, || {
-        let given = Given::OnDevice(moments.slice());
-        whiten::masked_whiten(&stream, x, kept, given, &options, whitened.slice_mut()).unwrap();
+    table.row(Pass::Whiten, shape, 9 * count, sets, |set| {
+        let (x, kept) = (set.advantages.slice(), Some(set.mask.slice()));
+        let (given, out) = (Given::OnDevice(set.moments.slice()), set.whitened.slice_mut());
+        whiten::masked_whiten(&stream, x, kept, given, &options, out).unwrap();
     });
     // What it reads it reads twice: for its sums, and for the gradient.
-    table.row(Pass::WhitenBackward, shape, 22 * count, || {
-        let (given, up) = (Given::OnDevice(moments.slice()), values.slice());
-        let (grad, workspace) = (whitened.slice_mut(), whiten_workspace.slice_mut());
+    table.row(Pass::WhitenBackward, shape, 22 * count, sets, |set| {
+        let (x, kept) = (set.advantages.slice(), Some(set.mask.slice()));
+        let (given, up) = (Given::OnDevice(set.moments.slice()), set.values.slice());
+        let (grad, workspace) = (set.whitened.slice_mut(), set.whiten_workspace.slice_mut());
         whiten::masked_whiten_backward(&stream, x, kept, given, up, &options, grad, workspace)
             .unwrap();
     });

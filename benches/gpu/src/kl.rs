@@ -6,7 +6,7 @@ use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
 use ppo_kernels::kl::{cpu, FullKlOptions, KlEstimator, KlOptions};
 
 use crate::gpu::Buffer;
-use crate::inputs::{logits, tiled, tokens};
+use crate::inputs::{logits, tokens};
 use crate::logprob::SHAPES;
 use crate::table::{Pass, Shape, Table};
 
@@ -23,45 +23,90 @@ fn time_dtype<T: Logit>(table: &Table) {
     }
 }
 
+/// Logits, and all outputs of both passes.
+struct Full<T> {
+    policy: Buffer<T>,
+    reference: Buffer<T>,
+    stats: Buffer<f32>,
+    workspace: Buffer<f32>,
+    grad: Buffer<T>,
+}
+
 fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
+    if !table.wants(&[Pass::FullKlForward, Pass::FullKlBackward], T::NAME) {
+        return;
+    }
     let stream = table.stream();
     let options = FullKlOptions::default();
-    let policy = tiled(&logits::<T>(1 << 24), rows * vocab);
-    let reference = tiled(&logits::<T>((1 << 24) - 1), rows * vocab);
-    let mut stats = Buffer::<f32>::uninit(cpu::STATS * rows, 0);
     let workspace_len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-    let mut workspace = Buffer::<f32>::uninit(workspace_len, 0);
     let up = Buffer::new(&vec![1.0_f32; rows], 0);
-    let mut grad = Buffer::<T>::uninit(rows * vocab, 0);
+    let inputs = |set: &Full<T>| FullInputs {
+        logits: set.policy.slice(),
+        ref_logits: set.reference.slice(),
+        vocab,
+        mask: None,
+    };
+    let forward = |set: &mut Full<T>| {
+        let inputs = inputs(set);
+        let (stats, workspace) = (set.stats.slice_mut(), set.workspace.slice_mut());
+        cuda::full_forward(&stream, inputs, &options, stats, workspace).unwrap();
+    };
 
-    let inputs =
-        FullInputs { logits: policy.slice(), ref_logits: reference.slice(), vocab, mask: None };
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
     let bytes = rows * vocab * size_of::<T>();
-    table.row(Pass::FullKlForward, shape, 2 * bytes, || {
-        let (stats, workspace) = (stats.slice_mut(), workspace.slice_mut());
-        cuda::full_forward(&stream, inputs, &options, stats, workspace).unwrap();
+    let sets = &mut table.sets(2 * bytes, || {
+        let mut set = Full {
+            policy: logits(0, rows * vocab),
+            reference: logits(1, rows * vocab),
+            stats: Buffer::uninit(cpu::STATS * rows, 0),
+            workspace: Buffer::uninit(workspace_len, 0),
+            grad: Buffer::uninit(rows * vocab, 0),
+        };
+        // What the backward pass reads.
+        forward(&mut set);
+        set
     });
-    table.row(Pass::FullKlBackward, shape, 3 * bytes, || {
-        let (stats, up, grad) = (stats.slice(), up.slice(), grad.slice_mut());
+    table.row(Pass::FullKlForward, shape, 2 * bytes, sets, forward);
+    table.row(Pass::FullKlBackward, shape, 3 * bytes, sets, |set| {
+        let inputs = inputs(set);
+        let (stats, up, grad) = (set.stats.slice(), up.slice(), set.grad.slice_mut());
         cuda::full_backward(&stream, inputs, &options, stats, up, Some(grad), None).unwrap();
     });
 }
 
+/// Log-probabilities, the upstream gradient, and an output.
+struct Sampled {
+    logp: Buffer<f32>,
+    ref_logp: Buffer<f32>,
+    up: Buffer<f32>,
+    out: Buffer<f32>,
+}
+
 fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
+    if !table.wants(&[Pass::TokenKlForward, Pass::TokenKlBackward], "f32") {
+        return;
+    }
     let stream = table.stream();
     let count = batch * seq_len;
     let options = KlOptions { estimator: KlEstimator::K3, ..Default::default() };
-    let (logp, ref_logp) = (tokens(count), tokens(count));
-    let up = tokens(count);
-    let [mut kl, mut grad] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
-    let inputs = TokenInputs { logp: logp.slice(), ref_logp: ref_logp.slice(), mask: None };
+    let inputs = |set: &Sampled| TokenInputs {
+        logp: set.logp.slice(),
+        ref_logp: set.ref_logp.slice(),
+        mask: None,
+    };
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
-    table.row(Pass::TokenKlForward, shape, 12 * count, || {
-        cuda::token_forward(&stream, inputs, &options, kl.slice_mut()).unwrap();
+    let sets = &mut table.sets(12 * count, || Sampled {
+        logp: tokens(0, count),
+        ref_logp: tokens(1, count),
+        up: tokens(2, count),
+        out: Buffer::uninit(count, 0),
     });
-    table.row(Pass::TokenKlBackward, shape, 16 * count, || {
-        let grad = Some(grad.slice_mut());
-        cuda::token_backward(&stream, inputs, &options, up.slice(), grad, None).unwrap();
+    table.row(Pass::TokenKlForward, shape, 12 * count, sets, |set| {
+        cuda::token_forward(&stream, inputs(set), &options, set.out.slice_mut()).unwrap();
+    });
+    table.row(Pass::TokenKlBackward, shape, 16 * count, sets, |set| {
+        let (inputs, up) = (inputs(set), set.up.slice());
+        let grad = Some(set.out.slice_mut());
+        cuda::token_backward(&stream, inputs, &options, up, grad, None).unwrap();
     });
 }

@@ -7,7 +7,7 @@ use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream}
 use ppo_kernels::logprob::LogprobOptions;
 
 use crate::gpu::Buffer;
-use crate::inputs::{logits, tiled};
+use crate::inputs::logits;
 use crate::table::{Pass, Shape, Table};
 
 /// Rows and columns of language models' logits in training.
@@ -44,7 +44,7 @@ impl<T: Logit> Op<T> {
             stream,
             vocab,
             options: LogprobOptions::default(),
-            logits: tiled(&logits(1 << 24), rows * vocab),
+            logits: logits(0, rows * vocab),
             targets: Buffer::new(&targets, 0),
             up: Buffer::new(&vec![1.0; rows], 0),
             logp: Buffer::uninit(rows, 0),
@@ -95,11 +95,25 @@ fn time_dtype<T: Logit>(table: &Table) {
 }
 
 fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
-    let mut op = Op::<T>::new(table.stream(), rows, vocab);
+    let passes = [
+        Pass::LogprobForward,
+        Pass::LogprobBackward,
+        Pass::LogprobEntropyForward,
+        Pass::LogprobEntropyBackward,
+    ];
+    if !table.wants(&passes, T::NAME) {
+        return;
+    }
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
     let bytes = rows * vocab * size_of::<T>();
-    table.row(Pass::LogprobForward, shape, bytes, || op.forward(false));
-    table.row(Pass::LogprobBackward, shape, 2 * bytes, || op.backward(false));
-    table.row(Pass::LogprobEntropyForward, shape, bytes, || op.forward(true));
-    table.row(Pass::LogprobEntropyBackward, shape, 2 * bytes, || op.backward(true));
+    let sets = &mut table.sets(bytes, || {
+        let mut op = Op::<T>::new(table.stream(), rows, vocab);
+        // What the backward passes read.
+        op.forward(true);
+        op
+    });
+    table.row(Pass::LogprobForward, shape, bytes, sets, |op| op.forward(false));
+    table.row(Pass::LogprobBackward, shape, 2 * bytes, sets, |op| op.backward(false));
+    table.row(Pass::LogprobEntropyForward, shape, bytes, sets, |op| op.forward(true));
+    table.row(Pass::LogprobEntropyBackward, shape, 2 * bytes, sets, |op| op.backward(true));
 }

@@ -1,8 +1,7 @@
 //! The CUDA kernels measured on a GPU, beside a copy within the device and, with the feature `candle`,
-//! beside candle's own ops.
-//!
-//! `time [--no-clusters] [PART OF A PASS'S NAME]`
+//! beside candle's own ops. `time --help` says what it takes.
 
+mod arguments;
 #[cfg(feature = "candle")]
 mod beside;
 #[cfg(feature = "candle")]
@@ -22,20 +21,35 @@ mod logprob;
 mod ppo_loss;
 mod table;
 
-use gpu::Gpu;
-use table::{Arguments, Table};
+use std::process::ExitCode;
+use std::time::Instant;
 
-fn main() {
-    let mut arguments = Arguments::default();
-    for argument in std::env::args().skip(1) {
-        match argument.as_str() {
-            "--no-clusters" => arguments.no_clusters = true,
-            _ => arguments.only = argument,
+use arguments::{Arguments, USAGE};
+use gpu::Gpu;
+use table::Table;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::parse(std::env::args().skip(1)) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            eprintln!("{error}\n\n{USAGE}");
+            return ExitCode::from(2);
         }
+    };
+    if arguments.help {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
     }
+    if let Err(error) = ppo_kernels::cuda::device_count() {
+        eprintln!("{error}");
+        return ExitCode::FAILURE;
+    }
+    let start = Instant::now();
     let table = Table::new(Gpu::get(), arguments);
     logprob::time(&table);
     kl::time(&table);
     gae::time(&table);
     ppo_loss::time(&table);
+    println!("\nmeasured in {:.1} s", start.elapsed().as_secs_f64());
+    ExitCode::SUCCESS
 }

@@ -13,41 +13,73 @@ pub fn time(table: &Table) {
     }
 }
 
+/// Inputs, and all outputs.
+struct Set {
+    logp: Buffer<f32>,
+    old_logp: Buffer<f32>,
+    advantages: Buffer<f32>,
+    values: Buffer<f32>,
+    old_values: Buffer<f32>,
+    returns: Buffer<f32>,
+    mask: Buffer<u8>,
+    grad_logp: Buffer<f32>,
+    grad_values: Buffer<f32>,
+    stats: Buffer<f32>,
+    workspace: Buffer<f32>,
+}
+
+impl Set {
+    fn new(batch: usize, seq_len: usize, options: &PpoLossOptions) -> Self {
+        let count = batch * seq_len;
+        Self {
+            logp: tokens(0, count),
+            old_logp: tokens(1, count),
+            advantages: tokens(2, count),
+            values: tokens(3, count),
+            old_values: tokens(4, count),
+            returns: tokens(5, count),
+            mask: mask(batch, seq_len),
+            grad_logp: Buffer::uninit(count, 0),
+            grad_values: Buffer::uninit(count, 0),
+            stats: Buffer::uninit(PpoStats::LEN, 0),
+            workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len, options), 0),
+        }
+    }
+}
+
 fn time_shape(table: &Table, batch: usize, seq_len: usize) {
+    if !table.wants(&[Pass::PpoLoss], "f32") {
+        return;
+    }
     let stream = table.stream();
-    let count = batch * seq_len;
-    let [logp, old_logp, advantages, values, old_values, returns] = [(); 6].map(|()| tokens(count));
-    let mask = mask(batch, seq_len);
-    let [mut grad_logp, mut grad_values] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
-    let mut stats = Buffer::<f32>::uninit(PpoStats::LEN, 0);
     let options = PpoLossOptions::default();
-    let workspace_len = cuda::workspace_len(batch, seq_len, &options);
-    let mut workspace = Buffer::<f32>::uninit(workspace_len, 0);
-    let value = ValueInputs {
-        values: values.slice(),
-        old_values: Some(old_values.slice()),
-        returns: returns.slice(),
-    };
-    let inputs = Inputs {
-        batch,
-        seq_len,
-        logp: logp.slice(),
-        old_logp: old_logp.slice(),
-        advantages: advantages.slice(),
-        value: Some(value),
-        entropy: None,
-        ref_logp: None,
-        mask: Some(mask.slice()),
-    };
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
     // Six inputs, two gradients, and the mask, which is also counted.
-    table.row(Pass::PpoLoss, shape, 34 * count, || {
+    let bytes = 34 * batch * seq_len;
+    let sets = &mut table.sets(bytes, || Set::new(batch, seq_len, &options));
+    table.row(Pass::PpoLoss, shape, bytes, sets, |set| {
+        let value = ValueInputs {
+            values: set.values.slice(),
+            old_values: Some(set.old_values.slice()),
+            returns: set.returns.slice(),
+        };
+        let inputs = Inputs {
+            batch,
+            seq_len,
+            logp: set.logp.slice(),
+            old_logp: set.old_logp.slice(),
+            advantages: set.advantages.slice(),
+            value: Some(value),
+            entropy: None,
+            ref_logp: None,
+            mask: Some(set.mask.slice()),
+        };
         let gradients = Gradients {
-            logp: Some(grad_logp.slice_mut()),
-            values: Some(grad_values.slice_mut()),
+            logp: Some(set.grad_logp.slice_mut()),
+            values: Some(set.grad_values.slice_mut()),
             entropy: None,
         };
-        let (stats, workspace) = (stats.slice_mut(), workspace.slice_mut());
+        let (stats, workspace) = (set.stats.slice_mut(), set.workspace.slice_mut());
         cuda::ppo_loss(&stream, &inputs, &options, gradients, stats, workspace).unwrap();
     });
 }

@@ -1,0 +1,103 @@
+//! Launches of the CUDA kernels, whatever the op: the number of blocks that share a row, and the
+//! handles of the default stream. On a GPU or on the CPU stand-in; the streams of a GPU only there.
+#![cfg(any(feature = "simt", feature = "cuda"))]
+
+mod common;
+
+use common::device::{machine, stream, Buffer, Order};
+use common::*;
+use ppo_kernels::cuda::{force_parts, Stream};
+use ppo_kernels::logprob::cuda::{self, Outputs};
+use ppo_kernels::logprob::{reference, LogprobOptions};
+
+const ROWS: usize = 3;
+
+struct Case {
+    vocab: usize,
+    logits: Vec<f32>,
+    targets: Vec<i64>,
+}
+
+impl Case {
+    fn new(vocab: usize) -> Self {
+        let logits = uniform(&mut rng(vocab as u64), ROWS * vocab, 8.0);
+        let targets = (0..ROWS).map(|row| (row * 7919 % vocab) as i64).collect();
+        Self { vocab, logits, targets }
+    }
+
+    /// Asserts that what the stream computes is what the reference gives.
+    #[track_caller]
+    fn agrees(
+        &self,
+        what: &str,
+        stream: &Stream,
+        before: impl FnOnce(),
+        after: impl FnOnce(),
+    ) -> Vec<u32> {
+        let options = LogprobOptions::default();
+        let (logits, targets) = (Buffer::new(&self.logits, 0), Buffer::new(&self.targets, 0));
+        let mut logp = Buffer::new(&[f32::NAN; ROWS], 0);
+        let room = cuda::workspace_len::<f32>(stream.device(), ROWS, self.vocab);
+        let mut room = Buffer::<f32>::workspace(room, 0);
+        let outputs = Outputs { logp: logp.slice_mut(), entropy: None, stats: None };
+        let (z, ids, room) = (logits.slice(), targets.slice(), room.slice_mut());
+        before();
+        cuda::forward(stream, z, ids, self.vocab, &options, outputs, room).expect(what);
+        after();
+        let got = logp.read();
+        let (want, _) =
+            reference::forward(&wide(&self.logits), &self.targets, self.vocab, &options);
+        assert_close(what, &wide(&got), &want, 2e-6, 4e-6);
+        got.iter().map(|x| x.to_bits()).collect()
+    }
+}
+
+#[test]
+fn a_row_may_be_split_into_any_number_of_parts() {
+    // The first leaves some of eight blocks nothing; the last is split by itself.
+    for vocab in [1030, 5003, 17 * 1024 + 1, 33 * 1024 + 3] {
+        let case = Case::new(vocab);
+        for parts in [0, 1, 2, 4, 8] {
+            force_parts(parts);
+            let [with, without] = [9, 8].map(|major| {
+                let what = format!("V={vocab}, {parts} parts, {major}.0");
+                case.agrees(&what, &stream(machine(Order::Fifo, major, 8)), || (), || ())
+            });
+            assert_eq!(with, without, "V={vocab}, {parts} parts: with clusters and without");
+        }
+        force_parts(0);
+    }
+}
+
+/// PyTorch's backward thread of the first device is such a thread.
+#[cfg(not(feature = "simt"))]
+#[test]
+fn the_default_stream_needs_no_context_in_its_thread() {
+    use common::gpu::Gpu;
+    use cudarc::driver::result::ctx;
+
+    let current = || ctx::get_current().expect("the driver has started");
+    let device = Gpu::get().stream().device();
+    // Null, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD.
+    for handle in 0..=2_usize {
+        let what = format!("the stream {handle}");
+        let computed = std::thread::spawn(move || {
+            assert!(current().is_none(), "{what}: a new thread has no context");
+            // SAFETY: a handle of the default stream.
+            let stream = unsafe { Stream::from_raw(handle as *mut _) }.expect(&what);
+            assert!(current().is_none(), "{what}: the thread has got a context");
+            assert_eq!(stream.device(), device, "{what}");
+
+            // Making buffers has given the thread a context.
+            // SAFETY: no context is one to set.
+            let before = || unsafe { ctx::set_current(std::ptr::null_mut()) }.expect("no context");
+            let after = || {
+                assert!(current().is_none(), "{what}: a launch has left a context");
+                Gpu::get();
+                ctx::synchronize().expect("no launch failed");
+            };
+            Case::new(40_000).agrees(&what, &stream, before, after);
+        });
+        computed.join().expect("as above");
+    }
+}
