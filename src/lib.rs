@@ -42,6 +42,7 @@ pub mod moments;
 pub mod ppo_loss;
 #[cfg(feature = "candle")]
 mod tensor;
+pub mod tolerance;
 pub mod whiten;
 
 pub use error::{Error, Result};

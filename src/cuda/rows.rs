@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 /// How rows of up to so many bytes are shared out. It must not depend on the number of rows, nor on
 /// the device: it decides the order of additions.
-struct Geometry {
+struct RowGeometry {
     max_row_bytes: usize,
     /// Threads for each part of a row: a warp, or all of a block.
     threads: usize,
@@ -16,29 +16,29 @@ struct Geometry {
     parts: usize,
 }
 
-const REDUCTION: [Geometry; 6] = [
-    Geometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
-    Geometry { max_row_bytes: 16 << 10, threads: 128, parts: 1 },
-    Geometry { max_row_bytes: 64 << 10, threads: 256, parts: 1 },
-    Geometry { max_row_bytes: 128 << 10, threads: 256, parts: 2 },
-    Geometry { max_row_bytes: 256 << 10, threads: 256, parts: 4 },
-    Geometry { max_row_bytes: usize::MAX, threads: 256, parts: 8 },
+const REDUCTION: [RowGeometry; 6] = [
+    RowGeometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
+    RowGeometry { max_row_bytes: 16 << 10, threads: 128, parts: 1 },
+    RowGeometry { max_row_bytes: 64 << 10, threads: 256, parts: 1 },
+    RowGeometry { max_row_bytes: 128 << 10, threads: 256, parts: 2 },
+    RowGeometry { max_row_bytes: 256 << 10, threads: 256, parts: 4 },
+    RowGeometry { max_row_bytes: usize::MAX, threads: 256, parts: 8 },
 ];
 
 /// Threads that share a range of columns, by the row's bytes; no sum depends on it.
-const MAP: [Geometry; 3] = [
-    Geometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
-    Geometry { max_row_bytes: 8 << 10, threads: 128, parts: 1 },
-    Geometry { max_row_bytes: usize::MAX, threads: BLOCK, parts: 1 },
+const MAP: [RowGeometry; 3] = [
+    RowGeometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
+    RowGeometry { max_row_bytes: 8 << 10, threads: 128, parts: 1 },
+    RowGeometry { max_row_bytes: usize::MAX, threads: BLOCK_THREADS, parts: 1 },
 ];
 
 const WARP: usize = 32;
 
-/// Threads of a block that several rows or ranges share.
-const BLOCK: usize = 256;
+/// Threads of a block that several rows or column ranges share.
+const BLOCK_THREADS: usize = 256;
 
 /// Bytes of a load.
-const VECTOR: usize = 16;
+const VECTOR_BYTES: usize = 16;
 
 thread_local! {
     /// See [`force_parts`].
@@ -52,7 +52,7 @@ pub fn force_parts(parts: usize) {
     FORCED_PARTS.set(parts.min(8));
 }
 
-fn geometry<T>(table: &'static [Geometry], vocab: usize) -> &'static Geometry {
+fn geometry<T>(table: &'static [RowGeometry], vocab: usize) -> &'static RowGeometry {
     let bytes = vocab.saturating_mul(size_of::<T>());
     let last = table.len() - 1;
     table.iter().find(|entry| bytes <= entry.max_row_bytes).unwrap_or(&table[last])
@@ -85,12 +85,12 @@ pub(crate) struct Passes {
 impl Reduction {
     /// Of rows of `vocab` columns.
     pub fn new<T>(device: Device, rows: usize, vocab: usize) -> Self {
-        let &Geometry { threads, parts, .. } = geometry::<T>(&REDUCTION, vocab);
+        let &RowGeometry { threads, parts, .. } = geometry::<T>(&REDUCTION, vocab);
         let parts = match FORCED_PARTS.get() {
             forced if forced > 0 && threads > WARP => forced,
             _ => parts,
         };
-        let groups = vocab.div_ceil(VECTOR / size_of::<T>());
+        let groups = vocab.div_ceil(VECTOR_BYTES / size_of::<T>());
         Self {
             rows,
             threads,
@@ -119,8 +119,12 @@ impl Reduction {
     pub fn launch<A: Args>(&self, stream: &Stream, passes: &Passes, args: &A) -> Result<()> {
         let device = stream.device();
         if self.threads == WARP {
-            let blocks = self.rows.div_ceil(BLOCK / WARP);
-            return stream.launch(&passes.warp, Launch::new(device, blocks, 1, BLOCK as u32), args);
+            let blocks = self.rows.div_ceil(BLOCK_THREADS / WARP);
+            return stream.launch(
+                &passes.warp,
+                Launch::new(device, blocks, 1, BLOCK_THREADS as u32),
+                args,
+            );
         }
         let launch = Launch::new(device, self.rows, self.parts as u32, self.threads as u32);
         if !self.through_workspace {
@@ -128,7 +132,8 @@ impl Reduction {
         }
         // Without clusters: the same blocks, and a second launch that merges what they left.
         stream.launch(&passes.block, launch.without_clusters(), args)?;
-        let launch = Launch::new(device, self.rows.div_ceil(BLOCK), 1, BLOCK as u32);
+        let launch =
+            Launch::new(device, self.rows.div_ceil(BLOCK_THREADS), 1, BLOCK_THREADS as u32);
         stream.launch(&passes.merge, launch, args)
     }
 }
@@ -147,15 +152,15 @@ impl Map {
     /// Of rows of `vocab` columns, from `inputs` tensors.
     pub fn new<T>(rows: usize, vocab: usize, inputs: usize) -> Self {
         let threads = geometry::<T>(&MAP, vocab).threads;
-        let columns = threads * vectors(inputs) * VECTOR / size_of::<T>();
+        let columns = threads * vectors(inputs) * VECTOR_BYTES / size_of::<T>();
         Self { rows, chunks: vocab.div_ceil(columns) as i32, threads: threads as i32 }
     }
 
     /// Launches a unit of threads for every range of every row.
     pub fn launch<A: Args>(&self, stream: &Stream, kernel: &Kernel, args: &A) -> Result<()> {
         let units = self.rows.saturating_mul(self.chunks as usize);
-        let blocks = units.div_ceil(BLOCK / self.threads as usize);
-        stream.launch(kernel, Launch::new(stream.device(), blocks, 1, BLOCK as u32), args)
+        let blocks = units.div_ceil(BLOCK_THREADS / self.threads as usize);
+        stream.launch(kernel, Launch::new(stream.device(), blocks, 1, BLOCK_THREADS as u32), args)
     }
 }
 
@@ -176,8 +181,8 @@ pub(crate) fn launch_over_tokens<A: Args>(
     inputs: usize,
     args: &A,
 ) -> Result<()> {
-    let blocks = tokens.div_ceil(BLOCK * vectors(inputs) * VECTOR / size_of::<f32>());
-    stream.launch(kernel, Launch::new(stream.device(), blocks, 1, BLOCK as u32), args)
+    let blocks = tokens.div_ceil(BLOCK_THREADS * vectors(inputs) * VECTOR_BYTES / size_of::<f32>());
+    stream.launch(kernel, Launch::new(stream.device(), blocks, 1, BLOCK_THREADS as u32), args)
 }
 
 /// `Ok` when the vectors of a row can be counted in 32 bits.

@@ -5,25 +5,7 @@
 //! targets, NaN wherever a mask forbids to look, vocabularies that are no multiple of anything, and
 //! random options. The reference sees the same values, those of 16 bits after rounding to them.
 //!
-//! # Bounds
-//! An element passes if |computed - reference| <= abs + rel |reference|; NaN must meet NaN, and an
-//! infinity itself. [`bound`] has the numbers, which allow for these errors of f32, whose rounding is
-//! u = 6e-8:
-//!
-//! - `logprob` and `full_kl`, forward: x = (z - max) / temperature is rounded three times, and ln of a
-//!   sum of exps, each good to 2 ulp, is taken from it: 2e-6 is 32 u of either. For a likely token, and
-//!   for entropy and KL, numbers of magnitude 10 cancel: 100 u.
-//! - The same, backward: x, of magnitude up to 60, is good to 60 u, which exp makes a relative error of
-//!   p: 8e-6. The terms of a gradient, of magnitude up to 5, may cancel.
-//! - 16-bit logits: the same in f32, forward, from the values as they were rounded to 16 bits. Their
-//!   gradients are rounded once more, to 11 bits (f16) or 8 (bf16): 2^-11 and 2^-8 relative, and for
-//!   f16 half of its smallest number, 2^-25.
-//! - `token_kl`: the error of e^-d, and of differences of numbers of magnitude 1 to 10.
-//! - `gae`: some roundings of each delta, of magnitude up to 10, add up over the 1 / (1 - γ λ) steps
-//!   that a discounted sum sees, or over the whole row where γ λ = 1.
-//! - `whiten`: mean and variance are merged in f64, so what remains are some roundings of values of
-//!   magnitude up to 5; the gradient is a difference of three such terms.
-//! - `ppo_loss`: exp, and products of few factors; terms of opposite sign are added up.
+//! An element passes if it is within [`crate::tolerance`], which says why.
 //!
 //! Where a loss has a kink (a clip range, a clamp), f32 and f64 may rightly be on different sides of it,
 //! with different gradients. Inputs within 1e-3 of a kink are drawn again.
@@ -37,6 +19,7 @@ use candle_core::DType;
 use clap::Args;
 
 use super::config::DeviceName;
+use crate::tolerance::{self, Tolerance};
 
 /// The command line of `check`.
 #[derive(Debug, Args)]
@@ -50,15 +33,6 @@ pub struct CheckArgs {
     /// Multiplies every bound: below 1 to see how much room there is, or that the check can fail
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     pub bound_scale: f64,
-}
-
-/// What an element may differ by: abs + rel |reference|.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Bound {
-    /// Absolute.
-    pub abs: f64,
-    /// Relative.
-    pub rel: f64,
 }
 
 /// The direction of a pass.
@@ -109,25 +83,21 @@ impl Op {
     }
 }
 
-/// The documented bound of an op; see [the module](self) for the reasons.
-pub fn bound(op: Op, pass: Pass, dtype: DType) -> Bound {
-    let (abs, rel) = match (op, pass) {
-        (Op::Logprob, Pass::Forward) => (6e-6, 2e-6),
-        (Op::Logprob, Pass::Backward) => (2e-6, 8e-6),
-        (Op::TokenKl, _) => (1e-6, 1e-6),
-        (Op::FullKl, Pass::Forward) => (4e-6, 2e-6),
-        (Op::FullKl, Pass::Backward) => (2e-6, 8e-6),
-        (Op::Gae, _) => (2e-5, 1e-5),
-        (Op::Whiten, _) => (1e-6, 1e-6),
-        (Op::PpoLoss, Pass::Forward) => (2e-6, 2e-6),
-        (Op::PpoLoss, Pass::Backward) => (1e-6, 2e-6),
+/// What the results of an op may differ by from its reference's.
+pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
+    let tolerances = match op {
+        Op::Logprob => tolerance::LOGPROB,
+        Op::TokenKl => tolerance::TOKEN_KL,
+        Op::FullKl => tolerance::FULL_KL,
+        Op::Gae => tolerance::GAE,
+        Op::Whiten => tolerance::WHITEN,
+        Op::PpoLoss => tolerance::PPO_LOSS,
     };
     match (pass, dtype) {
-        (Pass::Backward, DType::F16) => {
-            Bound { abs: abs + 2f64.powi(-25), rel: rel + 2f64.powi(-11) }
-        }
-        (Pass::Backward, DType::BF16) => Bound { abs, rel: rel + 2f64.powi(-8) },
-        _ => Bound { abs, rel },
+        (Pass::Forward, _) => tolerances.forward,
+        (Pass::Backward, DType::F16) => tolerances.backward.rounded_to_f16(),
+        (Pass::Backward, DType::BF16) => tolerances.backward.rounded_to_bf16(),
+        (Pass::Backward, _) => tolerances.backward,
     }
 }
 
@@ -137,7 +107,7 @@ struct Row {
     op: Op,
     pass: Pass,
     dtype: DType,
-    bound: Bound,
+    bound: Tolerance,
     elements: usize,
     worst_abs: f64,
     /// Of the elements large enough for the relative part of the bound to be the larger one.
@@ -148,8 +118,8 @@ struct Row {
 
 impl Row {
     fn new(op: Op, pass: Pass, dtype: DType, bound_scale: f64) -> Self {
-        let Bound { abs, rel } = bound(op, pass, dtype);
-        let bound = Bound { abs: abs * bound_scale, rel: rel * bound_scale };
+        let Tolerance { abs, rel } = tolerance(op, pass, dtype);
+        let bound = Tolerance { abs: abs * bound_scale, rel: rel * bound_scale };
         Self { op, pass, dtype, bound, elements: 0, worst_abs: 0.0, worst_rel: 0.0, share: 0.0 }
     }
 
@@ -217,7 +187,7 @@ impl Report {
         text += "| op | pass | dtype | elements | worst abs | worst rel | bound | of it | |\n";
         text += "|---|---|---|--:|--:|--:|---|--:|---|\n";
         for row in &self.rows {
-            let Bound { abs, rel } = row.bound;
+            let Tolerance { abs, rel } = row.bound;
             let _ = writeln!(
                 text,
                 "| {} | {} | {} | {} | {:.1e} | {:.1e} | {abs:.1e} + {rel:.1e} x | {:.0}% | {} |",

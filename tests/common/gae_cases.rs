@@ -6,14 +6,14 @@ use ppo_kernels::gae::{
     ScoreScale,
 };
 use ppo_kernels::moments::Moments;
+use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
 use rand::Rng;
 
 use super::{assert_close, random_mask, uniform, wide};
 
-/// f32 against f64: the roundings of a sum of up to some thousand deltas of magnitude 1.
-pub const REL: f64 = 1e-5;
-pub const ABS: f64 = 2e-5;
+pub const REL: f64 = tolerance::GAE.tests.rel;
+pub const ABS: f64 = tolerance::GAE.tests.abs;
 
 /// What a backend writes.
 #[derive(Debug, Clone, PartialEq)]

@@ -18,6 +18,7 @@ mod simt;
 mod tensors;
 pub mod whiten_cases;
 
+use approx::abs_diff_eq;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -33,7 +34,7 @@ pub fn assert_close(what: &str, got: &[f64], want: &[f64], rel: f64, abs: f64) {
     for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
         let same = g == w || (g.is_nan() && w.is_nan());
         assert!(
-            same || (g - w).abs() <= abs + rel * w.abs(),
+            same || abs_diff_eq!(g, w, epsilon = abs + rel * w.abs()),
             "{what}: element {i} is {g}, expected {w} (rel {rel}, abs {abs})"
         );
     }
