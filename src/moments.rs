@@ -1,4 +1,4 @@
-//! Count, mean and sum of squared deviations, which several ops make and read: shared room.
+//! Count, mean and sum of squared deviations, which several ops make and read.
 
 pub(crate) mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]

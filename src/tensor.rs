@@ -1,4 +1,4 @@
-//! Shared room of the tensor layer: checks of candle tensors, access to their elements where they
+//! The tensor layer, shared by all ops: checks of candle tensors, access to their elements where they
 //! are, buffers for outputs, and the way into candle's graph. It knows nothing of any op.
 //!
 //! A pass of an op reads as follows, on any device. The lists are those of the op, in four spaces:
@@ -270,7 +270,7 @@ impl<T: Element> Buffer<T> {
 /// The elements of a contiguous tensor, held for reading.
 pub(crate) struct View<'a, T: Element> {
     storage: StorageRef<'a>,
-    /// Of the tensor's numbers.
+    /// The elements' place among the tensor's numbers.
     range: Range<usize>,
     element: PhantomData<T>,
 }

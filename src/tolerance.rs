@@ -55,7 +55,7 @@ pub struct Tolerances {
     pub benches: Tolerance,
 }
 
-/// Of `logprob`.
+/// Tolerances of `logprob`.
 pub const LOGPROB: Tolerances = Tolerances {
     tests: Tolerance::new(4e-6, 2e-6),
     forward: Tolerance::new(6e-6, 2e-6),
@@ -63,7 +63,7 @@ pub const LOGPROB: Tolerances = Tolerances {
     benches: Tolerance::new(2e-5, 2e-5),
 };
 
-/// Of the KL estimated from samples.
+/// Tolerances of the KL estimated from samples.
 pub const TOKEN_KL: Tolerances = Tolerances {
     tests: Tolerance::new(1e-6, 3e-6),
     forward: Tolerance::new(1e-6, 1e-6),
@@ -71,7 +71,7 @@ pub const TOKEN_KL: Tolerances = Tolerances {
     benches: Tolerance::new(5e-5, 5e-5),
 };
 
-/// Of the exact KL.
+/// Tolerances of the exact KL.
 pub const FULL_KL: Tolerances = Tolerances {
     tests: Tolerance::new(1e-6, 3e-6),
     forward: Tolerance::new(4e-6, 2e-6),
@@ -79,7 +79,7 @@ pub const FULL_KL: Tolerances = Tolerances {
     benches: Tolerance::new(5e-5, 5e-5),
 };
 
-/// Of `gae`: advantages, returns and rewards.
+/// Tolerances of `gae`: advantages, returns and rewards.
 pub const GAE: Tolerances = Tolerances {
     tests: Tolerance::new(2e-5, 1e-5),
     forward: Tolerance::new(2e-5, 1e-5),
@@ -87,7 +87,7 @@ pub const GAE: Tolerances = Tolerances {
     benches: Tolerance::new(1e-4, 1e-4),
 };
 
-/// Of `whiten`.
+/// Tolerances of `whiten`.
 pub const WHITEN: Tolerances = Tolerances {
     tests: Tolerance::new(1e-6, 1e-6),
     forward: Tolerance::new(1e-6, 1e-6),
@@ -95,7 +95,7 @@ pub const WHITEN: Tolerances = Tolerances {
     benches: Tolerance::new(1e-3, 1e-3),
 };
 
-/// Of `ppo_loss`: the loss, its statistics and its gradients.
+/// Tolerances of `ppo_loss`: the loss, its statistics and its gradients.
 pub const PPO_LOSS: Tolerances = Tolerances {
     tests: Tolerance::new(1e-6, 2e-6),
     forward: Tolerance::new(2e-6, 2e-6),
@@ -103,5 +103,5 @@ pub const PPO_LOSS: Tolerances = Tolerances {
     benches: Tolerance::new(1e-4, 1e-4),
 };
 
-/// Of gradients in 16 bits in the benches, where candle rounds between its ops too.
+/// Tolerance of gradients in 16 bits in the benches, where candle rounds between its ops too.
 pub const BENCHES_16_BITS: Tolerance = Tolerance::new(1e-2, 1e-2);

@@ -230,7 +230,7 @@ pub(crate) fn optional(value: f64) -> Option<f64> {
     (value != PPOK_NONE).then_some(value)
 }
 
-/// The other way round.
+/// The number in the header's struct for an option that may be left out.
 pub(crate) fn or_none(option: Option<f64>) -> f64 {
     option.unwrap_or(PPOK_NONE)
 }
@@ -249,7 +249,7 @@ pub(crate) fn choose<T: Copy>(
     })
 }
 
-/// Whether an option is set.
+/// The value of an option that is 0 or 1.
 pub(crate) fn flag(op: &'static str, option: &'static str, number: i32) -> Result<bool> {
     choose(op, option, number, &[false, true])
 }

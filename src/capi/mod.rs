@@ -1,4 +1,4 @@
-//! Shared room of the C library: status codes, the last error, versions, and the one function through
+//! The C library, shared by all ops: status codes, the last error, versions, and the one function through
 //! which every call goes. It knows nothing of any op.
 //!
 //! `include/ppo_kernels.h` is made of this module and of every op's `capi.rs` by cbindgen, with

@@ -8,7 +8,7 @@ use super::{prefetch, Logit};
 /// number, so that the order of additions does not depend on the machine's width.
 pub(crate) const LANES: usize = 16;
 
-/// The same for reductions over logits: two of the widest registers, so that one's exponentials hide
+/// Accumulators of a reduction over logits: two of the widest registers, so that one's exponentials hide
 /// the latency of the other's.
 pub(crate) const LOGIT_LANES: usize = 32;
 

@@ -1,4 +1,4 @@
-//! Shared room of the CPU backend: the element types that the ops take, vectorised math, and
+//! The CPU backend, shared by all ops: the element types that the ops take, vectorised math, and
 //! fixed-order parallel loops. It knows nothing of any op.
 
 mod element;
@@ -29,7 +29,7 @@ pub(crate) fn vectorise<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
-/// Whether [`with_avx512`] runs here. Not left to pulp, whose AVX-512 would ask a newer Rust of all
+/// Tells whether [`with_avx512`] runs here. Not left to pulp, whose AVX-512 would ask a newer Rust of all
 /// who use this crate.
 #[cfg(all(target_arch = "x86_64", ppo_avx512))]
 #[inline(always)]

@@ -1,4 +1,4 @@
-//! Shared room of the CUDA backend: streams, device memory as slices, and the one call that launches
+//! The CUDA backend, shared by all ops: streams, device memory as slices, and the one call that launches
 //! a kernel. It knows nothing of any op.
 //!
 //! Nothing here allocates device memory or waits for the device: what is launched on a stream runs
@@ -47,9 +47,9 @@ pub struct Device {
     pub clusters: bool,
 }
 
-/// Whether the code that the driver takes for a device knows of clusters: code for the same major
-/// number and no later minor one, or else the PTX, in which they are missing if it is for less than
-/// 90, whatever the device has.
+/// Tells whether the code that the driver takes for a device knows of clusters: code for the same
+/// major number and no later minor one, or else the PTX, in which they are missing if it is for less
+/// than 90, whatever the device has.
 #[cfg(any(feature = "cuda", test))]
 fn has_clusters(architectures: &[u32], (major, minor): (u32, u32)) -> bool {
     let compiled = architectures.iter().any(|arch| arch / 10 == major && arch % 10 <= minor);
@@ -135,7 +135,7 @@ impl Stream<'_> {
 pub(crate) struct Kernel {
     /// The op, and the name of its file.
     pub op: &'static str,
-    /// What of the op.
+    /// The pass of the op.
     pub pass: &'static str,
     /// The type of the logits.
     pub dtype: &'static str,
@@ -165,7 +165,7 @@ impl Launch {
         Self { blocks: clusters * cluster, threads, cluster }
     }
 
-    /// The same blocks, of which none knows another.
+    /// The same launch without clusters.
     pub(crate) fn without_clusters(self) -> Self {
         Self { cluster: 1, ..self }
     }

@@ -83,7 +83,7 @@ pub(crate) struct Passes {
 }
 
 impl Reduction {
-    /// Of rows of `vocab` columns.
+    /// The reduction of `rows` rows of `vocab` columns.
     pub fn new<T>(device: Device, rows: usize, vocab: usize) -> Self {
         let &RowGeometry { threads, parts, .. } = geometry::<T>(&REDUCTION, vocab);
         let parts = match FORCED_PARTS.get() {
@@ -149,7 +149,7 @@ pub(crate) struct Map {
 }
 
 impl Map {
-    /// Of rows of `vocab` columns, from `inputs` tensors.
+    /// The map over `rows` rows of `vocab` columns, from `inputs` tensors.
     pub fn new<T>(rows: usize, vocab: usize, inputs: usize) -> Self {
         let threads = geometry::<T>(&MAP, vocab).threads;
         let columns = threads * vectors(inputs) * VECTOR_BYTES / size_of::<T>();

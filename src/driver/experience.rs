@@ -188,7 +188,7 @@ fn mean_of_sums(per_token: &Tensor) -> Result<f64> {
     Ok(mean(&per_token.sum(1)?.to_vec1()?))
 }
 
-/// Of f32 values, in f64.
+/// The mean of f32 values, in f64.
 pub(super) fn mean(values: &[f32]) -> f64 {
     values.iter().map(|&x| f64::from(x)).sum::<f64>() / values.len() as f64
 }

@@ -20,9 +20,9 @@ use crate::ppo_loss::{
 /// Learning rates of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
-    /// Of the policy.
+    /// The policy's.
     pub policy: f64,
-    /// Of the critic.
+    /// The critic's.
     pub value: f64,
 }
 

@@ -114,7 +114,7 @@ struct Coefficients {
     gamma: f32,
     /// Powers of γ λ.
     decay: Decay,
-    /// Those for the returns.
+    /// Powers of γ times the λ of the returns.
     value_decay: Decay,
     minus_kl_coef: f32,
     mask_mode: MaskMode,
@@ -345,7 +345,7 @@ fn last_lanes(x: &[f32]) -> Lanes {
 
 /// Some tokens of a row.
 struct Chunk<'a> {
-    /// Where in the row.
+    /// The chunk's place in the row.
     at: Range<usize>,
     values: &'a [f32],
     rewards: Option<&'a [f32]>,
@@ -488,7 +488,7 @@ impl Chunk<'_> {
 /// The steps of a chunk up to the end of an episode, from `first` on.
 struct Steps {
     deltas: [f32; CHUNK],
-    /// Where in the chunk each is.
+    /// The place of each in the chunk.
     tokens: [u16; CHUNK],
     first: usize,
 }
@@ -531,7 +531,7 @@ impl Steps {
 struct Decay {
     /// The first, second, fourth and eighth.
     doubled: [f32; 4],
-    /// Those that bring what comes after the lanes to each lane: from that of [`LANES`] down to the
+    /// The powers that bring what comes after the lanes to each lane: from that of [`LANES`] down to the
     /// first.
     across: Lanes,
 }

@@ -40,7 +40,7 @@ pub(crate) fn leaf_moments(x: &[f32], mask: Option<&[u8]>) -> Moments {
     lane_moments(kept, shift).moments(count as usize)
 }
 
-/// Of the elements around the number.
+/// The sums of the elements' deviations from `shift`.
 #[inline(always)]
 fn lane_moments(x: &[f32], shift: f32) -> LaneMoments {
     let mut sums = LaneMoments::around(shift);
@@ -88,7 +88,7 @@ impl LaneMoments {
         }
     }
 
-    /// Of `count` elements.
+    /// The moments of the `count` elements that were added.
     #[inline(always)]
     pub(crate) fn moments(&self, count: usize) -> Moments {
         if count == 0 {

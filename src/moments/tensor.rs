@@ -11,7 +11,7 @@ use crate::tensor::Buffer;
 pub struct MomentsTensor(Tensor);
 
 impl MomentsTensor {
-    /// Of moments that an op has written.
+    /// Wraps moments that an op has written.
     pub(crate) fn from_buffer(buffer: Buffer<Moments>) -> Self {
         Self(buffer.into_tensor(3))
     }
