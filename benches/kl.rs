@@ -12,8 +12,11 @@ use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use half::bf16;
 use ppo_kernels::cpu::Logit;
-use ppo_kernels::kl::cpu::{self, FullInputs, TokenInputs, STATS};
-use ppo_kernels::kl::{full_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use ppo_kernels::kl::cpu::{
+    self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
+};
+use ppo_kernels::kl::{full_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS};
 
 const SAMPLED: KlOptions =
     KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
@@ -39,8 +42,8 @@ fn sampled_forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let (logp, ref_logp) = log_probabilities(tokens);
         let raw = (to_vec(&logp), to_vec(&ref_logp));
         let fused = move |kl: &mut [f32]| {
-            let inputs = TokenInputs { logp: &raw.0, ref_logp: &raw.1, mask: None };
-            cpu::token_forward(inputs, &SAMPLED, kl).unwrap();
+            let inputs = TokenForwardInputs { logp: &raw.0, ref_logp: &raw.1, mask: None };
+            cpu::token_forward(inputs, tokens, &SAMPLED, TokenForwardOutputs { kl }).unwrap();
         };
         let candle = move || compositions::token_kl(&logp, &ref_logp).unwrap();
         let mut kl = vec![0.0; tokens];
@@ -67,8 +70,10 @@ fn sampled_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
 
         let [logp, ref_logp, upstream] = [logp, ref_logp, upstream].map(|t| to_vec(&t));
         let fused = move |grad: &mut [f32]| {
-            let inputs = TokenInputs { logp: &logp, ref_logp: &ref_logp, mask: None };
-            cpu::token_backward(inputs, &SAMPLED, &upstream, Some(grad), None).unwrap();
+            let forward = TokenForwardInputs { logp: &logp, ref_logp: &ref_logp, mask: None };
+            let inputs = TokenBackwardInputs { forward, grad_kl: &upstream };
+            let outputs = TokenBackwardOutputs { grad_logp: Some(grad), grad_ref_logp: None };
+            cpu::token_backward(inputs, tokens, &SAMPLED, outputs).unwrap();
         };
         let mut grad = vec![0.0; tokens];
         fused(&mut grad);
@@ -126,12 +131,16 @@ fn full_backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, s
         let candle = move || loss.backward().unwrap().remove(&var).unwrap();
 
         let [z, w]: [Vec<T>; 2] = [z, w].map(|t| t.flatten_all().unwrap().to_vec1().unwrap());
-        let mut stats = vec![0.0; STATS * size.rows];
-        let inputs = FullInputs { logits: &z, ref_logits: &w, vocab: size.vocab, mask: None };
-        cpu::full_forward(inputs, &FULL, &mut stats).unwrap();
+        let Full { rows, vocab, .. } = size;
+        let mut stats = vec![0.0; STATS * rows];
+        let inputs = FullForwardInputs { logits: &z, ref_logits: &w, mask: None };
+        let outputs = FullForwardOutputs { stats: &mut stats };
+        cpu::full_forward(inputs, rows, vocab, &FULL, outputs).unwrap();
         let fused = move |grad: &mut [T]| {
-            let inputs = FullInputs { logits: &z, ref_logits: &w, vocab: size.vocab, mask: None };
-            cpu::full_backward(inputs, &FULL, &stats, &upstream, Some(grad), None).unwrap();
+            let forward = FullForwardInputs { logits: &z, ref_logits: &w, mask: None };
+            let inputs = FullBackwardInputs { forward, stats: &stats, grad_kl: &upstream };
+            let outputs = FullBackwardOutputs { grad_logits: Some(grad), grad_ref_logits: None };
+            cpu::full_backward(inputs, rows, vocab, &FULL, outputs).unwrap();
         };
         let mut grad = vec![T::ZERO; size.rows * size.vocab];
         fused(&mut grad);

@@ -9,7 +9,9 @@ use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
-use ppo_kernels::logprob::cpu::{self, Outputs, RowStats, RowStatsMut, Upstream};
+use ppo_kernels::logprob::cpu::{
+    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+};
 use ppo_kernels::logprob::{logprobs, LogprobOptions};
 
 const OPTIONS: LogprobOptions = LogprobOptions { temperature: 1.0, ignore_index: None };
@@ -91,17 +93,25 @@ fn backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, size: 
         let targets: Vec<i64> = targets.to_vec1().unwrap();
         let upstream: Vec<f32> = upstream.to_vec1().unwrap();
         let [mut logp, mut max, mut log_sum] = [(); 3].map(|()| vec![0.0; rows]);
-        let entropy = vec![0.0; rows]; // only read for the gradient of the entropy
-        let outputs = Outputs {
+        let outputs = ForwardOutputs {
             logp: &mut logp,
             entropy: None,
-            stats: Some(RowStatsMut { max: &mut max, log_sum: &mut log_sum }),
+            max: Some(&mut max),
+            log_sum: Some(&mut log_sum),
         };
-        cpu::forward(&logits, &targets, vocab, &OPTIONS, outputs).unwrap();
-        let fused = move |grad: &mut [T]| {
-            let stats = RowStats { max: &max, log_sum: &log_sum, entropy: &entropy };
-            let upstream = Upstream { logp: Some(&upstream), entropy: None };
-            cpu::backward(&logits, &targets, vocab, &OPTIONS, stats, upstream, grad).unwrap();
+        let inputs = ForwardInputs { logits: &logits, targets: &targets };
+        cpu::forward(inputs, rows, vocab, &OPTIONS, outputs).unwrap();
+        let fused = move |grad_logits: &mut [T]| {
+            let inputs = BackwardInputs {
+                forward: ForwardInputs { logits: &logits, targets: &targets },
+                max: &max,
+                log_sum: &log_sum,
+                entropy: None,
+                grad_logp: Some(&upstream),
+                grad_entropy: None,
+            };
+            let outputs = BackwardOutputs { grad_logits };
+            cpu::backward(inputs, rows, vocab, &OPTIONS, outputs).unwrap();
         };
 
         let mut grad = vec![T::ZERO; rows * vocab];

@@ -39,21 +39,22 @@
 #include "common/token_kl.cuh"
 
 struct TokenForwardArgs {
-    const float* logp;
-    const float* ref_logp;
-    const uint8_t* mask;  // or null
-    float* kl;
+    const float* logp;      // [tokens]
+    const float* ref_logp;  // [tokens]
+    const uint8_t* mask;    // [tokens], or null: ones
+    float* kl;              // [tokens]; may be logp or ref_logp
     int64_t tokens;
     TokenKl options;
 };
 
+// The gradients may be logp, ref_logp or grad_kl.
 struct TokenBackwardArgs {
-    const float* logp;
-    const float* ref_logp;
-    const uint8_t* mask;  // or null
-    const float* grad_kl;
-    float* grad_logp;      // or null
-    float* grad_ref_logp;  // or null
+    const float* logp;      // [tokens]
+    const float* ref_logp;  // [tokens]
+    const uint8_t* mask;    // [tokens], or null: ones
+    const float* grad_kl;   // [tokens]
+    float* grad_logp;       // [tokens], or null
+    float* grad_ref_logp;   // [tokens], or null
     int64_t tokens;
     TokenKl options;
 };
@@ -71,10 +72,13 @@ struct PairSums {
 // digits; and it must leave the scale of the lowest temperature, 1e-30, finite.
 constexpr float UNIT = 1.0f / (1 << 24);
 
+// Rows of the stats: KL, gap, max z, P, max w and Q.
+enum Stat { KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W, STATS };
+
 struct FullForwardArgs {
-    const void* z;
-    const void* w;
-    const uint8_t* mask;  // [rows], or null
+    const void* z;        // [rows, vocab]
+    const void* w;        // [rows, vocab]
+    const uint8_t* mask;  // [rows], or null: ones
     float* stats;         // [STATS, rows]
     PairSums* partials;   // [rows, parts]; null: the parts are the blocks of a cluster
     int64_t rows;
@@ -85,22 +89,19 @@ struct FullForwardArgs {
 };
 
 struct FullBackwardArgs {
-    const void* z;
-    const void* w;
-    const uint8_t* mask;  // [rows], or null
-    const float* stats;   // [STATS, rows]
-    const float* grad_kl;
-    void* grad_z;  // or null; may be z
-    void* grad_w;  // or null; may be w
+    const void* z;         // [rows, vocab]
+    const void* w;         // [rows, vocab]
+    const uint8_t* mask;   // [rows], or null: ones
+    const float* stats;    // [STATS, rows]
+    const float* grad_kl;  // [rows]
+    void* grad_z;          // [rows, vocab], or null; may be z
+    void* grad_w;          // [rows, vocab], or null; may be w
     int64_t rows;
     int64_t vocab;
     int32_t chunks;         // ranges of columns of a row
     int32_t chunk_threads;  // a warp, or the whole block
     float inverse_temperature;
 };
-
-// KL, gap, max z, P, max w, Q.
-constexpr int STATS = 6;
 
 struct TokenValue {
     TokenKl options;
@@ -227,7 +228,13 @@ struct FullForward {
         kl = isfinite(gap) ? fmaxf(kl, 0.0f) : INFINITY;
         // False for NaN too.
         const bool legal = s.sum_z > 0.0f && s.sum_w > 0.0f;
-        const float stats[STATS] = {legal ? kl : NAN, gap, s.max_z, s.sum_z, s.max_w, s.sum_w};
+        float stats[STATS];
+        stats[KL] = legal ? kl : NAN;
+        stats[GAP] = gap;
+        stats[MAX_Z] = s.max_z;
+        stats[SUM_Z] = s.sum_z;
+        stats[MAX_W] = s.max_w;
+        stats[SUM_W] = s.sum_w;
         write_stats(row, stats);
     }
 
@@ -290,7 +297,7 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
         for (int i = 0; i < STATS; i++) stats[i] = args.stats[i * args.rows + row];
 
         const bool zero = !kept || upstream == 0.0f;
-        if (zero || isnan(stats[0])) {
+        if (zero || isnan(stats[KL])) {
 #pragma unroll
             for (int k = 0; k < 2; k++) {
                 if (out[k]) fill_columns(out[k], zero ? 0.0f : NAN, args.vocab, share);
@@ -299,12 +306,12 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
         }
         const float grad = upstream * args.inverse_temperature;
         const Slopes slopes = {
-            stats[2],
-            stats[4],
-            1.0f / stats[3],
-            1.0f / stats[5],
-            stats[1],
-            stats[0] == INFINITY ? NAN : grad,
+            stats[MAX_Z],
+            stats[MAX_W],
+            1.0f / stats[SUM_Z],
+            1.0f / stats[SUM_W],
+            stats[GAP],
+            stats[KL] == INFINITY ? NAN : grad,
             grad,
             args.inverse_temperature,
         };

@@ -33,22 +33,22 @@
 #include "common/rows.cuh"
 #include "common/softmax.cuh"
 
-// Rows whose targets are u32 or i64, and what is to be done with them.
-struct Targets {
-    const void* ids;
+// How targets are read.
+struct TargetFormat {
     int64_t ignore_index;
-    int32_t wide;        // i64
+    int32_t wide;        // i64, else u32
     int32_t has_ignore;  // whether ignore_index counts
 };
 
 struct ForwardArgs {
-    const void* logits;
-    float* logp;
-    float* entropy;  // or null
-    float* max;      // or null
-    float* log_sum;  // or null, as max
-    Sums* partials;  // [rows, parts]; null: the parts are the blocks of a cluster
-    Targets targets;
+    const void* logits;   // [rows, vocab]
+    const void* targets;  // [rows]
+    float* logp;          // [rows]
+    float* entropy;       // [rows], or null
+    float* max;           // [rows], or null
+    float* log_sum;       // [rows], or null, as max
+    Sums* partials;       // [rows, parts]; null: the parts are the blocks of a cluster
+    TargetFormat target_format;
     int64_t rows;
     int64_t vocab;
     int32_t part_groups;  // vectors of columns in a part
@@ -57,14 +57,15 @@ struct ForwardArgs {
 };
 
 struct BackwardArgs {
-    const void* logits;
-    const float* max;
-    const float* log_sum;
-    const float* entropy;
-    const float* grad_logp;     // or null: zeros
-    const float* grad_entropy;  // or null: zeros
-    void* grad_logits;          // may be logits
-    Targets targets;
+    const void* logits;         // [rows, vocab]
+    const void* targets;        // [rows]
+    const float* max;           // [rows]
+    const float* log_sum;       // [rows]
+    const float* entropy;       // [rows]
+    const float* grad_logp;     // [rows], or null: zeros
+    const float* grad_entropy;  // [rows], or null: zeros
+    void* grad_logits;          // [rows, vocab]; may be logits
+    TargetFormat target_format;
     int64_t rows;
     int64_t vocab;
     int32_t chunks;         // ranges of columns of a row
@@ -79,12 +80,14 @@ struct Target {
     int64_t column;  // of a TOKEN
 };
 
-static __device__ __forceinline__ Target target_of(const Targets& targets, int64_t row,
-                                                   int64_t vocab) {
-    const int64_t id = targets.wide ? static_cast<const int64_t*>(targets.ids)[row]
-                                    : static_cast<const uint32_t*>(targets.ids)[row];
-    if (targets.has_ignore && id == targets.ignore_index) return {Kind::IGNORED, 0};
-    if (id < 0 || id >= vocab) return {Kind::BAD, 0};
+// The target of a row; `args` are those of either pass.
+template <class Args>
+static __device__ __forceinline__ Target target_of(const Args& args, int64_t row) {
+    const TargetFormat& format = args.target_format;
+    const int64_t id = format.wide ? static_cast<const int64_t*>(args.targets)[row]
+                                   : static_cast<const uint32_t*>(args.targets)[row];
+    if (format.has_ignore && id == format.ignore_index) return {Kind::IGNORED, 0};
+    if (id < 0 || id >= args.vocab) return {Kind::BAD, 0};
     return {Kind::TOKEN, id};
 }
 
@@ -117,7 +120,7 @@ struct Forward {
         : args(args), scale(args.inverse_temperature * LOG2_E) {}
 
     __device__ __forceinline__ Target item(int64_t row) const {
-        return target_of(args.targets, row, args.vocab);
+        return target_of(args, row);
     }
 
     __device__ __forceinline__ bool reads(Target target) const {
@@ -200,7 +203,7 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
     for_each_share(args, [&](int64_t row, Share share) {
         const T* const in[1] = {static_cast<const T*>(args.logits) + row * args.vocab};
         T* const out[1] = {static_cast<T*>(args.grad_logits) + row * args.vocab};
-        const Target target = target_of(args.targets, row, args.vocab);
+        const Target target = target_of(args, row);
         const float g = args.grad_logp ? args.grad_logp[row] : 0.0f;
         const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
         if (target.kind == Kind::IGNORED || (g == 0.0f && h == 0.0f)) {

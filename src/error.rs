@@ -169,6 +169,24 @@ impl Error {
         Err(Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") })
     }
 
+    /// `Ok` when so many logits make `rows` rows of a vocabulary that is not empty.
+    pub(crate) fn check_logits(
+        op: &'static str,
+        got: usize,
+        rows: usize,
+        vocab: usize,
+    ) -> Result<()> {
+        if vocab > 0 && rows.checked_mul(vocab) == Some(got) {
+            return Ok(());
+        }
+        Err(Error::Shape {
+            op,
+            arg: "logits",
+            expected: format!("[{rows}, {}]", vocab.max(1)),
+            got: format!("[{got}] for a vocabulary of {vocab}"),
+        })
+    }
+
     /// `Ok` when the second argument is given if the first one is.
     pub(crate) fn check_given(
         op: &'static str,

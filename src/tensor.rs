@@ -175,15 +175,6 @@ impl Backend {
     ) -> Result<Option<Buffer<T>>> {
         wanted.then(|| self.buffer(len)).transpose()
     }
-
-    /// A buffer of `len` elements that are 0.
-    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        match self {
-            Backend::Cpu => self.buffer(len),
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(cuda) => Ok(Buffer::Cuda(cuda.zeros(len)?)),
-        }
-    }
 }
 
 /// Zeros that the system writes where they are first touched, so that the threads that write over them
@@ -421,22 +412,6 @@ pub(crate) fn optional_view<'a, T: Element>(
     tensor: &'a Option<Tensor>,
 ) -> Result<Option<View<'a, T>>> {
     tensor.as_ref().map(|tensor| view(op, arg, tensor)).transpose()
-}
-
-/// `N` equal parts, one behind the other.
-pub(crate) fn parts<const N: usize, T>(all: &[T]) -> [&[T]; N] {
-    let len = all.len() / N;
-    std::array::from_fn(|i| &all[i * len..][..len])
-}
-
-/// [`parts`], for writing.
-pub(crate) fn parts_mut<const N: usize, T>(mut all: &mut [T]) -> [&mut [T]; N] {
-    let len = all.len() / N;
-    std::array::from_fn(|_| {
-        let (part, rest) = std::mem::take(&mut all).split_at_mut(len);
-        all = rest;
-        part
-    })
 }
 
 /// [`Backend::buffer`] for each of several outputs that is wanted.

@@ -6,9 +6,12 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, Pair, ROWS};
 use common::*;
-use ppo_kernels::kl::cpu::{self, FullInputs, TokenInputs, STATS};
+use ppo_kernels::kl::cpu::{
+    self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
+};
 use ppo_kernels::kl::{
-    full_kl, reference, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions,
+    full_kl, reference, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS,
 };
 use ppo_kernels::Error;
 use rand::rngs::StdRng;
@@ -206,12 +209,14 @@ fn token_tensors_agree_with_the_reference_for_every_option() {
 fn a_clamp_keeps_the_gradient_of_a_hopeless_token_finite() {
     let logp = [-500.0_f32, 0.0, -0.5];
     let base = [0.0_f32, -500.0, -0.5];
-    let inputs = TokenInputs { logp: &logp, ref_logp: &base, mask: None };
+    let inputs = TokenForwardInputs { logp: &logp, ref_logp: &base, mask: None };
     let options =
         KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: Some(20.0), output_clamp: None };
     let (mut kl, mut grad) = ([0.0; 3], [0.0; 3]);
-    cpu::token_forward(inputs, &options, &mut kl).unwrap();
-    cpu::token_backward(inputs, &options, &[1.0; 3], Some(&mut grad), None).unwrap();
+    cpu::token_forward(inputs, 3, &options, TokenForwardOutputs { kl: &mut kl }).unwrap();
+    let inputs = TokenBackwardInputs { forward: inputs, grad_kl: &[1.0; 3] };
+    let outputs = TokenBackwardOutputs { grad_logp: Some(&mut grad), grad_ref_logp: None };
+    cpu::token_backward(inputs, 3, &options, outputs).unwrap();
     assert!(kl.iter().all(|kl| kl.is_finite()));
     assert_eq!(grad, [0.0; 3]);
 }
@@ -282,9 +287,11 @@ fn check_against_reference(
 
 /// The statistics of the raw layer, the KL in front.
 fn forward(z: &[f32], w: &[f32], vocab: usize, options: &FullKlOptions) -> Vec<f32> {
-    let inputs = FullInputs { logits: z, ref_logits: w, vocab, mask: None };
-    let mut stats = vec![0.0; STATS * (z.len() / vocab)];
-    cpu::full_forward(inputs, options, &mut stats).unwrap();
+    let inputs = FullForwardInputs { logits: z, ref_logits: w, mask: None };
+    let rows = z.len() / vocab;
+    let mut stats = vec![0.0; STATS * rows];
+    let outputs = FullForwardOutputs { stats: &mut stats };
+    cpu::full_forward(inputs, rows, vocab, options, outputs).unwrap();
     stats
 }
 
@@ -296,10 +303,12 @@ fn backward(
     up: &[f32],
     options: &FullKlOptions,
 ) -> (Vec<f32>, Vec<f32>) {
-    let inputs = FullInputs { logits: z, ref_logits: w, vocab, mask: None };
     let stats = forward(z, w, vocab, options);
+    let forward = FullForwardInputs { logits: z, ref_logits: w, mask: None };
+    let inputs = FullBackwardInputs { forward, stats: &stats, grad_kl: up };
     let (mut a, mut b) = (vec![0.0; z.len()], vec![0.0; z.len()]);
-    cpu::full_backward(inputs, options, &stats, up, Some(&mut a), Some(&mut b)).unwrap();
+    let outputs = FullBackwardOutputs { grad_logits: Some(&mut a), grad_ref_logits: Some(&mut b) };
+    cpu::full_backward(inputs, z.len() / vocab, vocab, options, outputs).unwrap();
     (a, b)
 }
 
@@ -499,10 +508,12 @@ fn bits_depend_neither_on_threads_nor_on_the_other_rows() {
     };
     let token = KlOptions { estimator: KlEstimator::K3, ..KlOptions::default() };
     let run_token = || {
-        let inputs = TokenInputs { logp: &z, ref_logp: &w, mask: None };
+        let inputs = TokenForwardInputs { logp: &z, ref_logp: &w, mask: None };
         let (mut kl, mut a, mut b) = (z.clone(), z.clone(), z.clone());
-        cpu::token_forward(inputs, &token, &mut kl).unwrap();
-        cpu::token_backward(inputs, &token, &z, Some(&mut a), Some(&mut b)).unwrap();
+        cpu::token_forward(inputs, z.len(), &token, TokenForwardOutputs { kl: &mut kl }).unwrap();
+        let inputs = TokenBackwardInputs { forward: inputs, grad_kl: &z };
+        let outputs = TokenBackwardOutputs { grad_logp: Some(&mut a), grad_ref_logp: Some(&mut b) };
+        cpu::token_backward(inputs, z.len(), &token, outputs).unwrap();
         [bits(&kl), bits(&a), bits(&b)]
     };
     let whole = with_threads(1, || run(&z, &w, &up));
@@ -730,15 +741,24 @@ fn bad_token_input_is_refused_by_name() {
     assert!(matches!(error, Error::Shape { arg: "mask", .. }), "{error}");
 
     let (two, three) = ([0.0_f32; 2], [0.0_f32; 3]);
-    let plain = TokenInputs { logp: &three, ref_logp: &three, mask: None };
-    let run = |inputs, len| cpu::token_forward(inputs, &ok, &mut vec![0.0; len]).unwrap_err();
+    let plain = TokenForwardInputs { logp: &three, ref_logp: &three, mask: None };
+    let run = |inputs, len| {
+        let outputs = TokenForwardOutputs { kl: &mut vec![0.0; len] };
+        cpu::token_forward(inputs, 3, &ok, outputs).unwrap_err()
+    };
     let back = |up: &[f32], a: usize, b: usize| {
         let (mut a, mut b) = (vec![0.0; a], vec![0.0; b]);
-        cpu::token_backward(plain, &ok, up, Some(&mut a), Some(&mut b)).unwrap_err()
+        let inputs = TokenBackwardInputs {
+            forward: TokenForwardInputs { logp: &three, ref_logp: &three, mask: None },
+            grad_kl: up,
+        };
+        let outputs = TokenBackwardOutputs { grad_logp: Some(&mut a), grad_ref_logp: Some(&mut b) };
+        cpu::token_backward(inputs, 3, &ok, outputs).unwrap_err()
     };
     for (error, name) in [
-        (run(TokenInputs { ref_logp: &two, ..plain }, 3), "ref_logp"),
-        (run(TokenInputs { mask: Some(&[1, 1]), ..plain }, 3), "mask"),
+        (run(TokenForwardInputs { logp: &two, ..plain }, 3), "logp"),
+        (run(TokenForwardInputs { ref_logp: &two, ..plain }, 3), "ref_logp"),
+        (run(TokenForwardInputs { mask: Some(&[1, 1]), ..plain }, 3), "mask"),
         (run(plain, 2), "kl"),
         (back(&two, 3, 3), "grad_kl"),
         (back(&three, 2, 3), "grad_logp"),
@@ -779,26 +799,37 @@ fn bad_full_input_is_refused_by_name() {
     }
 
     let (five, six) = ([0.0_f32; 5], [0.0_f32; 6]);
-    let plain = FullInputs { logits: &six[..], ref_logits: &six[..], vocab: 3, mask: None };
-    let run = |inputs, len| cpu::full_forward(inputs, &ok, &mut vec![0.0; len]).unwrap_err();
+    let plain = FullForwardInputs { logits: &six[..], ref_logits: &six[..], mask: None };
+    let run_wide = |inputs, vocab, len| {
+        let outputs = FullForwardOutputs { stats: &mut vec![0.0; len] };
+        cpu::full_forward(inputs, 2, vocab, &ok, outputs).unwrap_err()
+    };
+    let run = |inputs, len| run_wide(inputs, 3, len);
     let back = |stats: usize, up: &[f32], a: usize, b: usize| {
         let (stats, mut a, mut b) = (vec![0.0; stats], vec![0.0; a], vec![0.0; b]);
-        cpu::full_backward(plain, &ok, &stats, up, Some(&mut a), Some(&mut b)).unwrap_err()
+        let inputs = FullBackwardInputs {
+            forward: FullForwardInputs { logits: &six[..], ref_logits: &six[..], mask: None },
+            stats: &stats,
+            grad_kl: up,
+        };
+        let outputs =
+            FullBackwardOutputs { grad_logits: Some(&mut a), grad_ref_logits: Some(&mut b) };
+        cpu::full_backward(inputs, 2, 3, &ok, outputs).unwrap_err()
     };
     for (error, text) in [
         (
-            run(FullInputs { logits: &five, ..plain }, 12),
-            "`logits` has shape [5] for a vocabulary of 3, expected [N, 3]",
+            run(FullForwardInputs { logits: &five, ..plain }, 12),
+            "`logits` has shape [5] for a vocabulary of 3, expected [2, 3]",
         ),
+        (run_wide(plain, 0, 12), "`logits` has shape [6] for a vocabulary of 0, expected [2, 1]"),
         (
-            run(FullInputs { vocab: 0, ..plain }, 12),
-            "`logits` has shape [6] for a vocabulary of 0, expected [N, 1]",
-        ),
-        (
-            run(FullInputs { ref_logits: &five, ..plain }, 12),
+            run(FullForwardInputs { ref_logits: &five, ..plain }, 12),
             "`ref_logits` has shape [5], expected [6]",
         ),
-        (run(FullInputs { mask: Some(&[1]), ..plain }, 12), "`mask` has shape [1], expected [2]"),
+        (
+            run(FullForwardInputs { mask: Some(&[1]), ..plain }, 12),
+            "`mask` has shape [1], expected [2]",
+        ),
         (run(plain, 11), "`stats` has shape [11], expected [12]"),
         (back(11, &[1.0; 2], 6, 6), "`stats` has shape [11], expected [12]"),
         (back(12, &[1.0; 3], 6, 6), "`grad_kl` has shape [3], expected [2]"),

@@ -12,9 +12,11 @@ use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_ro
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
-use ppo_kernels::kl::cpu::STATS;
-use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
-use ppo_kernels::kl::{cpu, reference, FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use ppo_kernels::kl::cuda::{
+    self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
+};
+use ppo_kernels::kl::{cpu, reference, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS};
 use ppo_kernels::{Error, Result};
 
 /// f32 against f64: exp to 2 ulp, its argument (of magnitude up to about 20) to an ulp, sums in
@@ -64,14 +66,19 @@ impl TokenCall<'_> {
         let up = Buffer::new(self.up, at_up);
         let empty = |offset| Buffer::new(&vec![f32::NAN; self.logp.len()], offset);
         let (mut kl, mut grad, mut grad_ref) = (empty(at_logp), empty(at_logp), empty(at_up));
-        let inputs = TokenInputs {
+        let inputs = TokenForwardInputs {
             logp: logp.slice(),
             ref_logp: ref_logp.slice(),
             mask: mask.as_ref().map(Buffer::slice),
         };
-        let options = &self.options;
-        cuda::token_forward(&stream, inputs, options, kl.slice_mut())?;
-        let backward = |a, b| cuda::token_backward(&stream, inputs, options, up.slice(), a, b);
+        let (tokens, options) = (self.logp.len(), &self.options);
+        let outputs = TokenForwardOutputs { kl: kl.slice_mut() };
+        cuda::token_forward(&stream, inputs, tokens, options, outputs)?;
+        let inputs = TokenBackwardInputs { forward: inputs, grad_kl: up.slice() };
+        let backward = |grad_logp, grad_ref_logp| {
+            let outputs = TokenBackwardOutputs { grad_logp, grad_ref_logp };
+            cuda::token_backward(&stream, inputs, tokens, options, outputs)
+        };
         backward(Some(grad.slice_mut()), None)?;
         backward(None, Some(grad_ref.slice_mut()))?;
         let (apart, apart_ref) = (grad.read(), grad_ref.read());
@@ -154,11 +161,15 @@ fn tokens_come_out_as_on_the_cpu_at_any_size_of_the_log_ratio() {
             in_place: false,
         };
         let [kl, grad, grad_ref] = call.run().unwrap();
-        let inputs = cpu::TokenInputs { logp: &d, ref_logp: &zeros, mask: None };
+        let inputs = cpu::TokenForwardInputs { logp: &d, ref_logp: &zeros, mask: None };
         let mut want = [(); 3].map(|()| zeros.clone());
         let [want_kl, want_grad, want_ref] = &mut want;
-        cpu::token_forward(inputs, &options, want_kl).unwrap();
-        cpu::token_backward(inputs, &options, &up, Some(want_grad), Some(want_ref)).unwrap();
+        let outputs = cpu::TokenForwardOutputs { kl: want_kl };
+        cpu::token_forward(inputs, d.len(), &options, outputs).unwrap();
+        let inputs = cpu::TokenBackwardInputs { forward: inputs, grad_kl: &up };
+        let outputs =
+            cpu::TokenBackwardOutputs { grad_logp: Some(want_grad), grad_ref_logp: Some(want_ref) };
+        cpu::token_backward(inputs, d.len(), &options, outputs).unwrap();
         // Relative throughout: k3 of a small log-ratio is smaller than any absolute bound. The exp of
         // each is good for 2 ulp, of which the sum next to d = -1 makes four times as much.
         for (got, want) in [(kl, want_kl), (grad, want_grad), (grad_ref, want_ref)] {
@@ -212,20 +223,23 @@ impl<T: Logit> FullCall<'_, T> {
         let mut stats = Buffer::new(&vec![f32::NAN; STATS * rows], 0);
         let length = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
         let mut workspace = Buffer::workspace(length, 0);
-        let inputs = FullInputs {
+        let forward = FullForwardInputs {
             logits: z.slice(),
             ref_logits: w.slice(),
-            vocab,
             mask: mask.as_ref().map(Buffer::slice),
         };
         let options = &self.options;
-        cuda::full_forward(&stream, inputs, options, stats.slice_mut(), workspace.slice_mut())?;
+        let outputs = FullForwardOutputs { stats: stats.slice_mut() };
+        let workspace = workspace.slice_mut();
+        cuda::full_forward(&stream, forward, rows, vocab, options, outputs, workspace)?;
 
         let empty = |offset| Buffer::new(&vec![T::from_f32(1.0); len], offset);
         let (mut grad, mut grad_ref) = (empty(at_grad), empty(at_ref));
-        let (stats, up) = (&stats, &up);
-        let backward =
-            |a, b| cuda::full_backward(&stream, inputs, options, stats.slice(), up.slice(), a, b);
+        let inputs = FullBackwardInputs { forward, stats: stats.slice(), grad_kl: up.slice() };
+        let backward = |grad_logits, grad_ref_logits| {
+            let outputs = FullBackwardOutputs { grad_logits, grad_ref_logits };
+            cuda::full_backward(&stream, inputs, rows, vocab, options, outputs)
+        };
         backward(Some(grad.slice_mut()), None)?;
         backward(None, Some(grad_ref.slice_mut()))?;
         let (apart, apart_ref) = (to_f32(&grad.read()), to_f32(&grad_ref.read()));
@@ -393,14 +407,18 @@ fn special_rows_come_out_as_on_the_cpu() {
             };
             let run = run.run().unwrap();
 
-            let inputs =
-                cpu::FullInputs { logits: &z, ref_logits: &w, vocab, mask: Some(&mask[..]) };
+            let forward = cpu::FullForwardInputs { logits: &z, ref_logits: &w, mask: Some(&mask) };
             let mut stats = vec![0.0; STATS * rows];
-            cpu::full_forward(inputs, &options, &mut stats).unwrap();
+            let outputs = cpu::FullForwardOutputs { stats: &mut stats };
+            cpu::full_forward(forward, rows, vocab, &options, outputs).unwrap();
             assert_close("kl", &wide(run.kl()), &wide(&stats[..rows]), REL, ABS);
             let mut grads = (z.clone(), w.clone());
-            let (a, b) = (Some(&mut grads.0[..]), Some(&mut grads.1[..]));
-            cpu::full_backward(inputs, &options, &stats, &up, a, b).unwrap();
+            let inputs = cpu::FullBackwardInputs { forward, stats: &stats, grad_kl: &up };
+            let outputs = cpu::FullBackwardOutputs {
+                grad_logits: Some(&mut grads.0),
+                grad_ref_logits: Some(&mut grads.1),
+            };
+            cpu::full_backward(inputs, rows, vocab, &options, outputs).unwrap();
             assert_close("policy", &wide(&run.grad), &wide(&grads.0), REL, ABS);
             assert_close("reference", &wide(&run.grad_ref), &wide(&grads.1), REL, ABS);
             for i in [6, 7, 8, 9] {
@@ -603,15 +621,20 @@ fn bad_token_input_is_refused_by_name() {
     let buffer = |len: usize| Buffer::new(&vec![0.0_f32; len], 0);
     let forward = |base: usize, mask: usize, kl: usize, options: KlOptions| {
         let (a, b, mask) = (buffer(3), buffer(base), Buffer::new(&vec![1_u8; mask], 0));
-        let inputs = TokenInputs { logp: a.slice(), ref_logp: b.slice(), mask: Some(mask.slice()) };
-        cuda::token_forward(&stream, inputs, &options, buffer(kl).slice_mut()).unwrap_err()
+        let (logp, ref_logp, mask) = (a.slice(), b.slice(), Some(mask.slice()));
+        let inputs = TokenForwardInputs { logp, ref_logp, mask };
+        let mut kl = buffer(kl);
+        let outputs = TokenForwardOutputs { kl: kl.slice_mut() };
+        cuda::token_forward(&stream, inputs, 3, &options, outputs).unwrap_err()
     };
     let backward = |up: usize, a: usize, b: usize| {
-        let three = buffer(3);
-        let inputs = TokenInputs { logp: three.slice(), ref_logp: three.slice(), mask: None };
-        let (mut a, mut b) = (buffer(a), buffer(b));
-        let (a, b) = (Some(a.slice_mut()), Some(b.slice_mut()));
-        cuda::token_backward(&stream, inputs, &ok, buffer(up).slice(), a, b).unwrap_err()
+        let (three, up, mut a, mut b) = (buffer(3), buffer(up), buffer(a), buffer(b));
+        let (logp, ref_logp) = (three.slice(), three.slice());
+        let forward = TokenForwardInputs { logp, ref_logp, mask: None };
+        let inputs = TokenBackwardInputs { forward, grad_kl: up.slice() };
+        let (grad_logp, grad_ref_logp) = (Some(a.slice_mut()), Some(b.slice_mut()));
+        let outputs = TokenBackwardOutputs { grad_logp, grad_ref_logp };
+        cuda::token_backward(&stream, inputs, 3, &ok, outputs).unwrap_err()
     };
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let error = forward(3, 3, 3, KlOptions { log_ratio_clamp: Some(bad), ..ok });
@@ -640,23 +663,22 @@ fn bad_full_input_is_refused_by_name() {
     let forward = |lens: [usize; 5], vocab: usize, options: FullKlOptions| {
         let [z, w, mask, stats, workspace] = lens;
         let (z, w, mask) = (buffer(z), buffer(w), Buffer::new(&vec![1_u8; mask], 0));
-        let inputs = FullInputs {
-            logits: z.slice(),
-            ref_logits: w.slice(),
-            vocab,
-            mask: Some(mask.slice()),
-        };
+        let (logits, ref_logits, mask) = (z.slice(), w.slice(), Some(mask.slice()));
+        let inputs = FullForwardInputs { logits, ref_logits, mask };
         let (mut stats, mut workspace) = (buffer(stats), buffer(workspace));
+        let outputs = FullForwardOutputs { stats: stats.slice_mut() };
         let workspace = workspace.slice_mut();
-        cuda::full_forward(&stream, inputs, &options, stats.slice_mut(), workspace).unwrap_err()
+        cuda::full_forward(&stream, inputs, 2, vocab, &options, outputs, workspace).unwrap_err()
     };
     let backward = |stats: usize, up: usize, a: usize, b: usize| {
         let six = buffer(6);
-        let inputs =
-            FullInputs { logits: six.slice(), ref_logits: six.slice(), vocab: 3, mask: None };
+        let (logits, ref_logits) = (six.slice(), six.slice());
+        let forward = FullForwardInputs { logits, ref_logits, mask: None };
         let (stats, up, mut a, mut b) = (buffer(stats), buffer(up), buffer(a), buffer(b));
-        let (a, b) = (Some(a.slice_mut()), Some(b.slice_mut()));
-        cuda::full_backward(&stream, inputs, &ok, stats.slice(), up.slice(), a, b).unwrap_err()
+        let inputs = FullBackwardInputs { forward, stats: stats.slice(), grad_kl: up.slice() };
+        let (grad_logits, grad_ref_logits) = (Some(a.slice_mut()), Some(b.slice_mut()));
+        let outputs = FullBackwardOutputs { grad_logits, grad_ref_logits };
+        cuda::full_backward(&stream, inputs, 2, 3, &ok, outputs).unwrap_err()
     };
     for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40, 1e300] {
         let error = forward([6, 6, 2, 12, 0], 3, FullKlOptions { temperature, ..ok });
@@ -665,11 +687,11 @@ fn bad_full_input_is_refused_by_name() {
     for (error, text) in [
         (
             forward([5, 6, 2, 12, 0], 3, ok),
-            "`logits` has shape [5] for a vocabulary of 3, expected [N, 3]",
+            "`logits` has shape [5] for a vocabulary of 3, expected [2, 3]",
         ),
         (
             forward([6, 6, 2, 12, 0], 0, ok),
-            "`logits` has shape [6] for a vocabulary of 0, expected [N, 1]",
+            "`logits` has shape [6] for a vocabulary of 0, expected [2, 1]",
         ),
         (forward([6, 5, 2, 12, 0], 3, ok), "`ref_logits` has shape [5], expected [6]"),
         (forward([6, 6, 1, 12, 0], 3, ok), "`mask` has shape [1], expected [2]"),

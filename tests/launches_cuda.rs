@@ -7,7 +7,7 @@ mod common;
 use common::device::{machine, stream, Buffer, Order};
 use common::*;
 use ppo_kernels::cuda::{force_parts, Stream};
-use ppo_kernels::logprob::cuda::{self, Outputs};
+use ppo_kernels::logprob::cuda::{self, ForwardInputs, ForwardOutputs};
 use ppo_kernels::logprob::{reference, LogprobOptions};
 
 const ROWS: usize = 3;
@@ -37,12 +37,14 @@ impl Case {
         let options = LogprobOptions::default();
         let (logits, targets) = (Buffer::new(&self.logits, 0), Buffer::new(&self.targets, 0));
         let mut logp = Buffer::new(&[f32::NAN; ROWS], 0);
-        let room = cuda::workspace_len::<f32>(stream.device(), ROWS, self.vocab);
-        let mut room = Buffer::<f32>::workspace(room, 0);
-        let outputs = Outputs { logp: logp.slice_mut(), entropy: None, stats: None };
-        let (z, ids, room) = (logits.slice(), targets.slice(), room.slice_mut());
+        let len = cuda::workspace_len::<f32>(stream.device(), ROWS, self.vocab);
+        let mut workspace = Buffer::<f32>::workspace(len, 0);
+        let inputs = ForwardInputs { logits: logits.slice(), targets: targets.slice() };
+        let logp_out = logp.slice_mut();
+        let outputs = ForwardOutputs { logp: logp_out, entropy: None, max: None, log_sum: None };
+        let workspace = workspace.slice_mut();
         before();
-        cuda::forward(stream, z, ids, self.vocab, &options, outputs, room).expect(what);
+        cuda::forward(stream, inputs, ROWS, self.vocab, &options, outputs, workspace).expect(what);
         after();
         let got = logp.read();
         let (want, _) =

@@ -7,7 +7,9 @@ use candle_core::{DType, Device, Tensor, Var};
 use common::logprob_cases::{rows_of, Case};
 use common::*;
 use half::{bf16, f16};
-use ppo_kernels::logprob::cpu::{self, Outputs, RowStats, RowStatsMut, Upstream};
+use ppo_kernels::logprob::cpu::{
+    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+};
 use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, reference, LogprobOptions};
 use ppo_kernels::Error;
 use rand::rngs::StdRng;
@@ -256,10 +258,17 @@ fn special_values_anywhere_give_what_the_reference_gives() {
         let target = [rng.random_range(0..vocab as i64)];
         let options = options([1.0, 0.5, 2.0][rng.random_range(0..3)]);
         let (logp, entropy, max, log_sum) = forward(&z, &target, vocab, &options);
-        let stats = RowStats { max: &max, log_sum: &log_sum, entropy: &entropy };
-        let upstream = Upstream { logp: Some(&[1.0]), entropy: Some(&[0.75]) };
+        let inputs = BackwardInputs {
+            forward: ForwardInputs { logits: &z, targets: &target },
+            max: &max,
+            log_sum: &log_sum,
+            entropy: Some(&entropy),
+            grad_logp: Some(&[1.0]),
+            grad_entropy: Some(&[0.75]),
+        };
         let mut grad = vec![0.0; vocab];
-        cpu::backward(&z, &target, vocab, &options, stats, upstream, &mut grad).unwrap();
+        let outputs = BackwardOutputs { grad_logits: &mut grad };
+        cpu::backward(inputs, 1, vocab, &options, outputs).unwrap();
 
         let z = wide(&z);
         let (want_logp, want_entropy) = reference::forward(&z, &target, vocab, &options);
@@ -314,21 +323,35 @@ fn forward(
 ) -> (Vec<f32>, Vec<f32>, Vec<f32>, Vec<f32>) {
     let mut out = [(); 4].map(|()| vec![0.0; targets.len()]);
     let [logp, entropy, max, log_sum] = &mut out;
-    let stats = Some(RowStatsMut { max, log_sum });
-    let outputs = Outputs { logp, entropy: Some(entropy), stats };
-    cpu::forward(logits, targets, vocab, options, outputs).unwrap();
+    let (entropy, max, log_sum) =
+        (Some(&mut entropy[..]), Some(&mut max[..]), Some(&mut log_sum[..]));
+    let outputs = ForwardOutputs { logp, entropy, max, log_sum };
+    cpu::forward(ForwardInputs { logits, targets }, targets.len(), vocab, options, outputs)
+        .unwrap();
     let [logp, entropy, max, log_sum] = out;
     (logp, entropy, max, log_sum)
+}
+
+/// The log-probabilities, and nothing else.
+fn only(logp: &mut [f32]) -> ForwardOutputs<'_> {
+    ForwardOutputs { logp, entropy: None, max: None, log_sum: None }
 }
 
 /// Outputs and gradient of the raw layer as bits.
 fn all_bits(logits: &[f32], targets: &[i64], vocab: usize, up: &[f32]) -> Vec<Vec<u32>> {
     let options = options(0.9);
     let (logp, entropy, max, log_sum) = forward(logits, targets, vocab, &options);
-    let stats = RowStats { max: &max, log_sum: &log_sum, entropy: &entropy };
-    let upstream = Upstream { logp: Some(up), entropy: Some(up) };
+    let inputs = BackwardInputs {
+        forward: ForwardInputs { logits, targets },
+        max: &max,
+        log_sum: &log_sum,
+        entropy: Some(&entropy),
+        grad_logp: Some(up),
+        grad_entropy: Some(up),
+    };
     let mut grad = vec![0.0; logits.len()];
-    cpu::backward(logits, targets, vocab, &options, stats, upstream, &mut grad).unwrap();
+    let outputs = BackwardOutputs { grad_logits: &mut grad };
+    cpu::backward(inputs, targets.len(), vocab, &options, outputs).unwrap();
     let bits = |v: &[f32]| v.iter().map(|x| x.to_bits()).collect();
     vec![bits(&logp), bits(&entropy), bits(&grad)]
 }
@@ -497,12 +520,12 @@ fn half_precision_slices_work_in_the_raw_layer() {
     let targets = [2_u32];
     let mut logp = [0.0];
     let z = [0.0, 1.0, 2.0].map(bf16::from_f32);
-    let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
-    cpu::forward(&z, &targets, 3, &options(1.0), outputs).unwrap();
+    let inputs = ForwardInputs { logits: &z, targets: &targets };
+    cpu::forward(inputs, 1, 3, &options(1.0), only(&mut logp)).unwrap();
     let bf16_logp = logp[0];
     let z = [0.0, 1.0, 2.0].map(f16::from_f32);
-    let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
-    cpu::forward(&z, &targets, 3, &options(1.0), outputs).unwrap();
+    let inputs = ForwardInputs { logits: &z, targets: &targets };
+    cpu::forward(inputs, 1, 3, &options(1.0), only(&mut logp)).unwrap();
     assert_eq!(logp[0], bf16_logp);
 }
 
@@ -569,10 +592,42 @@ fn bad_input_is_refused_by_name() {
         assert!(named, "{error}");
     }
     let mut logp = [0.0; 2];
-    let outputs = Outputs { logp: &mut logp, entropy: None, stats: None };
-    let error = cpu::forward(&[0.0_f32; 5], &[0_u32, 0], 3, &ok, outputs).unwrap_err();
+    let inputs = ForwardInputs { logits: &[0.0_f32; 5][..], targets: &[0_u32, 0][..] };
+    let error = cpu::forward(inputs, 2, 3, &ok, only(&mut logp)).unwrap_err();
     assert_eq!(
         error.to_string(),
         "logprob: `logits` has shape [5] for a vocabulary of 3, expected [2, 3]"
     );
+    let inputs = ForwardInputs { logits: &[0.0_f32; 0], targets: &[0_u32, 0] };
+    let error = cpu::forward(inputs, 2, 0, &ok, only(&mut logp)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "logprob: `logits` has shape [0] for a vocabulary of 0, expected [2, 1]"
+    );
+}
+
+#[test]
+fn what_goes_together_is_given_together() {
+    let (z, targets) = ([0.0_f32, 1.0, 2.0], [1_u32]);
+    let forward = ForwardInputs { logits: &z, targets: &targets };
+    let (mut logp, mut max, mut log_sum) = ([0.0], [0.0], [0.0]);
+    let outputs = ForwardOutputs { max: Some(&mut max), ..only(&mut logp) };
+    let error = cpu::forward(forward, 1, 3, &options(1.0), outputs).unwrap_err();
+    assert_eq!(error.to_string(), "logprob: `log_sum` is missing, which `max` needs");
+    let outputs = ForwardOutputs { log_sum: Some(&mut log_sum), ..only(&mut logp) };
+    let error = cpu::forward(forward, 1, 3, &options(1.0), outputs).unwrap_err();
+    assert_eq!(error.to_string(), "logprob: `max` is missing, which `log_sum` needs");
+
+    let inputs = BackwardInputs {
+        forward,
+        max: &[2.0],
+        log_sum: &[0.5],
+        entropy: None,
+        grad_logp: None,
+        grad_entropy: Some(&[1.0]),
+    };
+    let mut grad = [0.0; 3];
+    let outputs = BackwardOutputs { grad_logits: &mut grad };
+    let error = cpu::backward(inputs, 1, 3, &options(1.0), outputs).unwrap_err();
+    assert_eq!(error.to_string(), "logprob: `entropy` is missing, which `grad_entropy` needs");
 }

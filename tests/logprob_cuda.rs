@@ -10,7 +10,9 @@ use common::device::{
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::cpu::{Logit, TokenId};
-use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream};
+use ppo_kernels::logprob::cuda::{
+    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+};
 use ppo_kernels::logprob::{cpu, reference, LogprobOptions};
 use ppo_kernels::{Error, Result};
 use rand::Rng;
@@ -60,27 +62,35 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
         let [logp, entropy, max, log_sum] = &mut out;
         let length = cuda::workspace_len::<T>(stream.device(), rows, vocab);
         let mut workspace = Buffer::workspace(length, 0);
-        let outputs = Outputs {
+        let outputs = ForwardOutputs {
             logp: logp.slice_mut(),
             entropy: Some(entropy.slice_mut()),
-            stats: Some(RowStatsMut { max: max.slice_mut(), log_sum: log_sum.slice_mut() }),
+            max: Some(max.slice_mut()),
+            log_sum: Some(log_sum.slice_mut()),
         };
-        let (z, ids, options) = (logits.slice(), targets.slice(), &self.options);
-        cuda::forward(&stream, z, ids, vocab, options, outputs, workspace.slice_mut())?;
+        let inputs = ForwardInputs { logits: logits.slice(), targets: targets.slice() };
+        let options = &self.options;
+        cuda::forward(&stream, inputs, rows, vocab, options, outputs, workspace.slice_mut())?;
 
         let mut alone = Buffer::new(&vec![f32::NAN; rows], 0);
-        let outputs = Outputs { logp: alone.slice_mut(), entropy: None, stats: None };
-        cuda::forward(&stream, z, ids, vocab, options, outputs, workspace.slice_mut())?;
+        let outputs = only(&mut alone);
+        cuda::forward(&stream, inputs, rows, vocab, options, outputs, workspace.slice_mut())?;
         let same = alone.read().iter().zip(&logp.read()).all(|(a, b)| a.to_bits() == b.to_bits());
         assert!(same, "with and without entropy");
 
-        let stats =
-            RowStats { max: max.slice(), log_sum: log_sum.slice(), entropy: entropy.slice() };
         let (up_logp, up_entropy) = (Buffer::new(self.up_logp, 0), Buffer::new(self.up_entropy, 0));
-        let upstream = Upstream { logp: Some(up_logp.slice()), entropy: Some(up_entropy.slice()) };
+        let inputs = BackwardInputs {
+            forward: inputs,
+            max: max.slice(),
+            log_sum: log_sum.slice(),
+            entropy: Some(entropy.slice()),
+            grad_logp: Some(up_logp.slice()),
+            grad_entropy: Some(up_entropy.slice()),
+        };
         let mut separate = Buffer::new(&vec![T::ZERO; self.logits.len()], self.offset);
         let grad = if self.in_place { logits.slice_mut() } else { separate.slice_mut() };
-        cuda::backward(&stream, z, ids, vocab, options, stats, upstream, grad)?;
+        let outputs = BackwardOutputs { grad_logits: grad };
+        cuda::backward(&stream, inputs, rows, vocab, options, outputs)?;
         let grad = if self.in_place { &logits } else { &separate };
         Ok(Run {
             logp: logp.read(),
@@ -90,6 +100,11 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
             grad: grad.read().iter().map(|g| g.to_f32()).collect(),
         })
     }
+}
+
+/// The log-probabilities, and nothing else.
+fn only(logp: &mut Buffer<f32>) -> ForwardOutputs<'_> {
+    ForwardOutputs { logp: logp.slice_mut(), entropy: None, max: None, log_sum: None }
 }
 
 /// f32 values rounded to `T`.
@@ -172,11 +187,12 @@ fn rows_begin_beyond_two_to_the_31st_element() {
     let mut logp = Buffer::new(&vec![f32::NAN; rows], 0);
     let stream = stream(machine(Order::Fifo, 9, 8));
     let options = LogprobOptions { ignore_index: Some(-100), ..Default::default() };
-    let outputs = Outputs { logp: logp.slice_mut(), entropy: None, stats: None };
+    let outputs = only(&mut logp);
     let length = cuda::workspace_len::<bf16>(stream.device(), rows, vocab);
     let mut workspace = Buffer::workspace(length, 0);
-    let (z, ids, workspace) = (logits.slice(), ids.slice(), workspace.slice_mut());
-    cuda::forward(&stream, z, ids, vocab, &options, outputs, workspace).unwrap();
+    let inputs = ForwardInputs { logits: logits.slice(), targets: ids.slice() };
+    let workspace = workspace.slice_mut();
+    cuda::forward(&stream, inputs, rows, vocab, &options, outputs, workspace).unwrap();
     let expected = 10.0 - (vocab as f64 - 1.0 + 10f64.exp()).ln();
     let logp = wide(&logp.read());
     assert!(logp[..rows - 1].iter().all(|&logp| logp == 0.0));
@@ -249,9 +265,14 @@ fn special_rows_come_out_as_on_the_cpu() {
 
         let mut want = [(); 4].map(|()| vec![0.0; rows]);
         let [logp, entropy, max, log_sum] = &mut want;
-        let stats = Some(cpu::RowStatsMut { max, log_sum });
-        let outputs = cpu::Outputs { logp, entropy: Some(entropy), stats };
-        cpu::forward(&logits, &targets, vocab, &options, outputs).unwrap();
+        let outputs = cpu::ForwardOutputs {
+            logp,
+            entropy: Some(entropy),
+            max: Some(max),
+            log_sum: Some(log_sum),
+        };
+        let forward = cpu::ForwardInputs { logits: &logits, targets: &targets };
+        cpu::forward(forward, rows, vocab, &options, outputs).unwrap();
         let [logp, entropy, max, log_sum] = &want;
         assert_close("logp", &wide(&run.logp), &wide(logp), REL, ABS);
         assert_close("entropy", &wide(&run.entropy), &wide(entropy), REL, ABS);
@@ -260,10 +281,17 @@ fn special_rows_come_out_as_on_the_cpu() {
         for i in finite {
             assert_eq!(run.max[i], max[i]);
         }
-        let stats = cpu::RowStats { max, log_sum, entropy };
-        let upstream = cpu::Upstream { logp: Some(&up_logp), entropy: Some(&up_entropy) };
+        let inputs = cpu::BackwardInputs {
+            forward,
+            max,
+            log_sum,
+            entropy: Some(entropy),
+            grad_logp: Some(&up_logp),
+            grad_entropy: Some(&up_entropy),
+        };
         let mut grad = vec![0.0; logits.len()];
-        cpu::backward(&logits, &targets, vocab, &options, stats, upstream, &mut grad).unwrap();
+        let outputs = cpu::BackwardOutputs { grad_logits: &mut grad };
+        cpu::backward(inputs, rows, vocab, &options, outputs).unwrap();
         assert_close("grad", &wide(&run.grad), &wide(&grad), REL, ABS);
     }
 }
@@ -325,12 +353,12 @@ fn bad_input_is_refused_by_name() {
     let stream = stream(machine(Order::Fifo, 8, 1 << 20));
     let (logits, targets) = (Buffer::new(&[0.0_f32; 6], 0), Buffer::new(&[0_u32; 2], 0));
     let forward = |logits, targets, vocab, temperature, logp: usize, workspace: usize| {
+        let inputs = ForwardInputs::<f32, u32> { logits, targets };
         let (mut logp, mut workspace) =
             (Buffer::new(&vec![0.0; logp], 0), Buffer::new(&vec![0.0; workspace], 0));
-        let outputs = Outputs { logp: logp.slice_mut(), entropy: None, stats: None };
         let options = LogprobOptions { temperature, ..Default::default() };
         let workspace = workspace.slice_mut();
-        cuda::forward::<f32, u32>(&stream, logits, targets, vocab, &options, outputs, workspace)
+        cuda::forward(&stream, inputs, 2, vocab, &options, only(&mut logp), workspace)
     };
     let error = forward(logits.slice(), targets.slice(), 3, 0.0, 2, 0).unwrap_err();
     assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");

@@ -3,13 +3,13 @@
 
 #include "device.cuh"
 
-// In the order of KlEstimator.
-enum class Estimator : int32_t { K1, ABS, K2, K3, K3_STRAIGHT_THROUGH };
+// In the order of the Rust enum.
+enum class KlEstimator : int32_t { K1, ABS, K2, K3, K3_STRAIGHT_THROUGH };
 
 struct TokenKl {
-    Estimator estimator;
-    // Of d = logp - ref_logp, and of the value; +inf for none.
-    float log_ratio_limit, output_limit;
+    KlEstimator estimator;
+    float log_ratio_limit;  // of d = logp - ref_logp; +inf for none
+    float output_limit;     // of the value; +inf for none
 };
 
 // x within -limit..limit. Comparisons, so that NaN stays NaN.
@@ -56,18 +56,18 @@ static __device__ __forceinline__ void kl_of_tokens(const TokenKl& kl, const flo
     for (int i = 0; i < N; i++) d[i] = clamp(log_ratio[i], kl.log_ratio_limit);
     // The same way for all threads.
     switch (kl.estimator) {
-        case Estimator::K1:
+        case KlEstimator::K1:
 #pragma unroll
             for (int i = 0; i < N; i++) value[i] = d[i], slope[i] = 1.0f;
             break;
-        case Estimator::ABS:
+        case KlEstimator::ABS:
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 value[i] = fabsf(d[i]);
                 slope[i] = d[i] == 0.0f ? 0.0f : copysignf(1.0f, d[i]);
             }
             break;
-        case Estimator::K2:
+        case KlEstimator::K2:
 #pragma unroll
             for (int i = 0; i < N; i++) value[i] = 0.5f * d[i] * d[i], slope[i] = d[i];
             break;
@@ -75,7 +75,7 @@ static __device__ __forceinline__ void kl_of_tokens(const TokenKl& kl, const flo
 #pragma unroll
             for (int i = 0; i < N; i++) {
                 k3_of_token(d[i], value[i], slope[i]);
-                if (kl.estimator == Estimator::K3_STRAIGHT_THROUGH) slope[i] = d[i];
+                if (kl.estimator == KlEstimator::K3_STRAIGHT_THROUGH) slope[i] = d[i];
             }
     }
 #pragma unroll

@@ -85,11 +85,21 @@ pub struct RowsMut<'a, T> {
     pub width: usize,
 }
 
-impl<T> RowsMut<'_, T> {
+impl<'a, T> RowsMut<'a, T> {
     /// Row `index`.
     #[inline(always)]
     pub fn row(&mut self, index: usize) -> &mut [T] {
         &mut self.data[index * self.width..][..self.width]
+    }
+
+    /// Several rows at once, by their indices.
+    ///
+    /// # Panics
+    /// If there is no such row, or an index is there twice.
+    pub fn disjoint<const N: usize>(self, indices: [usize; N]) -> [&'a mut [T]; N] {
+        let Self { data, width } = self;
+        let ranges = indices.map(|index| index * width..(index + 1) * width);
+        data.get_disjoint_mut(ranges).expect("rows that are there, each once")
     }
 }
 
@@ -184,5 +194,13 @@ mod tests {
         let rows = Rows::<f32> { data: &[], width: 0 };
         let (a, b) = rows.split(3);
         assert!(a.row(2).is_empty() && b.data.is_empty());
+        let none = RowsMut::<f32> { data: &mut [], width: 0 }.disjoint([1, 0]);
+        assert!(none.iter().all(|row| row.is_empty()));
+    }
+
+    #[test]
+    fn disjoint_rows_are_those_of_the_indices() {
+        let rows = RowsMut { data: &mut [0, 1, 2, 3, 4, 5], width: 2 };
+        assert_eq!(rows.disjoint([2, 0]), [&[4, 5], &[0, 1]]);
     }
 }

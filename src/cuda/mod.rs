@@ -210,13 +210,6 @@ impl<T> Slice<'_, T> {
     pub(crate) fn as_ptr(&self) -> *const T {
         self.address
     }
-
-    /// `N` equal parts, one behind the other.
-    #[cfg(all(feature = "cuda", feature = "candle"))]
-    pub(crate) fn parts<const N: usize>(self) -> [Self; N] {
-        let len = self.len / N;
-        std::array::from_fn(|i| Self { address: self.address.wrapping_add(i * len), len, ..self })
-    }
 }
 
 /// Elements in device memory, for writing.
@@ -246,12 +239,14 @@ impl<T> SliceMut<'_, T> {
         self.address
     }
 
-    /// `N` equal parts, one behind the other.
+    /// Several of the rows of `width` elements, by their indices, of which none is there twice.
     #[cfg(all(feature = "cuda", feature = "candle"))]
-    pub(crate) fn parts<const N: usize>(self) -> [Self; N] {
-        let len = self.len / N;
-        let part = |i| self.address.wrapping_add(i * len);
-        std::array::from_fn(|i| Self { address: part(i), len, lifetime: PhantomData })
+    pub(crate) fn disjoint<const N: usize>(self, width: usize, indices: [usize; N]) -> [Self; N] {
+        indices.map(|index| {
+            assert!((index + 1) * width <= self.len, "a row that is there");
+            let address = self.address.wrapping_add(index * width);
+            Self { address, len: width, lifetime: PhantomData }
+        })
     }
 }
 

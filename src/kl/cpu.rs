@@ -3,15 +3,16 @@
 //! shared out to threads, and merged in an order that depends on the rows' length only.
 
 use super::{
-    check_full_grads, check_rows, check_stats, check_token_grads, check_tokens, FullKlOptions,
-    KlEstimator, KlOptions, TOKEN_OP,
+    limit, FullKlOptions, KlEstimator, KlOptions, FULL_OP, GAP, KL, MAX_W, MAX_Z, STATS, SUM_W,
+    SUM_Z, TOKEN_OP,
 };
 use crate::cpu::math::{
     at_least, exp, exp_factors, for_logits2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
     LOGIT_LANES,
 };
-use crate::cpu::{for_each, reduce, vectorise, Logit, RowsMut};
+use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut};
 use crate::error::{Error, Result};
+use crate::memory::{Host, Lengths};
 
 /// Columns between two looks at the maxima, and of one pass of the gradient: 8 KiB of f32 in each
 /// row, which are in the L1 cache still when they are read again.
@@ -27,26 +28,46 @@ const HEADROOM: f32 = 8.0;
 /// Tokens a thread takes at a time: what it writes stays in the L1 cache until it is masked.
 const TOKEN_GRAIN: usize = 4096;
 
-/// What the sampled KL is computed from, one value a token.
-#[derive(Clone, Copy)]
-pub struct TokenInputs<'a> {
-    /// Log-probabilities under the policy.
-    pub logp: &'a [f32],
-    /// Log-probabilities under the reference.
-    pub ref_logp: &'a [f32],
-    /// Which tokens count; 0 does not.
-    pub mask: Option<&'a [u8]>,
-}
+/// The inputs of the sampled KL as slices.
+pub type TokenForwardInputs<'a> = super::TokenForwardInputs<'a, Host>;
 
-/// Writes the sampled KL of every token to `kl`.
+/// The output of the sampled KL as a slice.
+pub type TokenForwardOutputs<'a> = super::TokenForwardOutputs<'a, Host>;
+
+/// The inputs of the gradient of the sampled KL as slices.
+pub type TokenBackwardInputs<'a> = super::TokenBackwardInputs<'a, Host>;
+
+/// The gradients of the sampled KL as slices.
+pub type TokenBackwardOutputs<'a> = super::TokenBackwardOutputs<'a, Host>;
+
+/// The inputs of the exact KL as slices.
+pub type FullForwardInputs<'a, T> = super::FullForwardInputs<'a, Host, T>;
+
+/// The output of the exact KL as a slice.
+pub type FullForwardOutputs<'a> = super::FullForwardOutputs<'a, Host>;
+
+/// The inputs of the gradient of the exact KL as slices.
+pub type FullBackwardInputs<'a, T> = super::FullBackwardInputs<'a, Host, T>;
+
+/// The gradients of the exact KL as slices.
+pub type FullBackwardOutputs<'a, T> = super::FullBackwardOutputs<'a, Host, T>;
+
+/// Sampled KL of every one of `tokens` tokens.
 ///
 /// # Errors
 /// If a length does not fit or an option is out of range. Nothing is written then.
-pub fn token_forward(inputs: TokenInputs, options: &KlOptions, kl: &mut [f32]) -> Result<()> {
-    let tokens = inputs.validate(options)?;
-    Error::check_len(TOKEN_OP, "kl", kl.len(), tokens)?;
+pub fn token_forward(
+    inputs: TokenForwardInputs,
+    tokens: usize,
+    options: &KlOptions,
+    mut outputs: TokenForwardOutputs,
+) -> Result<()> {
+    options.validate(TOKEN_OP)?;
+    inputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
+    outputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
+
     let token = TokenKl::new(options);
-    for_each(tokens, TOKEN_GRAIN, kl, |first, count, kl| {
+    for_each(tokens, TOKEN_GRAIN, outputs.kl, |first, count, kl| {
         let part = inputs.part(first, count);
         vectorise(
             #[inline(always)]
@@ -61,22 +82,22 @@ pub fn token_forward(inputs: TokenInputs, options: &KlOptions, kl: &mut [f32]) -
     Ok(())
 }
 
-/// Writes the gradient to `logp` and to `ref_logp`, as far as wanted, from the upstream gradient
-/// `grad_kl`. A token with upstream gradient 0 gets 0 whatever it holds.
+/// Gradients of the sampled KL of every one of `tokens` tokens, as far as wanted.
 ///
 /// # Errors
 /// As [`token_forward`].
 pub fn token_backward(
-    inputs: TokenInputs,
+    inputs: TokenBackwardInputs,
+    tokens: usize,
     options: &KlOptions,
-    grad_kl: &[f32],
-    grad_logp: Option<&mut [f32]>,
-    grad_ref_logp: Option<&mut [f32]>,
+    mut outputs: TokenBackwardOutputs,
 ) -> Result<()> {
-    let tokens = inputs.validate(options)?;
-    let len = |grad: &Option<&mut [f32]>| grad.as_ref().map(|grad| grad.len());
-    check_token_grads(tokens, grad_kl.len(), len(&grad_logp), len(&grad_ref_logp))?;
+    options.validate(TOKEN_OP)?;
+    inputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
+    outputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
 
+    let TokenBackwardInputs { forward: inputs, grad_kl } = inputs;
+    let TokenBackwardOutputs { grad_logp, grad_ref_logp } = outputs;
     let token = TokenKl::new(options);
     for_each(tokens, TOKEN_GRAIN, (grad_logp, grad_ref_logp), |first, count, grads| {
         let part = inputs.part(first, count);
@@ -109,14 +130,9 @@ pub fn token_backward(
     Ok(())
 }
 
-impl<'a> TokenInputs<'a> {
-    /// The number of tokens.
-    fn validate(&self, options: &KlOptions) -> Result<usize> {
-        check_tokens(options, self.logp.len(), self.ref_logp.len(), self.mask.map(<[u8]>::len))
-    }
-
-    fn part(&self, first: usize, count: usize) -> TokenInputs<'a> {
-        TokenInputs {
+impl<'a> TokenForwardInputs<'a> {
+    fn part(&self, first: usize, count: usize) -> TokenForwardInputs<'a> {
+        TokenForwardInputs {
             logp: &self.logp[first..][..count],
             ref_logp: &self.ref_logp[first..][..count],
             mask: self.mask.map(|mask| &mask[first..][..count]),
@@ -153,7 +169,6 @@ pub(crate) struct TokenKl {
 impl TokenKl {
     /// Of validated options.
     pub(crate) fn new(options: &KlOptions) -> Self {
-        let limit = |clamp: Option<f64>| clamp.map_or(f32::INFINITY, |c| c as f32);
         let is = |estimator| options.estimator == estimator;
         Self {
             k1: is(KlEstimator::K1),
@@ -226,86 +241,74 @@ fn k3(d: f32) -> (f32, f32) {
     (value, derivative)
 }
 
-/// What the exact KL is computed from: two tensors `[N, vocab]`.
-#[derive(Clone, Copy)]
-pub struct FullInputs<'a, T> {
-    /// Logits of the policy.
-    pub logits: &'a [T],
-    /// Logits of the reference.
-    pub ref_logits: &'a [T],
-    /// Columns of a row; above 0.
-    pub vocab: usize,
-    /// Which of the N rows count; 0 does not.
-    pub mask: Option<&'a [u8]>,
-}
-
-/// Values a row that [`full_forward`] leaves, in this order: KL, gap, max z, P, max w, Q in the
-/// terms of [`super`], z being the policy's logits in the forward direction and the reference's in
-/// reverse.
-pub const STATS: usize = 6;
-
-/// Writes `stats [STATS, N]`, of which the first N values are the KL. Reads both logits once.
+/// Exact KL of every one of `rows` rows, with what the backward pass needs to know of them. Reads both
+/// logits once.
 ///
 /// # Errors
 /// If a length does not fit or an option is out of range. Nothing is written then.
 pub fn full_forward<T: Logit>(
-    inputs: FullInputs<T>,
+    inputs: FullForwardInputs<T>,
+    rows: usize,
+    vocab: usize,
     options: &FullKlOptions,
-    stats: &mut [f32],
+    mut outputs: FullForwardOutputs,
 ) -> Result<()> {
-    let rows = inputs.validate(options)?;
-    check_stats(stats.len(), rows)?;
+    options.validate(FULL_OP)?;
+    Error::check_logits(FULL_OP, inputs.logits.len(), rows, vocab)?;
+    inputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+    outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
 
     let scale = (1.0 / options.temperature) as f32;
-    let (kl, stats) = stats.split_at_mut(rows);
-    let (gap, stats) = stats.split_at_mut(rows);
-    let (max_z, stats) = stats.split_at_mut(rows);
-    let (sum_z, stats) = stats.split_at_mut(rows);
-    let (max_w, sum_w) = stats.split_at_mut(rows);
+    let (z, w) = inputs.in_order(vocab, options);
+    let stats = RowsMut { data: outputs.stats, width: rows };
+    let [kl, gap, max_z, sum_z, max_w, sum_w] =
+        stats.disjoint([KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W]);
     let items = (kl, gap, max_z, sum_z, max_w, sum_w);
-    for_each(rows, GRAIN / inputs.vocab, items, |first, count, items| {
+    for_each(rows, GRAIN / vocab, items, |first, count, items| {
         let (kl, gap, max_z, sum_z, max_w, sum_w) = items;
         for i in 0..count {
             let row = first + i;
             let of_row = if inputs.keeps(row) {
-                let (z, w) = options.order(inputs.logits, inputs.ref_logits);
-                Sums::of_rows(inputs.row(z, row), inputs.row(w, row), scale).stats()
+                Sums::of_rows(z.row(row), w.row(row), scale).stats()
             } else {
                 [0.0; STATS]
             };
-            [kl[i], gap[i], max_z[i], sum_z[i], max_w[i], sum_w[i]] = of_row;
+            kl[i] = of_row[KL];
+            gap[i] = of_row[GAP];
+            max_z[i] = of_row[MAX_Z];
+            sum_z[i] = of_row[SUM_Z];
+            max_w[i] = of_row[MAX_W];
+            sum_w[i] = of_row[SUM_W];
         }
     });
     Ok(())
 }
 
-/// Writes the gradient to `logits` and to `ref_logits` `[N, vocab]`, as far as wanted, in their own
-/// type, from the upstream gradient `grad_kl [N]` and what [`full_forward`] left in `stats`. Reads
-/// both logits once for each gradient, the second time from the L1 cache.
+/// Gradients of the exact KL of every one of `rows` rows, as far as wanted, in the type of the logits.
+/// Reads both logits once for each gradient, the second time from the L1 cache.
 ///
 /// # Errors
 /// As [`full_forward`].
 pub fn full_backward<T: Logit>(
-    inputs: FullInputs<T>,
+    inputs: FullBackwardInputs<T>,
+    rows: usize,
+    vocab: usize,
     options: &FullKlOptions,
-    stats: &[f32],
-    grad_kl: &[f32],
-    grad_logits: Option<&mut [T]>,
-    grad_ref_logits: Option<&mut [T]>,
+    mut outputs: FullBackwardOutputs<T>,
 ) -> Result<()> {
-    let rows = inputs.validate(options)?;
-    check_stats(stats.len(), rows)?;
-    let len = |grad: &Option<&mut [T]>| grad.as_ref().map(|grad| grad.len());
-    let logits = inputs.logits.len();
-    check_full_grads(rows, logits, grad_kl.len(), len(&grad_logits), len(&grad_ref_logits))?;
+    options.validate(FULL_OP)?;
+    Error::check_logits(FULL_OP, inputs.forward.logits.len(), rows, vocab)?;
+    inputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+    outputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
 
-    let width = inputs.vocab;
+    let FullBackwardInputs { forward: inputs, stats, grad_kl } = inputs;
+    let FullBackwardOutputs { grad_logits, grad_ref_logits } = outputs;
     let scale = (1.0 / options.temperature) as f32;
-    let (z, w) = options.order(inputs.logits, inputs.ref_logits);
+    let (z, w) = inputs.in_order(vocab, options);
     let (grad_z, grad_w) = options.order(grad_logits, grad_ref_logits);
-    let in_rows = |grad: Option<_>| grad.map(|data| RowsMut { data, width });
+    let in_rows = |grad: Option<_>| grad.map(|data| RowsMut { data, width: vocab });
     let grads = (in_rows(grad_z), in_rows(grad_w));
-    for_each(rows, GRAIN / width, grads, |first, count, (mut grad_z, mut grad_w)| {
+    for_each(rows, GRAIN / vocab, grads, |first, count, (mut grad_z, mut grad_w)| {
         for i in 0..count {
             let row = first + i;
             let grad_z = grad_z.as_mut().map(|grad| grad.row(i));
@@ -313,30 +316,26 @@ pub fn full_backward<T: Logit>(
             let of_row = std::array::from_fn(|stat| stats[stat * rows + row]);
             if !inputs.keeps(row) || grad_kl[row] == 0.0 {
                 fill(grad_z, grad_w, T::ZERO);
-            } else if of_row[0].is_nan() {
+            } else if of_row[KL].is_nan() {
                 fill(grad_z, grad_w, T::from_f32(f32::NAN));
             } else {
                 let slopes = Slopes::new(of_row, scale, grad_kl[row]);
-                slopes.write_rows(inputs.row(z, row), inputs.row(w, row), grad_z, grad_w);
+                slopes.write_rows(z.row(row), w.row(row), grad_z, grad_w);
             }
         }
     });
     Ok(())
 }
 
-impl<'a, T> FullInputs<'a, T> {
-    /// The number of rows.
-    fn validate(&self, options: &FullKlOptions) -> Result<usize> {
-        let (logits, ref_logits) = (self.logits.len(), self.ref_logits.len());
-        check_rows(options, logits, ref_logits, self.vocab, self.mask.map(<[u8]>::len))
-    }
-
+impl<'a, T: Logit> FullForwardInputs<'a, T> {
     fn keeps(&self, row: usize) -> bool {
         self.mask.is_none_or(|mask| mask[row] != 0)
     }
 
-    fn row(&self, logits: &'a [T], row: usize) -> &'a [T] {
-        &logits[row * self.vocab..][..self.vocab]
+    /// The rows of z and those of w.
+    fn in_order(&self, vocab: usize, options: &FullKlOptions) -> (Rows<'a, T>, Rows<'a, T>) {
+        let rows = |data| Rows { data, width: vocab };
+        options.order(rows(self.logits), rows(self.ref_logits))
     }
 }
 
@@ -487,13 +486,20 @@ impl Sums {
         (sums, max_lanes(max_z), max_lanes(max_w))
     }
 
-    /// In the order of [`STATS`].
+    /// The row's values, in the order of [`STATS`].
     fn stats(&self) -> [f32; STATS] {
         let gap = self.weighted / self.sum_z;
         let kl = gap + (self.sum_w / self.sum_z).ln();
         // Rounding may take a KL of nearly 0 below it; NaN is to stay.
         let kl = if kl < 0.0 { 0.0 } else { kl };
-        [kl as f32, gap as f32, self.max_z, self.sum_z as f32, self.max_w, self.sum_w as f32]
+        let mut stats = [0.0; STATS];
+        stats[KL] = kl as f32;
+        stats[GAP] = gap as f32;
+        stats[MAX_Z] = self.max_z;
+        stats[SUM_Z] = self.sum_z as f32;
+        stats[MAX_W] = self.max_w;
+        stats[SUM_W] = self.sum_w as f32;
+        stats
     }
 }
 
@@ -515,16 +521,15 @@ struct Slopes {
 
 impl Slopes {
     fn new(stats: [f32; STATS], scale: f32, grad_kl: f32) -> Slopes {
-        let [kl, gap, max_z, sum_z, max_w, sum_w] = stats;
         let grad = grad_kl * scale;
         Slopes {
             scale,
-            gap,
-            max_z,
-            max_w,
-            norm_z: 1.0 / sum_z,
-            norm_w: 1.0 / sum_w,
-            grad_z: if kl == f32::INFINITY { f32::NAN } else { grad },
+            gap: stats[GAP],
+            max_z: stats[MAX_Z],
+            max_w: stats[MAX_W],
+            norm_z: 1.0 / stats[SUM_Z],
+            norm_w: 1.0 / stats[SUM_W],
+            grad_z: if stats[KL] == f32::INFINITY { f32::NAN } else { grad },
             grad_w: grad,
         }
     }

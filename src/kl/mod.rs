@@ -51,8 +51,8 @@
 //! f32 per row, kept for backward); backward reads 2 S + 28 N and writes S for each gradient, in
 //! the dtype of the logits.
 
-#[cfg(any())] // TODO
-#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -65,12 +65,27 @@ mod tensor;
 pub use tensor::{full_kl, token_kl};
 
 use crate::error::{Error, Result};
+use crate::memory::{Element, Reads, Shape, Space, Writes};
 
 const TOKEN_OP: &str = "token_kl";
 const FULL_OP: &str = "full_kl";
 
+/// Values a row that the forward pass of the exact KL leaves, in this order: KL, gap, max z, P, max w,
+/// Q in the terms of [the module](self), z being the policy's logits in the forward direction and the
+/// reference's in reverse.
+pub const STATS: usize = 6;
+
+/// The rows of those values, by the names that the kernels have for them too.
+pub(crate) const KL: usize = 0;
+pub(crate) const GAP: usize = 1;
+pub(crate) const MAX_Z: usize = 2;
+pub(crate) const SUM_Z: usize = 3;
+pub(crate) const MAX_W: usize = 4;
+pub(crate) const SUM_W: usize = 5;
+
 /// Which estimator of the KL divergence is made of d = logp - ref_logp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(i32)]
 pub enum KlEstimator {
     /// d: unbiased, may be negative. What goes into the reward everywhere.
     #[default]
@@ -157,68 +172,247 @@ impl FullKlOptions {
     }
 }
 
-/// The number of tokens, when the inputs have as many and the options are in range.
-fn check_tokens(
-    options: &KlOptions,
-    logp: usize,
-    ref_logp: usize,
-    mask: Option<usize>,
-) -> Result<usize> {
-    options.validate(TOKEN_OP)?;
-    Error::check_len(TOKEN_OP, "ref_logp", ref_logp, logp)?;
-    Error::check_len(TOKEN_OP, "mask", mask.unwrap_or(logp), logp)?;
-    Ok(logp)
+/// A clamp as the loops have it: none is one at infinity.
+fn limit(clamp: Option<f64>) -> f32 {
+    clamp.map_or(f32::INFINITY, |c| c as f32)
 }
 
-/// `Ok` when what the backward pass takes and makes, as far as wanted, has so many tokens.
-fn check_token_grads(
-    tokens: usize,
-    grad_kl: usize,
-    grad_logp: Option<usize>,
-    grad_ref_logp: Option<usize>,
-) -> Result<()> {
-    Error::check_len(TOKEN_OP, "grad_kl", grad_kl, tokens)?;
-    Error::check_len(TOKEN_OP, "grad_logp", grad_logp.unwrap_or(tokens), tokens)?;
-    Error::check_len(TOKEN_OP, "grad_ref_logp", grad_ref_logp.unwrap_or(tokens), tokens)
+/// The inputs of the sampled KL in some memory, one value a token.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct TokenForwardInputs<'a, S: Space> {
+    /// Log-probabilities under the policy, `[tokens]`.
+    pub logp: S::In<'a, f32>,
+    /// Log-probabilities under the reference, `[tokens]`.
+    pub ref_logp: S::In<'a, f32>,
+    /// 0 where masked, `[tokens]`.
+    pub mask: Option<S::In<'a, u8>>,
 }
 
-/// The number of rows, when the logits make rows of a vocabulary that is not empty, the mask fits
-/// and the options are in range.
-fn check_rows(
-    options: &FullKlOptions,
-    logits: usize,
-    ref_logits: usize,
-    vocab: usize,
-    mask: Option<usize>,
-) -> Result<usize> {
-    options.validate(FULL_OP)?;
-    if vocab == 0 || !logits.is_multiple_of(vocab) {
-        return Err(Error::Shape {
-            op: FULL_OP,
-            arg: "logits",
-            expected: format!("[N, {}]", vocab.max(1)),
-            got: format!("[{logits}] for a vocabulary of {vocab}"),
-        });
+impl<S: Space> TokenForwardInputs<'_, S> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<TokenForwardInputs<'b, To>, C::Error> {
+        let tokens: Shape = &[shape];
+        Ok(TokenForwardInputs {
+            logp: c.input("logp", tokens, &self.logp)?,
+            ref_logp: c.input("ref_logp", tokens, &self.ref_logp)?,
+            mask: c.optional_input("mask", tokens, &self.mask)?,
+        })
     }
-    let rows = logits / vocab;
-    Error::check_len(FULL_OP, "ref_logits", ref_logits, logits)?;
-    Error::check_len(FULL_OP, "mask", mask.unwrap_or(rows), rows)?;
-    Ok(rows)
 }
 
-fn check_stats(len: usize, rows: usize) -> Result<()> {
-    Error::check_len(FULL_OP, "stats", len, cpu::STATS * rows)
+/// The output of the sampled KL in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct TokenForwardOutputs<'a, S: Space> {
+    /// The estimate, `[tokens]`; on a device it may be the memory of `logp` or `ref_logp`.
+    pub kl: S::Out<'a, f32>,
 }
 
-/// `Ok` when what the backward pass takes and makes, as far as wanted, fits so many rows and logits.
-fn check_full_grads(
-    rows: usize,
-    logits: usize,
-    grad_kl: usize,
-    grad_logits: Option<usize>,
-    grad_ref_logits: Option<usize>,
-) -> Result<()> {
-    Error::check_len(FULL_OP, "grad_kl", grad_kl, rows)?;
-    Error::check_len(FULL_OP, "grad_logits", grad_logits.unwrap_or(logits), logits)?;
-    Error::check_len(FULL_OP, "grad_ref_logits", grad_ref_logits.unwrap_or(logits), logits)
+impl<S: Space> TokenForwardOutputs<'_, S> {
+    /// The output in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<TokenForwardOutputs<'b, To>, C::Error> {
+        let over = &["logp", "ref_logp"];
+        Ok(TokenForwardOutputs { kl: c.output("kl", &[shape], over, &mut self.kl)? })
+    }
+}
+
+/// The inputs of the gradient of the sampled KL in some memory.
+#[repr(C)]
+pub struct TokenBackwardInputs<'a, S: Space> {
+    /// The inputs of the forward pass.
+    pub forward: TokenForwardInputs<'a, S>,
+    /// Upstream gradient, `[tokens]`. A token where it is 0 has gradient 0, whatever it holds.
+    pub grad_kl: S::In<'a, f32>,
+}
+
+// `derive` would ask too little of the space for the list within.
+impl<S: Space> Clone for TokenBackwardInputs<'_, S>
+where
+    Self: Copy,
+{
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<'a, S: Space> Copy for TokenBackwardInputs<'a, S>
+where
+    TokenForwardInputs<'a, S>: Copy,
+    S::In<'a, f32>: Copy,
+{
+}
+
+impl<S: Space> TokenBackwardInputs<'_, S> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<TokenBackwardInputs<'b, To>, C::Error> {
+        Ok(TokenBackwardInputs {
+            forward: self.forward.try_map(shape, c)?,
+            grad_kl: c.input("grad_kl", &[shape], &self.grad_kl)?,
+        })
+    }
+}
+
+/// The gradients of the sampled KL in some memory, as far as wanted; on a device each may be the memory
+/// of `logp`, `ref_logp` or `grad_kl`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct TokenBackwardOutputs<'a, S: Space> {
+    /// Gradient of the policy's log-probabilities, `[tokens]`.
+    pub grad_logp: Option<S::Out<'a, f32>>,
+    /// Gradient of the reference's, `[tokens]`.
+    pub grad_ref_logp: Option<S::Out<'a, f32>>,
+}
+
+impl<S: Space> TokenBackwardOutputs<'_, S> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<TokenBackwardOutputs<'b, To>, C::Error> {
+        let (tokens, over): (Shape, _) = (&[shape], &["logp", "ref_logp", "grad_kl"]);
+        let (logp, ref_logp) = (&mut self.grad_logp, &mut self.grad_ref_logp);
+        Ok(TokenBackwardOutputs {
+            grad_logp: c.optional_output("grad_logp", tokens, over, logp)?,
+            grad_ref_logp: c.optional_output("grad_ref_logp", tokens, over, ref_logp)?,
+        })
+    }
+}
+
+/// The inputs of the exact KL in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct FullForwardInputs<'a, S: Space, T: Element> {
+    /// Logits of the policy, `[rows, vocab]`.
+    pub logits: S::In<'a, T>,
+    /// Logits of the reference, `[rows, vocab]`.
+    pub ref_logits: S::In<'a, T>,
+    /// 0 where a row is masked, `[rows]`.
+    pub mask: Option<S::In<'a, u8>>,
+}
+
+impl<S: Space, T: Element> FullForwardInputs<'_, S, T> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        leading: &[usize],
+        vocab: usize,
+        c: &mut C,
+    ) -> std::result::Result<FullForwardInputs<'b, To, T>, C::Error> {
+        let logits: Shape = &[leading, &[vocab]];
+        Ok(FullForwardInputs {
+            logits: c.input("logits", logits, &self.logits)?,
+            ref_logits: c.input("ref_logits", logits, &self.ref_logits)?,
+            mask: c.optional_input("mask", &[leading], &self.mask)?,
+        })
+    }
+}
+
+/// The output of the exact KL in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct FullForwardOutputs<'a, S: Space> {
+    /// The values that [`STATS`] lists, `[STATS, rows]`: the first row is the KL.
+    pub stats: S::Out<'a, f32>,
+}
+
+impl<S: Space> FullForwardOutputs<'_, S> {
+    /// The output in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        leading: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<FullForwardOutputs<'b, To>, C::Error> {
+        let stats: Shape = &[&[STATS], leading];
+        Ok(FullForwardOutputs { stats: c.output("stats", stats, &[], &mut self.stats)? })
+    }
+}
+
+/// The inputs of the gradient of the exact KL in some memory.
+#[repr(C)]
+pub struct FullBackwardInputs<'a, S: Space, T: Element> {
+    /// The inputs of the forward pass.
+    pub forward: FullForwardInputs<'a, S, T>,
+    /// What the forward pass left, `[STATS, rows]`.
+    pub stats: S::In<'a, f32>,
+    /// Upstream gradient, `[rows]`. A row where it is 0 is not read, and has gradient 0.
+    pub grad_kl: S::In<'a, f32>,
+}
+
+// `derive` would ask too little of the space for the list within.
+impl<S: Space, T: Element> Clone for FullBackwardInputs<'_, S, T>
+where
+    Self: Copy,
+{
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<'a, S: Space, T: Element> Copy for FullBackwardInputs<'a, S, T>
+where
+    FullForwardInputs<'a, S, T>: Copy,
+    S::In<'a, f32>: Copy,
+{
+}
+
+impl<S: Space, T: Element> FullBackwardInputs<'_, S, T> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        leading: &[usize],
+        vocab: usize,
+        c: &mut C,
+    ) -> std::result::Result<FullBackwardInputs<'b, To, T>, C::Error> {
+        Ok(FullBackwardInputs {
+            forward: self.forward.try_map(leading, vocab, c)?,
+            stats: c.input("stats", &[&[STATS], leading], &self.stats)?,
+            grad_kl: c.input("grad_kl", &[leading], &self.grad_kl)?,
+        })
+    }
+}
+
+/// The gradients of the exact KL in some memory, as far as wanted, in the type of the logits.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct FullBackwardOutputs<'a, S: Space, T: Element> {
+    /// Gradient of the policy's logits, `[rows, vocab]`; on a device it may be their memory.
+    pub grad_logits: Option<S::Out<'a, T>>,
+    /// Gradient of the reference's logits, `[rows, vocab]`; on a device it may be their memory.
+    pub grad_ref_logits: Option<S::Out<'a, T>>,
+}
+
+impl<S: Space, T: Element> FullBackwardOutputs<'_, S, T> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        leading: &[usize],
+        vocab: usize,
+        c: &mut C,
+    ) -> std::result::Result<FullBackwardOutputs<'b, To, T>, C::Error> {
+        let shape: Shape = &[leading, &[vocab]];
+        let (logits, ref_logits) = (&mut self.grad_logits, &mut self.grad_ref_logits);
+        Ok(FullBackwardOutputs {
+            grad_logits: c.optional_output("grad_logits", shape, &["logits"], logits)?,
+            grad_ref_logits: c.optional_output(
+                "grad_ref_logits",
+                shape,
+                &["ref_logits"],
+                ref_logits,
+            )?,
+        })
+    }
 }

@@ -3,18 +3,19 @@
 use candle_core::{DType, Tensor};
 use half::{bf16, f16};
 
-use super::cpu::{self, STATS};
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{FullKlOptions, KlOptions, FULL_OP, TOKEN_OP};
+use super::{
+    cpu, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    FullKlOptions, KlOptions, TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs,
+    TokenForwardOutputs, FULL_OP, KL, STATS, TOKEN_OP,
+};
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
+use crate::memory::{Element, Tensors};
 #[cfg(feature = "cuda")]
-use crate::tensor::cuda_buffers;
-use crate::tensor::{
-    buffers, check_arg, check_dtype, cpu_buffers, node, optional_arg, optional_view, view, Backend,
-    Buffer, View,
-};
+use crate::tensor::OnCuda;
+use crate::tensor::{check_dtype, node, Backend, Buffer, Constants, Held, OnCpu, Owned};
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
 ///
@@ -45,10 +46,17 @@ pub fn token_kl(
 ) -> Result<Tensor> {
     options.validate(TOKEN_OP)?;
     check_dtype(TOKEN_OP, "logp", logp, &[DType::F32])?;
-    let (shape, device) = (logp.dims(), logp.device());
-    check_arg(TOKEN_OP, "ref_logp", ref_logp, shape, &[DType::F32], device)?;
-    let mask = optional_arg(TOKEN_OP, "mask", mask, shape, DType::U8, device)?;
-    TokenKl { mask, options: *options }.apply(&logp.contiguous()?, &ref_logp.contiguous()?)
+    let inputs = TokenForwardInputs::<Tensors> { logp, ref_logp, mask };
+    let constants = inputs.try_map(logp.dims(), &mut Constants::new(TOKEN_OP, logp.device()))?;
+    let TokenForwardInputs { logp: a, ref_logp: b, mask } = constants;
+    let inputs = TokenForwardInputs::<Owned> { logp: a, ref_logp: b, mask };
+
+    let output = token_forward(&inputs, options)?;
+    let (options, wanted) = (*options, [logp.track_op(), ref_logp.track_op()]);
+    node("ppo-token-kl", &[logp, ref_logp], output, logp.shape(), move |_, grad| {
+        let inputs = TokenBackwardInputs { forward: inputs.clone(), grad_kl: grad.clone() };
+        token_backward(&inputs, &options, wanted)
+    })
 }
 
 /// The exact KL of every row over the vocabulary: f32 `[..]`.
@@ -81,210 +89,166 @@ pub fn full_kl(
 ) -> Result<Tensor> {
     options.validate(FULL_OP)?;
     check_dtype(FULL_OP, "logits", logits, &[DType::F32, DType::F16, DType::BF16])?;
-    let (shape, device) = (logits.dims(), logits.device());
-    let Some((&vocab, leading)) = shape.split_last().filter(|(&v, _)| v > 0) else {
+    let Some((&vocab, leading)) = logits.dims().split_last().filter(|(&v, _)| v > 0) else {
         return Err(Error::Shape {
             op: FULL_OP,
             arg: "logits",
             expected: "[.., V] with V > 0".into(),
-            got: format!("{shape:?}"),
+            got: format!("{:?}", logits.dims()),
         });
     };
-    check_arg(FULL_OP, "ref_logits", ref_logits, shape, &[logits.dtype()], device)?;
-    let mask = optional_arg(FULL_OP, "mask", mask, leading, DType::U8, device)?;
-    // In their own shape: of a reshape candle would make a pass of its own over the gradient.
-    let (logits, ref_logits) = (logits.contiguous()?, ref_logits.contiguous()?);
-    let pass = FullKl { mask, vocab, options: *options };
+    let inputs = [logits, ref_logits];
     let stats = match logits.dtype() {
-        DType::F32 => pass.apply::<f32>(&logits, &ref_logits),
-        DType::F16 => pass.apply::<f16>(&logits, &ref_logits),
-        _ => pass.apply::<bf16>(&logits, &ref_logits),
+        DType::F32 => full_stats::<f32>(inputs, mask, leading, vocab, options),
+        DType::F16 => full_stats::<f16>(inputs, mask, leading, vocab, options),
+        _ => full_stats::<bf16>(inputs, mask, leading, vocab, options),
     }?;
-    Ok(stats.get(0)?.reshape(leading)?)
+    Ok(stats.get(KL)?.reshape(leading)?)
 }
 
-/// What both passes over logp and ref_logp, of one shape, need to know.
-struct TokenKl {
-    mask: Option<Tensor>,
-    options: KlOptions,
-}
-
-impl TokenKl {
-    fn apply(self, logp: &Tensor, ref_logp: &Tensor) -> Result<Tensor> {
-        let kl = self.forward(logp, ref_logp)?;
-        let wanted = [logp.track_op(), ref_logp.track_op()];
-        let (a, b) = (logp.detach(), ref_logp.detach());
-        node("ppo-token-kl", &[logp, ref_logp], kl, logp.shape(), move |_, grad| {
-            self.backward(&a, &b, grad, wanted)
-        })
-    }
-
-    fn forward(&self, logp: &Tensor, ref_logp: &Tensor) -> Result<Buffer<f32>> {
-        let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
-        let mut kl = backend.buffer(logp.elem_count())?;
-        let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
-        let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
-        let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
-        match &backend {
-            Backend::Cpu => {
-                let (logp, ref_logp) = (logp.cpu(), ref_logp.cpu());
-                let inputs =
-                    cpu::TokenInputs { logp, ref_logp, mask: mask.as_ref().map(View::cpu) };
-                cpu::token_forward(inputs, &self.options, kl.cpu())?;
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
-                let mask = mask.as_ref().map(View::cuda);
-                let inputs = cuda::TokenInputs { logp, ref_logp, mask };
-                cuda::token_forward(&backend.stream()?, inputs, &self.options, kl.cuda())?;
-            }
+fn token_forward(inputs: &TokenForwardInputs<Owned>, options: &KlOptions) -> Result<Buffer<f32>> {
+    let tokens = inputs.logp.elem_count();
+    let backend = Backend::of(TOKEN_OP, "logp", inputs.logp.device())?;
+    let views = inputs.try_map(&[tokens], &mut Held(TOKEN_OP))?;
+    let mut buffers = TokenForwardOutputs::<Owned> { kl: backend.buffer(tokens)? };
+    match &backend {
+        Backend::Cpu => {
+            let Ok(inputs) = views.try_map(&[tokens], &mut OnCpu);
+            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCpu);
+            cpu::token_forward(inputs, tokens, options, outputs)?;
         }
-        Ok(kl)
-    }
-
-    /// The gradients of logp and ref_logp, where wanted.
-    fn backward(
-        &self,
-        logp: &Tensor,
-        ref_logp: &Tensor,
-        grad: &Tensor,
-        wanted: [bool; 2],
-    ) -> Result<Vec<Option<Tensor>>> {
-        let shape = logp.shape();
-        let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
-        let mut grads = buffers::<f32, 2>(&backend, wanted, shape.elem_count())?;
-        let logp = view::<f32>(TOKEN_OP, "logp", logp)?;
-        let ref_logp = view::<f32>(TOKEN_OP, "ref_logp", ref_logp)?;
-        let mask = optional_view::<u8>(TOKEN_OP, "mask", &self.mask)?;
-        let grad = view::<f32>(TOKEN_OP, "grad_kl", grad)?;
-        match &backend {
-            Backend::Cpu => {
-                let (logp, ref_logp) = (logp.cpu(), ref_logp.cpu());
-                let inputs =
-                    cpu::TokenInputs { logp, ref_logp, mask: mask.as_ref().map(View::cpu) };
-                let [a, b] = cpu_buffers(&mut grads);
-                cpu::token_backward(inputs, &self.options, grad.cpu(), a, b)?;
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let (logp, ref_logp) = (logp.cuda(), ref_logp.cuda());
-                let mask = mask.as_ref().map(View::cuda);
-                let inputs = cuda::TokenInputs { logp, ref_logp, mask };
-                let ([a, b], stream) = (cuda_buffers(&mut grads), backend.stream()?);
-                cuda::token_backward(&stream, inputs, &self.options, grad.cuda(), a, b)?;
-            }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let Ok(inputs) = views.try_map(&[tokens], &mut OnCuda);
+            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCuda);
+            cuda::token_forward(&backend.stream()?, inputs, tokens, options, outputs)?;
         }
-        Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
     }
+    Ok(buffers.kl)
 }
 
-/// What both passes over logits and reference logits, `[.., V]` of N rows each, need to know. The
-/// node's output is `[STATS, N]`, of which the caller sees the first row: it is one output, and
-/// backward needs the rest.
-struct FullKl {
-    mask: Option<Tensor>,
+/// The gradients of logp and ref_logp, where wanted.
+fn token_backward(
+    inputs: &TokenBackwardInputs<Owned>,
+    options: &KlOptions,
+    wanted: [bool; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    let logp = &inputs.forward.logp;
+    let tokens = logp.elem_count();
+    let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
+    let views = inputs.try_map(&[tokens], &mut Held(TOKEN_OP))?;
+    let mut buffers = TokenBackwardOutputs::<Owned> {
+        grad_logp: backend.optional_buffer(wanted[0], tokens)?,
+        grad_ref_logp: backend.optional_buffer(wanted[1], tokens)?,
+    };
+    match &backend {
+        Backend::Cpu => {
+            let Ok(inputs) = views.try_map(&[tokens], &mut OnCpu);
+            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCpu);
+            cpu::token_backward(inputs, tokens, options, outputs)?;
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let Ok(inputs) = views.try_map(&[tokens], &mut OnCuda);
+            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCuda);
+            cuda::token_backward(&backend.stream()?, inputs, tokens, options, outputs)?;
+        }
+    }
+    let TokenBackwardOutputs { grad_logp, grad_ref_logp } = buffers;
+    Ok(tensors([grad_logp, grad_ref_logp], logp))
+}
+
+/// `[STATS, N]` as a function of the logits and the reference's, of which the caller sees the first
+/// row: a node has one output, and its backward needs the rest.
+fn full_stats<T: Logit>(
+    [logits, ref_logits]: [&Tensor; 2],
+    mask: Option<&Tensor>,
+    leading: &[usize],
+    vocab: usize,
+    options: &FullKlOptions,
+) -> Result<Tensor> {
+    let inputs = FullForwardInputs::<Tensors, T> { logits, ref_logits, mask };
+    let device = logits.device();
+    let constants = inputs.try_map(leading, vocab, &mut Constants::new(FULL_OP, device))?;
+    let FullForwardInputs { logits: z, ref_logits: w, mask } = constants;
+    let inputs = FullForwardInputs::<Owned, T> { logits: z, ref_logits: w, mask };
+
+    let pass = FullPass { rows: logits.elem_count() / vocab, vocab, options: *options };
+    let (stats, wanted) = (pass.forward(&inputs)?, [logits.track_op(), ref_logits.track_op()]);
+    node("ppo-full-kl", &[logits, ref_logits], stats, (STATS, pass.rows), move |stats, grad| {
+        let (forward, stats, grad_kl) = (inputs.clone(), stats.clone(), grad.get(KL)?);
+        pass.backward(&FullBackwardInputs { forward, stats, grad_kl }, wanted)
+    })
+}
+
+/// What both passes of the exact KL need to know besides their lists.
+#[derive(Clone, Copy)]
+struct FullPass {
+    rows: usize,
     vocab: usize,
     options: FullKlOptions,
 }
 
-impl FullKl {
-    fn apply<T: Logit + crate::memory::Element>(
-        self,
-        logits: &Tensor,
-        ref_logits: &Tensor,
-    ) -> Result<Tensor> {
-        let stats = self.forward::<T>(logits, ref_logits)?;
-        let wanted = [logits.track_op(), ref_logits.track_op()];
-        let shape = (STATS, logits.elem_count() / self.vocab);
-        let (z, w) = (logits.detach(), ref_logits.detach());
-        node("ppo-full-kl", &[logits, ref_logits], stats, shape, move |stats, grad| {
-            self.backward::<T>(&z, &w, stats, &grad.get(0)?, wanted)
-        })
-    }
-
-    fn forward<T: Logit + crate::memory::Element>(
-        &self,
-        logits: &Tensor,
-        ref_logits: &Tensor,
-    ) -> Result<Buffer<f32>> {
-        let (rows, vocab) = (logits.elem_count() / self.vocab, self.vocab);
-        let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let mut stats = backend.buffer(STATS * rows)?;
-        let z = view::<T>(FULL_OP, "logits", logits)?;
-        let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
-        let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
+impl FullPass {
+    fn forward<T: Logit>(&self, inputs: &FullForwardInputs<Owned, T>) -> Result<Buffer<f32>> {
+        let Self { rows, vocab, ref options } = *self;
+        let backend = Backend::of(FULL_OP, "logits", inputs.logits.device())?;
+        let views = inputs.try_map(&[rows], vocab, &mut Held(FULL_OP))?;
+        let mut buffers = FullForwardOutputs::<Owned> { stats: backend.buffer(STATS * rows)? };
         match &backend {
             Backend::Cpu => {
-                let (logits, ref_logits) = (z.cpu(), w.cpu());
-                let mask = mask.as_ref().map(View::cpu);
-                let inputs = cpu::FullInputs { logits, ref_logits, vocab, mask };
-                cpu::full_forward(inputs, &self.options, stats.cpu())?;
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
+                let Ok(outputs) = buffers.try_map(&[rows], &mut OnCpu);
+                cpu::full_forward(inputs, rows, vocab, options, outputs)?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
+                let Ok(outputs) = buffers.try_map(&[rows], &mut OnCuda);
                 let stream = backend.stream()?;
-                let (logits, ref_logits) = (z.cuda(), w.cuda());
-                let mask = mask.as_ref().map(View::cuda);
-                let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
                 let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
                 let mut workspace = backend.buffer(len)?;
-                let (stats, workspace) = (stats.cuda(), workspace.slice());
-                cuda::full_forward(&stream, inputs, &self.options, stats, workspace)?;
+                let workspace = workspace.slice();
+                cuda::full_forward(&stream, inputs, rows, vocab, options, outputs, workspace)?;
             }
         }
-        Ok(stats)
+        Ok(buffers.stats)
     }
 
     /// The gradients of logits and ref_logits, where wanted.
-    fn backward<T: Logit + crate::memory::Element>(
+    fn backward<T: Logit>(
         &self,
-        logits: &Tensor,
-        ref_logits: &Tensor,
-        stats: &Tensor,
-        grad_kl: &Tensor,
+        inputs: &FullBackwardInputs<Owned, T>,
         wanted: [bool; 2],
     ) -> Result<Vec<Option<Tensor>>> {
-        let (shape, vocab) = (logits.shape(), self.vocab);
+        let Self { rows, vocab, ref options } = *self;
+        let logits = &inputs.forward.logits;
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let mut grads = buffers::<T, 2>(&backend, wanted, shape.elem_count())?;
-        let z = view::<T>(FULL_OP, "logits", logits)?;
-        let w = view::<T>(FULL_OP, "ref_logits", ref_logits)?;
-        let mask = optional_view::<u8>(FULL_OP, "mask", &self.mask)?;
-        let stats = view::<f32>(FULL_OP, "stats", stats)?;
-        let grad_kl = view::<f32>(FULL_OP, "grad_kl", grad_kl)?;
+        let views = inputs.try_map(&[rows], vocab, &mut Held(FULL_OP))?;
+        let mut buffers = FullBackwardOutputs::<Owned, T> {
+            grad_logits: backend.optional_buffer(wanted[0], logits.elem_count())?,
+            grad_ref_logits: backend.optional_buffer(wanted[1], logits.elem_count())?,
+        };
         match &backend {
             Backend::Cpu => {
-                let (logits, ref_logits) = (z.cpu(), w.cpu());
-                let mask = mask.as_ref().map(View::cpu);
-                let inputs = cpu::FullInputs { logits, ref_logits, vocab, mask };
-                let [grad_logits, grad_ref_logits] = cpu_buffers(&mut grads);
-                cpu::full_backward(
-                    inputs,
-                    &self.options,
-                    stats.cpu(),
-                    grad_kl.cpu(),
-                    grad_logits,
-                    grad_ref_logits,
-                )?;
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
+                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCpu);
+                cpu::full_backward(inputs, rows, vocab, options, outputs)?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
-                let (logits, ref_logits) = (z.cuda(), w.cuda());
-                let mask = mask.as_ref().map(View::cuda);
-                let inputs = cuda::FullInputs { logits, ref_logits, vocab, mask };
-                let [grad_logits, grad_ref_logits] = cuda_buffers(&mut grads);
-                cuda::full_backward(
-                    &backend.stream()?,
-                    inputs,
-                    &self.options,
-                    stats.cuda(),
-                    grad_kl.cuda(),
-                    grad_logits,
-                    grad_ref_logits,
-                )?;
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
+                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCuda);
+                let stream = backend.stream()?;
+                cuda::full_backward(&stream, inputs, rows, vocab, options, outputs)?;
             }
         }
-        Ok(grads.map(|grad| grad.map(|grad| grad.into_tensor(shape))).into())
+        let FullBackwardOutputs { grad_logits, grad_ref_logits } = buffers;
+        Ok(tensors([grad_logits, grad_ref_logits], logits))
     }
+}
+
+/// Gradients in the shape of the argument that both arguments have.
+fn tensors<T: Element>(grads: [Option<Buffer<T>>; 2], like: &Tensor) -> Vec<Option<Tensor>> {
+    grads.map(|grad| grad.map(|grad| grad.into_tensor(like.shape()))).into()
 }

@@ -4,17 +4,18 @@ use std::ffi::c_void;
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use super::cuda;
-use super::{cpu, LogprobOptions, OP};
-use crate::capi::arguments::{
-    both, check_reserved, elements, flag, initialise, read_or_default, with_ids, with_logits,
-    Growing, Host, Memory, Space, Workspace,
+use super::{
+    cpu, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
 };
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::{write_no_size, write_size, Device};
-use crate::capi::{call, on_device, Result};
+use crate::capi::arguments::Workspace;
+use crate::capi::arguments::{
+    check_reserved, flag, with_ids, with_logits, Given, Growing, Memory, Options, Raw,
+};
+use crate::capi::{self, Pass, Result};
 use crate::cpu::{Logit, TokenId};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::Stream;
+use crate::cuda::{Device, Stream};
 
 /// Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
 #[derive(Debug, Clone, Copy)]
@@ -50,7 +51,9 @@ unsafe impl Growing for ppok_logprob_options {
     }
 }
 
-impl ppok_logprob_options {
+impl Options for ppok_logprob_options {
+    type Options = LogprobOptions;
+
     fn options(&self) -> Result<LogprobOptions> {
         check_reserved(OP, "options", self.reserved)?;
         let has_ignore_index = flag(OP, "has_ignore_index", self.has_ignore_index)?;
@@ -61,14 +64,209 @@ impl ppok_logprob_options {
     }
 }
 
+/// Arguments of ppok_logprob_forward_*. Set `struct_size`, and everything that is not used to zero.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+pub struct ppok_logprob_forward_args {
+    /// `sizeof` of this struct.
+    pub struct_size: usize,
+    /// Rows of logits, one a token.
+    pub rows: usize,
+    /// Logits of a row; above 0, and for CUDA below 2^32.
+    pub vocab: usize,
+    /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+    pub logits_type: i32,
+    /// `PPOK_U32` or `PPOK_I64`.
+    pub targets_type: i32,
+    /// Logits, `[rows, vocab]` of `logits_type`.
+    pub logits: *const c_void,
+    /// Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+    pub targets: *const c_void,
+    /// Null for the defaults. In the process's memory, also for CUDA.
+    pub options: *const ppok_logprob_options,
+    /// Log-probability of the target, `[rows]`, written.
+    pub logp: *mut f32,
+    /// Entropy of the row's distribution, `[rows]`, written; null if not wanted.
+    pub entropy: *mut f32,
+    /// The row's largest logit, `[rows]`, written, for the backward pass; null if not wanted.
+    pub max: *mut f32,
+    /// ln s, `[rows]`, written, for the backward pass; null if `max` is.
+    pub log_sum: *mut f32,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_logprob_forward_args {
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+impl ppok_logprob_forward_args {
+    fn inputs<T: Logit, I: TokenId>(&self) -> ForwardInputs<'_, Raw, T, I> {
+        ForwardInputs { logits: self.logits.cast(), targets: self.targets.cast() }
+    }
+
+    fn outputs(&self) -> ForwardOutputs<'_, Raw> {
+        ForwardOutputs {
+            logp: self.logp,
+            entropy: self.entropy.given(),
+            max: self.max.given(),
+            log_sum: self.log_sum.given(),
+        }
+    }
+
+    fn cpu<T: Logit, I: TokenId>(&self, memory: &mut Memory) -> Result<()> {
+        let (rows, vocab) = (self.rows, self.vocab);
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
+        let inputs = inputs.try_map(&[rows], vocab, memory)?;
+        let outputs = outputs.try_map(&[rows], memory)?;
+        Ok(cpu::forward(inputs, rows, vocab, &options, outputs)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn cuda<T: Logit, I: TokenId>(
+        &self,
+        memory: &mut Memory,
+        stream: &Stream,
+        workspace: Workspace,
+    ) -> Result<()> {
+        let (rows, vocab) = (self.rows, self.vocab);
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
+        let inputs = inputs.try_map(&[rows], vocab, memory)?;
+        let outputs = outputs.try_map(&[rows], memory)?;
+        let workspace = memory.workspace(workspace)?;
+        Ok(cuda::forward(stream, inputs, rows, vocab, &options, outputs, workspace)?)
+    }
+}
+
+impl Pass for ppok_logprob_forward_args {
+    const OP: &'static str = OP;
+
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        with_logits!(OP, "logits", self.logits_type, T => {
+            with_ids!(OP, "targets", self.targets_type, I => self.cpu::<T, I>(memory))
+        })
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
+        with_logits!(OP, "logits", self.logits_type, T => {
+            with_ids!(OP, "targets", self.targets_type, I => {
+                self.cuda::<T, I>(memory, stream, workspace)
+            })
+        })
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
+        with_logits!(OP, "logits", self.logits_type, T => {
+            let len = cuda::workspace_len::<T>(device, self.rows, self.vocab);
+            Ok(size_of::<f32>().saturating_mul(len))
+        })
+    }
+}
+
+/// Arguments of ppok_logprob_backward_*. Set `struct_size`, and everything that is not used to zero.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+pub struct ppok_logprob_backward_args {
+    /// `sizeof` of this struct.
+    pub struct_size: usize,
+    /// As in the forward pass, and so are the next five.
+    pub rows: usize,
+    /// Logits of a row.
+    pub vocab: usize,
+    /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+    pub logits_type: i32,
+    /// `PPOK_U32` or `PPOK_I64`.
+    pub targets_type: i32,
+    /// Logits, `[rows, vocab]` of `logits_type`.
+    pub logits: *const c_void,
+    /// Ids of the tokens, `[rows]` of `targets_type`.
+    pub targets: *const c_void,
+    /// The row's largest logit, `[rows]`, as the forward pass wrote it, and so are the next two.
+    pub max: *const f32,
+    /// ln s, `[rows]`.
+    pub log_sum: *const f32,
+    /// Entropy of the row's distribution, `[rows]`; may be null if `grad_entropy` is.
+    pub entropy: *const f32,
+    /// Upstream gradient of the log-probabilities, `[rows]`; null stands for zeros.
+    pub grad_logp: *const f32,
+    /// Upstream gradient of the entropies, `[rows]`; null stands for zeros.
+    pub grad_entropy: *const f32,
+    /// Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
+    pub options: *const ppok_logprob_options,
+    /// Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
+    pub grad_logits: *mut c_void,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_logprob_backward_args {
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+impl ppok_logprob_backward_args {
+    fn inputs<T: Logit, I: TokenId>(&self) -> BackwardInputs<'_, Raw, T, I> {
+        BackwardInputs {
+            forward: ForwardInputs { logits: self.logits.cast(), targets: self.targets.cast() },
+            max: self.max,
+            log_sum: self.log_sum,
+            entropy: self.entropy.given(),
+            grad_logp: self.grad_logp.given(),
+            grad_entropy: self.grad_entropy.given(),
+        }
+    }
+
+    fn outputs<T: Logit>(&self) -> BackwardOutputs<'_, Raw, T> {
+        BackwardOutputs { grad_logits: self.grad_logits.cast() }
+    }
+
+    fn cpu<T: Logit, I: TokenId>(&self, memory: &mut Memory) -> Result<()> {
+        let (rows, vocab) = (self.rows, self.vocab);
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
+        let inputs = inputs.try_map(&[rows], vocab, memory)?;
+        let outputs = outputs.try_map(&[rows], vocab, memory)?;
+        Ok(cpu::backward(inputs, rows, vocab, &options, outputs)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn cuda<T: Logit, I: TokenId>(&self, memory: &mut Memory, stream: &Stream) -> Result<()> {
+        let (rows, vocab) = (self.rows, self.vocab);
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
+        let inputs = inputs.try_map(&[rows], vocab, memory)?;
+        let outputs = outputs.try_map(&[rows], vocab, memory)?;
+        Ok(cuda::backward(stream, inputs, rows, vocab, &options, outputs)?)
+    }
+}
+
+impl Pass for ppok_logprob_backward_args {
+    const OP: &'static str = OP;
+
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        with_logits!(OP, "logits", self.logits_type, T => {
+            with_ids!(OP, "targets", self.targets_type, I => self.cpu::<T, I>(memory))
+        })
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
+        with_logits!(OP, "logits", self.logits_type, T => {
+            with_ids!(OP, "targets", self.targets_type, I => self.cuda::<T, I>(memory, stream))
+        })
+    }
+}
+
 /// Sets the defaults. `struct_size` is `sizeof *options`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_options_init(
     options: *mut ppok_logprob_options,
     struct_size: usize,
 ) -> i32 {
-    // SAFETY: the header's.
-    call(|| unsafe { initialise(OP, "options", options, struct_size) })
+    capi::init(OP, options, struct_size)
 }
 
 /// Log-probability of one token a row, and the entropy of the row's distribution, from logits: with
@@ -81,96 +279,35 @@ pub unsafe extern "C" fn ppok_logprob_options_init(
 ///
 /// in nats. The logits are read once, and sums are kept in single precision.
 ///
-/// - `logits`: `[rows, vocab]` of `logits_type`: `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
-/// - `targets`: `[rows]` of `targets_type`: `PPOK_U32` or `PPOK_I64`; each in `0..vocab` or
-///   `ignore_index`, else `PPOK_STATUS_TARGET`, and nothing is written.
-/// - `vocab`: above 0.
-/// - `options`: null for the defaults.
-/// - `logp`: `[rows]`, written.
-/// - `entropy`: `[rows]`, written; null if not wanted.
-/// - `max`, `log_sum`: `[rows]`, written: what ppok_logprob_backward_cpu() needs to know, namely the
-///   largest logit and ln s. Both or neither may be null.
-///
 /// A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
-/// that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0.
+/// that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0. Any
+/// other target outside `0..vocab` is refused with `PPOK_STATUS_TARGET`, and nothing is written.
 #[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_forward_cpu(
-    logits: *const c_void,
-    logits_type: i32,
-    targets: *const c_void,
-    targets_type: i32,
-    rows: usize,
-    vocab: usize,
-    options: *const ppok_logprob_options,
-    logp: *mut f32,
-    entropy: *mut f32,
-    max: *mut f32,
-    log_sum: *mut f32,
-) -> i32 {
-    let rows = Rows { logits, targets, rows, vocab, options };
-    let pass = Forward { rows, logp, entropy, max, log_sum };
-    call(|| {
-        with_logits!(OP, "logits", logits_type, T => {
-            // SAFETY: the header's.
-            with_ids!(OP, "targets", targets_type, I => unsafe { pass.on_cpu::<T, I>() })
-        })
-    })
+pub unsafe extern "C" fn ppok_logprob_forward_cpu(args: *const ppok_logprob_forward_args) -> i32 {
+    capi::cpu(args)
 }
 
 /// ppok_logprob_forward_cpu() on device memory and `stream`. A target that is neither in the
-/// vocabulary nor `ignore_index` is no error here: its row comes out as NaN. `vocab` is below 2^32.
-/// `workspace` has the bytes that ppok_logprob_forward_cuda_workspace_size() says.
+/// vocabulary nor `ignore_index` is no error here: its row comes out as NaN.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_forward_cuda(
-    logits: *const c_void,
-    logits_type: i32,
-    targets: *const c_void,
-    targets_type: i32,
-    rows: usize,
-    vocab: usize,
-    options: *const ppok_logprob_options,
-    logp: *mut f32,
-    entropy: *mut f32,
-    max: *mut f32,
-    log_sum: *mut f32,
+    args: *const ppok_logprob_forward_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let rows = Rows { logits, targets, rows, vocab, options };
-    let pass = Forward { rows, logp, entropy, max, log_sum };
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [logits_type, targets_type, pass, workspace], |stream| {
-            with_logits!(OP, "logits", logits_type, T => {
-                with_ids!(OP, "targets", targets_type, I => {
-                    // SAFETY: the header's.
-                    unsafe { pass.on_cuda::<T, I>(stream, workspace) }
-                })
-            })
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `size`. They depend on the
+/// Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `bytes`. They depend on the
 /// device of the stream.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_forward_cuda_workspace_size(
-    logits_type: i32,
-    rows: usize,
-    vocab: usize,
+    args: *const ppok_logprob_forward_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [logits_type, rows, vocab, size], |stream| {
-            let length = with_logits!(OP, "logits", logits_type, T => {
-                Ok(cuda::workspace_len::<T>(stream.device(), rows, vocab))
-            })?;
-            // SAFETY: the header's.
-            unsafe { write_size::<f32>(OP, size, length) }
-        })
-    })
+    capi::workspace_size(args, stream, bytes)
 }
 
 /// Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
@@ -180,245 +317,31 @@ pub unsafe extern "C" fn ppok_logprob_forward_cuda_workspace_size(
 /// d/dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + entropy)) / T
 /// ```
 ///
-/// - `logits` to `options`: as in the forward pass.
-/// - `max`, `log_sum`: `[rows]`, as the forward pass wrote them.
-/// - `entropy`: `[rows]`, as the forward pass wrote it; may be null if `grad_entropy` is.
-/// - `grad_logp`, `grad_entropy`: `[rows]`, the upstream gradients; null stands for zeros.
-/// - `grad_logits`: `[rows, vocab]` of `logits_type`, written.
-///
-/// A row that is ignored, or whose upstream gradients are 0, gets gradient 0 and is not read.
+/// A row that is ignored, or whose upstream gradients are 0, gets gradient 0 and is not read. Targets
+/// are refused as in the forward pass.
 #[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_backward_cpu(
-    logits: *const c_void,
-    logits_type: i32,
-    targets: *const c_void,
-    targets_type: i32,
-    rows: usize,
-    vocab: usize,
-    options: *const ppok_logprob_options,
-    max: *const f32,
-    log_sum: *const f32,
-    entropy: *const f32,
-    grad_logp: *const f32,
-    grad_entropy: *const f32,
-    grad_logits: *mut c_void,
-) -> i32 {
-    let rows = Rows { logits, targets, rows, vocab, options };
-    let pass = Backward { rows, max, log_sum, entropy, grad_logp, grad_entropy, grad_logits };
-    call(|| {
-        with_logits!(OP, "logits", logits_type, T => {
-            // SAFETY: the header's.
-            with_ids!(OP, "targets", targets_type, I => unsafe { pass.on_cpu::<T, I>() })
-        })
-    })
+pub unsafe extern "C" fn ppok_logprob_backward_cpu(args: *const ppok_logprob_backward_args) -> i32 {
+    capi::cpu(args)
 }
 
 /// ppok_logprob_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`. A
-/// target that is neither in the vocabulary nor `ignore_index` makes its row NaN. `workspace` has the
-/// bytes that ppok_logprob_backward_cuda_workspace_size() says.
+/// target that is neither in the vocabulary nor `ignore_index` makes its row NaN.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_backward_cuda(
-    logits: *const c_void,
-    logits_type: i32,
-    targets: *const c_void,
-    targets_type: i32,
-    rows: usize,
-    vocab: usize,
-    options: *const ppok_logprob_options,
-    max: *const f32,
-    log_sum: *const f32,
-    entropy: *const f32,
-    grad_logp: *const f32,
-    grad_entropy: *const f32,
-    grad_logits: *mut c_void,
+    args: *const ppok_logprob_backward_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let rows = Rows { logits, targets, rows, vocab, options };
-    let pass = Backward { rows, max, log_sum, entropy, grad_logp, grad_entropy, grad_logits };
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [logits_type, targets_type, pass, workspace], |stream| {
-            with_logits!(OP, "logits", logits_type, T => {
-                with_ids!(OP, "targets", targets_type, I => {
-                    // SAFETY: the header's.
-                    unsafe { pass.on_cuda::<T, I>(stream, workspace) }
-                })
-            })
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `size`: 0 in this version.
+/// Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `bytes`: 0 in this version.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_backward_cuda_workspace_size(
-    logits_type: i32,
-    rows: usize,
-    vocab: usize,
+    args: *const ppok_logprob_backward_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [logits_type, rows, vocab, size], |_stream| {
-            with_logits!(OP, "logits", logits_type, T => {
-                // SAFETY: the header's.
-                unsafe { write_no_size::<T>(OP, &[rows, vocab], size) }
-            })
-        })
-    })
-}
-
-/// What both passes are about, as it came.
-#[derive(Clone, Copy)]
-struct Rows {
-    logits: *const c_void,
-    targets: *const c_void,
-    rows: usize,
-    vocab: usize,
-    options: *const ppok_logprob_options,
-}
-
-impl Rows {
-    /// Logits, targets and options.
-    fn take<'a, S: Space, T: Logit, I: TokenId>(
-        &self,
-        memory: &mut Memory<'a, S>,
-    ) -> Result<(S::In<'a, T>, S::In<'a, I>, LogprobOptions)> {
-        // SAFETY: the header's.
-        let options = unsafe { read_or_default(OP, "options", self.options) }?.options()?;
-        let logits = memory.input("logits", self.logits.cast(), self.logits()?)?;
-        let targets = memory.input("targets", self.targets.cast(), self.rows)?;
-        Ok((logits, targets, options))
-    }
-
-    /// How many logits there are.
-    fn logits(&self) -> Result<usize> {
-        elements(OP, "logits", &[self.rows, self.vocab])
-    }
-}
-
-/// The arguments of the forward pass, as they came.
-#[derive(Clone, Copy)]
-struct Forward {
-    rows: Rows,
-    logp: *mut f32,
-    entropy: *mut f32,
-    max: *mut f32,
-    log_sum: *mut f32,
-}
-
-impl Forward {
-    /// # Safety
-    /// The pointers are what the header asks for.
-    unsafe fn on_cpu<T: Logit, I: TokenId>(&self) -> Result<()> {
-        // SAFETY: the caller's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let (logits, targets, options) = self.rows.take::<_, T, I>(&mut memory)?;
-        let (logp, entropy, stats) = self.outputs(&mut memory)?;
-        let stats = stats.map(|[max, log_sum]| cpu::RowStatsMut { max, log_sum });
-        let outputs = cpu::Outputs { logp, entropy, stats };
-        Ok(cpu::forward(logits, targets, self.rows.vocab, &options, outputs)?)
-    }
-
-    /// # Safety
-    /// The pointers are what the header asks for.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    unsafe fn on_cuda<T: Logit, I: TokenId>(
-        &self,
-        stream: &Stream,
-        workspace: Workspace,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let mut memory = unsafe { Memory::<Device>::new(OP) };
-        let (logits, targets, options) = self.rows.take::<_, T, I>(&mut memory)?;
-        let (logp, entropy, stats) = self.outputs(&mut memory)?;
-        let stats = stats.map(|[max, log_sum]| cuda::RowStatsMut { max, log_sum });
-        let outputs = cuda::Outputs { logp, entropy, stats };
-        let Rows { rows, vocab, .. } = self.rows;
-        let needed = cuda::workspace_len::<T>(stream.device(), rows, vocab);
-        let workspace = memory.workspace(workspace, needed)?;
-        Ok(cuda::forward(stream, logits, targets, vocab, &options, outputs, workspace)?)
-    }
-
-    /// Log-probabilities, entropies, and what is for the backward pass.
-    fn outputs<'a, S: Space>(
-        &self,
-        memory: &mut Memory<'a, S>,
-    ) -> Result<(S::Out<'a, f32>, Option<S::Out<'a, f32>>, Option<[S::Out<'a, f32>; 2]>)> {
-        let rows = self.rows.rows;
-        let logp = memory.output("logp", self.logp, rows)?;
-        let entropy = memory.optional_output("entropy", self.entropy, rows)?;
-        let max = memory.optional_output("max", self.max, rows)?;
-        let log_sum = memory.optional_output("log_sum", self.log_sum, rows)?;
-        Ok((logp, entropy, both(OP, ["max", "log_sum"], max, log_sum)?))
-    }
-}
-
-/// The arguments of the backward pass, as they came.
-#[derive(Clone, Copy)]
-struct Backward {
-    rows: Rows,
-    max: *const f32,
-    log_sum: *const f32,
-    entropy: *const f32,
-    grad_logp: *const f32,
-    grad_entropy: *const f32,
-    grad_logits: *mut c_void,
-}
-
-impl Backward {
-    /// # Safety
-    /// The pointers are what the header asks for.
-    unsafe fn on_cpu<T: Logit, I: TokenId>(&self) -> Result<()> {
-        // SAFETY: the caller's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let (logits, targets, options) = self.rows.take::<_, T, I>(&mut memory)?;
-        let ([max, log_sum, entropy], [logp, grad_entropy]) = self.inputs(&mut memory)?;
-        let grad = self.grad_logits::<_, T>(&mut memory)?;
-        let stats = cpu::RowStats { max, log_sum, entropy };
-        let upstream = cpu::Upstream { logp, entropy: grad_entropy };
-        Ok(cpu::backward(logits, targets, self.rows.vocab, &options, stats, upstream, grad)?)
-    }
-
-    /// # Safety
-    /// The pointers are what the header asks for.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    unsafe fn on_cuda<T: Logit, I: TokenId>(
-        &self,
-        stream: &Stream,
-        workspace: Workspace,
-    ) -> Result<()> {
-        // SAFETY: the caller's.
-        let mut memory = unsafe { Memory::<Device>::new(OP) };
-        let (logits, targets, options) = self.rows.take::<_, T, I>(&mut memory)?;
-        let ([max, log_sum, entropy], [logp, grad_entropy]) = self.inputs(&mut memory)?;
-        let grad = self.grad_logits::<_, T>(&mut memory)?;
-        memory.workspace::<f32>(workspace, 0)?;
-        let (stats, vocab) = (cuda::RowStats { max, log_sum, entropy }, self.rows.vocab);
-        let upstream = cuda::Upstream { logp, entropy: grad_entropy };
-        Ok(cuda::backward(stream, logits, targets, vocab, &options, stats, upstream, grad)?)
-    }
-
-    /// What the forward pass left, and the upstream gradients.
-    fn inputs<'a, S: Space>(
-        &self,
-        memory: &mut Memory<'a, S>,
-    ) -> Result<([S::In<'a, f32>; 3], [Option<S::In<'a, f32>>; 2])> {
-        let rows = self.rows.rows;
-        let max = memory.input("max", self.max, rows)?;
-        let log_sum = memory.input("log_sum", self.log_sum, rows)?;
-        // Without a gradient from it any number will do where the row has a distribution, and NaN
-        // where it has none: the other's.
-        let absent = self.entropy.is_null() && self.grad_entropy.is_null();
-        let entropy = if absent { log_sum } else { memory.input("entropy", self.entropy, rows)? };
-        let grad_logp = memory.optional_input("grad_logp", self.grad_logp, rows)?;
-        let grad_entropy = memory.optional_input("grad_entropy", self.grad_entropy, rows)?;
-        Ok(([max, log_sum, entropy], [grad_logp, grad_entropy]))
-    }
-
-    fn grad_logits<'a, S: Space, T>(&self, memory: &mut Memory<'a, S>) -> Result<S::Out<'a, T>> {
-        let len = self.rows.logits()?;
-        memory.output_over("grad_logits", self.grad_logits.cast(), len, &["logits"])
-    }
+    capi::workspace_size(args, stream, bytes)
 }

@@ -2,13 +2,14 @@
 //! that are. A segment is walked once, with a running (maximum, sum, weighted sum); those of a row's
 //! segments are merged in an order that depends on the row's length only.
 
-use super::{check_logits, LogprobOptions, OP};
+use super::{LogprobOptions, OP};
 use crate::cpu::math::{
     at_least, exp, exp_factors, for_logits, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
     LOGIT_LANES,
 };
 use crate::cpu::{for_each, past_caches, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer};
 use crate::error::{Error, Result};
+use crate::memory::{Host, Lengths};
 
 /// Columns between two looks at the maximum: 8 KiB of f32, which are in the L1 cache still should
 /// they have to be read again.
@@ -22,71 +23,42 @@ const GRAIN: usize = 32 * 1024;
 /// them no digits.
 const HEADROOM: f32 = 8.0;
 
-/// What the forward pass writes, one value a row.
-pub struct Outputs<'a> {
-    /// Log-probability of the target.
-    pub logp: &'a mut [f32],
-    /// Entropy of the row's distribution.
-    pub entropy: Option<&'a mut [f32]>,
-    /// What [`backward`] needs to know of the rows.
-    pub stats: Option<RowStatsMut<'a>>,
-}
+/// The inputs of the forward pass as slices.
+pub type ForwardInputs<'a, T, I> = super::ForwardInputs<'a, Host, T, I>;
 
-/// Where the forward pass leaves what the backward pass needs.
-pub struct RowStatsMut<'a> {
-    /// The row's largest logit.
-    pub max: &'a mut [f32],
-    /// ln Σ e^{(z - max) / temperature}.
-    pub log_sum: &'a mut [f32],
-}
+/// The outputs of the forward pass as slices.
+pub type ForwardOutputs<'a> = super::ForwardOutputs<'a, Host>;
 
-/// What the forward pass left.
-#[derive(Clone, Copy)]
-pub struct RowStats<'a> {
-    /// The row's largest logit.
-    pub max: &'a [f32],
-    /// ln Σ e^{(z - max) / temperature}.
-    pub log_sum: &'a [f32],
-    /// The row's entropy; zeros will do where no gradient comes from it.
-    pub entropy: &'a [f32],
-}
+/// The inputs of the backward pass as slices.
+pub type BackwardInputs<'a, T, I> = super::BackwardInputs<'a, Host, T, I>;
 
-/// Upstream gradients, one value a row; `None` stands for zeros.
-#[derive(Clone, Copy)]
-pub struct Upstream<'a> {
-    /// With respect to the log-probabilities.
-    pub logp: Option<&'a [f32]>,
-    /// With respect to the entropies.
-    pub entropy: Option<&'a [f32]>,
-}
+/// The output of the backward pass as a slice.
+pub type BackwardOutputs<'a, T> = super::BackwardOutputs<'a, Host, T>;
 
-/// Log-probabilities of the targets, and the entropies if asked for, from `logits [N, vocab]` and
-/// `targets [N]`. Reads the logits once.
+/// Log-probabilities of the targets of `rows` rows, and the entropies if asked for. Reads the logits
+/// once.
 ///
 /// # Errors
-/// If a length does not fit, an option is out of range, or a target is outside the vocabulary.
-/// Nothing is written then.
+/// If a length does not fit, an option is out of range, one of `max` and `log_sum` is missing, or a
+/// target is outside the vocabulary. Nothing is written then.
 pub fn forward<T: Logit, I: TokenId>(
-    logits: &[T],
-    targets: &[I],
+    inputs: ForwardInputs<T, I>,
+    rows: usize,
     vocab: usize,
     options: &LogprobOptions,
-    outputs: Outputs,
+    mut outputs: ForwardOutputs,
 ) -> Result<()> {
-    let rows = targets.len();
-    validate(logits.len(), targets, vocab, options)?;
-    let Outputs { logp, entropy, stats } = outputs;
-    Error::check_len(OP, "logp", logp.len(), rows)?;
-    if let Some(entropy) = &entropy {
-        Error::check_len(OP, "entropy", entropy.len(), rows)?;
-    }
-    if let Some(stats) = &stats {
-        Error::check_len(OP, "max", stats.max.len(), rows)?;
-        Error::check_len(OP, "log_sum", stats.log_sum.len(), rows)?;
-    }
+    options.validate()?;
+    Error::check_logits(OP, inputs.logits.len(), rows, vocab)?;
+    inputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    check_targets(inputs.targets, vocab, options)?;
+    outputs.try_map(&[rows], &mut Lengths(OP))?;
+    outputs.check_pair()?;
 
+    let ForwardInputs { logits, targets } = inputs;
+    let ForwardOutputs { logp, entropy, max, log_sum } = outputs;
     let logits = Rows { data: logits, width: vocab };
-    let stats = stats.map(|stats| (stats.max, stats.log_sum));
+    let stats = max.zip(log_sum);
     let scale = (1.0 / options.temperature) as f32;
     let items = (logits, targets, logp, entropy, stats);
     for_each(rows, GRAIN / vocab, items, |_, count, items| {
@@ -119,29 +91,28 @@ pub fn forward<T: Logit, I: TokenId>(
     Ok(())
 }
 
-/// Gradient with respect to the logits, in their own type, from what [`forward`] left in `stats`.
-/// Reads the logits once and writes `grad_logits [N, vocab]` once.
+/// Gradient of the logits of `rows` rows, in their own type. Reads the logits once and writes their
+/// gradient once.
 ///
 /// # Errors
-/// As [`forward`].
+/// As [`forward`]; it is `entropy` that may be missing, where `grad_entropy` needs it.
 pub fn backward<T: Logit, I: TokenId>(
-    logits: &[T],
-    targets: &[I],
+    inputs: BackwardInputs<T, I>,
+    rows: usize,
     vocab: usize,
     options: &LogprobOptions,
-    stats: RowStats,
-    upstream: Upstream,
-    grad_logits: &mut [T],
+    mut outputs: BackwardOutputs<T>,
 ) -> Result<()> {
-    let rows = targets.len();
-    validate(logits.len(), targets, vocab, options)?;
-    Error::check_len(OP, "max", stats.max.len(), rows)?;
-    Error::check_len(OP, "log_sum", stats.log_sum.len(), rows)?;
-    Error::check_len(OP, "entropy", stats.entropy.len(), rows)?;
-    Error::check_len(OP, "grad_logp", upstream.logp.map_or(rows, <[f32]>::len), rows)?;
-    Error::check_len(OP, "grad_entropy", upstream.entropy.map_or(rows, <[f32]>::len), rows)?;
-    Error::check_len(OP, "grad_logits", grad_logits.len(), logits.len())?;
+    options.validate()?;
+    Error::check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
+    inputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    check_targets(inputs.forward.targets, vocab, options)?;
+    let entropy = inputs.entropy_or_any()?;
+    outputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
 
+    let BackwardInputs { forward, max, log_sum, grad_logp, grad_entropy, .. } = inputs;
+    let ForwardInputs { logits, targets } = forward;
+    let BackwardOutputs { grad_logits } = outputs;
     let scale = (1.0 / options.temperature) as f32;
     let past = past_caches(size_of_val(grad_logits));
     let grads = RowsMut { data: grad_logits, width: vocab };
@@ -149,18 +120,18 @@ pub fn backward<T: Logit, I: TokenId>(
         for i in 0..count {
             let row = first + i;
             let grad = grads.row(i);
-            let g = upstream.logp.map_or(0.0, |g| g[row]) * scale;
-            let h = upstream.entropy.map_or(0.0, |g| g[row]) * scale;
+            let g = grad_logp.map_or(0.0, |g| g[row]) * scale;
+            let h = grad_entropy.map_or(0.0, |g| g[row]) * scale;
             let target = targets[row].id();
             if options.ignore_index == Some(target) || (g == 0.0 && h == 0.0) {
                 grad.fill(T::ZERO);
                 continue;
             }
             let slope = Slope {
-                max: stats.max[row],
+                max: max[row],
                 scale,
-                log_sum: stats.log_sum[row],
-                entropy: stats.entropy[row],
+                log_sum: log_sum[row],
+                entropy: entropy[row],
                 grad_logp: g,
                 grad_entropy: h,
             };
@@ -173,17 +144,6 @@ pub fn backward<T: Logit, I: TokenId>(
         }
     });
     Ok(())
-}
-
-fn validate<I: TokenId>(
-    logits: usize,
-    targets: &[I],
-    vocab: usize,
-    options: &LogprobOptions,
-) -> Result<()> {
-    options.validate()?;
-    check_logits(logits, targets.len(), vocab)?;
-    check_targets(targets, vocab, options)
 }
 
 /// `Ok` when every target is in the vocabulary or ignored.

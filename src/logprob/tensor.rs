@@ -6,17 +6,22 @@ use half::{bf16, f16};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{cpu, LogprobOptions, OP};
-use crate::cpu::Logit;
+use super::{
+    cpu, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
+};
+use crate::cpu::{Logit, RowsMut};
 use crate::error::{Error, Result};
-use crate::memory::Element;
-use crate::tensor::{check_arg, check_dtype, node, parts, parts_mut, view, Backend, Buffer};
+#[cfg(feature = "cuda")]
+use crate::tensor::OnCuda;
+use crate::tensor::{check_arg, check_dtype, node, Backend, Buffer, Held, OnCpu, Owned};
 
-/// Rows of the node's output, and their order: log-probability, entropy, and what backward needs to
-/// know of a row, its maximum and the logarithm of its sum.
-const OUTPUTS: usize = 4;
+/// Rows of the node's output: log-probability, entropy, and what backward needs to know of a row, its
+/// maximum and the logarithm of its sum.
 const LOGP: usize = 0;
 const ENTROPY: usize = 1;
+const MAX: usize = 2;
+const LOG_SUM: usize = 3;
+const OUTPUTS: usize = 4;
 
 /// Log-probabilities of the targets: f32, of the targets' shape.
 ///
@@ -78,21 +83,18 @@ fn apply(
     let ids = [DType::U32, DType::I64];
     check_arg(OP, "targets", targets, leading, &ids, logits.device())?;
 
-    let rows = leading.iter().product::<usize>();
-    let targets = targets.detach().to_dtype(DType::I64)?.contiguous()?.reshape(rows)?;
-    // In their own shape: of a reshape candle would make a pass of its own over the gradient.
-    let logits = logits.contiguous()?;
-    let pass = Pass { targets, vocab, options: *options, entropy };
+    let targets = targets.detach().to_dtype(DType::I64)?.contiguous()?;
+    let pass = Pass { rows: targets.elem_count(), vocab, options: *options, entropy };
     match logits.dtype() {
-        DType::F32 => pass.apply::<f32>(&logits),
-        DType::F16 => pass.apply::<f16>(&logits),
-        _ => pass.apply::<bf16>(&logits),
+        DType::F32 => pass.apply::<f32>(logits, targets),
+        DType::F16 => pass.apply::<f16>(logits, targets),
+        _ => pass.apply::<bf16>(logits, targets),
     }
 }
 
-/// What both passes over the logits `[.., V]` of N rows need to know.
+/// What both passes need to know besides their lists.
 struct Pass {
-    targets: Tensor,
+    rows: usize,
     vocab: usize,
     options: LogprobOptions,
     entropy: bool,
@@ -100,94 +102,79 @@ struct Pass {
 
 impl Pass {
     /// `[OUTPUTS, N]`, a function of the logits.
-    fn apply<T: Logit + Element>(self, logits: &Tensor) -> Result<Tensor> {
-        let outputs = self.forward::<T>(logits)?;
-        let (shape, z) = ((OUTPUTS, self.targets.elem_count()), logits.detach());
+    fn apply<T: Logit>(self, logits: &Tensor, targets: Tensor) -> Result<Tensor> {
+        // In their own shape: of a reshape candle would make a pass of its own over the gradient.
+        let constant = logits.detach().contiguous()?;
+        let inputs = ForwardInputs::<Owned, T, i64> { logits: constant, targets };
+        let outputs = self.forward(&inputs)?;
+        let shape = (OUTPUTS, self.rows);
         node("ppo-logprob", &[logits], outputs, shape, move |outputs, grad| {
-            Ok(vec![Some(self.backward::<T>(&z, outputs, grad)?)])
+            let inputs = BackwardInputs {
+                forward: inputs.clone(),
+                max: outputs.get(MAX)?,
+                log_sum: outputs.get(LOG_SUM)?,
+                entropy: self.entropy.then(|| outputs.get(ENTROPY)).transpose()?,
+                grad_logp: Some(grad.get(LOGP)?),
+                grad_entropy: self.entropy.then(|| grad.get(ENTROPY)).transpose()?,
+            };
+            Ok(vec![Some(self.backward(&inputs)?)])
         })
     }
 
-    fn forward<T: Logit + Element>(&self, logits: &Tensor) -> Result<Buffer<f32>> {
-        let (rows, vocab) = (self.targets.elem_count(), self.vocab);
-        let backend = Backend::of(OP, "logits", logits.device())?;
-        let z = view::<T>(OP, "logits", logits)?;
-        let targets = view::<i64>(OP, "targets", &self.targets)?;
-        // The entropies must be numbers even where they are not asked for.
-        let mut outputs = backend.zeros(OUTPUTS * rows)?;
+    fn forward<T: Logit>(&self, inputs: &ForwardInputs<Owned, T, i64>) -> Result<Buffer<f32>> {
+        let Self { rows, vocab, ref options, .. } = *self;
+        let backend = Backend::of(OP, "logits", inputs.logits.device())?;
+        let views = inputs.try_map(&[rows], vocab, &mut Held(OP))?;
+        let mut buffer = backend.buffer(OUTPUTS * rows)?;
+        let order = [LOGP, ENTROPY, MAX, LOG_SUM];
         match &backend {
             Backend::Cpu => {
-                let [logp, entropy, max, log_sum] = parts_mut(outputs.cpu());
-                let stats = Some(cpu::RowStatsMut { max, log_sum });
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
+                let parts = RowsMut { data: buffer.cpu(), width: rows };
+                let [logp, entropy, max, log_sum] = parts.disjoint(order);
                 let entropy = self.entropy.then_some(entropy);
-                let outputs = cpu::Outputs { logp, entropy, stats };
-                cpu::forward(z.cpu(), targets.cpu(), vocab, &self.options, outputs)?;
+                let (max, log_sum) = (Some(max), Some(log_sum));
+                let outputs = ForwardOutputs { logp, entropy, max, log_sum };
+                cpu::forward(inputs, rows, vocab, options, outputs)?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
-                let stream = backend.stream()?;
-                let [logp, entropy, max, log_sum] = outputs.cuda().parts();
-                let stats = Some(cuda::RowStatsMut { max, log_sum });
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
+                let [logp, entropy, max, log_sum] = buffer.cuda().disjoint(rows, order);
                 let entropy = self.entropy.then_some(entropy);
-                let outputs = cuda::Outputs { logp, entropy, stats };
+                let (max, log_sum) = (Some(max), Some(log_sum));
+                let outputs = ForwardOutputs { logp, entropy, max, log_sum };
+                let stream = backend.stream()?;
                 let len = cuda::workspace_len::<T>(stream.device(), rows, vocab);
                 let mut workspace = backend.buffer(len)?;
-                cuda::forward(
-                    &stream,
-                    z.cuda(),
-                    targets.cuda(),
-                    vocab,
-                    &self.options,
-                    outputs,
-                    workspace.slice(),
-                )?;
+                let workspace = workspace.slice();
+                cuda::forward(&stream, inputs, rows, vocab, options, outputs, workspace)?;
             }
         }
-        Ok(outputs)
+        Ok(buffer)
     }
 
-    /// The logits' gradient, from the node's outputs and their gradients.
-    fn backward<T: Logit + Element>(
-        &self,
-        logits: &Tensor,
-        outputs: &Tensor,
-        grad: &Tensor,
-    ) -> Result<Tensor> {
+    /// The logits' gradient.
+    fn backward<T: Logit>(&self, inputs: &BackwardInputs<Owned, T, i64>) -> Result<Tensor> {
+        let Self { rows, vocab, ref options, .. } = *self;
+        let logits = &inputs.forward.logits;
         let backend = Backend::of(OP, "logits", logits.device())?;
-        let z = view::<T>(OP, "logits", logits)?;
-        let targets = view::<i64>(OP, "targets", &self.targets)?;
-        let outputs = view::<f32>(OP, "outputs", outputs)?;
-        let grad = view::<f32>(OP, "grad", grad)?;
-        let mut out = backend.buffer::<T>(logits.elem_count())?;
+        let views = inputs.try_map(&[rows], vocab, &mut Held(OP))?;
+        let grad_logits = backend.buffer(logits.elem_count())?;
+        let mut buffers = BackwardOutputs::<Owned, T> { grad_logits };
         match &backend {
             Backend::Cpu => {
-                let [_, entropy, max, log_sum] = parts(outputs.cpu());
-                let stats = cpu::RowStats { max, log_sum, entropy };
-                let [logp, entropy, _, _] = parts(grad.cpu());
-                let entropy = self.entropy.then_some(entropy);
-                let upstream = cpu::Upstream { logp: Some(logp), entropy };
-                let (z, targets) = (z.cpu(), targets.cpu());
-                cpu::backward(z, targets, self.vocab, &self.options, stats, upstream, out.cpu())?;
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
+                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCpu);
+                cpu::backward(inputs, rows, vocab, options, outputs)?;
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
-                let [_, entropy, max, log_sum] = outputs.cuda().parts();
-                let stats = cuda::RowStats { max, log_sum, entropy };
-                let [logp, entropy, _, _] = grad.cuda().parts();
-                let entropy = self.entropy.then_some(entropy);
-                let upstream = cuda::Upstream { logp: Some(logp), entropy };
-                cuda::backward(
-                    &backend.stream()?,
-                    z.cuda(),
-                    targets.cuda(),
-                    self.vocab,
-                    &self.options,
-                    stats,
-                    upstream,
-                    out.cuda(),
-                )?;
+                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
+                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCuda);
+                cuda::backward(&backend.stream()?, inputs, rows, vocab, options, outputs)?;
             }
         }
-        Ok(out.into_tensor(logits.shape()))
+        Ok(buffers.grad_logits.into_tensor(logits.shape()))
     }
 }

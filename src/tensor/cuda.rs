@@ -53,13 +53,6 @@ impl Cuda {
         let memory = memory.map_err(|error| allocation_error(self.op, error))?;
         Ok(Buffer { memory, len, device: self.device.clone() })
     }
-
-    /// A buffer of `len` elements that are 0.
-    pub(crate) fn zeros<T: Element>(&self, len: usize) -> Result<Buffer<T>> {
-        let mut buffer = self.buffer::<T>(len)?;
-        self.stream.memset_zeros(&mut buffer.memory).map_err(device_error)?;
-        Ok(buffer)
-    }
 }
 
 /// The memory of an output or a workspace. Dropped, it is freed behind what was launched with it.

@@ -1,5 +1,13 @@
 //! The functions of the kl op.
 
+use ppo_kernels::kl::capi::*;
+use ppo_kernels::kl::cpu::{
+    self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
+};
+use ppo_kernels::kl::{FullKlOptions, KlDirection, KlEstimator, KlOptions};
+
+use super::common::kl_cases::{all_full_options, all_token_options};
 use super::*;
 
 fn estimator(estimator: KlEstimator) -> i32 {
@@ -13,21 +21,104 @@ fn estimator(estimator: KlEstimator) -> i32 {
 }
 
 fn token_options(options: &KlOptions) -> ppok_kl_token_options {
-    let mut c = defaults(ppok_kl_token_options_init);
-    c.estimator = estimator(options.estimator);
-    c.log_ratio_clamp = or_none(options.log_ratio_clamp);
-    c.output_clamp = or_none(options.output_clamp);
-    c
+    ppok_kl_token_options {
+        estimator: estimator(options.estimator),
+        log_ratio_clamp: or_none(options.log_ratio_clamp),
+        output_clamp: or_none(options.output_clamp),
+        ..defaults(ppok_kl_token_options_init)
+    }
 }
 
 fn full_options(options: &FullKlOptions) -> ppok_kl_full_options {
-    let mut c = defaults(ppok_kl_full_options_init);
-    c.temperature = options.temperature;
-    c.direction = match options.direction {
-        kl::KlDirection::Forward => PPOK_KL_FORWARD,
-        kl::KlDirection::Reverse => PPOK_KL_REVERSE,
-    };
-    c
+    ppok_kl_full_options {
+        temperature: options.temperature,
+        direction: match options.direction {
+            KlDirection::Forward => PPOK_KL_FORWARD,
+            KlDirection::Reverse => PPOK_KL_REVERSE,
+        },
+        ..defaults(ppok_kl_full_options_init)
+    }
+}
+
+fn token_forward_args(
+    inputs: &TokenForwardInputs,
+    options: &ppok_kl_token_options,
+    kl: *mut f32,
+) -> ppok_kl_token_forward_args {
+    ppok_kl_token_forward_args {
+        struct_size: size_of::<ppok_kl_token_forward_args>(),
+        tokens: inputs.logp.len(),
+        logp: inputs.logp.as_ptr(),
+        ref_logp: inputs.ref_logp.as_ptr(),
+        mask: pointer(inputs.mask),
+        options,
+        kl,
+    }
+}
+
+fn token_backward_args(
+    inputs: &TokenBackwardInputs,
+    options: &ppok_kl_token_options,
+    grad_logp: *mut f32,
+    grad_ref_logp: *mut f32,
+) -> ppok_kl_token_backward_args {
+    let TokenBackwardInputs { forward, grad_kl } = inputs;
+    ppok_kl_token_backward_args {
+        struct_size: size_of::<ppok_kl_token_backward_args>(),
+        tokens: forward.logp.len(),
+        logp: forward.logp.as_ptr(),
+        ref_logp: forward.ref_logp.as_ptr(),
+        mask: pointer(forward.mask),
+        grad_kl: grad_kl.as_ptr(),
+        options,
+        grad_logp,
+        grad_ref_logp,
+    }
+}
+
+fn full_forward_args<T: Logit>(
+    inputs: &FullForwardInputs<T>,
+    [rows, vocab]: [usize; 2],
+    options: &ppok_kl_full_options,
+    stats: *mut f32,
+) -> ppok_kl_full_forward_args {
+    ppok_kl_full_forward_args {
+        struct_size: size_of::<ppok_kl_full_forward_args>(),
+        rows,
+        vocab,
+        logits_type: logits_type::<T>(),
+        reserved: 0,
+        logits: inputs.logits.as_ptr().cast(),
+        ref_logits: inputs.ref_logits.as_ptr().cast(),
+        mask: pointer(inputs.mask),
+        options,
+        stats,
+    }
+}
+
+fn full_backward_args<T: Logit>(
+    inputs: &FullBackwardInputs<T>,
+    [rows, vocab]: [usize; 2],
+    options: &ppok_kl_full_options,
+    grad_logits: *mut T,
+    grad_ref_logits: *mut T,
+) -> ppok_kl_full_backward_args {
+    let FullBackwardInputs { forward, stats, grad_kl } = inputs;
+    ppok_kl_full_backward_args {
+        struct_size: size_of::<ppok_kl_full_backward_args>(),
+        rows,
+        vocab,
+        logits_type: logits_type::<T>(),
+        reserved: 0,
+        logits: forward.logits.as_ptr().cast(),
+        ref_logits: forward.ref_logits.as_ptr().cast(),
+        mask: pointer(forward.mask),
+        stats: stats.as_ptr(),
+        grad_kl: grad_kl.as_ptr(),
+        options,
+        grad_logits: grad_logits.cast(),
+        grad_ref_logits: grad_ref_logits.cast(),
+    }
 }
 
 #[test]
@@ -35,22 +126,22 @@ fn token_kl_is_that_of_rust() {
     let (rng, n) = (&mut rng(2), 300);
     let (logp, ref_logp) = (uniform(rng, n, 5.0), uniform(rng, n, 5.0));
     let (mask, up) = (random_mask(rng, n, 0.8), uniform(rng, n, 1.0));
+    let forward = TokenForwardInputs { logp: &logp, ref_logp: &ref_logp, mask: Some(&mask) };
+    let backward = TokenBackwardInputs { forward, grad_kl: &up };
     for options in all_token_options() {
-        let inputs = kl::cpu::TokenInputs { logp: &logp, ref_logp: &ref_logp, mask: Some(&mask) };
         let mut want = [(); 3].map(|()| vec![0.0; n]);
-        let [out, grad, ref_grad] = &mut want;
-        kl::cpu::token_forward(inputs, &options, out).unwrap();
-        kl::cpu::token_backward(inputs, &options, &up, Some(grad), Some(ref_grad)).unwrap();
+        let [kl, grad, ref_grad] = &mut want;
+        cpu::token_forward(forward, n, &options, TokenForwardOutputs { kl }).unwrap();
+        let outputs = TokenBackwardOutputs { grad_logp: Some(grad), grad_ref_logp: Some(ref_grad) };
+        cpu::token_backward(backward, n, &options, outputs).unwrap();
 
         let c = token_options(&options);
         let mut got = [(); 3].map(|()| vec![f32::NAN; n]);
-        let [out, grad, ref_grad] = got.each_mut().map(Vec::as_mut_ptr);
-        let (logp, ref_logp, mask) = (logp.as_ptr(), ref_logp.as_ptr(), mask.as_ptr());
+        let [kl, grad, ref_grad] = got.each_mut().map(Vec::as_mut_ptr);
         // SAFETY: lengths as said.
         unsafe {
-            ok(ppok_kl_token_forward_cpu(logp, ref_logp, mask, n, &c, out));
-            let up = up.as_ptr();
-            ok(ppok_kl_token_backward_cpu(logp, ref_logp, mask, n, &c, up, grad, ref_grad));
+            ok(ppok_kl_token_forward_cpu(&token_forward_args(&forward, &c, kl)));
+            ok(ppok_kl_token_backward_cpu(&token_backward_args(&backward, &c, grad, ref_grad)));
         }
         assert_eq!(got.map(|x| bits(&x)), want.map(|x| bits(&x)), "{options:?}");
     }
@@ -67,27 +158,29 @@ fn full_kl_of<T: Logit>() {
     let w = narrow::<T>(&uniform(rng, rows * vocab, 4.0));
     let (mask, up) = (vec![1, 0, 1, 1, 1], uniform(rng, rows, 1.0));
     for options in all_full_options() {
-        let inputs = kl::cpu::FullInputs { logits: &z, ref_logits: &w, vocab, mask: Some(&mask) };
+        let forward = FullForwardInputs { logits: &z, ref_logits: &w, mask: Some(&mask) };
         let mut want = vec![0.0; PPOK_KL_FULL_STATS * rows];
-        kl::cpu::full_forward(inputs, &options, &mut want).unwrap();
+        let outputs = FullForwardOutputs { stats: &mut want };
+        cpu::full_forward(forward, rows, vocab, &options, outputs).unwrap();
+        let backward = FullBackwardInputs { forward, stats: &want, grad_kl: &up };
         let mut want_grads = [(); 2].map(|()| vec![T::ZERO; rows * vocab]);
         let [grad, ref_grad] = &mut want_grads;
-        kl::cpu::full_backward(inputs, &options, &want, &up, Some(grad), Some(ref_grad)).unwrap();
+        let outputs =
+            FullBackwardOutputs { grad_logits: Some(grad), grad_ref_logits: Some(ref_grad) };
+        cpu::full_backward(backward, rows, vocab, &options, outputs).unwrap();
 
-        let (c, kind) = (full_options(&options), logits_type::<T>());
+        let (c, shape) = (full_options(&options), [rows, vocab]);
         let mut got = vec![f32::NAN; PPOK_KL_FULL_STATS * rows];
-        let mut grads = [(); 2].map(|()| vec![T::ZERO; rows * vocab]);
-        let (z, w, mask) = (z.as_ptr().cast(), w.as_ptr().cast(), mask.as_ptr());
-        let [grad, ref_grad] = grads.each_mut().map(|grad| grad.as_mut_ptr().cast());
+        let args = full_forward_args(&forward, shape, &c, got.as_mut_ptr());
         // SAFETY: lengths as said.
-        unsafe {
-            let stats = got.as_mut_ptr();
-            ok(ppok_kl_full_forward_cpu(z, w, kind, mask, rows, vocab, &c, stats));
-            let up = up.as_ptr();
-            ok(ppok_kl_full_backward_cpu(
-                z, w, kind, mask, rows, vocab, &c, stats, up, grad, ref_grad,
-            ));
-        }
+        ok(unsafe { ppok_kl_full_forward_cpu(&args) });
+        let backward = FullBackwardInputs { forward, stats: &got, grad_kl: &up };
+        let mut grads = [(); 2].map(|()| vec![T::ZERO; rows * vocab]);
+        let [grad, ref_grad] = grads.each_mut().map(Vec::as_mut_ptr);
+        // SAFETY: lengths as said.
+        ok(unsafe {
+            ppok_kl_full_backward_cpu(&full_backward_args(&backward, shape, &c, grad, ref_grad))
+        });
         assert_eq!(bits(&got), bits(&want), "{options:?}");
         assert_eq!(grads.map(|x| bits(&wide(&x))), want_grads.map(|x| bits(&wide(&x))));
     }
@@ -95,6 +188,9 @@ fn full_kl_of<T: Logit>() {
 
 #[cfg(feature = "simt")]
 mod on_the_stand_in {
+    use ppo_kernels::cuda::Stream;
+    use ppo_kernels::kl::cuda;
+
     use super::*;
     use crate::on_the_stand_in::*;
 
@@ -104,31 +200,39 @@ mod on_the_stand_in {
         let (logp, ref_logp) = (uniform(rng, n, 5.0), uniform(rng, n, 5.0));
         let (mask, up) = (random_mask(rng, n, 0.8), uniform(rng, n, 1.0));
         let machine = machines()[0];
-        let (stream, at) = (Stream::simt(machine), handle(&machine));
+        let stream = Stream::simt(machine);
         for options in all_token_options() {
-            let (logp_in, ref_in) = (slice(&logp), slice(&ref_logp));
-            let inputs =
-                kl::cuda::TokenInputs { logp: logp_in, ref_logp: ref_in, mask: Some(slice(&mask)) };
+            let forward = cuda::TokenForwardInputs {
+                logp: slice(&logp),
+                ref_logp: slice(&ref_logp),
+                mask: Some(slice(&mask)),
+            };
             let mut want = [(); 3].map(|()| vec![0.0; n]);
             let [kl, grad, ref_grad] = want.each_mut().map(|x| out(x));
-            kl::cuda::token_forward(&stream, inputs, &options, kl).unwrap();
-            let grads = (Some(grad), Some(ref_grad));
-            kl::cuda::token_backward(&stream, inputs, &options, slice(&up), grads.0, grads.1)
-                .unwrap();
+            let outputs = cuda::TokenForwardOutputs { kl };
+            cuda::token_forward(&stream, forward, n, &options, outputs).unwrap();
+            let inputs = cuda::TokenBackwardInputs { forward, grad_kl: slice(&up) };
+            let outputs =
+                cuda::TokenBackwardOutputs { grad_logp: Some(grad), grad_ref_logp: Some(ref_grad) };
+            cuda::token_backward(&stream, inputs, n, &options, outputs).unwrap();
 
             let c = token_options(&options);
             // In place, all of them.
             let mut got = [logp.clone(), logp.clone(), ref_logp.clone()];
             let [kl, grad, ref_grad] = got.each_mut().map(Vec::as_mut_ptr);
-            let (mask, up, room) = (mask.as_ptr(), up.as_ptr(), null_mut());
+            let forward =
+                TokenForwardInputs { logp: &logp, ref_logp: &ref_logp, mask: Some(&mask) };
+            let mut args = token_forward_args(&forward, &c, kl);
+            args.logp = kl;
+            let size = ppok_kl_token_forward_cuda_workspace_size;
             // SAFETY: lengths as said.
-            unsafe {
-                let other = ref_logp.as_ptr();
-                ok(ppok_kl_token_forward_cuda(kl, other, mask, n, &c, kl, room, 0, at));
-                ok(ppok_kl_token_backward_cuda(
-                    grad, ref_grad, mask, n, &c, up, grad, ref_grad, room, 0, at,
-                ));
-            }
+            unsafe { run(ppok_kl_token_forward_cuda, size, &args, &machine) };
+            let inputs = TokenBackwardInputs { forward, grad_kl: &up };
+            let mut args = token_backward_args(&inputs, &c, grad, ref_grad);
+            (args.logp, args.ref_logp) = (grad, ref_grad);
+            let size = ppok_kl_token_backward_cuda_workspace_size;
+            // SAFETY: lengths as said.
+            unsafe { run(ppok_kl_token_backward_cuda, size, &args, &machine) };
             assert_eq!(got.map(|x| bits(&x)), want.map(|x| bits(&x)), "{options:?}");
         }
     }
@@ -144,55 +248,40 @@ mod on_the_stand_in {
         let w = narrow::<T>(&uniform(rng, rows * vocab, 4.0));
         let up = uniform(rng, rows, 1.0);
         let options = all_full_options()[3];
+        let (c, shape) = (full_options(&options), [rows, vocab]);
         for machine in machines() {
             let stream = Stream::simt(machine);
-            let inputs = kl::cuda::FullInputs {
-                logits: slice(&z),
-                ref_logits: slice(&w),
-                vocab,
-                mask: None,
-            };
+            let forward =
+                cuda::FullForwardInputs { logits: slice(&z), ref_logits: slice(&w), mask: None };
             let mut want = vec![0.0; PPOK_KL_FULL_STATS * rows];
-            let len = kl::cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-            let room = &mut vec![f32::NAN; len][..];
-            kl::cuda::full_forward(&stream, inputs, &options, out(&mut want), out(room)).unwrap();
-            let mut want_grads = [(); 2].map(|()| vec![T::ZERO; rows * vocab]);
-            let [grad, ref_grad] = want_grads.each_mut().map(|x| Some(out(x)));
-            let (stats, up_in) = (slice(&want), slice(&up));
-            kl::cuda::full_backward(&stream, inputs, &options, stats, up_in, grad, ref_grad)
+            let outputs = cuda::FullForwardOutputs { stats: out(&mut want) };
+            let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
+            let workspace = &mut vec![f32::NAN; len][..];
+            let workspace = out(workspace);
+            cuda::full_forward(&stream, forward, rows, vocab, &options, outputs, workspace)
                 .unwrap();
+            let (stats, grad_kl) = (slice(&want), slice(&up));
+            let inputs = cuda::FullBackwardInputs { forward, stats, grad_kl };
+            let mut want_grads = [(); 2].map(|()| vec![T::ZERO; rows * vocab]);
+            let [grad_logits, grad_ref_logits] = want_grads.each_mut().map(|x| Some(out(x)));
+            let outputs = cuda::FullBackwardOutputs { grad_logits, grad_ref_logits };
+            cuda::full_backward(&stream, inputs, rows, vocab, &options, outputs).unwrap();
 
-            let (c, kind, at) = (full_options(&options), logits_type::<T>(), handle(&machine));
             let mut got = vec![f32::NAN; PPOK_KL_FULL_STATS * rows];
+            let forward = FullForwardInputs { logits: &z, ref_logits: &w, mask: None };
+            let args = full_forward_args(&forward, shape, &c, got.as_mut_ptr());
+            let size = ppok_kl_full_forward_cuda_workspace_size;
+            // SAFETY: lengths as said.
+            unsafe { run(ppok_kl_full_forward_cuda, size, &args, &machine) };
+            // The gradients go over the logits.
             let mut grads = [z.clone(), w.clone()];
-            let [z, w] = grads.each_mut().map(|grad| grad.as_mut_ptr().cast::<c_void>());
-            let (stats, up, mask) = (got.as_mut_ptr(), up.as_ptr(), null());
-            // SAFETY: lengths as said. The gradients go over the logits.
-            unsafe {
-                let mut room = workspace(|size| {
-                    ppok_kl_full_forward_cuda_workspace_size(kind, rows, vocab, at, size)
-                });
-                let (room, size) = parts(&mut room);
-                ok(ppok_kl_full_forward_cuda(
-                    z, w, kind, mask, rows, vocab, &c, stats, room, size, at,
-                ));
-                ok(ppok_kl_full_backward_cuda(
-                    z,
-                    w,
-                    kind,
-                    mask,
-                    rows,
-                    vocab,
-                    &c,
-                    stats,
-                    up,
-                    z,
-                    w,
-                    null_mut(),
-                    0,
-                    at,
-                ));
-            }
+            let [grad, ref_grad] = grads.each_mut().map(Vec::as_mut_ptr);
+            let inputs = FullBackwardInputs { forward, stats: &got, grad_kl: &up };
+            let mut args = full_backward_args(&inputs, shape, &c, grad, ref_grad);
+            (args.logits, args.ref_logits) = (grad.cast(), ref_grad.cast());
+            let size = ppok_kl_full_backward_cuda_workspace_size;
+            // SAFETY: lengths as said.
+            unsafe { run(ppok_kl_full_backward_cuda, size, &args, &machine) };
             assert_eq!(bits(&got), bits(&want));
             assert_eq!(grads.map(|x| bits(&wide(&x))), want_grads.map(|x| bits(&wide(&x))));
         }

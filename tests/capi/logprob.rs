@@ -1,6 +1,80 @@
 //! The functions of the logprob op.
 
+use ppo_kernels::logprob::capi::*;
+use ppo_kernels::logprob::cpu::{
+    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+};
+use ppo_kernels::logprob::LogprobOptions;
+use rand::Rng;
+
 use super::*;
+
+fn c_options(options: &LogprobOptions) -> ppok_logprob_options {
+    ppok_logprob_options {
+        temperature: options.temperature,
+        has_ignore_index: i32::from(options.ignore_index.is_some()),
+        ignore_index: options.ignore_index.unwrap_or(0),
+        ..defaults(ppok_logprob_options_init)
+    }
+}
+
+/// Log-probabilities, entropies, maxima and logarithms of the sums.
+type Written = [Vec<f32>; 4];
+
+fn unwritten(rows: usize) -> Written {
+    [(); 4].map(|()| vec![f32::NAN; rows])
+}
+
+fn forward_args<T: Logit, I: TokenId>(
+    inputs: &ForwardInputs<T, I>,
+    [rows, vocab]: [usize; 2],
+    options: &ppok_logprob_options,
+    written: &mut Written,
+) -> ppok_logprob_forward_args {
+    let [logp, entropy, max, log_sum] = written.each_mut().map(Vec::as_mut_ptr);
+    ppok_logprob_forward_args {
+        struct_size: size_of::<ppok_logprob_forward_args>(),
+        rows,
+        vocab,
+        logits_type: logits_type::<T>(),
+        targets_type: targets_type::<I>(),
+        logits: inputs.logits.as_ptr().cast(),
+        targets: inputs.targets.as_ptr().cast(),
+        options,
+        logp,
+        entropy,
+        max,
+        log_sum,
+    }
+}
+
+fn backward_args<T: Logit, I: TokenId>(
+    inputs: &BackwardInputs<T, I>,
+    [rows, vocab]: [usize; 2],
+    options: &ppok_logprob_options,
+    grad_logits: *mut T,
+) -> ppok_logprob_backward_args {
+    ppok_logprob_backward_args {
+        struct_size: size_of::<ppok_logprob_backward_args>(),
+        rows,
+        vocab,
+        logits_type: logits_type::<T>(),
+        targets_type: targets_type::<I>(),
+        logits: inputs.forward.logits.as_ptr().cast(),
+        targets: inputs.forward.targets.as_ptr().cast(),
+        max: inputs.max.as_ptr(),
+        log_sum: inputs.log_sum.as_ptr(),
+        entropy: pointer(inputs.entropy),
+        grad_logp: pointer(inputs.grad_logp),
+        grad_entropy: pointer(inputs.grad_entropy),
+        options,
+        grad_logits: grad_logits.cast(),
+    }
+}
+
+fn all_bits(written: &Written) -> [Vec<u32>; 4] {
+    written.each_ref().map(|x| bits(x))
+}
 
 #[test]
 fn logprob_is_that_of_rust() {
@@ -22,72 +96,47 @@ fn logprob_of<T: Logit, I: TokenId>(options: &LogprobOptions, id: fn(i64) -> I) 
     let mut targets: Vec<I> = (0..rows).map(|_| id(rng.random_range(0..vocab as i64))).collect();
     targets[2] = id(3);
     let (up_logp, up_entropy) = (uniform(rng, rows, 1.0), uniform(rng, rows, 1.0));
+    let (c, shape) = (c_options(options), [rows, vocab]);
 
-    let mut want = [(); 4].map(|()| vec![0.0; rows]);
-    let mut want_grad = vec![T::ZERO; rows * vocab];
+    let forward = ForwardInputs { logits: &logits, targets: &targets };
+    let mut want = unwritten(rows);
     let [logp, entropy, max, log_sum] = &mut want;
-    let stats = Some(logprob::cpu::RowStatsMut { max, log_sum });
-    let outputs = logprob::cpu::Outputs { logp, entropy: Some(entropy), stats };
-    logprob::cpu::forward(&logits, &targets, vocab, options, outputs).unwrap();
+    let outputs =
+        ForwardOutputs { logp, entropy: Some(entropy), max: Some(max), log_sum: Some(log_sum) };
+    cpu::forward(forward, rows, vocab, options, outputs).unwrap();
+    let mut got = unwritten(rows);
+    // SAFETY: lengths as said.
+    ok(unsafe { ppok_logprob_forward_cpu(&forward_args(&forward, shape, &c, &mut got)) });
+    assert_eq!(all_bits(&got), all_bits(&want));
+
     let [_, entropy, max, log_sum] = &want;
-    let stats = logprob::cpu::RowStats { max, log_sum, entropy };
-    let upstream = logprob::cpu::Upstream { logp: Some(&up_logp), entropy: Some(&up_entropy) };
-    let grad = &mut want_grad[..];
-    logprob::cpu::backward(&logits, &targets, vocab, options, stats, upstream, grad).unwrap();
-
-    let mut c = defaults(ppok_logprob_options_init);
-    c.temperature = options.temperature;
-    c.has_ignore_index = i32::from(options.ignore_index.is_some());
-    c.ignore_index = options.ignore_index.unwrap_or(0);
-    let mut got = [(); 4].map(|()| vec![f32::NAN; rows]);
-    let mut grad = vec![T::ZERO; rows * vocab];
-    let (z, ids) = (logits.as_ptr().cast(), targets.as_ptr().cast());
-    let (z_type, ids_type) = (logits_type::<T>(), targets_type::<I>());
-    let [logp, entropy, max, log_sum] = got.each_mut().map(Vec::as_mut_ptr);
-    // SAFETY: lengths as said.
-    unsafe {
-        ok(ppok_logprob_forward_cpu(
-            z, z_type, ids, ids_type, rows, vocab, &c, logp, entropy, max, log_sum,
-        ));
-        let (up_logp, up_entropy) = (up_logp.as_ptr(), up_entropy.as_ptr());
-        let to = grad.as_mut_ptr().cast();
-        ok(ppok_logprob_backward_cpu(
-            z, z_type, ids, ids_type, rows, vocab, &c, max, log_sum, entropy, up_logp, up_entropy,
-            to,
-        ));
+    let inputs = BackwardInputs {
+        forward,
+        max,
+        log_sum,
+        entropy: Some(entropy),
+        grad_logp: Some(&up_logp),
+        grad_entropy: Some(&up_entropy),
+    };
+    // And without the entropy, where no gradient comes from it.
+    let alone = BackwardInputs { entropy: None, grad_entropy: None, ..inputs };
+    for inputs in [inputs, alone] {
+        let mut want = vec![T::ZERO; rows * vocab];
+        let outputs = BackwardOutputs { grad_logits: &mut want };
+        cpu::backward(inputs, rows, vocab, options, outputs).unwrap();
+        let mut got = vec![T::ZERO; rows * vocab];
+        let args = backward_args(&inputs, shape, &c, got.as_mut_ptr());
+        // SAFETY: lengths as said.
+        ok(unsafe { ppok_logprob_backward_cpu(&args) });
+        assert_eq!(bits(&wide(&got)), bits(&wide(&want)));
     }
-    assert_eq!(got.each_ref().map(|x| bits(x)), want.each_ref().map(|x| bits(x)));
-    assert_eq!(bits(&wide(&grad)), bits(&wide(&want_grad)));
-
-    // Without the entropy, where no gradient comes from it.
-    let mut alone = vec![T::ZERO; rows * vocab];
-    let upstream = logprob::cpu::Upstream { logp: Some(&up_logp), entropy: None };
-    logprob::cpu::backward(&logits, &targets, vocab, options, stats, upstream, &mut want_grad)
-        .unwrap();
-    // SAFETY: lengths as said.
-    ok(unsafe {
-        let (up_logp, to) = (up_logp.as_ptr(), alone.as_mut_ptr().cast());
-        ppok_logprob_backward_cpu(
-            z,
-            z_type,
-            ids,
-            ids_type,
-            rows,
-            vocab,
-            &c,
-            max,
-            log_sum,
-            null(),
-            up_logp,
-            null(),
-            to,
-        )
-    });
-    assert_eq!(bits(&wide(&alone)), bits(&wide(&want_grad)));
 }
 
 #[cfg(feature = "simt")]
 mod on_the_stand_in {
+    use ppo_kernels::cuda::Stream;
+    use ppo_kernels::logprob::cuda;
+
     use super::*;
     use crate::on_the_stand_in::*;
 
@@ -103,64 +152,60 @@ mod on_the_stand_in {
         let targets = [5_u32, vocab as u32 - 1];
         let (up_logp, up_entropy) = (uniform(rng, rows, 1.0), uniform(rng, rows, 1.0));
         let options = LogprobOptions { temperature: 0.7, ignore_index: None };
-        let mut c = defaults(ppok_logprob_options_init);
-        c.temperature = 0.7;
+        let (c, shape) = (c_options(&options), [rows, vocab]);
         for machine in machines() {
             let stream = Stream::simt(machine);
-            let (z, ids) = (slice(&logits), slice(&targets));
-            let mut want = [(); 4].map(|()| vec![0.0; rows]);
+            let forward = cuda::ForwardInputs { logits: slice(&logits), targets: slice(&targets) };
+            let mut want = unwritten(rows);
             let [logp, entropy, max, log_sum] = want.each_mut().map(|x| out(x));
-            let stats = Some(logprob::cuda::RowStatsMut { max, log_sum });
-            let outputs = logprob::cuda::Outputs { logp, entropy: Some(entropy), stats };
-            let len = logprob::cuda::workspace_len::<T>(stream.device(), rows, vocab);
-            let room = &mut vec![f32::NAN; len][..];
-            logprob::cuda::forward(&stream, z, ids, vocab, &options, outputs, out(room)).unwrap();
+            let outputs = cuda::ForwardOutputs {
+                logp,
+                entropy: Some(entropy),
+                max: Some(max),
+                log_sum: Some(log_sum),
+            };
+            let len = cuda::workspace_len::<T>(stream.device(), rows, vocab);
+            let workspace = &mut vec![f32::NAN; len][..];
+            let workspace = out(workspace);
+            cuda::forward(&stream, forward, rows, vocab, &options, outputs, workspace).unwrap();
             let [_, entropy, max, log_sum] = want.each_ref().map(|x| slice(x));
-            let stats = logprob::cuda::RowStats { max, log_sum, entropy };
-            let (logp, entropy) = (Some(slice(&up_logp)), Some(slice(&up_entropy)));
-            let upstream = logprob::cuda::Upstream { logp, entropy };
+            let inputs = cuda::BackwardInputs {
+                forward,
+                max,
+                log_sum,
+                entropy: Some(entropy),
+                grad_logp: Some(slice(&up_logp)),
+                grad_entropy: Some(slice(&up_entropy)),
+            };
             let mut want_grad = vec![T::ZERO; rows * vocab];
-            let grad = out(&mut want_grad);
-            logprob::cuda::backward(&stream, z, ids, vocab, &options, stats, upstream, grad)
-                .unwrap();
+            let outputs = cuda::BackwardOutputs { grad_logits: out(&mut want_grad) };
+            cuda::backward(&stream, inputs, rows, vocab, &options, outputs).unwrap();
 
-            let (kind, stream) = (logits_type::<T>(), handle(&machine));
-            let mut got = [(); 4].map(|()| vec![f32::NAN; rows]);
+            let mut got = unwritten(rows);
+            // The gradient goes over the logits.
             let mut grad = logits.clone();
-            let (z, ids) = (grad.as_mut_ptr().cast::<c_void>(), targets.as_ptr().cast());
-            let [logp, entropy, max, log_sum] = got.each_mut().map(Vec::as_mut_ptr);
-            // SAFETY: lengths as said. The gradient goes over the logits.
-            unsafe {
-                let mut room = workspace(|size| {
-                    ppok_logprob_forward_cuda_workspace_size(kind, rows, vocab, stream, size)
-                });
-                assert_eq!(room.is_empty(), machine.device.compute_capability.0 == 9);
-                let (room, size) = parts(&mut room);
-                ok(ppok_logprob_forward_cuda(
-                    z, kind, ids, PPOK_U32, rows, vocab, &c, logp, entropy, max, log_sum, room,
-                    size, stream,
-                ));
-                let (up_logp, up_entropy) = (up_logp.as_ptr(), up_entropy.as_ptr());
-                ok(ppok_logprob_backward_cuda(
-                    z,
-                    kind,
-                    ids,
-                    PPOK_U32,
-                    rows,
-                    vocab,
-                    &c,
-                    max,
-                    log_sum,
-                    entropy,
-                    up_logp,
-                    up_entropy,
-                    z,
-                    null_mut(),
-                    0,
-                    stream,
-                ));
-            }
-            assert_eq!(got.each_ref().map(|x| bits(x)), want.each_ref().map(|x| bits(x)));
+            let forward = ForwardInputs { logits: &grad, targets: &targets };
+            let args = forward_args(&forward, shape, &c, &mut got);
+            let size = ppok_logprob_forward_cuda_workspace_size;
+            // SAFETY: lengths as said.
+            let bytes = unsafe { run(ppok_logprob_forward_cuda, size, &args, &machine) };
+            assert_eq!(bytes == 0, machine.device.compute_capability.0 == 9);
+            let [_, entropy, max, log_sum] = &got;
+            let inputs = BackwardInputs {
+                forward,
+                max,
+                log_sum,
+                entropy: Some(entropy),
+                grad_logp: Some(&up_logp),
+                grad_entropy: Some(&up_entropy),
+            };
+            let mut args = backward_args(&inputs, shape, &c, null_mut());
+            let logits = grad.as_mut_ptr();
+            (args.logits, args.grad_logits) = (logits.cast(), logits.cast());
+            let size = ppok_logprob_backward_cuda_workspace_size;
+            // SAFETY: lengths as said.
+            unsafe { run(ppok_logprob_backward_cuda, size, &args, &machine) };
+            assert_eq!(all_bits(&got), all_bits(&want));
             assert_eq!(bits(&wide(&grad)), bits(&wide(&want_grad)));
         }
     }

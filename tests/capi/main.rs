@@ -5,6 +5,8 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod gae;
+mod kl;
+mod logprob;
 
 use std::ptr::{null, null_mut};
 
@@ -75,6 +77,7 @@ macro_rules! every_type {
         $test::<bf16>();
     };
 }
+use every_type;
 
 /// The `_cuda` functions against those of `cuda.rs`, which tests/OP_cuda.rs hold to the references.
 #[cfg(feature = "simt")]

@@ -2,8 +2,11 @@
 
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
-use ppo_kernels::kl::cuda::{self, FullInputs, TokenInputs};
-use ppo_kernels::kl::{cpu, FullKlOptions, KlEstimator, KlOptions};
+use ppo_kernels::kl::cuda::{
+    self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
+};
+use ppo_kernels::kl::{FullKlOptions, KlEstimator, KlOptions, STATS};
 
 use crate::gpu::Buffer;
 use crate::inputs::{logits, tokens};
@@ -40,16 +43,16 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     let options = FullKlOptions::default();
     let workspace_len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
     let up = Buffer::new(&vec![1.0_f32; rows], 0);
-    let inputs = |set: &Full<T>| FullInputs {
+    let inputs = |set: &Full<T>| FullForwardInputs {
         logits: set.policy.slice(),
         ref_logits: set.reference.slice(),
-        vocab,
         mask: None,
     };
     let forward = |set: &mut Full<T>| {
         let inputs = inputs(set);
-        let (stats, workspace) = (set.stats.slice_mut(), set.workspace.slice_mut());
-        cuda::full_forward(&stream, inputs, &options, stats, workspace).unwrap();
+        let outputs = FullForwardOutputs { stats: set.stats.slice_mut() };
+        let workspace = set.workspace.slice_mut();
+        cuda::full_forward(&stream, inputs, rows, vocab, &options, outputs, workspace).unwrap();
     };
 
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
@@ -58,7 +61,7 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
         let mut set = Full {
             policy: logits(0, rows * vocab),
             reference: logits(1, rows * vocab),
-            stats: Buffer::uninit(cpu::STATS * rows, 0),
+            stats: Buffer::uninit(STATS * rows, 0),
             workspace: Buffer::uninit(workspace_len, 0),
             grad: Buffer::uninit(rows * vocab, 0),
         };
@@ -68,9 +71,11 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     });
     table.row(Pass::FullKlForward, shape, 2 * bytes, sets, forward);
     table.row(Pass::FullKlBackward, shape, 3 * bytes, sets, |set| {
-        let inputs = inputs(set);
-        let (stats, up, grad) = (set.stats.slice(), up.slice(), set.grad.slice_mut());
-        cuda::full_backward(&stream, inputs, &options, stats, up, Some(grad), None).unwrap();
+        let (forward, stats, grad_kl) = (inputs(set), set.stats.slice(), up.slice());
+        let inputs = FullBackwardInputs { forward, stats, grad_kl };
+        let grad_logits = Some(set.grad.slice_mut());
+        let outputs = FullBackwardOutputs { grad_logits, grad_ref_logits: None };
+        cuda::full_backward(&stream, inputs, rows, vocab, &options, outputs).unwrap();
     });
 }
 
@@ -89,7 +94,7 @@ fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
     let stream = table.stream();
     let count = batch * seq_len;
     let options = KlOptions { estimator: KlEstimator::K3, ..Default::default() };
-    let inputs = |set: &Sampled| TokenInputs {
+    let inputs = |set: &Sampled| TokenForwardInputs {
         logp: set.logp.slice(),
         ref_logp: set.ref_logp.slice(),
         mask: None,
@@ -102,11 +107,13 @@ fn time_sampled(table: &Table, batch: usize, seq_len: usize) {
         out: Buffer::uninit(count, 0),
     });
     table.row(Pass::TokenKlForward, shape, 12 * count, sets, |set| {
-        cuda::token_forward(&stream, inputs(set), &options, set.out.slice_mut()).unwrap();
+        let (inputs, outputs) = (inputs(set), TokenForwardOutputs { kl: set.out.slice_mut() });
+        cuda::token_forward(&stream, inputs, count, &options, outputs).unwrap();
     });
     table.row(Pass::TokenKlBackward, shape, 16 * count, sets, |set| {
-        let (inputs, up) = (inputs(set), set.up.slice());
-        let grad = Some(set.out.slice_mut());
-        cuda::token_backward(&stream, inputs, &options, up, grad, None).unwrap();
+        let inputs = TokenBackwardInputs { forward: inputs(set), grad_kl: set.up.slice() };
+        let grad_logp = Some(set.out.slice_mut());
+        let outputs = TokenBackwardOutputs { grad_logp, grad_ref_logp: None };
+        cuda::token_backward(&stream, inputs, count, &options, outputs).unwrap();
     });
 }

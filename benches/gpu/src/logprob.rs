@@ -3,7 +3,9 @@
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::cuda::Stream;
-use ppo_kernels::logprob::cuda::{self, Outputs, RowStats, RowStatsMut, Upstream};
+use ppo_kernels::logprob::cuda::{
+    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+};
 use ppo_kernels::logprob::LogprobOptions;
 
 use crate::gpu::Buffer;
@@ -23,6 +25,7 @@ pub const SHAPES: [(usize, usize); 6] = [
 /// Logits, targets and all outputs of both passes.
 struct Op<T> {
     stream: Stream<'static>,
+    rows: usize,
     vocab: usize,
     options: LogprobOptions,
     logits: Buffer<T>,
@@ -42,6 +45,7 @@ impl<T: Logit> Op<T> {
         let workspace = cuda::workspace_len::<T>(stream.device(), rows, vocab);
         Self {
             stream,
+            rows,
             vocab,
             options: LogprobOptions::default(),
             logits: logits(0, rows * vocab),
@@ -57,28 +61,31 @@ impl<T: Logit> Op<T> {
     }
 
     fn forward(&mut self, entropy: bool) {
-        let stats = RowStatsMut { max: self.max.slice_mut(), log_sum: self.log_sum.slice_mut() };
-        let outputs = Outputs {
+        let inputs = ForwardInputs { logits: self.logits.slice(), targets: self.targets.slice() };
+        let outputs = ForwardOutputs {
             logp: self.logp.slice_mut(),
             entropy: entropy.then(|| self.entropy.slice_mut()),
-            stats: Some(stats),
+            max: Some(self.max.slice_mut()),
+            log_sum: Some(self.log_sum.slice_mut()),
         };
-        let (z, ids, work) =
-            (self.logits.slice(), self.targets.slice(), self.workspace.slice_mut());
-        cuda::forward(&self.stream, z, ids, self.vocab, &self.options, outputs, work).unwrap();
+        let (stream, options) = (&self.stream, &self.options);
+        let workspace = self.workspace.slice_mut();
+        cuda::forward(stream, inputs, self.rows, self.vocab, options, outputs, workspace).unwrap();
     }
 
     fn backward(&mut self, entropy: bool) {
-        let stats = RowStats {
+        let up = self.up.slice();
+        let inputs = BackwardInputs {
+            forward: ForwardInputs { logits: self.logits.slice(), targets: self.targets.slice() },
             max: self.max.slice(),
             log_sum: self.log_sum.slice(),
-            entropy: self.entropy.slice(),
+            entropy: Some(self.entropy.slice()),
+            grad_logp: Some(up),
+            grad_entropy: entropy.then_some(up),
         };
-        let up = self.up.slice();
-        let upstream = Upstream { logp: Some(up), entropy: entropy.then_some(up) };
-        let (z, ids, grad) = (self.logits.slice(), self.targets.slice(), self.grad.slice_mut());
+        let outputs = BackwardOutputs { grad_logits: self.grad.slice_mut() };
         let (stream, options) = (&self.stream, &self.options);
-        cuda::backward(stream, z, ids, self.vocab, options, stats, upstream, grad).unwrap();
+        cuda::backward(stream, inputs, self.rows, self.vocab, options, outputs).unwrap();
     }
 }
 
