@@ -284,81 +284,73 @@ static void check_cuda(function f, int32_t (*size_of_workspace)(void)) {
 /* logprob */
 
 static struct {
-    void *logits, *targets, *options, *logp, *entropy, *max, *log_sum;
-    void *grad_logp, *grad_entropy, *grad_logits;
-    int32_t logits_type, targets_type;
-    size_t rows, vocab;
+    ppok_logprob_forward_args forward;
+    ppok_logprob_backward_args backward;
     ppok_logprob_options settings;
+    void *forward_args, *backward_args;
 } lp;
 
-#define LOGPROB_ROWS \
-    lp.logits, lp.logits_type, lp.targets, lp.targets_type, lp.rows, lp.vocab, lp.options
-
-static int32_t logprob_forward_cpu(void) {
-    return ppok_logprob_forward_cpu(LOGPROB_ROWS, lp.logp, lp.entropy, lp.max, lp.log_sum);
-}
+static int32_t logprob_forward_cpu(void) { return ppok_logprob_forward_cpu(lp.forward_args); }
 
 static int32_t logprob_forward_cuda(void) {
-    return ppok_logprob_forward_cuda(LOGPROB_ROWS, lp.logp, lp.entropy, lp.max, lp.log_sum,
-                                     workspace, workspace_size, stream);
+    return ppok_logprob_forward_cuda(lp.forward_args, workspace, workspace_size, stream);
 }
 
 static int32_t logprob_forward_workspace(void) {
-    return ppok_logprob_forward_cuda_workspace_size(lp.logits_type, lp.rows, lp.vocab, stream,
-                                                    &needed);
+    return ppok_logprob_forward_cuda_workspace_size(lp.forward_args, stream, &needed);
 }
 
-static int32_t logprob_backward_cpu(void) {
-    return ppok_logprob_backward_cpu(LOGPROB_ROWS, lp.max, lp.log_sum, lp.entropy, lp.grad_logp,
-                                     lp.grad_entropy, lp.grad_logits);
-}
+static int32_t logprob_backward_cpu(void) { return ppok_logprob_backward_cpu(lp.backward_args); }
 
 static int32_t logprob_backward_cuda(void) {
-    return ppok_logprob_backward_cuda(LOGPROB_ROWS, lp.max, lp.log_sum, lp.entropy, lp.grad_logp,
-                                      lp.grad_entropy, lp.grad_logits, workspace, workspace_size,
-                                      stream);
+    return ppok_logprob_backward_cuda(lp.backward_args, workspace, workspace_size, stream);
 }
 
 static int32_t logprob_backward_workspace(void) {
-    return ppok_logprob_backward_cuda_workspace_size(lp.logits_type, lp.rows, lp.vocab, stream,
-                                                     &needed);
+    return ppok_logprob_backward_cuda_workspace_size(lp.backward_args, stream, &needed);
 }
 
-#define LOGPROB_POINTERS                                                   \
-    {"logits", &lp.logits, ROWS * VOCAB * 4, 4, NEEDED, READ},             \
-    {"targets", &lp.targets, ROWS * 8, 8, NEEDED, READ}
-#define LOGPROB_REST                                                                      \
-    .sizes = {{"rows", &lp.rows, PPOK_STATUS_OK}, {"vocab", &lp.vocab, PPOK_STATUS_SHAPE}}, \
-    .numbers = {{"logits_type", &lp.logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},             \
-                {"targets_type", &lp.targets_type, PPOK_I64, PPOK_STATUS_DTYPE},            \
-                {"has_ignore_index", &lp.settings.has_ignore_index, 1, PPOK_STATUS_OPTION}, \
-                {"reserved", &lp.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},           \
-    .options = {{"temperature", &lp.settings.temperature, 0.0}},                            \
-    .structs = {{"options", &lp.options, sizeof lp.settings}}
+#define LOGPROB_POINTERS(args)                                                   \
+    {"logits", (void **)&(args).logits, ROWS * VOCAB * 4, 4, NEEDED, READ},      \
+    {"targets", (void **)&(args).targets, ROWS * 8, 8, NEEDED, READ}
+#define LOGPROB_REST(args, address)                                                             \
+    .sizes = {{"rows", &(args).rows, PPOK_STATUS_OK}, {"vocab", &(args).vocab, PPOK_STATUS_SHAPE}}, \
+    .numbers = {{"logits_type", &(args).logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},             \
+                {"targets_type", &(args).targets_type, PPOK_I64, PPOK_STATUS_DTYPE},            \
+                {"has_ignore_index", &lp.settings.has_ignore_index, 1, PPOK_STATUS_OPTION},     \
+                {"reserved", &lp.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},               \
+    .options = {{"temperature", &lp.settings.temperature, 0.0}},                                \
+    .structs = {{"args", &(address), sizeof(args)},                                             \
+                {"options", (void **)&(args).options, sizeof lp.settings}}
 
 static void check_logprob(void) {
-    lp.logits = floats(ROWS * VOCAB, -3.0f, 0.5f);
-    lp.logits_type = PPOK_F32;
-    int64_t *targets = lp.targets = memory(ROWS * sizeof *targets);
+    int64_t *targets = memory(ROWS * sizeof *targets);
     for (int i = 0; i < ROWS; i++) targets[i] = 7 * i;
-    lp.targets_type = PPOK_I64;
-    lp.rows = ROWS;
-    lp.vocab = VOCAB;
     CHECK(ppok_logprob_options_init(&lp.settings, sizeof lp.settings) == PPOK_STATUS_OK, "init");
-    lp.options = &lp.settings;
-    lp.logp = memory(ROWS * 4);
-    lp.entropy = memory(ROWS * 4);
-    lp.max = memory(ROWS * 4);
-    lp.log_sum = memory(ROWS * 4);
+    lp.forward = (ppok_logprob_forward_args){
+        .struct_size = sizeof lp.forward,
+        .rows = ROWS,
+        .vocab = VOCAB,
+        .logits_type = PPOK_F32,
+        .targets_type = PPOK_I64,
+        .logits = floats(ROWS * VOCAB, -3.0f, 0.5f),
+        .targets = targets,
+        .options = &lp.settings,
+        .logp = memory(ROWS * 4),
+        .entropy = memory(ROWS * 4),
+        .max = memory(ROWS * 4),
+        .log_sum = memory(ROWS * 4),
+    };
+    lp.forward_args = &lp.forward;
     function forward = {
         .name = "ppok_logprob_forward_cpu",
         .run = logprob_forward_cpu,
-        .pointers = {LOGPROB_POINTERS,
-                     {"logp", &lp.logp, ROWS * 4, 4, NEEDED, WRITTEN},
-                     {"entropy", &lp.entropy, ROWS * 4, 4, OPTIONAL, WRITTEN},
-                     {"max", &lp.max, ROWS * 4, 4, PAIRED, WRITTEN},
-                     {"log_sum", &lp.log_sum, ROWS * 4, 4, PAIRED, WRITTEN}},
-        LOGPROB_REST,
+        .pointers = {LOGPROB_POINTERS(lp.forward),
+                     {"logp", (void **)&lp.forward.logp, ROWS * 4, 4, NEEDED, WRITTEN},
+                     {"entropy", (void **)&lp.forward.entropy, ROWS * 4, 4, OPTIONAL, WRITTEN},
+                     {"max", (void **)&lp.forward.max, ROWS * 4, 4, PAIRED, WRITTEN},
+                     {"log_sum", (void **)&lp.forward.log_sum, ROWS * 4, 4, PAIRED, WRITTEN}},
+        LOGPROB_REST(lp.forward, lp.forward_args),
     };
     check(&forward);
 
@@ -369,42 +361,61 @@ static void check_logprob(void) {
     lp.settings.has_ignore_index = 1;
     lp.settings.ignore_index = -100;
     accepts(&forward, "targets", "ignored");
-    CHECK(((float *)lp.logp)[1] == 0.0f, "an ignored row");
+    CHECK(lp.forward.logp[1] == 0.0f, "an ignored row");
     targets[1] = 7;
-    lp.options = NULL;
+    lp.forward.options = NULL;
     accepts(&forward, "options", "null");
-    lp.options = &lp.settings;
+    lp.forward.options = &lp.settings;
+    lp.forward_args = NULL;
+    refuses(&forward, "args", "null", PPOK_STATUS_NULL_POINTER);
+    lp.forward_args = &lp.forward;
 
-    lp.grad_logp = floats(ROWS, 0.5f, 0.1f);
-    lp.grad_entropy = floats(ROWS, -0.5f, 0.1f);
-    lp.grad_logits = memory(ROWS * VOCAB * 4);
+    lp.backward = (ppok_logprob_backward_args){
+        .struct_size = sizeof lp.backward,
+        .rows = ROWS,
+        .vocab = VOCAB,
+        .logits_type = PPOK_F32,
+        .targets_type = PPOK_I64,
+        .logits = lp.forward.logits,
+        .targets = targets,
+        .max = lp.forward.max,
+        .log_sum = lp.forward.log_sum,
+        .entropy = lp.forward.entropy,
+        .grad_logp = floats(ROWS, 0.5f, 0.1f),
+        .grad_entropy = floats(ROWS, -0.5f, 0.1f),
+        .options = &lp.settings,
+        .grad_logits = memory(ROWS * VOCAB * 4),
+    };
+    lp.backward_args = &lp.backward;
     function backward = {
         .name = "ppok_logprob_backward_cpu",
         .run = logprob_backward_cpu,
-        .pointers = {LOGPROB_POINTERS,
-                     {"max", &lp.max, ROWS * 4, 4, NEEDED, READ},
-                     {"log_sum", &lp.log_sum, ROWS * 4, 4, NEEDED, READ},
-                     {"entropy", &lp.entropy, ROWS * 4, 4, NEEDED, READ},
-                     {"grad_logp", &lp.grad_logp, ROWS * 4, 4, OPTIONAL, READ},
-                     {"grad_entropy", &lp.grad_entropy, ROWS * 4, 4, OPTIONAL, READ},
-                     {"grad_logits", &lp.grad_logits, ROWS * VOCAB * 4, 4, NEEDED, WRITTEN}},
-        LOGPROB_REST,
+        .pointers = {LOGPROB_POINTERS(lp.backward),
+                     {"max", (void **)&lp.backward.max, ROWS * 4, 4, NEEDED, READ},
+                     {"log_sum", (void **)&lp.backward.log_sum, ROWS * 4, 4, NEEDED, READ},
+                     {"entropy", (void **)&lp.backward.entropy, ROWS * 4, 4, NEEDED, READ},
+                     {"grad_logp", (void **)&lp.backward.grad_logp, ROWS * 4, 4, OPTIONAL, READ},
+                     {"grad_entropy", (void **)&lp.backward.grad_entropy, ROWS * 4, 4, OPTIONAL,
+                      READ},
+                     {"grad_logits", (void **)&lp.backward.grad_logits, ROWS * VOCAB * 4, 4, NEEDED,
+                      WRITTEN}},
+        LOGPROB_REST(lp.backward, lp.backward_args),
     };
     check(&backward);
-    void *entropy = lp.entropy, *grad_entropy = lp.grad_entropy;
-    lp.entropy = lp.grad_entropy = NULL;
+    const float *entropy = lp.backward.entropy, *grad_entropy = lp.backward.grad_entropy;
+    lp.backward.entropy = lp.backward.grad_entropy = NULL;
     accepts(&backward, "entropy and grad_entropy", "null");
-    lp.entropy = entropy;
-    lp.grad_entropy = grad_entropy;
+    lp.backward.entropy = entropy;
+    lp.backward.grad_entropy = grad_entropy;
 
     forward.name = "ppok_logprob_forward_cuda";
     forward.run = logprob_forward_cuda;
     check_cuda(forward, logprob_forward_workspace);
-    CHECK_QUERY(ppok_logprob_forward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+    CHECK_QUERY(ppok_logprob_forward_cuda_workspace_size(&lp.forward, stream, NULL));
     backward.name = "ppok_logprob_backward_cuda";
     backward.run = logprob_backward_cuda;
     check_cuda(backward, logprob_backward_workspace);
-    CHECK_QUERY(ppok_logprob_backward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+    CHECK_QUERY(ppok_logprob_backward_cuda_workspace_size(&lp.backward, stream, NULL));
 
     free_all();
 }
@@ -412,191 +423,214 @@ static void check_logprob(void) {
 /* kl */
 
 static struct {
-    void *logp, *ref_logp, *mask, *options, *kl, *grad_kl, *grad_logp, *grad_ref_logp;
-    size_t tokens;
+    ppok_kl_token_forward_args forward;
+    ppok_kl_token_backward_args backward;
     ppok_kl_token_options settings;
+    void *forward_args, *backward_args;
 } kt;
 
-#define KL_TOKENS kt.logp, kt.ref_logp, kt.mask, kt.tokens, kt.options
-
-static int32_t kl_token_forward_cpu(void) {
-    return ppok_kl_token_forward_cpu(KL_TOKENS, kt.kl);
-}
+static int32_t kl_token_forward_cpu(void) { return ppok_kl_token_forward_cpu(kt.forward_args); }
 
 static int32_t kl_token_forward_cuda(void) {
-    return ppok_kl_token_forward_cuda(KL_TOKENS, kt.kl, workspace, workspace_size, stream);
+    return ppok_kl_token_forward_cuda(kt.forward_args, workspace, workspace_size, stream);
 }
 
 static int32_t kl_token_forward_workspace(void) {
-    return ppok_kl_token_forward_cuda_workspace_size(kt.tokens, stream, &needed);
+    return ppok_kl_token_forward_cuda_workspace_size(kt.forward_args, stream, &needed);
 }
 
-static int32_t kl_token_backward_cpu(void) {
-    return ppok_kl_token_backward_cpu(KL_TOKENS, kt.grad_kl, kt.grad_logp, kt.grad_ref_logp);
-}
+static int32_t kl_token_backward_cpu(void) { return ppok_kl_token_backward_cpu(kt.backward_args); }
 
 static int32_t kl_token_backward_cuda(void) {
-    return ppok_kl_token_backward_cuda(KL_TOKENS, kt.grad_kl, kt.grad_logp, kt.grad_ref_logp,
-                                       workspace, workspace_size, stream);
+    return ppok_kl_token_backward_cuda(kt.backward_args, workspace, workspace_size, stream);
 }
 
 static int32_t kl_token_backward_workspace(void) {
-    return ppok_kl_token_backward_cuda_workspace_size(kt.tokens, stream, &needed);
+    return ppok_kl_token_backward_cuda_workspace_size(kt.backward_args, stream, &needed);
 }
 
-#define KL_TOKEN_POINTERS                                       \
-    {"logp", &kt.logp, TOKENS * 4, 4, NEEDED, READ},            \
-    {"ref_logp", &kt.ref_logp, TOKENS * 4, 4, NEEDED, READ},    \
-    {"mask", &kt.mask, TOKENS, 1, OPTIONAL, READ}
-#define KL_TOKEN_REST                                                                        \
-    .sizes = {{"tokens", &kt.tokens, PPOK_STATUS_OK}},                                       \
+#define KL_TOKEN_POINTERS(args)                                             \
+    {"logp", (void **)&(args).logp, TOKENS * 4, 4, NEEDED, READ},           \
+    {"ref_logp", (void **)&(args).ref_logp, TOKENS * 4, 4, NEEDED, READ},   \
+    {"mask", (void **)&(args).mask, TOKENS, 1, OPTIONAL, READ}
+#define KL_TOKEN_REST(args, address)                                                         \
+    .sizes = {{"tokens", &(args).tokens, PPOK_STATUS_OK}},                                   \
     .numbers = {{"estimator", &kt.settings.estimator, PPOK_KL_K3_STRAIGHT_THROUGH,           \
                  PPOK_STATUS_OPTION},                                                        \
                 {"reserved", &kt.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},            \
     .options = {{"log_ratio_clamp", &kt.settings.log_ratio_clamp, 0.0},                      \
                 {"output_clamp", &kt.settings.output_clamp, -2.0}},                          \
-    .structs = {{"options", &kt.options, sizeof kt.settings}}
+    .structs = {{"args", &(address), sizeof(args)},                                          \
+                {"options", (void **)&(args).options, sizeof kt.settings}}
 
 static void check_kl_token(void) {
-    kt.logp = floats(TOKENS, -2.0f, 0.1f);
-    kt.ref_logp = floats(TOKENS, -1.8f, 0.08f);
-    unsigned char *mask = kt.mask = memory(TOKENS);
+    unsigned char *mask = memory(TOKENS);
     mask[3] = 0;
-    kt.tokens = TOKENS;
     CHECK(ppok_kl_token_options_init(&kt.settings, sizeof kt.settings) == PPOK_STATUS_OK, "init");
     CHECK(kt.settings.log_ratio_clamp == PPOK_NONE, "default");
-    kt.options = &kt.settings;
-    kt.kl = memory(TOKENS * 4);
+    kt.forward = (ppok_kl_token_forward_args){
+        .struct_size = sizeof kt.forward,
+        .tokens = TOKENS,
+        .logp = floats(TOKENS, -2.0f, 0.1f),
+        .ref_logp = floats(TOKENS, -1.8f, 0.08f),
+        .mask = mask,
+        .options = &kt.settings,
+        .kl = memory(TOKENS * 4),
+    };
+    kt.forward_args = &kt.forward;
     function forward = {
         .name = "ppok_kl_token_forward_cpu",
         .run = kl_token_forward_cpu,
-        .pointers = {KL_TOKEN_POINTERS, {"kl", &kt.kl, TOKENS * 4, 4, NEEDED, WRITTEN}},
-        KL_TOKEN_REST,
+        .pointers = {KL_TOKEN_POINTERS(kt.forward),
+                     {"kl", (void **)&kt.forward.kl, TOKENS * 4, 4, NEEDED, WRITTEN}},
+        KL_TOKEN_REST(kt.forward, kt.forward_args),
     };
     check(&forward);
-    CHECK(((float *)kt.kl)[3] == 0.0f, "a masked token");
+    CHECK(kt.forward.kl[3] == 0.0f, "a masked token");
 
-    kt.grad_kl = floats(TOKENS, 1.0f, 0.1f);
-    kt.grad_logp = memory(TOKENS * 4);
-    kt.grad_ref_logp = memory(TOKENS * 4);
+    kt.backward = (ppok_kl_token_backward_args){
+        .struct_size = sizeof kt.backward,
+        .tokens = TOKENS,
+        .logp = kt.forward.logp,
+        .ref_logp = kt.forward.ref_logp,
+        .mask = mask,
+        .grad_kl = floats(TOKENS, 1.0f, 0.1f),
+        .options = &kt.settings,
+        .grad_logp = memory(TOKENS * 4),
+        .grad_ref_logp = memory(TOKENS * 4),
+    };
+    kt.backward_args = &kt.backward;
     function backward = {
         .name = "ppok_kl_token_backward_cpu",
         .run = kl_token_backward_cpu,
-        .pointers = {KL_TOKEN_POINTERS,
-                     {"grad_kl", &kt.grad_kl, TOKENS * 4, 4, NEEDED, READ},
-                     {"grad_logp", &kt.grad_logp, TOKENS * 4, 4, OPTIONAL, WRITTEN},
-                     {"grad_ref_logp", &kt.grad_ref_logp, TOKENS * 4, 4, OPTIONAL, WRITTEN}},
-        KL_TOKEN_REST,
+        .pointers = {KL_TOKEN_POINTERS(kt.backward),
+                     {"grad_kl", (void **)&kt.backward.grad_kl, TOKENS * 4, 4, NEEDED, READ},
+                     {"grad_logp", (void **)&kt.backward.grad_logp, TOKENS * 4, 4, OPTIONAL,
+                      WRITTEN},
+                     {"grad_ref_logp", (void **)&kt.backward.grad_ref_logp, TOKENS * 4, 4, OPTIONAL,
+                      WRITTEN}},
+        KL_TOKEN_REST(kt.backward, kt.backward_args),
     };
     check(&backward);
 
     forward.name = "ppok_kl_token_forward_cuda";
     forward.run = kl_token_forward_cuda;
     check_cuda(forward, kl_token_forward_workspace);
-    CHECK_QUERY(ppok_kl_token_forward_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_kl_token_forward_cuda_workspace_size(&kt.forward, stream, NULL));
     backward.name = "ppok_kl_token_backward_cuda";
     backward.run = kl_token_backward_cuda;
     check_cuda(backward, kl_token_backward_workspace);
-    CHECK_QUERY(ppok_kl_token_backward_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_kl_token_backward_cuda_workspace_size(&kt.backward, stream, NULL));
 
     free_all();
 }
 
 static struct {
-    void *logits, *ref_logits, *mask, *options, *stats, *grad_kl, *grad_logits, *grad_ref_logits;
-    int32_t logits_type;
-    size_t rows, vocab;
+    ppok_kl_full_forward_args forward;
+    ppok_kl_full_backward_args backward;
     ppok_kl_full_options settings;
+    void *forward_args, *backward_args;
 } kf;
 
-#define KL_ROWS \
-    kf.logits, kf.ref_logits, kf.logits_type, kf.mask, kf.rows, kf.vocab, kf.options
-
-static int32_t kl_full_forward_cpu(void) {
-    return ppok_kl_full_forward_cpu(KL_ROWS, kf.stats);
-}
+static int32_t kl_full_forward_cpu(void) { return ppok_kl_full_forward_cpu(kf.forward_args); }
 
 static int32_t kl_full_forward_cuda(void) {
-    return ppok_kl_full_forward_cuda(KL_ROWS, kf.stats, workspace, workspace_size, stream);
+    return ppok_kl_full_forward_cuda(kf.forward_args, workspace, workspace_size, stream);
 }
 
 static int32_t kl_full_forward_workspace(void) {
-    return ppok_kl_full_forward_cuda_workspace_size(kf.logits_type, kf.rows, kf.vocab, stream,
-                                                    &needed);
+    return ppok_kl_full_forward_cuda_workspace_size(kf.forward_args, stream, &needed);
 }
 
-static int32_t kl_full_backward_cpu(void) {
-    return ppok_kl_full_backward_cpu(KL_ROWS, kf.stats, kf.grad_kl, kf.grad_logits,
-                                     kf.grad_ref_logits);
-}
+static int32_t kl_full_backward_cpu(void) { return ppok_kl_full_backward_cpu(kf.backward_args); }
 
 static int32_t kl_full_backward_cuda(void) {
-    return ppok_kl_full_backward_cuda(KL_ROWS, kf.stats, kf.grad_kl, kf.grad_logits,
-                                      kf.grad_ref_logits, workspace, workspace_size, stream);
+    return ppok_kl_full_backward_cuda(kf.backward_args, workspace, workspace_size, stream);
 }
 
 static int32_t kl_full_backward_workspace(void) {
-    return ppok_kl_full_backward_cuda_workspace_size(kf.logits_type, kf.rows, kf.vocab, stream,
-                                                     &needed);
+    return ppok_kl_full_backward_cuda_workspace_size(kf.backward_args, stream, &needed);
 }
 
-#define KL_FULL_POINTERS                                                  \
-    {"logits", &kf.logits, ROWS * VOCAB * 4, 4, NEEDED, READ},            \
-    {"ref_logits", &kf.ref_logits, ROWS * VOCAB * 4, 4, NEEDED, READ},    \
-    {"mask", &kf.mask, ROWS, 1, OPTIONAL, READ}
-#define KL_FULL_REST                                                                        \
-    .sizes = {{"rows", &kf.rows, PPOK_STATUS_OK}, {"vocab", &kf.vocab, PPOK_STATUS_SHAPE}}, \
-    .numbers = {{"logits_type", &kf.logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},             \
+#define KL_FULL_POINTERS(args)                                                      \
+    {"logits", (void **)&(args).logits, ROWS * VOCAB * 4, 4, NEEDED, READ},         \
+    {"ref_logits", (void **)&(args).ref_logits, ROWS * VOCAB * 4, 4, NEEDED, READ}, \
+    {"mask", (void **)&(args).mask, ROWS, 1, OPTIONAL, READ}
+#define KL_FULL_REST(args, address)                                                         \
+    .sizes = {{"rows", &(args).rows, PPOK_STATUS_OK}, {"vocab", &(args).vocab, PPOK_STATUS_SHAPE}}, \
+    .numbers = {{"logits_type", &(args).logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},         \
+                {"reserved", &(args).reserved, 0, PPOK_STATUS_STRUCT_SIZE},                 \
                 {"direction", &kf.settings.direction, PPOK_KL_REVERSE, PPOK_STATUS_OPTION}, \
                 {"reserved", &kf.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},           \
     .options = {{"temperature", &kf.settings.temperature, -1.0}},                           \
-    .structs = {{"options", &kf.options, sizeof kf.settings}}
+    .structs = {{"args", &(address), sizeof(args)},                                         \
+                {"options", (void **)&(args).options, sizeof kf.settings}}
 
 static void check_kl_full(void) {
-    kf.logits = floats(ROWS * VOCAB, -2.0f, 0.4f);
-    kf.ref_logits = floats(ROWS * VOCAB, 1.0f, -0.3f);
-    kf.logits_type = PPOK_F32;
-    unsigned char *mask = kf.mask = memory(ROWS);
+    unsigned char *mask = memory(ROWS);
     mask[1] = 0;
-    kf.rows = ROWS;
-    kf.vocab = VOCAB;
     CHECK(ppok_kl_full_options_init(&kf.settings, sizeof kf.settings) == PPOK_STATUS_OK, "init");
-    kf.options = &kf.settings;
-    kf.stats = memory(PPOK_KL_FULL_STATS * ROWS * 4);
+    kf.forward = (ppok_kl_full_forward_args){
+        .struct_size = sizeof kf.forward,
+        .rows = ROWS,
+        .vocab = VOCAB,
+        .logits_type = PPOK_F32,
+        .logits = floats(ROWS * VOCAB, -2.0f, 0.4f),
+        .ref_logits = floats(ROWS * VOCAB, 1.0f, -0.3f),
+        .mask = mask,
+        .options = &kf.settings,
+        .stats = memory(PPOK_KL_FULL_STATS * ROWS * 4),
+    };
+    kf.forward_args = &kf.forward;
     function forward = {
         .name = "ppok_kl_full_forward_cpu",
         .run = kl_full_forward_cpu,
-        .pointers = {KL_FULL_POINTERS,
-                     {"stats", &kf.stats, PPOK_KL_FULL_STATS * ROWS * 4, 4, NEEDED, WRITTEN}},
-        KL_FULL_REST,
+        .pointers = {KL_FULL_POINTERS(kf.forward),
+                     {"stats", (void **)&kf.forward.stats, PPOK_KL_FULL_STATS * ROWS * 4, 4, NEEDED,
+                      WRITTEN}},
+        KL_FULL_REST(kf.forward, kf.forward_args),
     };
     check(&forward);
-    CHECK(((float *)kf.stats)[1] == 0.0f && ((float *)kf.stats)[0] > 0.0f, "KL of the rows");
+    CHECK(kf.forward.stats[1] == 0.0f && kf.forward.stats[0] > 0.0f, "KL of the rows");
 
-    kf.grad_kl = floats(ROWS, 1.0f, 0.1f);
-    kf.grad_logits = memory(ROWS * VOCAB * 4);
-    kf.grad_ref_logits = memory(ROWS * VOCAB * 4);
+    kf.backward = (ppok_kl_full_backward_args){
+        .struct_size = sizeof kf.backward,
+        .rows = ROWS,
+        .vocab = VOCAB,
+        .logits_type = PPOK_F32,
+        .logits = kf.forward.logits,
+        .ref_logits = kf.forward.ref_logits,
+        .mask = mask,
+        .stats = kf.forward.stats,
+        .grad_kl = floats(ROWS, 1.0f, 0.1f),
+        .options = &kf.settings,
+        .grad_logits = memory(ROWS * VOCAB * 4),
+        .grad_ref_logits = memory(ROWS * VOCAB * 4),
+    };
+    kf.backward_args = &kf.backward;
     function backward = {
         .name = "ppok_kl_full_backward_cpu",
         .run = kl_full_backward_cpu,
-        .pointers = {KL_FULL_POINTERS,
-                     {"stats", &kf.stats, PPOK_KL_FULL_STATS * ROWS * 4, 4, NEEDED, READ},
-                     {"grad_kl", &kf.grad_kl, ROWS * 4, 4, NEEDED, READ},
-                     {"grad_logits", &kf.grad_logits, ROWS * VOCAB * 4, 4, OPTIONAL, WRITTEN},
-                     {"grad_ref_logits", &kf.grad_ref_logits, ROWS * VOCAB * 4, 4, OPTIONAL,
-                      WRITTEN}},
-        KL_FULL_REST,
+        .pointers = {KL_FULL_POINTERS(kf.backward),
+                     {"stats", (void **)&kf.backward.stats, PPOK_KL_FULL_STATS * ROWS * 4, 4,
+                      NEEDED, READ},
+                     {"grad_kl", (void **)&kf.backward.grad_kl, ROWS * 4, 4, NEEDED, READ},
+                     {"grad_logits", (void **)&kf.backward.grad_logits, ROWS * VOCAB * 4, 4,
+                      OPTIONAL, WRITTEN},
+                     {"grad_ref_logits", (void **)&kf.backward.grad_ref_logits, ROWS * VOCAB * 4, 4,
+                      OPTIONAL, WRITTEN}},
+        KL_FULL_REST(kf.backward, kf.backward_args),
     };
     check(&backward);
 
     forward.name = "ppok_kl_full_forward_cuda";
     forward.run = kl_full_forward_cuda;
     check_cuda(forward, kl_full_forward_workspace);
-    CHECK_QUERY(ppok_kl_full_forward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+    CHECK_QUERY(ppok_kl_full_forward_cuda_workspace_size(&kf.forward, stream, NULL));
     backward.name = "ppok_kl_full_backward_cuda";
     backward.run = kl_full_backward_cuda;
     check_cuda(backward, kl_full_backward_workspace);
-    CHECK_QUERY(ppok_kl_full_backward_cuda_workspace_size(PPOK_F32, 1, 1, stream, NULL));
+    CHECK_QUERY(ppok_kl_full_backward_cuda_workspace_size(&kf.backward, stream, NULL));
 
     free_all();
 }

@@ -9,6 +9,8 @@ use ppo_kernels::driver::config::{RewardKind, Settings, TrainArgs};
 use ppo_kernels::driver::prompts;
 use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord};
 use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
+use ppo_kernels::kl::KlEstimator;
+use ppo_kernels::ppo_loss::Aggregation;
 use serde_json::{json, Map, Value};
 
 // ---------------------------------------------------------------- settings
@@ -66,6 +68,47 @@ fn switches_take_an_optional_value() {
     assert!(resolve(&["--whiten-rewards"]).unwrap().whiten_rewards);
     assert!(!resolve(&["--whiten-advantages", "false", "--steps", "3"]).unwrap().whiten_advantages);
     refused(&["--whiten-rewards", "perhaps"], "--whiten-rewards");
+}
+
+#[test]
+fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let saved = |settings: &Settings| {
+        let file = write(&dir.path().join("config.toml"), settings.to_toml().unwrap());
+        resolve(&["--config", &file]).unwrap()
+    };
+    for (name, estimator) in [
+        ("k1", KlEstimator::K1),
+        ("abs", KlEstimator::Abs),
+        ("k2", KlEstimator::K2),
+        ("k3", KlEstimator::K3),
+        ("k3-straight-through", KlEstimator::K3StraightThrough),
+    ] {
+        let settings = resolve(&["--kl-estimator", name]).unwrap();
+        assert_eq!(settings.kl_estimator, estimator);
+        assert!(settings.to_toml().unwrap().contains(&format!("kl_estimator = \"{name}\"")));
+        assert_eq!(saved(&settings), settings);
+    }
+    for (name, aggregation) in [
+        ("token-mean", Aggregation::TokenMean),
+        ("seq-mean-token-sum", Aggregation::SeqMeanTokenSum),
+        ("seq-mean-token-mean", Aggregation::SeqMeanTokenMean),
+        ("seq-mean-token-sum-norm", Aggregation::SeqMeanTokenSumNorm),
+        ("constant:1024", Aggregation::Constant(1024.0)),
+        ("constant:0.30000000000000004", Aggregation::Constant(0.1 + 0.2)),
+    ] {
+        let settings = resolve(&["--aggregation", name]).unwrap();
+        assert_eq!(settings.aggregation, aggregation);
+        assert!(settings.to_toml().unwrap().contains(&format!("aggregation = \"{name}\"")));
+        assert_eq!(saved(&settings), settings);
+    }
+    refused(&["--kl-estimator", "k4"], "k3-straight-through");
+    for name in ["mean", "constant", "constant:", "constant:x", "TokenMean"] {
+        refused(&["--aggregation", name], "seq-mean-token-sum-norm or constant:X");
+    }
+    for divisor in ["0", "-1", "inf", "NaN", "1e-50"] {
+        refused(&["--aggregation", &format!("constant:{divisor}")], "--aggregation constant is");
+    }
 }
 
 #[test]

@@ -24,6 +24,9 @@ use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use crate::kl::KlEstimator;
+use crate::ppo_loss::Aggregation;
+
 /// Where the tensors live: `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -114,33 +117,49 @@ pub enum RewardKind {
     Command,
 }
 
-/// How the per-token losses become one number.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum AggregationKind {
-    /// Mean over all tokens of the minibatch
-    TokenMean,
-    /// Sum over each response's tokens, mean over responses
-    SeqMeanTokenSum,
-    /// Mean over each response's tokens, mean over responses
-    SeqMeanTokenMean,
-    /// Sum over all tokens, divided by the padded response length
-    SeqMeanTokenSumNorm,
+/// The names of the aggregations, but for the one with a number.
+const AGGREGATIONS: [(&str, Aggregation); 4] = [
+    ("token-mean", Aggregation::TokenMean),
+    ("seq-mean-token-sum", Aggregation::SeqMeanTokenSum),
+    ("seq-mean-token-mean", Aggregation::SeqMeanTokenMean),
+    ("seq-mean-token-sum-norm", Aggregation::SeqMeanTokenSumNorm),
+];
+
+impl Display for Aggregation {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        if let Aggregation::Constant(divisor) = self {
+            return write!(f, "constant:{divisor}");
+        }
+        let named = AGGREGATIONS.iter().find(|(_, aggregation)| aggregation == self);
+        f.write_str(named.expect("all others have a name").0)
+    }
 }
 
-/// The per-token estimate of the KL divergence that is subtracted from the reward, with
-/// d = logp - ref_logp.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum KlEstimatorKind {
-    /// d
-    K1,
-    /// |d|
-    Abs,
-    /// d^2 / 2
-    K2,
-    /// exp(-d) - 1 + d
-    K3,
+impl FromStr for Aggregation {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let named = AGGREGATIONS.iter().find(|(name, _)| *name == text);
+        let number = || text.strip_prefix("constant:")?.parse().ok().map(Aggregation::Constant);
+        named.map(|&(_, aggregation)| aggregation).or_else(number).ok_or_else(|| {
+            let names = AGGREGATIONS.map(|(name, _)| name).join(", ");
+            format!("aggregation {text:?}: expected {names} or constant:X")
+        })
+    }
+}
+
+impl TryFrom<String> for Aggregation {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Aggregation> for String {
+    fn from(aggregation: Aggregation) -> String {
+        aggregation.to_string()
+    }
 }
 
 /// How the KL coefficient moves during the run.
@@ -266,8 +285,8 @@ pub struct Settings {
     pub kl_coef: f64,
 
     /// Per-token KL estimator, of d = logp - ref_logp
-    #[arg(long, value_enum, default_value_t = KlEstimatorKind::K1, help_heading = "KL penalty")]
-    pub kl_estimator: KlEstimatorKind,
+    #[arg(long, value_enum, default_value_t = KlEstimator::K1, help_heading = "KL penalty")]
+    pub kl_estimator: KlEstimator,
 
     /// How the KL coefficient moves
     #[arg(long, value_enum, default_value_t = KlControllerKind::Constant,
@@ -335,9 +354,13 @@ pub struct Settings {
     #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
     pub entropy_coef: f64,
 
-    /// How the per-token losses become one number
-    #[arg(long, value_enum, default_value_t = AggregationKind::TokenMean, help_heading = "Loss")]
-    pub aggregation: AggregationKind,
+    /// How the per-token losses become one number: token-mean, the mean over all tokens of the
+    /// minibatch; seq-mean-token-sum and seq-mean-token-mean, the mean over responses of the sum or
+    /// mean over each response's tokens; seq-mean-token-sum-norm, the sum over all tokens divided by
+    /// the padded response length; or constant:X, divided by X
+    #[arg(long, value_name = "NAME", default_value_t = Aggregation::TokenMean,
+        help_heading = "Loss")]
+    pub aggregation: Aggregation,
 
     /// Learning rate of the policy
     #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
@@ -501,6 +524,9 @@ impl Settings {
         let timeout = Some(self.reward_timeout);
         in_range("--reward-timeout", timeout, |x| x > 0.0 && x <= 1e6, "in (0, 1e6]")?;
         in_range("--dual-clip", self.dual_clip, |x| x > 1.0, "above 1")?;
+        if let Aggregation::Constant(divisor) = self.aggregation {
+            in_range("--aggregation constant", Some(divisor), |x| x > 0.0, "above 0")?;
+        }
 
         for (flag, path) in
             [("--model", &self.model), ("--prompts", &self.prompts), ("--out", &self.out)]

@@ -13,12 +13,12 @@ use anyhow::Result;
 use candle_core::Tensor;
 use serde_json::{json, Map, Value};
 
-use super::config::{KlEstimatorKind, Settings};
+use super::config::Settings;
 use super::model::{Critic, Decoder};
 use super::rollout::Rollout;
 use super::sequences::Sequences;
 use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping};
-use crate::kl::{token_kl, KlEstimator, KlOptions};
+use crate::kl::{token_kl, KlOptions};
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
 
 /// What the update needs of a rollout; all tensors f32 `[B, R]`, without gradient.
@@ -61,8 +61,7 @@ impl Experience {
         let critic = critic.no_grad();
         let values = in_chunks(&sequences, chunk, |some| some.values(&critic))?;
 
-        let options =
-            KlOptions { estimator: estimator(settings.kl_estimator), ..KlOptions::default() };
+        let options = KlOptions { estimator: settings.kl_estimator, ..KlOptions::default() };
         let token_kl = token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)?;
         let shaped = estimate(rollout, &sequences.mask, &values, &token_kl, kl_coef, settings)?;
         let Estimate { advantages, returns, rewards } = shaped;
@@ -165,15 +164,6 @@ fn in_chunks(
         .map(|rows| evaluate(&sequences.select(rows)?))
         .collect::<Result<_>>()?;
     Ok(Tensor::cat(&parts, 0)?)
-}
-
-fn estimator(kind: KlEstimatorKind) -> KlEstimator {
-    match kind {
-        KlEstimatorKind::K1 => KlEstimator::K1,
-        KlEstimatorKind::Abs => KlEstimator::Abs,
-        KlEstimatorKind::K2 => KlEstimator::K2,
-        KlEstimatorKind::K3 => KlEstimator::K3,
-    }
 }
 
 /// The unmasked elements.

@@ -7,14 +7,13 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use serde_json::{json, Map, Value};
 
-use super::config::{AggregationKind, Settings};
+use super::config::Settings;
 use super::experience::Experience;
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
 use super::sequences::select_rows;
 use crate::ppo_loss::{
-    ppo_loss, Aggregation, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoLossValueInputs,
-    PpoStats,
+    ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoLossValueInputs, PpoStats,
 };
 
 /// Learning rates of a step.
@@ -75,7 +74,7 @@ impl Learner {
                 value_clip_range: Some(settings.value_clip_range),
                 value_coef: settings.value_coef,
                 entropy_coef: settings.entropy_coef,
-                aggregation: aggregation(settings.aggregation),
+                aggregation: settings.aggregation,
                 ..PpoLossOptions::default()
             },
             epochs: settings.ppo_epochs,
@@ -156,15 +155,6 @@ impl Learner {
             mask: Some(&sequences.mask),
         };
         Ok(ppo_loss(&inputs, &self.options)?)
-    }
-}
-
-fn aggregation(kind: AggregationKind) -> Aggregation {
-    match kind {
-        AggregationKind::TokenMean => Aggregation::TokenMean,
-        AggregationKind::SeqMeanTokenSum => Aggregation::SeqMeanTokenSum,
-        AggregationKind::SeqMeanTokenMean => Aggregation::SeqMeanTokenMean,
-        AggregationKind::SeqMeanTokenSumNorm => Aggregation::SeqMeanTokenSumNorm,
     }
 }
 

@@ -85,6 +85,8 @@ pub(crate) const SUM_W: usize = 5;
 
 /// Which estimator of the KL divergence is made of d = logp - ref_logp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "driver", derive(clap::ValueEnum, serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "driver", serde(rename_all = "kebab-case"))]
 #[repr(i32)]
 pub enum KlEstimator {
     /// d: unbiased, may be negative. What goes into the reward everywhere.

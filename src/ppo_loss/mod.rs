@@ -63,6 +63,8 @@ const OP: &str = "ppo_loss";
 /// Each is Σ w m L / D with a weight w of the row and a denominator D, which
 /// [`PpoLossOptions::denominator`] replaces.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[cfg_attr(feature = "driver", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "driver", serde(try_from = "String", into = "String"))]
 pub enum Aggregation {
     /// Σ m L / Σ m: every token counts the same. w = 1, D = unmasked tokens.
     #[default]
