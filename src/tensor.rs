@@ -363,7 +363,12 @@ impl Reads<Tensors, Owned> for Constants<'_> {
         shape: memory::Shape,
         from: &'b &'a Tensor,
     ) -> Result<Tensor> {
-        check_arg(self.op, arg, from, &shape.concat(), &[T::Number::DTYPE], self.device)?;
+        let mut dims = shape.concat();
+        // An element of several numbers is so many of the tensor's.
+        if let Some(last) = dims.last_mut() {
+            *last *= numbers::<T>();
+        }
+        check_arg(self.op, arg, from, &dims, &[T::Number::DTYPE], self.device)?;
         Ok(from.detach().contiguous()?)
     }
 }

@@ -11,8 +11,8 @@
 
 struct Moments {
     double count;
-    double mean;     // 0 of none
-    double squares;  // the sum of (x - mean)^2
+    double mean;  // 0 of none
+    double m2;    // the sum of (x - mean)^2
 };
 
 struct Deviations {
@@ -49,7 +49,7 @@ static __device__ __forceinline__ void add(Deviations& d, const Moments& m) {
     if (d.count == 0.0) d.origin = m.mean;
     const double off = m.mean - d.origin, sum = m.count * off;
     d.sum += sum;
-    d.squares += fma(off, sum, m.squares);
+    d.squares += fma(off, sum, m.m2);
     d.count += m.count;
 }
 

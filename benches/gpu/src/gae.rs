@@ -2,7 +2,8 @@
 
 use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
 use ppo_kernels::gae::GaeOptions;
-use ppo_kernels::whiten::cuda::{self as whiten, Given, MOMENTS};
+use ppo_kernels::moments::Moments;
+use ppo_kernels::whiten::cuda as whiten;
 use ppo_kernels::whiten::WhitenOptions;
 
 use crate::gpu::Buffer;
@@ -24,7 +25,7 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
         (tokens(count), tokens(count), tokens(count), tokens(batch));
     let mask = mask(batch, seq_len);
     let [mut advantages, mut returns] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
-    let mut moments = Buffer::<f64>::uninit(MOMENTS, 0);
+    let mut moments = Buffer::<Moments>::uninit(1, 0);
     let mut workspace = Buffer::<f64>::uninit(cuda::workspace_len(batch, seq_len), 0);
     let mut whiten_workspace = Buffer::<f64>::uninit(whiten::workspace_len(count), 0);
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
@@ -41,7 +42,7 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
             let outputs = Outputs {
                 advantages: advantages.slice_mut(),
                 returns: returns.slice_mut(),
-                rewards: None,
+                shaped_rewards: None,
                 moments: with_moments.then(|| moments.slice_mut()),
             };
             let (options, workspace) = (GaeOptions::default(), workspace.slice_mut());
@@ -54,18 +55,27 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     let options = WhitenOptions::default();
     let (x, kept) = (advantages.slice(), Some(mask.slice()));
     table.row(Pass::Moments, shape, 5 * count, || {
-        let (moments, workspace) = (moments.slice_mut(), whiten_workspace.slice_mut());
-        whiten::masked_moments(&stream, x, kept, moments, workspace).unwrap();
+        let inputs = whiten::MomentsInputs { x, mask: kept };
+        let outputs = whiten::MomentsOutputs { moments: moments.slice_mut() };
+        let workspace = whiten_workspace.slice_mut();
+        whiten::masked_moments(&stream, inputs, count, outputs, workspace).unwrap();
     });
     table.row(Pass::Whiten, shape, 9 * count, || {
-        let given = Given::OnDevice(moments.slice());
-        whiten::masked_whiten(&stream, x, kept, given, &options, whitened.slice_mut()).unwrap();
+        let inputs = whiten::Inputs { x, mask: kept, moments: Some(moments.slice()) };
+        let outputs = whiten::Outputs { y: whitened.slice_mut() };
+        whiten::masked_whiten(&stream, inputs, None, count, &options, outputs).unwrap();
     });
     // What it reads it reads twice: for its sums, and for the gradient.
     table.row(Pass::WhitenBackward, shape, 22 * count, || {
-        let (given, up) = (Given::OnDevice(moments.slice()), values.slice());
-        let (grad, workspace) = (whitened.slice_mut(), whiten_workspace.slice_mut());
-        whiten::masked_whiten_backward(&stream, x, kept, given, up, &options, grad, workspace)
+        let inputs = whiten::BackwardInputs {
+            x,
+            mask: kept,
+            moments: Some(moments.slice()),
+            grad_y: values.slice(),
+        };
+        let outputs = whiten::BackwardOutputs { grad_x: whitened.slice_mut() };
+        let workspace = whiten_workspace.slice_mut();
+        whiten::masked_whiten_backward(&stream, inputs, None, count, &options, outputs, workspace)
             .unwrap();
     });
 }
