@@ -5,6 +5,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod gae;
+mod ppo_loss;
 mod whiten;
 
 use std::ptr::{null, null_mut};

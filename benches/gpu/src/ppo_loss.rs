@@ -1,6 +1,6 @@
 //! The ppo_loss op.
 
-use ppo_kernels::ppo_loss::cuda::{self, Gradients, Inputs, ValueInputs};
+use ppo_kernels::ppo_loss::cuda::{self, Inputs, Outputs};
 use ppo_kernels::ppo_loss::{PpoLossOptions, PpoStats};
 
 use crate::gpu::Buffer;
@@ -19,35 +19,26 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     let [logp, old_logp, advantages, values, old_values, returns] = [(); 6].map(|()| tokens(count));
     let mask = mask(batch, seq_len);
     let [mut grad_logp, mut grad_values] = [(); 2].map(|()| Buffer::<f32>::uninit(count, 0));
-    let mut stats = Buffer::<f32>::uninit(PpoStats::LEN, 0);
+    let mut stats = Buffer::<PpoStats>::uninit(1, 0);
     let options = PpoLossOptions::default();
     let workspace_len = cuda::workspace_len(batch, seq_len, &options);
     let mut workspace = Buffer::<f32>::uninit(workspace_len, 0);
-    let value = ValueInputs {
-        values: values.slice(),
-        old_values: Some(old_values.slice()),
-        returns: returns.slice(),
-    };
     let inputs = Inputs {
-        batch,
-        seq_len,
-        logp: logp.slice(),
-        old_logp: old_logp.slice(),
-        advantages: advantages.slice(),
-        value: Some(value),
-        entropy: None,
-        ref_logp: None,
+        values: Some(values.slice()),
+        old_values: Some(old_values.slice()),
+        returns: Some(returns.slice()),
         mask: Some(mask.slice()),
+        ..Inputs::new(logp.slice(), old_logp.slice(), advantages.slice())
     };
     let shape = Shape { dtype: "f32", rows: batch, columns: seq_len };
     // Six inputs, two gradients, and the mask, which is also counted.
     table.row(Pass::PpoLoss, shape, 34 * count, || {
-        let gradients = Gradients {
-            logp: Some(grad_logp.slice_mut()),
-            values: Some(grad_values.slice_mut()),
-            entropy: None,
+        let outputs = Outputs {
+            grad_logp: Some(grad_logp.slice_mut()),
+            grad_values: Some(grad_values.slice_mut()),
+            ..Outputs::new(stats.slice_mut())
         };
-        let (stats, workspace) = (stats.slice_mut(), workspace.slice_mut());
-        cuda::ppo_loss(&stream, &inputs, &options, gradients, stats, workspace).unwrap();
+        let workspace = workspace.slice_mut();
+        cuda::ppo_loss(&stream, inputs, batch, seq_len, &options, outputs, workspace).unwrap();
     });
 }
