@@ -458,7 +458,7 @@ pub struct PpoStats {
     pub policy_loss: f64,
     /// The aggregated value term, before `value_coef`.
     pub value_loss: f64,
-    /// Share of tokens that are clipped, of which kind the option of this name says.
+    /// Share of tokens that are clipped, as the option `clip_fraction` counts them.
     pub clip_fraction: f64,
     /// Share of tokens bounded by the dual clip.
     pub lower_clip_fraction: f64,
