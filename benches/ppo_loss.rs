@@ -10,8 +10,8 @@ use candle_core::{DType, Var};
 use common::minibatch::Minibatch;
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
-use ppo_kernels::ppo_loss::cpu::{self, Gradients};
-use ppo_kernels::ppo_loss::{Inputs, PpoLossOptions, ValueInputs};
+use ppo_kernels::ppo_loss::cpu::{self, Inputs, Outputs};
+use ppo_kernels::ppo_loss::{PpoLossOptions, PpoStats};
 
 /// Some roundings of factors of magnitude 1.
 const TOLERANCE: f32 = 1e-4;
@@ -38,23 +38,20 @@ fn forward_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let mask: Vec<u8> = data.mask.flatten_all().unwrap().to_vec1().unwrap();
         let fused = move |grad_logp: &mut [f32], grad_values: &mut [f32]| {
             let inputs = Inputs {
-                batch,
-                seq_len,
-                logp: &logp,
-                old_logp: &old_logp,
-                advantages: &advantages,
-                value: Some(ValueInputs {
-                    values: &values,
-                    old_values: Some(&old_values),
-                    returns: &returns,
-                }),
-                entropy: None,
-                ref_logp: None,
+                values: Some(&values),
+                old_values: Some(&old_values),
+                returns: Some(&returns),
                 mask: Some(&mask),
+                ..Inputs::new(&logp, &old_logp, &advantages)
             };
-            let gradients =
-                Gradients { logp: Some(grad_logp), values: Some(grad_values), entropy: None };
-            cpu::ppo_loss(&inputs, &PpoLossOptions::default(), gradients).unwrap()
+            let mut stats = [PpoStats::from_array([0.0; PpoStats::LEN])];
+            let outputs = Outputs {
+                grad_logp: Some(grad_logp),
+                grad_values: Some(grad_values),
+                ..Outputs::new(&mut stats)
+            };
+            cpu::ppo_loss(inputs, batch, seq_len, &PpoLossOptions::default(), outputs).unwrap();
+            stats
         };
 
         let [mut grad_logp, mut grad_values] = [(); 2].map(|()| vec![0.0; tokens]);

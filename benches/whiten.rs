@@ -7,23 +7,34 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
-use ppo_kernels::whiten::{cpu, masked_whiten, WhitenOptions};
+use ppo_kernels::moments::Moments;
+use ppo_kernels::whiten::cpu::{
+    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+};
+use ppo_kernels::whiten::{masked_whiten, WhitenOptions};
 
 /// Sums of up to eight million numbers in f32, candle's one after the other.
 const TOLERANCE: f32 = 1e-3;
 
-struct Inputs {
+struct Data {
     x: Tensor,
     mask: Tensor,
 }
 
-fn inputs(batch: usize, seq_len: usize) -> Inputs {
+fn data(batch: usize, seq_len: usize) -> Data {
     let x = uniform(&mut rng(1), batch * seq_len, 0.3, 2.0);
     let (mask, _) = padding(&mut rng(2), batch, seq_len);
-    Inputs {
+    Data {
         x: tensor(x, &[batch, seq_len], DType::F32),
         mask: Tensor::from_vec(mask, (batch, seq_len), device()).unwrap(),
     }
+}
+
+fn moments(x: &[f32], mask: Option<&[u8]>) -> [Moments; 1] {
+    let mut moments = [Moments::default()];
+    let outputs = MomentsOutputs { moments: &mut moments };
+    cpu::masked_moments(MomentsInputs { x, mask }, x.len(), outputs).unwrap();
+    moments
 }
 
 /// The moments are those of all elements, so the elements are read twice.
@@ -34,15 +45,15 @@ fn walks(tokens: usize) -> [Walk; 2] {
 fn forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let (shape, tokens) = (format!("f32_{batch}x{seq_len}"), batch * seq_len);
     on_cpu(criterion, "whiten", &shape, &walks(tokens), || {
-        let Inputs { x, mask } = inputs(batch, seq_len);
+        let Data { x, mask } = data(batch, seq_len);
         let options = WhitenOptions::default();
         let factors = mask.to_dtype(DType::F32).unwrap();
         let raw = (to_vec(&x), mask.flatten_all().unwrap().to_vec1::<u8>().unwrap());
         let candle = move || compositions::masked_whiten(&x, &factors, options.eps).unwrap();
-        let fused = move |out: &mut [f32]| {
-            let (x, mask) = (&raw.0, Some(raw.1.as_slice()));
-            let moments = cpu::masked_moments(x, mask).unwrap();
-            cpu::masked_whiten(x, mask, &moments, &options, out).unwrap();
+        let fused = move |y: &mut [f32]| {
+            let (x, mask) = (raw.0.as_slice(), Some(raw.1.as_slice()));
+            let inputs = Inputs { x, mask, moments: Some(&moments(x, mask)) };
+            cpu::masked_whiten(inputs, tokens, &options, Outputs { y }).unwrap();
         };
         let mut out = vec![0.0; tokens];
         fused(&mut out);
@@ -54,7 +65,7 @@ fn forward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
 fn tensors(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let (shape, tokens) = (format!("f32_{batch}x{seq_len}"), batch * seq_len);
     compare(criterion, "whiten_tensor", &shape, &walks(tokens), || {
-        let Inputs { x, mask } = inputs(batch, seq_len);
+        let Data { x, mask } = data(batch, seq_len);
         let options = WhitenOptions::default();
         let theirs = (x.clone(), mask.to_dtype(DType::F32).unwrap());
         let candle =
@@ -70,7 +81,7 @@ fn backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     // x, mask and the upstream gradient, for their sums and then for the gradient.
     let walks = [Walk { read: 9 * tokens, write: 0 }, Walk { read: 9 * tokens, write: 4 * tokens }];
     on_cpu(criterion, "whiten_backward", &format!("f32_{batch}x{seq_len}"), &walks, || {
-        let Inputs { x, mask } = inputs(batch, seq_len);
+        let Data { x, mask } = data(batch, seq_len);
         let options = WhitenOptions::default();
         let upstream = uniform(&mut rng(3), tokens, 0.1, 1.0);
         let var = Var::from_tensor(&x).unwrap();
@@ -82,10 +93,12 @@ fn backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
 
         let x = to_vec(&x);
         let mask: Vec<u8> = mask.flatten_all().unwrap().to_vec1().unwrap();
-        let moments = cpu::masked_moments(&x, Some(&mask)).unwrap();
-        let fused = move |grad: &mut [f32]| {
-            let mask = Some(mask.as_slice());
-            cpu::masked_whiten_backward(&x, mask, &moments, &upstream, &options, grad).unwrap();
+        let moments = moments(&x, Some(&mask));
+        let fused = move |grad_x: &mut [f32]| {
+            let (mask, moments) = (Some(mask.as_slice()), Some(moments.as_slice()));
+            let inputs = BackwardInputs { x: &x, mask, moments, grad_y: &upstream };
+            let outputs = BackwardOutputs { grad_x };
+            cpu::masked_whiten_backward(inputs, tokens, &options, outputs).unwrap();
         };
         let mut grad = vec![0.0; tokens];
         fused(&mut grad);

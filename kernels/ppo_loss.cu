@@ -16,10 +16,10 @@
 // four tokens a thread: a vector of 16 bytes from each input, all in flight at once. Which tokens a
 // thread takes does not depend on their alignment; inputs that are not aligned are loaded one by
 // one. Sums are kept in f32 in a thread, of at most 128 tokens, and over a warp in a fixed tree;
-// those of the warps are added in f64, and `partials [SUMS, parts]` keeps them for merge. How many
-// parts there are depends on the number of tokens alone. Row weights, the entropy and the KL take
-// registers, which leaves fewer threads in flight, so there is a kernel without them (pass) and one
-// with (pass_full).
+// those of the warps are added in f64, and `partials [PARTIAL_SUMS, parts]` keeps them for merge.
+// How many parts there are depends on the number of tokens alone. Row weights, the entropy and the
+// KL take registers, which leaves fewer threads in flight, so there is a kernel without them (pass)
+// and one with (pass_full).
 //
 // merge. One block, a sum a warp: adds the partials in f64, in order, and writes the statistics. If
 // there is but one part, pass does so itself.
@@ -37,6 +37,7 @@
 
 #include "common/reduce.cuh"
 #include "common/token_kl.cuh"
+#include "common/tokens.cuh"
 #include "common/vector.cuh"
 
 // What a part of the tokens adds up to. The four losses are weighted by row, the rest is plain.
@@ -66,15 +67,14 @@ enum Sum {
     RATIO_MAX,
     RETURN_CENTRE,
     RESIDUAL_CENTRE,
-    SUMS,
+    PARTIAL_SUMS,
 };
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
 
-// Tokens of a vector, and of a vector from every thread.
-constexpr int GROUP = 4;
-constexpr int TILE = THREADS * GROUP;
+// Tokens of a vector from every thread.
+constexpr int TILE = THREADS * QUAD;
 
 // Where D comes from.
 struct Divisor {
@@ -84,31 +84,56 @@ struct Divisor {
     int32_t needs_tokens;  // D is 0 where no token is unmasked, although it is given
 };
 
+// The statistics, NaN where not defined; src/ppo_loss/mod.rs says what each is.
+struct PpoStats {
+    double loss;
+    double policy_loss;
+    double value_loss;
+    double clip_fraction;
+    double lower_clip_fraction;
+    double value_clip_fraction;
+    double approx_kl_k1;
+    double approx_kl_k2;
+    double approx_kl_k3;
+    double ratio_mean;
+    double ratio_var;
+    double ratio_min;
+    double ratio_max;
+    double entropy_mean;
+    double kl_mean;
+    double advantage_mean;
+    double return_mean;
+    double value_mean;
+    double explained_variance;
+    double tokens;
+};
+
 struct PassArgs {
-    const float* logp;
-    const float* old_logp;
-    const float* advantages;
-    const float* values;      // or null
-    const float* old_values;  // or null: no clip
-    const float* returns;     // null as values
-    const float* entropy;     // or null
-    const float* ref_logp;    // or null
-    const uint8_t* mask;      // or null
-    const float* row_weights;  // [B] of count; or null: all 1
-    float* grad_logp;          // or null, as the next two
-    float* grad_values;
-    float* grad_entropy;
-    float* partials;
-    float* stats;  // PpoStats in order
+    const float* logp;         // [rows, columns]
+    const float* old_logp;     // [rows, columns]
+    const float* advantages;   // [rows, columns]
+    const float* values;       // [rows, columns], or null: no value term
+    const float* old_values;   // [rows, columns], or null: no clip
+    const float* returns;      // [rows, columns], or null as values
+    const float* entropy;      // [rows, columns], or null
+    const float* ref_logp;     // [rows, columns], or null
+    const uint8_t* mask;       // [rows, columns], or null: ones
+    PpoStats* stats;           // [1]
+    float* loss;               // [1], or null
+    float* grad_logp;          // [rows, columns], or null
+    float* grad_values;        // [rows, columns], or null
+    float* grad_entropy;       // [rows, columns], or null
+    const float* row_weights;  // [rows] of count, or null: all 1
+    float* partials;           // [PARTIAL_SUMS, parts]
     Divisor divisor;
     double value_coef;
     double entropy_coef;
     double kl_coef;
-    int64_t tokens;
+    int64_t tokens;            // rows * columns
     int64_t columns;
     int32_t parts;
-    int32_t part_tiles;
-    int32_t aligned;  // all of the above that have a value a token are
+    int32_t part_tiles;        // tiles of a part
+    int32_t aligned;           // all of the above that have a value a token are
     int32_t count_outside;
     // Infinity is off.
     float log_ratio_limit;
@@ -120,25 +145,27 @@ struct PassArgs {
 };
 
 struct CountArgs {
-    const uint8_t* mask;
-    uint32_t* counts;    // [parts]
-    float* row_weights;  // [rows] or null
+    const uint8_t* mask;  // [tokens]
+    uint32_t* counts;     // [parts]
+    float* row_weights;   // [rows], or null
     int64_t tokens;
-    int64_t width;      // of a row; the last one may be shorter
+    int64_t width;        // of a row; the last one may be shorter
     int64_t rows;
-    int64_t part_rows;  // rows of a part
+    int64_t part_rows;    // rows of a part
     int32_t parts;
-    int32_t team;        // threads that share a row: 1, 2, .. 32, or all of the block
-    int32_t count_rows;  // with an unmasked token, and not the tokens
+    int32_t team;         // threads that share a row: 1, 2, .. 32, or all of the block
+    int32_t count_rows;   // with an unmasked token, and not the tokens
 };
 
-constexpr int GRADIENTS = 3;
-
 struct ScaleArgs {
-    const float* from[GRADIENTS];  // or null
-    float* to[GRADIENTS];          // may be from
-    int64_t tokens[GRADIENTS];
-    const float* factor;
+    const float* upstream;        // [1]
+    const float* stored_logp;     // [tokens], or null
+    const float* stored_values;   // [tokens], or null
+    const float* stored_entropy;  // [tokens], or null
+    float* grad_logp;             // [tokens], or null as stored_logp, which it may be
+    float* grad_values;           // [tokens], or null as stored_values, which it may be
+    float* grad_entropy;          // [tokens], or null as stored_entropy, which it may be
+    int64_t tokens;
 };
 
 // ---- counting ----
@@ -245,9 +272,9 @@ static __device__ __forceinline__ uint4 load_group(const float* from, int64_t at
 
 // One by one, up to the end.
 static __device__ __forceinline__ uint4 load_edge(const float* from, int64_t at, int64_t end) {
-    float x[GROUP];
+    float x[QUAD];
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) x[i] = from && at + i < end ? from[at + i] : 0.0f;
+    for (int i = 0; i < QUAD; i++) x[i] = from && at + i < end ? from[at + i] : 0.0f;
     return pack(x, float{});
 }
 
@@ -255,7 +282,7 @@ static __device__ __forceinline__ uint32_t load_mask_edge(const uint8_t* mask, i
                                                           int64_t end) {
     uint32_t bytes = 0;
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < QUAD; i++) {
         const uint32_t byte = at + i >= end ? 0 : mask ? mask[at + i] : 1;
         bytes |= byte << 8 * i;
     }
@@ -267,7 +294,7 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
     Group g;
     const float* entropy = FULL ? args.entropy : nullptr;
     const float* ref_logp = FULL ? args.ref_logp : nullptr;
-    if (args.aligned && at + GROUP <= args.tokens) {
+    if (args.aligned && at + QUAD <= args.tokens) {
         g.logp = load_group(args.logp, at);
         g.old_logp = load_group(args.old_logp, at);
         g.advantages = load_group(args.advantages, at);
@@ -294,12 +321,12 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
 }
 
 static __device__ __forceinline__ void store_group(const PassArgs& args, float* to, int64_t at,
-                                                   const float (&x)[GROUP]) {
-    if (args.aligned && at + GROUP <= args.tokens) {
+                                                   const float (&x)[QUAD]) {
+    if (args.aligned && at + QUAD <= args.tokens) {
         store_once(to + at, pack(x, float{}));
     } else {
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) {
+        for (int i = 0; i < QUAD; i++) {
             if (at + i < args.tokens) to[at + i] = x[i];
         }
     }
@@ -309,7 +336,7 @@ static __device__ __forceinline__ void store_group(const PassArgs& args, float* 
 
 // The sums of one thread.
 struct ThreadSums {
-    float sum[SUMS];
+    float sum[PARTIAL_SUMS];
     // The first four of them, a byte each: a thread has at most 128 tokens of a part.
     uint32_t counts;
 };
@@ -317,7 +344,7 @@ struct ThreadSums {
 static __device__ __forceinline__ ThreadSums no_sums() {
     ThreadSums s;
 #pragma unroll
-    for (int i = 0; i < SUMS; i++) s.sum[i] = 0.0f;
+    for (int i = 0; i < PARTIAL_SUMS; i++) s.sum[i] = 0.0f;
     s.sum[RATIO_MIN] = INFINITY;
     s.sum[RATIO_MAX] = -INFINITY;
     s.counts = 0;
@@ -335,16 +362,16 @@ struct Scales {
 
 // The policy term, and its gradient.
 static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSums& s,
-                                                  const Group& g, const bool (&keep)[GROUP],
-                                                  const float (&w)[GROUP], float scale,
-                                                  float (&grad)[GROUP]) {
-    float logp[GROUP], old_logp[GROUP], advantages[GROUP];
+                                                  const Group& g, const bool (&keep)[QUAD],
+                                                  const float (&w)[QUAD], float scale,
+                                                  float (&grad)[QUAD]) {
+    float logp[QUAD], old_logp[QUAD], advantages[QUAD];
     unpack(g.logp, logp, float{});
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
     s.counts += count_nonzero(g.mask) << 8 * TOKENS;
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < QUAD; i++) {
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
         const float log_ratio = keep[i] ? logp[i] - old_logp[i] : 0.0f;
         const float a = keep[i] ? advantages[i] : 0.0f;
@@ -380,18 +407,18 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
 
 // The KL term; adds its gradient to the policy term's.
 static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& s, const Group& g,
-                                              const bool (&keep)[GROUP], const float (&w)[GROUP],
-                                              float scale, float (&grad)[GROUP]) {
-    float logp[GROUP], ref_logp[GROUP];
+                                              const bool (&keep)[QUAD], const float (&w)[QUAD],
+                                              float scale, float (&grad)[QUAD]) {
+    float logp[QUAD], ref_logp[QUAD];
     unpack(g.logp, logp, float{});
     unpack(g.ref_logp, ref_logp, float{});
-    float d[GROUP], value[GROUP], slope[GROUP];
+    float d[QUAD], value[QUAD], slope[QUAD];
     // Every estimate of d = 0 is 0.
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) d[i] = keep[i] ? logp[i] - ref_logp[i] : 0.0f;
+    for (int i = 0; i < QUAD; i++) d[i] = keep[i] ? logp[i] - ref_logp[i] : 0.0f;
     kl_of_tokens(args.kl, d, value, slope);
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < QUAD; i++) {
         s.sum[KL_LOSS] = fmaf(w[i], value[i], s.sum[KL_LOSS]);
         s.sum[KL] += value[i];
         // Without a coefficient the slope, which may be infinite, is not wanted.
@@ -402,16 +429,16 @@ static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& 
 // The value term, and its gradient.
 static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSums& s,
                                                  const Group& g, bool first,
-                                                 const bool (&keep)[GROUP],
-                                                 const float (&w)[GROUP], float scale,
-                                                 float (&grad)[GROUP]) {
-    float values[GROUP], old_values[GROUP], returns[GROUP];
+                                                 const bool (&keep)[QUAD],
+                                                 const float (&w)[QUAD], float scale,
+                                                 float (&grad)[QUAD]) {
+    float values[QUAD], old_values[QUAD], returns[QUAD];
     unpack(g.values, values, float{});
     unpack(args.old_values ? g.old_values : g.values, old_values, float{});
     unpack(g.returns, returns, float{});
     if (first) {
 #pragma unroll
-        for (int i = GROUP - 1; i >= 0; i--) {
+        for (int i = QUAD - 1; i >= 0; i--) {
             if (keep[i]) {
                 s.sum[RETURN_CENTRE] = returns[i];
                 s.sum[RESIDUAL_CENTRE] = returns[i] - values[i];
@@ -419,7 +446,7 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
         }
     }
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < QUAD; i++) {
         const float error = values[i] - returns[i];
         // From differences, which keep their digits where values are far from 0.
         const float moved = values[i] - old_values[i];
@@ -445,13 +472,13 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
 
 // The entropy, and its gradient.
 static __device__ __forceinline__ void add_entropy(ThreadSums& s, const Group& g,
-                                                   const bool (&keep)[GROUP],
-                                                   const float (&w)[GROUP], float scale,
-                                                   float (&grad)[GROUP]) {
-    float entropy[GROUP];
+                                                   const bool (&keep)[QUAD],
+                                                   const float (&w)[QUAD], float scale,
+                                                   float (&grad)[QUAD]) {
+    float entropy[QUAD];
     unpack(g.entropy, entropy, float{});
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < QUAD; i++) {
         const float h = keep[i] ? entropy[i] : 0.0f;
         s.sum[ENTROPY_LOSS] = fmaf(w[i], h, s.sum[ENTROPY_LOSS]);
         s.sum[ENTROPY] += h;
@@ -460,22 +487,22 @@ static __device__ __forceinline__ void add_entropy(ThreadSums& s, const Group& g
 }
 
 // A token's row and column.
-struct Place {
+struct RowColumn {
     int64_t row, column;
 };
 
 template <bool FULL>
-static __device__ __forceinline__ Place place_of(const PassArgs& args, int64_t token) {
+static __device__ __forceinline__ RowColumn place_of(const PassArgs& args, int64_t token) {
     if (!FULL || !args.row_weights) return {0, 0};
     return {token / args.columns, token % args.columns};
 }
 
 // The weights of four tokens in a row; those past the end are not needed.
 template <bool FULL>
-static __device__ __forceinline__ void load_weights(const PassArgs& args, int64_t at, Place place,
-                                                    float (&w)[GROUP]) {
+static __device__ __forceinline__ void load_weights(const PassArgs& args, int64_t at,
+                                                    RowColumn place, float (&w)[QUAD]) {
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) {
+    for (int i = 0; i < QUAD; i++) {
         w[i] = 1.0f;
         if (!FULL || !args.row_weights) continue;
         if (at + i < args.tokens) w[i] = args.row_weights[place.row];
@@ -489,15 +516,15 @@ template <bool FULL>
 static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
                                                         int64_t first, int count) {
     ThreadSums s = no_sums();
-    const Place step = place_of<FULL>(args, TILE);
-    Place place = place_of<FULL>(args, first + threadIdx.x * GROUP);
-    for (int i = threadIdx.x * GROUP; i < count; i += TILE) {
+    const RowColumn step = place_of<FULL>(args, TILE);
+    RowColumn place = place_of<FULL>(args, first + threadIdx.x * QUAD);
+    for (int i = threadIdx.x * QUAD; i < count; i += TILE) {
         const int64_t at = first + i;
         const Group g = load_group<FULL>(args, at);
-        bool keep[GROUP];
+        bool keep[QUAD];
 #pragma unroll
-        for (int i = 0; i < GROUP; i++) keep[i] = g.mask & 0xffu << 8 * i;
-        float w[GROUP], grad[GROUP];
+        for (int i = 0; i < QUAD; i++) keep[i] = g.mask & 0xffu << 8 * i;
+        float w[QUAD], grad[QUAD];
         load_weights<FULL>(args, at, place, w);
 
         const bool is_first = s.counts == 0;
@@ -534,11 +561,12 @@ static __device__ __forceinline__ void change_centre(T& sum, T& squares, T count
 
 // Where a warp leaves its sums for the block.
 struct WarpSums {
-    float sum[SUMS];
+    float sum[PARTIAL_SUMS];
     int32_t has_tokens;
 };
 
-// The sums of all threads, in the first SUMS threads, one each. `warps` is shared memory for WARPS.
+// The sums of all threads, in the first PARTIAL_SUMS threads, one each. `warps` is shared memory for
+// WARPS.
 static __device__ __forceinline__ double block_sums(ThreadSums& s, WarpSums* warps) {
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     const bool has_tokens = s.sum[TOKENS] > 0.0f;
@@ -577,11 +605,11 @@ static __device__ __forceinline__ double block_sums(ThreadSums& s, WarpSums* war
     __syncthreads();
     if (lane == 0) {
 #pragma unroll
-        for (int i = 0; i < SUMS; i++) warps[warp].sum[i] = s.sum[i];
+        for (int i = 0; i < PARTIAL_SUMS; i++) warps[warp].sum[i] = s.sum[i];
     }
     __syncthreads();
     const int which = threadIdx.x;
-    if (which >= SUMS) return 0.0;
+    if (which >= PARTIAL_SUMS) return 0.0;
     double total = warps[0].sum[which];
     for (int other = 1; other < WARPS; other++) {
         const float x = warps[other].sum[which];
@@ -625,27 +653,30 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     const double return_m2 = squares_around_mean(count, sum[RETURN], sum[RETURN_SQUARES]);
     const double residual_m2 = squares_around_mean(count, sum[RESIDUAL], sum[RESIDUAL_SQUARES]);
     const double ratio_m2 = squares_around_mean(count, sum[EXCESS], sum[EXCESS_SQUARES]);
-    float* stats = args.stats;
-    *stats++ = float(loss);
-    *stats++ = float(policy_loss);
-    *stats++ = float(has_value ? value_loss : nan);
-    *stats++ = float(sum[CLIPPED] * share);
-    *stats++ = float(sum[LOWER_CLIPPED] * share);
-    *stats++ = float(has_value ? sum[VALUE_CLIPPED] * share : nan);
-    *stats++ = float(-sum[LOG_RATIO] * share);
-    *stats++ = float(0.5 * sum[LOG_RATIO_SQUARES] * share);
-    *stats++ = float(sum[LOG_RATIO_K3] * share);
-    *stats++ = float(1.0 + sum[EXCESS] * share);
-    *stats++ = float(ratio_m2 * share);
-    *stats++ = float(any ? sum[RATIO_MIN] : nan);
-    *stats++ = float(any ? sum[RATIO_MAX] : nan);
-    *stats++ = float(args.entropy ? sum[ENTROPY] * share : nan);
-    *stats++ = float(args.ref_logp ? sum[KL] * share : nan);
-    *stats++ = float(sum[ADVANTAGE] * share);
-    *stats++ = float(has_value ? returns : nan);
-    *stats++ = float(has_value ? returns - residual : nan);
-    *stats++ = float(has_value && return_m2 != 0.0 ? 1.0 - residual_m2 / return_m2 : nan);
-    *stats++ = float(count);
+    PpoStats stats;
+    stats.loss = loss;
+    stats.policy_loss = policy_loss;
+    stats.value_loss = has_value ? value_loss : nan;
+    stats.clip_fraction = sum[CLIPPED] * share;
+    stats.lower_clip_fraction = sum[LOWER_CLIPPED] * share;
+    stats.value_clip_fraction = has_value ? sum[VALUE_CLIPPED] * share : nan;
+    stats.approx_kl_k1 = -sum[LOG_RATIO] * share;
+    stats.approx_kl_k2 = 0.5 * sum[LOG_RATIO_SQUARES] * share;
+    stats.approx_kl_k3 = sum[LOG_RATIO_K3] * share;
+    stats.ratio_mean = 1.0 + sum[EXCESS] * share;
+    stats.ratio_var = ratio_m2 * share;
+    stats.ratio_min = any ? sum[RATIO_MIN] : nan;
+    stats.ratio_max = any ? sum[RATIO_MAX] : nan;
+    stats.entropy_mean = args.entropy ? sum[ENTROPY] * share : nan;
+    stats.kl_mean = args.ref_logp ? sum[KL] * share : nan;
+    stats.advantage_mean = sum[ADVANTAGE] * share;
+    stats.return_mean = has_value ? returns : nan;
+    stats.value_mean = has_value ? returns - residual : nan;
+    stats.explained_variance =
+        has_value && return_m2 != 0.0 ? 1.0 - residual_m2 / return_m2 : nan;
+    stats.tokens = count;
+    *args.stats = stats;
+    if (args.loss) *args.loss = float(loss);
 }
 
 // Block [THREADS], a part of the tokens a block.
@@ -653,7 +684,7 @@ template <bool FULL>
 static __device__ __forceinline__ void pass(const PassArgs& args) {
     SHARED(uint32_t, counts, WARP);
     SHARED(WarpSums, warps, WARPS);
-    SHARED(double, totals, SUMS);
+    SHARED(double, totals, PARTIAL_SUMS);
     SHARED(double, divisor, 1);
     const double counted = divisor_of(args, counts);
     if (threadIdx.x == 0) *divisor = counted;
@@ -670,12 +701,12 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
         const int count = int(min(int64_t(part_tokens), args.tokens - first));
         ThreadSums s = sum_tokens<FULL>(args, scales, first, count);
         const double total = block_sums(s, warps);
-        if (threadIdx.x >= SUMS) continue;
+        if (threadIdx.x >= PARTIAL_SUMS) continue;
         if (args.parts > 1) {
             args.partials[int64_t(threadIdx.x) * args.parts + part] = float(total);
         } else {
             totals[threadIdx.x] = total;
-            __syncwarp((1u << SUMS) - 1);
+            __syncwarp((1u << PARTIAL_SUMS) - 1);
             if (threadIdx.x == 0) write_stats(args, totals, *divisor);
         }
     }
@@ -733,9 +764,9 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
     return warp_sum(total);
 }
 
-// One block [SUMS x 32], a sum a warp.
+// One block [PARTIAL_SUMS x 32], a sum a warp.
 KERNEL(768, 1, ppo_loss_merge_f32, PassArgs) {
-    SHARED(double, totals, SUMS);
+    SHARED(double, totals, PARTIAL_SUMS);
     SHARED(uint32_t, counts, WARP);
     const int which = threadIdx.x / WARP;
     const double total = merge_parts(args, which);
@@ -754,36 +785,39 @@ static __device__ __forceinline__ float scaled(float x, float factor) {
 
 // Block [threads]; nobody needs another.
 KERNEL(256, 4, ppo_loss_scale_f32, ScaleArgs) {
-    const float factor = *args.factor;
+    const float factor = *args.upstream;
+    const int64_t tokens = args.tokens;
     const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t threads = int64_t(gridDim.x) * blockDim.x;
 #pragma unroll 1
-    for (int which = 0; which < GRADIENTS; which++) {
-        const float* from = args.from[which];
-        float* to = args.to[which];
-        const int64_t tokens = args.tokens[which];
+    for (int which = 0; which < 3; which++) {
+        // Selected, not indexed: an array of them would be in local memory.
+        const float* from = which == 0   ? args.stored_logp
+                            : which == 1 ? args.stored_values
+                                         : args.stored_entropy;
+        float* to = which == 0 ? args.grad_logp : which == 1 ? args.grad_values : args.grad_entropy;
         if (!from || (from == to && factor == 1.0f)) continue;
         const uintptr_t address = reinterpret_cast<uintptr_t>(from);
         // Where the two are aligned differently they have no vectors in common: all is tail.
         const bool apart = (address ^ reinterpret_cast<uintptr_t>(to)) & 15;
         const int64_t head = apart ? 0 : min(int64_t((16 - address % 16) % 16 / 4), tokens);
-        const int64_t vectors = apart ? 0 : (tokens - head) / GROUP;
-        const int64_t tail = head + vectors * GROUP;
+        const int64_t vectors = apart ? 0 : (tokens - head) / QUAD;
+        const int64_t tail = head + vectors * QUAD;
         for (int64_t tile = thread; tile < vectors; tile += IN_FLIGHT * threads) {
             uint4 v[IN_FLIGHT];
 #pragma unroll
             for (int i = 0; i < IN_FLIGHT; i++) {
                 const int64_t vector = tile + i * threads;
-                if (vector < vectors) v[i] = load_once(from + head + vector * GROUP);
+                if (vector < vectors) v[i] = load_once(from + head + vector * QUAD);
             }
 #pragma unroll
             for (int i = 0; i < IN_FLIGHT; i++) {
                 const int64_t vector = tile + i * threads;
-                float x[GROUP];
+                float x[QUAD];
                 unpack(v[i], x, float{});
 #pragma unroll
-                for (int j = 0; j < GROUP; j++) x[j] = scaled(x[j], factor);
-                if (vector < vectors) store_once(to + head + vector * GROUP, pack(x, float{}));
+                for (int j = 0; j < QUAD; j++) x[j] = scaled(x[j], factor);
+                if (vector < vectors) store_once(to + head + vector * QUAD, pack(x, float{}));
             }
         }
         const auto one = [&](int64_t t) { to[t] = scaled(from[t], factor); };

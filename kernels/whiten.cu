@@ -29,70 +29,71 @@ constexpr int PAIRS_IN_FLIGHT = IN_FLIGHT / 2;
 
 constexpr int MAX_WARPS = 256 / WARP;
 
-struct Sums {
+struct GradientSums {
     double g;
     double product;  // g (x - mean)
 };
 
-struct Options {
+struct OptionsArgs {
     double eps;
     int32_t eps_at_std;  // it is added to the standard deviation, not to the variance
     int32_t unbiased;
     int32_t shift_mean;
 };
 
-// Moments on the device, or else the values.
-struct Given {
-    const Moments* moments;
-    Moments values;
-
-    __device__ __forceinline__ Moments read() const { return moments ? *moments : values; }
-};
-
 struct MomentsArgs {
-    const float* x;
-    const uint8_t* mask;  // or null: ones
-    Moments* partials;
+    const float* x;       // [count]
+    const uint8_t* mask;  // [count], or null: ones
+    Moments* partials;    // [runs]
     int64_t count;
     int64_t run;          // elements of a partial
 };
 
 struct ForwardArgs {
-    const float* x;
-    const uint8_t* mask;  // or null: ones
-    float* y;             // may be x
+    const float* x;          // [count]
+    const uint8_t* mask;     // [count], or null: ones
+    const Moments* moments;  // [1], or null: those that the host knows
+    float* y;                // [count]; may be x
+    Moments known;
     int64_t count;
-    Given given;
-    Options options;
-    int32_t scale_only;   // y = x / sqrt(..), the gradient with moments that are constants
+    OptionsArgs options;
+    int32_t scale_only;      // y = x / sqrt(..), the gradient with moments that are constants
 };
 
 struct SumsArgs {
-    const float* x;
-    const float* grad_y;
-    const uint8_t* mask;  // or null: ones
-    Sums* partials;
+    const float* x;          // [count]
+    const uint8_t* mask;     // [count], or null: ones
+    const Moments* moments;  // [1], or null: those that the host knows
+    const float* grad_y;     // [count]
+    Moments known;
+    GradientSums* partials;  // [runs]
     int64_t count;
-    int64_t run;          // elements of a partial
-    Given given;
+    int64_t run;             // elements of a partial
 };
 
 struct MergeSumsArgs {
-    const Sums* partials;
-    Sums* sums;
+    const GradientSums* partials;  // [count]
+    GradientSums* sums;            // [1]
     int64_t count;
 };
 
 struct BackwardArgs {
-    const float* x;
-    const float* grad_y;
-    const uint8_t* mask;  // or null: ones
-    float* grad_x;        // may be grad_y
-    const Sums* sums;
+    const float* x;            // [count]
+    const uint8_t* mask;       // [count], or null: ones
+    const Moments* moments;    // [1], or null: those that the host knows
+    const float* grad_y;       // [count]
+    float* grad_x;             // [count]; may be grad_y
+    Moments known;
+    const GradientSums* sums;  // [1]
     int64_t count;
-    Given given;
-    Options options;
+    OptionsArgs options;
 };
+
+// The moments to whiten with, wherever they are.
+template <class Args>
+static __device__ __forceinline__ Moments given_moments(const Args& args) {
+    return args.moments ? *args.moments : args.known;
+}
 
 // A mean in two floats.
 struct Mean {
@@ -119,7 +120,7 @@ struct Inverse {
     double value, slope;
     double divisor;  // of the sum of squares
 
-    __device__ __forceinline__ Inverse(const Moments& m, const Options& o) {
+    __device__ __forceinline__ Inverse(const Moments& m, const OptionsArgs& o) {
         divisor = m.count - (o.unbiased ? 1.0 : 0.0);
         const double variance = divisor < 1.0 ? NAN : m.m2 / divisor;
         if (o.eps_at_std) {
@@ -212,7 +213,7 @@ KERNEL(512, 1, whiten_merge_f32, MergeArgs) { merge_moments(args); }
 KERNEL(256, 4, whiten_forward_f32, ForwardArgs) {
     SHARED(Scale, shared, 1);
     if (threadIdx.x == 0) {
-        const Moments m = args.given.read();
+        const Moments m = given_moments(args);
         const Mean mean = in_two_floats(args.scale_only ? 0.0 : m.mean);
         const float inverse = float(Inverse(m, args.options).value);
         *shared = {mean, inverse, 0.0f, args.options.shift_mean ? 0.0f : mean.high};
@@ -226,20 +227,20 @@ KERNEL(256, 4, whiten_forward_f32, ForwardArgs) {
 
 // How a block adds up sums.
 struct AddSums {
-    static __device__ __forceinline__ Sums none() { return {0.0, 0.0}; }
+    static __device__ __forceinline__ GradientSums none() { return {0.0, 0.0}; }
 
-    static __device__ __forceinline__ Sums warp_merge(const Sums& s) {
+    static __device__ __forceinline__ GradientSums warp_merge(const GradientSums& s) {
         return {warp_sum(s.g), warp_sum(s.product)};
     }
 };
 
 // Block [threads], a run of elements a block.
 KERNEL(256, 4, whiten_sums_f32, SumsArgs) {
-    SHARED(Sums, warps, MAX_WARPS);
-    const Mean mean = in_two_floats(args.given.read().mean);
+    SHARED(GradientSums, warps, MAX_WARPS);
+    const Mean mean = in_two_floats(given_moments(args).mean);
     for (int64_t run = blockIdx.x; run * args.run < args.count; run += gridDim.x) {
         const int64_t first = run * args.run, end = min(first + args.run, args.count);
-        Sums s = {0.0, 0.0};
+        GradientSums s = {0.0, 0.0};
         for_segments<PAIRS_IN_FLIGHT>(first, end, args.count, [&](const Place& place) {
             float x[PAIRS_IN_FLIGHT][QUAD], g[PAIRS_IN_FLIGHT][QUAD];
             unsigned keep[PAIRS_IN_FLIGHT];
@@ -265,8 +266,8 @@ KERNEL(256, 4, whiten_sums_f32, SumsArgs) {
 
 // One block.
 KERNEL(512, 1, whiten_merge_sums_f32, MergeSumsArgs) {
-    SHARED(Sums, warps, WARP);
-    Sums s = {0.0, 0.0};
+    SHARED(GradientSums, warps, WARP);
+    GradientSums s = {0.0, 0.0};
     for (int64_t i = threadIdx.x; i < args.count; i += blockDim.x) {
         s.g += args.partials[i].g;
         s.product += args.partials[i].product;
@@ -278,7 +279,7 @@ KERNEL(512, 1, whiten_merge_sums_f32, MergeSumsArgs) {
 KERNEL(256, 4, whiten_backward_f32, BackwardArgs) {
     SHARED(Scale, shared, 1);
     if (threadIdx.x == 0) {
-        const Moments m = args.given.read();
+        const Moments m = given_moments(args);
         const Inverse inverse(m, args.options);
         const double mean_g = args.sums->g / m.count;
         const double offset = -inverse.value * mean_g;

@@ -163,6 +163,16 @@ impl HasLen for Host {
     }
 }
 
+impl HasLen for HostF64 {
+    fn input_len<T: Element>(array: &&[T::Wide]) -> usize {
+        array.len()
+    }
+
+    fn output_len<T: Element>(array: &&mut [T::Wide]) -> usize {
+        array.len()
+    }
+}
+
 #[cfg(any(feature = "cuda", feature = "simt"))]
 impl HasLen for Device {
     fn input_len<T: Element>(array: &crate::cuda::Slice<T>) -> usize {

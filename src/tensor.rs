@@ -105,22 +105,6 @@ pub(crate) fn check_arg(
     check_shape(op, arg, tensor, shape)
 }
 
-/// An argument that may be left out: checked like [`check_arg`], contiguous and out of the graph.
-pub(crate) fn optional_arg(
-    op: &'static str,
-    arg: &'static str,
-    tensor: Option<&Tensor>,
-    shape: &[usize],
-    dtype: DType,
-    device: &Device,
-) -> Result<Option<Tensor>> {
-    let Some(tensor) = tensor else {
-        return Ok(None);
-    };
-    check_arg(op, arg, tensor, shape, &[dtype], device)?;
-    Ok(Some(tensor.detach().contiguous()?))
-}
-
 /// The numbers that tensors of the ops hold.
 #[cfg(not(feature = "cuda"))]
 pub trait Number: candle_core::WithDType + Pod {}
@@ -354,7 +338,12 @@ impl Reads<Tensors, Owned> for Constants<'_> {
         shape: memory::Shape,
         from: &'b &'a Tensor,
     ) -> Result<Tensor> {
-        check_arg(self.op, arg, from, &shape.concat(), &[T::Number::DTYPE], self.device)?;
+        let mut dims = shape.concat();
+        // An element of several numbers is so many of the tensor's.
+        if let Some(last) = dims.last_mut() {
+            *last *= numbers::<T>();
+        }
+        check_arg(self.op, arg, from, &dims, &[T::Number::DTYPE], self.device)?;
         Ok(from.detach().contiguous()?)
     }
 }
@@ -403,41 +392,4 @@ impl Writes<Owned, Host> for OnCpu {
     ) -> std::result::Result<&'b mut [T], Infallible> {
         Ok(to.cpu())
     }
-}
-
-/// [`view`] of an argument that may be left out.
-pub(crate) fn optional_view<'a, T: Element>(
-    op: &'static str,
-    arg: &'static str,
-    tensor: &'a Option<Tensor>,
-) -> Result<Option<View<'a, T>>> {
-    tensor.as_ref().map(|tensor| view(op, arg, tensor)).transpose()
-}
-
-/// [`Backend::buffer`] for each of several outputs that is wanted.
-pub(crate) fn buffers<T: Element, const N: usize>(
-    backend: &Backend,
-    wanted: [bool; N],
-    len: usize,
-) -> Result<[Option<Buffer<T>>; N]> {
-    let mut buffers = [(); N].map(|()| None);
-    for (buffer, _) in buffers.iter_mut().zip(wanted).filter(|(_, wanted)| *wanted) {
-        *buffer = Some(backend.buffer(len)?);
-    }
-    Ok(buffers)
-}
-
-/// [`Buffer::cpu`] of those that are there.
-pub(crate) fn cpu_buffers<T: Element, const N: usize>(
-    buffers: &mut [Option<Buffer<T>>; N],
-) -> [Option<&mut [T]>; N] {
-    buffers.each_mut().map(|buffer| buffer.as_mut().map(Buffer::cpu))
-}
-
-/// [`Buffer::cuda`] of those that are there.
-#[cfg(feature = "cuda")]
-pub(crate) fn cuda_buffers<T: Element, const N: usize>(
-    buffers: &mut [Option<Buffer<T>>; N],
-) -> [Option<crate::cuda::SliceMut<'_, T>>; N] {
-    buffers.each_mut().map(|buffer| buffer.as_mut().map(Buffer::cuda))
 }

@@ -158,6 +158,12 @@ static void check_pointers(const function *f) {
     }
 }
 
+/* Where the last arguments of the _cuda functions are kept. */
+static void *workspace;
+static size_t workspace_size;
+static void *stream;
+static size_t needed;
+
 static void check_sizes(const function *f) {
     for (int i = 0; i < MOST && f->sizes[i].name; i++) {
         const size *s = &f->sizes[i];
@@ -167,9 +173,11 @@ static void check_sizes(const function *f) {
         else refuses(f, s->name, "zero", s->status_of_zero);
         const size_t huge[] = {SIZE_MAX, SIZE_MAX - 1, SIZE_MAX / 2, SIZE_MAX / 2 + 1,
                                SIZE_MAX / 3};
+        /* A workspace, where there is one, is looked at first. */
+        const int32_t status = workspace_size > 0 ? PPOK_STATUS_WORKSPACE : PPOK_STATUS_SHAPE;
         for (size_t j = 0; j < sizeof huge / sizeof *huge; j++) {
             *s->at = huge[j];
-            refuses(f, s->name, "huge", PPOK_STATUS_SHAPE);
+            refuses(f, s->name, "huge", status);
         }
         *s->at = right;
     }
@@ -231,12 +239,6 @@ static void check(const function *f) {
     check_structs(f);
     accepts(f, "all", "right again");
 }
-
-/* Where the last arguments of the _cuda functions are kept. */
-static void *workspace;
-static size_t workspace_size;
-static void *stream;
-static size_t needed;
 
 /* A function of CUDA, and the one that says how much workspace it needs, which writes `needed`. */
 static void check_cuda(function f, int32_t (*size_of_workspace)(void)) {
@@ -725,140 +727,134 @@ static void check_gae(void) {
     free_all();
 }
 
+/* The functions of a pass, with the arguments that `at` leads to. */
+#define PASS(name, at)                                                                            \
+    static int32_t name##_cpu(void) { return ppok_##name##_cpu(at); }                             \
+    static int32_t name##_cuda(void) {                                                            \
+        return ppok_##name##_cuda(at, workspace, workspace_size, stream);                         \
+    }                                                                                             \
+    static int32_t name##_workspace(void) {                                                       \
+        return ppok_##name##_cuda_workspace_size(at, stream, &needed);                            \
+    }
+
+/* Without arguments there is nothing to do. */
+static void refuses_no_args(const function *f, void **at) {
+    void *right = *at;
+    *at = NULL;
+    refuses(f, "args", "null", PPOK_STATUS_NULL_POINTER);
+    *at = right;
+}
+
 /* whiten */
 
 static struct {
-    void *x, *mask, *options, *moments, *y, *grad_y, *grad_x, *merged;
-    size_t elements;
+    ppok_whiten_moments_args take;
+    ppok_whiten_forward_args forward;
+    ppok_whiten_backward_args backward;
+    ppok_whiten_with_backward_args with_backward;
+    /* Where those are. */
+    void *take_at, *forward_at, *backward_at, *with_backward_at;
+    ppok_moments *merged;
     ppok_whiten_options settings;
 } wh;
 
-static int32_t whiten_moments_cpu(void) {
-    return ppok_whiten_moments_cpu(wh.x, wh.mask, wh.elements, wh.moments);
-}
-
-static int32_t whiten_moments_cuda(void) {
-    return ppok_whiten_moments_cuda(wh.x, wh.mask, wh.elements, wh.moments, workspace,
-                                    workspace_size, stream);
-}
-
-static int32_t whiten_moments_workspace(void) {
-    return ppok_whiten_moments_cuda_workspace_size(wh.elements, stream, &needed);
-}
-
-#define WHITEN_REST_OF_ARGUMENTS wh.mask, wh.elements, wh.options, wh.moments
-
-static int32_t whiten_forward_cpu(void) {
-    return ppok_whiten_forward_cpu(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.y);
-}
-
-static int32_t whiten_forward_cuda(void) {
-    return ppok_whiten_forward_cuda(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.y, workspace, workspace_size,
-                                    stream);
-}
-
-static int32_t whiten_forward_workspace(void) {
-    return ppok_whiten_forward_cuda_workspace_size(wh.elements, stream, &needed);
-}
-
-static int32_t whiten_backward_cpu(void) {
-    return ppok_whiten_backward_cpu(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x);
-}
-
-static int32_t whiten_backward_cuda(void) {
-    return ppok_whiten_backward_cuda(wh.x, WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x,
-                                     workspace, workspace_size, stream);
-}
-
-static int32_t whiten_backward_workspace(void) {
-    return ppok_whiten_backward_cuda_workspace_size(wh.elements, stream, &needed);
-}
-
-static int32_t whiten_with_backward_cpu(void) {
-    return ppok_whiten_with_backward_cpu(WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x);
-}
-
-static int32_t whiten_with_backward_cuda(void) {
-    return ppok_whiten_with_backward_cuda(WHITEN_REST_OF_ARGUMENTS, wh.grad_y, wh.grad_x, workspace,
-                                          workspace_size, stream);
-}
-
-static int32_t whiten_with_backward_workspace(void) {
-    return ppok_whiten_with_backward_cuda_workspace_size(wh.elements, stream, &needed);
-}
+PASS(whiten_moments, wh.take_at)
+PASS(whiten_forward, wh.forward_at)
+PASS(whiten_backward, wh.backward_at)
+PASS(whiten_with_backward, wh.with_backward_at)
 
 static int32_t moments_merge(void) {
-    return ppok_moments_merge(wh.moments, wh.moments, wh.merged);
+    return ppok_moments_merge(wh.forward.moments, wh.forward.moments, wh.merged);
 }
 
-#define WHITEN_X {"x", &wh.x, TOKENS * 4, 4, NEEDED, READ}
-#define WHITEN_MASK {"mask", &wh.mask, TOKENS, 1, OPTIONAL, READ}
-#define WHITEN_MOMENTS {"moments", &wh.moments, sizeof(ppok_moments), 8, NEEDED, READ}
-#define WHITEN_REST                                                                             \
-    .sizes = {{"elements", &wh.elements, PPOK_STATUS_OK}},                                      \
+#define WHITEN_X(args) {"x", (void **)&args.x, TOKENS * 4, 4, NEEDED, READ}
+#define WHITEN_MASK(args) {"mask", (void **)&args.mask, TOKENS, 1, OPTIONAL, READ}
+#define WHITEN_MOMENTS(args) \
+    {"moments", (void **)&args.moments, sizeof(ppok_moments), 8, NEEDED, READ}
+#define WHITEN_GRADIENTS(args)                                           \
+    {"grad_y", (void **)&args.grad_y, TOKENS * 4, 4, NEEDED, READ},      \
+    {"grad_x", (void **)&args.grad_x, TOKENS * 4, 4, NEEDED, WRITTEN}
+#define WHITEN_REST(args)                                                                       \
+    .sizes = {{"elements", &args.elements, PPOK_STATUS_OK}},                                    \
     .numbers = {{"eps_placement", &wh.settings.eps_placement, PPOK_WHITEN_EPS_IN_STD,           \
                  PPOK_STATUS_OPTION},                                                           \
                 {"unbiased", &wh.settings.unbiased, 1, PPOK_STATUS_OPTION},                     \
                 {"shift_mean", &wh.settings.shift_mean, 1, PPOK_STATUS_OPTION},                 \
                 {"reserved", &wh.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},               \
     .options = {{"eps", &wh.settings.eps, 0.0}},                                                \
-    .structs = {{"options", &wh.options, sizeof wh.settings}}
+    .structs = {{"args", &args##_at, sizeof args},                                              \
+                {"options", (void **)&args.options, sizeof wh.settings}}
 
 static void check_whiten(void) {
-    wh.x = floats(TOKENS, -1.0f, 0.3f);
-    unsigned char *mask = wh.mask = memory(TOKENS);
+    float *x = floats(TOKENS, -1.0f, 0.3f), *grad_y = floats(TOKENS, -1.0f, 0.25f);
+    float *grad_x = memory(TOKENS * 4);
+    unsigned char *mask = memory(TOKENS);
     mask[5] = 0;
-    wh.elements = TOKENS;
     CHECK(ppok_whiten_options_init(&wh.settings, sizeof wh.settings) == PPOK_STATUS_OK, "init");
-    wh.options = &wh.settings;
-    ppok_moments *moments = wh.moments = memory(sizeof *moments);
-    wh.merged = memory(sizeof(ppok_moments));
-    wh.y = memory(TOKENS * 4);
-    wh.grad_y = floats(TOKENS, -1.0f, 0.25f);
-    wh.grad_x = memory(TOKENS * 4);
+    ppok_moments *moments = memory(sizeof *moments);
+    wh.merged = memory(sizeof *wh.merged);
+    wh.take = (ppok_whiten_moments_args){
+        .struct_size = sizeof wh.take, .elements = TOKENS, .x = x, .mask = mask,
+        .moments = moments};
+    wh.forward = (ppok_whiten_forward_args){
+        .struct_size = sizeof wh.forward, .elements = TOKENS, .x = x, .mask = mask,
+        .moments = moments, .options = &wh.settings, .y = memory(TOKENS * 4)};
+    wh.backward = (ppok_whiten_backward_args){
+        .struct_size = sizeof wh.backward, .elements = TOKENS, .x = x, .mask = mask,
+        .moments = moments, .grad_y = grad_y, .options = &wh.settings, .grad_x = grad_x};
+    wh.with_backward = (ppok_whiten_with_backward_args){
+        .struct_size = sizeof wh.with_backward, .elements = TOKENS, .mask = mask,
+        .moments = moments, .grad_y = grad_y, .options = &wh.settings, .grad_x = grad_x};
+    wh.take_at = &wh.take;
+    wh.forward_at = &wh.forward;
+    wh.backward_at = &wh.backward;
+    wh.with_backward_at = &wh.with_backward;
     function take = {
         .name = "ppok_whiten_moments_cpu",
         .run = whiten_moments_cpu,
-        .pointers = {WHITEN_X, WHITEN_MASK,
-                     {"moments", &wh.moments, sizeof *moments, 8, NEEDED, WRITTEN}},
-        .sizes = {{"elements", &wh.elements, PPOK_STATUS_OK}},
+        .pointers = {WHITEN_X(wh.take), WHITEN_MASK(wh.take),
+                     {"moments", (void **)&wh.take.moments, sizeof *moments, 8, NEEDED, WRITTEN}},
+        .sizes = {{"elements", &wh.take.elements, PPOK_STATUS_OK}},
+        .structs = {{"args", &wh.take_at, sizeof wh.take}},
     };
     function forward = {
         .name = "ppok_whiten_forward_cpu",
         .run = whiten_forward_cpu,
-        .pointers = {WHITEN_X, WHITEN_MASK, WHITEN_MOMENTS,
-                     {"y", &wh.y, TOKENS * 4, 4, NEEDED, WRITTEN}},
-        WHITEN_REST,
+        .pointers = {WHITEN_X(wh.forward), WHITEN_MASK(wh.forward), WHITEN_MOMENTS(wh.forward),
+                     {"y", (void **)&wh.forward.y, TOKENS * 4, 4, NEEDED, WRITTEN}},
+        WHITEN_REST(wh.forward),
     };
     function backward = {
         .name = "ppok_whiten_backward_cpu",
         .run = whiten_backward_cpu,
-        .pointers = {WHITEN_X, WHITEN_MASK, WHITEN_MOMENTS,
-                     {"grad_y", &wh.grad_y, TOKENS * 4, 4, NEEDED, READ},
-                     {"grad_x", &wh.grad_x, TOKENS * 4, 4, NEEDED, WRITTEN}},
-        WHITEN_REST,
+        .pointers = {WHITEN_X(wh.backward), WHITEN_MASK(wh.backward), WHITEN_MOMENTS(wh.backward),
+                     WHITEN_GRADIENTS(wh.backward)},
+        WHITEN_REST(wh.backward),
     };
     function with_backward = {
         .name = "ppok_whiten_with_backward_cpu",
         .run = whiten_with_backward_cpu,
-        .pointers = {WHITEN_MASK, WHITEN_MOMENTS,
-                     {"grad_y", &wh.grad_y, TOKENS * 4, 4, NEEDED, READ},
-                     {"grad_x", &wh.grad_x, TOKENS * 4, 4, NEEDED, WRITTEN}},
-        WHITEN_REST,
+        .pointers = {WHITEN_MASK(wh.with_backward), WHITEN_MOMENTS(wh.with_backward),
+                     WHITEN_GRADIENTS(wh.with_backward)},
+        WHITEN_REST(wh.with_backward),
     };
     function merge = {
         .name = "ppok_moments_merge",
         .run = moments_merge,
-        .pointers = {WHITEN_MOMENTS,
-                     {"merged", &wh.merged, sizeof(ppok_moments), 8, NEEDED, WRITTEN}},
+        .pointers = {WHITEN_MOMENTS(wh.forward),
+                     {"merged", (void **)&wh.merged, sizeof *wh.merged, 8, NEEDED, WRITTEN}},
     };
     check(&take);
+    refuses_no_args(&take, &wh.take_at);
     CHECK(moments->count == TOKENS - 1, "moments of %g", moments->count);
     check(&forward);
+    refuses_no_args(&forward, &wh.forward_at);
     check(&backward);
+    refuses_no_args(&backward, &wh.backward_at);
     check(&with_backward);
+    refuses_no_args(&with_backward, &wh.with_backward_at);
     accepts(&merge, "all", "right");
-    CHECK(((ppok_moments *)wh.merged)->count == 2.0 * moments->count, "merged moments");
+    CHECK(wh.merged->count == 2.0 * moments->count, "merged moments");
     CHECK(ppok_moments_merge(moments, moments, NULL) == PPOK_STATUS_NULL_POINTER, "merge");
     CHECK(ppok_moments_merge(NULL, moments, wh.merged) == PPOK_STATUS_NULL_POINTER, "merge");
     CHECK(ppok_moments_merge(moments, NULL, wh.merged) == PPOK_STATUS_NULL_POINTER, "merge");
@@ -869,6 +865,8 @@ static void check_whiten(void) {
     for (size_t i = 0; i < sizeof counts / sizeof *counts; i++) {
         moments->count = counts[i];
         refuses(&forward, "moments", "of a wrong count", PPOK_STATUS_OPTION);
+        refuses(&backward, "moments", "of a wrong count", PPOK_STATUS_OPTION);
+        refuses(&with_backward, "moments", "of a wrong count", PPOK_STATUS_OPTION);
         refuses(&merge, "moments", "of a wrong count", PPOK_STATUS_OPTION);
     }
     moments->count = 1.0;
@@ -878,20 +876,20 @@ static void check_whiten(void) {
     take.name = "ppok_whiten_moments_cuda";
     take.run = whiten_moments_cuda;
     check_cuda(take, whiten_moments_workspace);
-    CHECK_QUERY(ppok_whiten_moments_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_whiten_moments_cuda_workspace_size(&wh.take, stream, NULL));
     *moments = right;
     forward.name = "ppok_whiten_forward_cuda";
     forward.run = whiten_forward_cuda;
     check_cuda(forward, whiten_forward_workspace);
-    CHECK_QUERY(ppok_whiten_forward_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_whiten_forward_cuda_workspace_size(&wh.forward, stream, NULL));
     backward.name = "ppok_whiten_backward_cuda";
     backward.run = whiten_backward_cuda;
     check_cuda(backward, whiten_backward_workspace);
-    CHECK_QUERY(ppok_whiten_backward_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_whiten_backward_cuda_workspace_size(&wh.backward, stream, NULL));
     with_backward.name = "ppok_whiten_with_backward_cuda";
     with_backward.run = whiten_with_backward_cuda;
     check_cuda(with_backward, whiten_with_backward_workspace);
-    CHECK_QUERY(ppok_whiten_with_backward_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_whiten_with_backward_cuda_workspace_size(&wh.with_backward, stream, NULL));
 
     free_all();
 }
@@ -899,70 +897,61 @@ static void check_whiten(void) {
 /* ppo_loss */
 
 static struct {
-    void *inputs, *gradients, *options, *stats;
-    size_t batch, seq_len;
-    ppok_ppo_loss_inputs in;
-    ppok_ppo_loss_gradients grads;
+    ppok_ppo_loss_args args;
+    void *at; /* where those are */
     ppok_ppo_loss_options settings;
 } pl;
 
-static int32_t ppo_loss_cpu(void) {
-    return ppok_ppo_loss_cpu(pl.inputs, pl.batch, pl.seq_len, pl.options, pl.stats, pl.gradients);
-}
-
-static int32_t ppo_loss_cuda(void) {
-    return ppok_ppo_loss_cuda(pl.inputs, pl.batch, pl.seq_len, pl.options, pl.stats, pl.gradients,
-                              workspace, workspace_size, stream);
-}
-
-static int32_t ppo_loss_workspace(void) {
-    return ppok_ppo_loss_cuda_workspace_size(pl.batch, pl.seq_len, pl.options, stream, &needed);
-}
+PASS(ppo_loss, pl.at)
 
 static void check_ppo_loss(void) {
-    pl.in = (ppok_ppo_loss_inputs){.struct_size = sizeof pl.in};
-    pl.grads = (ppok_ppo_loss_gradients){.struct_size = sizeof pl.grads};
     unsigned char *mask = memory(TOKENS);
     mask[1] = 0;
-    pl.in.logp = floats(TOKENS, -2.0f, 0.1f);
-    pl.in.old_logp = floats(TOKENS, -1.9f, 0.09f);
-    pl.in.advantages = floats(TOKENS, -1.0f, 0.2f);
-    pl.in.values = floats(TOKENS, 0.0f, 0.1f);
-    pl.in.old_values = floats(TOKENS, 0.1f, 0.08f);
-    pl.in.returns = floats(TOKENS, 0.2f, 0.12f);
-    pl.in.entropy = floats(TOKENS, 1.0f, 0.1f);
-    pl.in.ref_logp = floats(TOKENS, -2.1f, 0.11f);
-    pl.in.mask = mask;
-    pl.grads.logp = memory(TOKENS * 4);
-    pl.grads.values = memory(TOKENS * 4);
-    pl.grads.entropy = memory(TOKENS * 4);
-    pl.inputs = &pl.in;
-    pl.gradients = &pl.grads;
-    pl.batch = BATCH;
-    pl.seq_len = SEQ_LEN;
+    ppok_ppo_loss_args *args = &pl.args;
+    *args = (ppok_ppo_loss_args){
+        .struct_size = sizeof *args,
+        .batch = BATCH,
+        .seq_len = SEQ_LEN,
+        .logp = floats(TOKENS, -2.0f, 0.1f),
+        .old_logp = floats(TOKENS, -1.9f, 0.09f),
+        .advantages = floats(TOKENS, -1.0f, 0.2f),
+        .values = floats(TOKENS, 0.0f, 0.1f),
+        .old_values = floats(TOKENS, 0.1f, 0.08f),
+        .returns = floats(TOKENS, 0.2f, 0.12f),
+        .entropy = floats(TOKENS, 1.0f, 0.1f),
+        .ref_logp = floats(TOKENS, -2.1f, 0.11f),
+        .mask = mask,
+        .options = &pl.settings,
+        .stats = memory(sizeof *args->stats),
+        .loss = memory(sizeof *args->loss),
+        .grad_logp = memory(TOKENS * 4),
+        .grad_values = memory(TOKENS * 4),
+        .grad_entropy = memory(TOKENS * 4),
+    };
+    pl.at = args;
     CHECK(ppok_ppo_loss_options_init(&pl.settings, sizeof pl.settings) == PPOK_STATUS_OK, "init");
     CHECK(pl.settings.log_ratio_clamp == 20.0, "default");
     CHECK(pl.settings.clip_range_high == PPOK_NONE, "default");
     pl.settings.value_clip_range = PPOK_NONE;
-    pl.options = &pl.settings;
-    pl.stats = memory(PPOK_PPO_STATS * sizeof(double));
     function f = {
         .name = "ppok_ppo_loss_cpu",
         .run = ppo_loss_cpu,
-        .pointers = {{"logp", (void **)&pl.in.logp, TOKENS * 4, 4, NEEDED, READ},
-                     {"old_logp", (void **)&pl.in.old_logp, TOKENS * 4, 4, NEEDED, READ},
-                     {"advantages", (void **)&pl.in.advantages, TOKENS * 4, 4, NEEDED, READ},
-                     {"values", (void **)&pl.in.values, TOKENS * 4, 4, PAIRED, READ},
-                     {"old_values", (void **)&pl.in.old_values, TOKENS * 4, 4, OPTIONAL, READ},
-                     {"returns", (void **)&pl.in.returns, TOKENS * 4, 4, PAIRED, READ},
-                     {"ref_logp", (void **)&pl.in.ref_logp, TOKENS * 4, 4, OPTIONAL, READ},
-                     {"mask", (void **)&pl.in.mask, TOKENS, 1, OPTIONAL, READ},
-                     {"grad_logp", (void **)&pl.grads.logp, TOKENS * 4, 4, OPTIONAL, WRITTEN},
-                     {"grad_values", (void **)&pl.grads.values, TOKENS * 4, 4, OPTIONAL, WRITTEN},
-                     {"grad_entropy", (void **)&pl.grads.entropy, TOKENS * 4, 4, OPTIONAL, WRITTEN},
-                     {"stats", &pl.stats, PPOK_PPO_STATS * sizeof(double), 8, NEEDED, WRITTEN}},
-        .sizes = {{"batch", &pl.batch, PPOK_STATUS_MASK},
-                  {"seq_len", &pl.seq_len, PPOK_STATUS_MASK}},
+        .pointers = {{"logp", (void **)&args->logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"old_logp", (void **)&args->old_logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"advantages", (void **)&args->advantages, TOKENS * 4, 4, NEEDED, READ},
+                     {"values", (void **)&args->values, TOKENS * 4, 4, PAIRED, READ},
+                     {"old_values", (void **)&args->old_values, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"returns", (void **)&args->returns, TOKENS * 4, 4, PAIRED, READ},
+                     {"ref_logp", (void **)&args->ref_logp, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"mask", (void **)&args->mask, TOKENS, 1, OPTIONAL, READ},
+                     {"stats", (void **)&args->stats, sizeof *args->stats, 8, NEEDED, WRITTEN},
+                     {"loss", (void **)&args->loss, 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_logp", (void **)&args->grad_logp, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_values", (void **)&args->grad_values, TOKENS * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_entropy", (void **)&args->grad_entropy, TOKENS * 4, 4, OPTIONAL,
+                      WRITTEN}},
+        .sizes = {{"batch", &args->batch, PPOK_STATUS_MASK},
+                  {"seq_len", &args->seq_len, PPOK_STATUS_MASK}},
         .numbers = {{"aggregation", &pl.settings.aggregation, 4, PPOK_STATUS_OPTION},
                     {"clip_fraction", &pl.settings.clip_fraction, 1, PPOK_STATUS_OPTION},
                     {"kl_estimator", &pl.settings.kl_estimator, 4, PPOK_STATUS_OPTION},
@@ -975,114 +964,108 @@ static void check_ppo_loss(void) {
                     {"kl_log_ratio_clamp", &pl.settings.kl_log_ratio_clamp, 0.0},
                     {"kl_output_clamp", &pl.settings.kl_output_clamp, 0.0},
                     {"denominator", &pl.settings.denominator, 0.0}},
-        .structs = {{"inputs", &pl.inputs, sizeof pl.in},
-                    {"gradients", &pl.gradients, sizeof pl.grads},
-                    {"options", &pl.options, sizeof pl.settings}},
+        .structs = {{"args", &pl.at, sizeof *args},
+                    {"options", (void **)&args->options, sizeof pl.settings}},
     };
     check(&f);
-    double *stats = pl.stats;
-    CHECK(stats[PPOK_PPO_STAT_TOKENS] == TOKENS - 1, "%g tokens", stats[PPOK_PPO_STAT_TOKENS]);
-    CHECK(isfinite(stats[PPOK_PPO_STAT_LOSS]), "loss %g", stats[PPOK_PPO_STAT_LOSS]);
-    CHECK(pl.grads.logp[1] == 0.0f, "a masked token");
+    refuses_no_args(&f, &pl.at);
+    CHECK(args->stats->tokens == TOKENS - 1, "%g tokens", args->stats->tokens);
+    CHECK(isfinite(args->stats->loss), "loss %g", args->stats->loss);
+    CHECK(*args->loss == (float)args->stats->loss, "loss %g", *args->loss);
+    CHECK(args->grad_logp[1] == 0.0f, "a masked token");
 
     pl.settings.entropy_coef = 0.01;
-    const float *entropy = pl.in.entropy;
-    pl.in.entropy = NULL;
+    const float *entropy = args->entropy;
+    args->entropy = NULL;
     refuses(&f, "entropy_coef", "without entropy", PPOK_STATUS_OPTION);
     pl.settings.entropy_coef = 0.0;
     refuses(&f, "grad_entropy", "without entropy", PPOK_STATUS_SHAPE);
-    pl.in.entropy = entropy;
+    args->entropy = entropy;
     pl.settings.aggregation = PPOK_PPO_LOSS_CONSTANT;
     refuses(&f, "aggregation_divisor", "zero", PPOK_STATUS_OPTION);
     pl.settings.aggregation_divisor = 4.0;
     accepts(&f, "aggregation_divisor", "given");
     pl.settings.aggregation = PPOK_PPO_LOSS_TOKEN_MEAN;
-    pl.in.mask = memset(memory(TOKENS), 0, TOKENS);
+    args->mask = memset(memory(TOKENS), 0, TOKENS);
     refuses(&f, "mask", "of nothing", PPOK_STATUS_MASK);
-    pl.in.mask = mask;
-    pl.gradients = NULL;
-    accepts(&f, "gradients", "null");
-    pl.gradients = &pl.grads;
-    pl.inputs = NULL;
-    refuses(&f, "inputs", "null", PPOK_STATUS_NULL_POINTER);
-    pl.inputs = &pl.in;
+    args->mask = mask;
+    const float *values = args->values, *returns = args->returns;
+    args->values = args->returns = NULL;
+    refuses(&f, "old_values", "without values", PPOK_STATUS_NULL_POINTER);
+    args->values = values;
+    args->returns = returns;
+    ppok_ppo_loss_args all = *args;
+    args->loss = args->grad_logp = args->grad_values = args->grad_entropy = NULL;
+    accepts(&f, "loss and gradients", "null");
+    *args = all;
 
     f.name = "ppok_ppo_loss_cuda";
     f.run = ppo_loss_cuda;
-    /* On the device the statistics are floats. */
-    for (int i = 0; i < MOST && f.pointers[i].name; i++) {
-        if (f.pointers[i].at != &pl.stats) continue;
-        f.pointers[i].bytes = PPOK_PPO_STATS * sizeof(float);
-        f.pointers[i].align = sizeof(float);
-    }
     check_cuda(f, ppo_loss_workspace);
-    CHECK_QUERY(ppok_ppo_loss_cuda_workspace_size(1, 1, NULL, stream, NULL));
+    CHECK_QUERY(ppok_ppo_loss_cuda_workspace_size(args, stream, NULL));
     free_all();
 }
 
 static struct {
-    void *upstream, *stored, *gradients;
-    size_t tokens;
-    ppok_ppo_loss_gradients from, to;
+    ppok_ppo_loss_scale_args args;
+    void *at; /* where those are */
 } sc;
 
-static int32_t ppo_loss_scale_cpu(void) {
-    return ppok_ppo_loss_scale_cpu(sc.upstream, sc.tokens, sc.stored, sc.gradients);
-}
-
-static int32_t ppo_loss_scale_cuda(void) {
-    return ppok_ppo_loss_scale_cuda(sc.upstream, sc.tokens, sc.stored, sc.gradients, workspace,
-                                    workspace_size, stream);
-}
-
-static int32_t ppo_loss_scale_workspace(void) {
-    return ppok_ppo_loss_scale_cuda_workspace_size(sc.tokens, stream, &needed);
-}
+PASS(ppo_loss_scale, sc.at)
 
 /* In place and not. */
 static void check_scaled(const function *f) {
-    float *upstream = sc.upstream, *stored = sc.from.logp, *scaled = sc.to.logp;
-    *upstream = -2.0f;
+    float upstream = -2.0f, *stored = (float *)sc.args.stored_logp, *scaled = sc.args.grad_logp;
+    const float *given = sc.args.upstream;
+    sc.args.upstream = &upstream;
     stored[0] = 0.0f;
     accepts(f, "gradients", "apart");
     CHECK(scaled[0] == 0.0f && scaled[1] == -2.0f * stored[1], "%s: scaled", f->name);
     float before = stored[1];
-    sc.to.logp = stored;
+    sc.args.grad_logp = stored;
     accepts(f, "grad_logp", "in place");
     CHECK(stored[1] == -2.0f * before, "%s: scaled in place", f->name);
-    sc.to.logp = scaled;
+    sc.args.grad_logp = scaled;
+    sc.args.upstream = given;
 }
 
 static void check_ppo_loss_scale(void) {
-    sc.upstream = floats(1, 0.5f, 0.0f);
-    sc.from = (ppok_ppo_loss_gradients){sizeof sc.from, floats(TOKENS, 1.0f, 0.1f),
-                                        floats(TOKENS, 2.0f, 0.1f), floats(TOKENS, 3.0f, 0.1f)};
-    sc.to = (ppok_ppo_loss_gradients){sizeof sc.to, memory(TOKENS * 4), memory(TOKENS * 4),
-                                      memory(TOKENS * 4)};
-    sc.stored = &sc.from;
-    sc.gradients = &sc.to;
-    sc.tokens = TOKENS;
+    sc.args = (ppok_ppo_loss_scale_args){
+        .struct_size = sizeof sc.args,
+        .tokens = TOKENS,
+        .upstream = floats(1, 0.5f, 0.0f),
+        .stored_logp = floats(TOKENS, 1.0f, 0.1f),
+        .stored_values = floats(TOKENS, 2.0f, 0.1f),
+        .stored_entropy = floats(TOKENS, 3.0f, 0.1f),
+        .grad_logp = memory(TOKENS * 4),
+        .grad_values = memory(TOKENS * 4),
+        .grad_entropy = memory(TOKENS * 4),
+    };
+    sc.at = &sc.args;
+    ppok_ppo_loss_scale_args *args = &sc.args;
     function f = {
         .name = "ppok_ppo_loss_scale_cpu",
         .run = ppo_loss_scale_cpu,
-        .pointers = {{"upstream", &sc.upstream, 4, 4, NEEDED, READ},
-                     {"stored.logp", (void **)&sc.from.logp, TOKENS * 4, 4, PAIRED, READ},
-                     {"stored.values", (void **)&sc.from.values, TOKENS * 4, 4, PAIRED, READ},
-                     {"stored.entropy", (void **)&sc.from.entropy, TOKENS * 4, 4, PAIRED, READ},
-                     {"grad_logp", (void **)&sc.to.logp, TOKENS * 4, 4, PAIRED, WRITTEN},
-                     {"grad_values", (void **)&sc.to.values, TOKENS * 4, 4, PAIRED, WRITTEN},
-                     {"grad_entropy", (void **)&sc.to.entropy, TOKENS * 4, 4, PAIRED, WRITTEN}},
-        .sizes = {{"tokens", &sc.tokens, PPOK_STATUS_OK}},
-        .structs = {{"stored", &sc.stored, sizeof sc.from},
-                    {"gradients", &sc.gradients, sizeof sc.to}},
+        .pointers = {{"upstream", (void **)&args->upstream, 4, 4, NEEDED, READ},
+                     {"stored_logp", (void **)&args->stored_logp, TOKENS * 4, 4, PAIRED, READ},
+                     {"stored_values", (void **)&args->stored_values, TOKENS * 4, 4, PAIRED, READ},
+                     {"stored_entropy", (void **)&args->stored_entropy, TOKENS * 4, 4, PAIRED,
+                      READ},
+                     {"grad_logp", (void **)&args->grad_logp, TOKENS * 4, 4, PAIRED, WRITTEN},
+                     {"grad_values", (void **)&args->grad_values, TOKENS * 4, 4, PAIRED, WRITTEN},
+                     {"grad_entropy", (void **)&args->grad_entropy, TOKENS * 4, 4, PAIRED,
+                      WRITTEN}},
+        .sizes = {{"tokens", &args->tokens, PPOK_STATUS_OK}},
+        .structs = {{"args", &sc.at, sizeof *args}},
     };
     check(&f);
+    refuses_no_args(&f, &sc.at);
     check_scaled(&f);
     f.name = "ppok_ppo_loss_scale_cuda";
     f.run = ppo_loss_scale_cuda;
     check_cuda(f, ppo_loss_scale_workspace);
     if (strcmp(device, "simt") == 0) check_scaled(&f);
-    CHECK_QUERY(ppok_ppo_loss_scale_cuda_workspace_size(1, stream, NULL));
+    CHECK_QUERY(ppok_ppo_loss_scale_cuda_workspace_size(args, stream, NULL));
     free_all();
 }
 

@@ -8,10 +8,9 @@ use common::ppo_loss_cases::*;
 use common::*;
 use ppo_kernels::kl::reference::token_kl;
 use ppo_kernels::kl::{KlEstimator, KlOptions};
-use ppo_kernels::ppo_loss::cpu::{self, Gradients};
+use ppo_kernels::ppo_loss::cpu::{self, Outputs, ScaleInputs, ScaleOutputs};
 use ppo_kernels::ppo_loss::{
-    ppo_loss, reference, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions,
-    PpoLossValueInputs, PpoStats,
+    ppo_loss, reference, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions, PpoStats,
 };
 use ppo_kernels::Error;
 use serde_json::Value;
@@ -31,9 +30,36 @@ fn run_cpu(data: &Data<f32>, options: &PpoLossOptions) -> Found {
     // Filled with NaN, to see that every element is written.
     let room = |given: bool| vec![f32::NAN; if given { n } else { 0 }];
     let mut grads = [room(true), room(data.values.is_some()), room(data.entropy.is_some())];
-    let [logp, values, entropy] = grads.each_mut().map(|g| Some(g.as_mut_slice()));
-    let stats = cpu::ppo_loss(&data.inputs(), options, Gradients { logp, values, entropy });
-    (stats.unwrap(), grads)
+    let [logp, values, entropy] = grads.each_mut().map(|grad| Some(grad.as_mut_slice()));
+    let (mut stats, mut loss) = ([unwritten()], [f32::NAN]);
+    let outputs = Outputs {
+        loss: Some(&mut loss),
+        grad_logp: logp,
+        grad_values: values.filter(|_| data.values.is_some()),
+        grad_entropy: entropy.filter(|_| data.entropy.is_some()),
+        ..Outputs::new(&mut stats)
+    };
+    cpu::ppo_loss(data.inputs(), data.batch, data.seq_len, options, outputs).unwrap();
+    assert_eq!(loss[0].to_bits(), (stats[0].loss as f32).to_bits());
+    (stats[0], grads)
+}
+
+/// What the raw layer says against a batch, from which nothing but statistics are wanted.
+fn cpu_refuses(data: &Data<f32>, options: &PpoLossOptions) -> Error {
+    refuses(data, data.inputs(), options)
+}
+
+fn refuses(data: &Data<f32>, inputs: cpu::Inputs, options: &PpoLossOptions) -> Error {
+    let mut stats = [unwritten()];
+    let outputs = Outputs::new(&mut stats);
+    let error = cpu::ppo_loss(inputs, data.batch, data.seq_len, options, outputs).unwrap_err();
+    assert_eq!(stats[0], unwritten());
+    error
+}
+
+fn reference_refuses(data: &Data<f32>, options: &PpoLossOptions) -> Error {
+    let wide = data.map(f64::from);
+    reference::ppo_loss(&wide.inputs(), data.batch, data.seq_len, options).unwrap_err()
 }
 
 // ---- other projects' vectors ----
@@ -716,8 +742,9 @@ fn optional_terms_fall_away() {
     }
     // Gradients that nobody wants change nothing.
     let full = rollout(&mut rng(6), 3, 30);
-    let none = cpu::ppo_loss(&full.inputs(), &PpoLossOptions::default(), Gradients::default());
-    assert_eq!(none.unwrap(), run_cpu(&full, &PpoLossOptions::default()).0);
+    let (mut none, options) = ([unwritten()], PpoLossOptions::default());
+    cpu::ppo_loss(full.inputs(), 3, 30, &options, Outputs::new(&mut none)).unwrap();
+    assert_eq!(none[0], run_cpu(&full, &options).0);
     // No clip, no old values.
     let mut full = full;
     full.old_values = None;
@@ -842,9 +869,9 @@ fn a_batch_without_tokens_needs_a_denominator() {
         Aggregation::SeqMeanTokenSumNorm,
     ] {
         let options = PpoLossOptions { aggregation, ..Default::default() };
-        let error = cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err();
+        let error = cpu_refuses(&data, &options);
         assert!(matches!(error, Error::Mask { arg: "mask", expected: 1, got: 0, .. }));
-        assert!(reference::ppo_loss(&data.map(f64::from).inputs(), &options).is_err());
+        assert!(matches!(reference_refuses(&data, &options), Error::Mask { .. }));
         for options in [
             PpoLossOptions { denominator: Some(8.0), ..options },
             PpoLossOptions { aggregation: Aggregation::Constant(8.0), ..options },
@@ -864,7 +891,7 @@ fn empty_shapes_are_batches_without_tokens() {
         let data = Data::<f32> { batch, seq_len, ..Default::default() };
         for aggregation in [Aggregation::TokenMean, Aggregation::SeqMeanTokenMean] {
             let options = PpoLossOptions { aggregation, ..Default::default() };
-            let error = cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err();
+            let error = cpu_refuses(&data, &options);
             assert!(matches!(error, Error::Mask { .. }));
             let options = PpoLossOptions { denominator: Some(1.0), ..options };
             assert_eq!(run_cpu(&data, &options).0.loss, 0.0);
@@ -906,13 +933,14 @@ impl Tensors {
     }
 
     fn inputs(&self) -> PpoLossInputs<'_> {
+        let has_values = self.values.is_some();
         PpoLossInputs {
             logp: &self.logp,
             old_logp: &self.old_logp,
             advantages: &self.advantages,
-            value: self.values.as_deref().zip(self.returns.as_ref()).map(|(values, returns)| {
-                PpoLossValueInputs { values, old_values: self.old_values.as_ref(), returns }
-            }),
+            values: self.values.as_deref(),
+            old_values: self.old_values.as_ref().filter(|_| has_values),
+            returns: self.returns.as_ref().filter(|_| has_values),
             entropy: self.entropy.as_deref(),
             ref_logp: self.ref_logp.as_ref(),
             mask: self.mask.as_ref(),
@@ -976,7 +1004,7 @@ fn every_combination_of_tracked_tensors_gets_its_gradients() {
             let [logp, values, entropy] = [0, 1, 2].map(|i| pick(i, vars[i]));
             let mut inputs = tensors.inputs();
             (inputs.logp, inputs.entropy) = (&logp, Some(&entropy));
-            inputs.value.as_mut().unwrap().values = &values;
+            inputs.values = Some(&values);
             let loss = ppo_loss(&inputs, &options).unwrap().loss;
             assert_eq!(loss.track_op(), tracked != 0);
             let grads = loss.backward().unwrap();
@@ -1016,11 +1044,9 @@ fn strided_and_offset_tensors_give_the_same() {
             logp: &logp,
             old_logp: &old_logp,
             advantages: &advantages,
-            value: Some(PpoLossValueInputs {
-                values: &values,
-                old_values: old_values.as_ref(),
-                returns: returns.as_ref().unwrap(),
-            }),
+            values: Some(&values),
+            old_values: old_values.as_ref(),
+            returns: returns.as_ref(),
             entropy: Some(&entropy),
             ref_logp: ref_logp.as_ref(),
             mask: mask.as_ref(),
@@ -1039,9 +1065,10 @@ fn inputs_may_share_a_tensor_and_the_loss_be_used_twice() {
     for device in devices() {
         let x = Tensor::from_vec(uniform(&mut rng(21), 6, 1.0), (2, 3), &device).unwrap();
         let x = Var::from_tensor(&x).unwrap();
-        let value = PpoLossValueInputs { values: &x, old_values: Some(&x), returns: &x };
         let inputs = PpoLossInputs {
-            value: Some(value),
+            values: Some(&x),
+            old_values: Some(&x),
+            returns: Some(&x),
             entropy: Some(&x),
             ref_logp: Some(&x),
             ..PpoLossInputs::new(&x, &x, &x)
@@ -1062,15 +1089,11 @@ fn the_loss_trains_a_graph_behind_its_inputs() {
     for device in devices() {
         let x = Var::from_tensor(&Tensor::new(&[[-1.0_f32, -2.0]], &device).unwrap()).unwrap();
         let (logp, values) = ((&*x * 0.5).unwrap(), (&*x * 3.0).unwrap());
-        let zeros = x.zeros_like().unwrap();
+        let (zeros, ones) = (x.zeros_like().unwrap(), x.ones_like().unwrap());
         let inputs = PpoLossInputs {
-            logp: &logp,
-            old_logp: &logp,
-            advantages: &x.ones_like().unwrap(),
-            value: Some(PpoLossValueInputs { values: &values, old_values: None, returns: &zeros }),
-            entropy: None,
-            ref_logp: None,
-            mask: None,
+            values: Some(&values),
+            returns: Some(&zeros),
+            ..PpoLossInputs::new(&logp, &logp, &ones)
         };
         let options =
             PpoLossOptions { value_clip_range: None, value_coef: 1.0, ..Default::default() };
@@ -1088,8 +1111,8 @@ fn options_out_of_range_are_refused_by_name() {
     for (name, options) in bad_options() {
         let tensors = Tensors::new(&data, &Device::Cpu);
         for error in [
-            cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err(),
-            reference::ppo_loss(&data.map(f64::from).inputs(), &options).unwrap_err(),
+            cpu_refuses(&data, &options),
+            reference_refuses(&data, &options),
             ppo_loss(&tensors.inputs(), &options).unwrap_err(),
         ] {
             assert!(matches!(&error, Error::Option { option, .. } if *option == name), "{error}");
@@ -1106,7 +1129,8 @@ fn options_that_need_a_missing_input_are_refused_by_name() {
         remove(&mut data);
         let tensors = Tensors::new(&data, &Device::Cpu);
         for error in [
-            cpu::ppo_loss(&data.inputs(), &options, Gradients::default()).unwrap_err(),
+            cpu_refuses(&data, &options),
+            reference_refuses(&data, &options),
             ppo_loss(&tensors.inputs(), &options).unwrap_err(),
         ] {
             assert!(matches!(&error, Error::Option { option, .. } if *option == name), "{error}");
@@ -1115,33 +1139,89 @@ fn options_that_need_a_missing_input_are_refused_by_name() {
 }
 
 #[test]
+fn values_without_returns_and_returns_without_values_are_refused_by_name() {
+    let data = rollout(&mut rng(18), 2, 3);
+    let options = PpoLossOptions { value_clip_range: None, ..Default::default() };
+    for (name, remove) in missing_partners() {
+        let mut inputs = data.inputs();
+        remove(&mut inputs);
+        let error = refuses(&data, inputs, &options);
+        assert!(matches!(&error, Error::Missing { arg, .. } if *arg == name), "{error}");
+    }
+    let tensors = Tensors::new(&data, &Device::Cpu);
+    let inputs = PpoLossInputs { returns: None, ..tensors.inputs() };
+    let error = ppo_loss(&inputs, &options).unwrap_err();
+    assert!(matches!(error, Error::Missing { arg: "returns", .. }), "{error}");
+}
+
+#[test]
 fn slices_of_the_wrong_length_are_refused_by_name() {
     let full = rollout(&mut rng(19), 2, 3);
-    let fails = |data: &Data<f32>, gradients: Gradients, name: &str| {
+    let fails = |data: &Data<f32>, lengths: [Option<usize>; 3], one: [usize; 2], name: &str| {
+        let mut out = lengths.map(|n| n.map(|n| vec![0.0; n]));
+        let [logp, values, entropy] = out.each_mut().map(|x| x.as_deref_mut());
+        let (mut stats, mut loss) = (vec![unwritten(); one[0]], vec![0.0; one[1]]);
+        let outputs = Outputs {
+            loss: Some(&mut loss),
+            grad_logp: logp,
+            grad_values: values,
+            grad_entropy: entropy,
+            ..Outputs::new(&mut stats)
+        };
         let options = PpoLossOptions::default();
-        let error = cpu::ppo_loss(&data.inputs(), &options, gradients).unwrap_err();
+        let (batch, seq_len) = (data.batch, data.seq_len);
+        let error = cpu::ppo_loss(data.inputs(), batch, seq_len, &options, outputs).unwrap_err();
         assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
     };
+    let (none, one) = ([None; 3], [1, 1]);
     for (name, cut) in wrong_lengths() {
         let mut data = full.clone();
         cut(&mut data);
-        fails(&data, Gradients::default(), name);
+        fails(&data, none, one, name);
+        let error = reference_refuses(&data, &PpoLossOptions::default());
+        assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
     }
-    let mut room = [0.0; 5];
-    let logp = Gradients { logp: Some(&mut room), ..Default::default() };
-    fails(&full, logp, "grad_logp");
-    let values = Gradients { values: Some(&mut room), ..Default::default() };
-    fails(&full, values, "grad_values");
-    let entropy = Gradients { entropy: Some(&mut room), ..Default::default() };
-    fails(&full, entropy, "grad_entropy");
+    fails(&full, [Some(5), None, None], one, "grad_logp");
+    fails(&full, [None, Some(5), None], one, "grad_values");
+    fails(&full, [None, None, Some(5)], one, "grad_entropy");
+    fails(&full, none, [0, 1], "stats");
+    fails(&full, none, [1, 2], "loss");
     // A gradient for what is not there.
     let mut data = full.clone();
     data.values = None;
-    let mut room = [0.0; 6];
-    let values = Gradients { values: Some(&mut room), ..Default::default() };
-    fails(&data, values, "grad_values");
+    fails(&data, [None, Some(6), None], one, "grad_values");
     data.batch = usize::MAX;
-    fails(&data, Gradients::default(), "logp");
+    fails(&data, none, one, "logp");
+}
+
+#[test]
+fn stored_gradients_are_scaled() {
+    let stored = [0.0_f32, 1.5, -2.0, f32::MIN_POSITIVE, -0.0];
+    for upstream in [1.0_f32, -0.5, f32::INFINITY, f32::NAN] {
+        let scaled = |g: f32| if g == 0.0 { 0.0 } else { g * upstream };
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let want = if upstream == 1.0 { stored } else { stored.map(scaled) };
+        let (upstreams, mut to) = ([upstream], [[f32::NAN; 5]; 2]);
+        let [logp, entropy] = to.each_mut().map(|x| Some(&mut x[..]));
+        let inputs = ScaleInputs {
+            stored_logp: Some(&stored),
+            stored_entropy: Some(&stored),
+            ..ScaleInputs::new(&upstreams)
+        };
+        let outputs = ScaleOutputs { grad_logp: logp, grad_values: None, grad_entropy: entropy };
+        cpu::scale(inputs, 5, outputs).unwrap();
+        let mut in_place = stored;
+        cpu::scale_in_place(upstream, &mut in_place);
+        assert_eq!([bits(&to[0]), bits(&to[1]), bits(&in_place)], [(); 3].map(|()| bits(&want)));
+    }
+    let mut to = [0.0; 5];
+    let inputs = ScaleInputs { stored_logp: Some(&stored), ..ScaleInputs::new(&[1.0]) };
+    let outputs = ScaleOutputs { grad_values: Some(&mut to), ..Default::default() };
+    let error = cpu::scale(inputs, 5, outputs).unwrap_err();
+    assert!(matches!(error, Error::Missing { arg: "grad_logp", needed_by: "stored_logp", .. }));
+    let outputs = ScaleOutputs { grad_logp: Some(&mut to[1..]), ..Default::default() };
+    let error = cpu::scale(inputs, 5, outputs).unwrap_err();
+    assert!(matches!(error, Error::Shape { arg: "grad_logp", .. }));
 }
 
 #[test]
@@ -1167,13 +1247,12 @@ fn tensors_of_the_wrong_shape_or_dtype_are_refused_by_name() {
         let wrong_shape = if name == "mask" { &narrow_mask } else { &narrow };
         for (wrong, is_shape) in [(wrong_shape, true), (&double, false)] {
             let mut inputs = tensors.inputs();
-            let value = inputs.value.as_mut().unwrap();
             match name {
                 "old_logp" => inputs.old_logp = wrong,
                 "advantages" => inputs.advantages = wrong,
-                "values" => value.values = wrong,
-                "old_values" => value.old_values = Some(wrong),
-                "returns" => value.returns = wrong,
+                "values" => inputs.values = Some(wrong),
+                "old_values" => inputs.old_values = Some(wrong),
+                "returns" => inputs.returns = Some(wrong),
                 "entropy" => inputs.entropy = Some(wrong),
                 "ref_logp" => inputs.ref_logp = Some(wrong),
                 _ => inputs.mask = Some(wrong),

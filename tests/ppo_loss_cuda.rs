@@ -7,8 +7,8 @@ mod common;
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::ppo_loss_cases::*;
 use common::*;
-use ppo_kernels::ppo_loss::cuda::{self, Gradients, Inputs, StoredGradients, ValueInputs};
-use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions, PpoStats};
+use ppo_kernels::ppo_loss::cuda::{self, Inputs, Outputs, ScaleInputs, ScaleOutputs};
+use ppo_kernels::ppo_loss::{cpu, Aggregation, PpoLossOptions, PpoStats};
 use ppo_kernels::{Error, Result};
 
 /// A call with every gradient that there is an input for.
@@ -40,28 +40,28 @@ impl Call {
         let mut out =
             [room(true, 9), room(data.values.is_some(), 10), room(data.entropy.is_some(), 11)];
         let [logp, values, entropy] = &mut out;
-        let gradients = Gradients {
-            logp: grads.then(|| logp.slice_mut()),
-            values: grads.then(|| values.slice_mut()).filter(|_| data.values.is_some()),
-            entropy: grads.then(|| entropy.slice_mut()).filter(|_| data.entropy.is_some()),
+        let (mut stats, mut loss) = (Buffer::new(&[unwritten()], 0), Buffer::new(&[f32::NAN], 1));
+        let outputs = Outputs {
+            stats: stats.slice_mut(),
+            loss: Some(loss.slice_mut()),
+            grad_logp: grads.then(|| logp.slice_mut()),
+            grad_values: grads.then(|| values.slice_mut()).filter(|_| data.values.is_some()),
+            grad_entropy: grads.then(|| entropy.slice_mut()).filter(|_| data.entropy.is_some()),
         };
-        let mut stats = Buffer::new(&[f32::NAN; PpoStats::LEN], 0);
-        let length = cuda::workspace_len(data.batch, data.seq_len, options);
+        let (batch, seq_len) = (data.batch, data.seq_len);
+        let length = cuda::workspace_len(batch, seq_len, options);
         let mut workspace = Buffer::workspace(length, 0);
-        let stream = stream(self.machine);
-        let inputs = device.inputs();
-        let (to, scratch) = (stats.slice_mut(), workspace.slice_mut());
-        cuda::ppo_loss(&stream, &inputs, options, gradients, to, scratch)?;
-        let stats: Vec<f64> = wide(&stats.read());
-        let stats = PpoStats::from_array(stats.try_into().unwrap());
+        let (stream, inputs) = (stream(self.machine), device.inputs());
+        let scratch = workspace.slice_mut();
+        cuda::ppo_loss(&stream, inputs, batch, seq_len, options, outputs, scratch)?;
+        let stats = stats.read()[0];
+        assert_eq!(loss.read()[0].to_bits(), (stats.loss as f32).to_bits());
         Ok((stats, out.each_ref().map(Buffer::read)))
     }
 }
 
 /// The inputs in device memory.
 struct DeviceData {
-    batch: usize,
-    seq_len: usize,
     logp: Buffer<f32>,
     old_logp: Buffer<f32>,
     advantages: Buffer<f32>,
@@ -78,8 +78,6 @@ impl DeviceData {
         let buffer = |x: &Vec<f32>, at: usize| Buffer::new(x, offset * at);
         let optional = |x: &Option<Vec<f32>>, at| x.as_ref().map(|x| buffer(x, at));
         Self {
-            batch: data.batch,
-            seq_len: data.seq_len,
             logp: buffer(&data.logp, 1),
             old_logp: buffer(&data.old_logp, 2),
             advantages: buffer(&data.advantages, 3),
@@ -94,18 +92,14 @@ impl DeviceData {
 
     fn inputs(&self) -> Inputs<'static> {
         let optional = |x: &Option<Buffer<f32>>| x.as_ref().map(Buffer::slice);
-        let values = optional(&self.values).zip(optional(&self.returns));
+        let has_values = self.values.is_some();
         Inputs {
-            batch: self.batch,
-            seq_len: self.seq_len,
             logp: self.logp.slice(),
             old_logp: self.old_logp.slice(),
             advantages: self.advantages.slice(),
-            value: values.map(|(values, returns)| ValueInputs {
-                values,
-                old_values: optional(&self.old_values),
-                returns,
-            }),
+            values: optional(&self.values),
+            old_values: optional(&self.old_values).filter(|_| has_values),
+            returns: optional(&self.returns).filter(|_| has_values),
             entropy: optional(&self.entropy),
             ref_logp: optional(&self.ref_logp),
             mask: self.mask.as_ref().map(Buffer::slice),
@@ -412,17 +406,17 @@ fn gradients_are_scaled_wherever_they_are() {
                 let upstream = Buffer::new(&[factor], 0);
                 let (stored, mut other) = (Buffer::new(&x, from), Buffer::new(&x, from));
                 let mut out = Buffer::new(&vec![f32::NAN; n], to);
-                let slices = StoredGradients {
-                    logp: Some(stored.slice()),
-                    values: None,
-                    entropy: Some(other.slice()),
+                let inputs = ScaleInputs {
+                    stored_logp: Some(stored.slice()),
+                    stored_entropy: Some(other.slice()),
+                    ..ScaleInputs::new(upstream.slice())
                 };
-                let gradients = Gradients {
-                    logp: Some(out.slice_mut()),
-                    values: None,
-                    entropy: Some(other.slice_mut()),
+                let outputs = ScaleOutputs {
+                    grad_logp: Some(out.slice_mut()),
+                    grad_values: None,
+                    grad_entropy: Some(other.slice_mut()),
                 };
-                cuda::scale(&stream, upstream.slice(), slices, gradients).unwrap();
+                cuda::scale(&stream, inputs, n, outputs).unwrap();
                 assert_eq!(out.read(), want);
                 assert_eq!(other.read(), want);
                 assert_eq!(stored.read(), x);
@@ -435,13 +429,15 @@ fn gradients_are_scaled_wherever_they_are() {
 fn a_masked_gradient_stays_zero_whatever_comes_from_upstream() {
     let stream = stream(machine(Order::Fifo, 9, 3));
     let mut grad = Buffer::new(&[0.0_f32, 1.0, 0.0, -1.0, 0.0, 2.0], 0);
-    let stored = StoredGradients { values: Some(grad.slice()), ..Default::default() };
-    let gradients = Gradients { values: Some(grad.slice_mut()), ..Default::default() };
-    cuda::scale(&stream, Buffer::new(&[f32::NAN], 0).slice(), stored, gradients).unwrap();
+    let upstream = Buffer::new(&[f32::NAN], 0);
+    let inputs =
+        ScaleInputs { stored_values: Some(grad.slice()), ..ScaleInputs::new(upstream.slice()) };
+    let outputs = ScaleOutputs { grad_values: Some(grad.slice_mut()), ..Default::default() };
+    cuda::scale(&stream, inputs, 6, outputs).unwrap();
     let nan: Vec<bool> = grad.read().iter().map(|g| g.is_nan()).collect();
     assert_eq!(nan, [false, true, false, true, false, true]);
-    let nothing = (StoredGradients::default(), Gradients::default());
-    cuda::scale(&stream, Buffer::new(&[1.0], 0).slice(), nothing.0, nothing.1).unwrap();
+    let nothing = ScaleOutputs::default();
+    cuda::scale(&stream, ScaleInputs::new(upstream.slice()), 6, nothing).unwrap();
 }
 
 // ---- errors ----
@@ -469,24 +465,28 @@ fn options_that_need_a_missing_input_are_refused_by_name() {
 #[test]
 fn slices_of_the_wrong_length_are_refused_by_name() {
     let full = rollout(&mut rng(16), 2, 3);
-    let fails = |data: &Data<f32>, lengths: [Option<usize>; 3], room: [usize; 2], name: &str| {
+    let fails = |data: &Data<f32>, lengths: [Option<usize>; 3], room: [usize; 3], name: &str| {
         let device = DeviceData::new(data, 0);
         let mut out = lengths.map(|n| n.map(|n| Buffer::new(&vec![0.0_f32; n], 0)));
-        let [logp, values, entropy] =
+        let [grad_logp, grad_values, grad_entropy] =
             out.each_mut().map(|buffer| buffer.as_mut().map(Buffer::slice_mut));
-        let [mut stats, mut workspace] = room.map(|n| Buffer::new(&vec![0.0_f32; n], 0));
+        let mut stats = Buffer::new(&vec![unwritten(); room[0]], 0);
+        let [mut loss, mut workspace] =
+            [room[1], room[2]].map(|n| Buffer::new(&vec![0.0_f32; n], 0));
+        let (stats, loss) = (stats.slice_mut(), Some(loss.slice_mut()));
         let error = cuda::ppo_loss(
             &stream(machine(Order::Fifo, 9, 3)),
-            &device.inputs(),
+            device.inputs(),
+            data.batch,
+            data.seq_len,
             &PpoLossOptions::default(),
-            Gradients { logp, values, entropy },
-            stats.slice_mut(),
+            Outputs { stats, loss, grad_logp, grad_values, grad_entropy },
             workspace.slice_mut(),
         );
         let error = error.unwrap_err();
         assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
     };
-    let (none, room) = ([None; 3], [PpoStats::LEN, 10_000]);
+    let (none, room) = ([None; 3], [1, 1, 10_000]);
     for (name, cut) in wrong_lengths() {
         let mut data = full.clone();
         cut(&mut data);
@@ -495,9 +495,10 @@ fn slices_of_the_wrong_length_are_refused_by_name() {
     fails(&full, [Some(5), None, None], room, "grad_logp");
     fails(&full, [None, Some(5), None], room, "grad_values");
     fails(&full, [None, None, Some(5)], room, "grad_entropy");
-    fails(&full, none, [PpoStats::LEN - 1, 10_000], "stats");
+    fails(&full, none, [0, 1, 10_000], "stats");
+    fails(&full, none, [1, 2, 10_000], "loss");
     let needed = cuda::workspace_len(2, 3, &PpoLossOptions::default());
-    fails(&full, none, [PpoStats::LEN, needed - 1], "workspace");
+    fails(&full, none, [1, 1, needed - 1], "workspace");
     // A gradient for what is not there.
     let mut data = full.clone();
     data.values = None;
@@ -507,23 +508,56 @@ fn slices_of_the_wrong_length_are_refused_by_name() {
 }
 
 #[test]
+fn values_without_returns_and_returns_without_values_are_refused_by_name() {
+    let data = rollout(&mut rng(17), 2, 3);
+    let device = DeviceData::new(&data, 0);
+    let options = PpoLossOptions { value_clip_range: None, ..Default::default() };
+    for (name, remove) in missing_partners() {
+        let mut given: cpu::Inputs = data.inputs();
+        remove(&mut given);
+        let inputs = device.inputs();
+        let inputs = Inputs {
+            values: inputs.values.filter(|_| given.values.is_some()),
+            returns: inputs.returns.filter(|_| given.returns.is_some()),
+            ..inputs
+        };
+        let mut stats = Buffer::new(&[unwritten()], 0);
+        let mut workspace = Buffer::workspace(cuda::workspace_len(2, 3, &options), 0);
+        let (outputs, space) = (Outputs::new(stats.slice_mut()), workspace.slice_mut());
+        let stream = stream(machine(Order::Fifo, 9, 3));
+        let error = cuda::ppo_loss(&stream, inputs, 2, 3, &options, outputs, space).unwrap_err();
+        assert!(matches!(&error, Error::Missing { arg, .. } if *arg == name), "{error}");
+    }
+}
+
+#[test]
 fn gradients_to_scale_of_the_wrong_length_are_refused_by_name() {
-    let fails = |upstream: usize, stored: Option<usize>, out: Option<usize>, name: &str| {
+    let error = |upstream: usize, stored: Option<usize>, out: Option<usize>| {
         let upstream = Buffer::new(&vec![1.0_f32; upstream], 0);
         let buffer = |n: usize| Buffer::new(&vec![1.0_f32; n], 0);
         let (stored, mut out) = (stored.map(buffer), out.map(buffer));
-        let slices =
-            StoredGradients { values: stored.as_ref().map(Buffer::slice), ..Default::default() };
-        let gradients =
-            Gradients { values: out.as_mut().map(Buffer::slice_mut), ..Default::default() };
-        let stream = stream(machine(Order::Fifo, 9, 3));
-        let error = cuda::scale(&stream, upstream.slice(), slices, gradients).unwrap_err();
+        let inputs = ScaleInputs {
+            stored_values: stored.as_ref().map(Buffer::slice),
+            ..ScaleInputs::new(upstream.slice())
+        };
+        let outputs =
+            ScaleOutputs { grad_values: out.as_mut().map(Buffer::slice_mut), ..Default::default() };
+        cuda::scale(&stream(machine(Order::Fifo, 9, 3)), inputs, 3, outputs).unwrap_err()
+    };
+    let fails = |upstream, stored, out, name: &str| {
+        let error = error(upstream, stored, out);
         assert!(matches!(&error, Error::Shape { arg, .. } if *arg == name), "{name}: {error}");
     };
     fails(2, Some(3), Some(3), "upstream");
+    fails(1, Some(4), Some(3), "stored_values");
     fails(1, Some(3), Some(4), "grad_values");
     fails(1, None, Some(4), "grad_values");
-    fails(1, Some(3), None, "grad_values");
+    let error_of = |stored, out| match error(1, stored, out) {
+        Error::Missing { arg, needed_by, .. } => (arg, needed_by),
+        other => panic!("{other}"),
+    };
+    assert_eq!(error_of(None, Some(3)), ("stored_values", "grad_values"));
+    assert_eq!(error_of(Some(3), None), ("grad_values", "stored_values"));
 }
 
 #[cfg(feature = "simt")]

@@ -7,8 +7,12 @@ use candle_core::{DType, Tensor, Var};
 use common::whiten_cases::*;
 use common::*;
 use ppo_kernels::moments::{Moments, MomentsTensor, RunningMoments};
+use ppo_kernels::whiten::cpu::{
+    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    WithBackwardInputs,
+};
 use ppo_kernels::whiten::{
-    cpu, masked_moments, masked_whiten, masked_whiten_with, reference, WhitenOptions,
+    masked_moments, masked_whiten, masked_whiten_with, reference, WhitenOptions,
 };
 use ppo_kernels::Error;
 
@@ -106,7 +110,7 @@ fn check_peer_gradient(case: &Golden, x: &[f64], mask: &[u8], options: &WhitenOp
     let from_masked = finite_difference(x, |x| dot(&masked_up, &everything(x)));
     let got = reference::masked_whiten_backward(x, Some(mask), &up, options);
     let got: Vec<f64> = got.iter().zip(&from_masked).map(|(a, b)| a + b).collect();
-    assert!(moments.count > 1);
+    assert!(moments.count > 1.0);
     // Half of it is a finite difference.
     assert_close(&format!("{} gradient", case.id), &got, &want, 1e-7, 1e-7);
 }
@@ -131,6 +135,13 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
             assert_close("grad with", &grad, &numeric, 1e-7, 1e-8);
         }
     }
+}
+
+fn moments_on_cpu(x: &[f32], mask: Option<&[u8]>) -> Moments {
+    let mut moments = [Moments { count: -1.0, mean: f64::NAN, m2: f64::NAN }];
+    let outputs = MomentsOutputs { moments: &mut moments };
+    cpu::masked_moments(MomentsInputs { x, mask }, x.len(), outputs).unwrap();
+    moments[0]
 }
 
 /// Lengths around the boundaries of lanes and leaves.
@@ -193,11 +204,12 @@ fn a_large_mean_costs_a_tiny_variance_no_digits() {
     let n = 5000;
     let mut x = far_from_zero(&mut rng, n);
     let want = reference::masked_moments(&wide(&x), None);
-    check_moments("offset", cpu::masked_moments(&x, None).unwrap(), want, 1e-10);
+    check_moments("offset", moments_on_cpu(&x, None), want, 1e-10);
 
     let options = WhitenOptions::default();
     let mut y = vec![0.0; n];
-    cpu::masked_whiten(&x, None, &want, &options, &mut y).unwrap();
+    let inputs = Inputs { x: &x, mask: None, moments: Some(&[want]) };
+    cpu::masked_whiten(inputs, n, &options, Outputs { y: &mut y }).unwrap();
     assert_close(
         "offset",
         &wide(&y),
@@ -206,7 +218,9 @@ fn a_large_mean_costs_a_tiny_variance_no_digits() {
         ABS,
     );
     let up = uniform(&mut rng, n, 1.0);
-    cpu::masked_whiten_backward(&x, None, &want, &up, &options, &mut y).unwrap();
+    let inputs = BackwardInputs { x: &x, mask: None, moments: Some(&[want]), grad_y: &up };
+    let outputs = BackwardOutputs { grad_x: &mut y };
+    cpu::masked_whiten_backward(inputs, n, &options, outputs).unwrap();
     let grad = reference::masked_whiten_backward(&wide(&x), None, &wide(&up), &options);
     let scale = grad.iter().fold(0.0_f64, |a, g| a.max(g.abs()));
     assert_close("offset grad", &wide(&y), &grad, REL, ABS * scale);
@@ -214,7 +228,7 @@ fn a_large_mean_costs_a_tiny_variance_no_digits() {
     // One value far off, at the place the sums are shifted by.
     x[0] = -3e9;
     let want = reference::masked_moments(&wide(&x), None);
-    check_moments("outlier", cpu::masked_moments(&x, None).unwrap(), want, 1e-10);
+    check_moments("outlier", moments_on_cpu(&x, None), want, 1e-10);
 }
 
 #[test]
@@ -337,10 +351,14 @@ fn bits_do_not_depend_on_the_number_of_threads() {
     let mask = random_mask(&mut rng, n, 0.8);
     let options = WhitenOptions::default();
     let run = || {
-        let moments = cpu::masked_moments(&x, Some(&mask)).unwrap();
+        let (x, mask) = (&x[..], Some(&mask[..]));
+        let moments = moments_on_cpu(x, mask);
         let (mut y, mut grad) = (vec![0.0; n], vec![0.0; n]);
-        cpu::masked_whiten(&x, Some(&mask), &moments, &options, &mut y).unwrap();
-        cpu::masked_whiten_backward(&x, Some(&mask), &moments, &up, &options, &mut grad).unwrap();
+        let inputs = Inputs { x, mask, moments: Some(&[moments]) };
+        cpu::masked_whiten(inputs, n, &options, Outputs { y: &mut y }).unwrap();
+        let inputs = BackwardInputs { x, mask, moments: Some(&[moments]), grad_y: &up };
+        let outputs = BackwardOutputs { grad_x: &mut grad };
+        cpu::masked_whiten_backward(inputs, n, &options, outputs).unwrap();
         let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         (moments.mean.to_bits(), moments.m2.to_bits(), bits(y), bits(grad))
     };
@@ -353,7 +371,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
 #[test]
 fn a_nan_that_is_not_masked_shows() {
     for x in [[1f32, f32::NAN, 2.0], [f32::NAN, 1.0, 2.0], [1.0, f32::INFINITY, 2.0]] {
-        let moments = cpu::masked_moments(&x, None).unwrap();
+        let moments = moments_on_cpu(&x, None);
         assert!(moments.m2.is_nan() && moments.std(true).is_nan(), "{moments:?}");
         let x = Tensor::new(&x, &candle_core::Device::Cpu).unwrap();
         for options in all_options() {
@@ -388,7 +406,9 @@ fn too_few_elements_are_an_error() {
         let given = MomentsTensor::new(&few, &device).unwrap();
         let error = masked_whiten_with(&x, None, &given, &unbiased).unwrap_err();
         assert!(matches!(error, Error::Mask { arg: "moments", got: 1, .. }), "{error}");
-        let error = cpu::masked_whiten(&[1.0], None, &few, &unbiased, &mut [0.0]).unwrap_err();
+        let inputs = Inputs { x: &[1.0], mask: None, moments: Some(&[few]) };
+        let error = cpu::masked_whiten(inputs, 1, &unbiased, Outputs { y: &mut [0.0] });
+        let error = error.unwrap_err();
         assert!(matches!(error, Error::Mask { arg: "moments", got: 1, .. }), "{error}");
         let y = masked_whiten(&x, Some(&one), &biased).unwrap();
         assert_eq!(to_vec(&y), [0.0, 0.0]);
@@ -438,17 +458,28 @@ fn errors_name_the_argument() {
         says(masked_whiten(&x, None, &options).unwrap_err(), &["whiten", "`eps`"]);
     }
 
-    let (x, moments) = ([1.0, 2.0], Moments { count: 2.0, mean: 1.5, m2: 0.5 });
-    let mut out = [0.0; 2];
-    let error = cpu::masked_moments(&x, Some(&[1])).unwrap_err();
-    says(error, &["`mask`", "[1]", "[2]"]);
-    let error = cpu::masked_whiten(&x, None, &moments, &options, &mut out[..1]).unwrap_err();
-    says(error, &["`out`", "[1]", "[2]"]);
-    let grad = [1.0];
-    let error =
-        cpu::masked_whiten_backward(&x, None, &moments, &grad, &options, &mut out).unwrap_err();
-    says(error, &["`grad_out`", "[1]", "[2]"]);
-    let error =
-        cpu::masked_whiten_with_backward(None, &moments, &grad, &options, &mut out).unwrap_err();
+    let (x, moments) = ([1.0, 2.0], [Moments { count: 2.0, mean: 1.5, m2: 0.5 }]);
+    let (x, moments, grad_y) = (&x[..], Some(&moments[..]), &[1.0][..]);
+    let (mut out, mut taken) = ([0.0; 2], [Moments::default()]);
+    let mut take = |mask, len| {
+        let outputs = MomentsOutputs { moments: &mut taken[..len] };
+        cpu::masked_moments(MomentsInputs { x, mask }, 2, outputs).unwrap_err()
+    };
+    says(take(Some(&[1]), 1), &["`mask`", "[1]", "[2]"]);
+    says(take(None, 0), &["`moments`", "[0]", "[1]"]);
+    let mut whiten = |moments, len| {
+        let inputs = Inputs { x, mask: None, moments };
+        cpu::masked_whiten(inputs, 2, &options, Outputs { y: &mut out[..len] }).unwrap_err()
+    };
+    says(whiten(moments, 1), &["`y`", "[1]", "[2]"]);
+    says(whiten(Some(&[]), 2), &["`moments`", "[0]", "[1]"]);
+    says(whiten(None, 2), &["`moments`", "missing", "`x`"]);
+    let inputs = BackwardInputs { x, mask: None, moments, grad_y };
+    let outputs = BackwardOutputs { grad_x: &mut out };
+    let error = cpu::masked_whiten_backward(inputs, 2, &options, outputs).unwrap_err();
+    says(error, &["`grad_y`", "[1]", "[2]"]);
+    let inputs = WithBackwardInputs { mask: None, moments, grad_y };
+    let outputs = BackwardOutputs { grad_x: &mut out };
+    let error = cpu::masked_whiten_with_backward(inputs, 1, &options, outputs).unwrap_err();
     says(error, &["`grad_x`", "[2]", "[1]"]);
 }

@@ -9,7 +9,10 @@ use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::whiten_cases::*;
 use common::*;
 use ppo_kernels::moments::Moments;
-use ppo_kernels::whiten::cuda::{self, Given};
+use ppo_kernels::whiten::cuda::{
+    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    WithBackwardInputs,
+};
 use ppo_kernels::whiten::{reference, WhitenOptions};
 use ppo_kernels::{Error, Result};
 
@@ -51,10 +54,10 @@ impl Call<'_> {
         let up = Buffer::new(&self.sample.up, 2 * self.offset);
         let mask = self.sample.mask.as_ref().map(|mask| Buffer::new(mask, self.offset));
         let mask = mask.as_ref().map(Buffer::slice);
-        let mut moments = Buffer::new(&[f64::NAN; 3], 0);
+        let mut moments = Buffer::new(&[NO_MOMENTS], 0);
         let mut workspace = Buffer::workspace(cuda::workspace_len(n), 1);
-        let (to, space) = (moments.slice_mut(), workspace.slice_mut());
-        cuda::masked_moments(&stream, x.slice(), mask, to, space)?;
+        let (to, space) = (MomentsOutputs { moments: moments.slice_mut() }, workspace.slice_mut());
+        cuda::masked_moments(&stream, MomentsInputs { x: x.slice(), mask }, n, to, space)?;
 
         // What is read, or a copy of it, and where the result goes.
         let run =
@@ -68,27 +71,33 @@ impl Call<'_> {
                 pass(input.slice(), out.slice_mut())?;
                 Ok::<_, Error>(out.read().to_vec())
             };
-        let own = Given::OnDevice(moments.slice());
-        let forward = |given| {
+        // Moments on the device, or known to the host.
+        let own = (Some(moments.slice()), None);
+        let known = (None, Some(self.given));
+        let forward = |(moments, known)| {
             run(&x, &self.sample.x, self.offset, &move |x, y| {
-                cuda::masked_whiten(&stream, x, mask, given, options, y)
+                let inputs = Inputs { x, mask, moments };
+                cuda::masked_whiten(&stream, inputs, known, n, options, Outputs { y })
             })
         };
-        let (y, y_with) = (forward(own)?, forward(Given::Known(self.given))?);
+        let (y, y_with) = (forward(own)?, forward(known)?);
         let space = std::cell::RefCell::new(workspace);
-        let grad = run(&up, &self.sample.up, 2 * self.offset, &|g, dx| {
+        let grad = run(&up, &self.sample.up, 2 * self.offset, &|grad_y, grad_x| {
             let (x, space) = (x.slice(), space.borrow_mut().slice_mut());
-            cuda::masked_whiten_backward(&stream, x, mask, own, g, options, dx, space)
+            let inputs = BackwardInputs { x, mask, moments: own.0, grad_y };
+            let outputs = BackwardOutputs { grad_x };
+            cuda::masked_whiten_backward(&stream, inputs, own.1, n, options, outputs, space)
         })?;
-        let grad_with = run(&up, &self.sample.up, 2 * self.offset, &|g, dx| {
-            let given = Given::Known(self.given);
-            cuda::masked_whiten_with_backward(&stream, mask, given, g, options, dx)
+        let grad_with = run(&up, &self.sample.up, 2 * self.offset, &|grad_y, grad_x| {
+            let inputs = WithBackwardInputs { mask, moments: known.0, grad_y };
+            let outputs = BackwardOutputs { grad_x };
+            cuda::masked_whiten_with_backward(&stream, inputs, known.1, n, options, outputs)
         })?;
-        let moments = moments.read();
-        let moments = Moments { count: moments[0] as u64, mean: moments[1], m2: moments[2] };
-        Ok(Run { moments, y, grad, y_with, grad_with })
+        Ok(Run { moments: moments.read()[0], y, grad, y_with, grad_with })
     }
 }
+
+const NO_MOMENTS: Moments = Moments { count: f64::NAN, mean: f64::NAN, m2: f64::NAN };
 
 /// Lengths around the boundaries of vectors, segments, tiles and runs.
 const LENGTHS: [usize; 11] = [2, 3, 5, 127, 128, 129, 2049, 4096, 4097, 12_291, 70_001];
@@ -166,12 +175,12 @@ fn many_elements_are_merged_from_runs_of_several_tiles() {
     let stream = stream(machine(Order::Fifo, 9, 1 << 20));
     let (x, mask) = (Buffer::new(&sample.x, 0), sample.mask.as_deref().unwrap());
     let bytes = Buffer::new(mask, 0);
-    let mut moments = Buffer::new(&[f64::NAN; 3], 0);
+    let mut moments = Buffer::new(&[NO_MOMENTS], 0);
     let mut space = Buffer::workspace(cuda::workspace_len(n), 0);
-    let (to, space) = (moments.slice_mut(), space.slice_mut());
-    cuda::masked_moments(&stream, x.slice(), Some(bytes.slice()), to, space).unwrap();
-    let got = moments.read();
-    let got = Moments { count: got[0] as u64, mean: got[1], m2: got[2] };
+    let inputs = MomentsInputs { x: x.slice(), mask: Some(bytes.slice()) };
+    let (to, space) = (MomentsOutputs { moments: moments.slice_mut() }, space.slice_mut());
+    cuda::masked_moments(&stream, inputs, n, to, space).unwrap();
+    let got = moments.read()[0];
     check_moments("many", got, reference::masked_moments(&wide(&sample.x), Some(mask)), 1e-11);
 }
 
@@ -223,46 +232,61 @@ fn bad_input_is_refused_by_name() {
     let (x, short) = (two.slice(), one.slice());
     let byte = Buffer::new(&[1_u8], 0);
     let mask = Some(byte.slice());
-    let (mut three, mut many) = (Buffer::new(&[2_f64; 3], 0), Buffer::new(&[0_f64; 4], 0));
+    let (two_moments, one_moments) = (
+        Buffer::new(&[Moments::default(); 2], 0),
+        Buffer::new(&[Moments { count: 2.0, mean: 1.0, m2: 1.0 }], 0),
+    );
+    let (two_moments, one_moments) = (Some(two_moments.slice()), Some(one_moments.slice()));
+    let known = Some(Moments { count: 2.0, mean: 1.0, m2: 1.0 });
+    let few = Some(Moments { count: 1.0, mean: 1.0, m2: 0.0 });
     let (mut out2, mut out1) = (Buffer::new(&[0_f32; 2], 0), Buffer::new(&[0_f32], 0));
-    let known = Given::Known(Moments { count: 2.0, mean: 1.0, m2: 1.0 });
-    let few = Given::Known(Moments { count: 1.0, mean: 1.0, m2: 0.0 });
-    let on_device = Given::OnDevice(many.slice());
+    let mut space = [0, 3, 4].map(|len| Buffer::new(&vec![0_f64; len], 0));
+    let [empty, three, many] = &mut space;
 
-    let moments = |mask, moments: &mut Buffer<f64>, space: &mut Buffer<f64>| {
-        cuda::masked_moments(&stream, x, mask, moments.slice_mut(), space.slice_mut())
+    let moments = |mask, len, space: &mut Buffer<f64>| {
+        let mut moments = Buffer::new(&vec![Moments::default(); len], 0);
+        let outputs = MomentsOutputs { moments: moments.slice_mut() };
+        cuda::masked_moments(&stream, MomentsInputs { x, mask }, 2, outputs, space.slice_mut())
     };
-    says(moments(mask, &mut three, &mut many), &["`mask`", "[1]", "[2]"]);
-    let mut empty = Buffer::new(&[], 0);
-    says(moments(None, &mut empty, &mut many), &["`moments`", "[0]", "[3]"]);
-    says(moments(None, &mut three, &mut empty), &["`workspace`", "[0]", "[3] or more"]);
-    let space = cuda::workspace_len(2);
-    assert_eq!(space, 4);
+    says(moments(mask, 1, many), &["`mask`", "[1]", "[2]"]);
+    says(moments(None, 0, many), &["`moments`", "[0]", "[1]"]);
+    says(moments(None, 1, empty), &["`workspace`", "[0]", "[3] or more"]);
+    assert_eq!(cuda::workspace_len(2), 4);
 
-    let whiten = |mask, given, options, out: &mut Buffer<f32>| {
-        cuda::masked_whiten(&stream, x, mask, given, options, out.slice_mut())
+    let whiten = |mask, moments, known, options, out: &mut Buffer<f32>| {
+        let (inputs, outputs) = (Inputs { x, mask, moments }, Outputs { y: out.slice_mut() });
+        cuda::masked_whiten(&stream, inputs, known, 2, options, outputs)
     };
-    says(whiten(mask, known, &options, &mut out2), &["`mask`", "[1]", "[2]"]);
-    says(whiten(None, few, &options, &mut out2), &["`moments`", "1 element", "2"]);
-    says(whiten(None, on_device, &options, &mut out2), &["`moments`", "[4]", "[3]"]);
-    says(whiten(None, known, &options, &mut out1), &["`out`", "[1]", "[2]"]);
+    says(whiten(mask, None, known, &options, &mut out2), &["`mask`", "[1]", "[2]"]);
+    says(whiten(None, None, few, &options, &mut out2), &["`moments`", "1 element", "2"]);
+    says(whiten(None, None, None, &options, &mut out2), &["`moments`", "missing", "`x`"]);
+    says(whiten(None, two_moments, known, &options, &mut out2), &["`moments`", "[2]", "[1]"]);
+    says(whiten(None, None, known, &options, &mut out1), &["`y`", "[1]", "[2]"]);
     let bad = WhitenOptions { eps: 0.0, ..options };
-    says(whiten(None, known, &bad, &mut out2), &["`eps`"]);
+    says(whiten(None, None, known, &bad, &mut out2), &["`eps`"]);
+    // Those on the device are the ones that count.
+    whiten(None, one_moments, few, &options, &mut out2).unwrap();
+    assert_eq!(out2.read(), [0.0; 2]);
 
-    let backward = |grad_out, given, dx: &mut Buffer<f32>, space: &mut Buffer<f64>| {
-        let (dx, space) = (dx.slice_mut(), space.slice_mut());
-        cuda::masked_whiten_backward(&stream, x, None, given, grad_out, &options, dx, space)
+    let backward = |grad_y, known, dx: &mut Buffer<f32>, space: &mut Buffer<f64>| {
+        let inputs = BackwardInputs { x, mask: None, moments: None, grad_y };
+        let (outputs, space) = (BackwardOutputs { grad_x: dx.slice_mut() }, space.slice_mut());
+        cuda::masked_whiten_backward(&stream, inputs, known, 2, &options, outputs, space)
     };
-    says(backward(short, known, &mut out2, &mut many), &["`grad_out`", "[1]", "[2]"]);
-    says(backward(x, known, &mut out1, &mut many), &["`grad_x`", "[1]", "[2]"]);
-    says(backward(x, few, &mut out2, &mut many), &["`moments`", "1 element", "2"]);
-    says(backward(x, known, &mut out2, &mut three), &["`workspace`", "[3]", "[4] or more"]);
+    says(backward(short, known, &mut out2, many), &["`grad_y`", "[1]", "[2]"]);
+    says(backward(x, known, &mut out1, many), &["`grad_x`", "[1]", "[2]"]);
+    says(backward(x, few, &mut out2, many), &["`moments`", "1 element", "2"]);
+    says(backward(x, None, &mut out2, many), &["`moments`", "missing", "`x`"]);
+    says(backward(x, known, &mut out2, three), &["`workspace`", "[3]", "[4] or more"]);
 
-    let with = |mask, given, dx: &mut Buffer<f32>| {
-        cuda::masked_whiten_with_backward(&stream, mask, given, x, &options, dx.slice_mut())
+    let with = |mask, known, dx: &mut Buffer<f32>| {
+        let inputs = WithBackwardInputs { mask, moments: None, grad_y: x };
+        let outputs = BackwardOutputs { grad_x: dx.slice_mut() };
+        cuda::masked_whiten_with_backward(&stream, inputs, known, 2, &options, outputs)
     };
     says(with(mask, known, &mut out2), &["`mask`", "[1]", "[2]"]);
     says(with(None, few, &mut out2), &["`moments`", "1 element", "2"]);
+    says(with(None, None, &mut out2), &["`moments`", "missing", "`grad_y`"]);
     says(with(None, known, &mut out1), &["`grad_x`", "[1]", "[2]"]);
 }
 

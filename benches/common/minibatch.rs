@@ -1,7 +1,7 @@
 //! The per-token tensors of a PPO minibatch, and its loss by this crate and by candle's own ops.
 
 use candle_core::{DType, Tensor, Var};
-use ppo_kernels::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossValueInputs};
+use ppo_kernels::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions};
 
 use super::{device, padding, rng, tensor, to_vec, uniform};
 
@@ -42,11 +42,9 @@ impl Minibatch {
     /// The loss by this crate.
     pub fn fused(&self, logp: &Tensor) -> Tensor {
         let inputs = PpoLossInputs {
-            value: Some(PpoLossValueInputs {
-                values: &self.values,
-                old_values: Some(&self.old_values),
-                returns: &self.returns,
-            }),
+            values: Some(&self.values),
+            old_values: Some(&self.old_values),
+            returns: Some(&self.returns),
             mask: Some(&self.mask),
             ..PpoLossInputs::new(logp, &self.old_logp, &self.advantages)
         };

@@ -11,8 +11,8 @@
 
 struct Moments {
     double count;
-    double mean;     // 0 of none
-    double m2;       // the sum of (x - mean)^2
+    double mean;  // 0 of none
+    double m2;    // the sum of (x - mean)^2
 };
 
 struct Deviations {

@@ -64,8 +64,17 @@ impl Memory {
     pub(crate) unsafe fn new<A: Pass>() -> Self {
         // An array is a word of the struct, and the workspace makes up for that of the size.
         const { assert!(size_of::<A>() / size_of::<usize>() <= MOST_ARRAYS) };
+        // SAFETY: the caller's.
+        unsafe { Self::of(A::OP) }
+    }
+
+    /// For up to [`MOST_ARRAYS`] arrays of a function that is no pass.
+    ///
+    /// # Safety
+    /// As of [`Memory::new`].
+    pub(crate) unsafe fn of(op: &'static str) -> Self {
         let none = Span { arg: "", start: 0, end: 0, written: false };
-        Self { op: A::OP, spans: [none; MOST_ARRAYS], count: 0 }
+        Self { op, spans: [none; MOST_ARRAYS], count: 0 }
     }
 
     /// The options that the caller gave, or the defaults where the pointer is null.

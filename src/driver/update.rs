@@ -12,9 +12,7 @@ use super::experience::Experience;
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
 use super::sequences::select_rows;
-use crate::ppo_loss::{
-    ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoLossValueInputs, PpoStats,
-};
+use crate::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats};
 
 /// Learning rates of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -145,11 +143,9 @@ impl Learner {
             logp: &logp,
             old_logp: &select_rows(&experience.old_logp, rows)?,
             advantages: &select_rows(&experience.advantages, rows)?,
-            value: Some(PpoLossValueInputs {
-                values: &values,
-                old_values: Some(&select_rows(&experience.values, rows)?),
-                returns: &select_rows(&experience.returns, rows)?,
-            }),
+            values: Some(&values),
+            old_values: Some(&select_rows(&experience.values, rows)?),
+            returns: Some(&select_rows(&experience.returns, rows)?),
             entropy: Some(&entropy),
             ref_logp: None,
             mask: Some(&sequences.mask),

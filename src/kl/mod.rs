@@ -102,6 +102,13 @@ pub enum KlEstimator {
     K3StraightThrough,
 }
 
+#[cfg(feature = "capi")]
+impl KlEstimator {
+    /// In the order of the C library's numbers.
+    pub(crate) const ALL: [Self; 5] =
+        [Self::K1, Self::Abs, Self::K2, Self::K3, Self::K3StraightThrough];
+}
+
 /// How the sampled KL is estimated from log-probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct KlOptions {

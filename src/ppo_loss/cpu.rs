@@ -2,18 +2,17 @@
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
 //! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
 
-use super::{
-    check_gradients, Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs,
-};
+use super::{or_infinity, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{for_each, past_caches, prefetch, reduce, vectorise, Split, Writer};
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
+use crate::memory::{Host, Lengths};
 use crate::moments::Moments;
 
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
-const BLOCK: usize = 4096;
+const BLOCK_TOKENS: usize = 4096;
 
 /// Tokens that one loop leaves to the next in the L1 cache.
 const STRETCH: usize = 512;
@@ -22,59 +21,65 @@ const STRETCH: usize = 512;
 /// machine does not see far enough ahead by itself.
 const AHEAD: isize = 512;
 
-/// Where the gradients go, each `[batch * seq_len]`; what is `None` is not computed.
-#[derive(Debug, Default)]
-pub struct Gradients<'a> {
-    /// With respect to logp.
-    pub logp: Option<&'a mut [f32]>,
-    /// With respect to values; only with values.
-    pub values: Option<&'a mut [f32]>,
-    /// With respect to entropy; only with entropy.
-    pub entropy: Option<&'a mut [f32]>,
-}
+/// The inputs as slices.
+pub type Inputs<'a> = super::Inputs<'a, Host>;
 
-/// Loss, statistics and gradients, for an upstream gradient of 1. Reads the mask twice and every
-/// other input once.
+/// The outputs as slices.
+pub type Outputs<'a> = super::Outputs<'a, Host>;
+
+/// The inputs of [`scale`] as slices.
+pub type ScaleInputs<'a> = super::ScaleInputs<'a, Host>;
+
+/// The outputs of [`scale`] as slices.
+pub type ScaleOutputs<'a> = super::ScaleOutputs<'a, Host>;
+
+/// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
+/// Reads the mask twice and every other input once.
 ///
 /// # Errors
-/// If a length does not fit, an option is out of range or asks for an input that is missing, or no
-/// token is unmasked and the denominator is not given. Nothing is written then.
+/// If a length does not fit, an option is out of range, an input is missing that another one or an
+/// option needs, or no token is unmasked and the denominator is not given. Nothing is written then.
 pub fn ppo_loss(
-    inputs: &Inputs<f32>,
+    inputs: Inputs,
+    batch: usize,
+    seq_len: usize,
     options: &PpoLossOptions,
-    gradients: Gradients,
-) -> Result<PpoStats> {
-    let (n, seq_len) = (inputs.validate(options)?, inputs.seq_len);
-    let len = |gradient: &Option<&mut [f32]>| gradient.as_ref().map(|g| g.len());
-    let lengths = [len(&gradients.logp), len(&gradients.values), len(&gradients.entropy)];
-    check_gradients(lengths, n, inputs.value.is_some(), inputs.entropy.is_some())?;
-    let (kept, rows) = count(inputs, options.aggregation);
+    mut outputs: Outputs,
+) -> Result<()> {
+    options.validate()?;
+    inputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    inputs.check_given(options)?;
+    outputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    let n = inputs.logp.len();
+    outputs.check_wanted(&inputs, n)?;
+    let (kept, rows) = count(inputs.mask, [batch, seq_len], options.aggregation);
     let divisor = options.divisor(kept, rows, seq_len)?;
 
     let terms = Terms::new(options, divisor);
-    let gradients_of = [&gradients.logp, &gradients.values, &gradients.entropy];
+    let gradients = [&outputs.grad_logp, &outputs.grad_values, &outputs.grad_entropy];
     let bytes = |gradient: &Option<&mut [f32]>| gradient.as_deref().map_or(0, size_of_val);
-    let past = past_caches(gradients_of.map(bytes).iter().sum());
+    let past = past_caches(gradients.map(bytes).iter().sum());
     let sum = |block: Tokens, weight| match past {
         false => terms.sum::<false>(block, weight),
         true => terms.sum::<true>(block, weight),
     };
+    let value = inputs.values.zip(inputs.returns);
     let tokens = Tokens {
         policy: (inputs.logp, inputs.old_logp, inputs.advantages),
-        value: inputs.value,
+        value: value.map(|(values, returns)| (values, inputs.old_values, returns)),
         entropy: inputs.entropy,
         ref_logp: inputs.ref_logp,
         mask: inputs.mask,
-        grad_logp: gradients.logp,
-        grad_values: gradients.values,
-        grad_entropy: gradients.entropy,
+        grad_logp: outputs.grad_logp,
+        grad_values: outputs.grad_values,
+        grad_entropy: outputs.grad_entropy,
     };
     let blocks = |tokens: Tokens, weight: f32| {
         let leaf = |_, _, block: Tokens| sum(block, RowWeight::Given(weight));
-        reduce(tokens.len(), BLOCK, tokens, leaf, Sums::merge)
+        reduce(tokens.len(), BLOCK_TOKENS, tokens, leaf, Sums::merge)
     };
     let sums = match options.aggregation {
-        Aggregation::SeqMeanTokenMean if seq_len > BLOCK => {
+        Aggregation::SeqMeanTokenMean if seq_len > BLOCK_TOKENS => {
             let row = |_, len, row: Tokens| {
                 let weight = 1.0 / count_kept(row.mask, len) as f32;
                 blocks(row, weight)
@@ -82,42 +87,91 @@ pub fn ppo_loss(
             reduce(n, seq_len, tokens, row, Sums::merge)
         }
         Aggregation::SeqMeanTokenMean if seq_len > 0 => {
-            let whole_rows = BLOCK / seq_len * seq_len;
+            let whole_rows = BLOCK_TOKENS / seq_len * seq_len;
             let leaf = |_, _, block: Tokens| sum(block, RowWeight::OneOverLength(seq_len));
             reduce(n, whole_rows, tokens, leaf, Sums::merge)
         }
         _ => blocks(tokens, 1.0),
     };
-    Ok(sums.stats(inputs, options, divisor))
+    let stats = sums.stats(&inputs, options, divisor);
+    outputs.stats[0] = stats;
+    if let Some(loss) = outputs.loss {
+        loss[0] = stats.loss as f32;
+    }
+    Ok(())
 }
 
-/// Multiplies a gradient of [`ppo_loss`] by `upstream`, the gradient of whatever came of the loss. A 0
+/// Writes gradients of [`ppo_loss`] times `upstream`, the gradient of whatever came of the loss. A 0
 /// stays 0, whatever `upstream` is.
-pub fn scale(upstream: f32, gradient: &mut [f32]) {
+///
+/// # Errors
+/// If a length does not fit, or a gradient is stored that is not wanted, or the other way round. Nothing
+/// is written then.
+pub fn scale(inputs: ScaleInputs, tokens: usize, mut outputs: ScaleOutputs) -> Result<()> {
+    inputs.try_map(tokens, &mut Lengths(OP))?;
+    outputs.try_map(tokens, &mut Lengths(OP))?;
+    inputs.check_pairs(&outputs)?;
+    let upstream = inputs.upstream[0];
+    for (stored, gradient) in [
+        (inputs.stored_logp, outputs.grad_logp),
+        (inputs.stored_values, outputs.grad_values),
+        (inputs.stored_entropy, outputs.grad_entropy),
+    ] {
+        let Some((stored, gradient)) = stored.zip(gradient) else {
+            continue;
+        };
+        if upstream == 1.0 {
+            gradient.copy_from_slice(stored);
+            continue;
+        }
+        for_each(tokens, BLOCK_TOKENS, (stored, gradient), |_, _, (stored, gradient)| {
+            vectorise(
+                #[inline(always)]
+                || {
+                    for (g, &stored) in gradient.iter_mut().zip(stored) {
+                        *g = scaled(stored, upstream);
+                    }
+                },
+            );
+        });
+    }
+    Ok(())
+}
+
+/// [`scale`] of a gradient where it is stored.
+pub fn scale_in_place(upstream: f32, gradient: &mut [f32]) {
     if upstream == 1.0 {
         return;
     }
-    for_each(gradient.len(), BLOCK, gradient, |_, _, gradient| {
+    for_each(gradient.len(), BLOCK_TOKENS, gradient, |_, _, gradient| {
         vectorise(
             #[inline(always)]
             || {
                 for g in gradient {
-                    *g = select(*g == 0.0, 0.0, *g * upstream);
+                    *g = scaled(*g, upstream);
                 }
             },
         );
     });
 }
 
+#[inline(always)]
+fn scaled(gradient: f32, upstream: f32) -> f32 {
+    select(gradient == 0.0, 0.0, gradient * upstream)
+}
+
 /// How many tokens are unmasked, and how many rows have one if the aggregation asks.
-fn count<T>(inputs: &Inputs<T>, aggregation: Aggregation) -> (usize, usize) {
-    let (batch, seq_len) = (inputs.batch, inputs.seq_len);
-    let Some(mask) = inputs.mask else {
+fn count(
+    mask: Option<&[u8]>,
+    [batch, seq_len]: [usize; 2],
+    aggregation: Aggregation,
+) -> (usize, usize) {
+    let Some(mask) = mask else {
         return (batch * seq_len, if seq_len > 0 { batch } else { 0 });
     };
     let add = |a: usize, b: usize| a + b;
     // A mask is one byte a token.
-    let grain = 16 * BLOCK;
+    let grain = 16 * BLOCK_TOKENS;
     let leaf = |_, len, part: &[u8]| count_kept(Some(part), len);
     let tokens = reduce(mask.len(), grain, mask, leaf, add);
     let by_row =
@@ -166,7 +220,8 @@ fn count_nonzero(bytes: &[u8]) -> usize {
 struct Tokens<'a> {
     /// logp, old_logp, advantages.
     policy: (&'a [f32], &'a [f32], &'a [f32]),
-    value: Option<ValueInputs<'a, f32>>,
+    /// Values, old values and returns.
+    value: Option<(&'a [f32], Option<&'a [f32]>, &'a [f32])>,
     entropy: Option<&'a [f32]>,
     ref_logp: Option<&'a [f32]>,
     mask: Option<&'a [u8]>,
@@ -178,18 +233,6 @@ struct Tokens<'a> {
 impl Tokens<'_> {
     fn len(&self) -> usize {
         self.policy.0.len()
-    }
-}
-
-impl<T: Sync> Split for ValueInputs<'_, T> {
-    fn split(self, mid: usize) -> (Self, Self) {
-        let values = self.values.split_at(mid);
-        let old_values = self.old_values.split(mid);
-        let returns = self.returns.split_at(mid);
-        (
-            Self { values: values.0, old_values: old_values.0, returns: returns.0 },
-            Self { values: values.1, old_values: old_values.1, returns: returns.1 },
-        )
     }
 }
 
@@ -362,15 +405,14 @@ struct Terms {
 impl Terms {
     /// Of validated options.
     fn new(options: &PpoLossOptions, divisor: f64) -> Self {
-        let off = |limit: Option<f64>| limit.map_or(f32::INFINITY, |limit| limit as f32);
         let (low, high) = options.ratio_bounds();
         Self {
-            log_ratio_limit: off(options.log_ratio_clamp),
+            log_ratio_limit: or_infinity(options.log_ratio_clamp),
             low: low as f32,
             high: high as f32,
-            dual_clip: off(options.dual_clip),
+            dual_clip: or_infinity(options.dual_clip),
             count_outside: options.clip_fraction == ClipFractionKind::RatioOutside,
-            value_range: off(options.value_clip_range),
+            value_range: or_infinity(options.value_clip_range),
             kl: TokenKl::new(&options.kl),
             policy_scale: (1.0 / divisor) as f32,
             value_scale: (options.value_coef / divisor) as f32,
@@ -379,9 +421,9 @@ impl Terms {
         }
     }
 
-    /// Sums and gradients of at most [`BLOCK`] tokens.
+    /// Sums and gradients of at most [`BLOCK_TOKENS`] tokens.
     fn sum<const PAST: bool>(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
-        let mut weights = [0.0; BLOCK];
+        let mut weights = [0.0; BLOCK_TOKENS];
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
         let kept = weights.iter().position(|&w| w != 0.0);
@@ -390,7 +432,9 @@ impl Terms {
         let writer = Writer::<PAST>;
         let (policy, grad_logp) = (block.policy, &mut block.grad_logp);
         // Without a clip the old values are not looked at, whatever they are.
-        let value = block.value.map(|v| [v.values, v.old_values.unwrap_or(v.values), v.returns]);
+        let value = block
+            .value
+            .map(|(values, old_values, returns)| [values, old_values.unwrap_or(values), returns]);
         // What the KL term is added to is to be in the cache still.
         let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
         if again {
@@ -759,9 +803,9 @@ impl Sums {
         }
     }
 
-    fn stats(&self, inputs: &Inputs<f32>, options: &PpoLossOptions, divisor: f64) -> PpoStats {
+    fn stats(&self, inputs: &Inputs, options: &PpoLossOptions, divisor: f64) -> PpoStats {
         let given = |present: bool, x: f64| if present { x } else { f64::NAN };
-        let (value, entropy) = (inputs.value.is_some(), inputs.entropy.is_some());
+        let (value, entropy) = (inputs.values.is_some(), inputs.entropy.is_some());
         // 0 / 0 is NaN where there is no token.
         let mean = |sum: f64| sum / self.tokens as f64;
         let any = self.tokens > 0;
@@ -815,7 +859,7 @@ mod tests {
             grads.each_mut().map(|grad| Some(&mut grad[offset..]));
         let tokens = Tokens {
             policy: (logp, old_logp, advantages),
-            value: Some(ValueInputs { values, old_values: Some(old_values), returns }),
+            value: Some((values, Some(old_values), returns)),
             entropy: Some(entropy),
             ref_logp: Some(ref_logp),
             mask: Some(&mask),

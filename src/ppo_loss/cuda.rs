@@ -9,35 +9,37 @@
 //! depend on it; the pass over the tokens; and one that adds up what its blocks found. Up to 4096
 //! tokens take a single one, or two where rows are counted.
 
+use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
-use super::{
-    check_gradients, Aggregation, ClipFractionKind, Lengths, PpoLossOptions, PpoStats, OP,
-};
-use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
+use super::{or_infinity, Aggregation, ClipFractionKind, PpoLossOptions, OP};
+use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
+use crate::memory::{
+    elements, Device, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Shape, Writes,
+};
 
 /// Tokens that a block of the pass takes at a time.
 const TILE: usize = 1024;
 
-/// How many tiles a block adds up, by how many there are. It must not depend on the device: it
+/// How many tiles a part has, which a block adds up, by how many there are. It must not depend on the device: it
 /// decides the order of additions.
-struct Geometry {
+struct PartSize {
     max_tiles: usize,
     part_tiles: usize,
 }
 
 /// A single part needs no merge; up to 1024 parts are merged in no time; and a thread adds up no
 /// more than 128 tokens in f32.
-const PARTS: [Geometry; 7] = [
-    Geometry { max_tiles: 4, part_tiles: 4 },
-    Geometry { max_tiles: 1 << 10, part_tiles: 1 },
-    Geometry { max_tiles: 2 << 10, part_tiles: 2 },
-    Geometry { max_tiles: 4 << 10, part_tiles: 4 },
-    Geometry { max_tiles: 8 << 10, part_tiles: 8 },
-    Geometry { max_tiles: 16 << 10, part_tiles: 16 },
-    Geometry { max_tiles: usize::MAX, part_tiles: 32 },
+const PARTS: [PartSize; 7] = [
+    PartSize { max_tiles: 4, part_tiles: 4 },
+    PartSize { max_tiles: 1 << 10, part_tiles: 1 },
+    PartSize { max_tiles: 2 << 10, part_tiles: 2 },
+    PartSize { max_tiles: 4 << 10, part_tiles: 4 },
+    PartSize { max_tiles: 8 << 10, part_tiles: 8 },
+    PartSize { max_tiles: 16 << 10, part_tiles: 16 },
+    PartSize { max_tiles: usize::MAX, part_tiles: 32 },
 ];
 
 /// Tiles of a part, and how many parts there are.
@@ -49,14 +51,14 @@ fn parts(tokens: usize) -> (usize, usize) {
 }
 
 /// Values of f32 that a part leaves for the merge, which has a warp for each.
-const SUMS: usize = 24;
+const PARTIAL_SUMS: usize = 24;
 
 const WARP: usize = 32;
 
 /// Threads of a block, by what it does.
 const PASS_THREADS: u32 = 256;
 const COUNT_THREADS: usize = 512;
-const MERGE_THREADS: u32 = (SUMS * WARP) as u32;
+const MERGE_THREADS: u32 = (PARTIAL_SUMS * WARP) as u32;
 const SCALE_THREADS: usize = 256;
 
 /// Elements of f32 that a thread of the scaling has in flight.
@@ -74,98 +76,17 @@ const WARP_ROW: usize = 8 << 10;
 /// Up to so many tokens it is cheaper that every block of the pass counts them than to launch.
 const COUNT_IN_PASS: usize = 16 << 10;
 
-/// The inputs of the value term, each `[batch * seq_len]`.
-#[derive(Clone, Copy)]
-pub struct ValueInputs<'a> {
-    /// The critic's predictions, which get the gradient.
-    pub values: Slice<'a, f32>,
-    /// Its predictions at the time of the rollout; may be `None` when values are not clipped.
-    pub old_values: Option<Slice<'a, f32>>,
-    /// The targets of the regression.
-    pub returns: Slice<'a, f32>,
-}
+/// The inputs in device memory.
+pub type Inputs<'a> = super::Inputs<'a, Device>;
 
-/// The inputs of the loss, each `[batch * seq_len]`, row by row; as those of the
-/// [CPU](super::Inputs).
-#[derive(Clone, Copy)]
-pub struct Inputs<'a> {
-    /// B, the number of responses.
-    pub batch: usize,
-    /// T, the length they are padded to.
-    pub seq_len: usize,
-    /// Log-probabilities under the policy that is trained, which get the gradient.
-    pub logp: Slice<'a, f32>,
-    /// Log-probabilities under the policy that made the rollout.
-    pub old_logp: Slice<'a, f32>,
-    /// Advantages, already whitened if they are to be.
-    pub advantages: Slice<'a, f32>,
-    /// For the value term.
-    pub value: Option<ValueInputs<'a>>,
-    /// Entropy of the policy's distribution at each token, which gets the gradient.
-    pub entropy: Option<Slice<'a, f32>>,
-    /// Log-probabilities under the reference model, for the KL term.
-    pub ref_logp: Option<Slice<'a, f32>>,
-    /// 0 masks a token out; `None` keeps all.
-    pub mask: Option<Slice<'a, u8>>,
-}
+/// The outputs in device memory.
+pub type Outputs<'a> = super::Outputs<'a, Device>;
 
-impl Inputs<'_> {
-    fn lengths(&self) -> Lengths {
-        let value = self.value.as_ref();
-        let len = |slice: Option<Slice<f32>>| slice.map(|slice| slice.len());
-        Lengths {
-            batch: self.batch,
-            seq_len: self.seq_len,
-            logp: self.logp.len(),
-            old_logp: self.old_logp.len(),
-            advantages: self.advantages.len(),
-            values: value.map(|v| v.values.len()),
-            old_values: len(value.and_then(|v| v.old_values)),
-            returns: value.map(|v| v.returns.len()),
-            entropy: len(self.entropy),
-            ref_logp: len(self.ref_logp),
-            mask: self.mask.map(|mask| mask.len()),
-        }
-    }
-}
+/// The inputs of [`scale`] in device memory.
+pub type ScaleInputs<'a> = super::ScaleInputs<'a, Device>;
 
-/// Where the gradients go, each `[batch * seq_len]`; what is `None` is not computed.
-#[derive(Default)]
-pub struct Gradients<'a> {
-    /// With respect to logp.
-    pub logp: Option<SliceMut<'a, f32>>,
-    /// With respect to values; only with values.
-    pub values: Option<SliceMut<'a, f32>>,
-    /// With respect to entropy; only with entropy.
-    pub entropy: Option<SliceMut<'a, f32>>,
-}
-
-impl Gradients<'_> {
-    fn each(&self) -> [Option<&SliceMut<'_, f32>>; GRADIENTS] {
-        [self.logp.as_ref(), self.values.as_ref(), self.entropy.as_ref()]
-    }
-
-    fn lengths(&self) -> [Option<usize>; GRADIENTS] {
-        self.each().map(|slice| slice.map(SliceMut::len))
-    }
-
-    fn pointers(&self) -> [*mut f32; GRADIENTS] {
-        self.each().map(|slice| slice.map_or(null_mut(), SliceMut::as_mut_ptr))
-    }
-}
-
-/// What [`ppo_loss`] left in the gradients.
-#[derive(Clone, Copy, Default)]
-pub struct StoredGradients<'a> {
-    /// With respect to logp.
-    pub logp: Option<Slice<'a, f32>>,
-    /// With respect to values.
-    pub values: Option<Slice<'a, f32>>,
-    /// With respect to entropy.
-    pub entropy: Option<Slice<'a, f32>>,
-}
-
-const GRADIENTS: usize = 3;
+/// The outputs of [`scale`] in device memory.
+pub type ScaleOutputs<'a> = super::ScaleOutputs<'a, Device>;
 
 /// The least length of the workspace of [`ppo_loss`]: some 96 bytes for every 1024 tokens or more,
 /// 1 KiB, and with [`Aggregation::SeqMeanTokenMean`] 4 bytes a row.
@@ -175,60 +96,50 @@ pub fn workspace_len(batch: usize, seq_len: usize, options: &PpoLossOptions) -> 
         Aggregation::SeqMeanTokenMean => batch,
         _ => 0,
     };
-    SUMS.saturating_mul(parts).saturating_add(COUNT_PARTS).saturating_add(weights)
+    PARTIAL_SUMS.saturating_mul(parts).saturating_add(COUNT_PARTS).saturating_add(weights)
 }
 
-/// Loss, statistics and gradients, for an upstream gradient of 1. Reads the mask up to twice and
-/// every other input once.
+/// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
+/// Reads the mask up to twice and every other input once.
 ///
-/// `stats` has [`PpoStats::LEN`] elements, in the order of [`PpoStats::NAMES`], so the first is the
-/// loss; [`PpoStats::from_array`] makes the struct of them. `workspace` has [`workspace_len`]
-/// elements or more, of any content, and can be used again for the next call on the same stream.
+/// `workspace` has [`workspace_len`] elements or more, of any content, and can be used again for the
+/// next call on the same stream.
 ///
 /// # Errors
-/// If a length does not fit, an option is out of range or asks for an input that is missing, there
-/// is no token and the denominator is not given, or a kernel cannot be launched.
+/// If a length does not fit, an option is out of range, an input is missing that another one or an
+/// option needs, there is no token and the denominator is not given, or a kernel cannot be launched.
 pub fn ppo_loss(
     stream: &Stream,
-    inputs: &Inputs,
+    inputs: Inputs,
+    batch: usize,
+    seq_len: usize,
     options: &PpoLossOptions,
-    gradients: Gradients,
-    stats: SliceMut<f32>,
+    mut outputs: Outputs,
     workspace: SliceMut<f32>,
 ) -> Result<()> {
-    let tokens = inputs.lengths().validate(options)?;
-    let (value, entropy) = (inputs.value, inputs.entropy);
-    check_gradients(gradients.lengths(), tokens, value.is_some(), entropy.is_some())?;
-    Error::check_len(OP, "stats", stats.len(), PpoStats::LEN)?;
-    let needed = workspace_len(inputs.batch, inputs.seq_len, options);
-    Error::check_workspace(OP, workspace.len(), needed)?;
-    let given = given_divisor(inputs, options, tokens)?;
+    options.validate()?;
+    let shape = [batch, seq_len];
+    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    inputs.check_given(options)?;
+    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
+    let tokens = batch * seq_len;
+    outputs.check_wanted(&inputs, tokens)?;
+    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len, options))?;
+    let masked = inputs.mask.is_some() && tokens > 0;
+    let given = given_divisor(masked, shape, options)?;
 
     let (part_tiles, parts) = parts(tokens);
     let partials = workspace.as_mut_ptr();
-    let counts = partials.wrapping_add(SUMS * parts);
+    let counts = partials.wrapping_add(PARTIAL_SUMS * parts);
     let weights = counts.wrapping_add(COUNT_PARTS);
-    let counting = Counting::new(inputs, options, given.is_none());
-    let pointer = |slice: Option<Slice<f32>>| slice.map_or(null(), |slice| slice.as_ptr());
-    let [grad_logp, grad_values, grad_entropy] = gradients.pointers();
-    let off = |limit: Option<f64>| limit.map_or(f32::INFINITY, |limit| limit as f32);
+    let counting = Counting::new(masked, shape, options, given.is_none());
     let (low, high) = options.ratio_bounds();
+    let aligned = Aligned::all(&inputs, outputs, shape);
     let mut args = PassArgs {
-        logp: inputs.logp.as_ptr(),
-        old_logp: inputs.old_logp.as_ptr(),
-        advantages: inputs.advantages.as_ptr(),
-        values: pointer(value.map(|v| v.values)),
-        old_values: pointer(value.and_then(|v| v.old_values)),
-        returns: pointer(value.map(|v| v.returns)),
-        entropy: pointer(entropy),
-        ref_logp: pointer(inputs.ref_logp),
-        mask: inputs.mask.map_or(null(), |mask| mask.as_ptr()),
+        inputs,
+        outputs,
         row_weights: null(),
-        grad_logp,
-        grad_values,
-        grad_entropy,
         partials,
-        stats: stats.as_mut_ptr(),
         divisor: Divisor {
             given: given.unwrap_or(0.0),
             counts: null(),
@@ -239,26 +150,25 @@ pub fn ppo_loss(
         entropy_coef: options.entropy_coef,
         kl_coef: options.kl_coef,
         tokens: tokens as i64,
-        columns: inputs.seq_len as i64,
+        columns: seq_len as i64,
         parts: parts as i32,
         part_tiles: part_tiles as i32,
-        aligned: 0,
+        aligned: i32::from(aligned),
         count_outside: i32::from(options.clip_fraction == ClipFractionKind::RatioOutside),
-        log_ratio_limit: off(options.log_ratio_clamp),
+        log_ratio_limit: or_infinity(options.log_ratio_clamp),
         low: low as f32,
         high: high as f32,
-        dual_clip: off(options.dual_clip),
-        value_range: off(options.value_clip_range),
+        dual_clip: or_infinity(options.dual_clip),
+        value_range: or_infinity(options.value_clip_range),
         kl: TokenKl::new(&options.kl),
     };
-    args.aligned = i32::from(args.is_aligned());
 
     let device = stream.device();
     let kernel = |pass| Kernel { op: OP, pass, dtype: "f32" };
-    if let Some(counting) = counting {
+    if let (Some(counting), Some(mask)) = (counting, inputs.mask) {
         let launch = Launch::new(device, counting.parts, 1, COUNT_THREADS as u32);
         let count_args = CountArgs {
-            mask: args.mask,
+            mask: mask.as_ptr(),
             counts: counts.cast(),
             row_weights: if counting.weights { weights } else { null_mut() },
             tokens: args.tokens,
@@ -275,8 +185,8 @@ pub fn ppo_loss(
         args.divisor.parts = count_args.parts;
     }
     if parts > 0 {
-        let full = entropy.is_some() || inputs.ref_logp.is_some() || !args.row_weights.is_null();
-        let pass = if full { "pass_full" } else { "pass" };
+        let more = inputs.entropy.is_some() || inputs.ref_logp.is_some();
+        let pass = if more || !args.row_weights.is_null() { "pass_full" } else { "pass" };
         stream.launch(&kernel(pass), Launch::new(device, parts, 1, PASS_THREADS), &args)?;
     }
     if parts != 1 {
@@ -285,55 +195,48 @@ pub fn ppo_loss(
     Ok(())
 }
 
-/// Writes the stored gradients times `upstream [1]`, the gradient of whatever came of the loss.
-/// Each may be written to where it is stored; where `upstream` is 1, that costs nothing. What is
-/// `None` on one side must be `None` on the other. A 0 stays 0, whatever `upstream` is.
+/// Writes the stored gradients, of `tokens` elements each, times `upstream`, the gradient of whatever
+/// came of the loss. Each may be written to where it is stored; where `upstream` is 1, that costs
+/// nothing. A 0 stays 0, whatever `upstream` is.
 ///
 /// # Errors
-/// If a length does not fit, or the kernel cannot be launched.
+/// If a length does not fit, a gradient is stored that is not wanted, or the other way round, or the
+/// kernel cannot be launched.
 pub fn scale(
     stream: &Stream,
-    upstream: Slice<f32>,
-    stored: StoredGradients,
-    gradients: Gradients,
+    inputs: ScaleInputs,
+    tokens: usize,
+    mut outputs: ScaleOutputs,
 ) -> Result<()> {
-    Error::check_len(OP, "upstream", upstream.len(), 1)?;
-    let from = [stored.logp, stored.values, stored.entropy];
-    let names = ["grad_logp", "grad_values", "grad_entropy"];
-    for ((arg, from), len) in names.into_iter().zip(from).zip(gradients.lengths()) {
-        let expected = from.map_or(0, |from| from.len());
-        Error::check_len(OP, arg, len.unwrap_or(0), expected)?;
-    }
-    let tokens = from.map(|from| from.map_or(0, |from| from.len()));
-    let most = tokens.into_iter().max().unwrap_or(0);
-    if most == 0 {
+    let inputs = inputs.try_map(tokens, &mut Lengths(OP))?;
+    let outputs = outputs.try_map(tokens, &mut Lengths(OP))?;
+    inputs.check_pairs(&outputs)?;
+    let wanted = [outputs.grad_logp, outputs.grad_values, outputs.grad_entropy];
+    if tokens == 0 || wanted.iter().all(Option::is_none) {
         return Ok(());
     }
-    let args = ScaleArgs {
-        from: from.map(|from| from.map_or(null(), |from| from.as_ptr())),
-        to: gradients.pointers(),
-        tokens: tokens.map(|tokens| tokens as i64),
-        factor: upstream.as_ptr(),
-    };
-    let blocks = most.div_ceil(SCALE_THREADS * SCALE_IN_FLIGHT);
+    let args = ScaleArgs { inputs, outputs, tokens: tokens as i64 };
+    let blocks = tokens.div_ceil(SCALE_THREADS * SCALE_IN_FLIGHT);
     let launch = Launch::new(stream.device(), blocks, 1, SCALE_THREADS as u32);
     stream.launch(&Kernel { op: OP, pass: "scale", dtype: "f32" }, launch, &args)
 }
 
 /// The denominator, as far as it is known here: `None` if it depends on the mask. Where rows have
 /// weights, but all the same one, that is in it.
-fn given_divisor(inputs: &Inputs, options: &PpoLossOptions, tokens: usize) -> Result<Option<f64>> {
-    let (batch, seq_len) = (inputs.batch, inputs.seq_len);
+fn given_divisor(
+    masked: bool,
+    [batch, seq_len]: [usize; 2],
+    options: &PpoLossOptions,
+) -> Result<Option<f64>> {
     let rows = if seq_len > 0 { batch } else { 0 };
     let counted = matches!(
         options.aggregation,
         Aggregation::TokenMean | Aggregation::SeqMeanTokenSum | Aggregation::SeqMeanTokenMean
     );
-    let masked = inputs.mask.is_some() && tokens > 0;
     if masked && counted && options.denominator.is_none() {
         return Ok(None);
     }
-    let divisor = options.divisor(tokens, rows, seq_len)?;
+    let divisor = options.divisor(batch * seq_len, rows, seq_len)?;
     let same_weights = !masked && options.aggregation == Aggregation::SeqMeanTokenMean;
     Ok(Some(if same_weights { divisor * seq_len.max(1) as f64 } else { divisor }))
 }
@@ -358,22 +261,27 @@ struct Counting {
 
 impl Counting {
     /// `None` where nothing is left to count before the pass.
-    fn new(inputs: &Inputs, options: &PpoLossOptions, divisor_depends: bool) -> Option<Self> {
-        let mask = inputs.mask.filter(|mask| mask.len() > 0)?;
+    fn new(
+        masked: bool,
+        [batch, seq_len]: [usize; 2],
+        options: &PpoLossOptions,
+        divisor_depends: bool,
+    ) -> Option<Self> {
         let weights = options.aggregation == Aggregation::SeqMeanTokenMean;
-        if !weights && !divisor_depends {
+        if !masked || (!weights && !divisor_depends) {
             return None;
         }
         if options.aggregation == Aggregation::TokenMean {
-            if mask.len() <= COUNT_IN_PASS {
+            let tokens = batch * seq_len;
+            if tokens <= COUNT_IN_PASS {
                 return None;
             }
-            let width = mask.len().div_ceil(COUNT_PARTS).next_multiple_of(16).max(COUNT_BYTES);
-            let parts = mask.len().div_ceil(width);
+            let width = tokens.div_ceil(COUNT_PARTS).next_multiple_of(16).max(COUNT_BYTES);
+            let parts = tokens.div_ceil(width);
             let (part_rows, team, count_rows) = (1, COUNT_THREADS, false);
             return Some(Self { width, rows: parts, part_rows, parts, team, count_rows, weights });
         }
-        let (width, rows) = (inputs.seq_len, inputs.batch);
+        let (width, rows) = (seq_len, batch);
         let part_rows = rows.div_ceil(COUNT_PARTS);
         let parts = rows.div_ceil(part_rows);
         let lanes = width.div_ceil(16).next_power_of_two().min(WARP);
@@ -382,7 +290,62 @@ impl Counting {
     }
 }
 
-/// As in the kernels, and so are the next three.
+/// Whether everything with a value a token begins where vectors of four tokens do.
+struct Aligned {
+    tokens: Option<usize>,
+    so_far: bool,
+}
+
+impl Aligned {
+    fn all(
+        inputs: &super::Inputs<Pointers>,
+        mut outputs: super::Outputs<Pointers>,
+        shape: [usize; 2],
+    ) -> bool {
+        let mut aligned = Self { tokens: elements(&[&shape]), so_far: true };
+        let (Ok(_), Ok(_)) =
+            (inputs.try_map(shape, &mut aligned), outputs.try_map(shape, &mut aligned));
+        aligned.so_far
+    }
+
+    fn look_at<T>(&mut self, shape: Shape, pointer: Pointer<T>) {
+        // What else there is has one element; where that is all the tokens, none are loaded by vectors.
+        if elements(shape) == self.tokens {
+            self.so_far &= (pointer.as_ptr() as usize).is_multiple_of(4 * size_of::<T>());
+        }
+    }
+}
+
+impl Reads<Pointers, Nowhere> for Aligned {
+    type Error = Infallible;
+
+    fn input<'a, 'b, T: Element>(
+        &mut self,
+        _: &'static str,
+        shape: Shape,
+        from: &'b Pointer<T>,
+    ) -> std::result::Result<(), Infallible> {
+        self.look_at(shape, *from);
+        Ok(())
+    }
+}
+
+impl Writes<Pointers, Nowhere> for Aligned {
+    type Error = Infallible;
+
+    fn output<'a, 'b, T: Element>(
+        &mut self,
+        _: &'static str,
+        shape: Shape,
+        _: &[&'static str],
+        to: &'b mut Pointer<T>,
+    ) -> std::result::Result<(), Infallible> {
+        self.look_at(shape, *to);
+        Ok(())
+    }
+}
+
+/// Where the kernels have the denominator from.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Divisor {
@@ -394,22 +357,11 @@ struct Divisor {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct PassArgs {
-    logp: *const f32,
-    old_logp: *const f32,
-    advantages: *const f32,
-    values: *const f32,
-    old_values: *const f32,
-    returns: *const f32,
-    entropy: *const f32,
-    ref_logp: *const f32,
-    mask: *const u8,
+struct PassArgs<'a> {
+    inputs: super::Inputs<'a, Pointers>,
+    outputs: super::Outputs<'a, Pointers>,
     row_weights: *const f32,
-    grad_logp: *mut f32,
-    grad_values: *mut f32,
-    grad_entropy: *mut f32,
     partials: *mut f32,
-    stats: *mut f32,
     divisor: Divisor,
     value_coef: f64,
     entropy_coef: f64,
@@ -428,28 +380,8 @@ struct PassArgs {
     kl: TokenKl,
 }
 
-impl PassArgs {
-    /// Whether everything with a value a token begins where vectors of four tokens do.
-    fn is_aligned(&self) -> bool {
-        let inputs = [
-            self.logp,
-            self.old_logp,
-            self.advantages,
-            self.values,
-            self.old_values,
-            self.returns,
-            self.entropy,
-            self.ref_logp,
-        ];
-        let gradients = [self.grad_logp, self.grad_values, self.grad_entropy];
-        let mut values = inputs.into_iter().chain(gradients.map(<*mut f32>::cast_const));
-        values.all(|pointer| (pointer as usize).is_multiple_of(16))
-            && (self.mask as usize).is_multiple_of(4)
-    }
-}
-
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for PassArgs {}
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+unsafe impl Args for PassArgs<'_> {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -466,17 +398,16 @@ struct CountArgs {
     count_rows: i32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
+// SAFETY: as above.
 unsafe impl Args for CountArgs {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ScaleArgs {
-    from: [*const f32; GRADIENTS],
-    to: [*mut f32; GRADIENTS],
-    tokens: [i64; GRADIENTS],
-    factor: *const f32,
+struct ScaleArgs<'a> {
+    inputs: super::ScaleInputs<'a, Pointers>,
+    outputs: super::ScaleOutputs<'a, Pointers>,
+    tokens: i64,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for ScaleArgs {}
+// SAFETY: as above.
+unsafe impl Args for ScaleArgs<'_> {}

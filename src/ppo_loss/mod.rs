@@ -40,8 +40,8 @@
 //!
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
-#[cfg(any())] // TODO
-#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -51,10 +51,13 @@ pub mod reference;
 mod tensor;
 
 #[cfg(feature = "candle")]
-pub use tensor::{ppo_loss, PpoLossInputs, PpoLossOutput, PpoLossValueInputs, PpoStatsTensor};
+pub use tensor::{ppo_loss, PpoLossInputs, PpoLossOutput, PpoStatsTensor};
+
+use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result};
 use crate::kl::{KlEstimator, KlOptions};
+use crate::memory::{Element, Reads, Shape, Space, Writes};
 
 const OP: &str = "ppo_loss";
 
@@ -181,23 +184,6 @@ impl PpoLossOptions {
         Ok(())
     }
 
-    /// The options that need an input which may be missing.
-    pub(crate) fn validate_inputs(
-        &self,
-        values_without_old: bool,
-        entropy: bool,
-        ref_logp: bool,
-    ) -> Result<()> {
-        if let Some(range) = self.value_clip_range.filter(|_| values_without_old) {
-            let expected = "none without old_values";
-            Error::check_option(OP, "value_clip_range", range, false, expected)?;
-        }
-        let valid = entropy || self.entropy_coef == 0.0;
-        Error::check_option(OP, "entropy_coef", self.entropy_coef, valid, "0 without entropy")?;
-        let valid = ref_logp || self.kl_coef == 0.0;
-        Error::check_option(OP, "kl_coef", self.kl_coef, valid, "0 without ref_logp")
-    }
-
     /// The bounds of the clipped ratio.
     pub(crate) fn ratio_bounds(&self) -> (f64, f64) {
         (1.0 - self.clip_range, 1.0 + self.clip_range_high.unwrap_or(self.clip_range))
@@ -219,126 +205,245 @@ impl PpoLossOptions {
     }
 }
 
-/// The inputs of the value term, each `[batch * seq_len]`.
+/// The inputs in some memory, each `[B, T]`. All but the first three may be left out.
 #[derive(Debug, Clone, Copy)]
-pub struct ValueInputs<'a, T> {
-    /// The critic's predictions, which get the gradient.
-    pub values: &'a [T],
-    /// Its predictions at the time of the rollout; may be `None` when values are not clipped.
-    pub old_values: Option<&'a [T]>,
-    /// The targets of the regression.
-    pub returns: &'a [T],
-}
-
-/// The inputs of the loss as slices of `[batch * seq_len]`, row by row: f32 for [`mod@cpu`], f64 for
-/// [`mod@reference`].
-#[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a, T> {
-    /// B, the number of responses.
-    pub batch: usize,
-    /// T, the length they are padded to.
-    pub seq_len: usize,
+#[repr(C)]
+pub struct Inputs<'a, S: Space> {
     /// Log-probabilities under the policy that is trained, which get the gradient.
-    pub logp: &'a [T],
+    pub logp: S::In<'a, f32>,
     /// Log-probabilities under the policy that made the rollout.
-    pub old_logp: &'a [T],
+    pub old_logp: S::In<'a, f32>,
     /// Advantages, already whitened if they are to be.
-    pub advantages: &'a [T],
-    /// For the value term.
-    pub value: Option<ValueInputs<'a, T>>,
+    pub advantages: S::In<'a, f32>,
+    /// The critic's predictions, which get the gradient; without them there is no value term.
+    pub values: Option<S::In<'a, f32>>,
+    /// Its predictions at the time of the rollout; may be left out where values are not clipped.
+    pub old_values: Option<S::In<'a, f32>>,
+    /// The targets of the values' regression, given where they are.
+    pub returns: Option<S::In<'a, f32>>,
     /// Entropy of the policy's distribution at each token, which gets the gradient.
-    pub entropy: Option<&'a [T]>,
+    pub entropy: Option<S::In<'a, f32>>,
     /// Log-probabilities under the reference model, for the KL term.
-    pub ref_logp: Option<&'a [T]>,
-    /// 0 masks a token out; `None` keeps all.
-    pub mask: Option<&'a [u8]>,
+    pub ref_logp: Option<S::In<'a, f32>>,
+    /// 0 where masked; `None` keeps all.
+    pub mask: Option<S::In<'a, u8>>,
 }
 
-impl<T> Inputs<'_, T> {
-    /// B * T, when every length is that and no option asks for an input that is missing.
-    pub(crate) fn validate(&self, options: &PpoLossOptions) -> Result<usize> {
-        let value = self.value.as_ref();
-        let lengths = Lengths {
-            batch: self.batch,
-            seq_len: self.seq_len,
-            logp: self.logp.len(),
-            old_logp: self.old_logp.len(),
-            advantages: self.advantages.len(),
-            values: value.map(|v| v.values.len()),
-            old_values: value.and_then(|v| v.old_values).map(<[T]>::len),
-            returns: value.map(|v| v.returns.len()),
-            entropy: self.entropy.map(<[T]>::len),
-            ref_logp: self.ref_logp.map(<[T]>::len),
-            mask: self.mask.map(<[u8]>::len),
-        };
-        lengths.validate(options)
-    }
-}
-
-/// How many elements each input has, wherever it is; `None` for those that are not given.
-pub(crate) struct Lengths {
-    pub batch: usize,
-    pub seq_len: usize,
-    pub logp: usize,
-    pub old_logp: usize,
-    pub advantages: usize,
-    pub values: Option<usize>,
-    pub old_values: Option<usize>,
-    pub returns: Option<usize>,
-    pub entropy: Option<usize>,
-    pub ref_logp: Option<usize>,
-    pub mask: Option<usize>,
-}
-
-impl Lengths {
-    /// B * T, when every length is that and no option asks for an input that is missing.
-    pub(crate) fn validate(&self, options: &PpoLossOptions) -> Result<usize> {
-        options.validate()?;
-        let Some(tokens) = self.batch.checked_mul(self.seq_len) else {
-            return Err(Error::Shape {
-                op: OP,
-                arg: "logp",
-                expected: "batch * seq_len within usize".into(),
-                got: format!("[{}, {}]", self.batch, self.seq_len),
-            });
-        };
-        for (arg, len) in [
-            ("logp", Some(self.logp)),
-            ("old_logp", Some(self.old_logp)),
-            ("advantages", Some(self.advantages)),
-            ("values", self.values),
-            ("old_values", self.old_values),
-            ("returns", self.returns),
-            ("entropy", self.entropy),
-            ("ref_logp", self.ref_logp),
-            ("mask", self.mask),
-        ] {
-            len.map_or(Ok(()), |len| Error::check_len(OP, arg, len, tokens))?;
+impl<'a, S: Space> Inputs<'a, S> {
+    /// The policy term alone, to be filled in with
+    /// `Inputs { mask: Some(..), ..Inputs::new(logp, old_logp, advantages) }`.
+    pub fn new(logp: S::In<'a, f32>, old_logp: S::In<'a, f32>, advantages: S::In<'a, f32>) -> Self {
+        Self {
+            logp,
+            old_logp,
+            advantages,
+            values: None,
+            old_values: None,
+            returns: None,
+            entropy: None,
+            ref_logp: None,
+            mask: None,
         }
-        let values_without_old = self.values.is_some() && self.old_values.is_none();
-        options.validate_inputs(
-            values_without_old,
-            self.entropy.is_some(),
-            self.ref_logp.is_some(),
-        )?;
-        Ok(tokens)
+    }
+
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        [batch, seq_len]: [usize; 2],
+        c: &mut C,
+    ) -> std::result::Result<Inputs<'b, To>, C::Error> {
+        let tokens: Shape = &[&[batch, seq_len]];
+        Ok(Inputs {
+            logp: c.input("logp", tokens, &self.logp)?,
+            old_logp: c.input("old_logp", tokens, &self.old_logp)?,
+            advantages: c.input("advantages", tokens, &self.advantages)?,
+            values: c.optional_input("values", tokens, &self.values)?,
+            old_values: c.optional_input("old_values", tokens, &self.old_values)?,
+            returns: c.optional_input("returns", tokens, &self.returns)?,
+            entropy: c.optional_input("entropy", tokens, &self.entropy)?,
+            ref_logp: c.optional_input("ref_logp", tokens, &self.ref_logp)?,
+            mask: c.optional_input("mask", tokens, &self.mask)?,
+        })
+    }
+
+    /// `Ok` when no input is missing that another one or an option needs.
+    fn check_given(&self, options: &PpoLossOptions) -> Result<()> {
+        let (values, returns) = (self.values.is_some(), self.returns.is_some());
+        let old_values = self.old_values.is_some();
+        Error::check_given(OP, ["values", "returns"], [values, returns])?;
+        Error::check_given(OP, ["returns", "values"], [returns, values])?;
+        Error::check_given(OP, ["old_values", "values"], [old_values, values])?;
+
+        let check = |option, value, valid, expected| {
+            Error::check_option(OP, option, value, valid, expected)
+        };
+        if let Some(range) = options.value_clip_range {
+            check("value_clip_range", range, old_values || !values, "none without old_values")?;
+        }
+        let (entropy, kl) = (options.entropy_coef, options.kl_coef);
+        let valid = self.entropy.is_some() || entropy == 0.0;
+        check("entropy_coef", entropy, valid, "0 without entropy")?;
+        let valid = self.ref_logp.is_some() || kl == 0.0;
+        check("kl_coef", kl, valid, "0 without ref_logp")
     }
 }
 
-/// `Ok` when the gradients with respect to logp, values and entropy have the length of what they
-/// are of, which is 0 where that is not given.
-pub(crate) fn check_gradients(
-    lengths: [Option<usize>; 3],
-    tokens: usize,
-    values: bool,
-    entropy: bool,
-) -> Result<()> {
-    let names = ["grad_logp", "grad_values", "grad_entropy"];
-    for ((arg, len), given) in names.into_iter().zip(lengths).zip([true, values, entropy]) {
-        let expected = if given { tokens } else { 0 };
-        Error::check_len(OP, arg, len.unwrap_or(expected), expected)?;
+/// The outputs in some memory. None may be the memory of an input.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Outputs<'a, S: Space> {
+    /// The loss and the statistics, `[1]`.
+    pub stats: S::Out<'a, PpoStats>,
+    /// The loss once more, rounded to f32, `[1]`, if wanted.
+    pub loss: Option<S::Out<'a, f32>>,
+    /// Gradient with respect to logp, for an upstream gradient of 1, `[B, T]`, if wanted.
+    pub grad_logp: Option<S::Out<'a, f32>>,
+    /// Gradient with respect to values, `[B, T]`, if wanted; only with values.
+    pub grad_values: Option<S::Out<'a, f32>>,
+    /// Gradient with respect to entropy, `[B, T]`, if wanted; only with entropy.
+    pub grad_entropy: Option<S::Out<'a, f32>>,
+}
+
+impl<'a, S: Space> Outputs<'a, S> {
+    /// The statistics alone, to be filled in with
+    /// `Outputs { grad_logp: Some(..), ..Outputs::new(stats) }`.
+    pub fn new(stats: S::Out<'a, PpoStats>) -> Self {
+        Self { stats, loss: None, grad_logp: None, grad_values: None, grad_entropy: None }
     }
-    Ok(())
+
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        [batch, seq_len]: [usize; 2],
+        c: &mut C,
+    ) -> std::result::Result<Outputs<'b, To>, C::Error> {
+        let (tokens, one): (Shape, Shape) = (&[&[batch, seq_len]], &[&[1]]);
+        Ok(Outputs {
+            stats: c.output("stats", one, &[], &mut self.stats)?,
+            loss: c.optional_output("loss", one, &[], &mut self.loss)?,
+            grad_logp: c.optional_output("grad_logp", tokens, &[], &mut self.grad_logp)?,
+            grad_values: c.optional_output("grad_values", tokens, &[], &mut self.grad_values)?,
+            grad_entropy: c.optional_output("grad_entropy", tokens, &[], &mut self.grad_entropy)?,
+        })
+    }
+
+    /// `Ok` when no gradient of `tokens` elements is wanted of an input that is not given.
+    fn check_wanted<T: Space>(&self, inputs: &Inputs<T>, tokens: usize) -> Result<()> {
+        for (arg, wanted, given) in [
+            ("grad_values", self.grad_values.is_some(), inputs.values.is_some()),
+            ("grad_entropy", self.grad_entropy.is_some(), inputs.entropy.is_some()),
+        ] {
+            if wanted && !given {
+                Error::check_len(OP, arg, tokens, 0)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Gradients that the loss left, and the gradient of whatever came of it, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ScaleInputs<'a, S: Space> {
+    /// The upstream gradient, `[1]`.
+    pub upstream: S::In<'a, f32>,
+    /// The stored gradient with respect to logp, `[tokens]`.
+    pub stored_logp: Option<S::In<'a, f32>>,
+    /// The stored gradient with respect to values, `[tokens]`.
+    pub stored_values: Option<S::In<'a, f32>>,
+    /// The stored gradient with respect to entropy, `[tokens]`.
+    pub stored_entropy: Option<S::In<'a, f32>>,
+}
+
+impl<'a, S: Space> ScaleInputs<'a, S> {
+    /// The upstream gradient alone, to be filled in with
+    /// `ScaleInputs { stored_logp: Some(..), ..ScaleInputs::new(upstream) }`.
+    pub fn new(upstream: S::In<'a, f32>) -> Self {
+        Self { upstream, stored_logp: None, stored_values: None, stored_entropy: None }
+    }
+
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        tokens: usize,
+        c: &mut C,
+    ) -> std::result::Result<ScaleInputs<'b, To>, C::Error> {
+        let tokens: Shape = &[&[tokens]];
+        Ok(ScaleInputs {
+            upstream: c.input("upstream", &[&[1]], &self.upstream)?,
+            stored_logp: c.optional_input("stored_logp", tokens, &self.stored_logp)?,
+            stored_values: c.optional_input("stored_values", tokens, &self.stored_values)?,
+            stored_entropy: c.optional_input("stored_entropy", tokens, &self.stored_entropy)?,
+        })
+    }
+
+    /// `Ok` when what is stored is wanted, and the other way round.
+    fn check_pairs<T: Space>(&self, outputs: &ScaleOutputs<T>) -> Result<()> {
+        for ([stored, gradient], [given, wanted]) in [
+            (
+                ["stored_logp", "grad_logp"],
+                [self.stored_logp.is_some(), outputs.grad_logp.is_some()],
+            ),
+            (
+                ["stored_values", "grad_values"],
+                [self.stored_values.is_some(), outputs.grad_values.is_some()],
+            ),
+            (
+                ["stored_entropy", "grad_entropy"],
+                [self.stored_entropy.is_some(), outputs.grad_entropy.is_some()],
+            ),
+        ] {
+            Error::check_given(OP, [stored, gradient], [given, wanted])?;
+            Error::check_given(OP, [gradient, stored], [wanted, given])?;
+        }
+        Ok(())
+    }
+}
+
+/// Where scaled gradients go, in some memory: as many as are stored, each of which may be on a device
+/// where it is stored.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ScaleOutputs<'a, S: Space> {
+    /// Gradient with respect to logp, `[tokens]`.
+    pub grad_logp: Option<S::Out<'a, f32>>,
+    /// Gradient with respect to values, `[tokens]`.
+    pub grad_values: Option<S::Out<'a, f32>>,
+    /// Gradient with respect to entropy, `[tokens]`.
+    pub grad_entropy: Option<S::Out<'a, f32>>,
+}
+
+impl<S: Space> Default for ScaleOutputs<'_, S> {
+    fn default() -> Self {
+        Self { grad_logp: None, grad_values: None, grad_entropy: None }
+    }
+}
+
+impl<S: Space> ScaleOutputs<'_, S> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        tokens: usize,
+        c: &mut C,
+    ) -> std::result::Result<ScaleOutputs<'b, To>, C::Error> {
+        let tokens: Shape = &[&[tokens]];
+        let [logp, values, entropy] = [&["stored_logp"], &["stored_values"], &["stored_entropy"]];
+        Ok(ScaleOutputs {
+            grad_logp: c.optional_output("grad_logp", tokens, logp, &mut self.grad_logp)?,
+            grad_values: c.optional_output("grad_values", tokens, values, &mut self.grad_values)?,
+            grad_entropy: c.optional_output(
+                "grad_entropy",
+                tokens,
+                entropy,
+                &mut self.grad_entropy,
+            )?,
+        })
+    }
+}
+
+/// A limit as the loops over tokens have it, without a branch: "off" is infinity.
+fn or_infinity(limit: Option<f64>) -> f32 {
+    limit.map_or(f32::INFINITY, |limit| limit as f32)
 }
 
 /// The loss and what else the pass over the tokens found.
@@ -346,7 +451,8 @@ pub(crate) fn check_gradients(
 /// Means, fractions and variances are over the unmasked tokens, each counting the same, whatever
 /// the aggregation. NaN stands for what is not defined: the input was not given, or there is no
 /// unmasked token. The ratio and d = logp - old_logp are those of the loss, after the clamp.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C)]
 pub struct PpoStats {
     /// The total, as it is minimised.
     pub loss: f64,
@@ -354,7 +460,7 @@ pub struct PpoStats {
     pub policy_loss: f64,
     /// The aggregated value term, before `value_coef`.
     pub value_loss: f64,
-    /// Share of tokens that are clipped, see [`ClipFractionKind`].
+    /// Share of tokens that are clipped, as the option `clip_fraction` counts them.
     pub clip_fraction: f64,
     /// Share of tokens bounded by the dual clip.
     pub lower_clip_fraction: f64,
@@ -362,9 +468,9 @@ pub struct PpoStats {
     pub value_clip_fraction: f64,
     /// Mean of -d, the first estimate of KL(old || new).
     pub approx_kl_k1: f64,
-    /// Mean of d²/2.
+    /// Mean of d^2 / 2.
     pub approx_kl_k2: f64,
-    /// Mean of r - 1 - d.
+    /// Mean of ratio - 1 - d.
     pub approx_kl_k3: f64,
     /// Mean of the ratio.
     pub ratio_mean: f64,
@@ -387,15 +493,15 @@ pub struct PpoStats {
     /// 1 - Var(returns - values) / Var(returns), with the values that are trained; NaN where the
     /// returns do not vary.
     pub explained_variance: f64,
-    /// Number of unmasked tokens; in a statistics tensor, of f32, exact up to 2^24.
+    /// Number of unmasked tokens.
     pub tokens: f64,
 }
 
 impl PpoStats {
     /// How many numbers these are.
-    pub const LEN: usize = 20;
+    pub const LEN: usize = size_of::<Self>() / size_of::<f64>();
 
-    /// The fields' names in the order of [`PpoStats::to_array`].
+    /// The fields' names, in order.
     pub const NAMES: [&'static str; Self::LEN] = [
         "loss",
         "policy_loss",
@@ -419,55 +525,19 @@ impl PpoStats {
         "tokens",
     ];
 
-    /// The fields in order, as they lie in a statistics tensor.
+    /// The fields in order, as they lie in memory.
     pub fn to_array(&self) -> [f64; Self::LEN] {
-        [
-            self.loss,
-            self.policy_loss,
-            self.value_loss,
-            self.clip_fraction,
-            self.lower_clip_fraction,
-            self.value_clip_fraction,
-            self.approx_kl_k1,
-            self.approx_kl_k2,
-            self.approx_kl_k3,
-            self.ratio_mean,
-            self.ratio_var,
-            self.ratio_min,
-            self.ratio_max,
-            self.entropy_mean,
-            self.kl_mean,
-            self.advantage_mean,
-            self.return_mean,
-            self.value_mean,
-            self.explained_variance,
-            self.tokens,
-        ]
+        bytemuck::cast(*self)
     }
 
     /// The inverse of [`PpoStats::to_array`].
     pub fn from_array(array: [f64; Self::LEN]) -> Self {
-        Self {
-            loss: array[0],
-            policy_loss: array[1],
-            value_loss: array[2],
-            clip_fraction: array[3],
-            lower_clip_fraction: array[4],
-            value_clip_fraction: array[5],
-            approx_kl_k1: array[6],
-            approx_kl_k2: array[7],
-            approx_kl_k3: array[8],
-            ratio_mean: array[9],
-            ratio_var: array[10],
-            ratio_min: array[11],
-            ratio_max: array[12],
-            entropy_mean: array[13],
-            kl_mean: array[14],
-            advantage_mean: array[15],
-            return_mean: array[16],
-            value_mean: array[17],
-            explained_variance: array[18],
-            tokens: array[19],
-        }
+        bytemuck::cast(array)
     }
+}
+
+impl Element for PpoStats {
+    type Wide = PpoStats;
+    #[cfg(feature = "candle")]
+    type Number = f64;
 }

@@ -1,8 +1,12 @@
 //! The loss in plain f64 loops, to be checked by eye. See [`super`] for the formulas.
 
-use super::{Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats};
+use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::error::Result;
 use crate::kl::reference::token as token_kl;
+use crate::memory::{HostF64, Lengths};
+
+/// The inputs in f64.
+pub type Inputs<'a> = super::Inputs<'a, HostF64>;
 
 /// The loss with its gradients, for an upstream gradient of 1.
 #[derive(Debug, Clone)]
@@ -17,14 +21,22 @@ pub struct Output {
     pub grad_entropy: Vec<f64>,
 }
 
-/// Loss, statistics and gradients.
+/// Loss, statistics and gradients of `batch` rows of `seq_len` tokens.
 ///
 /// # Errors
-/// If a length does not fit, an option is out of range or asks for an input that is missing, or no
-/// token is unmasked and the denominator is not given.
-pub fn ppo_loss(inputs: &Inputs<f64>, options: &PpoLossOptions) -> Result<Output> {
-    let n = inputs.validate(options)?;
-    let weights = weights(inputs.mask, inputs.batch, inputs.seq_len, options)?;
+/// If a length does not fit, an option is out of range, an input is missing that another one or an
+/// option needs, or no token is unmasked and the denominator is not given.
+pub fn ppo_loss(
+    inputs: &Inputs,
+    batch: usize,
+    seq_len: usize,
+    options: &PpoLossOptions,
+) -> Result<Output> {
+    options.validate()?;
+    inputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    inputs.check_given(options)?;
+    let n = inputs.logp.len();
+    let weights = weights(inputs.mask, batch, seq_len, options)?;
     let kept: Vec<usize> = (0..n).filter(|&t| keeps(inputs.mask, t)).collect();
     // Over the unmasked tokens: the aggregation, and the plain mean.
     let aggregate = |f: &dyn Fn(usize) -> f64| kept.iter().map(|&t| weights[t] * f(t)).sum::<f64>();
@@ -42,21 +54,21 @@ pub fn ppo_loss(inputs: &Inputs<f64>, options: &PpoLossOptions) -> Result<Output
         Some(ref_logp) => token_kl(inputs.logp[t] - ref_logp[t], &options.kl),
         None => (f64::NAN, f64::NAN),
     };
-    let values = |t: usize| inputs.value.map_or(f64::NAN, |v| v.values[t]);
-    let returns = |t: usize| inputs.value.map_or(f64::NAN, |v| v.returns[t]);
+    let values = |t: usize| inputs.values.map_or(f64::NAN, |values| values[t]);
+    let returns = |t: usize| inputs.returns.map_or(f64::NAN, |returns| returns[t]);
     let value = |t: usize| {
-        let old = inputs.value.and_then(|v| v.old_values).map_or(f64::NAN, |v| v[t]);
+        let old = inputs.old_values.map_or(f64::NAN, |old_values| old_values[t]);
         value_term(values(t), old, returns(t), options.value_clip_range)
     };
     let entropy = |t: usize| inputs.entropy.map_or(f64::NAN, |h| h[t]);
 
     let policy_loss = aggregate(&|t| policy(t).loss);
-    let value_loss = match inputs.value {
+    let value_loss = match inputs.values {
         Some(_) => aggregate(&|t| value(t).loss),
         None => f64::NAN,
     };
     let mut loss = policy_loss;
-    if inputs.value.is_some() && options.value_coef != 0.0 {
+    if inputs.values.is_some() && options.value_coef != 0.0 {
         loss += options.value_coef * value_loss;
     }
     if options.entropy_coef != 0.0 {
@@ -80,7 +92,7 @@ pub fn ppo_loss(inputs: &Inputs<f64>, options: &PpoLossOptions) -> Result<Output
             ClipFractionKind::RatioOutside => policy(t).outside,
         }),
         lower_clip_fraction: share(&|t| policy(t).lower_clipped),
-        value_clip_fraction: match inputs.value {
+        value_clip_fraction: match inputs.values {
             Some(_) => share(&|t| value(t).clipped),
             None => f64::NAN,
         },
@@ -104,14 +116,14 @@ pub fn ppo_loss(inputs: &Inputs<f64>, options: &PpoLossOptions) -> Result<Output
     };
 
     let mut grad_logp = vec![0.0; n];
-    let mut grad_values = vec![0.0; inputs.value.map_or(0, |_| n)];
+    let mut grad_values = vec![0.0; inputs.values.map_or(0, |_| n)];
     let mut grad_entropy = vec![0.0; inputs.entropy.map_or(0, |_| n)];
     for &t in &kept {
         grad_logp[t] = weights[t] * policy(t).grad;
         if options.kl_coef != 0.0 {
             grad_logp[t] += weights[t] * options.kl_coef * kl(t).1;
         }
-        if inputs.value.is_some() && options.value_coef != 0.0 {
+        if inputs.values.is_some() && options.value_coef != 0.0 {
             grad_values[t] = weights[t] * options.value_coef * value(t).grad;
         }
         if inputs.entropy.is_some() {

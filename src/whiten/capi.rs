@@ -4,15 +4,18 @@ use std::ffi::c_void;
 
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use super::cuda;
-use super::{cpu, EpsPlacement, WhitenOptions, OP};
-use crate::capi::arguments::{
-    check_reserved, choose, flag, initialise, read_or_default, Growing, Host, Memory, Space,
-    Workspace,
+use super::{
+    cpu, BackwardInputs, BackwardOutputs, EpsPlacement, Inputs, MomentsInputs, MomentsOutputs,
+    Outputs, WhitenOptions, WithBackwardInputs, OP,
 };
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::{write_no_size, write_size, Device};
-use crate::capi::{call, on_device, Result};
+use crate::capi::arguments::Workspace;
+use crate::capi::arguments::{check_reserved, choose, flag, Given, Growing, Memory, Options, Raw};
+use crate::capi::{self, call, Pass, Result};
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use crate::cuda::{Device, Stream};
 use crate::error::Error;
+use crate::memory::{Host, Reads, Writes};
 use crate::moments::Moments;
 
 /// `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
@@ -20,18 +23,18 @@ pub const PPOK_WHITEN_EPS_IN_VARIANCE: i32 = 0;
 /// `eps` is added to the standard deviation (CleanRL).
 pub const PPOK_WHITEN_EPS_IN_STD: i32 = 1;
 
-impl Moments {
-    /// What a C caller gave, if it can be.
-    fn checked(self) -> Result<Self> {
-        let valid =
-            (0.0..=9_007_199_254_740_992.0).contains(&self.count) && self.count.fract() == 0.0;
+/// `Ok` when a C caller's moments can be those of anything.
+fn check_counts(moments: Option<&[Moments]>) -> Result<()> {
+    for &Moments { count, .. } in moments.into_iter().flatten() {
+        let valid = (0.0..=9_007_199_254_740_992.0).contains(&count) && count.fract() == 0.0;
         if !valid {
             let (option, expected) = ("moments.count", "a whole number from 0 to 2^53".into());
-            let got = format!("{:?}", self.count);
-            return Err(Error::Option { op: OP, option, expected, got }.into());
+            return Err(
+                Error::Option { op: OP, option, expected, got: format!("{count:?}") }.into()
+            );
         }
-        Ok(self)
     }
+    Ok(())
 }
 
 /// Options of ppok_whiten_*.
@@ -70,7 +73,9 @@ unsafe impl Growing for ppok_whiten_options {
     }
 }
 
-impl ppok_whiten_options {
+impl Options for ppok_whiten_options {
+    type Options = WhitenOptions;
+
     fn options(&self) -> Result<WhitenOptions> {
         check_reserved(OP, "options", self.reserved)?;
         let placements = [EpsPlacement::Variance, EpsPlacement::Std];
@@ -83,14 +88,269 @@ impl ppok_whiten_options {
     }
 }
 
+/// Arguments of ppok_whiten_moments_*. Set `struct_size`, and everything that is not used to zero.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+pub struct ppok_whiten_moments_args {
+    /// `sizeof` of this struct.
+    pub struct_size: usize,
+    /// How many there are.
+    pub elements: usize,
+    /// `[elements]`.
+    pub x: *const f32,
+    /// `[elements]`; null if all count.
+    pub mask: *const u8,
+    /// Count, mean and sum of squared deviations of the unmasked elements, one; written.
+    pub moments: *mut Moments,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_whiten_moments_args {
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+impl ppok_whiten_moments_args {
+    fn inputs(&self) -> MomentsInputs<'_, Raw> {
+        MomentsInputs { x: self.x, mask: self.mask.given() }
+    }
+
+    fn outputs(&self) -> MomentsOutputs<'_, Raw> {
+        MomentsOutputs { moments: self.moments }
+    }
+}
+
+impl Pass for ppok_whiten_moments_args {
+    const OP: &'static str = OP;
+
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[self.elements], memory)?;
+        let outputs = outputs.try_map(memory)?;
+        Ok(cpu::masked_moments(inputs, self.elements, outputs)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[self.elements], memory)?;
+        let outputs = outputs.try_map(memory)?;
+        Ok(cuda::masked_moments(
+            stream,
+            inputs,
+            self.elements,
+            outputs,
+            memory.workspace(workspace)?,
+        )?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+        Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.elements)))
+    }
+}
+
+/// Arguments of ppok_whiten_forward_*. Set `struct_size`, and everything that is not used to zero.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+pub struct ppok_whiten_forward_args {
+    /// `sizeof` of this struct.
+    pub struct_size: usize,
+    /// How many there are.
+    pub elements: usize,
+    /// `[elements]`.
+    pub x: *const f32,
+    /// `[elements]`; null if all count.
+    pub mask: *const u8,
+    /// The moments to whiten with, one: those of x itself, or of a larger set. Of 2 elements or more, or
+    /// 1 where not `unbiased`.
+    pub moments: *const Moments,
+    /// Null for the defaults. In the process's memory, also for CUDA.
+    pub options: *const ppok_whiten_options,
+    /// `[elements]`, written; 0 where masked. For CUDA it may be `x`.
+    pub y: *mut f32,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_whiten_forward_args {
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+impl ppok_whiten_forward_args {
+    fn inputs(&self) -> Inputs<'_, Raw> {
+        Inputs { x: self.x, mask: self.mask.given(), moments: self.moments.given() }
+    }
+
+    fn outputs(&self) -> Outputs<'_, Raw> {
+        Outputs { y: self.y }
+    }
+}
+
+impl Pass for ppok_whiten_forward_args {
+    const OP: &'static str = OP;
+
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[self.elements], memory)?;
+        let outputs = outputs.try_map(&[self.elements], memory)?;
+        check_counts(inputs.moments)?;
+        Ok(cpu::masked_whiten(inputs, self.elements, &options, outputs)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[self.elements], memory)?;
+        let outputs = outputs.try_map(&[self.elements], memory)?;
+        Ok(cuda::masked_whiten(stream, inputs, None, self.elements, &options, outputs)?)
+    }
+}
+
+/// Arguments of ppok_whiten_backward_*. Set `struct_size`, and everything that is not used to zero.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+pub struct ppok_whiten_backward_args {
+    /// `sizeof` of this struct.
+    pub struct_size: usize,
+    /// How many there are.
+    pub elements: usize,
+    /// `[elements]`.
+    pub x: *const f32,
+    /// `[elements]`; null if all count.
+    pub mask: *const u8,
+    /// The moments of x, one.
+    pub moments: *const Moments,
+    /// The upstream gradient, `[elements]`.
+    pub grad_y: *const f32,
+    /// Null for the defaults. In the process's memory, also for CUDA.
+    pub options: *const ppok_whiten_options,
+    /// `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
+    pub grad_x: *mut f32,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_whiten_backward_args {
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+impl ppok_whiten_backward_args {
+    fn inputs(&self) -> BackwardInputs<'_, Raw> {
+        BackwardInputs {
+            x: self.x,
+            mask: self.mask.given(),
+            moments: self.moments.given(),
+            grad_y: self.grad_y,
+        }
+    }
+
+    fn outputs(&self) -> BackwardOutputs<'_, Raw> {
+        BackwardOutputs { grad_x: self.grad_x }
+    }
+}
+
+impl Pass for ppok_whiten_backward_args {
+    const OP: &'static str = OP;
+
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[self.elements], memory)?;
+        let outputs = outputs.try_map(&[self.elements], memory)?;
+        check_counts(inputs.moments)?;
+        Ok(cpu::masked_whiten_backward(inputs, self.elements, &options, outputs)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
+        let (elements, options) = (self.elements, memory.options(self.options)?);
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[elements], memory)?;
+        let outputs = outputs.try_map(&[elements], memory)?;
+        let workspace = memory.workspace(workspace)?;
+        let backward = cuda::masked_whiten_backward;
+        Ok(backward(stream, inputs, None, elements, &options, outputs, workspace)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+        Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.elements)))
+    }
+}
+
+/// Arguments of ppok_whiten_with_backward_*. Set `struct_size`, and everything that is not used to zero.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+pub struct ppok_whiten_with_backward_args {
+    /// `sizeof` of this struct.
+    pub struct_size: usize,
+    /// How many there are.
+    pub elements: usize,
+    /// `[elements]`; null if all count.
+    pub mask: *const u8,
+    /// The moments that were whitened with, one.
+    pub moments: *const Moments,
+    /// The upstream gradient, `[elements]`.
+    pub grad_y: *const f32,
+    /// Null for the defaults. In the process's memory, also for CUDA.
+    pub options: *const ppok_whiten_options,
+    /// `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
+    pub grad_x: *mut f32,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Growing for ppok_whiten_with_backward_args {
+    const FIRST_SIZE: usize = size_of::<Self>();
+}
+
+impl ppok_whiten_with_backward_args {
+    fn inputs(&self) -> WithBackwardInputs<'_, Raw> {
+        WithBackwardInputs {
+            mask: self.mask.given(),
+            moments: self.moments.given(),
+            grad_y: self.grad_y,
+        }
+    }
+
+    fn outputs(&self) -> BackwardOutputs<'_, Raw> {
+        BackwardOutputs { grad_x: self.grad_x }
+    }
+}
+
+impl Pass for ppok_whiten_with_backward_args {
+    const OP: &'static str = OP;
+
+    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+        let options = memory.options(self.options)?;
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[self.elements], memory)?;
+        let outputs = outputs.try_map(&[self.elements], memory)?;
+        check_counts(inputs.moments)?;
+        Ok(cpu::masked_whiten_with_backward(inputs, self.elements, &options, outputs)?)
+    }
+
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
+        let (elements, options) = (self.elements, memory.options(self.options)?);
+        let (inputs, mut outputs) = (self.inputs(), self.outputs());
+        let inputs = inputs.try_map(&[elements], memory)?;
+        let outputs = outputs.try_map(&[elements], memory)?;
+        let backward = cuda::masked_whiten_with_backward;
+        Ok(backward(stream, inputs, None, elements, &options, outputs)?)
+    }
+}
+
 /// Sets the defaults. `struct_size` is `sizeof *options`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_options_init(
     options: *mut ppok_whiten_options,
     struct_size: usize,
 ) -> i32 {
-    // SAFETY: the header's.
-    call(|| unsafe { initialise(OP, "options", options, struct_size) })
+    capi::init(OP, options, struct_size)
 }
 
 /// The moments of both sets together, for shards and data parallelism, in the process's memory.
@@ -99,335 +359,133 @@ pub unsafe extern "C" fn ppok_whiten_options_init(
 pub unsafe extern "C" fn ppok_moments_merge(
     a: *const Moments,
     b: *const Moments,
-    merged: *mut Moments,
+    mut merged: *mut Moments,
 ) -> i32 {
     call(|| {
         // SAFETY: the header's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let (a, b) = (memory.input("a", a, 1)?[0], memory.input("b", b, 1)?[0]);
-        // SAFETY: the header's. In a room of its own, since it may be one of the others.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        memory.output("merged", merged, 1)?[0] = a.checked()?.merge(b.checked()?);
+        let mut memory = unsafe { Memory::of(OP) };
+        let mut read = |arg, from| -> Result<Moments> {
+            let moments = Reads::<Raw, Host>::input(&mut memory, arg, &[&[1]], &from)?;
+            check_counts(Some(moments))?;
+            Ok(moments[0])
+        };
+        let of_both = read("a", a)?.merge(read("b", b)?);
+        // SAFETY: the header's. Another one, for it may be `a` or `b`.
+        let mut memory = unsafe { Memory::of(OP) };
+        Writes::<Raw, Host>::output(&mut memory, "merged", &[&[1]], &[], &mut merged)?[0] = of_both;
         Ok(())
     })
 }
 
 /// Count, mean and sum of squared deviations of the unmasked elements.
-///
-/// - `x`: `[elements]`.
-/// - `mask`: `[elements]`; null if all count.
-/// - `moments`: one, written.
 #[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_moments_cpu(
-    x: *const f32,
-    mask: *const u8,
-    elements: usize,
-    moments: *mut Moments,
-) -> i32 {
-    call(|| {
-        // SAFETY: the header's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let x = memory.input("x", x, elements)?;
-        let mask = memory.optional_input("mask", mask, elements)?;
-        let moments = memory.output("moments", moments, 1)?;
-        moments[0] = cpu::masked_moments(x, mask)?;
-        Ok(())
-    })
+pub unsafe extern "C" fn ppok_whiten_moments_cpu(args: *const ppok_whiten_moments_args) -> i32 {
+    capi::cpu(args)
 }
 
-/// ppok_whiten_moments_cpu() on device memory and `stream`. `workspace` has the bytes that
-/// ppok_whiten_moments_cuda_workspace_size() says.
+/// ppok_whiten_moments_cpu() on device memory and `stream`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_moments_cuda(
-    x: *const f32,
-    mask: *const u8,
-    elements: usize,
-    moments: *mut Moments,
+    args: *const ppok_whiten_moments_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [x, mask, elements, moments, workspace], |stream| {
-            // SAFETY: the header's.
-            let mut memory = unsafe { Memory::<Device>::new(OP) };
-            let x = memory.input("x", x, elements)?;
-            let mask = memory.optional_input("mask", mask, elements)?;
-            let moments = memory.output("moments", moments, 1)?;
-            let workspace = memory.workspace(workspace, cuda::workspace_len(elements))?;
-            Ok(cuda::masked_moments(stream, x, mask, moments, workspace)?)
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `size`.
+/// Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `bytes`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_moments_cuda_workspace_size(
-    elements: usize,
+    args: *const ppok_whiten_moments_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [elements, size], |_stream| {
-            // SAFETY: the header's.
-            unsafe { write_size::<f64>(OP, size, cuda::workspace_len(elements)) }
-        })
-    })
+    capi::workspace_size(args, stream, bytes)
 }
 
 /// Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
-/// variance of `moments`: those of x itself, or of a larger set.
-///
-/// - `x`: `[elements]`.
-/// - `mask`: `[elements]`; null if all count.
-/// - `options`: null for the defaults.
-/// - `moments`: one; of 2 elements or more, or 1 where not `unbiased`, else `PPOK_STATUS_MASK`.
-/// - `y`: `[elements]`, written.
+/// variance of `moments`. If those are of too few elements, `PPOK_STATUS_MASK`.
 #[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_forward_cpu(
-    x: *const f32,
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-    y: *mut f32,
-) -> i32 {
-    let inputs = Whiten { mask, elements, options, moments };
-    call(|| {
-        // SAFETY: the header's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let x = memory.input("x", x, elements)?;
-        let (mask, options, moments) = inputs.on_cpu(&mut memory)?;
-        let y = memory.output("y", y, elements)?;
-        Ok(cpu::masked_whiten(x, mask, &moments, &options, y)?)
-    })
+pub unsafe extern "C" fn ppok_whiten_forward_cpu(args: *const ppok_whiten_forward_args) -> i32 {
+    capi::cpu(args)
 }
 
-/// ppok_whiten_forward_cpu() on device memory, moments included, and `stream`; `y` may be `x`. Moments
-/// of too few elements are no error here: y is NaN then where not masked. `workspace` has the bytes
-/// that ppok_whiten_forward_cuda_workspace_size() says.
+/// ppok_whiten_forward_cpu() on device memory, moments included, and `stream`. Moments of too few
+/// elements are no error here: y is NaN then where not masked.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_forward_cuda(
-    x: *const f32,
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-    y: *mut f32,
+    args: *const ppok_whiten_forward_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let inputs = Whiten { mask, elements, options, moments };
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [x, inputs, y, workspace], |stream| {
-            // SAFETY: the header's.
-            let mut memory = unsafe { Memory::<Device>::new(OP) };
-            let x = memory.input("x", x, elements)?;
-            let (mask, options, moments) = inputs.on_cuda(&mut memory)?;
-            let y = memory.output_over("y", y, elements, &["x"])?;
-            memory.workspace::<f64>(workspace, 0)?;
-            Ok(cuda::masked_whiten(stream, x, mask, moments, &options, y)?)
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `size`: 0 in this version.
+/// Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `bytes`: 0 in this version.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_forward_cuda_workspace_size(
-    elements: usize,
+    args: *const ppok_whiten_forward_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [elements, size], |_stream| {
-            // SAFETY: the header's.
-            unsafe { write_no_size::<f64>(OP, &[elements], size) }
-        })
-    })
+    capi::workspace_size(args, stream, bytes)
 }
 
 /// Gradient with respect to `x` of ppok_whiten_forward_cpu() with the moments of `x` itself, through
 /// which it goes too.
-///
-/// - `x` to `moments`: as in the forward pass.
-/// - `grad_y`: `[elements]`, the upstream gradient.
-/// - `grad_x`: `[elements]`, written; 0 where masked.
 #[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_backward_cpu(
-    x: *const f32,
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-    grad_y: *const f32,
-    grad_x: *mut f32,
-) -> i32 {
-    let inputs = Whiten { mask, elements, options, moments };
-    call(|| {
-        // SAFETY: the header's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let x = memory.input("x", x, elements)?;
-        let (mask, options, moments) = inputs.on_cpu(&mut memory)?;
-        let grad_y = memory.input("grad_y", grad_y, elements)?;
-        let grad_x = memory.output("grad_x", grad_x, elements)?;
-        Ok(cpu::masked_whiten_backward(x, mask, &moments, grad_y, &options, grad_x)?)
-    })
+pub unsafe extern "C" fn ppok_whiten_backward_cpu(args: *const ppok_whiten_backward_args) -> i32 {
+    capi::cpu(args)
 }
 
-/// ppok_whiten_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
-/// `grad_y`. `workspace` has the bytes that ppok_whiten_backward_cuda_workspace_size() says.
+/// ppok_whiten_backward_cpu() on device memory, moments included, and `stream`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_backward_cuda(
-    x: *const f32,
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-    grad_y: *const f32,
-    grad_x: *mut f32,
+    args: *const ppok_whiten_backward_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let inputs = Whiten { mask, elements, options, moments };
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [x, inputs, grad_y, grad_x, workspace], |stream| {
-            // SAFETY: the header's.
-            let mut memory = unsafe { Memory::<Device>::new(OP) };
-            let x = memory.input("x", x, elements)?;
-            let (mask, options, given) = inputs.on_cuda(&mut memory)?;
-            let grad_y = memory.input("grad_y", grad_y, elements)?;
-            let grad_x = memory.output_over("grad_x", grad_x, elements, &["grad_y"])?;
-            let room = memory.workspace(workspace, cuda::workspace_len(elements))?;
-            let backward = cuda::masked_whiten_backward;
-            Ok(backward(stream, x, mask, given, grad_y, &options, grad_x, room)?)
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `size`.
+/// Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `bytes`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_backward_cuda_workspace_size(
-    elements: usize,
+    args: *const ppok_whiten_backward_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [elements, size], |_stream| {
-            // SAFETY: the header's.
-            unsafe { write_size::<f64>(OP, size, cuda::workspace_len(elements)) }
-        })
-    })
+    capi::workspace_size(args, stream, bytes)
 }
 
 /// Gradient with respect to `x` of ppok_whiten_forward_cpu() with moments that are constants.
-///
-/// - `mask` to `moments`: as in the forward pass.
-/// - `grad_y`: `[elements]`, the upstream gradient.
-/// - `grad_x`: `[elements]`, written; 0 where masked.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_with_backward_cpu(
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-    grad_y: *const f32,
-    grad_x: *mut f32,
+    args: *const ppok_whiten_with_backward_args,
 ) -> i32 {
-    let inputs = Whiten { mask, elements, options, moments };
-    call(|| {
-        // SAFETY: the header's.
-        let mut memory = unsafe { Memory::<Host>::new(OP) };
-        let (mask, options, moments) = inputs.on_cpu(&mut memory)?;
-        let grad_y = memory.input("grad_y", grad_y, elements)?;
-        let grad_x = memory.output("grad_x", grad_x, elements)?;
-        Ok(cpu::masked_whiten_with_backward(mask, &moments, grad_y, &options, grad_x)?)
-    })
+    capi::cpu(args)
 }
 
-/// ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
-/// `grad_y`. `workspace` has the bytes that ppok_whiten_with_backward_cuda_workspace_size() says.
+/// ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_with_backward_cuda(
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-    grad_y: *const f32,
-    grad_x: *mut f32,
+    args: *const ppok_whiten_with_backward_args,
     workspace: *mut c_void,
-    workspace_size: usize,
+    bytes: usize,
     stream: *mut c_void,
 ) -> i32 {
-    let inputs = Whiten { mask, elements, options, moments };
-    let workspace = Workspace { address: workspace, bytes: workspace_size };
-    call(|| {
-        on_device!(OP, stream, [inputs, grad_y, grad_x, workspace], |stream| {
-            // SAFETY: the header's.
-            let mut memory = unsafe { Memory::<Device>::new(OP) };
-            let (mask, options, moments) = inputs.on_cuda(&mut memory)?;
-            let grad_y = memory.input("grad_y", grad_y, elements)?;
-            let grad_x = memory.output_over("grad_x", grad_x, elements, &["grad_y"])?;
-            memory.workspace::<f64>(workspace, 0)?;
-            let backward = cuda::masked_whiten_with_backward;
-            Ok(backward(stream, mask, moments, grad_y, &options, grad_x)?)
-        })
-    })
+    capi::cuda(args, workspace, bytes, stream)
 }
 
-/// Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `size`: 0 in this version.
+/// Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `bytes`: 0 in this version.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_with_backward_cuda_workspace_size(
-    elements: usize,
+    args: *const ppok_whiten_with_backward_args,
     stream: *mut c_void,
-    size: *mut usize,
+    bytes: *mut usize,
 ) -> i32 {
-    call(|| {
-        on_device!(OP, stream, [elements, size], |_stream| {
-            // SAFETY: the header's.
-            unsafe { write_no_size::<f64>(OP, &[elements], size) }
-        })
-    })
-}
-
-/// What every pass but the moments' is about, as it came.
-#[derive(Clone, Copy)]
-struct Whiten {
-    mask: *const u8,
-    elements: usize,
-    options: *const ppok_whiten_options,
-    moments: *const Moments,
-}
-
-impl Whiten {
-    fn on_cpu<'a>(
-        &self,
-        memory: &mut Memory<'a, Host>,
-    ) -> Result<(Option<&'a [u8]>, WhitenOptions, Moments)> {
-        let (mask, options) = self.take(memory)?;
-        Ok((mask, options, memory.input("moments", self.moments, 1)?[0].checked()?))
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda<'a>(
-        &self,
-        memory: &mut Memory<'a, Device>,
-    ) -> Result<(Option<crate::cuda::Slice<'a, u8>>, WhitenOptions, cuda::Given<'a>)> {
-        let (mask, options) = self.take(memory)?;
-        let moments = memory.input("moments", self.moments, 1)?;
-        Ok((mask, options, cuda::Given::OnDevice(moments)))
-    }
-
-    fn take<'a, S: Space>(
-        &self,
-        memory: &mut Memory<'a, S>,
-    ) -> Result<(Option<S::In<'a, u8>>, WhitenOptions)> {
-        // SAFETY: the header's.
-        let options = unsafe { read_or_default(OP, "options", self.options) }?.options()?;
-        Ok((memory.optional_input("mask", self.mask, self.elements)?, options))
-    }
+    capi::workspace_size(args, stream, bytes)
 }

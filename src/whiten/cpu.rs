@@ -1,43 +1,72 @@
 //! Whitening on slices. Sums are taken in f64, over leaves of a fixed size that a fixed tree merges.
 
-use super::{check_mask, EpsPlacement, WhitenOptions, OP};
+use super::{EpsPlacement, WhitenOptions, OP};
 use crate::cpu::math::{sum_lanes, LANES};
 use crate::cpu::{for_each, reduce, vectorise};
 use crate::error::{Error, Result};
+use crate::memory::{Host, Lengths};
 use crate::moments::cpu::{moments, LEAF};
 use crate::moments::Moments;
 
-/// Count, mean and sum of squared deviations of the unmasked elements of `x`.
+/// The inputs of [`masked_moments`] as slices.
+pub type MomentsInputs<'a> = super::MomentsInputs<'a, Host>;
+
+/// The output of [`masked_moments`] as a slice.
+pub type MomentsOutputs<'a> = super::MomentsOutputs<'a, Host>;
+
+/// The inputs of [`masked_whiten`] as slices.
+pub type Inputs<'a> = super::Inputs<'a, Host>;
+
+/// The output of [`masked_whiten`] as a slice.
+pub type Outputs<'a> = super::Outputs<'a, Host>;
+
+/// The inputs of [`masked_whiten_backward`] as slices.
+pub type BackwardInputs<'a> = super::BackwardInputs<'a, Host>;
+
+/// The inputs of [`masked_whiten_with_backward`] as slices.
+pub type WithBackwardInputs<'a> = super::WithBackwardInputs<'a, Host>;
+
+/// The output of both backward passes as a slice.
+pub type BackwardOutputs<'a> = super::BackwardOutputs<'a, Host>;
+
+/// Count, mean and sum of squared deviations of the unmasked elements.
 ///
 /// # Errors
-/// If the mask's length is not that of `x`.
-pub fn masked_moments(x: &[f32], mask: Option<&[u8]>) -> Result<Moments> {
-    check_mask(x.len(), mask.map(<[u8]>::len))?;
-    Ok(moments(x, mask))
+/// If a length does not fit. Nothing is written then.
+pub fn masked_moments(
+    inputs: MomentsInputs,
+    elements: usize,
+    mut outputs: MomentsOutputs,
+) -> Result<()> {
+    inputs.try_map(&[elements], &mut Lengths(OP))?;
+    outputs.try_map(&mut Lengths(OP))?;
+    outputs.moments[0] = moments(inputs.x, inputs.mask);
+    Ok(())
 }
 
-/// Whitens `x` into `out` with the given moments: its own, or those of a larger set.
+/// Whitens the elements with the given moments: their own, or those of a larger set.
 ///
 /// # Errors
-/// If a length does not fit, `eps` is out of range, or the moments are of too few elements.
+/// If a length does not fit, `eps` is out of range, or the moments are missing or of too few elements.
+/// Nothing is written then.
 pub fn masked_whiten(
-    x: &[f32],
-    mask: Option<&[u8]>,
-    moments: &Moments,
+    inputs: Inputs,
+    elements: usize,
     options: &WhitenOptions,
-    out: &mut [f32],
+    mut outputs: Outputs,
 ) -> Result<()> {
     options.validate()?;
-    check_mask(x.len(), mask.map(<[u8]>::len))?;
-    Error::check_len(OP, "out", out.len(), x.len())?;
+    inputs.try_map(&[elements], &mut Lengths(OP))?;
+    outputs.try_map(&[elements], &mut Lengths(OP))?;
+    let scale = Scale::new(given(inputs.moments, "x")?, options)?;
 
-    let scale = Scale::new(moments, options)?;
+    let (x, mask, y) = (inputs.x, inputs.mask, outputs.y);
     let inv = scale.inv as f32;
     let back = if options.shift_mean { 0.0 } else { scale.mean.high };
-    for_each(x.len(), LEAF, (x, mask, out), |_, _, (x, mask, out)| {
+    for_each(elements, LEAF, (x, mask, y), |_, _, (x, mask, y)| {
         vectorise(
             #[inline(always)]
-            || map(x, x, mask, out, |x, _| scale.mean.deviation(x) * inv + back),
+            || map(x, x, mask, y, |x, _| scale.mean.deviation(x) * inv + back),
         );
     });
     Ok(())
@@ -48,23 +77,22 @@ pub fn masked_whiten(
 /// # Errors
 /// As [`masked_whiten`].
 pub fn masked_whiten_backward(
-    x: &[f32],
-    mask: Option<&[u8]>,
-    moments: &Moments,
-    grad_out: &[f32],
+    inputs: BackwardInputs,
+    elements: usize,
     options: &WhitenOptions,
-    grad_x: &mut [f32],
+    mut outputs: BackwardOutputs,
 ) -> Result<()> {
     options.validate()?;
-    check_mask(x.len(), mask.map(<[u8]>::len))?;
-    Error::check_len(OP, "grad_out", grad_out.len(), x.len())?;
-    Error::check_len(OP, "grad_x", grad_x.len(), x.len())?;
-
+    inputs.try_map(&[elements], &mut Lengths(OP))?;
+    outputs.try_map(&[elements], &mut Lengths(OP))?;
+    let moments = given(inputs.moments, "x")?;
     let scale = Scale::new(moments, options)?;
+
+    let (x, mask, grad_y, grad_x) = (inputs.x, inputs.mask, inputs.grad_y, outputs.grad_x);
     let (sum_g, sum_gd) = reduce(
-        x.len(),
+        elements,
         LEAF,
-        (x, grad_out, mask),
+        (x, grad_y, mask),
         |_, _, (x, g, mask)| {
             vectorise(
                 #[inline(always)]
@@ -78,7 +106,7 @@ pub fn masked_whiten_backward(
     let offset = if options.shift_mean { -scale.inv * mean_g } else { (1.0 - scale.inv) * mean_g };
     let (inv, offset) = (scale.inv as f32, offset as f32);
     let slope = (sum_gd * scale.slope) as f32;
-    for_each(x.len(), LEAF, (x, grad_out, mask, grad_x), |_, _, (x, g, mask, out)| {
+    for_each(elements, LEAF, (x, grad_y, mask, grad_x), |_, _, (x, g, mask, out)| {
         vectorise(
             #[inline(always)]
             || {
@@ -94,24 +122,30 @@ pub fn masked_whiten_backward(
 /// # Errors
 /// As [`masked_whiten`].
 pub fn masked_whiten_with_backward(
-    mask: Option<&[u8]>,
-    moments: &Moments,
-    grad_out: &[f32],
+    inputs: WithBackwardInputs,
+    elements: usize,
     options: &WhitenOptions,
-    grad_x: &mut [f32],
+    mut outputs: BackwardOutputs,
 ) -> Result<()> {
     options.validate()?;
-    check_mask(grad_out.len(), mask.map(<[u8]>::len))?;
-    Error::check_len(OP, "grad_x", grad_x.len(), grad_out.len())?;
+    inputs.try_map(&[elements], &mut Lengths(OP))?;
+    outputs.try_map(&[elements], &mut Lengths(OP))?;
 
-    let inv = Scale::new(moments, options)?.inv as f32;
-    for_each(grad_out.len(), LEAF, (grad_out, mask, grad_x), |_, _, (g, mask, out)| {
+    let inv = Scale::new(given(inputs.moments, "grad_y")?, options)?.inv as f32;
+    let (mask, grad_y, grad_x) = (inputs.mask, inputs.grad_y, outputs.grad_x);
+    for_each(elements, LEAF, (grad_y, mask, grad_x), |_, _, (g, mask, out)| {
         vectorise(
             #[inline(always)]
             || map(g, g, mask, out, |g, _| g * inv),
         );
     });
     Ok(())
+}
+
+/// The moments, which `needed_by` cannot do without.
+fn given<'a>(moments: Option<&'a [Moments]>, needed_by: &'static str) -> Result<&'a Moments> {
+    let missing = Error::Missing { op: OP, arg: "moments", needed_by };
+    moments.map(|moments| &moments[0]).ok_or(missing)
 }
 
 /// The sums of g and of g (x - mean) over the unmasked elements of a leaf.

@@ -1,19 +1,18 @@
 //! Launches of `kernels/whiten.cu` on device memory and the caller's stream. Nothing is allocated
 //! and nothing waits for the device.
 //!
-//! Moments on the device are three f64: count, mean, and the sum of squared deviations.
-//! [`masked_moments`] and [`gae`](crate::gae::cuda::gae) write them, and the passes that whiten read
-//! them there, so that they need not come to the host.
+//! [`masked_moments`] and [`gae`](crate::gae::cuda::gae) write moments on the device, and the passes
+//! that whiten read them there, so that they need not come to the host. Moments that the host knows,
+//! of all shards, say, are passed as `known` and left out of the inputs.
 //!
-//! Refuses what [`cpu`](super::cpu) refuses, but for [`Given::OnDevice`] moments of too few
+//! Refuses what [`cpu`](super::cpu) refuses, but for moments on the device that are of too few
 //! elements: to look at them here would cost a wait. What they whiten comes out as NaN where it is
 //! not masked.
 
-use std::ptr::null;
-
-use super::{check_mask, EpsPlacement, WhitenOptions, OP};
-use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
+use super::{EpsPlacement, WhitenOptions, OP};
+use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
+use crate::memory::{Device, Lengths, Pointer, Pointers};
 use crate::moments::cuda::{merge, merge_workspace_len};
 use crate::moments::Moments;
 
@@ -32,165 +31,154 @@ const PAIRS_TILE: usize = 8 * BLOCK;
 /// since the order of additions depends on it.
 const RUNS: usize = 2048;
 
-/// Values of f64 that a run leaves for the gradient.
-const SUMS: usize = 2;
+/// The inputs of [`masked_moments`] in device memory.
+pub type MomentsInputs<'a> = super::MomentsInputs<'a, Device>;
 
-/// Moments to whiten with.
-#[derive(Clone, Copy)]
-pub enum Given<'a> {
-    /// One that an earlier launch on the same stream wrote.
-    OnDevice(Slice<'a, Moments>),
-    /// Of all shards, say.
-    Known(Moments),
-}
+/// The output of [`masked_moments`] in device memory.
+pub type MomentsOutputs<'a> = super::MomentsOutputs<'a, Device>;
+
+/// The inputs of [`masked_whiten`] in device memory.
+pub type Inputs<'a> = super::Inputs<'a, Device>;
+
+/// The output of [`masked_whiten`] in device memory.
+pub type Outputs<'a> = super::Outputs<'a, Device>;
+
+/// The inputs of [`masked_whiten_backward`] in device memory.
+pub type BackwardInputs<'a> = super::BackwardInputs<'a, Device>;
+
+/// The inputs of [`masked_whiten_with_backward`] in device memory.
+pub type WithBackwardInputs<'a> = super::WithBackwardInputs<'a, Device>;
+
+/// The output of both backward passes in device memory.
+pub type BackwardOutputs<'a> = super::BackwardOutputs<'a, Device>;
 
 /// The least length of the workspace of [`masked_moments`] and [`masked_whiten_backward`] for so many
 /// elements: 48 KiB of f64 at most.
-pub fn workspace_len(len: usize) -> usize {
-    let runs = |tile| len.div_ceil(run_len(len, tile));
-    merge_workspace_len(runs(TILE)).max((runs(PAIRS_TILE) + 1) * SUMS)
+pub fn workspace_len(elements: usize) -> usize {
+    let runs = |tile| elements.div_ceil(run_len(elements, tile));
+    merge_workspace_len(runs(TILE)).max(sums_len(runs(PAIRS_TILE)))
 }
 
-/// Count, mean and sum of squared deviations of the unmasked elements of `x` into `moments`, which
-/// has one element. Reads `x` once. `workspace` has [`workspace_len`] values or more, of any
-/// content, and can be used again for the next call on the same stream.
+/// Count, mean and sum of squared deviations of the unmasked elements. Reads them once. `workspace`
+/// has [`workspace_len`] values or more, of any content, and can be used again for the next call on
+/// the same stream.
 ///
 /// # Errors
 /// If a length does not fit, or a kernel cannot be launched.
 pub fn masked_moments(
     stream: &Stream,
-    x: Slice<f32>,
-    mask: Option<Slice<u8>>,
-    moments: SliceMut<Moments>,
+    inputs: MomentsInputs,
+    elements: usize,
+    mut outputs: MomentsOutputs,
     workspace: SliceMut<f64>,
 ) -> Result<()> {
-    check_mask(x.len(), mask.map(|mask| mask.len()))?;
-    Error::check_len(OP, "moments", moments.len(), 1)?;
-    let run = run_len(x.len(), TILE);
-    let partials = x.len().div_ceil(run);
-    Error::check_workspace(OP, workspace.len(), merge_workspace_len(partials))?;
+    let inputs = inputs.try_map(&[elements], &mut Lengths(OP))?;
+    let outputs: super::MomentsOutputs<Pointers> = outputs.try_map(&mut Lengths(OP))?;
+    let run = run_len(elements, TILE);
+    let runs = elements.div_ceil(run);
+    Error::check_workspace(OP, workspace.len(), merge_workspace_len(runs))?;
 
-    let workspace: *mut Moments = workspace.as_mut_ptr().cast();
-    if partials > 0 {
-        let args = MomentsArgs {
-            x: x.as_ptr(),
-            mask: pointer(mask),
-            partials: workspace,
-            count: x.len() as i64,
-            run: run as i64,
-        };
-        launch(stream, "moments", partials, BLOCK, &args)?;
+    let partials: *mut Moments = workspace.as_mut_ptr().cast();
+    if runs > 0 {
+        let args = MomentsArgs { inputs, partials, count: elements as i64, run: run as i64 };
+        launch(stream, "moments", runs, BLOCK, &args)?;
     }
-    merge(stream, OP, workspace, partials, moments.as_mut_ptr())
+    merge(stream, OP, partials, runs, outputs.moments.as_ptr())
 }
 
-/// Whitens `x` into `out` with the given moments: its own, or those of a larger set. `out` may be
-/// the memory of `x`.
+/// Whitens the elements with the given moments: their own, or those of a larger set. `known` are
+/// looked at where the inputs have no moments.
 ///
 /// # Errors
-/// If a length does not fit, `eps` is out of range, moments that are known are of too few elements,
-/// or a kernel cannot be launched.
+/// If a length does not fit, `eps` is out of range, moments are missing or known to be of too few
+/// elements, or a kernel cannot be launched.
 pub fn masked_whiten(
     stream: &Stream,
-    x: Slice<f32>,
-    mask: Option<Slice<u8>>,
-    moments: Given,
+    inputs: Inputs,
+    known: Option<Moments>,
+    elements: usize,
     options: &WhitenOptions,
-    out: SliceMut<f32>,
+    mut outputs: Outputs,
 ) -> Result<()> {
     options.validate()?;
-    check_mask(x.len(), mask.map(|mask| mask.len()))?;
-    let given = GivenArgs::new(moments, options)?;
-    Error::check_len(OP, "out", out.len(), x.len())?;
-    forward(stream, x, mask, given, options, out, false)
+    let inputs = inputs.try_map(&[elements], &mut Lengths(OP))?;
+    let known = check_moments(inputs.moments, known, "x", options)?;
+    let outputs = outputs.try_map(&[elements], &mut Lengths(OP))?;
+    let (count, scale_only) = (elements as i64, 0);
+    let options = OptionsArgs::new(options);
+    launch_forward(stream, &ForwardArgs { inputs, outputs, known, count, options, scale_only })
 }
 
-/// The gradient with respect to `x` of [`masked_whiten`] with `x`'s own moments. `grad_x` may be
-/// the memory of `grad_out`; reads both twice. `workspace` as for [`masked_moments`].
+/// The gradient with respect to `x` of [`masked_whiten`] with `x`'s own moments. Reads the elements
+/// and the upstream gradient twice. `known` as for [`masked_whiten`], `workspace` as for
+/// [`masked_moments`].
 ///
 /// # Errors
 /// As [`masked_whiten`].
-#[allow(clippy::too_many_arguments)] // those of the CPU's, the stream, and the workspace
 pub fn masked_whiten_backward(
     stream: &Stream,
-    x: Slice<f32>,
-    mask: Option<Slice<u8>>,
-    moments: Given,
-    grad_out: Slice<f32>,
+    inputs: BackwardInputs,
+    known: Option<Moments>,
+    elements: usize,
     options: &WhitenOptions,
-    grad_x: SliceMut<f32>,
+    mut outputs: BackwardOutputs,
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     options.validate()?;
-    check_mask(x.len(), mask.map(|mask| mask.len()))?;
-    let given = GivenArgs::new(moments, options)?;
-    Error::check_len(OP, "grad_out", grad_out.len(), x.len())?;
-    Error::check_len(OP, "grad_x", grad_x.len(), x.len())?;
-    let run = run_len(x.len(), PAIRS_TILE);
-    let partials = x.len().div_ceil(run);
-    Error::check_workspace(OP, workspace.len(), (partials + 1) * SUMS)?;
-    if x.len() == 0 {
+    let inputs = inputs.try_map(&[elements], &mut Lengths(OP))?;
+    let known = check_moments(inputs.moments, known, "x", options)?;
+    let outputs = outputs.try_map(&[elements], &mut Lengths(OP))?;
+    let run = run_len(elements, PAIRS_TILE);
+    let runs = elements.div_ceil(run);
+    Error::check_workspace(OP, workspace.len(), sums_len(runs))?;
+    if elements == 0 {
         return Ok(());
     }
 
-    let count = x.len() as i64;
-    let (x, grad_out, mask) = (x.as_ptr(), grad_out.as_ptr(), pointer(mask));
+    let count = elements as i64;
     // The sums of all come before those of the runs.
-    let sums = workspace.as_mut_ptr();
-    let run_sums = sums.wrapping_add(SUMS);
-    let run = run as i64;
-    let args = SumsArgs { x, grad_out, mask, partials: run_sums, count, run, given };
-    launch(stream, "sums", partials, BLOCK, &args)?;
-    let args = MergeSumsArgs { partials: run_sums, sums, count: partials as i64 };
+    let sums: *mut GradientSums = workspace.as_mut_ptr().cast();
+    let partials = sums.wrapping_add(1);
+    let args = SumsArgs { inputs, known, partials, count, run: run as i64 };
+    launch(stream, "sums", runs, BLOCK, &args)?;
+    let args = MergeSumsArgs { partials, sums, count: runs as i64 };
     launch(stream, "merge_sums", 1, MERGE_BLOCK, &args)?;
     let options = OptionsArgs::new(options);
-    let grad = grad_x.as_mut_ptr();
-    let args = BackwardArgs { x, grad_out, mask, grad_x: grad, sums, count, given, options };
-    launch(stream, "backward", blocks(grad_x.len(), PAIRS_TILE), BLOCK, &args)
+    let args = BackwardArgs { inputs, outputs, known, sums, count, options };
+    launch(stream, "backward", blocks(elements, PAIRS_TILE), BLOCK, &args)
 }
 
-/// The gradient with respect to `x` of [`masked_whiten`] with moments that are constants. `grad_x`
-/// may be the memory of `grad_out`.
+/// The gradient with respect to `x` of [`masked_whiten`] with moments that are constants. `known` as
+/// for [`masked_whiten`].
 ///
 /// # Errors
 /// As [`masked_whiten`].
 pub fn masked_whiten_with_backward(
     stream: &Stream,
-    mask: Option<Slice<u8>>,
-    moments: Given,
-    grad_out: Slice<f32>,
+    inputs: WithBackwardInputs,
+    known: Option<Moments>,
+    elements: usize,
     options: &WhitenOptions,
-    grad_x: SliceMut<f32>,
+    mut outputs: BackwardOutputs,
 ) -> Result<()> {
     options.validate()?;
-    check_mask(grad_out.len(), mask.map(|mask| mask.len()))?;
-    let given = GivenArgs::new(moments, options)?;
-    Error::check_len(OP, "grad_x", grad_x.len(), grad_out.len())?;
-    forward(stream, grad_out, mask, given, options, grad_x, true)
+    let shape = &[elements];
+    let inputs: super::WithBackwardInputs<Pointers> = inputs.try_map(shape, &mut Lengths(OP))?;
+    let known = check_moments(inputs.moments, known, "grad_y", options)?;
+    let outputs: super::BackwardOutputs<Pointers> = outputs.try_map(shape, &mut Lengths(OP))?;
+    // The forward pass without the mean, on the gradient.
+    let inputs = super::Inputs { x: inputs.grad_y, mask: inputs.mask, moments: inputs.moments };
+    let outputs = super::Outputs { y: outputs.grad_x };
+    let (count, scale_only) = (elements as i64, 1);
+    let options = OptionsArgs::new(options);
+    launch_forward(stream, &ForwardArgs { inputs, outputs, known, count, options, scale_only })
 }
 
-fn forward(
-    stream: &Stream,
-    x: Slice<f32>,
-    mask: Option<Slice<u8>>,
-    given: GivenArgs,
-    options: &WhitenOptions,
-    out: SliceMut<f32>,
-    scale_only: bool,
-) -> Result<()> {
-    if x.len() == 0 {
-        return Ok(());
+fn launch_forward(stream: &Stream, args: &ForwardArgs) -> Result<()> {
+    match args.count as usize {
+        0 => Ok(()),
+        elements => launch(stream, "forward", blocks(elements, TILE), BLOCK, args),
     }
-    let args = ForwardArgs {
-        x: x.as_ptr(),
-        mask: pointer(mask),
-        out: out.as_mut_ptr(),
-        count: x.len() as i64,
-        given,
-        options: OptionsArgs::new(options),
-        scale_only: i32::from(scale_only),
-    };
-    launch(stream, "forward", blocks(x.len(), TILE), BLOCK, &args)
 }
 
 fn launch<A: Args>(
@@ -205,20 +193,36 @@ fn launch<A: Args>(
 }
 
 /// Elements of a run: whole tiles of a block, and [`RUNS`] runs at most.
-fn run_len(len: usize, tile: usize) -> usize {
-    len.div_ceil(RUNS).next_multiple_of(tile).max(tile)
+fn run_len(elements: usize, tile: usize) -> usize {
+    elements.div_ceil(RUNS).next_multiple_of(tile).max(tile)
+}
+
+/// Values of f64 that the sums of so many runs take, and those of all.
+fn sums_len(runs: usize) -> usize {
+    (runs + 1) * (size_of::<GradientSums>() / size_of::<f64>())
 }
 
 /// Blocks that go through so many elements one by one.
-fn blocks(len: usize, tile: usize) -> usize {
-    len.div_ceil(tile).min(RUNS)
+fn blocks(elements: usize, tile: usize) -> usize {
+    elements.div_ceil(tile).min(RUNS)
 }
 
-fn pointer<T>(slice: Option<Slice<T>>) -> *const T {
-    slice.map_or(null(), |slice| slice.as_ptr())
+/// The moments that the host knows, if the kernels are to use them; any otherwise. An error if there are
+/// none at all, or if it can be seen that they are of too few elements.
+fn check_moments(
+    on_device: Option<Pointer<Moments>>,
+    known: Option<Moments>,
+    needed_by: &'static str,
+    options: &WhitenOptions,
+) -> Result<Moments> {
+    match (on_device, known) {
+        (Some(_), _) => Ok(Moments::default()),
+        (None, Some(known)) => options.divisor("moments", &known).map(|_| known),
+        (None, None) => Err(Error::Missing { op: OP, arg: "moments", needed_by }),
+    }
 }
 
-/// As in the kernels, and so are the next ones.
+/// The options as the kernels take them.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct OptionsArgs {
@@ -239,95 +243,74 @@ impl OptionsArgs {
     }
 }
 
+/// What a run leaves for the gradient.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct GivenArgs {
-    moments: *const Moments,
-    values: Moments,
-}
-
-impl GivenArgs {
-    /// An error if it can be seen that the moments are of too few elements.
-    fn new(given: Given, options: &WhitenOptions) -> Result<Self> {
-        match given {
-            Given::OnDevice(moments) => {
-                Error::check_len(OP, "moments", moments.len(), 1)?;
-                Ok(Self { moments: moments.as_ptr(), values: Moments::default() })
-            }
-            Given::Known(moments) => {
-                options.divisor("moments", &moments)?;
-                Ok(Self { moments: null(), values: moments })
-            }
-        }
-    }
+struct GradientSums {
+    g: f64,
+    product: f64,
 }
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct MomentsArgs {
-    x: *const f32,
-    mask: *const u8,
+struct MomentsArgs<'a> {
+    inputs: super::MomentsInputs<'a, Pointers>,
     partials: *mut Moments,
     count: i64,
     run: i64,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for MomentsArgs {}
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+unsafe impl Args for MomentsArgs<'_> {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ForwardArgs {
-    x: *const f32,
-    mask: *const u8,
-    out: *mut f32,
+struct ForwardArgs<'a> {
+    inputs: super::Inputs<'a, Pointers>,
+    outputs: super::Outputs<'a, Pointers>,
+    known: Moments,
     count: i64,
-    given: GivenArgs,
     options: OptionsArgs,
     scale_only: i32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for ForwardArgs {}
+// SAFETY: as above.
+unsafe impl Args for ForwardArgs<'_> {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct SumsArgs {
-    x: *const f32,
-    grad_out: *const f32,
-    mask: *const u8,
-    partials: *mut f64,
+struct SumsArgs<'a> {
+    inputs: super::BackwardInputs<'a, Pointers>,
+    known: Moments,
+    partials: *mut GradientSums,
     count: i64,
     run: i64,
-    given: GivenArgs,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for SumsArgs {}
+// SAFETY: as above.
+unsafe impl Args for SumsArgs<'_> {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct MergeSumsArgs {
-    partials: *const f64,
-    sums: *mut f64,
+    partials: *const GradientSums,
+    sums: *mut GradientSums,
     count: i64,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
+// SAFETY: as above.
 unsafe impl Args for MergeSumsArgs {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct BackwardArgs {
-    x: *const f32,
-    grad_out: *const f32,
-    mask: *const u8,
-    grad_x: *mut f32,
-    sums: *const f64,
+struct BackwardArgs<'a> {
+    inputs: super::BackwardInputs<'a, Pointers>,
+    outputs: super::BackwardOutputs<'a, Pointers>,
+    known: Moments,
+    sums: *const GradientSums,
     count: i64,
-    given: GivenArgs,
     options: OptionsArgs,
 }
 
-// SAFETY: the fields of the kernels' struct, in order.
-unsafe impl Args for BackwardArgs {}
+// SAFETY: as above.
+unsafe impl Args for BackwardArgs<'_> {}

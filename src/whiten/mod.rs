@@ -22,8 +22,8 @@
 //! Traffic with a mask, bytes per element: moments 5 read; whitening 5 read, 4 written; backward 18
 //! read (x, mask and the gradient twice), 4 written.
 
-#[cfg(any())] // TODO
-#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+#[cfg(feature = "capi")]
+#[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -35,6 +35,7 @@ mod tensor;
 pub use tensor::{masked_moments, masked_whiten, masked_whiten_with};
 
 use crate::error::{Error, Result};
+use crate::memory::{Reads, Space, Writes};
 use crate::moments::Moments;
 
 const OP: &str = "whiten";
@@ -91,7 +92,169 @@ impl WhitenOptions {
     }
 }
 
-/// `Ok` when a mask, if there is one, has as many elements as what it masks.
-fn check_mask(len: usize, mask: Option<usize>) -> Result<()> {
-    Error::check_len(OP, "mask", mask.unwrap_or(len), len)
+/// Elements to take moments of, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct MomentsInputs<'a, S: Space> {
+    /// The elements, `[elements]`.
+    pub x: S::In<'a, f32>,
+    /// 0 where masked, `[elements]`.
+    pub mask: Option<S::In<'a, u8>>,
+}
+
+impl<S: Space> MomentsInputs<'_, S> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<MomentsInputs<'b, To>, C::Error> {
+        Ok(MomentsInputs {
+            x: c.input("x", &[shape], &self.x)?,
+            mask: c.optional_input("mask", &[shape], &self.mask)?,
+        })
+    }
+}
+
+/// Where moments go, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct MomentsOutputs<'a, S: Space> {
+    /// Count, mean and sum of squared deviations, `[1]`.
+    pub moments: S::Out<'a, Moments>,
+}
+
+impl<S: Space> MomentsOutputs<'_, S> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        c: &mut C,
+    ) -> std::result::Result<MomentsOutputs<'b, To>, C::Error> {
+        Ok(MomentsOutputs { moments: c.output("moments", &[&[1]], &[], &mut self.moments)? })
+    }
+}
+
+/// Elements to whiten, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Inputs<'a, S: Space> {
+    /// The elements, `[elements]`.
+    pub x: S::In<'a, f32>,
+    /// 0 where masked, `[elements]`.
+    pub mask: Option<S::In<'a, u8>>,
+    /// The moments to whiten with, `[1]`: those of `x`, or of a larger set. Left out only where a CUDA
+    /// pass has them from the host.
+    pub moments: Option<S::In<'a, Moments>>,
+}
+
+impl<S: Space> Inputs<'_, S> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<Inputs<'b, To>, C::Error> {
+        Ok(Inputs {
+            x: c.input("x", &[shape], &self.x)?,
+            mask: c.optional_input("mask", &[shape], &self.mask)?,
+            moments: c.optional_input("moments", &[&[1]], &self.moments)?,
+        })
+    }
+}
+
+/// Where whitened elements go, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Outputs<'a, S: Space> {
+    /// The whitened elements, `[elements]`, 0 where masked. On a device it may be the memory of `x`.
+    pub y: S::Out<'a, f32>,
+}
+
+impl<S: Space> Outputs<'_, S> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<Outputs<'b, To>, C::Error> {
+        Ok(Outputs { y: c.output("y", &[shape], &["x"], &mut self.y)? })
+    }
+}
+
+/// What the gradient through the moments is made of, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct BackwardInputs<'a, S: Space> {
+    /// The elements, `[elements]`.
+    pub x: S::In<'a, f32>,
+    /// 0 where masked, `[elements]`.
+    pub mask: Option<S::In<'a, u8>>,
+    /// The moments of `x`, `[1]`. Left out only where a CUDA pass has them from the host.
+    pub moments: Option<S::In<'a, Moments>>,
+    /// The upstream gradient, `[elements]`.
+    pub grad_y: S::In<'a, f32>,
+}
+
+impl<S: Space> BackwardInputs<'_, S> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<BackwardInputs<'b, To>, C::Error> {
+        Ok(BackwardInputs {
+            x: c.input("x", &[shape], &self.x)?,
+            mask: c.optional_input("mask", &[shape], &self.mask)?,
+            moments: c.optional_input("moments", &[&[1]], &self.moments)?,
+            grad_y: c.input("grad_y", &[shape], &self.grad_y)?,
+        })
+    }
+}
+
+/// What the gradient with constant moments is made of, in some memory.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct WithBackwardInputs<'a, S: Space> {
+    /// 0 where masked, `[elements]`.
+    pub mask: Option<S::In<'a, u8>>,
+    /// The moments that were whitened with, `[1]`. Left out only where a CUDA pass has them from the
+    /// host.
+    pub moments: Option<S::In<'a, Moments>>,
+    /// The upstream gradient, `[elements]`.
+    pub grad_y: S::In<'a, f32>,
+}
+
+impl<S: Space> WithBackwardInputs<'_, S> {
+    /// The inputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
+        &'b self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<WithBackwardInputs<'b, To>, C::Error> {
+        Ok(WithBackwardInputs {
+            mask: c.optional_input("mask", &[shape], &self.mask)?,
+            moments: c.optional_input("moments", &[&[1]], &self.moments)?,
+            grad_y: c.input("grad_y", &[shape], &self.grad_y)?,
+        })
+    }
+}
+
+/// Where the gradient goes, in some memory; of both backward passes.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct BackwardOutputs<'a, S: Space> {
+    /// The gradient with respect to `x`, `[elements]`, 0 where masked. On a device it may be the memory
+    /// of `grad_y`.
+    pub grad_x: S::Out<'a, f32>,
+}
+
+impl<S: Space> BackwardOutputs<'_, S> {
+    /// The outputs in another space.
+    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
+        &'b mut self,
+        shape: &[usize],
+        c: &mut C,
+    ) -> std::result::Result<BackwardOutputs<'b, To>, C::Error> {
+        Ok(BackwardOutputs { grad_x: c.output("grad_x", &[shape], &["grad_y"], &mut self.grad_x)? })
+    }
 }

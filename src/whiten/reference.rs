@@ -44,7 +44,7 @@ pub fn masked_whiten_with(
 pub fn masked_whiten_backward(
     x: &[f64],
     mask: Option<&[u8]>,
-    grad_out: &[f64],
+    grad_y: &[f64],
     options: &WhitenOptions,
 ) -> Vec<f64> {
     let moments = masked_moments(x, mask);
@@ -55,8 +55,8 @@ pub fn masked_whiten_backward(
 
     let (mut sum_g, mut sum_gd) = (0.0, 0.0);
     for i in (0..x.len()).filter(|&i| keeps(mask, i)) {
-        sum_g += grad_out[i];
-        sum_gd += grad_out[i] * (x[i] - moments.mean);
+        sum_g += grad_y[i];
+        sum_gd += grad_y[i] * (x[i] - moments.mean);
     }
     let d_inv_d_var = match options.eps_placement {
         _ if variance == 0.0 => 0.0,
@@ -66,7 +66,7 @@ pub fn masked_whiten_backward(
     let back = if options.shift_mean { 0.0 } else { sum_g / n };
     let gradient = |i: usize| {
         let d_var_d_x = 2.0 * (x[i] - moments.mean) / divisor;
-        inv * (grad_out[i] - sum_g / n) + sum_gd * d_inv_d_var * d_var_d_x + back
+        inv * (grad_y[i] - sum_g / n) + sum_gd * d_inv_d_var * d_var_d_x + back
     };
     (0..x.len()).map(|i| if keeps(mask, i) { gradient(i) } else { 0.0 }).collect()
 }
@@ -75,12 +75,12 @@ pub fn masked_whiten_backward(
 pub fn masked_whiten_with_backward(
     mask: Option<&[u8]>,
     moments: &Moments,
-    grad_out: &[f64],
+    grad_y: &[f64],
     options: &WhitenOptions,
 ) -> Vec<f64> {
     let inv = inverse(moments, options);
-    let gradient = |i: usize| inv * grad_out[i];
-    (0..grad_out.len()).map(|i| if keeps(mask, i) { gradient(i) } else { 0.0 }).collect()
+    let gradient = |i: usize| inv * grad_y[i];
+    (0..grad_y.len()).map(|i| if keeps(mask, i) { gradient(i) } else { 0.0 }).collect()
 }
 
 fn inverse(moments: &Moments, options: &WhitenOptions) -> f64 {

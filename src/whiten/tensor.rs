@@ -4,12 +4,16 @@ use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{cpu, WhitenOptions, OP};
-use crate::error::Result;
-use crate::moments::{Moments, MomentsTensor};
-use crate::tensor::{
-    check_device, check_dtype, node, optional_arg, optional_view, view, Backend, Buffer, View,
+use super::{
+    cpu, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    WhitenOptions, WithBackwardInputs, OP,
 };
+use crate::error::Result;
+use crate::memory::Tensors;
+use crate::moments::MomentsTensor;
+#[cfg(feature = "cuda")]
+use crate::tensor::OnCuda;
+use crate::tensor::{check_dtype, node, Backend, Constants, Held, OnCpu, Owned};
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` (f32, any shape).
 /// `mask` is u8 of the same shape; without it every element counts.
@@ -17,8 +21,29 @@ use crate::tensor::{
 /// # Errors
 /// If a shape, dtype or device does not fit.
 pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<MomentsTensor> {
-    let (x, mask) = arguments(x, mask)?;
-    moments(&x, &mask)
+    check_dtype(OP, "x", x, &[DType::F32])?;
+    let (dims, elements) = (x.dims(), x.elem_count());
+    let backend = Backend::of(OP, "x", x.device())?;
+    let inputs = MomentsInputs::<Tensors> { x, mask };
+    let tensors = inputs.try_map(dims, &mut Constants::new(OP, x.device()))?;
+    let views = tensors.try_map(dims, &mut Held(OP))?;
+    let mut buffers = MomentsOutputs::<Owned> { moments: backend.buffer(1)? };
+    match &backend {
+        Backend::Cpu => {
+            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
+            let Ok(outputs) = buffers.try_map(&mut OnCpu);
+            cpu::masked_moments(inputs, elements, outputs)?;
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
+            let Ok(outputs) = buffers.try_map(&mut OnCuda);
+            let mut workspace = backend.buffer(cuda::workspace_len(elements))?;
+            let (stream, workspace) = (backend.stream()?, workspace.slice());
+            cuda::masked_moments(&stream, inputs, elements, outputs, workspace)?;
+        }
+    }
+    Ok(MomentsTensor::from_buffer(buffers.moments))
 }
 
 /// Whitens `x` (f32, any shape) over its unmasked elements. `mask` is u8 of the same shape; masked
@@ -43,10 +68,9 @@ pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<MomentsTensor
 /// ```
 pub fn masked_whiten(x: &Tensor, mask: Option<&Tensor>, options: &WhitenOptions) -> Result<Tensor> {
     options.validate()?;
-    let (x, mask) = arguments(x, mask)?;
-    let moments = moments(&x, &mask)?;
+    let moments = masked_moments(x, mask)?;
     let counted = if mask.is_some() { "mask" } else { "x" };
-    Pass { mask, moments, own: true, counted, options: *options }.apply(&x)
+    whiten(x, mask, &moments, counted, options, backward)
 }
 
 /// Whitens `x` (f32, any shape) with the given moments, those that [`gae`](crate::gae::gae) made or
@@ -62,116 +86,106 @@ pub fn masked_whiten_with(
     options: &WhitenOptions,
 ) -> Result<Tensor> {
     options.validate()?;
-    let (x, mask) = arguments(x, mask)?;
-    check_device(OP, "moments", moments.tensor(), x.device())?;
-    let moments = moments.clone();
-    Pass { mask, moments, own: false, counted: "moments", options: *options }.apply(&x)
-}
-
-fn arguments(x: &Tensor, mask: Option<&Tensor>) -> Result<(Tensor, Option<Tensor>)> {
     check_dtype(OP, "x", x, &[DType::F32])?;
-    let mask = optional_arg(OP, "mask", mask, x.dims(), DType::U8, x.device())?;
-    Ok((x.contiguous()?, mask))
+    whiten(x, mask, moments, "moments", options, with_backward)
 }
 
-fn moments(x: &Tensor, mask: &Option<Tensor>) -> Result<MomentsTensor> {
+/// The gradient of a whitening of these inputs, from the upstream one.
+type Gradient = fn(&Inputs<Owned>, &Tensor, &WhitenOptions) -> Result<Tensor>;
+
+/// Whitens with given moments; `counted` is the argument that has too few elements if they are of too
+/// few.
+fn whiten(
+    x: &Tensor,
+    mask: Option<&Tensor>,
+    moments: &MomentsTensor,
+    counted: &'static str,
+    options: &WhitenOptions,
+    gradient: Gradient,
+) -> Result<Tensor> {
+    let (dims, elements) = (x.dims(), x.elem_count());
     let backend = Backend::of(OP, "x", x.device())?;
-    let x = view::<f32>(OP, "x", x)?;
-    let mask = optional_view::<u8>(OP, "mask", mask)?;
-    let mut moments = backend.buffer::<Moments>(1)?;
+    let inputs = Inputs::<Tensors> { x, mask, moments: Some(moments.tensor()) };
+    let tensors = inputs.try_map(dims, &mut Constants::new(OP, x.device()))?;
+    let views = tensors.try_map(dims, &mut Held(OP))?;
+    let mut buffers = Outputs::<Owned> { y: backend.buffer(elements)? };
     match &backend {
         Backend::Cpu => {
-            let mask = mask.as_ref().map(View::cpu);
-            moments.cpu()[0] = cpu::masked_moments(x.cpu(), mask)?;
+            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
+            let Ok(outputs) = buffers.try_map(dims, &mut OnCpu);
+            for moments in inputs.moments.into_iter().flatten() {
+                options.divisor(counted, moments)?;
+            }
+            cpu::masked_whiten(inputs, elements, options, outputs)?;
         }
         #[cfg(feature = "cuda")]
         Backend::Cuda(backend) => {
-            let (stream, x, mask) = (backend.stream()?, x.cuda(), mask.as_ref().map(View::cuda));
-            let mut workspace = backend.buffer(cuda::workspace_len(x.len()))?;
-            cuda::masked_moments(&stream, x, mask, moments.cuda(), workspace.slice())?;
+            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
+            let Ok(outputs) = buffers.try_map(dims, &mut OnCuda);
+            cuda::masked_whiten(&backend.stream()?, inputs, None, elements, options, outputs)?;
         }
     }
-    Ok(MomentsTensor::from_buffer(moments))
+    drop(views);
+    let (Inputs { x: constant, mask, moments }, options) = (tensors, *options);
+    node("ppo-whiten", &[x], buffers.y, dims, move |_, grad_y| {
+        let (x, mask, moments) = (constant.clone(), mask.clone(), moments.clone());
+        Ok(vec![Some(gradient(&Inputs { x, mask, moments }, grad_y, &options)?)])
+    })
 }
 
-/// What whitening and its backward need to know.
-struct Pass {
-    mask: Option<Tensor>,
-    moments: MomentsTensor,
-    /// Whether the moments are x's own, and so take part in the gradient.
-    own: bool,
-    /// The argument that has too few elements if there are too few.
-    counted: &'static str,
-    options: WhitenOptions,
+/// The gradient with moments that are x's own.
+fn backward(inputs: &Inputs<Owned>, grad_y: &Tensor, options: &WhitenOptions) -> Result<Tensor> {
+    let (dims, elements) = (grad_y.dims(), grad_y.elem_count());
+    let backend = Backend::of(OP, "grad_y", grad_y.device())?;
+    let Inputs { x, mask, moments } = inputs.clone();
+    let tensors = BackwardInputs::<Owned> { x, mask, moments, grad_y: grad_y.clone() };
+    let views = tensors.try_map(dims, &mut Held(OP))?;
+    let mut buffers = BackwardOutputs::<Owned> { grad_x: backend.buffer(elements)? };
+    match &backend {
+        Backend::Cpu => {
+            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
+            let Ok(outputs) = buffers.try_map(dims, &mut OnCpu);
+            cpu::masked_whiten_backward(inputs, elements, options, outputs)?;
+        }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
+            let Ok(outputs) = buffers.try_map(dims, &mut OnCuda);
+            let mut workspace = backend.buffer(cuda::workspace_len(elements))?;
+            let (stream, workspace) = (backend.stream()?, workspace.slice());
+            cuda::masked_whiten_backward(
+                &stream, inputs, None, elements, options, outputs, workspace,
+            )?;
+        }
+    }
+    Ok(buffers.grad_x.into_tensor(dims))
 }
 
-impl Pass {
-    fn apply(self, x: &Tensor) -> Result<Tensor> {
-        let (out, constant) = (self.forward(x)?, x.detach());
-        node("ppo-whiten", &[x], out, x.shape(), move |_, grad| {
-            Ok(vec![Some(self.backward(&constant, grad)?)])
-        })
-    }
-
-    fn forward(&self, x: &Tensor) -> Result<Buffer<f32>> {
-        let backend = Backend::of(OP, "x", x.device())?;
-        let mut out = backend.buffer::<f32>(x.elem_count())?;
-        let x = view::<f32>(OP, "x", x)?;
-        let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
-        let moments = view::<Moments>(OP, "moments", self.moments.tensor())?;
-        match &backend {
-            Backend::Cpu => {
-                let moments = moments.cpu()[0];
-                self.options.divisor(self.counted, &moments)?;
-                let mask = mask.as_ref().map(View::cpu);
-                cpu::masked_whiten(x.cpu(), mask, &moments, &self.options, out.cpu())?;
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let (stream, mask) = (backend.stream()?, mask.as_ref().map(View::cuda));
-                let moments = cuda::Given::OnDevice(moments.cuda());
-                cuda::masked_whiten(&stream, x.cuda(), mask, moments, &self.options, out.cuda())?;
-            }
+/// The gradient with moments that are constants.
+fn with_backward(
+    inputs: &Inputs<Owned>,
+    grad_y: &Tensor,
+    options: &WhitenOptions,
+) -> Result<Tensor> {
+    let (dims, elements) = (grad_y.dims(), grad_y.elem_count());
+    let backend = Backend::of(OP, "grad_y", grad_y.device())?;
+    let Inputs { mask, moments, .. } = inputs.clone();
+    let tensors = WithBackwardInputs::<Owned> { mask, moments, grad_y: grad_y.clone() };
+    let views = tensors.try_map(dims, &mut Held(OP))?;
+    let mut buffers = BackwardOutputs::<Owned> { grad_x: backend.buffer(elements)? };
+    match &backend {
+        Backend::Cpu => {
+            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
+            let Ok(outputs) = buffers.try_map(dims, &mut OnCpu);
+            cpu::masked_whiten_with_backward(inputs, elements, options, outputs)?;
         }
-        Ok(out)
-    }
-
-    fn backward(&self, x: &Tensor, grad: &Tensor) -> Result<Tensor> {
-        let shape = x.shape();
-        let backend = Backend::of(OP, "x", x.device())?;
-        let mut out = backend.buffer::<f32>(x.elem_count())?;
-        let x = view::<f32>(OP, "x", x)?;
-        let mask = optional_view::<u8>(OP, "mask", &self.mask)?;
-        let moments = view::<Moments>(OP, "moments", self.moments.tensor())?;
-        let grad = view::<f32>(OP, "grad_out", grad)?;
-        match &backend {
-            Backend::Cpu => {
-                let moments = moments.cpu()[0];
-                let (mask, grad, out) = (mask.as_ref().map(View::cpu), grad.cpu(), out.cpu());
-                if self.own {
-                    let x = x.cpu();
-                    cpu::masked_whiten_backward(x, mask, &moments, grad, &self.options, out)?;
-                } else {
-                    cpu::masked_whiten_with_backward(mask, &moments, grad, &self.options, out)?;
-                }
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let (stream, options) = (backend.stream()?, &self.options);
-                let moments = cuda::Given::OnDevice(moments.cuda());
-                let (mask, grad, out) = (mask.as_ref().map(View::cuda), grad.cuda(), out.cuda());
-                if self.own {
-                    let x = x.cuda();
-                    let mut room = backend.buffer(cuda::workspace_len(x.len()))?;
-                    let workspace = room.slice();
-                    cuda::masked_whiten_backward(
-                        &stream, x, mask, moments, grad, options, out, workspace,
-                    )?;
-                } else {
-                    cuda::masked_whiten_with_backward(&stream, mask, moments, grad, options, out)?;
-                }
-            }
+        #[cfg(feature = "cuda")]
+        Backend::Cuda(backend) => {
+            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
+            let Ok(outputs) = buffers.try_map(dims, &mut OnCuda);
+            let stream = backend.stream()?;
+            cuda::masked_whiten_with_backward(&stream, inputs, None, elements, options, outputs)?;
         }
-        Ok(out.into_tensor(shape))
     }
+    Ok(buffers.grad_x.into_tensor(dims))
 }

@@ -7,6 +7,8 @@ mod common;
 mod gae;
 mod kl;
 mod logprob;
+mod ppo_loss;
+mod whiten;
 
 use std::ptr::{null, null_mut};
 

@@ -1,5 +1,12 @@
 //! The functions of the whiten op.
 
+use ppo_kernels::whiten::capi::*;
+use ppo_kernels::whiten::cpu::{
+    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    WithBackwardInputs,
+};
+use ppo_kernels::whiten::{EpsPlacement, WhitenOptions};
+
 use super::*;
 
 fn whiten_option_sets() -> Vec<(WhitenOptions, ppok_whiten_options)> {
@@ -23,38 +30,105 @@ fn whiten_option_sets() -> Vec<(WhitenOptions, ppok_whiten_options)> {
     sets
 }
 
+/// The arrays that the passes share, as C has them.
+#[derive(Clone, Copy)]
+struct Arrays {
+    elements: usize,
+    x: *const f32,
+    mask: *const u8,
+    grad_y: *const f32,
+    moments: *mut Moments,
+}
+
+impl Arrays {
+    fn moments(self) -> ppok_whiten_moments_args {
+        let Self { elements, x, mask, moments, .. } = self;
+        let struct_size = size_of::<ppok_whiten_moments_args>();
+        ppok_whiten_moments_args { struct_size, elements, x, mask, moments }
+    }
+
+    fn forward(self, options: &ppok_whiten_options, y: *mut f32) -> ppok_whiten_forward_args {
+        let Self { elements, x, mask, moments, .. } = self;
+        let struct_size = size_of::<ppok_whiten_forward_args>();
+        ppok_whiten_forward_args { struct_size, elements, x, mask, moments, options, y }
+    }
+
+    fn backward(self, options: &ppok_whiten_options, to: *mut f32) -> ppok_whiten_backward_args {
+        ppok_whiten_backward_args {
+            struct_size: size_of::<ppok_whiten_backward_args>(),
+            elements: self.elements,
+            x: self.x,
+            mask: self.mask,
+            moments: self.moments,
+            grad_y: self.grad_y,
+            options,
+            grad_x: to,
+        }
+    }
+
+    fn with_backward(
+        self,
+        options: &ppok_whiten_options,
+        to: *mut f32,
+    ) -> ppok_whiten_with_backward_args {
+        ppok_whiten_with_backward_args {
+            struct_size: size_of::<ppok_whiten_with_backward_args>(),
+            elements: self.elements,
+            mask: self.mask,
+            moments: self.moments,
+            grad_y: self.grad_y,
+            options,
+            grad_x: to,
+        }
+    }
+}
+
 #[test]
 fn whitening_is_that_of_rust() {
     let (rng, n) = (&mut rng(5), 3000);
     let (x, mask, up) = (uniform(rng, n, 2.0), random_mask(rng, n, 0.7), uniform(rng, n, 1.0));
-    let keep = Some(&mask[..]);
-    let want_moments = whiten::cpu::masked_moments(&x, keep).unwrap();
+    let (x, keep, grad_y) = (&x[..], Some(&mask[..]), &up[..]);
+    let mut want_moments = [Moments::default()];
+    let outputs = MomentsOutputs { moments: &mut want_moments };
+    cpu::masked_moments(MomentsInputs { x, mask: keep }, n, outputs).unwrap();
     let other = Moments { count: 12.0, mean: 0.5, m2: 3.0 };
-    let mut moments = ppok_moments { count: 0.0, mean: 0.0, m2: 0.0 };
+    let mut moments = Moments { count: -1.0, mean: 0.0, m2: 0.0 };
+    let (moments_at, mut merged) = (&raw mut moments, other);
+    let arrays = Arrays {
+        elements: n,
+        x: x.as_ptr(),
+        mask: mask.as_ptr(),
+        grad_y: up.as_ptr(),
+        moments: moments_at,
+    };
+    let merged_at = &raw mut merged;
     // SAFETY: lengths as said.
     unsafe {
-        ok(ppok_whiten_moments_cpu(x.as_ptr(), mask.as_ptr(), n, &mut moments));
-        assert_eq!(moments, want_moments.into());
-        let mut merged = other.into();
-        ok(ppok_moments_merge(&moments, &merged, &mut merged));
-        assert_eq!(merged, want_moments.merge(other).into());
+        ok(ppok_whiten_moments_cpu(&arrays.moments()));
+        assert_eq!(moments_at.read(), want_moments[0]);
+        ok(ppok_moments_merge(moments_at, merged_at, merged_at));
+        assert_eq!(merged_at.read(), want_moments[0].merge(other));
     }
     for (options, c) in whiten_option_sets() {
         let mut want = [(); 3].map(|()| vec![0.0; n]);
         let [y, grad, with_grad] = &mut want;
-        whiten::cpu::masked_whiten(&x, keep, &want_moments, &options, y).unwrap();
-        whiten::cpu::masked_whiten_backward(&x, keep, &want_moments, &up, &options, grad).unwrap();
-        whiten::cpu::masked_whiten_with_backward(keep, &want_moments, &up, &options, with_grad)
-            .unwrap();
+        let moments = Some(&want_moments[..]);
+        let inputs = Inputs { x, mask: keep, moments };
+        cpu::masked_whiten(inputs, n, &options, Outputs { y }).unwrap();
+        let inputs = BackwardInputs { x, mask: keep, moments, grad_y };
+        let outputs = BackwardOutputs { grad_x: grad };
+        cpu::masked_whiten_backward(inputs, n, &options, outputs).unwrap();
+        let inputs = WithBackwardInputs { mask: keep, moments, grad_y };
+        let outputs = BackwardOutputs { grad_x: with_grad };
+        cpu::masked_whiten_with_backward(inputs, n, &options, outputs).unwrap();
 
         let mut got = [(); 3].map(|()| vec![f32::NAN; n]);
         let [y, grad, with_grad] = got.each_mut().map(Vec::as_mut_ptr);
-        let (x, mask, up) = (x.as_ptr(), mask.as_ptr(), up.as_ptr());
         // SAFETY: lengths as said.
         unsafe {
-            ok(ppok_whiten_forward_cpu(x, mask, n, &c, &moments, y));
-            ok(ppok_whiten_backward_cpu(x, mask, n, &c, &moments, up, grad));
-            ok(ppok_whiten_with_backward_cpu(mask, n, &c, &moments, up, with_grad));
+            ok(ppok_whiten_forward_cpu(&arrays.forward(&c, y)));
+            ok(ppok_whiten_backward_cpu(&arrays.backward(&c, grad)));
+            ok(ppok_whiten_with_backward_cpu(&arrays.with_backward(&c, with_grad)));
         }
         assert_eq!(got.map(|x| bits(&x)), want.map(|x| bits(&x)), "{options:?}");
     }
@@ -62,54 +136,70 @@ fn whitening_is_that_of_rust() {
 
 #[cfg(feature = "simt")]
 mod on_the_stand_in {
+    use ppo_kernels::cuda::Stream;
+    use ppo_kernels::whiten::cuda;
+
     use super::*;
     use crate::on_the_stand_in::*;
 
     #[test]
     fn whitening_is_that_of_rust() {
         let machine = machines()[0];
-        let (stream, at) = (Stream::simt(machine), handle(&machine));
+        let stream = Stream::simt(machine);
         let (rng, n) = (&mut rng(10), 9000);
         let (x, mask, up) = (uniform(rng, n, 2.0), random_mask(rng, n, 0.7), uniform(rng, n, 1.0));
         let (x_in, keep, up_in) = (slice(&x), Some(slice(&mask)), slice(&up));
-        let room = &mut vec![f64::NAN; whiten::cuda::workspace_len(n)][..];
-        let mut want_moments = [0.0; 3];
-        let to = out(&mut want_moments);
-        whiten::cuda::masked_moments(&stream, x_in, keep, to, out(room)).unwrap();
-        let given = whiten::cuda::Given::OnDevice(slice(&want_moments));
+        let space = &mut vec![f64::NAN; cuda::workspace_len(n)][..];
+        let mut want_moments = [Moments::default()];
+        let outputs = cuda::MomentsOutputs { moments: out(&mut want_moments) };
+        let inputs = cuda::MomentsInputs { x: x_in, mask: keep };
+        cuda::masked_moments(&stream, inputs, n, outputs, out(space)).unwrap();
+        let given = Some(slice(&want_moments));
 
-        let mut moments = ppok_moments { count: -1.0, mean: 0.0, m2: 0.0 };
-        let mut space =
-            // SAFETY: there is room for the size.
-            workspace(|size| unsafe { ppok_whiten_moments_cuda_workspace_size(n, at, size) });
-        let (ws, size) = parts(&mut space);
+        let mut moments = Moments { count: -1.0, mean: 0.0, m2: 0.0 };
+        let moments_at = &raw mut moments;
+        let arrays = Arrays {
+            elements: n,
+            x: x.as_ptr(),
+            mask: mask.as_ptr(),
+            grad_y: up.as_ptr(),
+            moments: moments_at,
+        };
         // SAFETY: lengths as said.
-        ok(unsafe {
-            ppok_whiten_moments_cuda(x.as_ptr(), mask.as_ptr(), n, &mut moments, ws, size, at)
-        });
-        assert_eq!([moments.count, moments.mean, moments.m2], want_moments);
+        unsafe {
+            let (pass, size) = (ppok_whiten_moments_cuda, ppok_whiten_moments_cuda_workspace_size);
+            run(pass, size, &arrays.moments(), &machine);
+            assert_eq!(moments_at.read(), want_moments[0]);
+        }
         for (options, c) in whiten_option_sets() {
             let mut want = [(); 3].map(|()| vec![0.0; n]);
             let [y, grad, with_grad] = want.each_mut().map(|x| out(x));
-            whiten::cuda::masked_whiten(&stream, x_in, keep, given, &options, y).unwrap();
-            let backward = whiten::cuda::masked_whiten_backward;
-            backward(&stream, x_in, keep, given, up_in, &options, grad, out(room)).unwrap();
-            let backward = whiten::cuda::masked_whiten_with_backward;
-            backward(&stream, keep, given, up_in, &options, with_grad).unwrap();
+            let inputs = cuda::Inputs { x: x_in, mask: keep, moments: given };
+            let outputs = cuda::Outputs { y };
+            cuda::masked_whiten(&stream, inputs, None, n, &options, outputs).unwrap();
+            let inputs =
+                cuda::BackwardInputs { x: x_in, mask: keep, moments: given, grad_y: up_in };
+            let (outputs, space) = (cuda::BackwardOutputs { grad_x: grad }, out(space));
+            cuda::masked_whiten_backward(&stream, inputs, None, n, &options, outputs, space)
+                .unwrap();
+            let inputs = cuda::WithBackwardInputs { mask: keep, moments: given, grad_y: up_in };
+            let outputs = cuda::BackwardOutputs { grad_x: with_grad };
+            cuda::masked_whiten_with_backward(&stream, inputs, None, n, &options, outputs).unwrap();
 
             // In place, all of them.
             let mut got = [x.clone(), up.clone(), up.clone()];
             let [y, grad, with] = got.each_mut().map(Vec::as_mut_ptr);
-            let (x, mask, none) = (x.as_ptr(), mask.as_ptr(), null_mut());
             // SAFETY: lengths as said.
             unsafe {
-                ok(ppok_whiten_forward_cuda(y, mask, n, &c, &moments, y, none, 0, at));
-                let mut space =
-                    workspace(|size| ppok_whiten_backward_cuda_workspace_size(n, at, size));
-                let (ws, size) = parts(&mut space);
-                let m = &moments;
-                ok(ppok_whiten_backward_cuda(x, mask, n, &c, m, grad, grad, ws, size, at));
-                ok(ppok_whiten_with_backward_cuda(mask, n, &c, m, with, with, none, 0, at));
+                let args = Arrays { x: y, ..arrays }.forward(&c, y);
+                let size = ppok_whiten_forward_cuda_workspace_size;
+                assert_eq!(run(ppok_whiten_forward_cuda, size, &args, &machine), 0);
+                let args = Arrays { grad_y: grad, ..arrays }.backward(&c, grad);
+                let size = ppok_whiten_backward_cuda_workspace_size;
+                run(ppok_whiten_backward_cuda, size, &args, &machine);
+                let args = Arrays { grad_y: with, ..arrays }.with_backward(&c, with);
+                let size = ppok_whiten_with_backward_cuda_workspace_size;
+                assert_eq!(run(ppok_whiten_with_backward_cuda, size, &args, &machine), 0);
             }
             assert_eq!(got.map(|x| bits(&x)), want.map(|x| bits(&x)), "{options:?}");
         }

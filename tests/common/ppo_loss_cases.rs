@@ -2,7 +2,7 @@
 
 use ppo_kernels::kl::{KlEstimator, KlOptions};
 use ppo_kernels::ppo_loss::{
-    reference, Aggregation, ClipFractionKind, Inputs, PpoLossOptions, PpoStats, ValueInputs,
+    cpu, reference, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats,
 };
 use rand::rngs::StdRng;
 
@@ -14,7 +14,7 @@ pub const REL: f64 = 2e-6;
 /// The same for sums of terms that cancel, as a share of the largest of them.
 pub const ABS: f64 = 1e-6;
 
-/// Inputs that own what [`Inputs`] borrows.
+/// What [`cpu::Inputs`] and [`reference::Inputs`] borrow, with the shape.
 #[derive(Clone, Default)]
 pub struct Data<T> {
     pub batch: usize,
@@ -31,25 +31,6 @@ pub struct Data<T> {
 }
 
 impl<T: Copy> Data<T> {
-    pub fn inputs(&self) -> Inputs<'_, T> {
-        let values = self.values.as_deref().zip(self.returns.as_deref());
-        Inputs {
-            batch: self.batch,
-            seq_len: self.seq_len,
-            logp: &self.logp,
-            old_logp: &self.old_logp,
-            advantages: &self.advantages,
-            value: values.map(|(values, returns)| ValueInputs {
-                values,
-                old_values: self.old_values.as_deref(),
-                returns,
-            }),
-            entropy: self.entropy.as_deref(),
-            ref_logp: self.ref_logp.as_deref(),
-            mask: self.mask.as_deref(),
-        }
-    }
-
     pub fn map<U>(&self, f: impl Fn(T) -> U) -> Data<U> {
         let all = |x: &Vec<T>| x.iter().map(|&x| f(x)).collect();
         Data {
@@ -66,6 +47,31 @@ impl<T: Copy> Data<T> {
             mask: self.mask.clone(),
         }
     }
+}
+
+macro_rules! inputs {
+    ($($number:ty, $backend:ident;)*) => {$(
+        impl Data<$number> {
+            /// Without what goes with the values, where those are not there.
+            pub fn inputs(&self) -> $backend::Inputs<'_> {
+                let has_values = self.values.is_some();
+                $backend::Inputs {
+                    values: self.values.as_deref(),
+                    old_values: self.old_values.as_deref().filter(|_| has_values),
+                    returns: self.returns.as_deref().filter(|_| has_values),
+                    entropy: self.entropy.as_deref(),
+                    ref_logp: self.ref_logp.as_deref(),
+                    mask: self.mask.as_deref(),
+                    ..$backend::Inputs::new(&self.logp, &self.old_logp, &self.advantages)
+                }
+            }
+        }
+    )*};
+}
+
+inputs! {
+    f32, cpu;
+    f64, reference;
 }
 
 /// Something done to a batch before it is used.
@@ -95,7 +101,12 @@ pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
 }
 
 pub fn run(data: &Data<f64>, options: &PpoLossOptions) -> reference::Output {
-    reference::ppo_loss(&data.inputs(), options).unwrap()
+    reference::ppo_loss(&data.inputs(), data.batch, data.seq_len, options).unwrap()
+}
+
+/// Statistics that nobody has written.
+pub fn unwritten() -> PpoStats {
+    PpoStats::from_array([-7.0; PpoStats::LEN])
 }
 
 /// A mask with holes and right padding, in which any non-zero byte keeps, and the last row of
@@ -263,6 +274,15 @@ pub fn missing_inputs() -> [(&'static str, PpoLossOptions, Change); 3] {
         ("value_clip_range", default, |d| d.old_values = None),
         ("entropy_coef", PpoLossOptions { entropy_coef: 0.1, ..default }, |d| d.entropy = None),
         ("kl_coef", PpoLossOptions { kl_coef: 0.1, ..default }, |d| d.ref_logp = None),
+    ]
+}
+
+/// Inputs that are not given, of those that go together, and which one is named as missing.
+pub fn missing_partners() -> [(&'static str, fn(&mut cpu::Inputs)); 3] {
+    [
+        ("returns", |inputs| inputs.returns = None),
+        ("values", |inputs| inputs.values = None),
+        ("values", |inputs| (inputs.values, inputs.returns) = (None, None)),
     ]
 }
 

@@ -2,7 +2,10 @@
 
 use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
 use ppo_kernels::gae::GaeOptions;
-use ppo_kernels::whiten::cuda::{self as whiten, Given, MOMENTS};
+use ppo_kernels::moments::Moments;
+use ppo_kernels::whiten::cuda::{
+    self as whiten, BackwardInputs, BackwardOutputs, MomentsInputs, MomentsOutputs,
+};
 use ppo_kernels::whiten::WhitenOptions;
 
 use crate::gpu::Buffer;
@@ -27,7 +30,7 @@ struct Set {
     advantages: Buffer<f32>,
     returns: Buffer<f32>,
     whitened: Buffer<f32>,
-    moments: Buffer<f64>,
+    moments: Buffer<Moments>,
     workspace: Buffer<f64>,
     whiten_workspace: Buffer<f64>,
 }
@@ -44,7 +47,7 @@ impl Set {
             advantages: Buffer::uninit(count, 0),
             returns: Buffer::uninit(count, 0),
             whitened: Buffer::uninit(count, 0),
-            moments: Buffer::uninit(MOMENTS, 0),
+            moments: Buffer::uninit(1, 0),
             workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len), 0),
             whiten_workspace: Buffer::uninit(whiten::workspace_len(count), 0),
         }
@@ -64,7 +67,7 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
         let outputs = Outputs {
             advantages: set.advantages.slice_mut(),
             returns: set.returns.slice_mut(),
-            rewards: None,
+            shaped_rewards: None,
             moments: with_moments.then(|| set.moments.slice_mut()),
         };
         let (options, workspace) = (GaeOptions::default(), set.workspace.slice_mut());
@@ -94,21 +97,31 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     table.row(Pass::GaeShaped, shape, 17 * count, sets, shaped);
     let options = WhitenOptions::default();
     table.row(Pass::Moments, shape, 5 * count, sets, |set| {
-        let (x, kept) = (set.advantages.slice(), Some(set.mask.slice()));
-        let (moments, workspace) = (set.moments.slice_mut(), set.whiten_workspace.slice_mut());
-        whiten::masked_moments(&stream, x, kept, moments, workspace).unwrap();
+        let inputs = MomentsInputs { x: set.advantages.slice(), mask: Some(set.mask.slice()) };
+        let outputs = MomentsOutputs { moments: set.moments.slice_mut() };
+        let workspace = set.whiten_workspace.slice_mut();
+        whiten::masked_moments(&stream, inputs, count, outputs, workspace).unwrap();
     });
     table.row(Pass::Whiten, shape, 9 * count, sets, |set| {
-        let (x, kept) = (set.advantages.slice(), Some(set.mask.slice()));
-        let (given, out) = (Given::OnDevice(set.moments.slice()), set.whitened.slice_mut());
-        whiten::masked_whiten(&stream, x, kept, given, &options, out).unwrap();
+        let inputs = whiten::Inputs {
+            x: set.advantages.slice(),
+            mask: Some(set.mask.slice()),
+            moments: Some(set.moments.slice()),
+        };
+        let outputs = whiten::Outputs { y: set.whitened.slice_mut() };
+        whiten::masked_whiten(&stream, inputs, None, count, &options, outputs).unwrap();
     });
     // What it reads it reads twice: for its sums, and for the gradient.
     table.row(Pass::WhitenBackward, shape, 22 * count, sets, |set| {
-        let (x, kept) = (set.advantages.slice(), Some(set.mask.slice()));
-        let (given, up) = (Given::OnDevice(set.moments.slice()), set.values.slice());
-        let (grad, workspace) = (set.whitened.slice_mut(), set.whiten_workspace.slice_mut());
-        whiten::masked_whiten_backward(&stream, x, kept, given, up, &options, grad, workspace)
+        let inputs = BackwardInputs {
+            x: set.advantages.slice(),
+            mask: Some(set.mask.slice()),
+            moments: Some(set.moments.slice()),
+            grad_y: set.values.slice(),
+        };
+        let outputs = BackwardOutputs { grad_x: set.whitened.slice_mut() };
+        let workspace = set.whiten_workspace.slice_mut();
+        whiten::masked_whiten_backward(&stream, inputs, None, count, &options, outputs, workspace)
             .unwrap();
     });
 }

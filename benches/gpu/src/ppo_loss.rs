@@ -1,6 +1,6 @@
 //! The ppo_loss op.
 
-use ppo_kernels::ppo_loss::cuda::{self, Gradients, Inputs, ValueInputs};
+use ppo_kernels::ppo_loss::cuda::{self, Inputs, Outputs};
 use ppo_kernels::ppo_loss::{PpoLossOptions, PpoStats};
 
 use crate::gpu::Buffer;
@@ -24,7 +24,7 @@ struct Set {
     mask: Buffer<u8>,
     grad_logp: Buffer<f32>,
     grad_values: Buffer<f32>,
-    stats: Buffer<f32>,
+    stats: Buffer<PpoStats>,
     workspace: Buffer<f32>,
 }
 
@@ -41,7 +41,7 @@ impl Set {
             mask: mask(batch, seq_len),
             grad_logp: Buffer::uninit(count, 0),
             grad_values: Buffer::uninit(count, 0),
-            stats: Buffer::uninit(PpoStats::LEN, 0),
+            stats: Buffer::uninit(1, 0),
             workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len, options), 0),
         }
     }
@@ -58,28 +58,19 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     let bytes = 34 * batch * seq_len;
     let sets = &mut table.sets(bytes, || Set::new(batch, seq_len, &options));
     table.row(Pass::PpoLoss, shape, bytes, sets, |set| {
-        let value = ValueInputs {
-            values: set.values.slice(),
-            old_values: Some(set.old_values.slice()),
-            returns: set.returns.slice(),
-        };
         let inputs = Inputs {
-            batch,
-            seq_len,
-            logp: set.logp.slice(),
-            old_logp: set.old_logp.slice(),
-            advantages: set.advantages.slice(),
-            value: Some(value),
-            entropy: None,
-            ref_logp: None,
+            values: Some(set.values.slice()),
+            old_values: Some(set.old_values.slice()),
+            returns: Some(set.returns.slice()),
             mask: Some(set.mask.slice()),
+            ..Inputs::new(set.logp.slice(), set.old_logp.slice(), set.advantages.slice())
         };
-        let gradients = Gradients {
-            logp: Some(set.grad_logp.slice_mut()),
-            values: Some(set.grad_values.slice_mut()),
-            entropy: None,
+        let outputs = Outputs {
+            grad_logp: Some(set.grad_logp.slice_mut()),
+            grad_values: Some(set.grad_values.slice_mut()),
+            ..Outputs::new(set.stats.slice_mut())
         };
-        let (stats, workspace) = (set.stats.slice_mut(), set.workspace.slice_mut());
-        cuda::ppo_loss(&stream, &inputs, &options, gradients, stats, workspace).unwrap();
+        let workspace = set.workspace.slice_mut();
+        cuda::ppo_loss(&stream, inputs, batch, seq_len, &options, outputs, workspace).unwrap();
     });
 }

@@ -15,8 +15,7 @@ use crate::kl::{self, full_kl, token_kl, FullKlOptions, KlDirection, KlEstimator
 use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
 use crate::moments::{Moments, MomentsTensor};
 use crate::ppo_loss::{
-    self, ppo_loss, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions,
-    PpoLossValueInputs, PpoStats,
+    self, ppo_loss, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions, PpoStats,
 };
 use crate::whiten::{self, masked_whiten, masked_whiten_with, EpsPlacement, WhitenOptions};
 
@@ -416,7 +415,9 @@ fn ppo_loss_case(
     let (old, a) = (draw.tensor(&old_logp, &shape)?, draw.tensor(&advantages, &shape)?);
     let (old_v, r) = (draw.tensor(&old_values, &shape)?, draw.tensor(&returns, &shape)?);
     let inputs = PpoLossInputs {
-        value: Some(PpoLossValueInputs { values: &v, old_values: Some(&old_v), returns: &r }),
+        values: Some(&v),
+        old_values: Some(&old_v),
+        returns: Some(&r),
         entropy: Some(&h),
         ref_logp: Some(&draw.tensor(&ref_logp, &shape)?),
         mask: Some(&draw.bytes(&mask, &shape)?),
@@ -427,22 +428,18 @@ fn ppo_loss_case(
     let [logp, old_logp, advantages] = [logp, old_logp, advantages].map(|v| widen(&v));
     let [values, old_values, returns] = [values, old_values, returns].map(|v| widen(&v));
     let [entropy, ref_logp] = [entropy, ref_logp].map(|v| widen(&v));
-    let inputs = ppo_loss::Inputs {
-        batch: shape[0],
-        seq_len: shape[1],
+    let inputs = ppo_loss::reference::Inputs {
         logp: &logp,
         old_logp: &old_logp,
         advantages: &advantages,
-        value: Some(ppo_loss::ValueInputs {
-            values: &values,
-            old_values: Some(&old_values),
-            returns: &returns,
-        }),
+        values: Some(&values),
+        old_values: Some(&old_values),
+        returns: Some(&returns),
         entropy: Some(&entropy),
         ref_logp: Some(&ref_logp),
         mask: Some(&mask),
     };
-    let want = ppo_loss::reference::ppo_loss(&inputs, options)?;
+    let want = ppo_loss::reference::ppo_loss(&inputs, shape[0], shape[1], options)?;
     let weights = ppo_loss::reference::weights(Some(&mask), shape[0], shape[1], options)?;
 
     // The aggregated terms as weighted means, of magnitude 1 whatever the weights add up to.
