@@ -332,11 +332,11 @@ impl<'a> Constants<'a> {
 impl Reads<Tensors, Owned> for Constants<'_> {
     type Error = Error;
 
-    fn input<'a, 'b, T: Element>(
+    fn input<T: Element>(
         &mut self,
         arg: &'static str,
         shape: memory::Shape,
-        from: &'b &'a Tensor,
+        from: &&Tensor,
     ) -> Result<Tensor> {
         let mut dims = shape.concat();
         // An element of several numbers is so many of the tensor's.

@@ -216,12 +216,14 @@ fn count_nonzero(bytes: &[u8]) -> usize {
     count
 }
 
+/// Values, old values and returns.
+type Value<'a> = (&'a [f32], Option<&'a [f32]>, &'a [f32]);
+
 /// A run of tokens: its part of every input and gradient.
 struct Tokens<'a> {
     /// logp, old_logp, advantages.
     policy: (&'a [f32], &'a [f32], &'a [f32]),
-    /// Values, old values and returns.
-    value: Option<(&'a [f32], Option<&'a [f32]>, &'a [f32])>,
+    value: Option<Value<'a>>,
     entropy: Option<&'a [f32]>,
     ref_logp: Option<&'a [f32]>,
     mask: Option<&'a [u8]>,

@@ -319,11 +319,11 @@ impl Aligned {
 impl Reads<Pointers, Nowhere> for Aligned {
     type Error = Infallible;
 
-    fn input<'a, 'b, T: Element>(
+    fn input<'a, T: Element>(
         &mut self,
         _: &'static str,
         shape: Shape,
-        from: &'b Pointer<T>,
+        from: &Pointer<T>,
     ) -> std::result::Result<(), Infallible> {
         self.look_at(shape, *from);
         Ok(())
@@ -333,12 +333,12 @@ impl Reads<Pointers, Nowhere> for Aligned {
 impl Writes<Pointers, Nowhere> for Aligned {
     type Error = Infallible;
 
-    fn output<'a, 'b, T: Element>(
+    fn output<'a, T: Element>(
         &mut self,
         _: &'static str,
         shape: Shape,
         _: &[&'static str],
-        to: &'b mut Pointer<T>,
+        to: &mut Pointer<T>,
     ) -> std::result::Result<(), Infallible> {
         self.look_at(shape, *to);
         Ok(())

@@ -277,8 +277,11 @@ pub fn missing_inputs() -> [(&'static str, PpoLossOptions, Change); 3] {
     ]
 }
 
-/// Inputs that are not given, of those that go together, and which one is named as missing.
-pub fn missing_partners() -> [(&'static str, fn(&mut cpu::Inputs)); 3] {
+/// Takes inputs away of those that go together.
+pub type Removal = fn(&mut cpu::Inputs);
+
+/// What is taken away, after the name of the input that is missing then.
+pub fn missing_partners() -> [(&'static str, Removal); 3] {
     [
         ("returns", |inputs| inputs.returns = None),
         ("values", |inputs| inputs.values = None),
