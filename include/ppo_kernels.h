@@ -19,24 +19,30 @@
  * Overlap. What is read may overlap; what is written may overlap nothing else, unless the function
  * says that an output may be an input: the very same memory then, from the same address on.
  *
- * Structs. Those that begin with struct_size may grow at their end in later versions. Options are
- * set to their defaults by ppok_..._options_init(&options, sizeof options), and then changed; a
- * null pointer to options stands for the defaults. In structs of inputs and outputs, set
- * struct_size to sizeof and all that is not used to zero: ppok_gae_inputs inputs = {sizeof inputs};
+ * Structs. Every pass takes one struct, ppok_OP_PASS_args: sizes, arrays that are read, options, arrays
+ * that are written. It and the options begin with struct_size and may grow at their end in later
+ * versions. In arguments, set struct_size to sizeof and all that is not used to zero:
+ * ppok_gae_args args = {sizeof args}; args.batch = batch; and so on. Options are set to their defaults
+ * by ppok_..._options_init(&options, sizeof options), and then changed; a null pointer to options
+ * stands for the defaults. Results that are structs, ppok_moments and ppok_ppo_loss_stats, are of
+ * doubles only, on the device too.
  *
- * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The _cpu
- * functions need no workspace. The first that has work for several threads starts a pool of them,
- * as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life of the
- * process and is not there in the child of a fork(). Apart from the pool with its queue, kernels
+ * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The structs
+ * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
+ * call. The _cpu functions need no workspace. The first that has work for several threads starts a
+ * pool of them, as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life
+ * of the process and is not there in the child of a fork(). Apart from the pool with its queue, kernels
  * that are loaded, and the texts of errors, nothing is allocated.
  *
- * CUDA. The _cuda functions launch kernels on the caller's stream (CUstream or cudaStream_t; null
- * is the default stream of the thread's current context) and return at once: errors of the kernels
- * themselves come from later calls. They neither wait for the device nor allocate its memory, and
- * can be captured into a graph once each has been called with the same types, sizes and options
- * outside of a capture, which loads its kernels. Their workspace is device memory of the size in
- * bytes that ppok_..._workspace_size() writes, aligned to 16 bytes, of any content; calls on one
- * stream can share it. A library that was built without CUDA has them too, and they return
+ * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
+ * (CUstream or cudaStream_t; null is the default stream of the thread's current context) and returns
+ * at once: errors of the kernels themselves come from later calls. It neither waits for the device nor
+ * allocates its memory, and can be captured into a graph once it has been called with the same types,
+ * sizes and options outside of a capture, which loads its kernels. The workspace is device memory,
+ * aligned to 16 bytes, of any content, of as many bytes or more as
+ * ppok_OP_PASS_cuda_workspace_size(&args, stream, &bytes) writes. That function looks at sizes, types,
+ * options and at which arrays are null, and at no array's content. Calls on one stream can share a
+ * workspace. A library that was built without CUDA has these functions too, and they return
  * PPOK_STATUS_UNSUPPORTED.
  *
  * Threads. All functions can be called from several threads at a time. The same inputs give the
@@ -301,111 +307,6 @@
 #define PPOK_PPO_LOSS_RATIO_OUTSIDE 1
 
 /**
- * The total, as it is minimised.
- */
-#define PPOK_PPO_STAT_LOSS 0
-
-/**
- * The aggregated policy term.
- */
-#define PPOK_PPO_STAT_POLICY_LOSS 1
-
-/**
- * The aggregated value term, before `value_coef`.
- */
-#define PPOK_PPO_STAT_VALUE_LOSS 2
-
-/**
- * Share of tokens that are clipped.
- */
-#define PPOK_PPO_STAT_CLIP_FRACTION 3
-
-/**
- * Share of tokens bounded by the dual clip.
- */
-#define PPOK_PPO_STAT_LOWER_CLIP_FRACTION 4
-
-/**
- * Share of tokens whose clipped value has the larger error.
- */
-#define PPOK_PPO_STAT_VALUE_CLIP_FRACTION 5
-
-/**
- * Mean of -d, the first estimate of KL(old || new).
- */
-#define PPOK_PPO_STAT_APPROX_KL_K1 6
-
-/**
- * Mean of d^2 / 2.
- */
-#define PPOK_PPO_STAT_APPROX_KL_K2 7
-
-/**
- * Mean of ratio - 1 - d.
- */
-#define PPOK_PPO_STAT_APPROX_KL_K3 8
-
-/**
- * Mean of the ratio.
- */
-#define PPOK_PPO_STAT_RATIO_MEAN 9
-
-/**
- * Variance of the ratio, biased.
- */
-#define PPOK_PPO_STAT_RATIO_VAR 10
-
-/**
- * Smallest ratio.
- */
-#define PPOK_PPO_STAT_RATIO_MIN 11
-
-/**
- * Largest ratio.
- */
-#define PPOK_PPO_STAT_RATIO_MAX 12
-
-/**
- * Mean entropy.
- */
-#define PPOK_PPO_STAT_ENTROPY_MEAN 13
-
-/**
- * Mean of the KL estimate against the reference model.
- */
-#define PPOK_PPO_STAT_KL_MEAN 14
-
-/**
- * Mean advantage.
- */
-#define PPOK_PPO_STAT_ADVANTAGE_MEAN 15
-
-/**
- * Mean return.
- */
-#define PPOK_PPO_STAT_RETURN_MEAN 16
-
-/**
- * Mean value.
- */
-#define PPOK_PPO_STAT_VALUE_MEAN 17
-
-/**
- * 1 - Var(returns - values) / Var(returns); NaN where the returns do not vary.
- */
-#define PPOK_PPO_STAT_EXPLAINED_VARIANCE 18
-
-/**
- * Number of unmasked tokens.
- */
-#define PPOK_PPO_STAT_TOKENS 19
-
-/**
- * How many statistics there are.
- */
-#define PPOK_PPO_STATS 20
-
-/**
  * `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
  */
 #define PPOK_WHITEN_EPS_IN_VARIANCE 0
@@ -475,48 +376,6 @@ typedef struct ppok_gae_options {
 } ppok_gae_options;
 
 /**
- * Inputs of ppok_gae_*. All but `values` may be null.
- */
-typedef struct ppok_gae_inputs {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * Values V, `[batch, seq_len]`.
-     */
-    const float *values;
-    /**
-     * Dense rewards, `[batch, seq_len]`; null stands for zeros.
-     */
-    const float *rewards;
-    /**
-     * KL to the reference model for each token, `[batch, seq_len]`; null stands for zeros.
-     */
-    const float *kl;
-    /**
-     * Scores of the sequences, `[batch]`; null stands for zeros.
-     */
-    const float *scores;
-    /**
-     * Not 0 where the sequence ended by itself, `[batch]`; null if all did.
-     */
-    const uint8_t *has_eos;
-    /**
-     * `[batch, seq_len]`; null if nothing is masked. Padding left and right, and gaps.
-     */
-    const uint8_t *mask;
-    /**
-     * Not 0 where an episode ended with step t, `[batch, seq_len]`; null if none did.
-     */
-    const uint8_t *dones;
-    /**
-     * Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
-     */
-    const float *bootstrap;
-} ppok_gae_inputs;
-
-/**
  * Count, mean and sum of squared deviations of a set of numbers. On the device, three doubles.
  */
 typedef struct ppok_moments {
@@ -535,32 +394,6 @@ typedef struct ppok_moments {
 } ppok_moments;
 
 /**
- * Outputs of ppok_gae_*, each `[batch, seq_len]` and 0 where masked, but for the moments.
- */
-typedef struct ppok_gae_outputs {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * Advantages, not whitened.
-     */
-    float *advantages;
-    /**
-     * Returns, the targets of the value function.
-     */
-    float *returns;
-    /**
-     * The rewards after shaping; null if not wanted.
-     */
-    float *rewards;
-    /**
-     * One: the moments of the unmasked advantages, for ppok_whiten_forward_*; null if not wanted.
-     */
-    struct ppok_moments *moments;
-} ppok_gae_outputs;
-
-/**
  * Options of ppok_kl_token_*.
  */
 typedef struct ppok_kl_token_options {
@@ -574,7 +407,8 @@ typedef struct ppok_kl_token_options {
      */
     double log_ratio_clamp;
     /**
-     * Clamps the estimate likewise. 10 in verl, OpenRLHF and NeMo-RL.
+     * Clamps the estimate likewise; above 0, or `PPOK_NONE`, which is the default. 10 in verl, OpenRLHF
+     * and NeMo-RL.
      */
     double output_clamp;
     /**
@@ -680,7 +514,7 @@ typedef struct ppok_ppo_loss_options {
      */
     double kl_coef;
     /**
-     * As in `ppok_kl_token_options`; 20 by default.
+     * As in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
      */
     double kl_log_ratio_clamp;
     /**
@@ -715,76 +549,6 @@ typedef struct ppok_ppo_loss_options {
 } ppok_ppo_loss_options;
 
 /**
- * Inputs of ppok_ppo_loss_*, each `[batch, seq_len]`.
- */
-typedef struct ppok_ppo_loss_inputs {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * Log-probabilities under the policy that is trained, which get the gradient.
-     */
-    const float *logp;
-    /**
-     * Log-probabilities under the policy that made the rollout.
-     */
-    const float *old_logp;
-    /**
-     * Advantages, already whitened if they are to be.
-     */
-    const float *advantages;
-    /**
-     * The critic's predictions, which get the gradient; null for no value term.
-     */
-    const float *values;
-    /**
-     * Its predictions at the time of the rollout; may be null where `value_clip_range` is
-     * `PPOK_NONE`.
-     */
-    const float *old_values;
-    /**
-     * The targets of the regression; null if `values` is.
-     */
-    const float *returns;
-    /**
-     * Entropy of the policy at each token, which gets the gradient; may be null where `entropy_coef`
-     * is 0.
-     */
-    const float *entropy;
-    /**
-     * Log-probabilities under the reference model; may be null where `kl_coef` is 0.
-     */
-    const float *ref_logp;
-    /**
-     * Null if nothing is masked.
-     */
-    const uint8_t *mask;
-} ppok_ppo_loss_inputs;
-
-/**
- * Gradients of ppok_ppo_loss_*, each `[batch, seq_len]`, written; null if not wanted.
- */
-typedef struct ppok_ppo_loss_gradients {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * With respect to logp.
-     */
-    float *logp;
-    /**
-     * With respect to values; only with values.
-     */
-    float *values;
-    /**
-     * With respect to entropy; only with entropy.
-     */
-    float *entropy;
-} ppok_ppo_loss_gradients;
-
-/**
  * Options of ppok_whiten_*.
  */
 typedef struct ppok_whiten_options {
@@ -813,6 +577,710 @@ typedef struct ppok_whiten_options {
      */
     int32_t reserved;
 } ppok_whiten_options;
+
+/**
+ * Statistics of ppok_ppo_loss_*; NaN for what is not defined.
+ */
+typedef struct ppok_ppo_loss_stats {
+    /**
+     * The total, as it is minimised.
+     */
+    double loss;
+    /**
+     * The aggregated policy term.
+     */
+    double policy_loss;
+    /**
+     * The aggregated value term, before `value_coef`.
+     */
+    double value_loss;
+    /**
+     * Share of tokens that are clipped.
+     */
+    double clip_fraction;
+    /**
+     * Share of tokens bounded by the dual clip.
+     */
+    double lower_clip_fraction;
+    /**
+     * Share of tokens whose clipped value has the larger error.
+     */
+    double value_clip_fraction;
+    /**
+     * Mean of -d, the first estimate of KL(old || new).
+     */
+    double approx_kl_k1;
+    /**
+     * Mean of d^2 / 2.
+     */
+    double approx_kl_k2;
+    /**
+     * Mean of ratio - 1 - d.
+     */
+    double approx_kl_k3;
+    /**
+     * Mean of the ratio.
+     */
+    double ratio_mean;
+    /**
+     * Variance of the ratio, biased.
+     */
+    double ratio_var;
+    /**
+     * Smallest ratio.
+     */
+    double ratio_min;
+    /**
+     * Largest ratio.
+     */
+    double ratio_max;
+    /**
+     * Mean entropy.
+     */
+    double entropy_mean;
+    /**
+     * Mean of the KL estimate against the reference model.
+     */
+    double kl_mean;
+    /**
+     * Mean advantage.
+     */
+    double advantage_mean;
+    /**
+     * Mean return.
+     */
+    double return_mean;
+    /**
+     * Mean value.
+     */
+    double value_mean;
+    /**
+     * 1 - Var(returns - values) / Var(returns); NaN where the returns do not vary.
+     */
+    double explained_variance;
+    /**
+     * Number of unmasked tokens.
+     */
+    double tokens;
+} ppok_ppo_loss_stats;
+
+/**
+ * Arguments of ppok_logprob_forward_*.
+ */
+typedef struct ppok_logprob_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t rows;
+    /**
+     * (draft)
+     */
+    size_t vocab;
+    /**
+     * (draft)
+     */
+    int32_t logits_type;
+    /**
+     * (draft)
+     */
+    int32_t targets_type;
+    /**
+     * (draft)
+     */
+    const void *logits;
+    /**
+     * (draft)
+     */
+    const void *targets;
+    /**
+     * (draft)
+     */
+    const struct ppok_logprob_options *options;
+    /**
+     * (draft)
+     */
+    float *logp;
+    /**
+     * (draft)
+     */
+    float *entropy;
+    /**
+     * (draft)
+     */
+    float *max;
+    /**
+     * (draft)
+     */
+    float *log_sum;
+} ppok_logprob_forward_args;
+
+/**
+ * Arguments of ppok_logprob_backward_*.
+ */
+typedef struct ppok_logprob_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t rows;
+    /**
+     * (draft)
+     */
+    size_t vocab;
+    /**
+     * (draft)
+     */
+    int32_t logits_type;
+    /**
+     * (draft)
+     */
+    int32_t targets_type;
+    /**
+     * (draft)
+     */
+    const void *logits;
+    /**
+     * (draft)
+     */
+    const void *targets;
+    /**
+     * (draft)
+     */
+    const float *max;
+    /**
+     * (draft)
+     */
+    const float *log_sum;
+    /**
+     * (draft)
+     */
+    const float *entropy;
+    /**
+     * (draft)
+     */
+    const float *grad_logp;
+    /**
+     * (draft)
+     */
+    const float *grad_entropy;
+    /**
+     * (draft)
+     */
+    const struct ppok_logprob_options *options;
+    /**
+     * (draft)
+     */
+    void *grad_logits;
+} ppok_logprob_backward_args;
+
+/**
+ * Arguments of ppok_kl_token_forward_*.
+ */
+typedef struct ppok_kl_token_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t tokens;
+    /**
+     * (draft)
+     */
+    const float *logp;
+    /**
+     * (draft)
+     */
+    const float *ref_logp;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const struct ppok_kl_token_options *options;
+    /**
+     * (draft)
+     */
+    float *kl;
+} ppok_kl_token_forward_args;
+
+/**
+ * Arguments of ppok_kl_token_backward_*.
+ */
+typedef struct ppok_kl_token_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t tokens;
+    /**
+     * (draft)
+     */
+    const float *logp;
+    /**
+     * (draft)
+     */
+    const float *ref_logp;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const float *grad_kl;
+    /**
+     * (draft)
+     */
+    const struct ppok_kl_token_options *options;
+    /**
+     * (draft)
+     */
+    float *grad_logp;
+    /**
+     * (draft)
+     */
+    float *grad_ref_logp;
+} ppok_kl_token_backward_args;
+
+/**
+ * Arguments of ppok_kl_full_forward_*.
+ */
+typedef struct ppok_kl_full_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t rows;
+    /**
+     * (draft)
+     */
+    size_t vocab;
+    /**
+     * (draft)
+     */
+    int32_t logits_type;
+    /**
+     * (draft)
+     */
+    int32_t reserved;
+    /**
+     * (draft)
+     */
+    const void *logits;
+    /**
+     * (draft)
+     */
+    const void *ref_logits;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const struct ppok_kl_full_options *options;
+    /**
+     * (draft)
+     */
+    float *stats;
+} ppok_kl_full_forward_args;
+
+/**
+ * Arguments of ppok_kl_full_backward_*.
+ */
+typedef struct ppok_kl_full_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t rows;
+    /**
+     * (draft)
+     */
+    size_t vocab;
+    /**
+     * (draft)
+     */
+    int32_t logits_type;
+    /**
+     * (draft)
+     */
+    int32_t reserved;
+    /**
+     * (draft)
+     */
+    const void *logits;
+    /**
+     * (draft)
+     */
+    const void *ref_logits;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const float *stats;
+    /**
+     * (draft)
+     */
+    const float *grad_kl;
+    /**
+     * (draft)
+     */
+    const struct ppok_kl_full_options *options;
+    /**
+     * (draft)
+     */
+    void *grad_logits;
+    /**
+     * (draft)
+     */
+    void *grad_ref_logits;
+} ppok_kl_full_backward_args;
+
+/**
+ * Arguments of ppok_gae_*.
+ */
+typedef struct ppok_gae_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t batch;
+    /**
+     * (draft)
+     */
+    size_t seq_len;
+    /**
+     * (draft)
+     */
+    const float *values;
+    /**
+     * (draft)
+     */
+    const float *rewards;
+    /**
+     * (draft)
+     */
+    const float *kl;
+    /**
+     * (draft)
+     */
+    const float *scores;
+    /**
+     * (draft)
+     */
+    const uint8_t *has_eos;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const uint8_t *dones;
+    /**
+     * (draft)
+     */
+    const float *bootstrap;
+    /**
+     * (draft)
+     */
+    const struct ppok_gae_options *options;
+    /**
+     * (draft)
+     */
+    float *advantages;
+    /**
+     * (draft)
+     */
+    float *returns;
+    /**
+     * (draft)
+     */
+    float *shaped_rewards;
+    /**
+     * (draft)
+     */
+    struct ppok_moments *moments;
+} ppok_gae_args;
+
+/**
+ * Arguments of ppok_whiten_moments_*.
+ */
+typedef struct ppok_whiten_moments_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t elements;
+    /**
+     * (draft)
+     */
+    const float *x;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    struct ppok_moments *moments;
+} ppok_whiten_moments_args;
+
+/**
+ * Arguments of ppok_whiten_forward_*.
+ */
+typedef struct ppok_whiten_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t elements;
+    /**
+     * (draft)
+     */
+    const float *x;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const struct ppok_moments *moments;
+    /**
+     * (draft)
+     */
+    const struct ppok_whiten_options *options;
+    /**
+     * (draft)
+     */
+    float *y;
+} ppok_whiten_forward_args;
+
+/**
+ * Arguments of ppok_whiten_backward_*.
+ */
+typedef struct ppok_whiten_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t elements;
+    /**
+     * (draft)
+     */
+    const float *x;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const struct ppok_moments *moments;
+    /**
+     * (draft)
+     */
+    const float *grad_y;
+    /**
+     * (draft)
+     */
+    const struct ppok_whiten_options *options;
+    /**
+     * (draft)
+     */
+    float *grad_x;
+} ppok_whiten_backward_args;
+
+/**
+ * Arguments of ppok_whiten_with_backward_*.
+ */
+typedef struct ppok_whiten_with_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t elements;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const struct ppok_moments *moments;
+    /**
+     * (draft)
+     */
+    const float *grad_y;
+    /**
+     * (draft)
+     */
+    const struct ppok_whiten_options *options;
+    /**
+     * (draft)
+     */
+    float *grad_x;
+} ppok_whiten_with_backward_args;
+
+/**
+ * Arguments of ppok_ppo_loss_*.
+ */
+typedef struct ppok_ppo_loss_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t batch;
+    /**
+     * (draft)
+     */
+    size_t seq_len;
+    /**
+     * (draft)
+     */
+    const float *logp;
+    /**
+     * (draft)
+     */
+    const float *old_logp;
+    /**
+     * (draft)
+     */
+    const float *advantages;
+    /**
+     * (draft)
+     */
+    const float *values;
+    /**
+     * (draft)
+     */
+    const float *old_values;
+    /**
+     * (draft)
+     */
+    const float *returns;
+    /**
+     * (draft)
+     */
+    const float *entropy;
+    /**
+     * (draft)
+     */
+    const float *ref_logp;
+    /**
+     * (draft)
+     */
+    const uint8_t *mask;
+    /**
+     * (draft)
+     */
+    const struct ppok_ppo_loss_options *options;
+    /**
+     * (draft)
+     */
+    struct ppok_ppo_loss_stats *stats;
+    /**
+     * (draft)
+     */
+    float *loss;
+    /**
+     * (draft)
+     */
+    float *grad_logp;
+    /**
+     * (draft)
+     */
+    float *grad_values;
+    /**
+     * (draft)
+     */
+    float *grad_entropy;
+} ppok_ppo_loss_args;
+
+/**
+ * Arguments of ppok_ppo_loss_scale_*.
+ */
+typedef struct ppok_ppo_loss_scale_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * (draft)
+     */
+    size_t tokens;
+    /**
+     * (draft)
+     */
+    const float *upstream;
+    /**
+     * (draft)
+     */
+    const float *stored_logp;
+    /**
+     * (draft)
+     */
+    const float *stored_values;
+    /**
+     * (draft)
+     */
+    const float *stored_entropy;
+    /**
+     * (draft)
+     */
+    float *grad_logp;
+    /**
+     * (draft)
+     */
+    float *grad_values;
+    /**
+     * (draft)
+     */
+    float *grad_entropy;
+} ppok_ppo_loss_scale_args;
 
 #ifdef __cplusplus
 extern "C" {
@@ -864,29 +1332,21 @@ int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_si
  * - `batch`, `seq_len`: rows and tokens in each.
  * - `options`: null for the defaults.
  */
-int32_t ppok_gae_cpu(const struct ppok_gae_inputs *inputs,
-                     size_t batch,
-                     size_t seq_len,
-                     const struct ppok_gae_options *options,
-                     const struct ppok_gae_outputs *outputs);
+int32_t ppok_gae_cpu(const struct ppok_gae_args *args);
 
 /**
  * ppok_gae_cpu() on device memory, to which the pointers in `inputs` and `outputs` lead, and `stream`.
  * `workspace` has the bytes that ppok_gae_cuda_workspace_size() says.
  */
-int32_t ppok_gae_cuda(const struct ppok_gae_inputs *inputs,
-                      size_t batch,
-                      size_t seq_len,
-                      const struct ppok_gae_options *options,
-                      const struct ppok_gae_outputs *outputs,
+int32_t ppok_gae_cuda(const struct ppok_gae_args *args,
                       void *workspace,
-                      size_t workspace_size,
+                      size_t bytes,
                       void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_gae_cuda() needs to `size`.
  */
-int32_t ppok_gae_cuda_workspace_size(size_t batch, size_t seq_len, void *stream, size_t *size);
+int32_t ppok_gae_cuda_workspace_size(const struct ppok_gae_args *args, void *stream, size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -907,33 +1367,23 @@ int32_t ppok_kl_full_options_init(struct ppok_kl_full_options *options, size_t s
  * - `options`: null for the defaults.
  * - `kl`: `[tokens]`, written.
  */
-int32_t ppok_kl_token_forward_cpu(const float *logp,
-                                  const float *ref_logp,
-                                  const uint8_t *mask,
-                                  size_t tokens,
-                                  const struct ppok_kl_token_options *options,
-                                  float *kl);
+int32_t ppok_kl_token_forward_cpu(const struct ppok_kl_token_forward_args *args);
 
 /**
  * ppok_kl_token_forward_cpu() on device memory and `stream`, where `kl` may be `logp` or `ref_logp`.
  * `workspace` has the bytes that ppok_kl_token_forward_cuda_workspace_size() says.
  */
-int32_t ppok_kl_token_forward_cuda(const float *logp,
-                                   const float *ref_logp,
-                                   const uint8_t *mask,
-                                   size_t tokens,
-                                   const struct ppok_kl_token_options *options,
-                                   float *kl,
+int32_t ppok_kl_token_forward_cuda(const struct ppok_kl_token_forward_args *args,
                                    void *workspace,
-                                   size_t workspace_size,
+                                   size_t bytes,
                                    void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_kl_token_forward_cuda() needs to `size`: 0 in this version.
  */
-int32_t ppok_kl_token_forward_cuda_workspace_size(size_t tokens,
+int32_t ppok_kl_token_forward_cuda_workspace_size(const struct ppok_kl_token_forward_args *args,
                                                   void *stream,
-                                                  size_t *size);
+                                                  size_t *bytes);
 
 /**
  * Gradients of ppok_kl_token_forward_cpu(). Where a clamp changed anything they are 0.
@@ -942,37 +1392,25 @@ int32_t ppok_kl_token_forward_cuda_workspace_size(size_t tokens,
  * - `grad_kl`: `[tokens]`, the upstream gradient. Where it is 0, so are the gradients.
  * - `grad_logp`, `grad_ref_logp`: `[tokens]`, written; null if not wanted.
  */
-int32_t ppok_kl_token_backward_cpu(const float *logp,
-                                   const float *ref_logp,
-                                   const uint8_t *mask,
-                                   size_t tokens,
-                                   const struct ppok_kl_token_options *options,
-                                   const float *grad_kl,
-                                   float *grad_logp,
-                                   float *grad_ref_logp);
+int32_t ppok_kl_token_backward_cpu(const struct ppok_kl_token_backward_args *args);
 
 /**
  * ppok_kl_token_backward_cpu() on device memory and `stream`, where each gradient may be `logp`,
  * `ref_logp` or `grad_kl`. `workspace` has the bytes that
  * ppok_kl_token_backward_cuda_workspace_size() says.
  */
-int32_t ppok_kl_token_backward_cuda(const float *logp,
-                                    const float *ref_logp,
-                                    const uint8_t *mask,
-                                    size_t tokens,
-                                    const struct ppok_kl_token_options *options,
-                                    const float *grad_kl,
-                                    float *grad_logp,
-                                    float *grad_ref_logp,
+int32_t ppok_kl_token_backward_cuda(const struct ppok_kl_token_backward_args *args,
                                     void *workspace,
-                                    size_t workspace_size,
+                                    size_t bytes,
                                     void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_kl_token_backward_cuda() needs to `size`: 0 in this
  * version.
  */
-int32_t ppok_kl_token_backward_cuda_workspace_size(size_t tokens, void *stream, size_t *size);
+int32_t ppok_kl_token_backward_cuda_workspace_size(const struct ppok_kl_token_backward_args *args,
+                                                   void *stream,
+                                                   size_t *bytes);
 
 /**
  * Exact KL divergence between the distributions of two rows of logits, in nats: with
@@ -989,40 +1427,24 @@ int32_t ppok_kl_token_backward_cuda_workspace_size(size_t tokens, void *stream, 
  * A logit of -inf is a token of probability 0: under q where p is above 0 the KL is +inf. A row with
  * NaN or +inf, or of -inf only, in either tensor gives NaN in that row and in no other.
  */
-int32_t ppok_kl_full_forward_cpu(const void *logits,
-                                 const void *ref_logits,
-                                 int32_t logits_type,
-                                 const uint8_t *mask,
-                                 size_t rows,
-                                 size_t vocab,
-                                 const struct ppok_kl_full_options *options,
-                                 float *stats);
+int32_t ppok_kl_full_forward_cpu(const struct ppok_kl_full_forward_args *args);
 
 /**
  * ppok_kl_full_forward_cpu() on device memory and `stream`. `vocab` is below 2^32. `workspace` has the
  * bytes that ppok_kl_full_forward_cuda_workspace_size() says.
  */
-int32_t ppok_kl_full_forward_cuda(const void *logits,
-                                  const void *ref_logits,
-                                  int32_t logits_type,
-                                  const uint8_t *mask,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_kl_full_options *options,
-                                  float *stats,
+int32_t ppok_kl_full_forward_cuda(const struct ppok_kl_full_forward_args *args,
                                   void *workspace,
-                                  size_t workspace_size,
+                                  size_t bytes,
                                   void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_kl_full_forward_cuda() needs to `size`. They depend on the
  * device of the stream.
  */
-int32_t ppok_kl_full_forward_cuda_workspace_size(int32_t logits_type,
-                                                 size_t rows,
-                                                 size_t vocab,
+int32_t ppok_kl_full_forward_cuda_workspace_size(const struct ppok_kl_full_forward_args *args,
                                                  void *stream,
-                                                 size_t *size);
+                                                 size_t *bytes);
 
 /**
  * Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
@@ -1032,46 +1454,24 @@ int32_t ppok_kl_full_forward_cuda_workspace_size(int32_t logits_type,
  * - `grad_kl`: `[rows]`, the upstream gradient. A row where it is 0 is not read, and gets gradient 0.
  * - `grad_logits`, `grad_ref_logits`: `[rows, vocab]` of `logits_type`, written; null if not wanted.
  */
-int32_t ppok_kl_full_backward_cpu(const void *logits,
-                                  const void *ref_logits,
-                                  int32_t logits_type,
-                                  const uint8_t *mask,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_kl_full_options *options,
-                                  const float *stats,
-                                  const float *grad_kl,
-                                  void *grad_logits,
-                                  void *grad_ref_logits);
+int32_t ppok_kl_full_backward_cpu(const struct ppok_kl_full_backward_args *args);
 
 /**
  * ppok_kl_full_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`, and
  * `grad_ref_logits` may be `ref_logits`. `workspace` has the bytes that
  * ppok_kl_full_backward_cuda_workspace_size() says.
  */
-int32_t ppok_kl_full_backward_cuda(const void *logits,
-                                   const void *ref_logits,
-                                   int32_t logits_type,
-                                   const uint8_t *mask,
-                                   size_t rows,
-                                   size_t vocab,
-                                   const struct ppok_kl_full_options *options,
-                                   const float *stats,
-                                   const float *grad_kl,
-                                   void *grad_logits,
-                                   void *grad_ref_logits,
+int32_t ppok_kl_full_backward_cuda(const struct ppok_kl_full_backward_args *args,
                                    void *workspace,
-                                   size_t workspace_size,
+                                   size_t bytes,
                                    void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_kl_full_backward_cuda() needs to `size`: 0 in this version.
  */
-int32_t ppok_kl_full_backward_cuda_workspace_size(int32_t logits_type,
-                                                  size_t rows,
-                                                  size_t vocab,
+int32_t ppok_kl_full_backward_cuda_workspace_size(const struct ppok_kl_full_backward_args *args,
                                                   void *stream,
-                                                  size_t *size);
+                                                  size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -1102,47 +1502,25 @@ int32_t ppok_logprob_options_init(struct ppok_logprob_options *options, size_t s
  * A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
  * that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0.
  */
-int32_t ppok_logprob_forward_cpu(const void *logits,
-                                 int32_t logits_type,
-                                 const void *targets,
-                                 int32_t targets_type,
-                                 size_t rows,
-                                 size_t vocab,
-                                 const struct ppok_logprob_options *options,
-                                 float *logp,
-                                 float *entropy,
-                                 float *max,
-                                 float *log_sum);
+int32_t ppok_logprob_forward_cpu(const struct ppok_logprob_forward_args *args);
 
 /**
  * ppok_logprob_forward_cpu() on device memory and `stream`. A target that is neither in the
  * vocabulary nor `ignore_index` is no error here: its row comes out as NaN. `vocab` is below 2^32.
  * `workspace` has the bytes that ppok_logprob_forward_cuda_workspace_size() says.
  */
-int32_t ppok_logprob_forward_cuda(const void *logits,
-                                  int32_t logits_type,
-                                  const void *targets,
-                                  int32_t targets_type,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_logprob_options *options,
-                                  float *logp,
-                                  float *entropy,
-                                  float *max,
-                                  float *log_sum,
+int32_t ppok_logprob_forward_cuda(const struct ppok_logprob_forward_args *args,
                                   void *workspace,
-                                  size_t workspace_size,
+                                  size_t bytes,
                                   void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `size`. They depend on the
  * device of the stream.
  */
-int32_t ppok_logprob_forward_cuda_workspace_size(int32_t logits_type,
-                                                 size_t rows,
-                                                 size_t vocab,
+int32_t ppok_logprob_forward_cuda_workspace_size(const struct ppok_logprob_forward_args *args,
                                                  void *stream,
-                                                 size_t *size);
+                                                 size_t *bytes);
 
 /**
  * Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
@@ -1160,50 +1538,24 @@ int32_t ppok_logprob_forward_cuda_workspace_size(int32_t logits_type,
  *
  * A row that is ignored, or whose upstream gradients are 0, gets gradient 0 and is not read.
  */
-int32_t ppok_logprob_backward_cpu(const void *logits,
-                                  int32_t logits_type,
-                                  const void *targets,
-                                  int32_t targets_type,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_logprob_options *options,
-                                  const float *max,
-                                  const float *log_sum,
-                                  const float *entropy,
-                                  const float *grad_logp,
-                                  const float *grad_entropy,
-                                  void *grad_logits);
+int32_t ppok_logprob_backward_cpu(const struct ppok_logprob_backward_args *args);
 
 /**
  * ppok_logprob_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`. A
  * target that is neither in the vocabulary nor `ignore_index` makes its row NaN. `workspace` has the
  * bytes that ppok_logprob_backward_cuda_workspace_size() says.
  */
-int32_t ppok_logprob_backward_cuda(const void *logits,
-                                   int32_t logits_type,
-                                   const void *targets,
-                                   int32_t targets_type,
-                                   size_t rows,
-                                   size_t vocab,
-                                   const struct ppok_logprob_options *options,
-                                   const float *max,
-                                   const float *log_sum,
-                                   const float *entropy,
-                                   const float *grad_logp,
-                                   const float *grad_entropy,
-                                   void *grad_logits,
+int32_t ppok_logprob_backward_cuda(const struct ppok_logprob_backward_args *args,
                                    void *workspace,
-                                   size_t workspace_size,
+                                   size_t bytes,
                                    void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `size`: 0 in this version.
  */
-int32_t ppok_logprob_backward_cuda_workspace_size(int32_t logits_type,
-                                                  size_t rows,
-                                                  size_t vocab,
+int32_t ppok_logprob_backward_cuda_workspace_size(const struct ppok_logprob_backward_args *args,
                                                   void *stream,
-                                                  size_t *size);
+                                                  size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -1230,12 +1582,7 @@ int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t
  *
  * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`.
  */
-int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_inputs *inputs,
-                          size_t batch,
-                          size_t seq_len,
-                          const struct ppok_ppo_loss_options *options,
-                          double *stats,
-                          const struct ppok_ppo_loss_gradients *gradients);
+int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_args *args);
 
 /**
  * ppok_ppo_loss_cpu() on device memory, to which the pointers in `inputs` and `gradients` lead, and
@@ -1243,24 +1590,17 @@ int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_inputs *inputs,
  * the loss is NaN then, and the gradients are 0. `workspace` has the bytes that
  * ppok_ppo_loss_cuda_workspace_size() says.
  */
-int32_t ppok_ppo_loss_cuda(const struct ppok_ppo_loss_inputs *inputs,
-                           size_t batch,
-                           size_t seq_len,
-                           const struct ppok_ppo_loss_options *options,
-                           float *stats,
-                           const struct ppok_ppo_loss_gradients *gradients,
+int32_t ppok_ppo_loss_cuda(const struct ppok_ppo_loss_args *args,
                            void *workspace,
-                           size_t workspace_size,
+                           size_t bytes,
                            void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_ppo_loss_cuda() needs with these `options` to `size`.
  */
-int32_t ppok_ppo_loss_cuda_workspace_size(size_t batch,
-                                          size_t seq_len,
-                                          const struct ppok_ppo_loss_options *options,
+int32_t ppok_ppo_loss_cuda_workspace_size(const struct ppok_ppo_loss_args *args,
                                           void *stream,
-                                          size_t *size);
+                                          size_t *bytes);
 
 /**
  * Multiplies stored gradients of ppok_ppo_loss_cpu() by the gradient of whatever came of the loss. A 0
@@ -1271,27 +1611,23 @@ int32_t ppok_ppo_loss_cuda_workspace_size(size_t batch,
  * - `stored`, `gradients`: not null. What is null in one is null in the other; each gradient may be
  *   written to where it is stored.
  */
-int32_t ppok_ppo_loss_scale_cpu(const float *upstream,
-                                size_t tokens,
-                                const struct ppok_ppo_loss_gradients *stored,
-                                const struct ppok_ppo_loss_gradients *gradients);
+int32_t ppok_ppo_loss_scale_cpu(const struct ppok_ppo_loss_scale_args *args);
 
 /**
  * ppok_ppo_loss_scale_cpu() on device memory, to which `upstream` and the pointers in the structs
  * lead, and `stream`. `workspace` has the bytes that ppok_ppo_loss_scale_cuda_workspace_size() says.
  */
-int32_t ppok_ppo_loss_scale_cuda(const float *upstream,
-                                 size_t tokens,
-                                 const struct ppok_ppo_loss_gradients *stored,
-                                 const struct ppok_ppo_loss_gradients *gradients,
+int32_t ppok_ppo_loss_scale_cuda(const struct ppok_ppo_loss_scale_args *args,
                                  void *workspace,
-                                 size_t workspace_size,
+                                 size_t bytes,
                                  void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_ppo_loss_scale_cuda() needs to `size`: 0 in this version.
  */
-int32_t ppok_ppo_loss_scale_cuda_workspace_size(size_t tokens, void *stream, size_t *size);
+int32_t ppok_ppo_loss_scale_cuda_workspace_size(const struct ppok_ppo_loss_scale_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -1313,27 +1649,23 @@ int32_t ppok_moments_merge(const struct ppok_moments *a,
  * - `mask`: `[elements]`; null if all count.
  * - `moments`: one, written.
  */
-int32_t ppok_whiten_moments_cpu(const float *x,
-                                const uint8_t *mask,
-                                size_t elements,
-                                struct ppok_moments *moments);
+int32_t ppok_whiten_moments_cpu(const struct ppok_whiten_moments_args *args);
 
 /**
  * ppok_whiten_moments_cpu() on device memory and `stream`. `workspace` has the bytes that
  * ppok_whiten_moments_cuda_workspace_size() says.
  */
-int32_t ppok_whiten_moments_cuda(const float *x,
-                                 const uint8_t *mask,
-                                 size_t elements,
-                                 struct ppok_moments *moments,
+int32_t ppok_whiten_moments_cuda(const struct ppok_whiten_moments_args *args,
                                  void *workspace,
-                                 size_t workspace_size,
+                                 size_t bytes,
                                  void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `size`.
  */
-int32_t ppok_whiten_moments_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+int32_t ppok_whiten_moments_cuda_workspace_size(const struct ppok_whiten_moments_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
@@ -1345,32 +1677,24 @@ int32_t ppok_whiten_moments_cuda_workspace_size(size_t elements, void *stream, s
  * - `moments`: one; of 2 elements or more, or 1 where not `unbiased`, else `PPOK_STATUS_MASK`.
  * - `y`: `[elements]`, written.
  */
-int32_t ppok_whiten_forward_cpu(const float *x,
-                                const uint8_t *mask,
-                                size_t elements,
-                                const struct ppok_whiten_options *options,
-                                const struct ppok_moments *moments,
-                                float *y);
+int32_t ppok_whiten_forward_cpu(const struct ppok_whiten_forward_args *args);
 
 /**
  * ppok_whiten_forward_cpu() on device memory, moments included, and `stream`; `y` may be `x`. Moments
  * of too few elements are no error here: y is NaN then where not masked. `workspace` has the bytes
  * that ppok_whiten_forward_cuda_workspace_size() says.
  */
-int32_t ppok_whiten_forward_cuda(const float *x,
-                                 const uint8_t *mask,
-                                 size_t elements,
-                                 const struct ppok_whiten_options *options,
-                                 const struct ppok_moments *moments,
-                                 float *y,
+int32_t ppok_whiten_forward_cuda(const struct ppok_whiten_forward_args *args,
                                  void *workspace,
-                                 size_t workspace_size,
+                                 size_t bytes,
                                  void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `size`: 0 in this version.
  */
-int32_t ppok_whiten_forward_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+int32_t ppok_whiten_forward_cuda_workspace_size(const struct ppok_whiten_forward_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Gradient with respect to `x` of ppok_whiten_forward_cpu() with the moments of `x` itself, through
@@ -1380,33 +1704,23 @@ int32_t ppok_whiten_forward_cuda_workspace_size(size_t elements, void *stream, s
  * - `grad_y`: `[elements]`, the upstream gradient.
  * - `grad_x`: `[elements]`, written; 0 where masked.
  */
-int32_t ppok_whiten_backward_cpu(const float *x,
-                                 const uint8_t *mask,
-                                 size_t elements,
-                                 const struct ppok_whiten_options *options,
-                                 const struct ppok_moments *moments,
-                                 const float *grad_y,
-                                 float *grad_x);
+int32_t ppok_whiten_backward_cpu(const struct ppok_whiten_backward_args *args);
 
 /**
  * ppok_whiten_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
  * `grad_y`. `workspace` has the bytes that ppok_whiten_backward_cuda_workspace_size() says.
  */
-int32_t ppok_whiten_backward_cuda(const float *x,
-                                  const uint8_t *mask,
-                                  size_t elements,
-                                  const struct ppok_whiten_options *options,
-                                  const struct ppok_moments *moments,
-                                  const float *grad_y,
-                                  float *grad_x,
+int32_t ppok_whiten_backward_cuda(const struct ppok_whiten_backward_args *args,
                                   void *workspace,
-                                  size_t workspace_size,
+                                  size_t bytes,
                                   void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `size`.
  */
-int32_t ppok_whiten_backward_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+int32_t ppok_whiten_backward_cuda_workspace_size(const struct ppok_whiten_backward_args *args,
+                                                 void *stream,
+                                                 size_t *bytes);
 
 /**
  * Gradient with respect to `x` of ppok_whiten_forward_cpu() with moments that are constants.
@@ -1415,33 +1729,23 @@ int32_t ppok_whiten_backward_cuda_workspace_size(size_t elements, void *stream, 
  * - `grad_y`: `[elements]`, the upstream gradient.
  * - `grad_x`: `[elements]`, written; 0 where masked.
  */
-int32_t ppok_whiten_with_backward_cpu(const uint8_t *mask,
-                                      size_t elements,
-                                      const struct ppok_whiten_options *options,
-                                      const struct ppok_moments *moments,
-                                      const float *grad_y,
-                                      float *grad_x);
+int32_t ppok_whiten_with_backward_cpu(const struct ppok_whiten_with_backward_args *args);
 
 /**
  * ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
  * `grad_y`. `workspace` has the bytes that ppok_whiten_with_backward_cuda_workspace_size() says.
  */
-int32_t ppok_whiten_with_backward_cuda(const uint8_t *mask,
-                                       size_t elements,
-                                       const struct ppok_whiten_options *options,
-                                       const struct ppok_moments *moments,
-                                       const float *grad_y,
-                                       float *grad_x,
+int32_t ppok_whiten_with_backward_cuda(const struct ppok_whiten_with_backward_args *args,
                                        void *workspace,
-                                       size_t workspace_size,
+                                       size_t bytes,
                                        void *stream);
 
 /**
  * Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `size`: 0 in this version.
  */
-int32_t ppok_whiten_with_backward_cuda_workspace_size(size_t elements,
+int32_t ppok_whiten_with_backward_cuda_workspace_size(const struct ppok_whiten_with_backward_args *args,
                                                       void *stream,
-                                                      size_t *size);
+                                                      size_t *bytes);
 
 #ifdef __cplusplus
 }  // extern "C"
