@@ -75,7 +75,8 @@ class Pass:
         first = ("struct_size", "reserved", *names)
         self._in_order = itemgetter(*(first.index(field) for field, _ in self.struct._fields_))
         self._size = ctypes.sizeof(self.struct)
-        # Several times as fast as making the ctypes struct, whose bytes they are.
+        # Makes what the ctypes struct would hold, several times as fast. Of a bytes object they are
+        # aligned well enough, and the library refuses what is not.
         self._pack = Struct("".join(kind._type_ for _, kind in self.struct._fields_)).pack
 
     def arguments(self, *values: int) -> bytes:
@@ -106,12 +107,13 @@ class Address(int):
 
 
 class Options:
-    """The options of an op, which make a struct of the library: once for each set of values."""
+    """The options of an op, by name: ``fields`` has the header's names, ``kinds`` the types in
+    torch's schemas, or what can be chosen. ``address`` makes the library's struct of values in that
+    order, once for each set of them."""
 
     def __init__(self, name: str, op: str) -> None:
         self.op = op
         self.struct = getattr(_header, f"{name}_options")
-        # By their names here: the names there, and the type in torch's schemas or the choices.
         fields = {_RENAMED.get(field, field): field for field in _header.OPTIONS[name]}
         names = list(fields)
         for option, other in _BEFORE.items():
@@ -125,6 +127,7 @@ class Options:
         self.address = lru_cache(maxsize=256)(self._make)
 
     def among(self, arguments: Mapping[str, Any]) -> Address:
+        """Of the values that the options have there, by their names."""
         return self.address(*(arguments[name] for name in self.kinds))
 
     def _make(self, *values: Any) -> Address:

@@ -140,7 +140,7 @@ def _differentiate(
         return outputs
 
     def gradient(ctx: Any, *upstream: Tensor | None) -> tuple:
-        if all(grad is None for grad in upstream):
+        if upstream[0] is None and all(grad is None for grad in upstream):
             return (None,) * (1 + count)
         if _C.is_grad_enabled():
             with torch.no_grad():
@@ -347,9 +347,9 @@ def _logprob_forward(
     total, vocab = index.numel(), logits.shape[-1]
     for (part,), first, rows in _blocks(total, logits):
         inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
-        kept = (_at(stats, first), _at(stats, total + first))
+        kept = stats.data_ptr() + 4 * first
         results = (_at(entropy, first), options, _at(logp, first))
-        _call(_lists.logprob_forward, logits, *inputs, *kept, *results)
+        _call(_lists.logprob_forward, logits, *inputs, kept, kept + 4 * total, *results)
 
 
 def _logprob(*arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -374,10 +374,11 @@ def _logprob_backward(logits: Tensor, index: Tensor, *rest: Any) -> Iterator[Ten
     total, vocab = index.numel(), logits.shape[-1]
     for (part,), first, rows in _blocks(total, logits):
         inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
-        kept = (_at(stats, first), _at(stats, total + first))
+        kept = stats.data_ptr() + 4 * first
         gradients = [_at(gradient, first) for gradient in upstream]
         room = _at(grad_logits, first * vocab)
-        _call(_lists.logprob_backward, logits, *inputs, *kept, *gradients, options, room)
+        inputs += (kept, kept + 4 * total, *gradients)
+        _call(_lists.logprob_backward, logits, *inputs, options, room)
 
 
 def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, *rest: Tensor | None) -> tuple:

@@ -172,8 +172,8 @@ def token_kl(
     Returns:
         float32, ``[...]``, 0 where masked.
     """
-    tensors = _taken(_lists.TOKEN_KL, logp, ref_logp, mask)
-    return _ops.token_kl(*tensors, estimator, log_ratio_clamp, output_clamp)
+    logp, ref_logp, mask = _per_token(logp), _per_token(ref_logp), _mask(mask)
+    return _ops.token_kl(logp, ref_logp, mask, estimator, log_ratio_clamp, output_clamp)
 
 
 def full_kl(
@@ -412,8 +412,8 @@ def ppo_loss(
         ``return_mean``, ``value_mean``, ``explained_variance`` and ``tokens``; NaN for what is not
         defined, where an input is not given, say.
     """
-    scores = (values, old_values, returns, entropy, ref_logp)
-    tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *scores, mask)
+    of_terms = (values, old_values, returns, entropy, ref_logp)
+    tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask)
     loss, stats, *_ = _ops.ppo_loss(
         *tensors,
         *map(_wants_gradient, (logp, values, entropy)),
