@@ -9,7 +9,7 @@ use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::moments::Moments;
 use ppo_kernels::whiten::cpu::{
-    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    self, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,
 };
 use ppo_kernels::whiten::{masked_whiten, WhitenOptions};
 
@@ -96,8 +96,8 @@ fn backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let moments = moments(&x, Some(&mask));
         let fused = move |grad_x: &mut [f32]| {
             let (mask, moments) = (Some(mask.as_slice()), Some(moments.as_slice()));
-            let inputs = BackwardInputs { x: &x, mask, moments, grad_y: &upstream };
-            let outputs = BackwardOutputs { grad_x };
+            let inputs = OwnBackwardInputs { x: &x, mask, moments, grad_y: &upstream };
+            let outputs = GradOutputs { grad_x };
             cpu::masked_whiten_backward(inputs, tokens, &options, outputs).unwrap();
         };
         let mut grad = vec![0.0; tokens];

@@ -19,24 +19,30 @@
  * Overlap. What is read may overlap; what is written may overlap nothing else, unless the function
  * says that an output may be an input: the very same memory then, from the same address on.
  *
- * Structs. Those that begin with struct_size may grow at their end in later versions. Options are
- * set to their defaults by ppok_..._options_init(&options, sizeof options), and then changed; a
- * null pointer to options stands for the defaults. In structs of inputs and outputs, set
- * struct_size to sizeof and all that is not used to zero: ppok_gae_inputs inputs = {sizeof inputs};
+ * Structs. Every pass takes one struct, ppok_OP_PASS_args: sizes, arrays that are read, options, arrays
+ * that are written. It and the options begin with struct_size and may grow at their end in later
+ * versions. In arguments, set struct_size to sizeof and all that is not used to zero:
+ * ppok_gae_args args = {sizeof args}; args.batch = batch; and so on. Options are set to their defaults
+ * by ppok_..._options_init(&options, sizeof options), and then changed; a null pointer to options
+ * stands for the defaults. Results that are structs, ppok_moments and ppok_ppo_loss_stats, are of
+ * doubles only, on the device too.
  *
- * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The _cpu
- * functions need no workspace. The first that has work for several threads starts a pool of them,
- * as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life of the
- * process and is not there in the child of a fork(). Apart from the pool with its queue, kernels
+ * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The structs
+ * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
+ * call. The _cpu functions need no workspace. The first that has work for several threads starts a
+ * pool of them, as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life
+ * of the process and is not there in the child of a fork(). Apart from the pool with its queue, kernels
  * that are loaded, and the texts of errors, nothing is allocated.
  *
- * CUDA. The _cuda functions launch kernels on the caller's stream (CUstream or cudaStream_t; null
- * is the default stream of the thread's current context) and return at once: errors of the kernels
- * themselves come from later calls. They neither wait for the device nor allocate its memory, and
- * can be captured into a graph once each has been called with the same types, sizes and options
- * outside of a capture, which loads its kernels. Their workspace is device memory of the size in
- * bytes that ppok_..._workspace_size() writes, aligned to 16 bytes, of any content; calls on one
- * stream can share it. A library that was built without CUDA has them too, and they return
+ * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
+ * (CUstream or cudaStream_t; null is the default stream of the thread's current context) and returns
+ * at once: errors of the kernels themselves come from later calls. It neither waits for the device nor
+ * allocates its memory, and can be captured into a graph once it has been called with the same types,
+ * sizes and options outside of a capture, which loads its kernels. The workspace is device memory,
+ * aligned to 16 bytes, of any content, of as many bytes or more as
+ * ppok_OP_PASS_cuda_workspace_size(&args, stream, &bytes) writes. That function looks at sizes, types,
+ * options and at which arrays are null, and at no array's content. Calls on one stream can share a
+ * workspace. A library that was built without CUDA has these functions too, and they return
  * PPOK_STATUS_UNSUPPORTED.
  *
  * Threads. All functions can be called from several threads at a time. The same inputs give the
@@ -301,111 +307,6 @@
 #define PPOK_PPO_LOSS_RATIO_OUTSIDE 1
 
 /**
- * The total, as it is minimised.
- */
-#define PPOK_PPO_STAT_LOSS 0
-
-/**
- * The aggregated policy term.
- */
-#define PPOK_PPO_STAT_POLICY_LOSS 1
-
-/**
- * The aggregated value term, before `value_coef`.
- */
-#define PPOK_PPO_STAT_VALUE_LOSS 2
-
-/**
- * Share of tokens that are clipped.
- */
-#define PPOK_PPO_STAT_CLIP_FRACTION 3
-
-/**
- * Share of tokens bounded by the dual clip.
- */
-#define PPOK_PPO_STAT_LOWER_CLIP_FRACTION 4
-
-/**
- * Share of tokens whose clipped value has the larger error.
- */
-#define PPOK_PPO_STAT_VALUE_CLIP_FRACTION 5
-
-/**
- * Mean of -d, the first estimate of KL(old || new).
- */
-#define PPOK_PPO_STAT_APPROX_KL_K1 6
-
-/**
- * Mean of d^2 / 2.
- */
-#define PPOK_PPO_STAT_APPROX_KL_K2 7
-
-/**
- * Mean of ratio - 1 - d.
- */
-#define PPOK_PPO_STAT_APPROX_KL_K3 8
-
-/**
- * Mean of the ratio.
- */
-#define PPOK_PPO_STAT_RATIO_MEAN 9
-
-/**
- * Variance of the ratio, biased.
- */
-#define PPOK_PPO_STAT_RATIO_VAR 10
-
-/**
- * Smallest ratio.
- */
-#define PPOK_PPO_STAT_RATIO_MIN 11
-
-/**
- * Largest ratio.
- */
-#define PPOK_PPO_STAT_RATIO_MAX 12
-
-/**
- * Mean entropy.
- */
-#define PPOK_PPO_STAT_ENTROPY_MEAN 13
-
-/**
- * Mean of the KL estimate against the reference model.
- */
-#define PPOK_PPO_STAT_KL_MEAN 14
-
-/**
- * Mean advantage.
- */
-#define PPOK_PPO_STAT_ADVANTAGE_MEAN 15
-
-/**
- * Mean return.
- */
-#define PPOK_PPO_STAT_RETURN_MEAN 16
-
-/**
- * Mean value.
- */
-#define PPOK_PPO_STAT_VALUE_MEAN 17
-
-/**
- * 1 - Var(returns - values) / Var(returns); NaN where the returns do not vary.
- */
-#define PPOK_PPO_STAT_EXPLAINED_VARIANCE 18
-
-/**
- * Number of unmasked tokens.
- */
-#define PPOK_PPO_STAT_TOKENS 19
-
-/**
- * How many statistics there are.
- */
-#define PPOK_PPO_STATS 20
-
-/**
  * `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
  */
 #define PPOK_WHITEN_EPS_IN_VARIANCE 0
@@ -475,13 +376,39 @@ typedef struct ppok_gae_options {
 } ppok_gae_options;
 
 /**
- * Inputs of ppok_gae_*. All but `values` may be null.
+ * Count, mean and sum of squared deviations of a set of numbers; sets can be merged.
  */
-typedef struct ppok_gae_inputs {
+typedef struct ppok_moments {
+    /**
+     * How many numbers: a whole number, exact up to 2^53.
+     */
+    double count;
+    /**
+     * Their mean; 0 for none.
+     */
+    double mean;
+    /**
+     * The sum of (x - mean)^2.
+     */
+    double m2;
+} ppok_moments;
+
+/**
+ * Arguments of ppok_gae_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_gae_args {
     /**
      * `sizeof` of this struct.
      */
     size_t struct_size;
+    /**
+     * Rows.
+     */
+    size_t batch;
+    /**
+     * Tokens of a row.
+     */
+    size_t seq_len;
     /**
      * Values V, `[batch, seq_len]`.
      */
@@ -514,51 +441,27 @@ typedef struct ppok_gae_inputs {
      * Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
      */
     const float *bootstrap;
-} ppok_gae_inputs;
-
-/**
- * Count, mean and sum of squared deviations of a set of numbers. On the device, three doubles.
- */
-typedef struct ppok_moments {
     /**
-     * How many numbers: a whole number, exact up to 2^53.
+     * Null for the defaults. In the process's memory, also for CUDA.
      */
-    double count;
+    const struct ppok_gae_options *options;
     /**
-     * Their mean; 0 for none.
-     */
-    double mean;
-    /**
-     * The sum of (x - mean)^2.
-     */
-    double m2;
-} ppok_moments;
-
-/**
- * Outputs of ppok_gae_*, each `[batch, seq_len]` and 0 where masked, but for the moments.
- */
-typedef struct ppok_gae_outputs {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * Advantages, not whitened.
+     * Advantages, not whitened, `[batch, seq_len]`; written, and 0 where masked, as are the next two.
      */
     float *advantages;
     /**
-     * Returns, the targets of the value function.
+     * Returns, the targets of the value function, `[batch, seq_len]`.
      */
     float *returns;
     /**
-     * The rewards after shaping; null if not wanted.
+     * The rewards after shaping, `[batch, seq_len]`; null if not wanted.
      */
-    float *rewards;
+    float *shaped_rewards;
     /**
-     * One: the moments of the unmasked advantages, for ppok_whiten_forward_*; null if not wanted.
+     * Moments of the unmasked advantages, one, written, for ppok_whiten_forward_*; null if not wanted.
      */
     struct ppok_moments *moments;
-} ppok_gae_outputs;
+} ppok_gae_args;
 
 /**
  * Options of ppok_kl_token_*.
@@ -574,7 +477,8 @@ typedef struct ppok_kl_token_options {
      */
     double log_ratio_clamp;
     /**
-     * Clamps the estimate likewise. 10 in verl, OpenRLHF and NeMo-RL.
+     * Clamps the estimate likewise; above 0, or `PPOK_NONE`, which is the default. 10 in verl, OpenRLHF
+     * and NeMo-RL.
      */
     double output_clamp;
     /**
@@ -610,6 +514,189 @@ typedef struct ppok_kl_full_options {
 } ppok_kl_full_options;
 
 /**
+ * Arguments of ppok_kl_token_forward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_kl_token_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Tokens, of any number of sequences.
+     */
+    size_t tokens;
+    /**
+     * Log-probabilities under the policy, `[tokens]`.
+     */
+    const float *logp;
+    /**
+     * Log-probabilities under the reference, `[tokens]`.
+     */
+    const float *ref_logp;
+    /**
+     * `[tokens]`; null if all count. What is left out gives 0.
+     */
+    const uint8_t *mask;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_kl_token_options *options;
+    /**
+     * The estimate, `[tokens]`, written. For CUDA it may be `logp` or `ref_logp`.
+     */
+    float *kl;
+} ppok_kl_token_forward_args;
+
+/**
+ * Arguments of ppok_kl_token_backward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_kl_token_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * As in the forward pass, and so are the next three.
+     */
+    size_t tokens;
+    /**
+     * Log-probabilities under the policy, `[tokens]`.
+     */
+    const float *logp;
+    /**
+     * Log-probabilities under the reference, `[tokens]`.
+     */
+    const float *ref_logp;
+    /**
+     * `[tokens]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * Upstream gradient, `[tokens]`. Where it is 0, so are the gradients.
+     */
+    const float *grad_kl;
+    /**
+     * Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_kl_token_options *options;
+    /**
+     * Gradient of `logp`, `[tokens]`, written; null if not wanted. For CUDA it may be `logp`, `ref_logp`
+     * or `grad_kl`, and so may the next one.
+     */
+    float *grad_logp;
+    /**
+     * Gradient of `ref_logp`, `[tokens]`, written; null if not wanted.
+     */
+    float *grad_ref_logp;
+} ppok_kl_token_backward_args;
+
+/**
+ * Arguments of ppok_kl_full_forward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_kl_full_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Rows of logits, one a token.
+     */
+    size_t rows;
+    /**
+     * Logits of a row; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+    /**
+     * Logits of the policy, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Logits of the reference, `[rows, vocab]` of `logits_type`.
+     */
+    const void *ref_logits;
+    /**
+     * `[rows]`; null if all count. Rows that are left out are not read, and give 0.
+     */
+    const uint8_t *mask;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_kl_full_options *options;
+    /**
+     * `[PPOK_KL_FULL_STATS, rows]`, written: the first `rows` values are the KL, and the rest is what the
+     * backward pass needs.
+     */
+    float *stats;
+} ppok_kl_full_forward_args;
+
+/**
+ * Arguments of ppok_kl_full_backward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_kl_full_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * As in the forward pass, and so are the next six.
+     */
+    size_t rows;
+    /**
+     * Logits of a row; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * 0.
+     */
+    int32_t reserved;
+    /**
+     * Logits of the policy, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Logits of the reference, `[rows, vocab]` of `logits_type`.
+     */
+    const void *ref_logits;
+    /**
+     * `[rows]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * `[PPOK_KL_FULL_STATS, rows]`, as the forward pass wrote them.
+     */
+    const float *stats;
+    /**
+     * Upstream gradient, `[rows]`. A row where it is 0 is not read, and gets gradient 0.
+     */
+    const float *grad_kl;
+    /**
+     * Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_kl_full_options *options;
+    /**
+     * Gradient of `logits`, `[rows, vocab]` of `logits_type`, written; null if not wanted. For CUDA it
+     * may be `logits`.
+     */
+    void *grad_logits;
+    /**
+     * Gradient of `ref_logits`, likewise. For CUDA it may be `ref_logits`.
+     */
+    void *grad_ref_logits;
+} ppok_kl_full_backward_args;
+
+/**
  * Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
  */
 typedef struct ppok_logprob_options {
@@ -635,6 +722,122 @@ typedef struct ppok_logprob_options {
      */
     int32_t reserved;
 } ppok_logprob_options;
+
+/**
+ * Arguments of ppok_logprob_forward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_logprob_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * Rows of logits, one a token.
+     */
+    size_t rows;
+    /**
+     * Logits of a row; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * Logits, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+     */
+    const void *targets;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_logprob_options *options;
+    /**
+     * Log-probability of the target, `[rows]`, written.
+     */
+    float *logp;
+    /**
+     * Entropy of the row's distribution, `[rows]`, written; null if not wanted.
+     */
+    float *entropy;
+    /**
+     * The row's largest logit, `[rows]`, written, for the backward pass; null if not wanted.
+     */
+    float *max;
+    /**
+     * ln s, `[rows]`, written, for the backward pass; null if `max` is.
+     */
+    float *log_sum;
+} ppok_logprob_forward_args;
+
+/**
+ * Arguments of ppok_logprob_backward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_logprob_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * As in the forward pass, and so are the next five.
+     */
+    size_t rows;
+    /**
+     * Logits of a row.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * Logits, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`.
+     */
+    const void *targets;
+    /**
+     * The row's largest logit, `[rows]`, as the forward pass wrote it, and so are the next two.
+     */
+    const float *max;
+    /**
+     * ln s, `[rows]`.
+     */
+    const float *log_sum;
+    /**
+     * Entropy of the row's distribution, `[rows]`; may be null if `grad_entropy` is.
+     */
+    const float *entropy;
+    /**
+     * Upstream gradient of the log-probabilities, `[rows]`; null stands for zeros.
+     */
+    const float *grad_logp;
+    /**
+     * Upstream gradient of the entropies, `[rows]`; null stands for zeros.
+     */
+    const float *grad_entropy;
+    /**
+     * Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_logprob_options *options;
+    /**
+     * Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
+     */
+    void *grad_logits;
+} ppok_logprob_backward_args;
 
 /**
  * Options of ppok_ppo_loss_*.
@@ -680,7 +883,7 @@ typedef struct ppok_ppo_loss_options {
      */
     double kl_coef;
     /**
-     * As in `ppok_kl_token_options`; 20 by default.
+     * As in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
      */
     double kl_log_ratio_clamp;
     /**
@@ -715,74 +918,221 @@ typedef struct ppok_ppo_loss_options {
 } ppok_ppo_loss_options;
 
 /**
- * Inputs of ppok_ppo_loss_*, each `[batch, seq_len]`.
+ * The loss and what else the pass over the tokens found.
+ *
+ * Means, fractions and variances are over the unmasked tokens, each counting the same, whatever
+ * the aggregation. NaN stands for what is not defined: the input was not given, or there is no
+ * unmasked token. The ratio and d = logp - old_logp are those of the loss, after the clamp.
  */
-typedef struct ppok_ppo_loss_inputs {
+typedef struct ppok_ppo_loss_stats {
+    /**
+     * The total, as it is minimised.
+     */
+    double loss;
+    /**
+     * The aggregated policy term.
+     */
+    double policy_loss;
+    /**
+     * The aggregated value term, before `value_coef`.
+     */
+    double value_loss;
+    /**
+     * Share of tokens that are clipped, as the option `clip_fraction` counts them.
+     */
+    double clip_fraction;
+    /**
+     * Share of tokens bounded by the dual clip.
+     */
+    double lower_clip_fraction;
+    /**
+     * Share of tokens whose clipped value has the larger error.
+     */
+    double value_clip_fraction;
+    /**
+     * Mean of -d, the first estimate of KL(old || new).
+     */
+    double approx_kl_k1;
+    /**
+     * Mean of d^2 / 2.
+     */
+    double approx_kl_k2;
+    /**
+     * Mean of ratio - 1 - d.
+     */
+    double approx_kl_k3;
+    /**
+     * Mean of the ratio.
+     */
+    double ratio_mean;
+    /**
+     * Variance of the ratio, biased.
+     */
+    double ratio_var;
+    /**
+     * Smallest ratio.
+     */
+    double ratio_min;
+    /**
+     * Largest ratio.
+     */
+    double ratio_max;
+    /**
+     * Mean entropy.
+     */
+    double entropy_mean;
+    /**
+     * Mean of the KL estimate against the reference model.
+     */
+    double kl_mean;
+    /**
+     * Mean advantage.
+     */
+    double advantage_mean;
+    /**
+     * Mean return.
+     */
+    double return_mean;
+    /**
+     * Mean value.
+     */
+    double value_mean;
+    /**
+     * 1 - Var(returns - values) / Var(returns), with the values that are trained; NaN where the
+     * returns do not vary.
+     */
+    double explained_variance;
+    /**
+     * Number of unmasked tokens.
+     */
+    double tokens;
+} ppok_ppo_loss_stats;
+
+
+/**
+ * Arguments of ppok_ppo_loss_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_ppo_loss_args {
     /**
      * `sizeof` of this struct.
      */
     size_t struct_size;
     /**
-     * Log-probabilities under the policy that is trained, which get the gradient.
+     * Rows.
+     */
+    size_t batch;
+    /**
+     * Tokens of a row.
+     */
+    size_t seq_len;
+    /**
+     * Log-probabilities under the policy that is trained, which get the gradient, `[batch, seq_len]`.
      */
     const float *logp;
     /**
-     * Log-probabilities under the policy that made the rollout.
+     * Log-probabilities under the policy that made the rollout, `[batch, seq_len]`.
      */
     const float *old_logp;
     /**
-     * Advantages, already whitened if they are to be.
+     * Advantages, already whitened if they are to be, `[batch, seq_len]`.
      */
     const float *advantages;
     /**
-     * The critic's predictions, which get the gradient; null for no value term.
+     * The critic's predictions, which get the gradient, `[batch, seq_len]`; null for no value term.
      */
     const float *values;
     /**
-     * Its predictions at the time of the rollout; may be null where `value_clip_range` is
-     * `PPOK_NONE`.
+     * Its predictions at the time of the rollout, `[batch, seq_len]`; may be null where
+     * `value_clip_range` is `PPOK_NONE`, and is where `values` is.
      */
     const float *old_values;
     /**
-     * The targets of the regression; null if `values` is.
+     * The targets of the regression, `[batch, seq_len]`; null if `values` is.
      */
     const float *returns;
     /**
-     * Entropy of the policy at each token, which gets the gradient; may be null where `entropy_coef`
-     * is 0.
+     * Entropy of the policy at each token, which gets the gradient, `[batch, seq_len]`; may be null
+     * where `entropy_coef` is 0.
      */
     const float *entropy;
     /**
-     * Log-probabilities under the reference model; may be null where `kl_coef` is 0.
+     * Log-probabilities under the reference model, `[batch, seq_len]`; may be null where `kl_coef` is
+     * 0.
      */
     const float *ref_logp;
     /**
-     * Null if nothing is masked.
+     * `[batch, seq_len]`; null if nothing is masked.
      */
     const uint8_t *mask;
-} ppok_ppo_loss_inputs;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_ppo_loss_options *options;
+    /**
+     * The loss and the statistics, one, written.
+     */
+    struct ppok_ppo_loss_stats *stats;
+    /**
+     * The loss once more, one, written; null if not wanted.
+     */
+    float *loss;
+    /**
+     * Gradient with respect to `logp`, for an upstream gradient of 1, `[batch, seq_len]`, written; null
+     * if not wanted, and so are the next two.
+     */
+    float *grad_logp;
+    /**
+     * Gradient with respect to `values`, `[batch, seq_len]`; only with `values`.
+     */
+    float *grad_values;
+    /**
+     * Gradient with respect to `entropy`, `[batch, seq_len]`; only with `entropy`.
+     */
+    float *grad_entropy;
+} ppok_ppo_loss_args;
 
 /**
- * Gradients of ppok_ppo_loss_*, each `[batch, seq_len]`, written; null if not wanted.
+ * Arguments of ppok_ppo_loss_scale_*. Set `struct_size`, and everything that is not used to zero. Where
+ * one of a stored and a written gradient is null, so is the other.
  */
-typedef struct ppok_ppo_loss_gradients {
+typedef struct ppok_ppo_loss_scale_args {
     /**
      * `sizeof` of this struct.
      */
     size_t struct_size;
     /**
-     * With respect to logp.
+     * Elements of each gradient: `batch` times `seq_len`.
      */
-    float *logp;
+    size_t tokens;
     /**
-     * With respect to values; only with values.
+     * The gradient of whatever came of the loss, one number.
      */
-    float *values;
+    const float *upstream;
     /**
-     * With respect to entropy; only with entropy.
+     * The gradient with respect to logp that ppok_ppo_loss_* left, `[tokens]`.
      */
-    float *entropy;
-} ppok_ppo_loss_gradients;
+    const float *stored_logp;
+    /**
+     * That with respect to values, `[tokens]`.
+     */
+    const float *stored_values;
+    /**
+     * That with respect to entropy, `[tokens]`.
+     */
+    const float *stored_entropy;
+    /**
+     * Gradient with respect to logp, `[tokens]`, written; may be `stored_logp`.
+     */
+    float *grad_logp;
+    /**
+     * Gradient with respect to values, `[tokens]`, written; may be `stored_values`.
+     */
+    float *grad_values;
+    /**
+     * Gradient with respect to entropy, `[tokens]`, written; may be `stored_entropy`.
+     */
+    float *grad_entropy;
+} ppok_ppo_loss_scale_args;
 
 /**
  * Options of ppok_whiten_*.
@@ -813,6 +1163,139 @@ typedef struct ppok_whiten_options {
      */
     int32_t reserved;
 } ppok_whiten_options;
+
+/**
+ * Arguments of ppok_whiten_moments_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_whiten_moments_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * How many there are.
+     */
+    size_t elements;
+    /**
+     * `[elements]`.
+     */
+    const float *x;
+    /**
+     * `[elements]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * Count, mean and sum of squared deviations of the unmasked elements, one; written.
+     */
+    struct ppok_moments *moments;
+} ppok_whiten_moments_args;
+
+/**
+ * Arguments of ppok_whiten_forward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_whiten_forward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * How many there are.
+     */
+    size_t elements;
+    /**
+     * `[elements]`.
+     */
+    const float *x;
+    /**
+     * `[elements]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * The moments to whiten with, one: those of x itself, or of a larger set. Of 2 elements or more, or
+     * 1 where not `unbiased`.
+     */
+    const struct ppok_moments *moments;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_whiten_options *options;
+    /**
+     * `[elements]`, written; 0 where masked. For CUDA it may be `x`.
+     */
+    float *y;
+} ppok_whiten_forward_args;
+
+/**
+ * Arguments of ppok_whiten_backward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_whiten_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * How many there are.
+     */
+    size_t elements;
+    /**
+     * `[elements]`.
+     */
+    const float *x;
+    /**
+     * `[elements]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * The moments of x, one.
+     */
+    const struct ppok_moments *moments;
+    /**
+     * The upstream gradient, `[elements]`.
+     */
+    const float *grad_y;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_whiten_options *options;
+    /**
+     * `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
+     */
+    float *grad_x;
+} ppok_whiten_backward_args;
+
+/**
+ * Arguments of ppok_whiten_with_backward_*. Set `struct_size`, and everything that is not used to zero.
+ */
+typedef struct ppok_whiten_with_backward_args {
+    /**
+     * `sizeof` of this struct.
+     */
+    size_t struct_size;
+    /**
+     * How many there are.
+     */
+    size_t elements;
+    /**
+     * `[elements]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * The moments that were whitened with, one.
+     */
+    const struct ppok_moments *moments;
+    /**
+     * The upstream gradient, `[elements]`.
+     */
+    const float *grad_y;
+    /**
+     * Null for the defaults. In the process's memory, also for CUDA.
+     */
+    const struct ppok_whiten_options *options;
+    /**
+     * `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
+     */
+    float *grad_x;
+} ppok_whiten_with_backward_args;
 
 #ifdef __cplusplus
 extern "C" {
@@ -859,34 +1342,21 @@ int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_si
  *
  * The scan starts at the last unmasked token. A row without one comes out as zeros, its score
  * dropped. A score is scaled and clipped, then the rule for a missing end of sequence is applied.
- *
- * - `inputs`, `outputs`: not null.
- * - `batch`, `seq_len`: rows and tokens in each.
- * - `options`: null for the defaults.
  */
-int32_t ppok_gae_cpu(const struct ppok_gae_inputs *inputs,
-                     size_t batch,
-                     size_t seq_len,
-                     const struct ppok_gae_options *options,
-                     const struct ppok_gae_outputs *outputs);
+int32_t ppok_gae_cpu(const struct ppok_gae_args *args);
 
 /**
- * ppok_gae_cpu() on device memory, to which the pointers in `inputs` and `outputs` lead, and `stream`.
- * `workspace` has the bytes that ppok_gae_cuda_workspace_size() says.
+ * ppok_gae_cpu() on device memory and `stream`.
  */
-int32_t ppok_gae_cuda(const struct ppok_gae_inputs *inputs,
-                      size_t batch,
-                      size_t seq_len,
-                      const struct ppok_gae_options *options,
-                      const struct ppok_gae_outputs *outputs,
+int32_t ppok_gae_cuda(const struct ppok_gae_args *args,
                       void *workspace,
-                      size_t workspace_size,
+                      size_t bytes,
                       void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_gae_cuda() needs to `size`.
+ * Writes the bytes of workspace that ppok_gae_cuda() needs to `bytes`.
  */
-int32_t ppok_gae_cuda_workspace_size(size_t batch, size_t seq_len, void *stream, size_t *size);
+int32_t ppok_gae_cuda_workspace_size(const struct ppok_gae_args *args, void *stream, size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -901,177 +1371,92 @@ int32_t ppok_kl_full_options_init(struct ppok_kl_full_options *options, size_t s
 /**
  * KL divergence of the policy from the reference model, estimated for each token from the
  * log-probabilities d = logp - ref_logp of what was sampled, in nats.
- *
- * - `logp`, `ref_logp`: `[tokens]`.
- * - `mask`: `[tokens]`; null if all count. What is left out gives 0.
- * - `options`: null for the defaults.
- * - `kl`: `[tokens]`, written.
  */
-int32_t ppok_kl_token_forward_cpu(const float *logp,
-                                  const float *ref_logp,
-                                  const uint8_t *mask,
-                                  size_t tokens,
-                                  const struct ppok_kl_token_options *options,
-                                  float *kl);
+int32_t ppok_kl_token_forward_cpu(const struct ppok_kl_token_forward_args *args);
 
 /**
  * ppok_kl_token_forward_cpu() on device memory and `stream`, where `kl` may be `logp` or `ref_logp`.
- * `workspace` has the bytes that ppok_kl_token_forward_cuda_workspace_size() says.
  */
-int32_t ppok_kl_token_forward_cuda(const float *logp,
-                                   const float *ref_logp,
-                                   const uint8_t *mask,
-                                   size_t tokens,
-                                   const struct ppok_kl_token_options *options,
-                                   float *kl,
+int32_t ppok_kl_token_forward_cuda(const struct ppok_kl_token_forward_args *args,
                                    void *workspace,
-                                   size_t workspace_size,
+                                   size_t bytes,
                                    void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_kl_token_forward_cuda() needs to `size`: 0 in this version.
+ * Writes the bytes of workspace that ppok_kl_token_forward_cuda() needs to `bytes`: 0 in this version.
  */
-int32_t ppok_kl_token_forward_cuda_workspace_size(size_t tokens,
+int32_t ppok_kl_token_forward_cuda_workspace_size(const struct ppok_kl_token_forward_args *args,
                                                   void *stream,
-                                                  size_t *size);
+                                                  size_t *bytes);
 
 /**
  * Gradients of ppok_kl_token_forward_cpu(). Where a clamp changed anything they are 0.
- *
- * - `logp` to `options`: as in the forward pass.
- * - `grad_kl`: `[tokens]`, the upstream gradient. Where it is 0, so are the gradients.
- * - `grad_logp`, `grad_ref_logp`: `[tokens]`, written; null if not wanted.
  */
-int32_t ppok_kl_token_backward_cpu(const float *logp,
-                                   const float *ref_logp,
-                                   const uint8_t *mask,
-                                   size_t tokens,
-                                   const struct ppok_kl_token_options *options,
-                                   const float *grad_kl,
-                                   float *grad_logp,
-                                   float *grad_ref_logp);
+int32_t ppok_kl_token_backward_cpu(const struct ppok_kl_token_backward_args *args);
 
 /**
  * ppok_kl_token_backward_cpu() on device memory and `stream`, where each gradient may be `logp`,
- * `ref_logp` or `grad_kl`. `workspace` has the bytes that
- * ppok_kl_token_backward_cuda_workspace_size() says.
+ * `ref_logp` or `grad_kl`.
  */
-int32_t ppok_kl_token_backward_cuda(const float *logp,
-                                    const float *ref_logp,
-                                    const uint8_t *mask,
-                                    size_t tokens,
-                                    const struct ppok_kl_token_options *options,
-                                    const float *grad_kl,
-                                    float *grad_logp,
-                                    float *grad_ref_logp,
+int32_t ppok_kl_token_backward_cuda(const struct ppok_kl_token_backward_args *args,
                                     void *workspace,
-                                    size_t workspace_size,
+                                    size_t bytes,
                                     void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_kl_token_backward_cuda() needs to `size`: 0 in this
+ * Writes the bytes of workspace that ppok_kl_token_backward_cuda() needs to `bytes`: 0 in this
  * version.
  */
-int32_t ppok_kl_token_backward_cuda_workspace_size(size_t tokens, void *stream, size_t *size);
+int32_t ppok_kl_token_backward_cuda_workspace_size(const struct ppok_kl_token_backward_args *args,
+                                                   void *stream,
+                                                   size_t *bytes);
 
 /**
  * Exact KL divergence between the distributions of two rows of logits, in nats: with
  * p = softmax(logits / temperature) and q = softmax(ref_logits / temperature), forward
  * sum_i p_i (ln p_i - ln q_i), or reverse with the two exchanged. Reads both logits once.
  *
- * - `logits`, `ref_logits`: `[rows, vocab]` of `logits_type`: `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
- * - `mask`: `[rows]`; null if all count. Rows that are left out are not read, and give 0.
- * - `vocab`: above 0.
- * - `options`: null for the defaults.
- * - `stats`: `[PPOK_KL_FULL_STATS, rows]`, written: the first `rows` values are the KL, and the rest
- *   is what the backward pass needs.
- *
  * A logit of -inf is a token of probability 0: under q where p is above 0 the KL is +inf. A row with
  * NaN or +inf, or of -inf only, in either tensor gives NaN in that row and in no other.
  */
-int32_t ppok_kl_full_forward_cpu(const void *logits,
-                                 const void *ref_logits,
-                                 int32_t logits_type,
-                                 const uint8_t *mask,
-                                 size_t rows,
-                                 size_t vocab,
-                                 const struct ppok_kl_full_options *options,
-                                 float *stats);
+int32_t ppok_kl_full_forward_cpu(const struct ppok_kl_full_forward_args *args);
 
 /**
- * ppok_kl_full_forward_cpu() on device memory and `stream`. `vocab` is below 2^32. `workspace` has the
- * bytes that ppok_kl_full_forward_cuda_workspace_size() says.
+ * ppok_kl_full_forward_cpu() on device memory and `stream`.
  */
-int32_t ppok_kl_full_forward_cuda(const void *logits,
-                                  const void *ref_logits,
-                                  int32_t logits_type,
-                                  const uint8_t *mask,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_kl_full_options *options,
-                                  float *stats,
+int32_t ppok_kl_full_forward_cuda(const struct ppok_kl_full_forward_args *args,
                                   void *workspace,
-                                  size_t workspace_size,
+                                  size_t bytes,
                                   void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_kl_full_forward_cuda() needs to `size`. They depend on the
+ * Writes the bytes of workspace that ppok_kl_full_forward_cuda() needs to `bytes`. They depend on the
  * device of the stream.
  */
-int32_t ppok_kl_full_forward_cuda_workspace_size(int32_t logits_type,
-                                                 size_t rows,
-                                                 size_t vocab,
+int32_t ppok_kl_full_forward_cuda_workspace_size(const struct ppok_kl_full_forward_args *args,
                                                  void *stream,
-                                                 size_t *size);
+                                                 size_t *bytes);
 
 /**
  * Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
- *
- * - `logits` to `options`: as in the forward pass.
- * - `stats`: `[PPOK_KL_FULL_STATS, rows]`, as the forward pass wrote them.
- * - `grad_kl`: `[rows]`, the upstream gradient. A row where it is 0 is not read, and gets gradient 0.
- * - `grad_logits`, `grad_ref_logits`: `[rows, vocab]` of `logits_type`, written; null if not wanted.
  */
-int32_t ppok_kl_full_backward_cpu(const void *logits,
-                                  const void *ref_logits,
-                                  int32_t logits_type,
-                                  const uint8_t *mask,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_kl_full_options *options,
-                                  const float *stats,
-                                  const float *grad_kl,
-                                  void *grad_logits,
-                                  void *grad_ref_logits);
+int32_t ppok_kl_full_backward_cpu(const struct ppok_kl_full_backward_args *args);
 
 /**
  * ppok_kl_full_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`, and
- * `grad_ref_logits` may be `ref_logits`. `workspace` has the bytes that
- * ppok_kl_full_backward_cuda_workspace_size() says.
+ * `grad_ref_logits` may be `ref_logits`.
  */
-int32_t ppok_kl_full_backward_cuda(const void *logits,
-                                   const void *ref_logits,
-                                   int32_t logits_type,
-                                   const uint8_t *mask,
-                                   size_t rows,
-                                   size_t vocab,
-                                   const struct ppok_kl_full_options *options,
-                                   const float *stats,
-                                   const float *grad_kl,
-                                   void *grad_logits,
-                                   void *grad_ref_logits,
+int32_t ppok_kl_full_backward_cuda(const struct ppok_kl_full_backward_args *args,
                                    void *workspace,
-                                   size_t workspace_size,
+                                   size_t bytes,
                                    void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_kl_full_backward_cuda() needs to `size`: 0 in this version.
+ * Writes the bytes of workspace that ppok_kl_full_backward_cuda() needs to `bytes`: 0 in this version.
  */
-int32_t ppok_kl_full_backward_cuda_workspace_size(int32_t logits_type,
-                                                  size_t rows,
-                                                  size_t vocab,
+int32_t ppok_kl_full_backward_cuda_workspace_size(const struct ppok_kl_full_backward_args *args,
                                                   void *stream,
-                                                  size_t *size);
+                                                  size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -1089,60 +1474,28 @@ int32_t ppok_logprob_options_init(struct ppok_logprob_options *options, size_t s
  *
  * in nats. The logits are read once, and sums are kept in single precision.
  *
- * - `logits`: `[rows, vocab]` of `logits_type`: `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
- * - `targets`: `[rows]` of `targets_type`: `PPOK_U32` or `PPOK_I64`; each in `0..vocab` or
- *   `ignore_index`, else `PPOK_STATUS_TARGET`, and nothing is written.
- * - `vocab`: above 0.
- * - `options`: null for the defaults.
- * - `logp`: `[rows]`, written.
- * - `entropy`: `[rows]`, written; null if not wanted.
- * - `max`, `log_sum`: `[rows]`, written: what ppok_logprob_backward_cpu() needs to know, namely the
- *   largest logit and ln s. Both or neither may be null.
- *
  * A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
- * that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0.
+ * that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0. Any
+ * other target outside `0..vocab` is refused with `PPOK_STATUS_TARGET`, and nothing is written.
  */
-int32_t ppok_logprob_forward_cpu(const void *logits,
-                                 int32_t logits_type,
-                                 const void *targets,
-                                 int32_t targets_type,
-                                 size_t rows,
-                                 size_t vocab,
-                                 const struct ppok_logprob_options *options,
-                                 float *logp,
-                                 float *entropy,
-                                 float *max,
-                                 float *log_sum);
+int32_t ppok_logprob_forward_cpu(const struct ppok_logprob_forward_args *args);
 
 /**
  * ppok_logprob_forward_cpu() on device memory and `stream`. A target that is neither in the
- * vocabulary nor `ignore_index` is no error here: its row comes out as NaN. `vocab` is below 2^32.
- * `workspace` has the bytes that ppok_logprob_forward_cuda_workspace_size() says.
+ * vocabulary nor `ignore_index` is no error here: its row comes out as NaN.
  */
-int32_t ppok_logprob_forward_cuda(const void *logits,
-                                  int32_t logits_type,
-                                  const void *targets,
-                                  int32_t targets_type,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_logprob_options *options,
-                                  float *logp,
-                                  float *entropy,
-                                  float *max,
-                                  float *log_sum,
+int32_t ppok_logprob_forward_cuda(const struct ppok_logprob_forward_args *args,
                                   void *workspace,
-                                  size_t workspace_size,
+                                  size_t bytes,
                                   void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `size`. They depend on the
+ * Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `bytes`. They depend on the
  * device of the stream.
  */
-int32_t ppok_logprob_forward_cuda_workspace_size(int32_t logits_type,
-                                                 size_t rows,
-                                                 size_t vocab,
+int32_t ppok_logprob_forward_cuda_workspace_size(const struct ppok_logprob_forward_args *args,
                                                  void *stream,
-                                                 size_t *size);
+                                                 size_t *bytes);
 
 /**
  * Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
@@ -1152,58 +1505,26 @@ int32_t ppok_logprob_forward_cuda_workspace_size(int32_t logits_type,
  * d/dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + entropy)) / T
  * ```
  *
- * - `logits` to `options`: as in the forward pass.
- * - `max`, `log_sum`: `[rows]`, as the forward pass wrote them.
- * - `entropy`: `[rows]`, as the forward pass wrote it; may be null if `grad_entropy` is.
- * - `grad_logp`, `grad_entropy`: `[rows]`, the upstream gradients; null stands for zeros.
- * - `grad_logits`: `[rows, vocab]` of `logits_type`, written.
- *
- * A row that is ignored, or whose upstream gradients are 0, gets gradient 0 and is not read.
+ * A row that is ignored, or whose upstream gradients are 0, gets gradient 0 and is not read. Targets
+ * are refused as in the forward pass.
  */
-int32_t ppok_logprob_backward_cpu(const void *logits,
-                                  int32_t logits_type,
-                                  const void *targets,
-                                  int32_t targets_type,
-                                  size_t rows,
-                                  size_t vocab,
-                                  const struct ppok_logprob_options *options,
-                                  const float *max,
-                                  const float *log_sum,
-                                  const float *entropy,
-                                  const float *grad_logp,
-                                  const float *grad_entropy,
-                                  void *grad_logits);
+int32_t ppok_logprob_backward_cpu(const struct ppok_logprob_backward_args *args);
 
 /**
  * ppok_logprob_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`. A
- * target that is neither in the vocabulary nor `ignore_index` makes its row NaN. `workspace` has the
- * bytes that ppok_logprob_backward_cuda_workspace_size() says.
+ * target that is neither in the vocabulary nor `ignore_index` makes its row NaN.
  */
-int32_t ppok_logprob_backward_cuda(const void *logits,
-                                   int32_t logits_type,
-                                   const void *targets,
-                                   int32_t targets_type,
-                                   size_t rows,
-                                   size_t vocab,
-                                   const struct ppok_logprob_options *options,
-                                   const float *max,
-                                   const float *log_sum,
-                                   const float *entropy,
-                                   const float *grad_logp,
-                                   const float *grad_entropy,
-                                   void *grad_logits,
+int32_t ppok_logprob_backward_cuda(const struct ppok_logprob_backward_args *args,
                                    void *workspace,
-                                   size_t workspace_size,
+                                   size_t bytes,
                                    void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `size`: 0 in this version.
+ * Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `bytes`: 0 in this version.
  */
-int32_t ppok_logprob_backward_cuda_workspace_size(int32_t logits_type,
-                                                  size_t rows,
-                                                  size_t vocab,
+int32_t ppok_logprob_backward_cuda_workspace_size(const struct ppok_logprob_backward_args *args,
                                                   void *stream,
-                                                  size_t *size);
+                                                  size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -1221,77 +1542,46 @@ int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t
  * loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
  * ```
  *
- * - `inputs`: not null.
- * - `batch`, `seq_len`: rows and tokens in each.
- * - `options`: null for the defaults.
- * - `stats`: `[PPOK_PPO_STATS]`, written, in the order of `PPOK_PPO_STAT_*`; the first is the loss.
- *   NaN stands for what is not defined, where an input is not given, say.
- * - `gradients`: for an upstream gradient of 1; null if none are wanted.
- *
  * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`.
  */
-int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_inputs *inputs,
-                          size_t batch,
-                          size_t seq_len,
-                          const struct ppok_ppo_loss_options *options,
-                          double *stats,
-                          const struct ppok_ppo_loss_gradients *gradients);
+int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_args *args);
 
 /**
- * ppok_ppo_loss_cpu() on device memory, to which the pointers in `inputs` and `gradients` lead, and
- * `stream`; `stats` are of `float`. That no token is unmasked is no error here: without a denominator
- * the loss is NaN then, and the gradients are 0. `workspace` has the bytes that
- * ppok_ppo_loss_cuda_workspace_size() says.
+ * ppok_ppo_loss_cpu() on device memory, statistics included, and `stream`. That no token is unmasked is
+ * no error here: without a denominator the loss is NaN then, and the gradients are 0.
  */
-int32_t ppok_ppo_loss_cuda(const struct ppok_ppo_loss_inputs *inputs,
-                           size_t batch,
-                           size_t seq_len,
-                           const struct ppok_ppo_loss_options *options,
-                           float *stats,
-                           const struct ppok_ppo_loss_gradients *gradients,
+int32_t ppok_ppo_loss_cuda(const struct ppok_ppo_loss_args *args,
                            void *workspace,
-                           size_t workspace_size,
+                           size_t bytes,
                            void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_ppo_loss_cuda() needs with these `options` to `size`.
+ * Writes the bytes of workspace that ppok_ppo_loss_cuda() needs to `bytes`.
  */
-int32_t ppok_ppo_loss_cuda_workspace_size(size_t batch,
-                                          size_t seq_len,
-                                          const struct ppok_ppo_loss_options *options,
+int32_t ppok_ppo_loss_cuda_workspace_size(const struct ppok_ppo_loss_args *args,
                                           void *stream,
-                                          size_t *size);
+                                          size_t *bytes);
 
 /**
  * Multiplies stored gradients of ppok_ppo_loss_cpu() by the gradient of whatever came of the loss. A 0
  * stays 0, whatever that is.
- *
- * - `upstream`: one number.
- * - `tokens`: `batch` times `seq_len`.
- * - `stored`, `gradients`: not null. What is null in one is null in the other; each gradient may be
- *   written to where it is stored.
  */
-int32_t ppok_ppo_loss_scale_cpu(const float *upstream,
-                                size_t tokens,
-                                const struct ppok_ppo_loss_gradients *stored,
-                                const struct ppok_ppo_loss_gradients *gradients);
+int32_t ppok_ppo_loss_scale_cpu(const struct ppok_ppo_loss_scale_args *args);
 
 /**
- * ppok_ppo_loss_scale_cpu() on device memory, to which `upstream` and the pointers in the structs
- * lead, and `stream`. `workspace` has the bytes that ppok_ppo_loss_scale_cuda_workspace_size() says.
+ * ppok_ppo_loss_scale_cpu() on device memory and `stream`.
  */
-int32_t ppok_ppo_loss_scale_cuda(const float *upstream,
-                                 size_t tokens,
-                                 const struct ppok_ppo_loss_gradients *stored,
-                                 const struct ppok_ppo_loss_gradients *gradients,
+int32_t ppok_ppo_loss_scale_cuda(const struct ppok_ppo_loss_scale_args *args,
                                  void *workspace,
-                                 size_t workspace_size,
+                                 size_t bytes,
                                  void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_ppo_loss_scale_cuda() needs to `size`: 0 in this version.
+ * Writes the bytes of workspace that ppok_ppo_loss_scale_cuda() needs to `bytes`: 0 in this version.
  */
-int32_t ppok_ppo_loss_scale_cuda_workspace_size(size_t tokens, void *stream, size_t *size);
+int32_t ppok_ppo_loss_scale_cuda_workspace_size(const struct ppok_ppo_loss_scale_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Sets the defaults. `struct_size` is `sizeof *options`.
@@ -1308,140 +1598,86 @@ int32_t ppok_moments_merge(const struct ppok_moments *a,
 
 /**
  * Count, mean and sum of squared deviations of the unmasked elements.
- *
- * - `x`: `[elements]`.
- * - `mask`: `[elements]`; null if all count.
- * - `moments`: one, written.
  */
-int32_t ppok_whiten_moments_cpu(const float *x,
-                                const uint8_t *mask,
-                                size_t elements,
-                                struct ppok_moments *moments);
+int32_t ppok_whiten_moments_cpu(const struct ppok_whiten_moments_args *args);
 
 /**
- * ppok_whiten_moments_cpu() on device memory and `stream`. `workspace` has the bytes that
- * ppok_whiten_moments_cuda_workspace_size() says.
+ * ppok_whiten_moments_cpu() on device memory and `stream`.
  */
-int32_t ppok_whiten_moments_cuda(const float *x,
-                                 const uint8_t *mask,
-                                 size_t elements,
-                                 struct ppok_moments *moments,
+int32_t ppok_whiten_moments_cuda(const struct ppok_whiten_moments_args *args,
                                  void *workspace,
-                                 size_t workspace_size,
+                                 size_t bytes,
                                  void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `size`.
+ * Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `bytes`.
  */
-int32_t ppok_whiten_moments_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+int32_t ppok_whiten_moments_cuda_workspace_size(const struct ppok_whiten_moments_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
- * variance of `moments`: those of x itself, or of a larger set.
- *
- * - `x`: `[elements]`.
- * - `mask`: `[elements]`; null if all count.
- * - `options`: null for the defaults.
- * - `moments`: one; of 2 elements or more, or 1 where not `unbiased`, else `PPOK_STATUS_MASK`.
- * - `y`: `[elements]`, written.
+ * variance of `moments`. If those are of too few elements, `PPOK_STATUS_MASK`.
  */
-int32_t ppok_whiten_forward_cpu(const float *x,
-                                const uint8_t *mask,
-                                size_t elements,
-                                const struct ppok_whiten_options *options,
-                                const struct ppok_moments *moments,
-                                float *y);
+int32_t ppok_whiten_forward_cpu(const struct ppok_whiten_forward_args *args);
 
 /**
- * ppok_whiten_forward_cpu() on device memory, moments included, and `stream`; `y` may be `x`. Moments
- * of too few elements are no error here: y is NaN then where not masked. `workspace` has the bytes
- * that ppok_whiten_forward_cuda_workspace_size() says.
+ * ppok_whiten_forward_cpu() on device memory, moments included, and `stream`. Moments of too few
+ * elements are no error here: y is NaN then where not masked.
  */
-int32_t ppok_whiten_forward_cuda(const float *x,
-                                 const uint8_t *mask,
-                                 size_t elements,
-                                 const struct ppok_whiten_options *options,
-                                 const struct ppok_moments *moments,
-                                 float *y,
+int32_t ppok_whiten_forward_cuda(const struct ppok_whiten_forward_args *args,
                                  void *workspace,
-                                 size_t workspace_size,
+                                 size_t bytes,
                                  void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `size`: 0 in this version.
+ * Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `bytes`: 0 in this version.
  */
-int32_t ppok_whiten_forward_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+int32_t ppok_whiten_forward_cuda_workspace_size(const struct ppok_whiten_forward_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Gradient with respect to `x` of ppok_whiten_forward_cpu() with the moments of `x` itself, through
  * which it goes too.
- *
- * - `x` to `moments`: as in the forward pass.
- * - `grad_y`: `[elements]`, the upstream gradient.
- * - `grad_x`: `[elements]`, written; 0 where masked.
  */
-int32_t ppok_whiten_backward_cpu(const float *x,
-                                 const uint8_t *mask,
-                                 size_t elements,
-                                 const struct ppok_whiten_options *options,
-                                 const struct ppok_moments *moments,
-                                 const float *grad_y,
-                                 float *grad_x);
+int32_t ppok_whiten_backward_cpu(const struct ppok_whiten_backward_args *args);
 
 /**
- * ppok_whiten_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
- * `grad_y`. `workspace` has the bytes that ppok_whiten_backward_cuda_workspace_size() says.
+ * ppok_whiten_backward_cpu() on device memory, moments included, and `stream`.
  */
-int32_t ppok_whiten_backward_cuda(const float *x,
-                                  const uint8_t *mask,
-                                  size_t elements,
-                                  const struct ppok_whiten_options *options,
-                                  const struct ppok_moments *moments,
-                                  const float *grad_y,
-                                  float *grad_x,
+int32_t ppok_whiten_backward_cuda(const struct ppok_whiten_backward_args *args,
                                   void *workspace,
-                                  size_t workspace_size,
+                                  size_t bytes,
                                   void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `size`.
+ * Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `bytes`.
  */
-int32_t ppok_whiten_backward_cuda_workspace_size(size_t elements, void *stream, size_t *size);
+int32_t ppok_whiten_backward_cuda_workspace_size(const struct ppok_whiten_backward_args *args,
+                                                 void *stream,
+                                                 size_t *bytes);
 
 /**
  * Gradient with respect to `x` of ppok_whiten_forward_cpu() with moments that are constants.
- *
- * - `mask` to `moments`: as in the forward pass.
- * - `grad_y`: `[elements]`, the upstream gradient.
- * - `grad_x`: `[elements]`, written; 0 where masked.
  */
-int32_t ppok_whiten_with_backward_cpu(const uint8_t *mask,
-                                      size_t elements,
-                                      const struct ppok_whiten_options *options,
-                                      const struct ppok_moments *moments,
-                                      const float *grad_y,
-                                      float *grad_x);
+int32_t ppok_whiten_with_backward_cpu(const struct ppok_whiten_with_backward_args *args);
 
 /**
- * ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`; `grad_x` may be
- * `grad_y`. `workspace` has the bytes that ppok_whiten_with_backward_cuda_workspace_size() says.
+ * ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`.
  */
-int32_t ppok_whiten_with_backward_cuda(const uint8_t *mask,
-                                       size_t elements,
-                                       const struct ppok_whiten_options *options,
-                                       const struct ppok_moments *moments,
-                                       const float *grad_y,
-                                       float *grad_x,
+int32_t ppok_whiten_with_backward_cuda(const struct ppok_whiten_with_backward_args *args,
                                        void *workspace,
-                                       size_t workspace_size,
+                                       size_t bytes,
                                        void *stream);
 
 /**
- * Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `size`: 0 in this version.
+ * Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `bytes`: 0 in this version.
  */
-int32_t ppok_whiten_with_backward_cuda_workspace_size(size_t elements,
+int32_t ppok_whiten_with_backward_cuda_workspace_size(const struct ppok_whiten_with_backward_args *args,
                                                       void *stream,
-                                                      size_t *size);
+                                                      size_t *bytes);
 
 #ifdef __cplusplus
 }  // extern "C"

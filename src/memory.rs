@@ -92,6 +92,17 @@ impl Space for Tensors {
     type Out<'a, T: Element> = ();
 }
 
+/// Names an op's lists in one space, where a struct literal then knows what its fields are.
+macro_rules! in_space {
+    ($space:ident: $($list:ident $(<$($element:ident),*>)?),* $(,)?) => {$(
+        #[doc = concat!("[`", stringify!($list), "`](super::", stringify!($list), ") in [`",
+            stringify!($space), "`](crate::memory::", stringify!($space), ").")]
+        pub type $list<'a $(, $($element),*)?> =
+            super::$list<'a, $crate::memory::$space $(, $($element),*)?>;
+    )*};
+}
+pub(crate) use in_space;
+
 /// A shape in parts: leading dimensions, say, and those behind them.
 pub(crate) type Shape<'a> = &'a [&'a [usize]];
 

@@ -8,7 +8,7 @@ use common::whiten_cases::*;
 use common::*;
 use ppo_kernels::moments::{Moments, MomentsTensor, RunningMoments};
 use ppo_kernels::whiten::cpu::{
-    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    self, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,
     WithBackwardInputs,
 };
 use ppo_kernels::whiten::{
@@ -218,8 +218,8 @@ fn a_large_mean_costs_a_tiny_variance_no_digits() {
         ABS,
     );
     let up = uniform(&mut rng, n, 1.0);
-    let inputs = BackwardInputs { x: &x, mask: None, moments: Some(&[want]), grad_y: &up };
-    let outputs = BackwardOutputs { grad_x: &mut y };
+    let inputs = OwnBackwardInputs { x: &x, mask: None, moments: Some(&[want]), grad_y: &up };
+    let outputs = GradOutputs { grad_x: &mut y };
     cpu::masked_whiten_backward(inputs, n, &options, outputs).unwrap();
     let grad = reference::masked_whiten_backward(&wide(&x), None, &wide(&up), &options);
     let scale = grad.iter().fold(0.0_f64, |a, g| a.max(g.abs()));
@@ -356,8 +356,8 @@ fn bits_do_not_depend_on_the_number_of_threads() {
         let (mut y, mut grad) = (vec![0.0; n], vec![0.0; n]);
         let inputs = Inputs { x, mask, moments: Some(&[moments]) };
         cpu::masked_whiten(inputs, n, &options, Outputs { y: &mut y }).unwrap();
-        let inputs = BackwardInputs { x, mask, moments: Some(&[moments]), grad_y: &up };
-        let outputs = BackwardOutputs { grad_x: &mut grad };
+        let inputs = OwnBackwardInputs { x, mask, moments: Some(&[moments]), grad_y: &up };
+        let outputs = GradOutputs { grad_x: &mut grad };
         cpu::masked_whiten_backward(inputs, n, &options, outputs).unwrap();
         let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<_>>();
         (moments.mean.to_bits(), moments.m2.to_bits(), bits(y), bits(grad))
@@ -474,12 +474,12 @@ fn errors_name_the_argument() {
     says(whiten(moments, 1), &["`y`", "[1]", "[2]"]);
     says(whiten(Some(&[]), 2), &["`moments`", "[0]", "[1]"]);
     says(whiten(None, 2), &["`moments`", "missing", "`x`"]);
-    let inputs = BackwardInputs { x, mask: None, moments, grad_y };
-    let outputs = BackwardOutputs { grad_x: &mut out };
+    let inputs = OwnBackwardInputs { x, mask: None, moments, grad_y };
+    let outputs = GradOutputs { grad_x: &mut out };
     let error = cpu::masked_whiten_backward(inputs, 2, &options, outputs).unwrap_err();
     says(error, &["`grad_y`", "[1]", "[2]"]);
     let inputs = WithBackwardInputs { mask: None, moments, grad_y };
-    let outputs = BackwardOutputs { grad_x: &mut out };
+    let outputs = GradOutputs { grad_x: &mut out };
     let error = cpu::masked_whiten_with_backward(inputs, 1, &options, outputs).unwrap_err();
     says(error, &["`grad_x`", "[2]", "[1]"]);
 }

@@ -10,7 +10,7 @@ use common::whiten_cases::*;
 use common::*;
 use ppo_kernels::moments::Moments;
 use ppo_kernels::whiten::cuda::{
-    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    self, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,
     WithBackwardInputs,
 };
 use ppo_kernels::whiten::{reference, WhitenOptions};
@@ -84,13 +84,13 @@ impl Call<'_> {
         let space = std::cell::RefCell::new(workspace);
         let grad = run(&up, &self.sample.up, 2 * self.offset, &|grad_y, grad_x| {
             let (x, space) = (x.slice(), space.borrow_mut().slice_mut());
-            let inputs = BackwardInputs { x, mask, moments: own.0, grad_y };
-            let outputs = BackwardOutputs { grad_x };
+            let inputs = OwnBackwardInputs { x, mask, moments: own.0, grad_y };
+            let outputs = GradOutputs { grad_x };
             cuda::masked_whiten_backward(&stream, inputs, own.1, n, options, outputs, space)
         })?;
         let grad_with = run(&up, &self.sample.up, 2 * self.offset, &|grad_y, grad_x| {
             let inputs = WithBackwardInputs { mask, moments: known.0, grad_y };
-            let outputs = BackwardOutputs { grad_x };
+            let outputs = GradOutputs { grad_x };
             cuda::masked_whiten_with_backward(&stream, inputs, known.1, n, options, outputs)
         })?;
         Ok(Run { moments: moments.read()[0], y, grad, y_with, grad_with })
@@ -269,8 +269,8 @@ fn bad_input_is_refused_by_name() {
     assert_eq!(out2.read(), [0.0; 2]);
 
     let backward = |grad_y, known, dx: &mut Buffer<f32>, space: &mut Buffer<f64>| {
-        let inputs = BackwardInputs { x, mask: None, moments: None, grad_y };
-        let (outputs, space) = (BackwardOutputs { grad_x: dx.slice_mut() }, space.slice_mut());
+        let inputs = OwnBackwardInputs { x, mask: None, moments: None, grad_y };
+        let (outputs, space) = (GradOutputs { grad_x: dx.slice_mut() }, space.slice_mut());
         cuda::masked_whiten_backward(&stream, inputs, known, 2, &options, outputs, space)
     };
     says(backward(short, known, &mut out2, many), &["`grad_y`", "[1]", "[2]"]);
@@ -281,7 +281,7 @@ fn bad_input_is_refused_by_name() {
 
     let with = |mask, known, dx: &mut Buffer<f32>| {
         let inputs = WithBackwardInputs { mask, moments: None, grad_y: x };
-        let outputs = BackwardOutputs { grad_x: dx.slice_mut() };
+        let outputs = GradOutputs { grad_x: dx.slice_mut() };
         cuda::masked_whiten_with_backward(&stream, inputs, known, 2, &options, outputs)
     };
     says(with(mask, known, &mut out2), &["`mask`", "[1]", "[2]"]);

@@ -57,48 +57,132 @@ static void roll_out(void) {
 static float old_logp[TOKENS], ref_logp[TOKENS], kl[TOKENS];
 static float advantages[TOKENS], returns[TOKENS], whitened[TOKENS];
 static float logp[TOKENS], entropy[TOKENS], max[TOKENS], log_sum[TOKENS];
-static double stats[PPOK_PPO_STATS];
+static ppok_ppo_loss_stats stats;
 static float grad_logp[TOKENS], grad_values[TOKENS], grad_entropy[TOKENS];
 static float grad_logits[TOKENS][VOCAB];
 
-static void update(void) {
-    ppok_logprob_options sampled;
-    check(ppok_logprob_options_init(&sampled, sizeof sampled));
-    sampled.temperature = TEMPERATURE;
+/* Log-probabilities, and what their gradient needs where there is room given for it. */
+static void log_probabilities(const void *of, const ppok_logprob_options *sampled, float *result,
+                              float *room_for_entropy, float *room_for_max, float *room_for_sum) {
+    ppok_logprob_forward_args args = {
+        .struct_size = sizeof args,
+        .rows = TOKENS,
+        .vocab = VOCAB,
+        .logits_type = PPOK_F32,
+        .targets_type = PPOK_I64,
+        .logits = of,
+        .targets = targets,
+        .options = sampled,
+        .logp = result,
+        .entropy = room_for_entropy,
+        .max = room_for_max,
+        .log_sum = room_for_sum,
+    };
+    check(ppok_logprob_forward_cpu(&args));
+}
 
-    /* Once a rollout: log-probabilities under the old policy and the reference, KL, advantages. */
-    check(ppok_logprob_forward_cpu(old_logits, PPOK_F32, targets, PPOK_I64, TOKENS, VOCAB, &sampled,
-                                   old_logp, NULL, NULL, NULL));
-    check(ppok_logprob_forward_cpu(ref_logits, PPOK_F32, targets, PPOK_I64, TOKENS, VOCAB, &sampled,
-                                   ref_logp, NULL, NULL, NULL));
-    check(ppok_kl_token_forward_cpu(old_logp, ref_logp, mask, TOKENS, NULL, kl));
+/* Once a rollout: log-probabilities under the old policy and the reference, KL, advantages. */
+static void prepare(const ppok_logprob_options *sampled) {
+    log_probabilities(old_logits, sampled, old_logp, NULL, NULL, NULL);
+    log_probabilities(ref_logits, sampled, ref_logp, NULL, NULL, NULL);
+
+    ppok_kl_token_forward_args divergence = {
+        .struct_size = sizeof divergence,
+        .tokens = TOKENS,
+        .logp = old_logp,
+        .ref_logp = ref_logp,
+        .mask = mask,
+        .kl = kl,
+    };
+    check(ppok_kl_token_forward_cpu(&divergence));
 
     ppok_gae_options discounts;
     check(ppok_gae_options_init(&discounts, sizeof discounts));
     discounts.gamma = GAMMA;
     discounts.lambda = LAMBDA;
     discounts.kl_coef = KL_COEF;
-    ppok_gae_inputs seen = {sizeof seen, old_values, NULL, kl, scores, NULL, mask, NULL, NULL};
     ppok_moments moments;
-    ppok_gae_outputs wanted = {sizeof wanted, advantages, returns, NULL, &moments};
-    check(ppok_gae_cpu(&seen, BATCH, SEQ_LEN, &discounts, &wanted));
-    check(ppok_whiten_forward_cpu(advantages, mask, TOKENS, NULL, &moments, whitened));
+    ppok_gae_args estimate = {
+        .struct_size = sizeof estimate,
+        .batch = BATCH,
+        .seq_len = SEQ_LEN,
+        .values = old_values,
+        .kl = kl,
+        .scores = scores,
+        .mask = mask,
+        .options = &discounts,
+        .advantages = advantages,
+        .returns = returns,
+        .moments = &moments,
+    };
+    check(ppok_gae_cpu(&estimate));
 
-    /* Once a minibatch: log-probabilities with what their gradient needs, loss, and backward. */
-    check(ppok_logprob_forward_cpu(logits, PPOK_F32, targets, PPOK_I64, TOKENS, VOCAB, &sampled,
-                                   logp, entropy, max, log_sum));
+    ppok_whiten_forward_args whiten = {
+        .struct_size = sizeof whiten,
+        .elements = TOKENS,
+        .x = advantages,
+        .mask = mask,
+        .moments = &moments,
+        .y = whitened,
+    };
+    check(ppok_whiten_forward_cpu(&whiten));
+}
+
+/* Once a minibatch: log-probabilities with what their gradient needs, loss, and backward. */
+static void learn(const ppok_logprob_options *sampled) {
+    log_probabilities(logits, sampled, logp, entropy, max, log_sum);
+
     ppok_ppo_loss_options coefs;
     check(ppok_ppo_loss_options_init(&coefs, sizeof coefs));
     coefs.clip_range = CLIP;
     coefs.value_clip_range = CLIP;
     coefs.value_coef = VALUE_COEF;
     coefs.entropy_coef = ENTROPY_COEF;
-    ppok_ppo_loss_inputs inputs = {sizeof inputs, logp,    old_logp, whitened, values,
-                                   old_values,    returns, entropy,  NULL,     mask};
-    ppok_ppo_loss_gradients gradients = {sizeof gradients, grad_logp, grad_values, grad_entropy};
-    check(ppok_ppo_loss_cpu(&inputs, BATCH, SEQ_LEN, &coefs, stats, &gradients));
-    check(ppok_logprob_backward_cpu(logits, PPOK_F32, targets, PPOK_I64, TOKENS, VOCAB, &sampled,
-                                    max, log_sum, entropy, grad_logp, grad_entropy, grad_logits));
+    ppok_ppo_loss_args loss = {
+        .struct_size = sizeof loss,
+        .batch = BATCH,
+        .seq_len = SEQ_LEN,
+        .logp = logp,
+        .old_logp = old_logp,
+        .advantages = whitened,
+        .values = values,
+        .old_values = old_values,
+        .returns = returns,
+        .entropy = entropy,
+        .mask = mask,
+        .options = &coefs,
+        .stats = &stats,
+        .grad_logp = grad_logp,
+        .grad_values = grad_values,
+        .grad_entropy = grad_entropy,
+    };
+    check(ppok_ppo_loss_cpu(&loss));
+
+    ppok_logprob_backward_args backward = {
+        .struct_size = sizeof backward,
+        .rows = TOKENS,
+        .vocab = VOCAB,
+        .logits_type = PPOK_F32,
+        .targets_type = PPOK_I64,
+        .logits = logits,
+        .targets = targets,
+        .max = max,
+        .log_sum = log_sum,
+        .entropy = entropy,
+        .grad_logp = grad_logp,
+        .grad_entropy = grad_entropy,
+        .options = sampled,
+        .grad_logits = grad_logits,
+    };
+    check(ppok_logprob_backward_cpu(&backward));
+}
+
+static void update(void) {
+    ppok_logprob_options sampled;
+    check(ppok_logprob_options_init(&sampled, sizeof sampled));
+    sampled.temperature = TEMPERATURE;
+    prepare(&sampled);
+    learn(&sampled);
 }
 
 /* The same in double. */
@@ -220,12 +304,11 @@ int main(void) {
     wrong += compare("grad entropy", grad_entropy, exact.grad_entropy, TOKENS);
     wrong += compare("grad logits", &grad_logits[0][0], &exact.grad_logits[0][0], TOKENS * VOCAB);
 
-    const int numbers[] = {PPOK_PPO_STAT_LOSS, PPOK_PPO_STAT_POLICY_LOSS, PPOK_PPO_STAT_VALUE_LOSS,
-                           PPOK_PPO_STAT_CLIP_FRACTION};
     const char *const names[] = {"loss", "policy loss", "value loss", "clip fraction"};
+    const double numbers[] = {stats.loss, stats.policy_loss, stats.value_loss, stats.clip_fraction};
     const double theirs[] = {exact.loss, exact.policy_loss, exact.value_loss, exact.clip_fraction};
     for (int i = 0; i < 4; i++) {
-        const float ours = (float)stats[numbers[i]];
+        const float ours = (float)numbers[i];
         wrong += compare(names[i], &ours, &theirs[i], 1);
         printf("%-14s %f\n", "", ours);
     }

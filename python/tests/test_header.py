@@ -1,111 +1,158 @@
-"""The types that the package gives the C functions are those of the header."""
+"""What the package knows of the C library is what the header says, and what the library does."""
 
 import ctypes
-import re
+import inspect
+import shutil
+import subprocess
+import sys
+import typing
 from pathlib import Path
 
 import pytest
 
-from ppo_kernels import _lib
+import ppo_kernels.numpy
+from ppo_kernels import _header, _lib, _lists, functional
 
-HEADER = Path(__file__).parents[2] / "include" / "ppo_kernels.h"
+HERE = Path(__file__).parents[1]
+HEADER = HERE.parent / "include" / "ppo_kernels.h"
 pytestmark = pytest.mark.skipif(not HEADER.exists(), reason="not in the source tree")
+sys.path.append(str(HERE))
+import generate  # noqa: E402  it is no part of the package
 
-CONSTANTS = {"size_t": "z", "int32_t": "i"}
-STRUCTS = {
-    "logprob_options": _lib.LogprobOptions,
-    "kl_token_options": _lib.KlTokenOptions,
-    "kl_full_options": _lib.KlFullOptions,
-    "gae_options": _lib.GaeOptions,
-    "gae_inputs": _lib.GaeInputs,
-    "gae_outputs": _lib.GaeOutputs,
-    "whiten_options": _lib.WhitenOptions,
-    "ppo_loss_options": _lib.PpoLossOptions,
-    "ppo_loss_inputs": _lib.PpoLossInputs,
-    "ppo_loss_gradients": _lib.PpoLossGradients,
-}
-RENAMED = {"lambda": "lam", "value_lambda": "value_lam"}
-C_TYPES = {
-    "size_t": ctypes.c_size_t,
-    "double": ctypes.c_double,
-    "int32_t": ctypes.c_int32,
-    "int64_t": ctypes.c_int64,
+PASSES = {name: given for name, given in vars(_lists).items() if isinstance(given, _lib.Pass)}
+OPTIONS = {
+    "logprob": (_lists.logprob_options, "selective_log_softmax"),
+    "kl_token": (_lists.token_kl_options, "token_kl"),
+    "kl_full": (_lists.full_kl_options, "full_kl"),
+    "gae": (_lists.gae_options, "gae"),
+    "whiten": (_lists.whiten_options, "masked_whiten"),
+    "ppo_loss": (_lists.ppo_loss_options, "ppo_loss"),
 }
 
 
-def text() -> str:
-    return re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+def header():
+    return generate.parse(HEADER.read_text())
 
 
-@pytest.mark.parametrize(("name", "letters"), _lib.signatures().items())
-def test_function(name, letters):
-    declared = re.search(rf"int32_t ppok_{name}\((.*?)\);", text(), re.S)
-    assert declared, f"ppok_{name} is not in the header"
-    arguments = [argument.strip() for argument in declared[1].split(",")]
-    found = "".join("p" if "*" in a else CONSTANTS[a.split()[0]] for a in arguments)
-    assert found == letters
+def test_generated():
+    assert generate.GENERATED.read_text() == generate.python(header())
 
 
-@pytest.mark.parametrize(("name", "struct"), STRUCTS.items())
-def test_struct(name, struct):
-    body = re.search(rf"typedef struct ppok_{name} {{(.*?)}}", text(), re.S)[1]
-    fields = []
-    for field in body.split(";")[:-1]:
-        *kind, identifier = field.replace("*", " * ").split()
-        c_type = ctypes.c_void_p if "*" in kind else C_TYPES[kind[0]]
-        fields.append((RENAMED.get(identifier, identifier), c_type))
-    assert struct._fields_ == fields
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_as_a_compiler_sees_it(tmp_path):
+    """Sizes and offsets of all structs, values of all constants, arguments of all functions."""
+    lines, expected = [], []
+    constants = {name for name in vars(_header) if name.isupper()} - {"OPTIONS", "FUNCTIONS"}
+    for name in sorted(constants):
+        lines.append(f'printf("%.17g\\n", (double)PPOK_{name});')
+        expected.append(getattr(_header, name))
+    structs = [s for s in vars(_header).values() if isinstance(s, type(ctypes.Structure))]
+    for struct in structs:
+        if struct is not ctypes.Structure:
+            fields = [field for field, _ in struct._fields_]
+            name = f"ppok_{struct.__name__}"
+            lines.append(f'printf("%zu\\n", sizeof({name}));')
+            lines += [f'printf("%zu\\n", offsetof({name}, {field}));' for field in fields]
+            lines += [f'printf("%zu\\n", sizeof((({name} *)0)->{field}));' for field in fields]
+            expected += [ctypes.sizeof(struct)]
+            expected += [getattr(struct, field).offset for field in fields]
+            expected += [getattr(struct, field).size for field in fields]
+    names = {ctypes.c_void_p: "void *", ctypes.c_size_t: "size_t", ctypes.c_int32: "int32_t"}
+    names[ctypes.c_char_p] = "const char *"
+    for name, (result, types) in _header.FUNCTIONS.items():
+        # Pointers to anything are passed as those to void are, which C says with a warning.
+        given = ", ".join(f"({names[kind]})0" for kind in types)
+        lines.append(f"if (argc > 1) {{ {names[result]} got = ppok_{name}({given}); (void)got; }}")
+    assert len(expected) > 200 and len(_header.FUNCTIONS) >= 3 * len(PASSES)
+    program = tmp_path / "program.c"
+    program.write_text(
+        '#include <stdio.h>\n#include "ppo_kernels.h"\n'
+        f"int main(int argc, char **argv) {{ (void)argv;\n{chr(10).join(lines)}\nreturn 0; }}\n"
+    )
+    library = _lib._path()
+    include = f"-I{HEADER.parent}"
+    command = ["cc", "-Wall", "-Werror", include, str(program), str(library), "-o"]
+    run = str(tmp_path / "program")
+    subprocess.run([*command, run, f"-Wl,-rpath,{library.parent}"], check=True)
+    said = subprocess.run([run], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert [float(line) for line in said.split()] == expected
 
 
-def test_statistics():
-    names = re.findall(r"#define PPOK_PPO_STAT_(\w+) (\d+)", text())
-    assert [name.lower() for name, _ in names] == list(_lib.STATS)
-    assert [int(number) for _, number in names] == list(range(len(_lib.STATS)))
+@pytest.mark.parametrize("given", PASSES.values(), ids=PASSES)
+def test_pass(given):
+    fields = [field for field, _ in given.struct._fields_]
+    assert {*given.names} == {*fields} - {"struct_size", "reserved"}
+    assert len(given.names) == len(set(given.names))
+    numbers = given.arguments(*range(1, 1 + len(given.names)))
+    struct = given.struct.from_buffer_copy(numbers)
+    assert struct.struct_size == len(numbers) == ctypes.sizeof(struct)
+    for number, name in enumerate(given.names, 1):
+        assert getattr(struct, name) == number
+
+
+def test_every_pass_is_there():
+    passes = {name.removesuffix("_cpu") for name in _header.FUNCTIONS if name.endswith("_cpu")}
+    assert {given.struct.__name__.removesuffix("_args") for given in PASSES.values()} == passes
+
+
+KINDS = {
+    _lists.NUMBERS: "const float *",
+    _lists.FLAGS: "const uint8_t *",
+    _lists.OTHER: "const void *",
+}
 
 
 @pytest.mark.parametrize(
-    ("prefix", "names"),
+    ("inputs", "passes"),
     [
-        ("KL", _lib._ESTIMATORS),
-        ("KL", _lib._DIRECTIONS),
-        ("GAE_MASK", _lib._MASK_MODES),
-        ("GAE_SCORE_AT", ("last",)),
-        ("GAE_SCORE_AFTER", ("last",)),
-        ("GAE", _lib._SCORE_ORDERS),
-        ("GAE_MISSING_EOS", _lib._MISSING_EOS),
-        ("WHITEN_EPS_IN", _lib._EPS_PLACEMENTS),
-        ("PPO_LOSS", _lib._AGGREGATIONS),
-        ("PPO_LOSS", _lib._CLIP_FRACTIONS),
+        (_lists.LOGPROB_GRADIENTS, ("logprob_backward",)),
+        (_lists.TOKEN_KL, ("kl_token_forward", "kl_token_backward")),
+        (_lists.FULL_KL, ("kl_full_forward", "kl_full_backward")),
+        (_lists.GAE, ("gae",)),
+        (_lists.PPO_LOSS, ("ppo_loss",)),
     ],
 )
-def test_constants(prefix, names):
-    for number, name in enumerate(names):
-        found = re.search(rf"#define PPOK_{prefix}_{name.upper()} (\d+)", text())
-        expected = 1 if prefix == "GAE_SCORE_AFTER" else number
-        assert found and int(found[1]) == expected, name
+def test_kinds_of_inputs(inputs, passes):
+    for name in passes:
+        types = {field.name: field.type for field in header().structs[f"{name}_args"]}
+        for argument in inputs:
+            assert types[argument.name] == KINDS[argument.kind], (name, argument)
+            assert argument.type in ("Tensor", "Tensor?")
 
 
-def test_defaults(monkeypatch):
-    """Those of the functions here are those of the library."""
-    import inspect
+@pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_types_of_options(name, module):
+    """Those of the public functions are those of the header, whose choices they list in order."""
+    options, function = OPTIONS[name]
+    types = typing.get_type_hints(getattr(module, function))
+    python = {"float": float, "bool": bool, "float?": float | None, "int?": int | None}
+    for option, kind in options.kinds.items():
+        if isinstance(kind, str):
+            assert types[option] == python[kind], option
+        elif module is functional:
+            assert typing.get_args(types[option]) == kind, option
+        else:
+            assert types[option] is str, option
 
-    from ppo_kernels import functional
 
-    library = ctypes.CDLL(str(_lib._path()))
-    cases = {
-        "logprob_options": (functional.selective_log_softmax, _lib.logprob_options),
-        "kl_token_options": (functional.token_kl, _lib.kl_token_options),
-        "kl_full_options": (functional.full_kl, _lib.kl_full_options),
-        "gae_options": (functional.gae, _lib.gae_options),
-        "whiten_options": (functional.masked_whiten, _lib.whiten_options),
-        "ppo_loss_options": (functional.ppo_loss, _lib.ppo_loss_options),
-    }
-    for name, (function, make) in cases.items():
-        defaults = inspect.signature(function).parameters
-        ours = make(*(defaults[p].default for p in inspect.signature(make).parameters))
-        theirs = STRUCTS[name]()
-        init = getattr(library, f"ppok_{name}_init")
-        assert init(ctypes.byref(theirs), ctypes.c_size_t(ctypes.sizeof(theirs))) == 0
-        for field, _ in theirs._fields_:
-            if field != "aggregation_divisor":  # not looked at by default
-                assert getattr(ours, field) == getattr(theirs, field), (name, field)
+@pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_defaults(name, module):
+    """Those of the public functions are those of the library."""
+    options, function = OPTIONS[name]
+    parameters = inspect.signature(getattr(module, function)).parameters
+    ours = options.among({option: parameters[option].default for option in options.kinds}).struct
+    theirs = options.struct()
+    init = _lib.function(f"{name}_options_init")
+    assert init(ctypes.byref(theirs), ctypes.sizeof(theirs)) == 0
+    for field, _ in theirs._fields_:
+        assert getattr(ours, field) == getattr(theirs, field), field
+
+
+def test_names_of_what_can_be_chosen():
+    assert _lists.gae_options.kinds["score_placement"] == ("last", "after_last")
+    assert _lists.token_kl_options.kinds["estimator"][_header.KL_K3_STRAIGHT_THROUGH] == (
+        "k3_straight_through"
+    )
+    assert len(_lib.STATS) == len(set(_lib.STATS)) == 20 and _lib.STATS[0] == "loss"

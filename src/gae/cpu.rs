@@ -13,7 +13,7 @@ use super::{check_missing_eos, GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
 use crate::cpu::{past_caches, prefetch, reduce, vectorise, RowsMut, Writer};
 use crate::error::Result;
-use crate::memory::{Host, Lengths};
+use crate::memory::{in_space, Lengths};
 use crate::moments::cpu::{leaf_moments, LaneMoments, LEAF};
 use crate::moments::Moments;
 
@@ -27,11 +27,7 @@ const AHEAD: isize = -1024;
 /// Tokens a thread takes at a time: some 10 us of work, far above the cost of handing it out.
 const GRAIN: usize = 16 * 1024;
 
-/// The inputs as slices.
-pub type Inputs<'a> = super::Inputs<'a, Host>;
-
-/// The outputs as slices.
-pub type Outputs<'a> = super::Outputs<'a, Host>;
+in_space!(Host: Inputs, Outputs);
 
 /// Advantages and returns of `batch` rows of `seq_len` tokens.
 ///

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{Device, Lengths, Pointer, Pointers};
+use crate::memory::{in_space, Lengths, Pointer, Pointers};
 use crate::moments::cuda::{merge, merge_workspace_len};
 use crate::moments::Moments;
 
@@ -84,11 +84,7 @@ impl Mapping {
     }
 }
 
-/// The inputs in device memory.
-pub type Inputs<'a> = super::Inputs<'a, Device>;
-
-/// The outputs in device memory.
-pub type Outputs<'a> = super::Outputs<'a, Device>;
+in_space!(Device: Inputs, Outputs);
 
 /// The least length of the workspace of [`gae`]: 24 bytes a row or less, and for few long rows some
 /// 24 bytes every 128 tokens.

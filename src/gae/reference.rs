@@ -1,12 +1,11 @@
 //! The op in plain f64 loops: make a list of steps, then walk it backwards.
 
 use super::{GaeOptions, MaskMode, ScorePlacement};
-use crate::memory::HostF64;
+use crate::memory::in_space;
 use crate::moments::Moments;
 use crate::whiten;
 
-/// The inputs in f64.
-pub type Inputs<'a> = super::Inputs<'a, HostF64>;
+in_space!(HostF64: Inputs);
 
 /// What [`gae`] returns, each `[B, T]`, and 0 where masked.
 #[derive(Debug, Clone, PartialEq)]

@@ -57,7 +57,8 @@ pub struct ppok_kl_token_options {
     /// Clamps d to plus or minus this before the estimator sees it; above 0, or `PPOK_NONE`, which is
     /// the default. 20 in verl and NeMo-RL.
     pub log_ratio_clamp: f64,
-    /// Clamps the estimate likewise. 10 in verl, OpenRLHF and NeMo-RL.
+    /// Clamps the estimate likewise; above 0, or `PPOK_NONE`, which is the default. 10 in verl, OpenRLHF
+    /// and NeMo-RL.
     pub output_clamp: f64,
     /// `PPOK_KL_K1`, the default, to `PPOK_KL_K3_STRAIGHT_THROUGH`.
     pub estimator: i32,

@@ -12,7 +12,7 @@ use crate::cpu::math::{
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut};
 use crate::error::{Error, Result};
-use crate::memory::{Host, Lengths};
+use crate::memory::{in_space, Lengths};
 
 /// Columns between two looks at the maxima, and of one pass of the gradient: 8 KiB of f32 in each
 /// row, which are in the L1 cache still when they are read again.
@@ -28,29 +28,11 @@ const HEADROOM: f32 = 8.0;
 /// Tokens a thread takes at a time: what it writes stays in the L1 cache until it is masked.
 const TOKEN_GRAIN: usize = 4096;
 
-/// The inputs of the sampled KL as slices.
-pub type TokenForwardInputs<'a> = super::TokenForwardInputs<'a, Host>;
-
-/// The output of the sampled KL as a slice.
-pub type TokenForwardOutputs<'a> = super::TokenForwardOutputs<'a, Host>;
-
-/// The inputs of the gradient of the sampled KL as slices.
-pub type TokenBackwardInputs<'a> = super::TokenBackwardInputs<'a, Host>;
-
-/// The gradients of the sampled KL as slices.
-pub type TokenBackwardOutputs<'a> = super::TokenBackwardOutputs<'a, Host>;
-
-/// The inputs of the exact KL as slices.
-pub type FullForwardInputs<'a, T> = super::FullForwardInputs<'a, Host, T>;
-
-/// The output of the exact KL as a slice.
-pub type FullForwardOutputs<'a> = super::FullForwardOutputs<'a, Host>;
-
-/// The inputs of the gradient of the exact KL as slices.
-pub type FullBackwardInputs<'a, T> = super::FullBackwardInputs<'a, Host, T>;
-
-/// The gradients of the exact KL as slices.
-pub type FullBackwardOutputs<'a, T> = super::FullBackwardOutputs<'a, Host, T>;
+in_space!(
+    Host:
+    TokenForwardInputs, TokenForwardOutputs, TokenBackwardInputs, TokenBackwardOutputs,
+    FullForwardInputs<T>, FullForwardOutputs, FullBackwardInputs<T>, FullBackwardOutputs<T>
+);
 
 /// Sampled KL of every one of `tokens` tokens.
 ///

@@ -10,7 +10,7 @@ use crate::cpu::Logit;
 use crate::cuda::rows::{check_vocab, launch_over_tokens, Map, Passes, Reduction};
 use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{Device, Element, Lengths, Pointers, Space};
+use crate::memory::{in_space, Device, Element, Lengths, Pointers, Space};
 
 /// The name of the kernels' file.
 const FILE: &str = "kl";
@@ -18,29 +18,11 @@ const FILE: &str = "kl";
 /// Values of f32 that a part of a row leaves for the merge.
 const PARTIAL: usize = 5;
 
-/// The inputs of the sampled KL in device memory.
-pub type TokenForwardInputs<'a> = super::TokenForwardInputs<'a, Device>;
-
-/// The output of the sampled KL in device memory.
-pub type TokenForwardOutputs<'a> = super::TokenForwardOutputs<'a, Device>;
-
-/// The inputs of the gradient of the sampled KL in device memory.
-pub type TokenBackwardInputs<'a> = super::TokenBackwardInputs<'a, Device>;
-
-/// The gradients of the sampled KL in device memory.
-pub type TokenBackwardOutputs<'a> = super::TokenBackwardOutputs<'a, Device>;
-
-/// The inputs of the exact KL in device memory.
-pub type FullForwardInputs<'a, T> = super::FullForwardInputs<'a, Device, T>;
-
-/// The output of the exact KL in device memory.
-pub type FullForwardOutputs<'a> = super::FullForwardOutputs<'a, Device>;
-
-/// The inputs of the gradient of the exact KL in device memory.
-pub type FullBackwardInputs<'a, T> = super::FullBackwardInputs<'a, Device, T>;
-
-/// The gradients of the exact KL in device memory.
-pub type FullBackwardOutputs<'a, T> = super::FullBackwardOutputs<'a, Device, T>;
+in_space!(
+    Device:
+    TokenForwardInputs, TokenForwardOutputs, TokenBackwardInputs, TokenBackwardOutputs,
+    FullForwardInputs<T>, FullForwardOutputs, FullBackwardInputs<T>, FullBackwardOutputs<T>
+);
 
 /// Sampled KL of every one of `tokens` tokens.
 ///

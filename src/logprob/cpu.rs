@@ -9,7 +9,7 @@ use crate::cpu::math::{
 };
 use crate::cpu::{for_each, past_caches, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer};
 use crate::error::{Error, Result};
-use crate::memory::{Host, Lengths};
+use crate::memory::{in_space, Lengths};
 
 /// Columns between two looks at the maximum: 8 KiB of f32, which are in the L1 cache still should
 /// they have to be read again.
@@ -23,17 +23,7 @@ const GRAIN: usize = 32 * 1024;
 /// them no digits.
 const HEADROOM: f32 = 8.0;
 
-/// The inputs of the forward pass as slices.
-pub type ForwardInputs<'a, T, I> = super::ForwardInputs<'a, Host, T, I>;
-
-/// The outputs of the forward pass as slices.
-pub type ForwardOutputs<'a> = super::ForwardOutputs<'a, Host>;
-
-/// The inputs of the backward pass as slices.
-pub type BackwardInputs<'a, T, I> = super::BackwardInputs<'a, Host, T, I>;
-
-/// The output of the backward pass as a slice.
-pub type BackwardOutputs<'a, T> = super::BackwardOutputs<'a, Host, T>;
+in_space!(Host: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
 
 /// Log-probabilities of the targets of `rows` rows, and the entropies if asked for. Reads the logits
 /// once.

@@ -12,22 +12,12 @@ use crate::cpu::{Logit, TokenId};
 use crate::cuda::rows::{check_vocab, Map, Passes, Reduction};
 use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{Device, Element, Lengths, Pointers};
+use crate::memory::{in_space, Device, Element, Lengths, Pointers};
 
 /// Values of f32 that a part of a row leaves for the merge.
 const PARTIAL: usize = 3;
 
-/// The inputs of the forward pass in device memory.
-pub type ForwardInputs<'a, T, I> = super::ForwardInputs<'a, Device, T, I>;
-
-/// The outputs of the forward pass in device memory.
-pub type ForwardOutputs<'a> = super::ForwardOutputs<'a, Device>;
-
-/// The inputs of the backward pass in device memory.
-pub type BackwardInputs<'a, T, I> = super::BackwardInputs<'a, Device, T, I>;
-
-/// The output of the backward pass in device memory.
-pub type BackwardOutputs<'a, T> = super::BackwardOutputs<'a, Device, T>;
+in_space!(Device: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
 
 /// The least length of the workspace of [`forward`]: 0 where blocks can read each other's shared
 /// memory, and else 12 bytes for every 32 KiB of logits or less.

@@ -60,7 +60,7 @@ pub struct ppok_ppo_loss_options {
     pub entropy_coef: f64,
     /// Factor of the KL term; 0 by default.
     pub kl_coef: f64,
-    /// As in `ppok_kl_token_options`; 20 by default.
+    /// As in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
     pub kl_log_ratio_clamp: f64,
     /// As in `ppok_kl_token_options`; `PPOK_NONE` by default.
     pub kl_output_clamp: f64,

@@ -8,7 +8,7 @@ use crate::cpu::{for_each, past_caches, prefetch, reduce, vectorise, Split, Writ
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
-use crate::memory::{Host, Lengths};
+use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
 
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
@@ -21,17 +21,7 @@ const STRETCH: usize = 512;
 /// machine does not see far enough ahead by itself.
 const AHEAD: isize = 512;
 
-/// The inputs as slices.
-pub type Inputs<'a> = super::Inputs<'a, Host>;
-
-/// The outputs as slices.
-pub type Outputs<'a> = super::Outputs<'a, Host>;
-
-/// The inputs of [`scale`] as slices.
-pub type ScaleInputs<'a> = super::ScaleInputs<'a, Host>;
-
-/// The outputs of [`scale`] as slices.
-pub type ScaleOutputs<'a> = super::ScaleOutputs<'a, Host>;
+in_space!(Host: Inputs, Outputs, ScaleInputs, ScaleOutputs);
 
 /// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
 /// Reads the mask twice and every other input once.

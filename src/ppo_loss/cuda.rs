@@ -17,7 +17,7 @@ use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
 use crate::memory::{
-    elements, Device, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Shape, Writes,
+    elements, in_space, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Shape, Writes,
 };
 
 /// Tokens that a block of the pass takes at a time.
@@ -76,17 +76,7 @@ const WARP_ROW: usize = 8 << 10;
 /// Up to so many tokens it is cheaper that every block of the pass counts them than to launch.
 const COUNT_IN_PASS: usize = 16 << 10;
 
-/// The inputs in device memory.
-pub type Inputs<'a> = super::Inputs<'a, Device>;
-
-/// The outputs in device memory.
-pub type Outputs<'a> = super::Outputs<'a, Device>;
-
-/// The inputs of [`scale`] in device memory.
-pub type ScaleInputs<'a> = super::ScaleInputs<'a, Device>;
-
-/// The outputs of [`scale`] in device memory.
-pub type ScaleOutputs<'a> = super::ScaleOutputs<'a, Device>;
+in_space!(Device: Inputs, Outputs, ScaleInputs, ScaleOutputs);
 
 /// The least length of the workspace of [`ppo_loss`]: some 96 bytes for every 1024 tokens or more,
 /// 1 KiB, and with [`Aggregation::SeqMeanTokenMean`] 4 bytes a row.

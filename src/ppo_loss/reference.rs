@@ -3,10 +3,9 @@
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::error::Result;
 use crate::kl::reference::token as token_kl;
-use crate::memory::{HostF64, Lengths};
+use crate::memory::{in_space, Lengths};
 
-/// The inputs in f64.
-pub type Inputs<'a> = super::Inputs<'a, HostF64>;
+in_space!(HostF64: Inputs);
 
 /// The loss with its gradients, for an upstream gradient of 1.
 #[derive(Debug, Clone)]

@@ -5,8 +5,8 @@ use std::ffi::c_void;
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use super::cuda;
 use super::{
-    cpu, BackwardInputs, BackwardOutputs, EpsPlacement, Inputs, MomentsInputs, MomentsOutputs,
-    Outputs, WhitenOptions, WithBackwardInputs, OP,
+    cpu, EpsPlacement, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    OwnBackwardInputs, WhitenOptions, WithBackwardInputs, OP,
 };
 #[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::capi::arguments::Workspace;
@@ -238,8 +238,8 @@ unsafe impl Growing for ppok_whiten_backward_args {
 }
 
 impl ppok_whiten_backward_args {
-    fn inputs(&self) -> BackwardInputs<'_, Raw> {
-        BackwardInputs {
+    fn inputs(&self) -> OwnBackwardInputs<'_, Raw> {
+        OwnBackwardInputs {
             x: self.x,
             mask: self.mask.given(),
             moments: self.moments.given(),
@@ -247,8 +247,8 @@ impl ppok_whiten_backward_args {
         }
     }
 
-    fn outputs(&self) -> BackwardOutputs<'_, Raw> {
-        BackwardOutputs { grad_x: self.grad_x }
+    fn outputs(&self) -> GradOutputs<'_, Raw> {
+        GradOutputs { grad_x: self.grad_x }
     }
 }
 
@@ -316,8 +316,8 @@ impl ppok_whiten_with_backward_args {
         }
     }
 
-    fn outputs(&self) -> BackwardOutputs<'_, Raw> {
-        BackwardOutputs { grad_x: self.grad_x }
+    fn outputs(&self) -> GradOutputs<'_, Raw> {
+        GradOutputs { grad_x: self.grad_x }
     }
 }
 

@@ -4,30 +4,15 @@ use super::{EpsPlacement, WhitenOptions, OP};
 use crate::cpu::math::{sum_lanes, LANES};
 use crate::cpu::{for_each, reduce, vectorise};
 use crate::error::{Error, Result};
-use crate::memory::{Host, Lengths};
+use crate::memory::{in_space, Lengths};
 use crate::moments::cpu::{moments, LEAF};
 use crate::moments::Moments;
 
-/// The inputs of [`masked_moments`] as slices.
-pub type MomentsInputs<'a> = super::MomentsInputs<'a, Host>;
-
-/// The output of [`masked_moments`] as a slice.
-pub type MomentsOutputs<'a> = super::MomentsOutputs<'a, Host>;
-
-/// The inputs of [`masked_whiten`] as slices.
-pub type Inputs<'a> = super::Inputs<'a, Host>;
-
-/// The output of [`masked_whiten`] as a slice.
-pub type Outputs<'a> = super::Outputs<'a, Host>;
-
-/// The inputs of [`masked_whiten_backward`] as slices.
-pub type BackwardInputs<'a> = super::BackwardInputs<'a, Host>;
-
-/// The inputs of [`masked_whiten_with_backward`] as slices.
-pub type WithBackwardInputs<'a> = super::WithBackwardInputs<'a, Host>;
-
-/// The output of both backward passes as a slice.
-pub type BackwardOutputs<'a> = super::BackwardOutputs<'a, Host>;
+in_space!(
+    Host:
+    MomentsInputs, MomentsOutputs, Inputs, Outputs, OwnBackwardInputs, WithBackwardInputs,
+    GradOutputs
+);
 
 /// Count, mean and sum of squared deviations of the unmasked elements.
 ///
@@ -77,10 +62,10 @@ pub fn masked_whiten(
 /// # Errors
 /// As [`masked_whiten`].
 pub fn masked_whiten_backward(
-    inputs: BackwardInputs,
+    inputs: OwnBackwardInputs,
     elements: usize,
     options: &WhitenOptions,
-    mut outputs: BackwardOutputs,
+    mut outputs: GradOutputs,
 ) -> Result<()> {
     options.validate()?;
     inputs.try_map(&[elements], &mut Lengths(OP))?;
@@ -125,7 +110,7 @@ pub fn masked_whiten_with_backward(
     inputs: WithBackwardInputs,
     elements: usize,
     options: &WhitenOptions,
-    mut outputs: BackwardOutputs,
+    mut outputs: GradOutputs,
 ) -> Result<()> {
     options.validate()?;
     inputs.try_map(&[elements], &mut Lengths(OP))?;

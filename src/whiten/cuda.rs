@@ -12,7 +12,7 @@
 use super::{EpsPlacement, WhitenOptions, OP};
 use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{Device, Lengths, Pointer, Pointers};
+use crate::memory::{in_space, Lengths, Pointer, Pointers};
 use crate::moments::cuda::{merge, merge_workspace_len};
 use crate::moments::Moments;
 
@@ -31,26 +31,11 @@ const PAIRS_TILE: usize = 8 * BLOCK;
 /// since the order of additions depends on it.
 const RUNS: usize = 2048;
 
-/// The inputs of [`masked_moments`] in device memory.
-pub type MomentsInputs<'a> = super::MomentsInputs<'a, Device>;
-
-/// The output of [`masked_moments`] in device memory.
-pub type MomentsOutputs<'a> = super::MomentsOutputs<'a, Device>;
-
-/// The inputs of [`masked_whiten`] in device memory.
-pub type Inputs<'a> = super::Inputs<'a, Device>;
-
-/// The output of [`masked_whiten`] in device memory.
-pub type Outputs<'a> = super::Outputs<'a, Device>;
-
-/// The inputs of [`masked_whiten_backward`] in device memory.
-pub type BackwardInputs<'a> = super::BackwardInputs<'a, Device>;
-
-/// The inputs of [`masked_whiten_with_backward`] in device memory.
-pub type WithBackwardInputs<'a> = super::WithBackwardInputs<'a, Device>;
-
-/// The output of both backward passes in device memory.
-pub type BackwardOutputs<'a> = super::BackwardOutputs<'a, Device>;
+in_space!(
+    Device:
+    MomentsInputs, MomentsOutputs, Inputs, Outputs, OwnBackwardInputs, WithBackwardInputs,
+    GradOutputs
+);
 
 /// The least length of the workspace of [`masked_moments`] and [`masked_whiten_backward`] for so many
 /// elements: 48 KiB of f64 at most.
@@ -117,11 +102,11 @@ pub fn masked_whiten(
 /// As [`masked_whiten`].
 pub fn masked_whiten_backward(
     stream: &Stream,
-    inputs: BackwardInputs,
+    inputs: OwnBackwardInputs,
     known: Option<Moments>,
     elements: usize,
     options: &WhitenOptions,
-    mut outputs: BackwardOutputs,
+    mut outputs: GradOutputs,
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     options.validate()?;
@@ -159,13 +144,13 @@ pub fn masked_whiten_with_backward(
     known: Option<Moments>,
     elements: usize,
     options: &WhitenOptions,
-    mut outputs: BackwardOutputs,
+    mut outputs: GradOutputs,
 ) -> Result<()> {
     options.validate()?;
     let shape = &[elements];
     let inputs: super::WithBackwardInputs<Pointers> = inputs.try_map(shape, &mut Lengths(OP))?;
     let known = check_moments(inputs.moments, known, "grad_y", options)?;
-    let outputs: super::BackwardOutputs<Pointers> = outputs.try_map(shape, &mut Lengths(OP))?;
+    let outputs: super::GradOutputs<Pointers> = outputs.try_map(shape, &mut Lengths(OP))?;
     // The forward pass without the mean, on the gradient.
     let inputs = super::Inputs { x: inputs.grad_y, mask: inputs.mask, moments: inputs.moments };
     let outputs = super::Outputs { y: outputs.grad_x };
@@ -280,7 +265,7 @@ unsafe impl Args for ForwardArgs<'_> {}
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct SumsArgs<'a> {
-    inputs: super::BackwardInputs<'a, Pointers>,
+    inputs: super::OwnBackwardInputs<'a, Pointers>,
     known: Moments,
     partials: *mut GradientSums,
     count: i64,
@@ -304,8 +289,8 @@ unsafe impl Args for MergeSumsArgs {}
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct BackwardArgs<'a> {
-    inputs: super::BackwardInputs<'a, Pointers>,
-    outputs: super::BackwardOutputs<'a, Pointers>,
+    inputs: super::OwnBackwardInputs<'a, Pointers>,
+    outputs: super::GradOutputs<'a, Pointers>,
     known: Moments,
     sums: *const GradientSums,
     count: i64,

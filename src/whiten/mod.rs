@@ -184,7 +184,7 @@ impl<S: Space> Outputs<'_, S> {
 /// What the gradient through the moments is made of, in some memory.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct BackwardInputs<'a, S: Space> {
+pub struct OwnBackwardInputs<'a, S: Space> {
     /// The elements, `[elements]`.
     pub x: S::In<'a, f32>,
     /// 0 where masked, `[elements]`.
@@ -195,14 +195,14 @@ pub struct BackwardInputs<'a, S: Space> {
     pub grad_y: S::In<'a, f32>,
 }
 
-impl<S: Space> BackwardInputs<'_, S> {
+impl<S: Space> OwnBackwardInputs<'_, S> {
     /// The inputs in another space.
     pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
         &'b self,
         shape: &[usize],
         c: &mut C,
-    ) -> std::result::Result<BackwardInputs<'b, To>, C::Error> {
-        Ok(BackwardInputs {
+    ) -> std::result::Result<OwnBackwardInputs<'b, To>, C::Error> {
+        Ok(OwnBackwardInputs {
             x: c.input("x", &[shape], &self.x)?,
             mask: c.optional_input("mask", &[shape], &self.mask)?,
             moments: c.optional_input("moments", &[&[1]], &self.moments)?,
@@ -242,19 +242,19 @@ impl<S: Space> WithBackwardInputs<'_, S> {
 /// Where the gradient goes, in some memory; of both backward passes.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct BackwardOutputs<'a, S: Space> {
+pub struct GradOutputs<'a, S: Space> {
     /// The gradient with respect to `x`, `[elements]`, 0 where masked. On a device it may be the memory
     /// of `grad_y`.
     pub grad_x: S::Out<'a, f32>,
 }
 
-impl<S: Space> BackwardOutputs<'_, S> {
+impl<S: Space> GradOutputs<'_, S> {
     /// The outputs in another space.
     pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
         &'b mut self,
         shape: &[usize],
         c: &mut C,
-    ) -> std::result::Result<BackwardOutputs<'b, To>, C::Error> {
-        Ok(BackwardOutputs { grad_x: c.output("grad_x", &[shape], &["grad_y"], &mut self.grad_x)? })
+    ) -> std::result::Result<GradOutputs<'b, To>, C::Error> {
+        Ok(GradOutputs { grad_x: c.output("grad_x", &[shape], &["grad_y"], &mut self.grad_x)? })
     }
 }

@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor};
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::{
-    cpu, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    cpu, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,
     WhitenOptions, WithBackwardInputs, OP,
 };
 use crate::error::Result;
@@ -138,9 +138,9 @@ fn backward(inputs: &Inputs<Owned>, grad_y: &Tensor, options: &WhitenOptions) ->
     let (dims, elements) = (grad_y.dims(), grad_y.elem_count());
     let backend = Backend::of(OP, "grad_y", grad_y.device())?;
     let Inputs { x, mask, moments } = inputs.clone();
-    let tensors = BackwardInputs::<Owned> { x, mask, moments, grad_y: grad_y.clone() };
+    let tensors = OwnBackwardInputs::<Owned> { x, mask, moments, grad_y: grad_y.clone() };
     let views = tensors.try_map(dims, &mut Held(OP))?;
-    let mut buffers = BackwardOutputs::<Owned> { grad_x: backend.buffer(elements)? };
+    let mut buffers = GradOutputs::<Owned> { grad_x: backend.buffer(elements)? };
     match &backend {
         Backend::Cpu => {
             let Ok(inputs) = views.try_map(dims, &mut OnCpu);
@@ -172,7 +172,7 @@ fn with_backward(
     let Inputs { mask, moments, .. } = inputs.clone();
     let tensors = WithBackwardInputs::<Owned> { mask, moments, grad_y: grad_y.clone() };
     let views = tensors.try_map(dims, &mut Held(OP))?;
-    let mut buffers = BackwardOutputs::<Owned> { grad_x: backend.buffer(elements)? };
+    let mut buffers = GradOutputs::<Owned> { grad_x: backend.buffer(elements)? };
     match &backend {
         Backend::Cpu => {
             let Ok(inputs) = views.try_map(dims, &mut OnCpu);

@@ -2,7 +2,7 @@
 
 use ppo_kernels::whiten::capi::*;
 use ppo_kernels::whiten::cpu::{
-    self, BackwardInputs, BackwardOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    self, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,
     WithBackwardInputs,
 };
 use ppo_kernels::whiten::{EpsPlacement, WhitenOptions};
@@ -115,11 +115,11 @@ fn whitening_is_that_of_rust() {
         let moments = Some(&want_moments[..]);
         let inputs = Inputs { x, mask: keep, moments };
         cpu::masked_whiten(inputs, n, &options, Outputs { y }).unwrap();
-        let inputs = BackwardInputs { x, mask: keep, moments, grad_y };
-        let outputs = BackwardOutputs { grad_x: grad };
+        let inputs = OwnBackwardInputs { x, mask: keep, moments, grad_y };
+        let outputs = GradOutputs { grad_x: grad };
         cpu::masked_whiten_backward(inputs, n, &options, outputs).unwrap();
         let inputs = WithBackwardInputs { mask: keep, moments, grad_y };
-        let outputs = BackwardOutputs { grad_x: with_grad };
+        let outputs = GradOutputs { grad_x: with_grad };
         cpu::masked_whiten_with_backward(inputs, n, &options, outputs).unwrap();
 
         let mut got = [(); 3].map(|()| vec![f32::NAN; n]);
@@ -178,12 +178,12 @@ mod on_the_stand_in {
             let outputs = cuda::Outputs { y };
             cuda::masked_whiten(&stream, inputs, None, n, &options, outputs).unwrap();
             let inputs =
-                cuda::BackwardInputs { x: x_in, mask: keep, moments: given, grad_y: up_in };
-            let (outputs, space) = (cuda::BackwardOutputs { grad_x: grad }, out(space));
+                cuda::OwnBackwardInputs { x: x_in, mask: keep, moments: given, grad_y: up_in };
+            let (outputs, space) = (cuda::GradOutputs { grad_x: grad }, out(space));
             cuda::masked_whiten_backward(&stream, inputs, None, n, &options, outputs, space)
                 .unwrap();
             let inputs = cuda::WithBackwardInputs { mask: keep, moments: given, grad_y: up_in };
-            let outputs = cuda::BackwardOutputs { grad_x: with_grad };
+            let outputs = cuda::GradOutputs { grad_x: with_grad };
             cuda::masked_whiten_with_backward(&stream, inputs, None, n, &options, outputs).unwrap();
 
             // In place, all of them.

@@ -4,7 +4,7 @@ use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
 use ppo_kernels::gae::GaeOptions;
 use ppo_kernels::moments::Moments;
 use ppo_kernels::whiten::cuda::{
-    self as whiten, BackwardInputs, BackwardOutputs, MomentsInputs, MomentsOutputs,
+    self as whiten, OwnBackwardInputs, GradOutputs, MomentsInputs, MomentsOutputs,
 };
 use ppo_kernels::whiten::WhitenOptions;
 
@@ -113,13 +113,13 @@ fn time_shape(table: &Table, batch: usize, seq_len: usize) {
     });
     // What it reads it reads twice: for its sums, and for the gradient.
     table.row(Pass::WhitenBackward, shape, 22 * count, sets, |set| {
-        let inputs = BackwardInputs {
+        let inputs = OwnBackwardInputs {
             x: set.advantages.slice(),
             mask: Some(set.mask.slice()),
             moments: Some(set.moments.slice()),
             grad_y: set.values.slice(),
         };
-        let outputs = BackwardOutputs { grad_x: set.whitened.slice_mut() };
+        let outputs = GradOutputs { grad_x: set.whitened.slice_mut() };
         let workspace = set.whiten_workspace.slice_mut();
         whiten::masked_whiten_backward(&stream, inputs, None, count, &options, outputs, workspace)
             .unwrap();

@@ -39,9 +39,9 @@ __all__ = [
 
 def library_version() -> str:
     """The version of the compiled library."""
-    from ._lib import library
+    from ._lib import version_string
 
-    return library.version()
+    return version_string().decode()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,322 +1,28 @@
-"""The C library: where it is, the types of its functions, its structs, its errors as exceptions.
+"""The C library: where it is, its passes, options as its structs, its errors as exceptions.
 
-It mirrors ``include/ppo_kernels.h``, which says what every function does. Addresses are integers,
-or ``None`` for what is not there. A function that fails leaves a text, which :func:`fail` raises.
+``include/ppo_kernels.h`` says what every function does, and ``_header`` is made of it. Addresses
+are integers, 0 for what is not there. A function that fails leaves a text, which :func:`fail`
+raises.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from ctypes import c_double, c_int32, c_int64, c_size_t, c_void_p
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
+from struct import Struct
 from typing import Any, NoReturn
 
-# Statuses that say that an argument was wrong; all others are the library's, the machine's, or, as
-# that of what is written over something else, this package's: results are memory of their own.
-_SHAPE, _DTYPE, _OPTION, _TARGET, _MASK, _NULL_POINTER, _MISALIGNED = range(1, 8)
-
-NONE = -1.0  # stands for an option that is left out
+from . import _header
 
 # Element types of logits and of token ids, by the names that NumPy and PyTorch give them.
-LOGITS = {"float32": 0, "float16": 1, "bfloat16": 2}
-TARGETS = {"int32": 0, "uint32": 0, "int64": 1}
+LOGITS = {"float32": _header.F32, "float16": _header.F16, "bfloat16": _header.BF16}
+TARGETS = {"int32": _header.U32, "uint32": _header.U32, "int64": _header.I64}
 
-STATS = (
-    "loss",
-    "policy_loss",
-    "value_loss",
-    "clip_fraction",
-    "lower_clip_fraction",
-    "value_clip_fraction",
-    "approx_kl_k1",
-    "approx_kl_k2",
-    "approx_kl_k3",
-    "ratio_mean",
-    "ratio_var",
-    "ratio_min",
-    "ratio_max",
-    "entropy_mean",
-    "kl_mean",
-    "advantage_mean",
-    "return_mean",
-    "value_mean",
-    "explained_variance",
-    "tokens",
-)
-FULL_KL_STATS = 6
-
-_ESTIMATORS = ("k1", "abs", "k2", "k3", "k3_straight_through")
-_DIRECTIONS = ("forward", "reverse")
-_MASK_MODES = ("carry", "multiply")
-_SCORE_PLACEMENTS = ("last", "after_last")
-_SCORE_ORDERS = ("scale_then_clip", "clip_then_scale")
-_MISSING_EOS = ("keep", "subtract", "replace")
-_EPS_PLACEMENTS = ("variance", "std")
-_AGGREGATIONS = (
-    "token_mean",
-    "seq_mean_token_sum",
-    "seq_mean_token_mean",
-    "seq_mean_token_sum_norm",
-    "constant",
-)
-_CLIP_FRACTIONS = ("clipped_branch", "ratio_outside")
-
-
-class Struct(ctypes.Structure):
-    """One that begins with its own size."""
-
-    def __init__(self, **fields: Any) -> None:
-        super().__init__(struct_size=ctypes.sizeof(self), **fields)
-
-
-def _struct(name: str, **types: Any) -> type[Struct]:
-    return type(name, (Struct,), {"_fields_": [("struct_size", c_size_t), *types.items()]})
-
-
-LogprobOptions = _struct(
-    "LogprobOptions",
-    temperature=c_double,
-    ignore_index=c_int64,
-    has_ignore_index=c_int32,
-    reserved=c_int32,
-)
-KlTokenOptions = _struct(
-    "KlTokenOptions",
-    log_ratio_clamp=c_double,
-    output_clamp=c_double,
-    estimator=c_int32,
-    reserved=c_int32,
-)
-KlFullOptions = _struct("KlFullOptions", temperature=c_double, direction=c_int32, reserved=c_int32)
-GaeOptions = _struct(
-    "GaeOptions",
-    gamma=c_double,
-    lam=c_double,
-    value_lam=c_double,
-    kl_coef=c_double,
-    score_mean=c_double,
-    score_std=c_double,
-    score_clip=c_double,
-    missing_eos_value=c_double,
-    mask_mode=c_int32,
-    score_placement=c_int32,
-    score_order=c_int32,
-    missing_eos=c_int32,
-)
-GaeInputs = _struct(
-    "GaeInputs",
-    values=c_void_p,
-    rewards=c_void_p,
-    kl=c_void_p,
-    scores=c_void_p,
-    has_eos=c_void_p,
-    mask=c_void_p,
-    dones=c_void_p,
-    bootstrap=c_void_p,
-)
-GaeOutputs = _struct(
-    "GaeOutputs", advantages=c_void_p, returns=c_void_p, rewards=c_void_p, moments=c_void_p
-)
-WhitenOptions = _struct(
-    "WhitenOptions",
-    eps=c_double,
-    eps_placement=c_int32,
-    unbiased=c_int32,
-    shift_mean=c_int32,
-    reserved=c_int32,
-)
-PpoLossOptions = _struct(
-    "PpoLossOptions",
-    clip_range=c_double,
-    clip_range_high=c_double,
-    dual_clip=c_double,
-    log_ratio_clamp=c_double,
-    value_clip_range=c_double,
-    value_coef=c_double,
-    entropy_coef=c_double,
-    kl_coef=c_double,
-    kl_log_ratio_clamp=c_double,
-    kl_output_clamp=c_double,
-    aggregation_divisor=c_double,
-    denominator=c_double,
-    aggregation=c_int32,
-    clip_fraction=c_int32,
-    kl_estimator=c_int32,
-    reserved=c_int32,
-)
-PpoLossInputs = _struct(
-    "PpoLossInputs",
-    logp=c_void_p,
-    old_logp=c_void_p,
-    advantages=c_void_p,
-    values=c_void_p,
-    old_values=c_void_p,
-    returns=c_void_p,
-    entropy=c_void_p,
-    ref_logp=c_void_p,
-    mask=c_void_p,
-)
-PpoLossGradients = _struct("PpoLossGradients", logp=c_void_p, values=c_void_p, entropy=c_void_p)
-
-
-# --- Options: checked and made once for each set of values, then kept. ---
-
-
-def _choose(op: str, option: str, value: str, choices: tuple[str, ...]) -> int:
-    if value not in choices:
-        expected = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{op}: option `{option}` is {value!r}, expected one of {expected}")
-    return choices.index(value)
-
-
-def _optional(op: str, option: str, value: float | None) -> float:
-    if value is None:
-        return NONE
-    if value == NONE:  # which must not be taken for "left out"
-        raise ValueError(f"{op}: option `{option}` is {value}, expected None or 0 and above")
-    return value
-
-
-@lru_cache(maxsize=256)
-def logprob_options(temperature: float, ignore_index: int | None) -> Struct:
-    has_index = ignore_index is not None
-    return LogprobOptions(
-        temperature=temperature, ignore_index=ignore_index or 0, has_ignore_index=has_index
-    )
-
-
-@lru_cache(maxsize=256)
-def kl_token_options(
-    estimator: str, log_ratio_clamp: float | None, output_clamp: float | None
-) -> Struct:
-    op = "token_kl"
-    return KlTokenOptions(
-        log_ratio_clamp=_optional(op, "log_ratio_clamp", log_ratio_clamp),
-        output_clamp=_optional(op, "output_clamp", output_clamp),
-        estimator=_choose(op, "estimator", estimator, _ESTIMATORS),
-    )
-
-
-@lru_cache(maxsize=256)
-def kl_full_options(direction: str, temperature: float) -> Struct:
-    return KlFullOptions(
-        temperature=temperature,
-        direction=_choose("full_kl", "direction", direction, _DIRECTIONS),
-    )
-
-
-@lru_cache(maxsize=256)
-def gae_options(
-    gamma: float,
-    lam: float,
-    value_lam: float | None,
-    kl_coef: float,
-    score_mean: float,
-    score_std: float | None,
-    score_clip: float | None,
-    missing_eos_value: float,
-    mask_mode: str,
-    score_placement: str,
-    score_order: str,
-    missing_eos: str,
-) -> Struct:
-    op = "gae"
-    return GaeOptions(
-        gamma=gamma,
-        lam=lam,
-        value_lam=_optional(op, "value_lam", value_lam),
-        kl_coef=kl_coef,
-        score_mean=score_mean,
-        score_std=_optional(op, "score_std", score_std),
-        score_clip=_optional(op, "score_clip", score_clip),
-        missing_eos_value=missing_eos_value,
-        mask_mode=_choose(op, "mask_mode", mask_mode, _MASK_MODES),
-        score_placement=_choose(op, "score_placement", score_placement, _SCORE_PLACEMENTS),
-        score_order=_choose(op, "score_order", score_order, _SCORE_ORDERS),
-        missing_eos=_choose(op, "missing_eos", missing_eos, _MISSING_EOS),
-    )
-
-
-@lru_cache(maxsize=256)
-def whiten_options(shift_mean: bool, unbiased: bool, eps: float, eps_placement: str) -> Struct:
-    return WhitenOptions(
-        eps=eps,
-        eps_placement=_choose("masked_whiten", "eps_placement", eps_placement, _EPS_PLACEMENTS),
-        unbiased=unbiased,
-        shift_mean=shift_mean,
-    )
-
-
-@lru_cache(maxsize=256)
-def ppo_loss_options(
-    clip_range: float,
-    clip_range_high: float | None,
-    dual_clip: float | None,
-    log_ratio_clamp: float | None,
-    value_clip_range: float | None,
-    value_coef: float,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    kl_log_ratio_clamp: float | None,
-    kl_output_clamp: float | None,
-    aggregation: str,
-    aggregation_divisor: float | None,
-    denominator: float | None,
-    clip_fraction: str,
-) -> Struct:
-    op = "ppo_loss"
-    return PpoLossOptions(
-        clip_range=clip_range,
-        clip_range_high=_optional(op, "clip_range_high", clip_range_high),
-        dual_clip=_optional(op, "dual_clip", dual_clip),
-        log_ratio_clamp=_optional(op, "log_ratio_clamp", log_ratio_clamp),
-        value_clip_range=_optional(op, "value_clip_range", value_clip_range),
-        value_coef=value_coef,
-        entropy_coef=entropy_coef,
-        kl_coef=kl_coef,
-        kl_log_ratio_clamp=_optional(op, "kl_log_ratio_clamp", kl_log_ratio_clamp),
-        kl_output_clamp=_optional(op, "kl_output_clamp", kl_output_clamp),
-        aggregation_divisor=aggregation_divisor or 0.0,
-        denominator=_optional(op, "denominator", denominator),
-        aggregation=_choose(op, "aggregation", aggregation, _AGGREGATIONS),
-        clip_fraction=_choose(op, "clip_fraction", clip_fraction, _CLIP_FRACTIONS),
-        kl_estimator=_choose(op, "kl_estimator", kl_estimator, _ESTIMATORS),
-    )
-
-
-# --- Functions ---
-
-# The arguments of each _cpu function, as the header has them: p a pointer, z a size_t, i an
-# int32_t; and of those the ones that the size of the workspace of its _cuda twin depends on.
-_ARGUMENTS = {
-    "logprob_forward": ("pipizzppppp", "izz"),
-    "logprob_backward": ("pipizzppppppp", "izz"),
-    "kl_token_forward": ("pppzpp", "z"),
-    "kl_token_backward": ("pppzpppp", "z"),
-    "kl_full_forward": ("ppipzzpp", "izz"),
-    "kl_full_backward": ("ppipzzppppp", "izz"),
-    "gae": ("pzzpp", "zz"),
-    "whiten_moments": ("ppzp", "z"),
-    "whiten_forward": ("ppzppp", "z"),
-    "whiten_backward": ("ppzpppp", "z"),
-    "whiten_with_backward": ("pzpppp", "z"),
-    "ppo_loss": ("pzzppp", "zzp"),
-    "ppo_loss_scale": ("pzpp", "z"),
-}
-_TYPES = {"p": c_void_p, "z": c_size_t, "i": c_int32}
-
-
-def signatures() -> dict[str, str]:
-    """The arguments of every function, by its name without the prefix, a letter for each."""
-    found = {}
-    for name, (arguments, sizes) in _ARGUMENTS.items():
-        found[f"{name}_cpu"] = arguments
-        found[f"{name}_cuda"] = arguments + "pzp"  # workspace, its size, stream
-        found[f"{name}_cuda_workspace_size"] = sizes + "pp"  # stream, where to write the size
-    return found
+STATS = tuple(name for name, _ in _header.ppo_loss_stats._fields_)
 
 
 def _path() -> Path:
@@ -333,30 +39,122 @@ def _path() -> Path:
     )
 
 
-class _Library:
-    """The functions, without the prefix."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(_path()))
-        self._library.ppok_last_error.restype = ctypes.c_char_p
-        self._library.ppok_version_string.restype = ctypes.c_char_p
-        for name, letters in signatures().items():
-            function = self._library[f"ppok_{name}"]
-            function.argtypes = [_TYPES[letter] for letter in letters]
-            function.restype = c_int32
-            setattr(self, name, function)
-
-    def last_error(self) -> str:
-        return self._library.ppok_last_error().decode()
-
-    def version(self) -> str:
-        return self._library.ppok_version_string().decode()
+_library = ctypes.CDLL(str(_path()))
 
 
-library = _Library()
+def function(name: str) -> Callable:
+    """One of the header, by its name without the prefix."""
+    found = _library[f"ppok_{name}"]
+    found.restype, found.argtypes = _header.FUNCTIONS[name]
+    return found
+
+
+last_error, version_string = function("last_error"), function("version_string")
 
 
 def fail(status: int) -> NoReturn:
-    """Raises what the thread's last call said: the argument was wrong, or something else was."""
-    wrong_argument = _SHAPE <= status <= _MISALIGNED
-    raise (ValueError if wrong_argument else RuntimeError)(library.last_error())
+    """Raises what the thread's last call said: the argument was wrong, or something else was.
+
+    Statuses beyond those are the library's, the machine's, or, as that of what is written over
+    something else, this package's: results are memory of their own.
+    """
+    wrong_argument = _header.STATUS_SHAPE <= status <= _header.STATUS_MISALIGNED
+    raise (ValueError if wrong_argument else RuntimeError)(last_error().decode())
+
+
+class Pass:
+    """A pass on the CPU and on CUDA. Its struct of arguments is made of values in the order of
+    ``names``, which is the caller's: the struct's own order is looked up once."""
+
+    def __init__(self, name: str, names: Sequence[str]) -> None:
+        self.names = names
+        self.struct = getattr(_header, f"{name}_args")
+        self.cpu = function(f"{name}_cpu")
+        self.cuda = function(f"{name}_cuda")
+        self.workspace_size = function(f"{name}_cuda_workspace_size")
+        first = ("struct_size", "reserved", *names)
+        self._in_order = itemgetter(*(first.index(field) for field, _ in self.struct._fields_))
+        self._size = ctypes.sizeof(self.struct)
+        # Makes what the ctypes struct would hold, several times as fast. Of a bytes object they are
+        # aligned well enough, and the library refuses what is not.
+        self._pack = Struct("".join(kind._type_ for _, kind in self.struct._fields_)).pack
+
+    def arguments(self, *values: int) -> bytes:
+        return self._pack(*self._in_order((self._size, 0, *values)))
+
+
+# --- Options ---
+
+# Names of the header that are others here.
+_RENAMED = {"lambda": "lam", "value_lambda": "value_lam", "at_last": "last"}
+# Options that come before another one here: the structs have what is 8 bytes wide first.
+_BEFORE = {
+    "estimator": "log_ratio_clamp",
+    "direction": "temperature",
+    "shift_mean": "eps",
+    "unbiased": "eps",
+    "kl_estimator": "kl_log_ratio_clamp",
+    "aggregation": "aggregation_divisor",
+}
+# What stands for None where that is not NONE.
+_ABSENT = {"aggregation_divisor": 0.0}
+
+
+class Address(int):
+    """That of a struct, which it keeps alive."""
+
+    struct: ctypes.Structure
+
+
+class Options:
+    """The options of an op, by name: ``fields`` has the header's names, ``kinds`` the types in
+    torch's schemas, or what can be chosen. ``address`` makes the library's struct of values in that
+    order, once for each set of them."""
+
+    def __init__(self, name: str, op: str) -> None:
+        self.op = op
+        self.struct = getattr(_header, f"{name}_options")
+        fields = {_RENAMED.get(field, field): field for field in _header.OPTIONS[name]}
+        names = list(fields)
+        for option, other in _BEFORE.items():
+            if option in names and other in names:
+                names.remove(option)
+                names.insert(names.index(other), option)
+        self.fields = {option: fields[option] for option in names}
+        self.kinds = {
+            option: _kind(option, _header.OPTIONS[name][fields[option]]) for option in names
+        }
+        self.address = lru_cache(maxsize=256)(self._make)
+
+    def among(self, arguments: Mapping[str, Any]) -> Address:
+        """Of the values that the options have there, by their names."""
+        return self.address(*(arguments[name] for name in self.kinds))
+
+    def _make(self, *values: Any) -> Address:
+        options = self.struct(ctypes.sizeof(self.struct))
+        for (name, kind), value in zip(self.kinds.items(), values):
+            if kind == "int?":
+                setattr(options, f"has_{name}", value is not None)
+            setattr(options, self.fields[name], self._number(name, kind, value))
+        address = Address(ctypes.addressof(options))
+        address.struct = options
+        return address
+
+    def _number(self, name: str, kind: str | tuple[str, ...], value: Any) -> float:
+        option = f"{self.op}: option `{name}` is {value!r}, expected"
+        absent = _ABSENT.get(name, 0 if kind == "int?" else _header.NONE)
+        if isinstance(kind, tuple):
+            if value not in kind:
+                raise ValueError(f"{option} one of {', '.join(map(repr, kind))}")
+            return kind.index(value)
+        if value is None:
+            return absent
+        if kind == "float?" and value == absent == _header.NONE:
+            raise ValueError(f"{option} None or 0 and above")  # not to be taken for None
+        return value
+
+
+def _kind(name: str, kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if name in _ABSENT:
+        return "float?"
+    return kind if isinstance(kind, str) else tuple(_RENAMED.get(each, each) for each in kind)

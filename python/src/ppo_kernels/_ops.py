@@ -1,9 +1,9 @@
 """The ops of ``torch.ops.ppo_kernels``, for CPU and CUDA, with fake implementations and gradients.
 
-``functional`` is what to call; this module is how it is done. For each op there is its schema, a
-function that allocates the outputs and calls the C library, a fake one that only allocates, and
-for the differentiable ones what to keep and how to go backwards. Gradients of gradients are
-refused.
+``functional`` is what to call; this module is how it is done. For each op there is a generator,
+which checks the arguments, yields the results as soon as there is room for them, and then has the C
+library write them, which is not done for fake tensors; and for the differentiable ones how to go
+backwards. What an op takes is in ``_lists``. Gradients of gradients are refused.
 
 Tensors are taken as they are when they are contiguous, and copied when they are not; of logits
 whose leading slices are contiguous, such as ``logits[:, :-1]``, each slice goes to the library on
@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import byref, c_size_t
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import _C, Tensor
 
-from . import _lib
-from ._lib import library
+from . import _header, _lib, _lists
+from ._lib import Options, Pass
+from ._lists import FLAGS, MOMENTS, NUMBERS, Argument, numbers
 
 _LOGITS = {getattr(torch, name): code for name, code in _lib.LOGITS.items()}
 _TARGETS = {getattr(torch, name): code for name, code in _lib.TARGETS.items()}
@@ -34,13 +36,51 @@ _ops = torch.library.Library("ppo_kernels", "DEF")
 # --- How an op is made ---
 
 
-def _define(schema: str, implementation: Callable, fake: Callable) -> Any:
-    name = schema[: schema.index("(")]
-    _ops.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+def _wants(*names: str) -> tuple[Argument, ...]:
+    """Which results are wanted: what is not has no elements."""
+    return tuple(Argument(f"want_{name}", "bool") for name in names)
+
+
+def _options(options: Options) -> tuple[Argument, ...]:
+    kinds = options.kinds.items()
+    return tuple(Argument(name, "str" if isinstance(kind, tuple) else kind) for name, kind in kinds)
+
+
+def _define(
+    lists: Sequence[Sequence[Argument] | Options],
+    results: str,
+    function: Callable,
+    backward: Callable | None = None,
+    fake: Callable | None = None,
+    **kept: Any,
+) -> Any:
+    """An op with the name of its function and the arguments of all lists, of which the function
+    gets a tuple each, or, if there is one list only, its arguments. With a ``fake`` it is no
+    generator. For ``backward`` see :func:`_differentiate`."""
+    name = function.__name__.removeprefix("_")
+    lists = [_options(each) if isinstance(each, Options) else each for each in lists]
+    arguments = [argument for each in lists for argument in each]
+    implementation = function
+    if fake is None:
+        parts = [slice(*ends) for ends in pairwise(accumulate(map(len, lists), initial=0))]
+        split = tuple if len(lists) == 1 else lambda given: [given[part] for part in parts]
+
+        def implementation(*given: Any) -> Any:
+            (results,) = function(*split(given))  # to the end, for what it yielded
+            return results
+
+        def fake(*given: Any) -> Any:
+            return next(function(*split(given)))
+
+    takes = ", ".join(f"{argument.type} {argument.name}" for argument in arguments)
+    _ops.define(f"{name}({takes}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
     _ops.impl(name, implementation, "CPU")
     _ops.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"ppo_kernels::{name}", fake, lib=_ops)
-    return getattr(torch.ops.ppo_kernels, name).default
+    op = getattr(torch.ops.ppo_kernels, name).default
+    if backward is not None:
+        _differentiate(name, op, arguments, implementation, backward, **kept)
+    return op
 
 
 class _Once(torch.autograd.Function):
@@ -62,13 +102,26 @@ class _Once(torch.autograd.Function):
 _BACKENDS = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 
 
-def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: Callable) -> None:
-    """Gives an op its gradient: ``keep(ctx, inputs, outputs)`` and ``backward(ctx, *gradients)``.
+def _differentiate(
+    name: str,
+    op: Any,
+    arguments: Sequence[Argument],
+    implementation: Callable,
+    backward: Callable,
+    differentiable: int = 1,
+    kept: slice | None = None,
+) -> None:
+    """Gives an op its gradient, ``backward(ctx, *upstream)``, which returns those of the arguments
+    that come first. ``ctx`` has the tensors that went in, or those that are ``kept``, with all
+    results but the first, and as ``options`` what is not a tensor. Results after the first
+    ``differentiable`` ones are constants.
 
     It does what ``torch.library.register_autograd`` does, with less to do for each call: where the
     dispatcher would go on to our own implementation, that is called at once.
     """
-    name = op.__name__.removesuffix(".default")
+    count = len(arguments)
+    tensors = sum(argument.type.startswith("Tensor") for argument in arguments)
+    kept = slice(tensors) if kept is None else kept
 
     def below(keys: Any, inputs: tuple) -> Any:
         keys &= _C._after_autograd_keyset
@@ -80,15 +133,22 @@ def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: 
     def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
         outputs = below(keys, inputs)
         ctx.set_materialize_grads(False)
-        keep(ctx, inputs, outputs)
+        rest = outputs[1:] if isinstance(outputs, tuple) else ()
+        ctx.save_for_backward(*inputs[kept], *rest)
+        ctx.options = inputs[tensors:]
+        ctx.mark_non_differentiable(*rest[differentiable - 1 :])
         return outputs
 
     def gradient(ctx: Any, *upstream: Tensor | None) -> tuple:
-        if not _C.is_grad_enabled():
-            return None, *backward(ctx, *upstream)
-        with torch.no_grad():
+        if upstream[0] is None and all(grad is None for grad in upstream):
+            return (None,) * (1 + count)
+        if _C.is_grad_enabled():
+            with torch.no_grad():
+                found = backward(ctx, *upstream)
+            found = [grad if grad is None else _Once.once(grad) for grad in found]
+        else:
             found = backward(ctx, *upstream)
-        return None, *(grad if grad is None else _Once.once(grad) for grad in found)
+        return None, *found, *(None,) * (count - len(found))
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(gradient)}
     function = type(f"ppo_kernels_{name}", (torch.autograd.Function,), members)
@@ -101,28 +161,28 @@ def _differentiate(op: Any, implementation: Callable, keep: Callable, backward: 
     _ops.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _call(function: str, like: Tensor, sizes: tuple[int, ...], *arguments: Any) -> None:
-    """Calls the library for a tensor's device; ``sizes``: what the workspace on CUDA depends on."""
+def _call(function: Pass, like: Tensor, *values: int) -> None:
+    """Calls the library for a tensor's device, with values in the order of the pass."""
+    arguments = function.arguments(*values)
     if like.is_cpu:
-        status = getattr(library, function + "_cpu")(*arguments)
+        status = function.cpu(arguments)
     elif like.get_device() == torch.cuda.current_device():
-        status = _call_cuda(function, like.device, sizes, arguments)
+        status = _call_cuda(function, like.device, arguments)
     else:
         with torch.cuda.device(like.device):
-            status = _call_cuda(function, like.device, sizes, arguments)
+            status = _call_cuda(function, like.device, arguments)
     if status:
         _lib.fail(status)
 
 
-def _call_cuda(function: str, device: torch.device, sizes: tuple, arguments: tuple) -> int:
+def _call_cuda(function: Pass, device: torch.device, arguments: bytes) -> int:
     stream = torch.cuda.current_stream(device).cuda_stream
     size = c_size_t()
-    status = getattr(library, function + "_cuda_workspace_size")(*sizes, stream, byref(size))
+    status = function.workspace_size(arguments, stream, byref(size))
     if status:
         return status
     workspace = torch.empty(size.value, dtype=torch.uint8, device=device)
-    address = workspace.data_ptr()
-    return getattr(library, function + "_cuda")(*arguments, address, size.value, stream)
+    return function.cuda(arguments, workspace.data_ptr(), size.value, stream)
 
 
 # --- Room for results ---
@@ -151,6 +211,13 @@ def _large_pages(*results: Tensor) -> tuple[Tensor, ...]:
     return results
 
 
+def _wanted(like: Tensor, wanted: bool) -> Tensor:
+    """Room for a result, or a tensor of no elements, whose address is null, if it is not wanted."""
+    if wanted:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.empty(0, dtype=like.dtype, device=like.device)
+
+
 # --- What is asked of arguments: messages are worded as the library's are. ---
 
 
@@ -169,28 +236,53 @@ def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str) -> None:
     raise ValueError(f"{op}: `{name}` has dtype {dtype}, expected {expected}")
 
 
-def _f32(op: str, name: str, tensor: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    if tensor.dtype is not torch.float32:
-        _refuse_dtype(op, name, tensor, "float32")
-    check_shape(op, name, tensor, shape)
-    check_device(op, name, tensor, device)
-    return tensor.contiguous()
+_DTYPES = {
+    NUMBERS: ((torch.float32,), "float32"),
+    FLAGS: (BYTES, "bool or uint8"),
+    MOMENTS: ((torch.float64,), "float64"),
+}
 
 
-def _mask(op: str, name: str, mask: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
-    if mask.dtype not in BYTES:
-        _refuse_dtype(op, name, mask, "bool or uint8")
-    check_shape(op, name, mask, shape)
-    check_device(op, name, mask, device)
-    return mask.contiguous()
+def _checked(
+    op: str,
+    inputs: Sequence[Argument],
+    tensors: Sequence[Tensor | None],
+    like: Tensor,
+    shape: Sequence[int] | None = None,
+) -> list[Tensor | None]:
+    """Tensors as the library takes them, of a shape, or that of ``like``, and on its device."""
+    shape, device = like.shape if shape is None else torch.Size(shape), like.device
+    checked = []
+    for (name, _, kind, per_row), tensor in zip(inputs, tensors):
+        if tensor is not None:
+            dtypes, expected = _DTYPES[kind]
+            if tensor.dtype not in dtypes:
+                _refuse_dtype(op, name, tensor, expected)
+            wanted = (3,) if kind == MOMENTS else shape[:-1] if per_row else shape
+            if tensor.shape != wanted:
+                check_shape(op, name, tensor, wanted)
+            if tensor.device != device:
+                check_device(op, name, tensor, device)
+            tensor = tensor.contiguous()
+        checked.append(tensor)
+    return checked
 
 
-def _optional(check: Callable, op: str, name: str, tensor: Tensor | None, *rest: Any) -> Any:
-    return None if tensor is None else check(op, name, tensor, *rest)
+def _check_rows(op: str, inputs: Sequence[Argument], tensors: Sequence[Tensor | None]) -> list:
+    """:func:`_checked` of an op on rows of tokens."""
+    like = tensors[0]
+    if like.dim() == 0:
+        raise ValueError(f"{op}: `{inputs[0].name}` has shape [], expected [..., seq_len]")
+    return _checked(op, inputs, tensors, like)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _at(tensor: Tensor | None, first: int) -> int:
+    """The address of one of a tensor's elements."""
+    return 0 if tensor is None else tensor.data_ptr() + first * tensor.element_size()
 
 
 def _logits_type(op: str, name: str, logits: Tensor) -> int:
@@ -233,191 +325,81 @@ def check_logprob(op: str, logits: Tensor, index: Tensor) -> tuple[int, int]:
     return logits_type, index_type
 
 
-def _logprob_options(index: Tensor, temperature: float, ignore_index: int | None) -> Any:
+def _logprob_options(index: Tensor, temperature: float, ignore_index: int | None) -> int:
     if temperature == 1.0 and ignore_index is None:
-        return None
+        return 0
     if ignore_index is not None and index.dtype is torch.int32:
         ignore_index &= 0xFFFF_FFFF  # the library reads int32 as uint32: the same bits
-    return byref(_lib.logprob_options(temperature, ignore_index))
-
-
-def _logprob_outputs(op: str, logits: Tensor, index: Tensor) -> tuple[int, int, Tensor, Tensor]:
-    """Types of the arguments, once they are checked; room for one number a row, and for the two
-    that the backward pass needs."""
-    types = check_logprob(op, logits, index)
-    f32 = torch.float32
-    logp = torch.empty_like(index, dtype=f32, memory_format=torch.contiguous_format)
-    return *types, logp, torch.empty(2, *index.shape, dtype=f32, device=logits.device)
+    return _lists.logprob_options.address(temperature, ignore_index)
 
 
 def _logprob_forward(
-    op: str,
-    logits: Tensor,
-    index: Tensor,
-    temperature: float,
-    ignore_index: int | None,
-    with_entropy: bool,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    logits_type, index_type, logp, stats = _logprob_outputs(op, logits, index)
+    op: str, with_entropy: bool, logits: Tensor, index: Tensor, *options: Any
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    types = check_logprob(op, logits, index)
+    f32 = torch.float32
+    logp = torch.empty_like(index, dtype=f32, memory_format=torch.contiguous_format)
     entropy = torch.empty_like(logp) if with_entropy else None
-    options = _logprob_options(index, temperature, ignore_index)
+    stats = torch.empty(2, *index.shape, dtype=f32, device=logits.device)
+    yield (logp, entropy, stats) if with_entropy else (logp, stats)
+    options = _logprob_options(index, *options)
     index = index.contiguous()
     total, vocab = index.numel(), logits.shape[-1]
-    size = index.element_size()
     for (part,), first, rows in _blocks(total, logits):
-        _call(
-            "logprob_forward",
-            logits,
-            (logits_type, rows, vocab),
-            part.data_ptr(),
-            logits_type,
-            index.data_ptr() + first * size,
-            index_type,
-            rows,
-            vocab,
-            options,
-            logp.data_ptr() + 4 * first,
-            None if entropy is None else entropy.data_ptr() + 4 * first,
-            stats.data_ptr() + 4 * first,
-            stats.data_ptr() + 4 * (total + first),
-        )
-    return logp, entropy, stats
+        inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
+        kept = stats.data_ptr() + 4 * first
+        results = (_at(entropy, first), options, _at(logp, first))
+        _call(_lists.logprob_forward, logits, *inputs, kept, kept + 4 * total, *results)
 
 
-def _logprob(
-    logits: Tensor, index: Tensor, temperature: float, ignore_index: int | None
-) -> tuple[Tensor, Tensor]:
-    op = "selective_log_softmax"
-    logp, _, stats = _logprob_forward(op, logits, index, temperature, ignore_index, False)
-    return logp, stats
+def _logprob(*arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    return _logprob_forward("selective_log_softmax", False, *arguments)
 
 
-def _logprob_fake(
-    logits: Tensor, index: Tensor, temperature: float, ignore_index: int | None
-) -> tuple[Tensor, Tensor]:
-    return _logprob_outputs("selective_log_softmax", logits, index)[2:]
+def _logprob_entropy(*arguments: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return _logprob_forward("logprobs_and_entropy", True, *arguments)
 
 
-def _logprob_entropy(
-    logits: Tensor, index: Tensor, temperature: float, ignore_index: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    op = "logprobs_and_entropy"
-    return _logprob_forward(op, logits, index, temperature, ignore_index, True)
-
-
-def _logprob_entropy_fake(
-    logits: Tensor, index: Tensor, temperature: float, ignore_index: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, logp, stats = _logprob_outputs("logprobs_and_entropy", logits, index)
-    return logp, torch.empty_like(logp), stats
-
-
-def _logprob_backward(
-    logits: Tensor,
-    index: Tensor,
-    temperature: float,
-    ignore_index: int | None,
-    stats: Tensor,
-    entropy: Tensor | None,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-) -> Tensor:
-    op, device = "logprob_backward", logits.device
-    logits_type, index_type = check_logprob(op, logits, index)
-    options = _logprob_options(index, temperature, ignore_index)
+def _logprob_backward(logits: Tensor, index: Tensor, *rest: Any) -> Iterator[Tensor]:
+    op = "logprob_backward"
+    types = check_logprob(op, logits, index)
+    *options, stats, entropy, grad_logp, grad_entropy = rest
+    (stats,) = _checked(op, _STATS, (stats,), logits, (2, *index.shape))
+    upstream = _checked(op, _lists.LOGPROB_GRADIENTS, (entropy, grad_logp, grad_entropy), index)
+    grad_logits = _wanted(logits, True)
+    yield grad_logits
+    _large_pages(grad_logits)
+    options = _logprob_options(index, *options)
     index = index.contiguous()
-    stats = _f32(op, "stats", stats, torch.Size((2, *index.shape)), device)
-    rows_of = (index.shape, device)
-    entropy = _optional(_f32, op, "entropy", entropy, *rows_of)
-    grad_logp = _optional(_f32, op, "grad_logp", grad_logp, *rows_of)
-    grad_entropy = _optional(_f32, op, "grad_entropy", grad_entropy, *rows_of)
-    (grad_logits,) = _large_pages(_room_like_logits(logits))
     total, vocab = index.numel(), logits.shape[-1]
-    size, row_bytes = index.element_size(), vocab * logits.element_size()
     for (part,), first, rows in _blocks(total, logits):
-        _call(
-            "logprob_backward",
-            logits,
-            (logits_type, rows, vocab),
-            part.data_ptr(),
-            logits_type,
-            index.data_ptr() + first * size,
-            index_type,
-            rows,
-            vocab,
-            options,
-            stats.data_ptr() + 4 * first,
-            stats.data_ptr() + 4 * (total + first),
-            None if entropy is None else entropy.data_ptr() + 4 * first,
-            None if grad_logp is None else grad_logp.data_ptr() + 4 * first,
-            None if grad_entropy is None else grad_entropy.data_ptr() + 4 * first,
-            grad_logits.data_ptr() + first * row_bytes,
-        )
-    return grad_logits
+        inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
+        kept = stats.data_ptr() + 4 * first
+        gradients = [_at(gradient, first) for gradient in upstream]
+        room = _at(grad_logits, first * vocab)
+        inputs += (kept, kept + 4 * total, *gradients)
+        _call(_lists.logprob_backward, logits, *inputs, options, room)
 
 
-def _room_like_logits(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, *rest: Tensor | None) -> tuple:
+    logits, index, *entropy, stats = ctx.saved_tensors
+    gradients = (entropy[0] if entropy else None, grad_logp, rest[0])
+    return (logprob_backward(logits, index, *ctx.options, stats, *gradients),)
 
 
-logprob = _define(
-    "logprob(Tensor logits, Tensor index, float temperature, int? ignore_index)"
-    " -> (Tensor logp, Tensor stats)",
-    _logprob,
-    _logprob_fake,
-)
+_STATS = (numbers("stats"),)
+_LOGPROB = (*_lists.LOGPROB, *_options(_lists.logprob_options))
+
+logprob = _define([_LOGPROB], "(Tensor logp, Tensor stats)", _logprob, _backward_of_logprob)
 logprob_entropy = _define(
-    "logprob_entropy(Tensor logits, Tensor index, float temperature, int? ignore_index)"
-    " -> (Tensor logp, Tensor entropy, Tensor stats)",
+    [_LOGPROB],
+    "(Tensor logp, Tensor entropy, Tensor stats)",
     _logprob_entropy,
-    _logprob_entropy_fake,
+    _backward_of_logprob,
+    differentiable=2,
 )
 logprob_backward = _define(
-    "logprob_backward(Tensor logits, Tensor index, float temperature, int? ignore_index,"
-    " Tensor stats, Tensor? entropy, Tensor? grad_logp, Tensor? grad_entropy) -> Tensor",
-    _logprob_backward,
-    _room_like_logits,
-)
-
-
-def _keep_logprob(ctx: Any, inputs: tuple, outputs: tuple) -> None:
-    logits, index, ctx.temperature, ctx.ignore_index = inputs
-    ctx.save_for_backward(logits, index, outputs[1])
-    ctx.mark_non_differentiable(outputs[1])
-
-
-def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple:
-    if grad_logp is None:
-        return None, None, None, None
-    logits, index, stats = ctx.saved_tensors
-    grad = logprob_backward(
-        logits, index, ctx.temperature, ctx.ignore_index, stats, None, grad_logp, None
-    )
-    return grad, None, None, None
-
-
-def _keep_logprob_entropy(ctx: Any, inputs: tuple, outputs: tuple) -> None:
-    logits, index, ctx.temperature, ctx.ignore_index = inputs
-    _, entropy, stats = outputs
-    ctx.save_for_backward(logits, index, entropy, stats)
-    ctx.mark_non_differentiable(stats)
-
-
-def _backward_of_logprob_entropy(
-    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None
-) -> tuple:
-    if grad_logp is None and grad_entropy is None:
-        return None, None, None, None
-    logits, index, entropy, stats = ctx.saved_tensors
-    grad = logprob_backward(
-        logits, index, ctx.temperature, ctx.ignore_index, stats, entropy, grad_logp, grad_entropy
-    )
-    return grad, None, None, None
-
-
-_differentiate(logprob, _logprob, _keep_logprob, _backward_of_logprob)
-_differentiate(
-    logprob_entropy, _logprob_entropy, _keep_logprob_entropy, _backward_of_logprob_entropy
+    [(*_LOGPROB, *_STATS, *_lists.LOGPROB_GRADIENTS)], "Tensor", _logprob_backward
 )
 
 
@@ -460,7 +442,7 @@ def _logprobs(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor
     """One pass over the logits for the normaliser of each row, then K numbers of each row."""
     _check_many(logits, index)
     places, outside = _places(index, logits.shape[-1])
-    _, stats = _logprob(logits, _one_of(places), temperature, None)
+    ((_, stats),) = _logprob(logits, _one_of(places), temperature, None)
     logp = _at_places(logits, places, temperature, stats)
     return logp.masked_fill_(outside, torch.nan), stats
 
@@ -481,9 +463,8 @@ def _logprobs_backward(
     places, outside = _places(index, logits.shape[-1])
     nowhere = (outside & (grad != 0)).any(-1)
     total = grad.sum(-1).masked_fill_(nowhere, torch.nan)
-    grad_logits = _logprob_backward(
-        logits, _one_of(places), temperature, None, stats, None, total, None
-    )
+    given = (logits, _one_of(places), temperature, None, stats, None, total, None)
+    (grad_logits,) = _logprob_backward(*given)
     same = places.unsqueeze(-1) == places.unsqueeze(-2)
     of_token = torch.where(same, grad.unsqueeze(-2), 0.0).sum(-1)
     # What is not in the vocabulary has another's place: all that is written there is the same.
@@ -492,156 +473,70 @@ def _logprobs_backward(
     return grad_logits.scatter_(-1, places, chosen.to(grad_logits.dtype))
 
 
+def _backward_of_logprobs(ctx: Any, grad_logp: Tensor, _: None) -> tuple:
+    logits, index, stats = ctx.saved_tensors
+    return (logprobs_backward(logits, index, *ctx.options, stats, grad_logp),)
+
+
+def _logprobs_backward_fake(logits: Tensor, *_: Any) -> Tensor:
+    return _wanted(logits, True)
+
+
+_LOGPROBS = (*_lists.LOGPROB, *_options(_lists.logprob_options)[:1])  # without ignore_index
+
 logprobs = _define(
-    "logprobs(Tensor logits, Tensor index, float temperature) -> (Tensor logp, Tensor stats)",
-    _logprobs,
-    _logprobs_fake,
+    [_LOGPROBS], "(Tensor logp, Tensor stats)", _logprobs, _backward_of_logprobs, _logprobs_fake
 )
 logprobs_backward = _define(
-    "logprobs_backward(Tensor logits, Tensor index, float temperature, Tensor stats,"
-    " Tensor grad_logp) -> Tensor",
+    [(*_LOGPROBS, *_STATS, numbers("grad_logp"))],
+    "Tensor",
     _logprobs_backward,
-    _room_like_logits,
+    fake=_logprobs_backward_fake,
 )
-
-
-def _keep_logprobs(ctx: Any, inputs: tuple, outputs: tuple) -> None:
-    logits, index, ctx.temperature = inputs
-    _, stats = outputs
-    ctx.save_for_backward(logits, index, stats)
-    ctx.mark_non_differentiable(stats)
-
-
-def _backward_of_logprobs(ctx: Any, grad_logp: Tensor | None, _: None) -> tuple:
-    if grad_logp is None:
-        return None, None, None
-    logits, index, stats = ctx.saved_tensors
-    grad = logprobs_backward(logits, index, ctx.temperature, stats, grad_logp)
-    return grad, None, None
-
-
-_differentiate(logprobs, _logprobs, _keep_logprobs, _backward_of_logprobs)
 
 
 # --- kl ---
 
 
-def _check_token_kl(
-    op: str, logp: Tensor, ref_logp: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    like = (logp.shape, logp.device)
-    logp = _f32(op, "logp", logp, *like)
-    return logp, _f32(op, "ref_logp", ref_logp, *like), _optional(_mask, op, "mask", mask, *like)
-
-
-def _token_kl(
-    logp: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor | None,
-    estimator: str,
-    log_ratio_clamp: float | None,
-    output_clamp: float | None,
-) -> Tensor:
-    logp, ref_logp, mask = _check_token_kl("token_kl", logp, ref_logp, mask)
-    (kl,) = _large_pages(torch.empty_like(logp))
-    _call(
-        "kl_token_forward",
-        logp,
-        (logp.numel(),),
-        logp.data_ptr(),
-        ref_logp.data_ptr(),
-        _pointer(mask),
-        logp.numel(),
-        byref(_lib.kl_token_options(estimator, log_ratio_clamp, output_clamp)),
-        kl.data_ptr(),
-    )
-    return kl
-
-
-def _token_kl_fake(logp: Tensor, ref_logp: Tensor, mask: Tensor | None, *_: Any) -> Tensor:
-    return torch.empty_like(_check_token_kl("token_kl", logp, ref_logp, mask)[0])
-
-
-def _wanted(like: Tensor, wanted: bool) -> Tensor:
-    """Room for a gradient, or a tensor of no elements if it is not wanted."""
-    if wanted:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    return torch.empty(0, dtype=like.dtype, device=like.device)
-
-
-def _pointer_if(tensor: Tensor, wanted: bool) -> int | None:
-    return tensor.data_ptr() if wanted else None
+def _token_kl(tensors: tuple, options: tuple) -> Iterator[Tensor]:
+    inputs = _checked("token_kl", _lists.TOKEN_KL, tensors, tensors[0])
+    kl = torch.empty_like(inputs[0])
+    yield kl
+    _large_pages(kl)
+    options = _lists.token_kl_options.address(*options)
+    _call(_lists.token_kl_forward, kl, kl.numel(), *_addresses(inputs), options, kl.data_ptr())
 
 
 def _token_kl_backward(
-    logp: Tensor,
-    ref_logp: Tensor,
-    mask: Tensor | None,
-    estimator: str,
-    log_ratio_clamp: float | None,
-    output_clamp: float | None,
-    grad_kl: Tensor,
-    want_logp: bool,
-    want_ref: bool,
-) -> tuple[Tensor, Tensor]:
-    op = "token_kl_backward"
-    logp, ref_logp, mask = _check_token_kl(op, logp, ref_logp, mask)
-    grad_kl = _f32(op, "grad_kl", grad_kl, logp.shape, logp.device)
-    grad_logp, grad_ref = _large_pages(_wanted(logp, want_logp), _wanted(logp, want_ref))
-    _call(
-        "kl_token_backward",
-        logp,
-        (logp.numel(),),
-        logp.data_ptr(),
-        ref_logp.data_ptr(),
-        _pointer(mask),
-        logp.numel(),
-        byref(_lib.kl_token_options(estimator, log_ratio_clamp, output_clamp)),
-        grad_kl.data_ptr(),
-        _pointer_if(grad_logp, want_logp),
-        _pointer_if(grad_ref, want_ref),
-    )
-    return grad_logp, grad_ref
+    tensors: tuple, options: tuple, upstream: tuple, wanted: tuple
+) -> Iterator[tuple[Tensor, ...]]:
+    op, logp = "token_kl_backward", tensors[0]
+    inputs = _checked(op, (*_lists.TOKEN_KL, *_GRAD_KL), (*tensors, *upstream), logp)
+    gradients = tuple(_wanted(logp, want) for want in wanted)
+    yield gradients
+    _large_pages(*gradients)
+    *addresses, grad_kl = _addresses(inputs)
+    results = (_lists.token_kl_options.address(*options), grad_kl, *_addresses(gradients))
+    _call(_lists.token_kl_backward, logp, logp.numel(), *addresses, *results)
 
 
-def _two_gradients_fake(like: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    want, want_ref = rest[-2:]
-    return _wanted(like, want), _wanted(like, want_ref)
-
-
-token_kl = _define(
-    "token_kl(Tensor logp, Tensor ref_logp, Tensor? mask, str estimator, float? log_ratio_clamp,"
-    " float? output_clamp) -> Tensor",
-    _token_kl,
-    _token_kl_fake,
-)
-token_kl_backward = _define(
-    "token_kl_backward(Tensor logp, Tensor ref_logp, Tensor? mask, str estimator,"
-    " float? log_ratio_clamp, float? output_clamp, Tensor grad_kl, bool want_logp, bool want_ref)"
-    " -> (Tensor grad_logp, Tensor grad_ref_logp)",
-    _token_kl_backward,
-    _two_gradients_fake,
-)
-
-
-def _keep_token_kl(ctx: Any, inputs: tuple, _: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _two(gradients: tuple[Tensor, Tensor], wanted: tuple[bool, bool]) -> Iterator[Tensor | None]:
-    return (gradient if want else None for gradient, want in zip(gradients, wanted))
-
-
-def _backward_of_token_kl(ctx: Any, grad_kl: Tensor | None) -> tuple:
-    if grad_kl is None:
-        return (None,) * 6
+def _backward_of_kl(ctx: Any, grad_kl: Tensor, *_: None) -> list[Tensor | None]:
+    """Of either op."""
+    inputs, stats = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     wanted = ctx.needs_input_grad[1:3]  # the first input is not the op's
-    gradients = token_kl_backward(*ctx.saved_tensors, *ctx.options, grad_kl, *wanted)
-    return *_two(gradients, wanted), None, None, None, None
+    backward = full_kl_backward if stats else token_kl_backward
+    gradients = backward(*inputs, *ctx.options, *stats, grad_kl, *wanted)
+    return [gradient if want else None for gradient, want in zip(gradients, wanted)]
 
 
-_differentiate(token_kl, _token_kl, _keep_token_kl, _backward_of_token_kl)
+_GRAD_KL = (numbers("grad_kl"),)
+
+token_kl = _define([_lists.TOKEN_KL, _lists.token_kl_options], "Tensor", _token_kl, _backward_of_kl)
+token_kl_backward = _define(
+    [_lists.TOKEN_KL, _lists.token_kl_options, _GRAD_KL, _wants("logp", "ref")],
+    "(Tensor grad_logp, Tensor grad_ref_logp)",
+    _token_kl_backward,
+)
 
 
 def _check_full_kl(
@@ -652,476 +547,220 @@ def _check_full_kl(
         _refuse_dtype(op, "ref_logits", ref_logits, str(logits.dtype).removeprefix("torch."))
     check_shape(op, "ref_logits", ref_logits, logits.shape)
     check_device(op, "ref_logits", ref_logits, logits.device)
-    rows = (logits.shape[:-1], logits.device)
-    return logits_type, _optional(_mask, op, "mask", mask, *rows)
-
-
-def _full_kl_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[:-1]
-    stats = logits.new_empty((_lib.FULL_KL_STATS, *rows), dtype=torch.float32)
-    return logits.new_empty(rows, dtype=torch.float32), stats
+    return logits_type, *_checked(op, _lists.FULL_KL[2:], (mask,), logits)
 
 
 def _full_kl_inputs(
     logits_type: int, logits: Tensor, ref_logits: Tensor, mask: Tensor | None
-) -> Iterator[tuple[int, int, tuple[int, ...], tuple]]:
-    """For each part its first row, its rows, what its workspace depends on, and what the library's
-    functions begin with."""
+) -> Iterator[tuple[int, int, list[int]]]:
+    """For each part its first row, its rows, and what the passes begin with."""
     vocab = logits.shape[-1]
     for parts, first, rows in _blocks(logits.shape[:-1].numel(), logits, ref_logits):
-        addresses = (part.data_ptr() for part in parts)
-        of_mask = None if mask is None else mask.data_ptr() + first
-        inputs = (*addresses, logits_type, of_mask, rows, vocab)
-        yield first, rows, (logits_type, rows, vocab), inputs
+        yield first, rows, [rows, vocab, logits_type, *_addresses(parts), _at(mask, first)]
 
 
 def _stats_of(stats: Tensor, first: int, rows: int) -> Tensor:
     return stats.view(len(stats), -1)[:, first : first + rows]
 
 
-def _full_kl(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, direction: str, temperature: float
-) -> tuple[Tensor, Tensor]:
-    logits_type, mask = _check_full_kl("full_kl", logits, ref_logits, mask)
-    kl, stats = _full_kl_outputs(logits)
-    options = byref(_lib.kl_full_options(direction, temperature))
-    for first, rows, sizes, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
+def _full_kl(tensors: tuple, options: tuple) -> Iterator[tuple[Tensor, Tensor]]:
+    logits, ref_logits, mask = tensors
+    logits_type, mask = _check_full_kl("full_kl", *tensors)
+    kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+    stats = kl.new_empty((_header.KL_FULL_STATS, *kl.shape))
+    yield kl, stats
+    options = _lists.full_kl_options.address(*options)
+    for first, rows, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
         room = stats if rows == kl.numel() else stats.new_empty(len(stats), rows)
-        _call("kl_full_forward", logits, sizes, *inputs, options, room.data_ptr())
+        _call(_lists.full_kl_forward, logits, *inputs, options, room.data_ptr())
         if room is not stats:
             _stats_of(stats, first, rows).copy_(room)
-    return kl.copy_(stats[0]), stats
-
-
-def _full_kl_fake(
-    logits: Tensor, ref_logits: Tensor, mask: Tensor | None, *_: Any
-) -> tuple[Tensor, Tensor]:
-    _check_full_kl("full_kl", logits, ref_logits, mask)
-    return _full_kl_outputs(logits)
+    kl.copy_(stats[0])
 
 
 def _full_kl_backward(
-    logits: Tensor,
-    ref_logits: Tensor,
-    mask: Tensor | None,
-    direction: str,
-    temperature: float,
-    stats: Tensor,
-    grad_kl: Tensor,
-    want_logits: bool,
-    want_ref: bool,
-) -> tuple[Tensor, Tensor]:
+    tensors: tuple, options: tuple, upstream: tuple, wanted: tuple
+) -> Iterator[tuple[Tensor, ...]]:
     op = "full_kl_backward"
-    logits_type, mask = _check_full_kl(op, logits, ref_logits, mask)
-    shape = logits.shape[:-1]
-    stats_shape = torch.Size((_lib.FULL_KL_STATS, *shape))
-    stats = _f32(op, "stats", stats, stats_shape, logits.device)
-    grad_kl = _f32(op, "grad_kl", grad_kl, shape, logits.device)
-    grad_logits, grad_ref = _large_pages(_wanted(logits, want_logits), _wanted(logits, want_ref))
-    options = byref(_lib.kl_full_options(direction, temperature))
-    row_bytes = logits.shape[-1] * logits.element_size()
-    for first, rows, sizes, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
+    (logits, ref_logits, mask), (stats, grad_kl) = tensors, upstream
+    logits_type, mask = _check_full_kl(op, *tensors)
+    rows = logits.shape[:-1]
+    (stats,) = _checked(op, _STATS, (stats,), logits, (_header.KL_FULL_STATS, *rows))
+    (grad_kl,) = _checked(op, _GRAD_KL, (grad_kl,), logits, rows)
+    gradients = tuple(_wanted(logits, want) for want in wanted)
+    yield gradients
+    _large_pages(*gradients)
+    options = _lists.full_kl_options.address(*options)
+    for first, rows, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
         part_stats = _stats_of(stats, first, rows).contiguous()
-        _call(
-            "kl_full_backward",
-            logits,
-            sizes,
-            *inputs,
-            options,
-            part_stats.data_ptr(),
-            grad_kl.data_ptr() + 4 * first,
-            grad_logits.data_ptr() + first * row_bytes if want_logits else None,
-            grad_ref.data_ptr() + first * row_bytes if want_ref else None,
-        )
-    return grad_logits, grad_ref
+        begin = first * logits.shape[-1]
+        room = [_at(grad, begin) if want else 0 for grad, want in zip(gradients, wanted)]
+        given = (options, part_stats.data_ptr(), _at(grad_kl, first))
+        _call(_lists.full_kl_backward, logits, *inputs, *given, *room)
 
 
 full_kl = _define(
-    "full_kl(Tensor logits, Tensor ref_logits, Tensor? mask, str direction, float temperature)"
-    " -> (Tensor kl, Tensor stats)",
-    _full_kl,
-    _full_kl_fake,
+    [_lists.FULL_KL, _lists.full_kl_options], "(Tensor kl, Tensor stats)", _full_kl, _backward_of_kl
 )
 full_kl_backward = _define(
-    "full_kl_backward(Tensor logits, Tensor ref_logits, Tensor? mask, str direction,"
-    " float temperature, Tensor stats, Tensor grad_kl, bool want_logits, bool want_ref)"
-    " -> (Tensor grad_logits, Tensor grad_ref_logits)",
+    [_lists.FULL_KL, _lists.full_kl_options, (*_STATS, *_GRAD_KL), _wants("logits", "ref")],
+    "(Tensor grad_logits, Tensor grad_ref_logits)",
     _full_kl_backward,
-    _two_gradients_fake,
 )
-
-
-def _keep_full_kl(ctx: Any, inputs: tuple, outputs: tuple) -> None:
-    stats = outputs[1]
-    ctx.save_for_backward(*inputs[:3], stats)
-    ctx.options = inputs[3:]
-    ctx.mark_non_differentiable(stats)
-
-
-def _backward_of_full_kl(ctx: Any, grad_kl: Tensor | None, _: None) -> tuple:
-    if grad_kl is None:
-        return (None,) * 5
-    *inputs, stats = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[1:3]
-    gradients = full_kl_backward(*inputs, *ctx.options, stats, grad_kl, *wanted)
-    return *_two(gradients, wanted), None, None, None
-
-
-_differentiate(full_kl, _full_kl, _keep_full_kl, _backward_of_full_kl)
 
 
 # --- gae ---
 
 
-def _check_gae(
-    values: Tensor,
-    rewards: Tensor | None,
-    mask: Tensor | None,
-    kl: Tensor | None,
-    scores: Tensor | None,
-    has_eos: Tensor | None,
-    dones: Tensor | None,
-    bootstrap: Tensor | None,
-) -> dict[str, Tensor | None]:
-    op = "gae"
-    if values.dim() == 0:
-        raise ValueError(f"{op}: `values` has shape [], expected [..., seq_len]")
-    tokens = (values.shape, values.device)
-    rows = (values.shape[:-1], values.device)
-    return {
-        "values": _f32(op, "values", values, *tokens),
-        "rewards": _optional(_f32, op, "rewards", rewards, *tokens),
-        "kl": _optional(_f32, op, "kl", kl, *tokens),
-        "scores": _optional(_f32, op, "scores", scores, *rows),
-        "has_eos": _optional(_mask, op, "has_eos", has_eos, *rows),
-        "mask": _optional(_mask, op, "mask", mask, *tokens),
-        "dones": _optional(_mask, op, "dones", dones, *tokens),
-        "bootstrap": _optional(_f32, op, "bootstrap", bootstrap, *rows),
-    }
+def _moments_like(values: Tensor) -> Tensor:
+    return torch.empty(3, dtype=torch.float64, device=values.device)
 
 
-def _gae_outputs(values: Tensor, want_rewards: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    advantages, returns = torch.empty_like(values), torch.empty_like(values)
-    moments = torch.empty(3, dtype=torch.float64, device=values.device)
-    return advantages, returns, _wanted(values, want_rewards), moments
+def _sizes(tensor: Tensor) -> tuple[int, int]:
+    return tensor.shape[:-1].numel(), tensor.shape[-1]
 
 
-def _gae(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, want_rewards = arguments[:9]
-    options = arguments[9:]
-    inputs = _check_gae(*tensors)
-    values = inputs["values"]
-    advantages, returns, rewards, moments = _large_pages(*_gae_outputs(values, want_rewards))
-    seq_len = values.shape[-1]
-    batch = values.shape[:-1].numel()
-    _call(
-        "gae",
-        values,
-        (batch, seq_len),
-        byref(_lib.GaeInputs(**{name: _pointer(tensor) for name, tensor in inputs.items()})),
-        batch,
-        seq_len,
-        byref(_lib.gae_options(*options)),
-        byref(
-            _lib.GaeOutputs(
-                advantages=advantages.data_ptr(),
-                returns=returns.data_ptr(),
-                rewards=_pointer_if(rewards, want_rewards),
-                moments=moments.data_ptr(),
-            )
-        ),
-    )
-    return advantages, returns, rewards, moments
-
-
-def _gae_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *tensors, want_rewards = arguments[:9]
-    return _gae_outputs(_check_gae(*tensors)["values"], want_rewards)
+def _gae(tensors: tuple, wanted: tuple, options: tuple) -> Iterator[tuple[Tensor, ...]]:
+    inputs = _check_rows("gae", _lists.GAE, tensors)
+    values = inputs[0]
+    of_tokens = (_wanted(values, want) for want in (True, True, *wanted))
+    outputs = (*of_tokens, _moments_like(values))
+    yield outputs
+    _large_pages(*outputs)
+    given = (*_sizes(values), *_addresses(inputs), _lists.gae_options.address(*options))
+    _call(_lists.gae, values, *given, *_addresses(outputs))
 
 
 gae = _define(
-    "gae(Tensor values, Tensor? rewards, Tensor? mask, Tensor? kl, Tensor? scores, Tensor? has_eos,"
-    " Tensor? dones, Tensor? bootstrap, bool want_rewards, float gamma, float lam,"
-    " float? value_lam, float kl_coef, float score_mean, float? score_std, float? score_clip,"
-    " float missing_eos_value, str mask_mode, str score_placement, str score_order,"
-    " str missing_eos) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor moments)",
+    [_lists.GAE, _wants("rewards"), _lists.gae_options],
+    "(Tensor advantages, Tensor returns, Tensor rewards, Tensor moments)",
     _gae,
-    _gae_fake,
 )
 
 
 # --- whiten ---
 
 
-def _check_whiten(op: str, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    like = (values.shape, values.device)
-    return _f32(op, "values", values, *like), _optional(_mask, op, "mask", mask, *like)
+def _masked_moments(values: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    inputs = _checked("masked_moments", _lists.WHITEN, (values, mask), values)
+    moments = _moments_like(values)
+    yield moments
+    _call(_lists.whiten_moments, values, values.numel(), *_addresses((*inputs, moments)))
 
 
-def _check_moments(op: str, moments: Tensor, device: torch.device) -> Tensor:
-    if moments.dtype is not torch.float64:
-        _refuse_dtype(op, "moments", moments, "float64")
-    check_shape(op, "moments", moments, torch.Size((3,)))
-    check_device(op, "moments", moments, device)
-    return moments.contiguous()
+def _masked_whiten_with(tensors: tuple, options: tuple) -> Iterator[Tensor]:
+    op, like = "masked_whiten", tensors[0]
+    inputs = _checked(op, (*_lists.WHITEN, *_MOMENTS), tensors, like)
+    whitened = torch.empty_like(inputs[0])
+    yield whitened
+    _large_pages(whitened)
+    given = (like.numel(), *_addresses(inputs), _lists.whiten_options.address(*options))
+    _call(_lists.whiten_forward, like, *given, whitened.data_ptr())
 
 
-def _masked_moments(values: Tensor, mask: Tensor | None) -> Tensor:
-    values, mask = _check_whiten("masked_moments", values, mask)
-    moments = torch.empty(3, dtype=torch.float64, device=values.device)
-    elements = values.numel()
-    arguments = (values.data_ptr(), _pointer(mask), elements, moments.data_ptr())
-    _call("whiten_moments", values, (elements,), *arguments)
-    return moments
+def _masked_whiten(tensors: tuple, options: tuple) -> Iterator[tuple[Tensor, Tensor]]:
+    like = tensors[0]
+    inputs = _checked("masked_whiten", _lists.WHITEN, tensors, like)
+    whitened, moments = torch.empty_like(inputs[0]), _moments_like(like)
+    yield whitened, moments
+    _large_pages(whitened)
+    given = (like.numel(), *_addresses((*inputs, moments)))
+    _call(_lists.whiten_moments, like, *given)
+    options = _lists.whiten_options.address(*options)
+    _call(_lists.whiten_forward, like, *given, options, whitened.data_ptr())
 
 
-def _masked_moments_fake(values: Tensor, mask: Tensor | None) -> Tensor:
-    _check_whiten("masked_moments", values, mask)
-    return torch.empty(3, dtype=torch.float64, device=values.device)
-
-
-def _whiten_with(values: Tensor, mask: Tensor | None, moments: Tensor, *options: Any) -> Tensor:
-    op = "masked_whiten"
-    values, mask = _check_whiten(op, values, mask)
-    moments = _check_moments(op, moments, values.device)
-    (whitened,) = _large_pages(torch.empty_like(values))
-    elements = values.numel()
-    _call(
-        "whiten_forward",
-        values,
-        (elements,),
-        values.data_ptr(),
-        _pointer(mask),
-        elements,
-        byref(_lib.whiten_options(*options)),
-        moments.data_ptr(),
-        whitened.data_ptr(),
-    )
-    return whitened
-
-
-def _whiten_with_fake(values: Tensor, mask: Tensor | None, moments: Tensor, *_: Any) -> Tensor:
-    _check_moments("masked_whiten", moments, values.device)
-    return torch.empty_like(_check_whiten("masked_whiten", values, mask)[0])
-
-
-def _whiten(values: Tensor, mask: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    moments = _masked_moments(values, mask)
-    return _whiten_with(values, mask, moments, *options), moments
-
-
-def _whiten_fake(values: Tensor, mask: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    values, mask = _check_whiten("masked_whiten", values, mask)
-    return torch.empty_like(values), _masked_moments_fake(values, mask)
-
-
-def _whiten_backward(
-    values: Tensor | None, mask: Tensor | None, moments: Tensor, grad: Tensor, *options: Any
-) -> Tensor:
+def _masked_whiten_backward(tensors: tuple, options: tuple) -> Iterator[Tensor]:
     """Through the moments too where the values are given."""
-    op = "masked_whiten_backward"
-    like = (grad.shape, grad.device)
-    grad = _f32(op, "grad", grad, *like)
-    values = _optional(_f32, op, "values", values, *like)
-    mask = _optional(_mask, op, "mask", mask, *like)
-    moments = _check_moments(op, moments, grad.device)
-    (grad_values,) = _large_pages(torch.empty_like(grad))
-    elements = grad.numel()
-    rest = (
-        _pointer(mask),
-        elements,
-        byref(_lib.whiten_options(*options)),
-        moments.data_ptr(),
-        grad.data_ptr(),
-        grad_values.data_ptr(),
-    )
-    if values is None:
-        _call("whiten_with_backward", grad, (elements,), *rest)
+    *_, like = tensors
+    inputs = _checked("masked_whiten_backward", _WHITEN_BACKWARD, tensors, like)
+    grad_values = _wanted(like, True)
+    yield grad_values
+    _large_pages(grad_values)
+    values, *rest = _addresses(inputs)
+    rest += [_lists.whiten_options.address(*options), grad_values.data_ptr()]
+    if tensors[0] is None:
+        _call(_lists.whiten_with_backward, like, like.numel(), *rest)
     else:
-        _call("whiten_backward", grad, (elements,), values.data_ptr(), *rest)
-    return grad_values
+        _call(_lists.whiten_backward, like, like.numel(), values, *rest)
 
 
-def _whiten_backward_fake(
-    values: Tensor | None, mask: Tensor | None, moments: Tensor, grad: Tensor, *_: Any
-) -> Tensor:
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+def _backward_of_whiten(ctx: Any, grad: Tensor, *_: None) -> tuple:
+    saved = (None, *ctx.saved_tensors)[-3:]  # without the values where moments are constants
+    return (masked_whiten_backward(*saved, grad, *ctx.options),)
 
 
-_WHITEN_OPTIONS = "bool shift_mean, bool unbiased, float eps, str eps_placement"
+_MOMENTS = (Argument("moments", "Tensor", MOMENTS),)
+_GRAD = (numbers("grad"),)
+_WHITEN_BACKWARD = (numbers("values?"), *_lists.WHITEN[1:], *_MOMENTS, *_GRAD)
 
-masked_moments = _define(
-    "masked_moments(Tensor values, Tensor? mask) -> Tensor", _masked_moments, _masked_moments_fake
-)
+masked_moments = _define([_lists.WHITEN], "Tensor", _masked_moments)
 masked_whiten = _define(
-    f"masked_whiten(Tensor values, Tensor? mask, {_WHITEN_OPTIONS})"
-    " -> (Tensor whitened, Tensor moments)",
-    _whiten,
-    _whiten_fake,
+    [_lists.WHITEN, _lists.whiten_options],
+    "(Tensor whitened, Tensor moments)",
+    _masked_whiten,
+    _backward_of_whiten,
 )
 masked_whiten_with = _define(
-    f"masked_whiten_with(Tensor values, Tensor? mask, Tensor moments, {_WHITEN_OPTIONS}) -> Tensor",
-    _whiten_with,
-    _whiten_with_fake,
+    [(*_lists.WHITEN, *_MOMENTS), _lists.whiten_options],
+    "Tensor",
+    _masked_whiten_with,
+    _backward_of_whiten,
+    kept=slice(1, 3),
 )
 masked_whiten_backward = _define(
-    "masked_whiten_backward(Tensor? values, Tensor? mask, Tensor moments, Tensor grad,"
-    f" {_WHITEN_OPTIONS}) -> Tensor",
-    _whiten_backward,
-    _whiten_backward_fake,
+    [_WHITEN_BACKWARD, _lists.whiten_options], "Tensor", _masked_whiten_backward
 )
-
-
-def _keep_whiten(ctx: Any, inputs: tuple, outputs: tuple) -> None:
-    moments = outputs[1]
-    ctx.save_for_backward(*inputs[:2], moments)
-    ctx.options = inputs[2:]
-    ctx.mark_non_differentiable(moments)
-
-
-def _backward_of_whiten(ctx: Any, grad: Tensor | None, _: None) -> tuple:
-    if grad is None:
-        return (None,) * 6
-    return masked_whiten_backward(*ctx.saved_tensors, grad, *ctx.options), *(None,) * 5
-
-
-def _keep_whiten_with(ctx: Any, inputs: tuple, _: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:3])
-    ctx.options = inputs[3:]
-
-
-def _backward_of_whiten_with(ctx: Any, grad: Tensor | None) -> tuple:
-    if grad is None:
-        return (None,) * 7
-    return masked_whiten_backward(None, *ctx.saved_tensors, grad, *ctx.options), *(None,) * 6
-
-
-_differentiate(masked_whiten, _whiten, _keep_whiten, _backward_of_whiten)
-_differentiate(masked_whiten_with, _whiten_with, _keep_whiten_with, _backward_of_whiten_with)
 
 
 # --- ppo_loss ---
 
 
-_PPO_TENSORS = (
-    "logp",
-    "old_logp",
-    "advantages",
-    "values",
-    "old_values",
-    "returns",
-    "entropy",
-    "ref_logp",
-)
-
-
-def _check_ppo_loss(*tensors: Tensor | None) -> dict[str, Tensor | None]:
-    op, logp = "ppo_loss", tensors[0]
-    if logp.dim() == 0:
-        raise ValueError(f"{op}: `logp` has shape [], expected [..., seq_len]")
-    like = (logp.shape, logp.device)
-    *numbers, mask = tensors
-    checked = {
-        name: _optional(_f32, op, name, tensor, *like)
-        for name, tensor in zip(_PPO_TENSORS, numbers)
-    }
-    return {**checked, "mask": _optional(_mask, op, "mask", mask, *like)}
-
-
-def _ppo_loss_outputs(logp: Tensor, wanted: tuple[bool, bool, bool]) -> tuple[Tensor, ...]:
+def _ppo_loss(tensors: tuple, wanted: tuple, options: tuple) -> Iterator[tuple[Tensor, ...]]:
+    inputs = _check_rows("ppo_loss", _lists.PPO_LOSS, tensors)
+    logp = inputs[0]
     loss = torch.empty((), dtype=torch.float32, device=logp.device)
     stats = torch.empty(len(_lib.STATS), dtype=torch.float32, device=logp.device)
-    return loss, stats, *(_wanted(logp, want) for want in wanted)
+    gradients = [_wanted(logp, want) for want in wanted]
+    yield loss, stats, *gradients
+    _large_pages(*gradients)
+    exact = torch.empty_like(stats, dtype=torch.float64)
+    given = (*_sizes(logp), *_addresses(inputs), _lists.ppo_loss_options.address(*options))
+    _call(_lists.ppo_loss, logp, *given, *_addresses((exact, loss, *gradients)))
+    stats.copy_(exact)
 
 
-def _ppo_loss_pointers(gradients: tuple[Tensor, ...], wanted: tuple[bool, bool, bool]) -> Any:
-    pointers = map(_pointer_if, gradients, wanted)
-    return byref(_lib.PpoLossGradients(**dict(zip(("logp", "values", "entropy"), pointers))))
-
-
-def _ppo_loss(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, wanted, options = arguments[:9], arguments[9:12], arguments[12:]
-    inputs = _check_ppo_loss(*tensors)
-    logp = inputs["logp"]
-    loss, stats, *gradients = _large_pages(*_ppo_loss_outputs(logp, wanted))
-    # The library writes doubles on the CPU.
-    raw = torch.empty_like(stats, dtype=torch.float64) if logp.is_cpu else stats
-    shape = logp.shape[:-1].numel(), logp.shape[-1]
-    options = byref(_lib.ppo_loss_options(*options))
-    _call(
-        "ppo_loss",
-        logp,
-        (*shape, options),
-        byref(_lib.PpoLossInputs(**{name: _pointer(tensor) for name, tensor in inputs.items()})),
-        *shape,
-        options,
-        raw.data_ptr(),
-        _ppo_loss_pointers(gradients, wanted),
-    )
-    if logp.is_cpu:
-        stats.copy_(raw)
-    return loss.copy_(stats[0]), stats, *gradients
-
-
-def _ppo_loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _ppo_loss_outputs(_check_ppo_loss(*arguments[:9])["logp"], arguments[9:12])
-
-
-def _ppo_loss_backward(grad: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
-    op = "ppo_loss_backward"
-    grad = _f32(op, "grad", grad, torch.Size(()), stored[0].device)
-    wanted = tuple(gradient.numel() > 0 for gradient in stored)
+def _ppo_loss_backward(grad: Tensor, *stored: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    (grad,) = _checked("ppo_loss_backward", _GRAD, (grad,), stored[0], ())
+    gradients = tuple(torch.empty_like(gradient) for gradient in stored)
+    yield gradients
+    _large_pages(*gradients)
     tokens = max(gradient.numel() for gradient in stored)
-    gradients = _large_pages(*_room_like_stored(grad, *stored))
-    pointers = _ppo_loss_pointers(stored, wanted), _ppo_loss_pointers(gradients, wanted)
-    _call("ppo_loss_scale", grad, (tokens,), grad.data_ptr(), tokens, *pointers)
-    return gradients
+    _call(_lists.ppo_loss_scale, grad, tokens, *_addresses((grad, *stored, *gradients)))
 
 
-def _room_like_stored(grad: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(gradient) for gradient in stored)
-
-
-ppo_loss = _define(
-    "ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? values, Tensor? old_values,"
-    " Tensor? returns, Tensor? entropy, Tensor? ref_logp, Tensor? mask, bool want_logp,"
-    " bool want_values, bool want_entropy, float clip_range, float? clip_range_high,"
-    " float? dual_clip, float? log_ratio_clamp, float? value_clip_range, float value_coef,"
-    " float entropy_coef, float kl_coef, str kl_estimator, float? kl_log_ratio_clamp,"
-    " float? kl_output_clamp, str aggregation, float? aggregation_divisor, float? denominator,"
-    " str clip_fraction) -> (Tensor loss, Tensor stats, Tensor grad_logp, Tensor grad_values,"
-    " Tensor grad_entropy)",
-    _ppo_loss,
-    _ppo_loss_fake,
-)
-
-
-ppo_loss_backward = _define(
-    "ppo_loss_backward(Tensor grad, Tensor grad_logp, Tensor grad_values, Tensor grad_entropy)"
-    " -> (Tensor, Tensor, Tensor)",
-    _ppo_loss_backward,
-    _room_like_stored,
-)
-
-
-def _keep_ppo_loss(ctx: Any, inputs: tuple, outputs: tuple) -> None:
-    _, stats, *gradients = outputs
-    ctx.save_for_backward(*gradients)
-    ctx.inputs = len(inputs)
-    ctx.mark_non_differentiable(stats, *gradients)
-
-
-def _backward_of_ppo_loss(ctx: Any, grad: Tensor | None, *_: None) -> tuple:
-    if grad is None:
-        return (None,) * ctx.inputs
-    needs = ctx.needs_input_grad[1:]
-    stored = ctx.saved_tensors
+def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
+    _, *stored = ctx.saved_tensors
     # After loss.backward() the stored ones are what is wanted. Looking costs nothing on the CPU.
     as_stored = type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
     scaled = stored if as_stored else ppo_loss_backward(grad, *stored)
-    gradients = dict(zip((0, 3, 6), scaled))  # of logp, values and entropy
+    gradients = dict(zip(_lists.PPO_LOSS_GRADIENTS, scaled))
     # What else asks for a gradient, old_logp say, is a constant.
-    return tuple(gradients.get(i) if needs[i] else None for i in range(ctx.inputs))
+    needs = zip(_lists.PPO_LOSS, ctx.needs_input_grad[1:])
+    return [gradients.get(argument.name) if needed else None for argument, needed in needs]
 
 
-_differentiate(ppo_loss, _ppo_loss, _keep_ppo_loss, _backward_of_ppo_loss)
+_STORED = [f"grad_{name}" for name in _lists.PPO_LOSS_GRADIENTS]
+
+ppo_loss = _define(
+    [_lists.PPO_LOSS, _wants(*_lists.PPO_LOSS_GRADIENTS), _lists.ppo_loss_options],
+    f"(Tensor loss, Tensor stats, {', '.join(f'Tensor {name}' for name in _STORED)})",
+    _ppo_loss,
+    _backward_of_ppo_loss,
+    kept=slice(0),
+)
+ppo_loss_backward = _define(
+    [(*_GRAD, *map(numbers, _STORED))],
+    f"({', '.join('Tensor' for _ in _STORED)})",
+    _ppo_loss_backward,
+)

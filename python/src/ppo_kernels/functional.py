@@ -29,7 +29,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _lib, _ops
+from . import _lib, _lists, _ops
 
 __all__ = [
     "GaeOutput",
@@ -62,6 +62,12 @@ def _per_token(tensor: Tensor | None) -> Tensor | None:
 
 def _mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in _ops.BYTES else mask != 0
+
+
+def _taken(inputs: tuple[_lists.Argument, ...], *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors in the dtypes that an op with these inputs takes."""
+    kinds = zip(inputs, tensors)
+    return [_mask(x) if given.kind == _lists.FLAGS else _per_token(x) for given, x in kinds]
 
 
 def _skip(
@@ -266,18 +272,9 @@ def gae(
         whiten: whitens the advantages with :func:`masked_whiten`'s defaults.
         return_rewards: whether to return the rewards after shaping.
     """
-    numbers = [_constant(tensor) for tensor in (values, rewards, kl, scores, bootstrap)]
-    values, rewards, kl, scores, bootstrap = numbers
-    mask = _mask(mask)
+    inputs = (values, rewards, mask, kl, scores, has_eos, dones, bootstrap)
     advantages, returns, shaped, moments = _ops.gae(
-        values,
-        rewards,
-        mask,
-        kl,
-        scores,
-        _mask(has_eos),
-        _mask(dones),
-        bootstrap,
+        *map(_constant, _taken(_lists.GAE, *inputs)),
         return_rewards,
         gamma,
         lam,
@@ -298,7 +295,6 @@ def gae(
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
-    tensor = _per_token(tensor)
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
@@ -314,7 +310,7 @@ def masked_moments(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Not differentiable.
     """
-    return _ops.masked_moments(_constant(values), _mask(mask))
+    return _ops.masked_moments(*map(_constant, _taken(_lists.WHITEN, values, mask)))
 
 
 def masked_whiten(
@@ -342,10 +338,10 @@ def masked_whiten(
         float32, ``[...]``, 0 where masked. With fewer than 2 unmasked values (1 if not
         ``unbiased``) it is an error on the CPU and NaN on CUDA.
     """
-    values, mask = _per_token(values), _mask(mask)
+    tensors = _taken(_lists.WHITEN, values, mask)
     if moments is None:
-        return _ops.masked_whiten(values, mask, shift_mean, unbiased, eps, eps_placement)[0]
-    return _ops.masked_whiten_with(values, mask, moments, shift_mean, unbiased, eps, eps_placement)
+        return _ops.masked_whiten(*tensors, shift_mean, unbiased, eps, eps_placement)[0]
+    return _ops.masked_whiten_with(*tensors, moments, shift_mean, unbiased, eps, eps_placement)
 
 
 def ppo_loss(
@@ -416,20 +412,11 @@ def ppo_loss(
         ``return_mean``, ``value_mean``, ``explained_variance`` and ``tokens``; NaN for what is not
         defined, where an input is not given, say.
     """
-    logp, values, entropy = _per_token(logp), _per_token(values), _per_token(entropy)
+    of_terms = (values, old_values, returns, entropy, ref_logp)
+    tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask)
     loss, stats, *_ = _ops.ppo_loss(
-        logp,
-        _per_token(old_logp),
-        _per_token(advantages),
-        values,
-        _per_token(old_values),
-        _per_token(returns),
-        entropy,
-        _per_token(ref_logp),
-        _mask(mask),
-        _wants_gradient(logp),
-        _wants_gradient(values),
-        _wants_gradient(entropy),
+        *tensors,
+        *map(_wants_gradient, (logp, values, entropy)),
         clip_range,
         clip_range_high,
         dual_clip,

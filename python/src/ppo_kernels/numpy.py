@@ -8,14 +8,15 @@ dtype are used as they are, others are copied. Results are new float32 arrays.
 
 from __future__ import annotations
 
-from ctypes import byref
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _lib
-from ._lib import library
+from . import _header, _lib, _lists
+from ._lib import Pass
+from ._lists import FLAGS, Argument
 
 __all__ = [
     "GaeOutput",
@@ -34,14 +35,15 @@ Floats = NDArray[np.float32]
 _PLAIN = ("C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY")  # what the library takes; else a copy is made
 
 
-def _call(function: str, *arguments: Any) -> None:
-    status = getattr(library, function + "_cpu")(*arguments)
+def _call(function: Pass, *values: NDArray | int | None) -> None:
+    """Calls the library with values in the order of the pass, arrays by their addresses."""
+    status = function.cpu(function.arguments(*map(_address, values)))
     if status:
         _lib.fail(status)
 
 
-def _pointer(array: NDArray | None) -> int | None:
-    return None if array is None else array.ctypes.data
+def _address(value: NDArray | int | None) -> int:
+    return value.ctypes.data if isinstance(value, np.ndarray) else value or 0
 
 
 def _check_shape(op: str, name: str, array: NDArray, shape: tuple[int, ...]) -> None:
@@ -49,23 +51,31 @@ def _check_shape(op: str, name: str, array: NDArray, shape: tuple[int, ...]) -> 
         raise ValueError(f"{op}: `{name}` has shape {list(array.shape)}, expected {list(shape)}")
 
 
-def _f32(op: str, name: str, array: ArrayLike | None, shape: tuple[int, ...]) -> Floats | None:
-    if array is None:
-        return None
-    array = np.require(array, np.float32, _PLAIN)
-    _check_shape(op, name, array, shape)
-    return array
-
-
-def _mask(op: str, name: str, mask: ArrayLike | None, shape: tuple[int, ...]) -> NDArray | None:
-    if mask is None:
-        return None
+def _flags(mask: ArrayLike) -> NDArray:
     mask = np.asarray(mask)
-    if mask.dtype.itemsize != 1:
-        mask = mask != 0
-    mask = np.require(mask, None, _PLAIN)
-    _check_shape(op, name, mask, shape)
-    return mask
+    return np.require(mask if mask.dtype.itemsize == 1 else mask != 0, None, _PLAIN)
+
+
+def _checked(
+    op: str, inputs: Iterable[Argument], given: Mapping[str, Any], shape: tuple[int, ...]
+) -> list[NDArray | None]:
+    """An op's inputs of those given, as the library takes them, for tokens of a shape."""
+    checked = []
+    for name, _, kind, per_row in inputs:
+        array = given[name]
+        if array is not None:
+            array = _flags(array) if kind == FLAGS else np.require(array, np.float32, _PLAIN)
+            _check_shape(op, name, array, shape[:-1] if per_row else shape)
+        checked.append(array)
+    return checked
+
+
+def _sizes(op: str, name: str, array: ArrayLike) -> tuple[int, int]:
+    """How many rows of tokens, and tokens in each."""
+    shape = np.shape(array)
+    if not shape:
+        raise ValueError(f"{op}: `{name}` has shape [], expected [..., seq_len]")
+    return int(np.prod(shape[:-1])), shape[-1]
 
 
 def _logits(op: str, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
@@ -78,40 +88,23 @@ def _logits(op: str, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
     return logits, _lib.LOGITS[logits.dtype.name]
 
 
-def _logprobs(
-    op: str,
-    logits: ArrayLike,
-    index: ArrayLike,
-    temperature: float,
-    row_mask: ArrayLike | None,
-    ignore_index: int | None,
-    with_entropy: bool,
-) -> tuple[Floats, Floats | None]:
+def _logprobs(op: str, with_entropy: bool, *arguments: Any) -> tuple[Floats, Floats | None]:
+    logits, index, temperature, row_mask, ignore_index = arguments
     logits, logits_type = _logits(op, "logits", logits)
     *rows, vocab = logits.shape
     index = np.asarray(index)
     _check_shape(op, "index", index, tuple(rows))
     index = np.require(index, np.uint32 if index.dtype.name == "uint32" else np.int64, _PLAIN)
-    mask = _mask(op, "row_mask", row_mask, tuple(rows))
-    if mask is not None:
+    if row_mask is not None:
+        mask = _flags(row_mask)
+        _check_shape(op, "row_mask", mask, tuple(rows))
         ignore_index = np.iinfo(np.int64).min if ignore_index is None else ignore_index
         index = np.where(mask, index.astype(np.int64), ignore_index)
     logp = np.empty(rows, np.float32)
     entropy = np.empty(rows, np.float32) if with_entropy else None
-    _call(
-        "logprob_forward",
-        _pointer(logits),
-        logits_type,
-        _pointer(index),
-        _lib.TARGETS[index.dtype.name],
-        index.size,
-        vocab,
-        byref(_lib.logprob_options(temperature, ignore_index)),
-        _pointer(logp),
-        _pointer(entropy),
-        None,
-        None,
-    )
+    inputs = (index.size, vocab, logits_type, _lib.TARGETS[index.dtype.name], logits, index)
+    options = _lists.logprob_options.address(temperature, ignore_index)
+    _call(_lists.logprob_forward, *inputs, None, None, entropy, options, logp)
     return logp, entropy
 
 
@@ -124,8 +117,8 @@ def selective_log_softmax(
     ignore_index: int | None = None,
 ) -> Floats:
     """Log-probabilities of chosen tokens: logits ``[..., vocab]``, index ``[...]``; ``[...]``."""
-    op = "selective_log_softmax"
-    return _logprobs(op, logits, index, temperature, row_mask, ignore_index, False)[0]
+    arguments = (logits, index, temperature, row_mask, ignore_index)
+    return _logprobs("selective_log_softmax", False, *arguments)[0]
 
 
 def logprobs_and_entropy(
@@ -137,8 +130,8 @@ def logprobs_and_entropy(
     ignore_index: int | None = None,
 ) -> tuple[Floats, Floats]:
     """The same, and the entropy of each row's distribution: ``[...]`` each."""
-    op = "logprobs_and_entropy"
-    return _logprobs(op, logits, index, temperature, row_mask, ignore_index, True)
+    arguments = (logits, index, temperature, row_mask, ignore_index)
+    return _logprobs("logprobs_and_entropy", True, *arguments)
 
 
 def token_kl(
@@ -151,13 +144,11 @@ def token_kl(
     output_clamp: float | None = None,
 ) -> Floats:
     """KL estimates for each token, all ``[...]``."""
-    op, shape = "token_kl", np.shape(logp)
-    logp, ref_logp = _f32(op, "logp", logp, shape), _f32(op, "ref_logp", ref_logp, shape)
-    mask = _mask(op, "mask", mask, shape)
-    options = byref(_lib.kl_token_options(estimator, log_ratio_clamp, output_clamp))
+    given, shape = locals(), np.shape(logp)
+    inputs = _checked("token_kl", _lists.TOKEN_KL, given, shape)
     kl = np.empty(shape, np.float32)
-    inputs = (_pointer(logp), _pointer(ref_logp), _pointer(mask))
-    _call("kl_token_forward", *inputs, kl.size, options, _pointer(kl))
+    options = _lists.token_kl_options.among(given)
+    _call(_lists.token_kl_forward, kl.size, *inputs, options, kl)
     return kl
 
 
@@ -170,24 +161,15 @@ def full_kl(
     temperature: float = 1.0,
 ) -> Floats:
     """Exact KL between rows of logits ``[..., vocab]``: ``[...]``."""
-    op = "full_kl"
+    op, options = "full_kl", _lists.full_kl_options.among(locals())
     logits, logits_type = _logits(op, "logits", logits)
     ref_logits, _ = _logits(op, "ref_logits", np.asarray(ref_logits, dtype=logits.dtype))
     _check_shape(op, "ref_logits", ref_logits, logits.shape)
     *rows, vocab = logits.shape
-    mask = _mask(op, "mask", mask, tuple(rows))
-    stats = np.empty((_lib.FULL_KL_STATS, *rows), np.float32)
-    _call(
-        "kl_full_forward",
-        _pointer(logits),
-        _pointer(ref_logits),
-        logits_type,
-        _pointer(mask),
-        stats[0].size,
-        vocab,
-        byref(_lib.kl_full_options(direction, temperature)),
-        _pointer(stats),
-    )
+    mask = _checked(op, _lists.FULL_KL[2:], locals(), logits.shape)
+    stats = np.empty((_header.KL_FULL_STATS, *rows), np.float32)
+    inputs = (stats[0].size, vocab, logits_type, logits, ref_logits, *mask)
+    _call(_lists.full_kl_forward, *inputs, options, stats)
     return stats[0].copy()
 
 
@@ -227,61 +209,27 @@ def gae(
 ) -> GaeOutput:
     """Rewards, advantages and returns of ``[..., seq_len]``; of scores, has_eos and bootstrap there
     is one a row, ``[...]``."""
-    op, shape = "gae", np.shape(values)
-    if not shape:
-        raise ValueError(f"{op}: `values` has shape [], expected [..., seq_len]")
-    rows = shape[:-1]
-    inputs = {
-        "values": _f32(op, "values", values, shape),
-        "rewards": _f32(op, "rewards", rewards, shape),
-        "kl": _f32(op, "kl", kl, shape),
-        "scores": _f32(op, "scores", scores, rows),
-        "has_eos": _mask(op, "has_eos", has_eos, rows),
-        "mask": _mask(op, "mask", mask, shape),
-        "dones": _mask(op, "dones", dones, shape),
-        "bootstrap": _f32(op, "bootstrap", bootstrap, rows),
-    }
-    options = _lib.gae_options(
-        gamma,
-        lam,
-        value_lam,
-        kl_coef,
-        score_mean,
-        score_std,
-        score_clip,
-        missing_eos_value,
-        mask_mode,
-        score_placement,
-        score_order,
-        missing_eos,
-    )
+    given, shape = locals(), np.shape(values)
+    sizes = _sizes("gae", "values", values)
+    inputs = _checked("gae", _lists.GAE, given, shape)
     outputs = GaeOutput(
         np.empty(shape, np.float32),
         np.empty(shape, np.float32),
         np.empty(shape, np.float32) if return_rewards else None,
         np.empty(3, np.float64),
     )
-    outputs_of_c = _lib.GaeOutputs(**{k: _pointer(v) for k, v in outputs._asdict().items()})
-    _call(
-        "gae",
-        byref(_lib.GaeInputs(**{name: _pointer(array) for name, array in inputs.items()})),
-        int(np.prod(rows)),
-        shape[-1],
-        byref(options),
-        byref(outputs_of_c),
-    )
+    _call(_lists.gae, *sizes, *inputs, _lists.gae_options.among(given), *outputs)
     if whiten:
-        whitened = masked_whiten(outputs.advantages, inputs["mask"], moments=outputs.moments)
+        whitened = masked_whiten(outputs.advantages, mask, moments=outputs.moments)
         return outputs._replace(advantages=whitened)
     return outputs
 
 
 def masked_moments(values: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.float64]:
     """Count, mean and sum of squared deviations of the unmasked values: ``[3]``."""
-    op, shape = "masked_moments", np.shape(values)
-    values, mask = _f32(op, "values", values, shape), _mask(op, "mask", mask, shape)
+    inputs = _checked("masked_moments", _lists.WHITEN, locals(), np.shape(values))
     moments = np.empty(3, np.float64)
-    _call("whiten_moments", _pointer(values), _pointer(mask), values.size, _pointer(moments))
+    _call(_lists.whiten_moments, inputs[0].size, *inputs, moments)
     return moments
 
 
@@ -296,21 +244,13 @@ def masked_whiten(
     moments: NDArray[np.float64] | None = None,
 ) -> Floats:
     """(values - mean) / sqrt(var + eps) over the unmasked values, all ``[...]``."""
-    op, shape = "masked_whiten", np.shape(values)
-    values, mask = _f32(op, "values", values, shape), _mask(op, "mask", mask, shape)
-    moments = masked_moments(values, mask) if moments is None else moments
+    op, options = "masked_whiten", _lists.whiten_options.among(locals())
+    inputs = _checked(op, _lists.WHITEN, locals(), np.shape(values))
+    moments = masked_moments(*inputs) if moments is None else moments
     moments = np.require(moments, np.float64, _PLAIN)
     _check_shape(op, "moments", moments, (3,))
-    whitened = np.empty(shape, np.float32)
-    _call(
-        "whiten_forward",
-        _pointer(values),
-        _pointer(mask),
-        values.size,
-        byref(_lib.whiten_options(shift_mean, unbiased, eps, eps_placement)),
-        _pointer(moments),
-        _pointer(whitened),
-    )
+    whitened = np.empty(inputs[0].shape, np.float32)
+    _call(_lists.whiten_forward, whitened.size, *inputs, moments, options, whitened)
     return whitened
 
 
@@ -343,50 +283,13 @@ def ppo_loss(
 ) -> tuple[float, dict[str, float], dict[str, Floats]]:
     """The PPO loss of ``[..., seq_len]``; its statistics; and its gradients with respect to
     ``logp``, and to ``values`` and ``entropy`` where they are given."""
-    op, shape = "ppo_loss", np.shape(logp)
-    if not shape:
-        raise ValueError(f"{op}: `logp` has shape [], expected [..., seq_len]")
-    numbers = {
-        "logp": logp,
-        "old_logp": old_logp,
-        "advantages": advantages,
-        "values": values,
-        "old_values": old_values,
-        "returns": returns,
-        "entropy": entropy,
-        "ref_logp": ref_logp,
-    }
-    inputs = {name: _f32(op, name, array, shape) for name, array in numbers.items()}
-    inputs["mask"] = _mask(op, "mask", mask, shape)
-    options = _lib.ppo_loss_options(
-        clip_range,
-        clip_range_high,
-        dual_clip,
-        log_ratio_clamp,
-        value_clip_range,
-        value_coef,
-        entropy_coef,
-        kl_coef,
-        kl_estimator,
-        kl_log_ratio_clamp,
-        kl_output_clamp,
-        aggregation,
-        aggregation_divisor,
-        denominator,
-        clip_fraction,
-    )
-    names = [name for name in ("logp", "values", "entropy") if inputs[name] is not None]
+    given, shape = locals(), np.shape(logp)
+    sizes = _sizes("ppo_loss", "logp", logp)
+    inputs = _checked("ppo_loss", _lists.PPO_LOSS, given, shape)
+    names = [name for name in _lists.PPO_LOSS_GRADIENTS if given[name] is not None]
     gradients = {name: np.empty(shape, np.float32) for name in names}
     stats = np.empty(len(_lib.STATS), np.float64)
-    gradients_of_c = _lib.PpoLossGradients(**{k: _pointer(v) for k, v in gradients.items()})
-    _call(
-        "ppo_loss",
-        byref(_lib.PpoLossInputs(**{name: _pointer(array) for name, array in inputs.items()})),
-        int(np.prod(shape[:-1])),
-        shape[-1],
-        byref(options),
-        _pointer(stats),
-        byref(gradients_of_c),
-    )
+    results = (stats, None, *map(gradients.get, _lists.PPO_LOSS_GRADIENTS))
+    _call(_lists.ppo_loss, *sizes, *inputs, _lists.ppo_loss_options.among(given), *results)
     named = dict(zip(_lib.STATS, stats.tolist()))
     return named["loss"], named, gradients
