@@ -181,6 +181,7 @@ fn cuda_type(kind: &Type) -> String {
                 ("i32", _) => "int32_t".into(),
                 ("i64", _) => "int64_t".into(),
                 ("u8", _) => "uint8_t".into(),
+                ("u32", _) => "uint32_t".into(),
                 // Kernels are compiled for every type of logits and take them as they come.
                 ("c_void" | "T" | "I", _) => "void".into(),
                 _ => name,
@@ -234,7 +235,28 @@ fn the_kernels_arguments_are_those_of_rust() {
             compared.extend(compare(&op, "MergeArgs", &rust, &cuda));
         }
     }
-    for name in ["GaeArgs", "Shaping", "Map", "State", "Decay", "Moments", "MergeArgs"] {
+    // Those in several files are named once; a new one need not be named here.
+    for name in [
+        "GaeArgs",
+        "Shaping",
+        "Map",
+        "State",
+        "Decay",
+        "Moments",
+        "MergeArgs",
+        "ForwardArgs",
+        "BackwardArgs",
+        "TargetFormat",
+        "TokenForwardArgs",
+        "TokenKl",
+        "FullForwardArgs",
+        "SumsArgs",
+        "PassArgs",
+        "Divisor",
+        "CountArgs",
+        "ScaleArgs",
+        "PpoStats",
+    ] {
         assert!(compared.iter().any(|seen| seen == name), "{name} was not compared");
     }
 }
@@ -290,6 +312,31 @@ fn constants_of_one_name_have_one_value() {
     for name in ["gae SEGMENT", "gae THREAD_TOKENS", "gae MAX_THREADS", "logprob WARP"] {
         assert!(compared.iter().any(|seen| seen == name), "{name} was not compared");
     }
+}
+
+#[test]
+fn enums_of_one_name_have_the_same_values() {
+    let declared = Regex::new(r"enum class (\w+) : int32_t \{([^}]*)\}").unwrap();
+    let plain = |name: &str| name.replace('_', "").trim().to_lowercase();
+    let mut compared = Vec::new();
+    for op in ops() {
+        let source = cuda_source(&format!("kernels/{op}.cu"));
+        for found in declared.captures_iter(&source) {
+            let theirs: Vec<String> = found[2].split(',').map(plain).collect();
+            let ours = ops().iter().find_map(|op| {
+                let file = syn::parse_file(&read(&format!("src/{op}/mod.rs"))).expect("Rust");
+                file.items.into_iter().find_map(|item| match item {
+                    Item::Enum(item) if item.ident == found[1] => Some(item),
+                    _ => None,
+                })
+            });
+            let ours = ours.unwrap_or_else(|| panic!("no enum {} in Rust", &found[1]));
+            let ours = ours.variants.iter().map(|variant| plain(&variant.ident.to_string()));
+            assert_eq!(ours.collect::<Vec<_>>(), theirs, "{}, in Rust and in CUDA", &found[1]);
+            compared.push(found[1].to_string());
+        }
+    }
+    assert!(compared.iter().any(|name| name == "KlEstimator"));
 }
 
 #[test]

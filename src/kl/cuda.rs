@@ -10,7 +10,7 @@ use crate::cpu::Logit;
 use crate::cuda::rows::{check_vocab, launch_over_tokens, Map, Passes, Reduction};
 use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{in_space, Device, Element, Lengths, Pointers, Space};
+use crate::memory::{in_space, Element, Lengths, Pointers, Space};
 
 /// The name of the kernels' file.
 const FILE: &str = "kl";

@@ -12,7 +12,7 @@ use crate::cpu::{Logit, TokenId};
 use crate::cuda::rows::{check_vocab, Map, Passes, Reduction};
 use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{in_space, Device, Element, Lengths, Pointers};
+use crate::memory::{in_space, Element, Lengths, Pointers};
 
 /// Values of f32 that a part of a row leaves for the merge.
 const PARTIAL: usize = 3;
