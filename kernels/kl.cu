@@ -61,8 +61,11 @@ struct TokenBackwardArgs {
 
 // Sums over some columns of a pair of rows, with x = (z - max z) UNIT and y = (w - max w) UNIT.
 struct PairSums {
-    float max_z, max_w;
-    float sum_z, sum_w;  // of 2^{x scale} and 2^{y scale}, with scale = log2(e) / (temperature UNIT)
+    float max_z;
+    float max_w;
+    // Of 2^{x scale} and 2^{y scale}, with scale = log2(e) / (temperature UNIT).
+    float sum_z;
+    float sum_w;
     // Of 2^{x scale} (x - y). Infinite or NaN once a column had p > 0 and q = 0; else NaN only
     // where sum_z or sum_w is.
     float weighted;

@@ -47,7 +47,7 @@ struct ForwardArgs {
     float* entropy;       // [rows], or null
     float* max;           // [rows], or null
     float* log_sum;       // [rows], or null, as max
-    Sums* partials;       // [rows, parts]; null: the parts are the blocks of a cluster
+    SoftmaxSums* partials;  // [rows, parts]; null: the parts are the blocks of a cluster
     TargetFormat target_format;
     int64_t rows;
     int64_t vocab;
@@ -93,9 +93,9 @@ static __device__ __forceinline__ Target target_of(const Args& args, int64_t row
 
 // The sums over the groups first..end of a row that fall to one thread of `threads`.
 template <class T, bool WEIGHTED>
-static __device__ __forceinline__ Sums sum_groups(const Row<T>& row, int first, int end, int thread,
-                                                  int threads, float scale) {
-    Sums s = no_sums();
+static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, int first, int end,
+                                                         int thread, int threads, float scale) {
+    SoftmaxSums s = no_sums();
     for (int tile = first; tile < end; tile += IN_FLIGHT * threads) {
         uint4 v[IN_FLIGHT];
         row.load(tile, thread, threads, end, v);
@@ -127,9 +127,10 @@ struct Forward {
         return target.kind == Kind::TOKEN;
     }
 
-    __device__ __forceinline__ Sums none() const { return no_sums(); }
+    __device__ __forceinline__ SoftmaxSums none() const { return no_sums(); }
 
-    __device__ __forceinline__ Sums sum(int64_t row, int part, int thread, int threads) const {
+    __device__ __forceinline__ SoftmaxSums sum(int64_t row, int part, int thread,
+                                               int threads) const {
         const Row<T> z(static_cast<const T*>(args.logits) + row * args.vocab, args.vocab);
         const int first = part * args.part_groups;
         const int end = min(first + args.part_groups, z.groups());
@@ -137,11 +138,15 @@ struct Forward {
                             : sum_groups<T, false>(z, first, end, thread, threads, scale);
     }
 
-    __device__ __forceinline__ Sums merge(Sums a, Sums b) const { return ::merge(a, b, scale); }
+    __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b) const {
+        return ::merge(a, b, scale);
+    }
 
-    __device__ __forceinline__ Sums warp_merge(Sums s) const { return ::warp_merge(s, scale); }
+    __device__ __forceinline__ SoftmaxSums warp_merge(SoftmaxSums s) const {
+        return ::warp_merge(s, scale);
+    }
 
-    __device__ __forceinline__ void write(int64_t row, Target target, Sums s) const {
+    __device__ __forceinline__ void write(int64_t row, Target target, SoftmaxSums s) const {
         const float log_sum = isfinite(s.max) ? logf(s.sum) : NAN;
         const T* logits = static_cast<const T*>(args.logits) + row * args.vocab;
         const float z = to_float(logits[target.column]);

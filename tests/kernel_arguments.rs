@@ -111,7 +111,7 @@ fn rust_structs(files: &[syn::File]) -> Structs<ItemStruct> {
 
 /// The names of the structs that the op's kernels are launched with.
 fn rust_arguments(op: &str) -> Vec<String> {
-    let marker = Regex::new(r"unsafe impl Args for (\w+)").unwrap();
+    let marker = Regex::new(r"unsafe impl(?:<[^>]*>)? Args for (\w+)").unwrap();
     let found = read(&format!("src/{op}/cuda.rs"));
     marker.captures_iter(&found).map(|found| found[1].to_string()).collect()
 }

@@ -13,20 +13,20 @@ constexpr float LN_2 = 0.693147181f;
 constexpr float FLOOR = -216.0f;
 
 // Sums over some columns of a row, with y = (z - max) * scale and scale = log2(e) / temperature.
-struct Sums {
+struct SoftmaxSums {
     float max;
     float sum;       // of 2^y
     float weighted;  // of 2^y y, if asked for
 };
 
-static __device__ __forceinline__ Sums no_sums() { return {-INFINITY, 0.0f, 0.0f}; }
+static __device__ __forceinline__ SoftmaxSums no_sums() { return {-INFINITY, 0.0f, 0.0f}; }
 
 // What y is counted from. With -inf throughout, -inf - -inf would make NaN of legal columns.
 static __device__ __forceinline__ float origin(float max) { return max == -INFINITY ? 0.0f : max; }
 
 // The same sums for a maximum that is at least theirs. Without a branch, and exact if the maximum is
 // the same. NaN stays in `sum`.
-static __device__ __forceinline__ Sums rebase(Sums s, float max, float scale) {
+static __device__ __forceinline__ SoftmaxSums rebase(SoftmaxSums s, float max, float scale) {
     const float shift = fmaxf((s.max - origin(max)) * scale, FLOOR);
     const float factor = exp2_fast(shift);
     return {max, s.sum * factor, fmaf(shift, s.sum, s.weighted) * factor};
@@ -34,7 +34,7 @@ static __device__ __forceinline__ Sums rebase(Sums s, float max, float scale) {
 
 // Adds a vector of logits.
 template <bool WEIGHTED, int N>
-static __device__ __forceinline__ void add(Sums& s, const float (&z)[N], float scale) {
+static __device__ __forceinline__ void add(SoftmaxSums& s, const float (&z)[N], float scale) {
     float max = s.max;
 #pragma unroll
     for (int i = 0; i < N; i++) max = fmaxf(max, z[i]);
@@ -51,7 +51,7 @@ static __device__ __forceinline__ void add(Sums& s, const float (&z)[N], float s
     if (WEIGHTED) s.weighted += tree_sum(weighted);
 }
 
-static __device__ __forceinline__ Sums merge(Sums a, Sums b, float scale) {
+static __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b, float scale) {
     const float max = fmaxf(a.max, b.max);
     a = rebase(a, max, scale);
     b = rebase(b, max, scale);
@@ -59,7 +59,7 @@ static __device__ __forceinline__ Sums merge(Sums a, Sums b, float scale) {
 }
 
 // The sums of all lanes, in every lane.
-static __device__ __forceinline__ Sums warp_merge(Sums s, float scale) {
+static __device__ __forceinline__ SoftmaxSums warp_merge(SoftmaxSums s, float scale) {
     s = rebase(s, warp_max(s.max), scale);
     return {s.max, warp_sum(s.sum), warp_sum(s.weighted)};
 }

@@ -101,18 +101,15 @@ impl Reduction {
         }
     }
 
-    /// Elements of a workspace for sums of so many values.
-    pub fn workspace_len(&self, values: usize) -> usize {
-        if self.through_workspace {
-            self.rows.saturating_mul(self.parts as usize * values)
-        } else {
-            0
-        }
+    /// The least length in f32 of a workspace for the sums `S` of every part.
+    pub fn workspace_len<S>(&self) -> usize {
+        let parts = if self.through_workspace { self.parts as usize } else { 0 };
+        self.rows.saturating_mul(parts * size_of::<S>() / size_of::<f32>())
     }
 
-    /// `Ok` when a workspace of `got` elements is large enough for sums of so many values.
-    pub fn check_workspace(&self, op: &'static str, got: usize, values: usize) -> Result<()> {
-        Error::check_workspace(op, got, self.workspace_len(values))
+    /// `Ok` when a workspace of `got` f32 is large enough for the sums `S`.
+    pub fn check_workspace<S>(&self, op: &'static str, got: usize) -> Result<()> {
+        Error::check_workspace(op, got, self.workspace_len::<S>())
     }
 
     /// Launches what the geometry asks for.

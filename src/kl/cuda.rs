@@ -15,9 +15,6 @@ use crate::memory::{in_space, Element, Lengths, Pointers, Space};
 /// The name of the kernels' file.
 const FILE: &str = "kl";
 
-/// Values of f32 that a part of a row leaves for the merge.
-const PARTIAL: usize = 5;
-
 in_space!(
     Device:
     TokenForwardInputs, TokenForwardOutputs, TokenBackwardInputs, TokenBackwardOutputs,
@@ -74,7 +71,7 @@ pub fn token_backward(
 /// The least length of the workspace of [`full_forward`]: 0 where blocks can read each other's
 /// shared memory, and else 20 bytes for every 32 KiB of logits or less in each tensor.
 pub fn full_workspace_len<T: Logit>(device: cuda::Device, rows: usize, vocab: usize) -> usize {
-    Reduction::new::<T>(device, rows, vocab).workspace_len(PARTIAL)
+    Reduction::new::<T>(device, rows, vocab).workspace_len::<PairSums>()
 }
 
 /// Exact KL of every one of `rows` rows, with what the backward pass needs to know of them. Reads both
@@ -100,7 +97,7 @@ pub fn full_forward<T: Logit>(
     let outputs: super::FullForwardOutputs<Pointers> =
         outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
     let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
-    reduction.check_workspace(FULL_OP, workspace.len(), PARTIAL)?;
+    reduction.check_workspace::<PairSums>(FULL_OP, workspace.len())?;
     if rows == 0 {
         return Ok(());
     }
@@ -214,6 +211,17 @@ struct TokenBackwardArgs<'a> {
 // SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for TokenBackwardArgs<'_> {}
 
+/// What a part of a row leaves for the merge.
+#[allow(dead_code)] // only its size is looked at here
+#[repr(C)]
+struct PairSums {
+    max_z: f32,
+    max_w: f32,
+    sum_z: f32,
+    sum_w: f32,
+    weighted: f32,
+}
+
 /// Without the op's own list: the kernels know no direction, and z is the policy's logits or the
 /// reference's. The same holds for the next one.
 #[repr(C)]
@@ -223,7 +231,7 @@ struct FullForwardArgs<'a, S: Space, T: Element> {
     w: S::In<'a, T>,
     mask: Option<S::In<'a, u8>>,
     stats: S::Out<'a, f32>,
-    partials: *mut [f32; PARTIAL],
+    partials: *mut PairSums,
     rows: i64,
     vocab: i64,
     part_groups: i32,

@@ -14,15 +14,12 @@ use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Element, Lengths, Pointers};
 
-/// Values of f32 that a part of a row leaves for the merge.
-const PARTIAL: usize = 3;
-
 in_space!(Device: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
 
 /// The least length of the workspace of [`forward`]: 0 where blocks can read each other's shared
 /// memory, and else 12 bytes for every 32 KiB of logits or less.
 pub fn workspace_len<T: Logit>(device: cuda::Device, rows: usize, vocab: usize) -> usize {
-    Reduction::new::<T>(device, rows, vocab).workspace_len(PARTIAL)
+    Reduction::new::<T>(device, rows, vocab).workspace_len::<SoftmaxSums>()
 }
 
 /// Log-probabilities of the targets of `rows` rows, and the entropies if asked for. Reads the logits
@@ -48,7 +45,7 @@ pub fn forward<T: Logit, I: TokenId>(
     let outputs = outputs.try_map(&[rows], &mut Lengths(OP))?;
     outputs.check_pair()?;
     let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
-    reduction.check_workspace(OP, workspace.len(), PARTIAL)?;
+    reduction.check_workspace::<SoftmaxSums>(OP, workspace.len())?;
     if rows == 0 {
         return Ok(());
     }
@@ -130,12 +127,21 @@ impl TargetFormat {
     }
 }
 
+/// What a part of a row leaves for the merge.
+#[allow(dead_code)] // only its size is looked at here
+#[repr(C)]
+struct SoftmaxSums {
+    max: f32,
+    sum: f32,
+    weighted: f32,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct ForwardArgs<'a, T: Element, I: Element> {
     inputs: super::ForwardInputs<'a, Pointers, T, I>,
     outputs: super::ForwardOutputs<'a, Pointers>,
-    partials: *mut [f32; PARTIAL],
+    partials: *mut SoftmaxSums,
     target_format: TargetFormat,
     rows: i64,
     vocab: i64,
