@@ -3,7 +3,7 @@
 //! what a C caller gave.
 //!
 //! Each struct has one method, `try_map`, that names every field once, with its shape. Whatever takes
-//! the arrays from one space to another is a [`Reads`] (inputs) or [`Writes`] (outputs) that does so for
+//! the arrays from one space to another is a `Reads` (inputs) or `Writes` (outputs) that does so for
 //! a single array, once for all ops: the check of lengths is here, that of a C caller's pointers in
 //! `capi`, that of candle's tensors in `tensor`.
 

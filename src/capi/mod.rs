@@ -6,8 +6,8 @@
 //! written for its readers.
 //!
 //! # Safety
-//! Every exported function asks of its pointers what that page says, which is what [`cpu`] and
-//! [`cuda`] ask for: it hands them on and does nothing else.
+//! Every exported function asks of its pointers what that page says, which is what `cpu` and
+//! `cuda` ask for: it hands them on and does nothing else.
 
 pub(crate) mod arguments;
 

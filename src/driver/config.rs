@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::kl::KlEstimator;
-use crate::ppo_loss::Aggregation;
+use crate::ppo_loss::{Aggregation, PpoLossOptions};
 
 /// Where the tensors live: `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -458,6 +458,20 @@ impl TrainArgs {
 }
 
 impl Settings {
+    /// Options of the loss.
+    pub fn loss_options(&self) -> PpoLossOptions {
+        PpoLossOptions {
+            clip_range: self.clip_range,
+            clip_range_high: self.clip_range_high,
+            dual_clip: self.dual_clip,
+            value_clip_range: Some(self.value_clip_range),
+            value_coef: self.value_coef,
+            entropy_coef: self.entropy_coef,
+            aggregation: self.aggregation,
+            ..PpoLossOptions::default()
+        }
+    }
+
     /// Checks every value that can be judged without opening a file.
     ///
     /// # Errors

@@ -65,16 +65,7 @@ impl Learner {
             value_optimizer: optimizer(critic.parameters())?,
             policy,
             critic,
-            options: PpoLossOptions {
-                clip_range: settings.clip_range,
-                clip_range_high: settings.clip_range_high,
-                dual_clip: settings.dual_clip,
-                value_clip_range: Some(settings.value_clip_range),
-                value_coef: settings.value_coef,
-                entropy_coef: settings.entropy_coef,
-                aggregation: settings.aggregation,
-                ..PpoLossOptions::default()
-            },
+            options: settings.loss_options(),
             epochs: settings.ppo_epochs,
             minibatch_size: settings.minibatch_size,
             temperature: settings.temperature,
