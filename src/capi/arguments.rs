@@ -294,7 +294,7 @@ fn check_aligned<T>(op: &'static str, arg: &'static str, address: *const T) -> R
 /// `repr(C)`, of numbers and pointers only, without padding; the first is `struct_size: usize`.
 pub(crate) unsafe trait Growing: Copy {
     /// Its size in the first version that had it.
-    const FIRST_SIZE: usize;
+    const FIRST_SIZE: usize = size_of::<Self>();
 
     /// What a caller has that sets nothing: zeros and null pointers, and in options the defaults.
     fn initial() -> Self {
@@ -486,12 +486,7 @@ mod tests {
     impl Pass for Second {
         const OP: &'static str = "op";
 
-        fn on_cpu(&self, _: &mut Memory) -> Result<()> {
-            Ok(())
-        }
-
-        #[cfg(any(feature = "cuda", feature = "simt"))]
-        fn on_cuda(&self, _: &mut Memory, _: &crate::cuda::Stream, _: Workspace) -> Result<()> {
+        fn run(&self, _: &mut Memory, _: crate::capi::On) -> Result<()> {
             Ok(())
         }
     }

@@ -252,20 +252,53 @@ pub(crate) trait Pass: Growing {
     /// The op as errors name it.
     const OP: &'static str;
 
-    /// Runs the pass on the CPU.
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()>;
+    /// Runs the pass where the caller wants it; [`run!`] does so for arrays that need nothing special.
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()>;
 
-    /// Launches the pass; [`Memory::workspace`] makes a slice of the workspace.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()>;
-
-    /// The bytes of workspace that [`Pass::on_cuda`] needs, by sizes and options, and by which pointers
+    /// The bytes of workspace that the pass needs on CUDA, by sizes and options, and by which pointers
     /// are null.
     #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
         Ok(0)
     }
 }
+
+/// Where a pass runs.
+#[derive(Clone, Copy)]
+pub(crate) enum On<'a> {
+    Cpu,
+    /// On the stream, with the workspace, of which [`Memory::workspace`] makes a slice.
+    #[cfg(any(feature = "cuda", feature = "simt"))]
+    Cuda(&'a Stream<'a>, Workspace),
+}
+
+/// Runs a pass: takes its inputs and outputs, with the sizes that their `try_map` asks for, into the memory
+/// of the backend, and calls the op's function for it.
+macro_rules! run {
+    (
+        ($on:expr, $memory:expr),
+        [$inputs:expr $(, $in_size:expr)*], [$outputs:expr $(, $out_size:expr)*],
+        |$i:ident, $o:ident| $cpu:expr,
+        |$stream:pat_param, $workspace:pat_param| $cuda:expr $(,)?
+    ) => {{
+        let (inputs, mut outputs) = ($inputs, $outputs);
+        match $on {
+            $crate::capi::On::Cpu => {
+                let $i = inputs.try_map($($in_size,)* $memory)?;
+                let $o = outputs.try_map($($out_size,)* $memory)?;
+                $cpu?;
+            }
+            #[cfg(any(feature = "cuda", feature = "simt"))]
+            $crate::capi::On::Cuda($stream, $workspace) => {
+                let $i = inputs.try_map($($in_size,)* $memory)?;
+                let $o = outputs.try_map($($out_size,)* $memory)?;
+                $cuda?;
+            }
+        }
+        Ok(())
+    }};
+}
+pub(crate) use run;
 
 /// Gives options, of `size` bytes, their defaults.
 ///
@@ -285,7 +318,7 @@ pub(crate) unsafe fn cpu<A: Pass>(args: *const A) -> i32 {
     call(|| {
         // SAFETY: the caller's.
         let (args, mut memory) = unsafe { (read(A::OP, "args", args)?, Memory::new::<A>()) };
-        args.on_cpu(&mut memory)
+        args.run(&mut memory, On::Cpu)
     })
 }
 
@@ -306,7 +339,7 @@ pub(crate) unsafe fn cuda<A: Pass>(
             unsafe { (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>()) };
         let needed = args.workspace_size(&memory, stream.device())?;
         let workspace = Workspace { address: workspace, bytes, needed };
-        args.on_cuda(&mut memory, &stream, workspace)
+        args.run(&mut memory, On::Cuda(&stream, workspace))
     })
 }
 

@@ -8,12 +8,10 @@ use super::{
     cpu, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, RewardShaping, ScoreOrder,
     ScorePlacement, ScoreScale, OP,
 };
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::Workspace;
 use crate::capi::arguments::{choose, optional, or_none, Given, Growing, Memory, Options, Raw};
-use crate::capi::{self, Pass, Result};
+use crate::capi::{self, run, On, Pass, Result};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, Stream};
+use crate::cuda::Device;
 use crate::moments::Moments;
 
 /// A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
@@ -44,7 +42,6 @@ pub const PPOK_GAE_MISSING_EOS_REPLACE: i32 = 2;
 /// Options of ppok_gae_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_gae_options {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -77,8 +74,6 @@ pub struct ppok_gae_options {
 
 // SAFETY: of numbers without padding, its size first.
 unsafe impl Growing for ppok_gae_options {
-    const FIRST_SIZE: usize = size_of::<Self>();
-
     fn initial() -> Self {
         let GaeOptions { gamma, lambda, value_lambda, mask_mode, shaping } = GaeOptions::default();
         let (missing_eos, missing_eos_value) = match shaping.missing_eos {
@@ -134,7 +129,6 @@ impl Options for ppok_gae_options {
 /// Arguments of ppok_gae_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_gae_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -171,9 +165,7 @@ pub struct ppok_gae_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_gae_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_gae_args {}
 
 impl ppok_gae_args {
     fn inputs(&self) -> Inputs<'_, Raw> {
@@ -202,24 +194,16 @@ impl ppok_gae_args {
 impl Pass for ppok_gae_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map([batch, seq_len], memory)?;
-        let outputs = outputs.try_map([batch, seq_len], memory)?;
-        Ok(cpu::gae(inputs, batch, seq_len, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
-        let (batch, seq_len) = (self.batch, self.seq_len);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map([batch, seq_len], memory)?;
-        let outputs = outputs.try_map([batch, seq_len], memory)?;
-        let workspace = memory.workspace(workspace)?;
-        Ok(cuda::gae(stream, inputs, batch, seq_len, &options, outputs, workspace)?)
+        let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs(), shape],
+            [self.outputs(), shape],
+            |i, o| cpu::gae(i, batch, seq_len, &options, o),
+            |stream, w| { cuda::gae(stream, i, batch, seq_len, &options, o, memory.workspace(w)?) },
+        )
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]

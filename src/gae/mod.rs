@@ -40,7 +40,7 @@
 //! read once; 4 for each output, written once.
 
 #[cfg(feature = "capi")]
-#[allow(clippy::missing_safety_doc, clippy::too_many_arguments, clippy::type_complexity)]
+#[allow(non_camel_case_types, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 #[cfg(any(feature = "cuda", feature = "simt"))]

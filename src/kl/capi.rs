@@ -9,15 +9,13 @@ use super::{
     FullKlOptions, KlDirection, KlEstimator, KlOptions, TokenBackwardInputs, TokenBackwardOutputs,
     TokenForwardInputs, TokenForwardOutputs, FULL_OP, TOKEN_OP,
 };
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::Workspace;
 use crate::capi::arguments::{
     check_reserved, choose, optional, or_none, with_logits, Given, Growing, Memory, Options, Raw,
 };
-use crate::capi::{self, Pass, Result};
+use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::Logit;
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, Stream};
+use crate::cuda::Device;
 
 /// d = logp - ref_logp: unbiased, may be negative. What goes into the reward everywhere.
 pub const PPOK_KL_K1: i32 = 0;
@@ -50,7 +48,6 @@ pub const PPOK_KL_FULL_STATS: usize = 6;
 /// Options of ppok_kl_token_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_kl_token_options {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -68,8 +65,6 @@ pub struct ppok_kl_token_options {
 
 // SAFETY: of numbers without padding, its size first.
 unsafe impl Growing for ppok_kl_token_options {
-    const FIRST_SIZE: usize = size_of::<Self>();
-
     fn initial() -> Self {
         let options = KlOptions::default();
         Self {
@@ -98,7 +93,6 @@ impl Options for ppok_kl_token_options {
 /// Options of ppok_kl_full_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_kl_full_options {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -112,8 +106,6 @@ pub struct ppok_kl_full_options {
 
 // SAFETY: of numbers without padding, its size first.
 unsafe impl Growing for ppok_kl_full_options {
-    const FIRST_SIZE: usize = size_of::<Self>();
-
     fn initial() -> Self {
         let FullKlOptions { direction, temperature } = FullKlOptions::default();
         Self {
@@ -141,7 +133,6 @@ impl Options for ppok_kl_full_options {
 /// Arguments of ppok_kl_token_forward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_kl_token_forward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -160,9 +151,7 @@ pub struct ppok_kl_token_forward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_token_forward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_kl_token_forward_args {}
 
 impl ppok_kl_token_forward_args {
     fn inputs(&self) -> TokenForwardInputs<'_, Raw> {
@@ -177,28 +166,21 @@ impl ppok_kl_token_forward_args {
 impl Pass for ppok_kl_token_forward_args {
     const OP: &'static str = TOKEN_OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.tokens], memory)?;
-        let outputs = outputs.try_map(&[self.tokens], memory)?;
-        Ok(cpu::token_forward(inputs, self.tokens, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.tokens], memory)?;
-        let outputs = outputs.try_map(&[self.tokens], memory)?;
-        Ok(cuda::token_forward(stream, inputs, self.tokens, &options, outputs)?)
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (tokens, options) = (self.tokens, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs(), &[tokens]],
+            [self.outputs(), &[tokens]],
+            |i, o| cpu::token_forward(i, tokens, &options, o),
+            |stream, _| cuda::token_forward(stream, i, tokens, &options, o),
+        )
     }
 }
 
 /// Arguments of ppok_kl_token_backward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_kl_token_backward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -222,9 +204,7 @@ pub struct ppok_kl_token_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_token_backward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_kl_token_backward_args {}
 
 impl ppok_kl_token_backward_args {
     fn inputs(&self) -> TokenBackwardInputs<'_, Raw> {
@@ -244,28 +224,21 @@ impl ppok_kl_token_backward_args {
 impl Pass for ppok_kl_token_backward_args {
     const OP: &'static str = TOKEN_OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.tokens], memory)?;
-        let outputs = outputs.try_map(&[self.tokens], memory)?;
-        Ok(cpu::token_backward(inputs, self.tokens, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.tokens], memory)?;
-        let outputs = outputs.try_map(&[self.tokens], memory)?;
-        Ok(cuda::token_backward(stream, inputs, self.tokens, &options, outputs)?)
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (tokens, options) = (self.tokens, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs(), &[tokens]],
+            [self.outputs(), &[tokens]],
+            |i, o| cpu::token_backward(i, tokens, &options, o),
+            |stream, _| cuda::token_backward(stream, i, tokens, &options, o),
+        )
     }
 }
 
 /// Arguments of ppok_kl_full_forward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_kl_full_forward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -291,9 +264,7 @@ pub struct ppok_kl_full_forward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_full_forward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_kl_full_forward_args {}
 
 impl ppok_kl_full_forward_args {
     fn inputs<T: Logit>(&self) -> FullForwardInputs<'_, Raw, T> {
@@ -308,46 +279,32 @@ impl ppok_kl_full_forward_args {
         FullForwardOutputs { stats: self.stats }
     }
 
-    fn cpu<T: Logit>(&self, memory: &mut Memory) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], memory)?;
-        Ok(cpu::full_forward(inputs, rows, vocab, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn cuda<T: Logit>(
-        &self,
-        memory: &mut Memory,
-        stream: &Stream,
-        workspace: Workspace,
-    ) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], memory)?;
-        let workspace = memory.workspace(workspace)?;
-        Ok(cuda::full_forward(stream, inputs, rows, vocab, &options, outputs, workspace)?)
+    fn typed<T: Logit>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        check_reserved(FULL_OP, "args", self.reserved)?;
+        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs::<T>(), &[rows], vocab],
+            [self.outputs(), &[rows]],
+            |i, o| cpu::full_forward(i, rows, vocab, &options, o),
+            |stream, w| cuda::full_forward(
+                stream,
+                i,
+                rows,
+                vocab,
+                &options,
+                o,
+                memory.workspace(w)?
+            ),
+        )
     }
 }
 
 impl Pass for ppok_kl_full_forward_args {
     const OP: &'static str = FULL_OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        check_reserved(FULL_OP, "args", self.reserved)?;
-        with_logits!(FULL_OP, "logits", self.logits_type, T => self.cpu::<T>(memory))
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
-        check_reserved(FULL_OP, "args", self.reserved)?;
-        with_logits!(FULL_OP, "logits", self.logits_type, T => {
-            self.cuda::<T>(memory, stream, workspace)
-        })
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        with_logits!(FULL_OP, "logits", self.logits_type, T => self.typed::<T>(memory, on))
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -362,7 +319,6 @@ impl Pass for ppok_kl_full_forward_args {
 /// Arguments of ppok_kl_full_backward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_kl_full_backward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -394,9 +350,7 @@ pub struct ppok_kl_full_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_full_backward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_kl_full_backward_args {}
 
 impl ppok_kl_full_backward_args {
     fn inputs<T: Logit>(&self) -> FullBackwardInputs<'_, Raw, T> {
@@ -418,38 +372,24 @@ impl ppok_kl_full_backward_args {
         }
     }
 
-    fn cpu<T: Logit>(&self, memory: &mut Memory) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], vocab, memory)?;
-        Ok(cpu::full_backward(inputs, rows, vocab, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn cuda<T: Logit>(&self, memory: &mut Memory, stream: &Stream) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], vocab, memory)?;
-        Ok(cuda::full_backward(stream, inputs, rows, vocab, &options, outputs)?)
+    fn typed<T: Logit>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        check_reserved(FULL_OP, "args", self.reserved)?;
+        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs::<T>(), &[rows], vocab],
+            [self.outputs(), &[rows], vocab],
+            |i, o| cpu::full_backward(i, rows, vocab, &options, o),
+            |stream, _| cuda::full_backward(stream, i, rows, vocab, &options, o),
+        )
     }
 }
 
 impl Pass for ppok_kl_full_backward_args {
     const OP: &'static str = FULL_OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        check_reserved(FULL_OP, "args", self.reserved)?;
-        with_logits!(FULL_OP, "logits", self.logits_type, T => self.cpu::<T>(memory))
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
-        check_reserved(FULL_OP, "args", self.reserved)?;
-        with_logits!(FULL_OP, "logits", self.logits_type, T => self.cuda::<T>(memory, stream))
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        with_logits!(FULL_OP, "logits", self.logits_type, T => self.typed::<T>(memory, on))
     }
 }
 

@@ -7,20 +7,17 @@ use super::cuda;
 use super::{
     cpu, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
 };
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::Workspace;
 use crate::capi::arguments::{
     check_reserved, flag, with_ids, with_logits, Given, Growing, Memory, Options, Raw,
 };
-use crate::capi::{self, Pass, Result};
+use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::{Logit, TokenId};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, Stream};
+use crate::cuda::Device;
 
 /// Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_logprob_options {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -37,8 +34,6 @@ pub struct ppok_logprob_options {
 
 // SAFETY: of numbers without padding, its size first.
 unsafe impl Growing for ppok_logprob_options {
-    const FIRST_SIZE: usize = size_of::<Self>();
-
     fn initial() -> Self {
         let LogprobOptions { temperature, ignore_index } = LogprobOptions::default();
         Self {
@@ -67,7 +62,6 @@ impl Options for ppok_logprob_options {
 /// Arguments of ppok_logprob_forward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_logprob_forward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -96,9 +90,7 @@ pub struct ppok_logprob_forward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_logprob_forward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_logprob_forward_args {}
 
 impl ppok_logprob_forward_args {
     fn inputs<T: Logit, I: TokenId>(&self) -> ForwardInputs<'_, Raw, T, I> {
@@ -114,47 +106,24 @@ impl ppok_logprob_forward_args {
         }
     }
 
-    fn cpu<T: Logit, I: TokenId>(&self, memory: &mut Memory) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], memory)?;
-        Ok(cpu::forward(inputs, rows, vocab, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn cuda<T: Logit, I: TokenId>(
-        &self,
-        memory: &mut Memory,
-        stream: &Stream,
-        workspace: Workspace,
-    ) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], memory)?;
-        let workspace = memory.workspace(workspace)?;
-        Ok(cuda::forward(stream, inputs, rows, vocab, &options, outputs, workspace)?)
+    fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs::<T, I>(), &[rows], vocab],
+            [self.outputs(), &[rows]],
+            |i, o| cpu::forward(i, rows, vocab, &options, o),
+            |stream, w| cuda::forward(stream, i, rows, vocab, &options, o, memory.workspace(w)?),
+        )
     }
 }
 
 impl Pass for ppok_logprob_forward_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         with_logits!(OP, "logits", self.logits_type, T => {
-            with_ids!(OP, "targets", self.targets_type, I => self.cpu::<T, I>(memory))
-        })
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
-        with_logits!(OP, "logits", self.logits_type, T => {
-            with_ids!(OP, "targets", self.targets_type, I => {
-                self.cuda::<T, I>(memory, stream, workspace)
-            })
+            with_ids!(OP, "targets", self.targets_type, I => self.typed::<T, I>(memory, on))
         })
     }
 
@@ -170,7 +139,6 @@ impl Pass for ppok_logprob_forward_args {
 /// Arguments of ppok_logprob_backward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_logprob_backward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -203,9 +171,7 @@ pub struct ppok_logprob_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_logprob_backward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_logprob_backward_args {}
 
 impl ppok_logprob_backward_args {
     fn inputs<T: Logit, I: TokenId>(&self) -> BackwardInputs<'_, Raw, T, I> {
@@ -223,39 +189,24 @@ impl ppok_logprob_backward_args {
         BackwardOutputs { grad_logits: self.grad_logits.cast() }
     }
 
-    fn cpu<T: Logit, I: TokenId>(&self, memory: &mut Memory) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], vocab, memory)?;
-        Ok(cpu::backward(inputs, rows, vocab, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn cuda<T: Logit, I: TokenId>(&self, memory: &mut Memory, stream: &Stream) -> Result<()> {
-        let (rows, vocab) = (self.rows, self.vocab);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs::<T, I>(), self.outputs());
-        let inputs = inputs.try_map(&[rows], vocab, memory)?;
-        let outputs = outputs.try_map(&[rows], vocab, memory)?;
-        Ok(cuda::backward(stream, inputs, rows, vocab, &options, outputs)?)
+    fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs::<T, I>(), &[rows], vocab],
+            [self.outputs(), &[rows], vocab],
+            |i, o| cpu::backward(i, rows, vocab, &options, o),
+            |stream, _| cuda::backward(stream, i, rows, vocab, &options, o),
+        )
     }
 }
 
 impl Pass for ppok_logprob_backward_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         with_logits!(OP, "logits", self.logits_type, T => {
-            with_ids!(OP, "targets", self.targets_type, I => self.cpu::<T, I>(memory))
-        })
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
-        with_logits!(OP, "logits", self.logits_type, T => {
-            with_ids!(OP, "targets", self.targets_type, I => self.cuda::<T, I>(memory, stream))
+            with_ids!(OP, "targets", self.targets_type, I => self.typed::<T, I>(memory, on))
         })
     }
 }

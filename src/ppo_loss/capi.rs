@@ -8,14 +8,12 @@ use super::{
     cpu, Aggregation, ClipFractionKind, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs,
     ScaleOutputs, OP,
 };
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::Workspace;
 use crate::capi::arguments::{
     check_reserved, choose, optional, or_none, Given, Growing, Memory, Options, Raw,
 };
-use crate::capi::{self, Pass, Result};
+use crate::capi::{self, run, On, Pass, Result};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, Stream};
+use crate::cuda::Device;
 use crate::kl::{KlEstimator, KlOptions};
 
 /// sum m L / sum m: every token counts the same.
@@ -37,7 +35,6 @@ pub const PPOK_PPO_LOSS_RATIO_OUTSIDE: i32 = 1;
 /// Options of ppok_ppo_loss_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_ppo_loss_options {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -81,8 +78,6 @@ pub struct ppok_ppo_loss_options {
 
 // SAFETY: of numbers without padding, its size first.
 unsafe impl Growing for ppok_ppo_loss_options {
-    const FIRST_SIZE: usize = size_of::<Self>();
-
     fn initial() -> Self {
         let options = PpoLossOptions::default();
         let (aggregation, aggregation_divisor) = match options.aggregation {
@@ -151,7 +146,6 @@ impl Options for ppok_ppo_loss_options {
 /// Arguments of ppok_ppo_loss_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_ppo_loss_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -196,9 +190,7 @@ pub struct ppok_ppo_loss_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_ppo_loss_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_ppo_loss_args {}
 
 impl ppok_ppo_loss_args {
     fn inputs(&self) -> Inputs<'_, Raw> {
@@ -229,31 +221,24 @@ impl ppok_ppo_loss_args {
 impl Pass for ppok_ppo_loss_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map([batch, seq_len], memory)?;
-        let outputs = outputs.try_map([batch, seq_len], memory)?;
-        Ok(cpu::ppo_loss(inputs, batch, seq_len, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
-        let (batch, seq_len) = (self.batch, self.seq_len);
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map([batch, seq_len], memory)?;
-        let outputs = outputs.try_map([batch, seq_len], memory)?;
-        Ok(cuda::ppo_loss(
-            stream,
-            inputs,
-            batch,
-            seq_len,
-            &options,
-            outputs,
-            memory.workspace(workspace)?,
-        )?)
+        let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs(), shape],
+            [self.outputs(), shape],
+            |i, o| cpu::ppo_loss(i, batch, seq_len, &options, o),
+            |stream, w| cuda::ppo_loss(
+                stream,
+                i,
+                batch,
+                seq_len,
+                &options,
+                o,
+                memory.workspace(w)?
+            ),
+        )
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -268,7 +253,6 @@ impl Pass for ppok_ppo_loss_args {
 /// one of a stored and a written gradient is null, so is the other.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_ppo_loss_scale_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -291,9 +275,7 @@ pub struct ppok_ppo_loss_scale_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_ppo_loss_scale_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_ppo_loss_scale_args {}
 
 impl ppok_ppo_loss_scale_args {
     fn inputs(&self) -> ScaleInputs<'_, Raw> {
@@ -319,36 +301,44 @@ fn take_in_place(stored: &mut Option<*const f32>, gradient: Option<*mut f32>) ->
     stored.take_if(|stored| gradient == Some(stored.cast_mut())).is_some()
 }
 
+/// [`cpu::scale`], where some gradients have nothing stored but in themselves.
+fn scale_on_cpu(
+    inputs: cpu::ScaleInputs,
+    tokens: usize,
+    mut outputs: cpu::ScaleOutputs,
+    in_place: [bool; 3],
+) -> crate::Result<()> {
+    let gradients = [&mut outputs.grad_logp, &mut outputs.grad_values, &mut outputs.grad_entropy];
+    for (gradient, in_place) in gradients.into_iter().zip(in_place) {
+        if let Some(gradient) = gradient.take_if(|_| in_place) {
+            cpu::scale_in_place(inputs.upstream[0], gradient);
+        }
+    }
+    cpu::scale(inputs, tokens, outputs)
+}
+
 impl Pass for ppok_ppo_loss_scale_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let (mut inputs, mut outputs) = (self.inputs(), self.outputs());
-        inputs.check_pairs(&outputs)?;
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (tokens, mut inputs, outputs) = (self.tokens, self.inputs(), self.outputs());
         // Of the same memory there cannot be a slice to read and one to write.
-        let in_place = [
-            take_in_place(&mut inputs.stored_logp, outputs.grad_logp),
-            take_in_place(&mut inputs.stored_values, outputs.grad_values),
-            take_in_place(&mut inputs.stored_entropy, outputs.grad_entropy),
-        ];
-        let inputs: cpu::ScaleInputs = inputs.try_map(self.tokens, memory)?;
-        let mut outputs: cpu::ScaleOutputs = outputs.try_map(self.tokens, memory)?;
-        let gradients =
-            [&mut outputs.grad_logp, &mut outputs.grad_values, &mut outputs.grad_entropy];
-        for (gradient, in_place) in gradients.into_iter().zip(in_place) {
-            if let Some(gradient) = gradient.take_if(|_| in_place) {
-                cpu::scale_in_place(inputs.upstream[0], gradient);
-            }
+        let mut in_place = [false; 3];
+        if matches!(on, On::Cpu) {
+            inputs.check_pairs(&outputs)?;
+            in_place = [
+                take_in_place(&mut inputs.stored_logp, outputs.grad_logp),
+                take_in_place(&mut inputs.stored_values, outputs.grad_values),
+                take_in_place(&mut inputs.stored_entropy, outputs.grad_entropy),
+            ];
         }
-        Ok(cpu::scale(inputs, self.tokens, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(self.tokens, memory)?;
-        let outputs = outputs.try_map(self.tokens, memory)?;
-        Ok(cuda::scale(stream, inputs, self.tokens, outputs)?)
+        run!(
+            (on, memory),
+            [inputs, tokens],
+            [outputs, tokens],
+            |i, o| scale_on_cpu(i, tokens, o, in_place),
+            |stream, _| cuda::scale(stream, i, tokens, o),
+        )
     }
 }
 

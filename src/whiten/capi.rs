@@ -8,12 +8,10 @@ use super::{
     cpu, EpsPlacement, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
     OwnBackwardInputs, WhitenOptions, WithBackwardInputs, OP,
 };
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::capi::arguments::Workspace;
 use crate::capi::arguments::{check_reserved, choose, flag, Given, Growing, Memory, Options, Raw};
-use crate::capi::{self, call, Pass, Result};
+use crate::capi::{self, call, run, On, Pass, Result};
 #[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::cuda::{Device, Stream};
+use crate::cuda::Device;
 use crate::error::Error;
 use crate::memory::{Host, Reads, Writes};
 use crate::moments::Moments;
@@ -25,22 +23,21 @@ pub const PPOK_WHITEN_EPS_IN_STD: i32 = 1;
 
 /// `Ok` when a C caller's moments can be those of anything.
 fn check_counts(moments: Option<&[Moments]>) -> Result<()> {
-    for &Moments { count, .. } in moments.into_iter().flatten() {
-        let valid = (0.0..=9_007_199_254_740_992.0).contains(&count) && count.fract() == 0.0;
-        if !valid {
-            let (option, expected) = ("moments.count", "a whole number from 0 to 2^53".into());
-            return Err(
-                Error::Option { op: OP, option, expected, got: format!("{count:?}") }.into()
-            );
-        }
+    // No loop over what may be absent, which is compiled to a look at the length of nothing.
+    let Some(moments) = moments else {
+        return Ok(());
+    };
+    let count = moments[0].count;
+    if (0.0..=9_007_199_254_740_992.0).contains(&count) && count.fract() == 0.0 {
+        return Ok(());
     }
-    Ok(())
+    let (option, expected) = ("moments.count", "a whole number from 0 to 2^53".into());
+    Err(Error::Option { op: OP, option, expected, got: format!("{count:?}") }.into())
 }
 
 /// Options of ppok_whiten_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_whiten_options {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -58,8 +55,6 @@ pub struct ppok_whiten_options {
 
 // SAFETY: of numbers without padding, its size first.
 unsafe impl Growing for ppok_whiten_options {
-    const FIRST_SIZE: usize = size_of::<Self>();
-
     fn initial() -> Self {
         let WhitenOptions { eps, eps_placement, unbiased, shift_mean } = WhitenOptions::default();
         Self {
@@ -91,7 +86,6 @@ impl Options for ppok_whiten_options {
 /// Arguments of ppok_whiten_moments_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_whiten_moments_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -106,9 +100,7 @@ pub struct ppok_whiten_moments_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_moments_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_whiten_moments_args {}
 
 impl ppok_whiten_moments_args {
     fn inputs(&self) -> MomentsInputs<'_, Raw> {
@@ -123,25 +115,15 @@ impl ppok_whiten_moments_args {
 impl Pass for ppok_whiten_moments_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.elements], memory)?;
-        let outputs = outputs.try_map(memory)?;
-        Ok(cpu::masked_moments(inputs, self.elements, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.elements], memory)?;
-        let outputs = outputs.try_map(memory)?;
-        Ok(cuda::masked_moments(
-            stream,
-            inputs,
-            self.elements,
-            outputs,
-            memory.workspace(workspace)?,
-        )?)
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let elements = self.elements;
+        run!(
+            (on, memory),
+            [self.inputs(), &[elements]],
+            [self.outputs()],
+            |i, o| cpu::masked_moments(i, elements, o),
+            |stream, w| cuda::masked_moments(stream, i, elements, o, memory.workspace(w)?),
+        )
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -153,7 +135,6 @@ impl Pass for ppok_whiten_moments_args {
 /// Arguments of ppok_whiten_forward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_whiten_forward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -173,9 +154,7 @@ pub struct ppok_whiten_forward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_forward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_whiten_forward_args {}
 
 impl ppok_whiten_forward_args {
     fn inputs(&self) -> Inputs<'_, Raw> {
@@ -190,29 +169,24 @@ impl ppok_whiten_forward_args {
 impl Pass for ppok_whiten_forward_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.elements], memory)?;
-        let outputs = outputs.try_map(&[self.elements], memory)?;
-        check_counts(inputs.moments)?;
-        Ok(cpu::masked_whiten(inputs, self.elements, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.elements], memory)?;
-        let outputs = outputs.try_map(&[self.elements], memory)?;
-        Ok(cuda::masked_whiten(stream, inputs, None, self.elements, &options, outputs)?)
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (elements, options) = (self.elements, memory.options(self.options)?);
+        run!(
+            (on, memory),
+            [self.inputs(), &[elements]],
+            [self.outputs(), &[elements]],
+            |i, o| {
+                check_counts(i.moments)?;
+                cpu::masked_whiten(i, elements, &options, o)
+            },
+            |stream, _| cuda::masked_whiten(stream, i, None, elements, &options, o),
+        )
     }
 }
 
 /// Arguments of ppok_whiten_backward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_whiten_backward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -233,9 +207,7 @@ pub struct ppok_whiten_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_backward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_whiten_backward_args {}
 
 impl ppok_whiten_backward_args {
     fn inputs(&self) -> OwnBackwardInputs<'_, Raw> {
@@ -255,24 +227,26 @@ impl ppok_whiten_backward_args {
 impl Pass for ppok_whiten_backward_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.elements], memory)?;
-        let outputs = outputs.try_map(&[self.elements], memory)?;
-        check_counts(inputs.moments)?;
-        Ok(cpu::masked_whiten_backward(inputs, self.elements, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, workspace: Workspace) -> Result<()> {
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (elements, options) = (self.elements, memory.options(self.options)?);
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[elements], memory)?;
-        let outputs = outputs.try_map(&[elements], memory)?;
-        let workspace = memory.workspace(workspace)?;
-        let backward = cuda::masked_whiten_backward;
-        Ok(backward(stream, inputs, None, elements, &options, outputs, workspace)?)
+        run!(
+            (on, memory),
+            [self.inputs(), &[elements]],
+            [self.outputs(), &[elements]],
+            |i, o| {
+                check_counts(i.moments)?;
+                cpu::masked_whiten_backward(i, elements, &options, o)
+            },
+            |stream, w| cuda::masked_whiten_backward(
+                stream,
+                i,
+                None,
+                elements,
+                &options,
+                o,
+                memory.workspace(w)?
+            ),
+        )
     }
 
     #[cfg(any(feature = "cuda", feature = "simt"))]
@@ -284,7 +258,6 @@ impl Pass for ppok_whiten_backward_args {
 /// Arguments of ppok_whiten_with_backward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-#[allow(non_camel_case_types)]
 pub struct ppok_whiten_with_backward_args {
     /// `sizeof` of this struct.
     pub struct_size: usize,
@@ -303,9 +276,7 @@ pub struct ppok_whiten_with_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_with_backward_args {
-    const FIRST_SIZE: usize = size_of::<Self>();
-}
+unsafe impl Growing for ppok_whiten_with_backward_args {}
 
 impl ppok_whiten_with_backward_args {
     fn inputs(&self) -> WithBackwardInputs<'_, Raw> {
@@ -324,23 +295,18 @@ impl ppok_whiten_with_backward_args {
 impl Pass for ppok_whiten_with_backward_args {
     const OP: &'static str = OP;
 
-    fn on_cpu(&self, memory: &mut Memory) -> Result<()> {
-        let options = memory.options(self.options)?;
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[self.elements], memory)?;
-        let outputs = outputs.try_map(&[self.elements], memory)?;
-        check_counts(inputs.moments)?;
-        Ok(cpu::masked_whiten_with_backward(inputs, self.elements, &options, outputs)?)
-    }
-
-    #[cfg(any(feature = "cuda", feature = "simt"))]
-    fn on_cuda(&self, memory: &mut Memory, stream: &Stream, _: Workspace) -> Result<()> {
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (elements, options) = (self.elements, memory.options(self.options)?);
-        let (inputs, mut outputs) = (self.inputs(), self.outputs());
-        let inputs = inputs.try_map(&[elements], memory)?;
-        let outputs = outputs.try_map(&[elements], memory)?;
-        let backward = cuda::masked_whiten_with_backward;
-        Ok(backward(stream, inputs, None, elements, &options, outputs)?)
+        run!(
+            (on, memory),
+            [self.inputs(), &[elements]],
+            [self.outputs(), &[elements]],
+            |i, o| {
+                check_counts(i.moments)?;
+                cpu::masked_whiten_with_backward(i, elements, &options, o)
+            },
+            |stream, _| cuda::masked_whiten_with_backward(stream, i, None, elements, &options, o),
+        )
     }
 }
 
