@@ -10,14 +10,13 @@
 //! let tensors: Inputs<Owned> = inputs.try_map(shape, &mut Constants::new(OP, x.device()))?;
 //! let views: Inputs<Views> = tensors.try_map(shape, &mut Held(OP))?;
 //! let mut buffers = Outputs { out: backend.buffer::<f32>(n)? };
-//! match &backend {
-//!     Backend::Cpu => {
-//!         let (Ok(inputs), Ok(outputs)) =
-//!             (views.try_map(shape, &mut OnCpu), buffers.try_map(shape, &mut OnCpu));
-//!         cpu::forward(inputs, n, outputs)?
-//!     }
-//!     Backend::Cuda(cuda) => ..the same with OnCuda, a stream and a workspace
-//! }
+//! run!(
+//!     backend,
+//!     [views, shape],
+//!     [buffers, shape],
+//!     |inputs, outputs| cpu::forward(inputs, n, outputs),
+//!     |gpu| cuda::forward(&gpu.stream()?, inputs, n, outputs),
+//! );
 //! node("ppo-op", &[x], buffers.out, shape, |output, upstream| ..)
 //! ```
 
@@ -363,6 +362,32 @@ impl Reads<Owned, Views> for Held {
         view(self.0, arg, from)
     }
 }
+
+/// Runs a pass on the backend: takes views of its inputs and buffers for its outputs, with the sizes that
+/// their `try_map` asks for, into the backend's memory, and calls the op's function for it.
+macro_rules! run {
+    (
+        $backend:expr,
+        [$views:expr $(, $in_size:expr)*], [$buffers:expr $(, $out_size:expr)*],
+        |$inputs:ident, $outputs:ident| $cpu:expr,
+        |$gpu:ident| $cuda:expr $(,)?
+    ) => {
+        match &$backend {
+            $crate::tensor::Backend::Cpu => {
+                let Ok($inputs) = $views.try_map($($in_size,)* &mut $crate::tensor::OnCpu);
+                let Ok($outputs) = $buffers.try_map($($out_size,)* &mut $crate::tensor::OnCpu);
+                $cpu?;
+            }
+            #[cfg(feature = "cuda")]
+            $crate::tensor::Backend::Cuda($gpu) => {
+                let Ok($inputs) = $views.try_map($($in_size,)* &mut $crate::tensor::OnCuda);
+                let Ok($outputs) = $buffers.try_map($($out_size,)* &mut $crate::tensor::OnCuda);
+                $cuda?;
+            }
+        }
+    };
+}
+pub(crate) use run;
 
 /// The elements of views and buffers, on [`Backend::Cpu`].
 pub(crate) struct OnCpu;

@@ -263,13 +263,13 @@ pub(crate) trait Pass: Growing {
     }
 }
 
-/// Where a pass runs.
+/// Where a pass runs. The stream lives as long as the call, by the promise of [`cuda`].
 #[derive(Clone, Copy)]
-pub(crate) enum On<'a> {
+pub(crate) enum On {
     Cpu,
     /// On the stream, with the workspace, of which [`Memory::workspace`] makes a slice.
     #[cfg(any(feature = "cuda", feature = "simt"))]
-    Cuda(&'a Stream<'a>, Workspace),
+    Cuda(Stream<'static>, Workspace),
 }
 
 /// Runs a pass: takes its inputs and outputs, with the sizes that their `try_map` asks for, into the memory
@@ -289,7 +289,8 @@ macro_rules! run {
                 $cpu?;
             }
             #[cfg(any(feature = "cuda", feature = "simt"))]
-            $crate::capi::On::Cuda($stream, $workspace) => {
+            $crate::capi::On::Cuda(stream, $workspace) => {
+                let $stream = &stream;
                 let $i = inputs.try_map($($in_size,)* $memory)?;
                 let $o = outputs.try_map($($out_size,)* $memory)?;
                 $cuda?;
@@ -339,7 +340,7 @@ pub(crate) unsafe fn cuda<A: Pass>(
             unsafe { (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>()) };
         let needed = args.workspace_size(&memory, stream.device())?;
         let workspace = Workspace { address: workspace, bytes, needed };
-        args.run(&mut memory, On::Cuda(&stream, workspace))
+        args.run(&mut memory, On::Cuda(stream, workspace))
     })
 }
 

@@ -8,9 +8,7 @@ use super::{cpu, GaeOptions, Inputs, Outputs, OP};
 use crate::error::{Error, Result};
 use crate::memory::Tensors;
 use crate::moments::MomentsTensor;
-#[cfg(feature = "cuda")]
-use crate::tensor::OnCuda;
-use crate::tensor::{check_dtype, Backend, Constants, Held, OnCpu, Owned};
+use crate::tensor::{check_dtype, run, Backend, Constants, Held, Owned};
 
 /// The inputs of [`gae`] as tensors.
 pub type GaeInputs<'a> = Inputs<'a, Tensors>;
@@ -79,21 +77,17 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
         shaped_rewards: Some(buffer()?),
         moments: Some(backend.buffer(1)?),
     };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(shape, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(shape, &mut OnCpu);
-            cpu::gae(inputs, batch, seq_len, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(shape, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(shape, &mut OnCuda);
-            let mut workspace = backend.buffer(cuda::workspace_len(batch, seq_len))?;
-            let (stream, workspace) = (backend.stream()?, workspace.slice());
-            cuda::gae(&stream, inputs, batch, seq_len, options, outputs, workspace)?;
-        }
-    }
+    run!(
+        backend,
+        [views, shape],
+        [buffers, shape],
+        |inputs, outputs| cpu::gae(inputs, batch, seq_len, options, outputs),
+        |gpu| {
+            let mut workspace = gpu.buffer(cuda::workspace_len(batch, seq_len))?;
+            let (stream, workspace) = (gpu.stream()?, workspace.slice());
+            cuda::gae(&stream, inputs, batch, seq_len, options, outputs, workspace)
+        },
+    );
     let Outputs { advantages, returns, shaped_rewards, moments } = buffers;
     Ok(GaeOutput {
         advantages: advantages.into_tensor(&shape),

@@ -13,9 +13,7 @@ use super::{
 use crate::cpu::Logit;
 use crate::error::{Error, Result};
 use crate::memory::{Element, Tensors};
-#[cfg(feature = "cuda")]
-use crate::tensor::OnCuda;
-use crate::tensor::{check_dtype, node, Backend, Buffer, Constants, Held, OnCpu, Owned};
+use crate::tensor::{check_dtype, node, run, Backend, Buffer, Constants, Held, Owned};
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
 ///
@@ -111,19 +109,13 @@ fn token_forward(inputs: &TokenForwardInputs<Owned>, options: &KlOptions) -> Res
     let backend = Backend::of(TOKEN_OP, "logp", inputs.logp.device())?;
     let views = inputs.try_map(&[tokens], &mut Held(TOKEN_OP))?;
     let mut buffers = TokenForwardOutputs::<Owned> { kl: backend.buffer(tokens)? };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(&[tokens], &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCpu);
-            cpu::token_forward(inputs, tokens, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(&[tokens], &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCuda);
-            cuda::token_forward(&backend.stream()?, inputs, tokens, options, outputs)?;
-        }
-    }
+    run!(
+        backend,
+        [views, &[tokens]],
+        [buffers, &[tokens]],
+        |inputs, outputs| cpu::token_forward(inputs, tokens, options, outputs),
+        |gpu| cuda::token_forward(&gpu.stream()?, inputs, tokens, options, outputs),
+    );
     Ok(buffers.kl)
 }
 
@@ -141,19 +133,13 @@ fn token_backward(
         grad_logp: backend.optional_buffer(wanted[0], tokens)?,
         grad_ref_logp: backend.optional_buffer(wanted[1], tokens)?,
     };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(&[tokens], &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCpu);
-            cpu::token_backward(inputs, tokens, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(&[tokens], &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(&[tokens], &mut OnCuda);
-            cuda::token_backward(&backend.stream()?, inputs, tokens, options, outputs)?;
-        }
-    }
+    run!(
+        backend,
+        [views, &[tokens]],
+        [buffers, &[tokens]],
+        |inputs, outputs| cpu::token_backward(inputs, tokens, options, outputs),
+        |gpu| cuda::token_backward(&gpu.stream()?, inputs, tokens, options, outputs),
+    );
     let TokenBackwardOutputs { grad_logp, grad_ref_logp } = buffers;
     Ok(tensors([grad_logp, grad_ref_logp], logp))
 }
@@ -195,23 +181,19 @@ impl FullPass {
         let backend = Backend::of(FULL_OP, "logits", inputs.logits.device())?;
         let views = inputs.try_map(&[rows], vocab, &mut Held(FULL_OP))?;
         let mut buffers = FullForwardOutputs::<Owned> { stats: backend.buffer(STATS * rows)? };
-        match &backend {
-            Backend::Cpu => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
-                let Ok(outputs) = buffers.try_map(&[rows], &mut OnCpu);
-                cpu::full_forward(inputs, rows, vocab, options, outputs)?;
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
-                let Ok(outputs) = buffers.try_map(&[rows], &mut OnCuda);
-                let stream = backend.stream()?;
+        run!(
+            backend,
+            [views, &[rows], vocab],
+            [buffers, &[rows]],
+            |inputs, outputs| cpu::full_forward(inputs, rows, vocab, options, outputs),
+            |gpu| {
+                let stream = gpu.stream()?;
                 let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-                let mut workspace = backend.buffer(len)?;
+                let mut workspace = gpu.buffer(len)?;
                 let workspace = workspace.slice();
-                cuda::full_forward(&stream, inputs, rows, vocab, options, outputs, workspace)?;
-            }
-        }
+                cuda::full_forward(&stream, inputs, rows, vocab, options, outputs, workspace)
+            },
+        );
         Ok(buffers.stats)
     }
 
@@ -229,20 +211,16 @@ impl FullPass {
             grad_logits: backend.optional_buffer(wanted[0], logits.elem_count())?,
             grad_ref_logits: backend.optional_buffer(wanted[1], logits.elem_count())?,
         };
-        match &backend {
-            Backend::Cpu => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
-                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCpu);
-                cpu::full_backward(inputs, rows, vocab, options, outputs)?;
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
-                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCuda);
-                let stream = backend.stream()?;
-                cuda::full_backward(&stream, inputs, rows, vocab, options, outputs)?;
-            }
-        }
+        run!(
+            backend,
+            [views, &[rows], vocab],
+            [buffers, &[rows], vocab],
+            |inputs, outputs| cpu::full_backward(inputs, rows, vocab, options, outputs),
+            |gpu| {
+                let stream = gpu.stream()?;
+                cuda::full_backward(&stream, inputs, rows, vocab, options, outputs)
+            },
+        );
         let FullBackwardOutputs { grad_logits, grad_ref_logits } = buffers;
         Ok(tensors([grad_logits, grad_ref_logits], logits))
     }

@@ -11,9 +11,7 @@ use super::{
 };
 use crate::cpu::{Logit, RowsMut};
 use crate::error::{Error, Result};
-#[cfg(feature = "cuda")]
-use crate::tensor::OnCuda;
-use crate::tensor::{check_arg, check_dtype, node, Backend, Buffer, Held, OnCpu, Owned};
+use crate::tensor::{check_arg, check_dtype, node, run, Backend, Buffer, Held, OnCpu, Owned};
 
 /// Rows of the node's output: log-probability, entropy, and what backward needs to know of a row, its
 /// maximum and the logarithm of its sum.
@@ -162,19 +160,13 @@ impl Pass {
         let views = inputs.try_map(&[rows], vocab, &mut Held(OP))?;
         let grad_logits = backend.buffer(logits.elem_count())?;
         let mut buffers = BackwardOutputs::<Owned, T> { grad_logits };
-        match &backend {
-            Backend::Cpu => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
-                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCpu);
-                cpu::backward(inputs, rows, vocab, options, outputs)?;
-            }
-            #[cfg(feature = "cuda")]
-            Backend::Cuda(backend) => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
-                let Ok(outputs) = buffers.try_map(&[rows], vocab, &mut OnCuda);
-                cuda::backward(&backend.stream()?, inputs, rows, vocab, options, outputs)?;
-            }
-        }
+        run!(
+            backend,
+            [views, &[rows], vocab],
+            [buffers, &[rows], vocab],
+            |inputs, outputs| cpu::backward(inputs, rows, vocab, options, outputs),
+            |gpu| cuda::backward(&gpu.stream()?, inputs, rows, vocab, options, outputs),
+        );
         Ok(buffers.grad_logits.into_tensor(logits.shape()))
     }
 }

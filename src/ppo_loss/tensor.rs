@@ -8,9 +8,7 @@ use super::cuda;
 use super::{cpu, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP};
 use crate::error::{Error, Result};
 use crate::memory::Tensors;
-#[cfg(feature = "cuda")]
-use crate::tensor::OnCuda;
-use crate::tensor::{check_dtype, node, Backend, Constants, Held, OnCpu, Owned};
+use crate::tensor::{check_dtype, node, run, Backend, Constants, Held, Owned};
 
 /// The inputs of [`ppo_loss`] as tensors.
 pub type PpoLossInputs<'a> = Inputs<'a, Tensors>;
@@ -100,21 +98,17 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
         grad_values: grad_values?,
         grad_entropy: grad_entropy?,
     };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(shape, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(shape, &mut OnCpu);
-            cpu::ppo_loss(inputs, batch, seq_len, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(shape, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(shape, &mut OnCuda);
-            let mut workspace = backend.buffer(cuda::workspace_len(batch, seq_len, options))?;
-            let (stream, workspace) = (backend.stream()?, workspace.slice());
-            cuda::ppo_loss(&stream, inputs, batch, seq_len, options, outputs, workspace)?;
-        }
-    }
+    run!(
+        backend,
+        [views, shape],
+        [buffers, shape],
+        |inputs, outputs| cpu::ppo_loss(inputs, batch, seq_len, options, outputs),
+        |gpu| {
+            let mut workspace = gpu.buffer(cuda::workspace_len(batch, seq_len, options))?;
+            let (stream, workspace) = (gpu.stream()?, workspace.slice());
+            cuda::ppo_loss(&stream, inputs, batch, seq_len, options, outputs, workspace)
+        },
+    );
     let Outputs { stats, loss, grad_logp, grad_values, grad_entropy } = buffers;
     let stats = stats.into_tensor(PpoStats::LEN).to_dtype(DType::F32)?;
     let stored = [grad_logp, grad_values, grad_entropy];
@@ -146,19 +140,13 @@ fn scaled(
         grad_values: backend.optional_buffer(values.is_some(), tokens)?,
         grad_entropy: backend.optional_buffer(entropy.is_some(), tokens)?,
     };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(tokens, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(tokens, &mut OnCpu);
-            cpu::scale(inputs, tokens, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(tokens, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(tokens, &mut OnCuda);
-            cuda::scale(&backend.stream()?, inputs, tokens, outputs)?;
-        }
-    }
+    run!(
+        backend,
+        [views, tokens],
+        [buffers, tokens],
+        |inputs, outputs| cpu::scale(inputs, tokens, outputs),
+        |gpu| cuda::scale(&gpu.stream()?, inputs, tokens, outputs),
+    );
     let ScaleOutputs { grad_logp, grad_values, grad_entropy } = buffers;
     let gradients = [grad_logp, grad_values, grad_entropy].into_iter().flatten();
     Ok(gradients.map(|gradient| Some(gradient.into_tensor(&shape))).collect())

@@ -11,9 +11,7 @@ use super::{
 use crate::error::Result;
 use crate::memory::Tensors;
 use crate::moments::MomentsTensor;
-#[cfg(feature = "cuda")]
-use crate::tensor::OnCuda;
-use crate::tensor::{check_dtype, node, Backend, Constants, Held, OnCpu, Owned};
+use crate::tensor::{check_dtype, node, run, Backend, Constants, Held, Owned};
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` (f32, any shape).
 /// `mask` is u8 of the same shape; without it every element counts.
@@ -28,21 +26,17 @@ pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<MomentsTensor
     let tensors = inputs.try_map(dims, &mut Constants::new(OP, x.device()))?;
     let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = MomentsOutputs::<Owned> { moments: backend.buffer(1)? };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(&mut OnCpu);
-            cpu::masked_moments(inputs, elements, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(&mut OnCuda);
-            let mut workspace = backend.buffer(cuda::workspace_len(elements))?;
-            let (stream, workspace) = (backend.stream()?, workspace.slice());
-            cuda::masked_moments(&stream, inputs, elements, outputs, workspace)?;
-        }
-    }
+    run!(
+        backend,
+        [views, dims],
+        [buffers],
+        |inputs, outputs| cpu::masked_moments(inputs, elements, outputs),
+        |gpu| {
+            let mut workspace = gpu.buffer(cuda::workspace_len(elements))?;
+            let (stream, workspace) = (gpu.stream()?, workspace.slice());
+            cuda::masked_moments(&stream, inputs, elements, outputs, workspace)
+        },
+    );
     Ok(MomentsTensor::from_buffer(buffers.moments))
 }
 
@@ -109,22 +103,18 @@ fn whiten(
     let tensors = inputs.try_map(dims, &mut Constants::new(OP, x.device()))?;
     let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = Outputs::<Owned> { y: backend.buffer(elements)? };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(dims, &mut OnCpu);
+    run!(
+        backend,
+        [views, dims],
+        [buffers, dims],
+        |inputs, outputs| {
             for moments in inputs.moments.into_iter().flatten() {
                 options.divisor(counted, moments)?;
             }
-            cpu::masked_whiten(inputs, elements, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(dims, &mut OnCuda);
-            cuda::masked_whiten(&backend.stream()?, inputs, None, elements, options, outputs)?;
-        }
-    }
+            cpu::masked_whiten(inputs, elements, options, outputs)
+        },
+        |gpu| cuda::masked_whiten(&gpu.stream()?, inputs, None, elements, options, outputs),
+    );
     drop(views);
     let (Inputs { x: constant, mask, moments }, options) = (tensors, *options);
     node("ppo-whiten", &[x], buffers.y, dims, move |_, grad_y| {
@@ -141,23 +131,19 @@ fn backward(inputs: &Inputs<Owned>, grad_y: &Tensor, options: &WhitenOptions) ->
     let tensors = OwnBackwardInputs::<Owned> { x, mask, moments, grad_y: grad_y.clone() };
     let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = GradOutputs::<Owned> { grad_x: backend.buffer(elements)? };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(dims, &mut OnCpu);
-            cpu::masked_whiten_backward(inputs, elements, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(dims, &mut OnCuda);
-            let mut workspace = backend.buffer(cuda::workspace_len(elements))?;
-            let (stream, workspace) = (backend.stream()?, workspace.slice());
+    run!(
+        backend,
+        [views, dims],
+        [buffers, dims],
+        |inputs, outputs| cpu::masked_whiten_backward(inputs, elements, options, outputs),
+        |gpu| {
+            let mut workspace = gpu.buffer(cuda::workspace_len(elements))?;
+            let (stream, workspace) = (gpu.stream()?, workspace.slice());
             cuda::masked_whiten_backward(
                 &stream, inputs, None, elements, options, outputs, workspace,
-            )?;
-        }
-    }
+            )
+        },
+    );
     Ok(buffers.grad_x.into_tensor(dims))
 }
 
@@ -173,19 +159,15 @@ fn with_backward(
     let tensors = WithBackwardInputs::<Owned> { mask, moments, grad_y: grad_y.clone() };
     let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = GradOutputs::<Owned> { grad_x: backend.buffer(elements)? };
-    match &backend {
-        Backend::Cpu => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCpu);
-            let Ok(outputs) = buffers.try_map(dims, &mut OnCpu);
-            cpu::masked_whiten_with_backward(inputs, elements, options, outputs)?;
-        }
-        #[cfg(feature = "cuda")]
-        Backend::Cuda(backend) => {
-            let Ok(inputs) = views.try_map(dims, &mut OnCuda);
-            let Ok(outputs) = buffers.try_map(dims, &mut OnCuda);
-            let stream = backend.stream()?;
-            cuda::masked_whiten_with_backward(&stream, inputs, None, elements, options, outputs)?;
-        }
-    }
+    run!(
+        backend,
+        [views, dims],
+        [buffers, dims],
+        |inputs, outputs| cpu::masked_whiten_with_backward(inputs, elements, options, outputs),
+        |gpu| {
+            let stream = gpu.stream()?;
+            cuda::masked_whiten_with_backward(&stream, inputs, None, elements, options, outputs)
+        },
+    );
     Ok(buffers.grad_x.into_tensor(dims))
 }
