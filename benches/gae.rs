@@ -10,9 +10,9 @@ use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::gae::cpu::{self, Inputs, Outputs};
 use ppo_kernels::gae::{gae, GaeInputs, GaeOptions};
 use ppo_kernels::moments::Moments;
+use ppo_kernels::tolerance;
 
-/// Sums of about a hundred deltas of magnitude 1, in f32.
-const TOLERANCE: f32 = 1e-4;
+const TOLERANCE: f32 = tolerance::GAE.benches.rel as f32;
 
 fn options() -> GaeOptions {
     GaeOptions { gamma: 0.99, lambda: 0.95, ..Default::default() }

@@ -17,13 +17,13 @@ use ppo_kernels::kl::cpu::{
     TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
 };
 use ppo_kernels::kl::{full_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS};
+use ppo_kernels::tolerance;
 
 const SAMPLED: KlOptions =
     KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
 const FULL: FullKlOptions = FullKlOptions { direction: KlDirection::Forward, temperature: 1.0 };
 
-/// Differences of f32 numbers of magnitude 20.
-const TOLERANCE: f32 = 5e-5;
+const TOLERANCE: f32 = tolerance::FULL_KL.benches.rel as f32;
 
 /// d = logp - ref_logp is of magnitude 0.3.
 fn log_probabilities(tokens: usize) -> (Tensor, Tensor) {
@@ -145,7 +145,11 @@ fn full_backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, s
         let mut grad = vec![T::ZERO; size.rows * size.vocab];
         fused(&mut grad);
         let ours: Vec<f32> = grad.iter().map(|g| g.to_f32()).collect();
-        let tolerance = if size.dtype == DType::F32 { TOLERANCE } else { 1e-2 };
+        let tolerance = if size.dtype == DType::F32 {
+            TOLERANCE
+        } else {
+            tolerance::BENCHES_16_BITS.rel as f32
+        };
         agree("full_kl gradient", &ours, &to_vec(&candle()), tolerance);
         (move || fused(&mut grad), candle)
     });

@@ -13,16 +13,16 @@ use ppo_kernels::logprob::cpu::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
 use ppo_kernels::logprob::{logprobs, LogprobOptions};
+use ppo_kernels::tolerance;
 
 const OPTIONS: LogprobOptions = LogprobOptions { temperature: 1.0, ignore_index: None };
 
-/// f32 gradients and log-probabilities; the rounding of 16-bit gradients.
 fn tolerance(dtype: DType) -> f32 {
-    if dtype == DType::F32 {
-        2e-5
-    } else {
-        1e-2
-    }
+    let tolerance = match dtype {
+        DType::F32 => tolerance::LOGPROB.benches,
+        _ => tolerance::BENCHES_16_BITS,
+    };
+    tolerance.rel as f32
 }
 
 #[derive(Clone, Copy)]

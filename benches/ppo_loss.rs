@@ -12,9 +12,9 @@ use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::ppo_loss::cpu::{self, Inputs, Outputs};
 use ppo_kernels::ppo_loss::{PpoLossOptions, PpoStats};
+use ppo_kernels::tolerance;
 
-/// Some roundings of factors of magnitude 1.
-const TOLERANCE: f32 = 1e-4;
+const TOLERANCE: f32 = tolerance::PPO_LOSS.benches.rel as f32;
 
 /// Logp, old logp, advantages, values, old values, returns and mask in; two gradients out.
 fn walk(tokens: usize) -> Walk {

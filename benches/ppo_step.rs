@@ -14,18 +14,18 @@ use common::minibatch::Minibatch;
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::logprob::{logprobs, LogprobOptions};
+use ppo_kernels::tolerance;
 
 const BATCH: usize = 8;
 const SEQ_LEN: usize = 128;
 const VOCAB: usize = 49152;
 
-/// Gradients, times the number of tokens, of magnitude 1.
 fn tolerance(dtype: DType) -> f32 {
-    if dtype == DType::F32 {
-        1e-4
-    } else {
-        1e-2
-    }
+    let tolerance = match dtype {
+        DType::F32 => tolerance::PPO_LOSS.benches,
+        _ => tolerance::BENCHES_16_BITS,
+    };
+    tolerance.rel as f32
 }
 
 struct Step {

@@ -8,13 +8,13 @@ use candle_core::{DType, Tensor, Var};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
 use ppo_kernels::moments::Moments;
+use ppo_kernels::tolerance;
 use ppo_kernels::whiten::cpu::{
     self, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,
 };
 use ppo_kernels::whiten::{masked_whiten, WhitenOptions};
 
-/// Sums of up to eight million numbers in f32, candle's one after the other.
-const TOLERANCE: f32 = 1e-3;
+const TOLERANCE: f32 = tolerance::WHITEN.benches.rel as f32;
 
 struct Data {
     x: Tensor,

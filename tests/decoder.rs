@@ -1,6 +1,7 @@
 //! The driver's language model: against transformers' numbers, its gradients, its cache, what is
 //! on disk, and sampling.
 
+use approx::abs_diff_eq;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -189,7 +190,10 @@ fn assert_gradients_are_right(
         };
         let slope = (moved(step) - moved(-step)) / (2.0 * step);
         var.set(&start).unwrap();
-        assert!((slope / norm - 1.0).abs() < 2e-2, "{name}: slope {slope}, gradient {norm}");
+        assert!(
+            abs_diff_eq!(slope / norm, 1.0, epsilon = 2e-2),
+            "{name}: slope {slope}, gradient {norm}"
+        );
     }
 }
 
@@ -924,7 +928,7 @@ fn shares(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
 fn assert_shares(logits: &[f32], sampling: &Sampling, want: &[f64]) {
     // Four standard deviations of a share of 40 000 draws.
     for (token, (got, want)) in shares(logits, sampling).iter().zip(want).enumerate() {
-        assert!((got - want).abs() <= 0.01, "token {token}: {got}, not {want}");
+        assert!(abs_diff_eq!(got, want, epsilon = 0.01), "token {token}: {got}, not {want}");
         assert!(*want > 0.0 || *got == 0.0, "token {token} cannot come");
     }
 }

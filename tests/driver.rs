@@ -3,6 +3,7 @@
 
 mod common;
 
+use approx::abs_diff_eq;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -318,7 +319,7 @@ fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
         let metrics = trainer.step(step, &mut |_| {}, &mut || {}).unwrap().metrics;
         for (name, value) in [("val/ratio", 1.0), ("policy/approxkl_avg", 0.0)] {
             let got = metrics[name].as_f64().unwrap();
-            assert!((got - value).abs() < 1e-6, "{name} is {got} in step {step}");
+            assert!(abs_diff_eq!(got, value, epsilon = 1e-6), "{name} is {got} in step {step}");
         }
         assert_eq!(metrics["policy/clipfrac_avg"], 0.0);
         assert_eq!(metrics["val/clipfrac_avg"], 0.0);

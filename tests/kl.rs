@@ -3,6 +3,7 @@
 
 mod common;
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
 use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, Pair, ROWS};
 use common::*;
@@ -13,14 +14,13 @@ use ppo_kernels::kl::cpu::{
 use ppo_kernels::kl::{
     full_kl, reference, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS,
 };
+use ppo_kernels::tolerance;
 use ppo_kernels::Error;
 use rand::rngs::StdRng;
 use rand::Rng;
 
-/// f32 against f64: exp to 2 ulp, its argument (of magnitude up to about 20) to half an ulp, sums
-/// in lanes.
-const REL: f64 = 3e-6;
-const ABS: f64 = 1e-6;
+const REL: f64 = tolerance::FULL_KL.tests.rel;
+const ABS: f64 = tolerance::FULL_KL.tests.abs;
 
 #[test]
 fn reference_equals_the_peers_token_kl() {
@@ -324,7 +324,7 @@ fn full_kl_of_nearly_equal_models_keeps_its_digits() {
             let kl = f64::from(forward(&z, &w, vocab, &options)[0]);
             let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
             // Well under a rounding of ln Q, which is about 10.
-            assert!((kl - want).abs() < 1e-7 + 1e-6 * want, "{kl} {want}");
+            assert!(abs_diff_eq!(kl, want, epsilon = 1e-7 + 1e-6 * want), "{kl} {want}");
         }
     }
     // And none of it is lost to an offset between the two.
@@ -637,7 +637,7 @@ fn maxima_that_grow_along_the_rows_cost_no_digits() {
         for options in all_full_options() {
             let kl = f64::from(forward(&z, &w, vocab, &options)[0]);
             let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
-            assert!((kl - want).abs() <= 1e-6 + 2e-6 * want, "{a} {b}: {kl} {want}");
+            assert!(abs_diff_eq!(kl, want, epsilon = 1e-6 + 2e-6 * want), "{a} {b}: {kl} {want}");
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod common;
 
+use approx::abs_diff_eq;
 use common::device::{
     blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, ORDERS,
 };
@@ -17,12 +18,11 @@ use ppo_kernels::kl::cuda::{
     TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
 };
 use ppo_kernels::kl::{cpu, reference, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS};
+use ppo_kernels::tolerance;
 use ppo_kernels::{Error, Result};
 
-/// f32 against f64: exp to 2 ulp, its argument (of magnitude up to about 20) to an ulp, sums in
-/// lanes.
-const REL: f64 = 3e-6;
-const ABS: f64 = 1e-6;
+const REL: f64 = tolerance::FULL_KL.tests.rel;
+const ABS: f64 = tolerance::FULL_KL.tests.abs;
 
 /// With every NaN as one: which of two an instruction passes on is the machine's business.
 fn bits(values: &[f32]) -> Vec<u32> {
@@ -529,7 +529,10 @@ fn any_legal_temperature_is_taken() {
             let got = f64::from(run.run().unwrap().kl()[0]);
             let want = reference::full_kl(&wide(z), &wide(w), vocab, None, &options)[0];
             // With one column left, e^x of the others is as far off as x is large.
-            assert!((got - want).abs() <= 1e-5 * want.abs() + ABS, "{temperature}: {got} {want}");
+            assert!(
+                abs_diff_eq!(got, want, epsilon = 1e-5 * want.abs() + ABS),
+                "{temperature}: {got} {want}"
+            );
         }
     }
 }
@@ -548,7 +551,10 @@ fn nearly_equal_models_keep_their_digits() {
             let kl = f64::from(run.kl()[0]);
             let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
             // Some roundings of P and Q, of which the KL is left when they have cancelled.
-            assert!(kl >= 0.0 && (kl - want).abs() < 3e-7 + 1e-6 * want, "{nudge}: {kl} {want}");
+            assert!(
+                kl >= 0.0 && abs_diff_eq!(kl, want, epsilon = 3e-7 + 1e-6 * want),
+                "{nudge}: {kl} {want}"
+            );
         }
     }
     // And none of it is lost to an offset between the two.
@@ -572,7 +578,7 @@ fn maxima_that_grow_along_the_rows_cost_no_digits() {
         let run = call(machine, &z, &w, vocab, &[1.0], options).run().unwrap();
         let kl = f64::from(run.kl()[0]);
         let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
-        assert!((kl - want).abs() <= ABS + REL * want, "{a} {b}: {kl} {want}");
+        assert!(abs_diff_eq!(kl, want, epsilon = ABS + REL * want), "{a} {b}: {kl} {want}");
     }
 }
 

@@ -9,6 +9,7 @@ use common::*;
 use ppo_kernels::cuda::{force_parts, Stream};
 use ppo_kernels::logprob::cuda::{self, ForwardInputs, ForwardOutputs};
 use ppo_kernels::logprob::{reference, LogprobOptions};
+use ppo_kernels::tolerance::{self, Tolerance};
 
 const ROWS: usize = 3;
 
@@ -49,7 +50,8 @@ impl Case {
         let got = logp.read();
         let (want, _) =
             reference::forward(&wide(&self.logits), &self.targets, self.vocab, &options);
-        assert_close(what, &wide(&got), &want, 2e-6, 4e-6);
+        let Tolerance { rel, abs } = tolerance::LOGPROB.tests;
+        assert_close(what, &wide(&got), &want, rel, abs);
         got.iter().map(|x| x.to_bits()).collect()
     }
 }

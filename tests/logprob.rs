@@ -11,13 +11,13 @@ use ppo_kernels::logprob::cpu::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
 use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, reference, LogprobOptions};
+use ppo_kernels::tolerance;
 use ppo_kernels::Error;
 use rand::rngs::StdRng;
 use rand::Rng;
 
-/// f32 against f64: exp to 2 ulp and sums in lanes, on values of magnitude up to about 100.
-const REL: f64 = 2e-6;
-const ABS: f64 = 4e-6;
+const REL: f64 = tolerance::LOGPROB.tests.rel;
+const ABS: f64 = tolerance::LOGPROB.tests.abs;
 
 fn options(temperature: f64) -> LogprobOptions {
     LogprobOptions { temperature, ..Default::default() }

@@ -14,12 +14,12 @@ use ppo_kernels::logprob::cuda::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
 use ppo_kernels::logprob::{cpu, reference, LogprobOptions};
+use ppo_kernels::tolerance;
 use ppo_kernels::{Error, Result};
 use rand::Rng;
 
-/// f32 against f64: exp to 2 ulp and sums in lanes, on values of magnitude up to about 100.
-const REL: f64 = 2e-6;
-const ABS: f64 = 4e-6;
+const REL: f64 = tolerance::LOGPROB.tests.rel;
+const ABS: f64 = tolerance::LOGPROB.tests.abs;
 
 /// What both passes write.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,6 +3,7 @@
 
 mod common;
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
 use common::ppo_loss_cases::*;
 use common::*;
@@ -641,15 +642,15 @@ fn the_clip_stops_only_what_would_push_further_out() {
         PpoLossOptions { clip_range: 0.1, clip_range_high: Some(0.4), ..Default::default() };
     let (above, inside, below) = (1.5_f64.ln(), 1.3_f64.ln(), 0.8_f64.ln());
     let (loss, grad) = one_token(above, 2.0, &options);
-    assert!((loss + 2.8).abs() < 1e-12 && grad == 0.0);
+    assert!(abs_diff_eq!(loss, -2.8, epsilon = 1e-12) && grad == 0.0);
     let (loss, grad) = one_token(above, -2.0, &options);
-    assert!((loss - 3.0).abs() < 1e-12 && (grad - 3.0).abs() < 1e-12);
+    assert!(abs_diff_eq!(loss, 3.0, epsilon = 1e-12) && abs_diff_eq!(grad, 3.0, epsilon = 1e-12));
     let (loss, grad) = one_token(inside, 2.0, &options);
-    assert!((loss + 2.6).abs() < 1e-12 && (grad + 2.6).abs() < 1e-12);
+    assert!(abs_diff_eq!(loss, -2.6, epsilon = 1e-12) && abs_diff_eq!(grad, -2.6, epsilon = 1e-12));
     let (loss, grad) = one_token(below, -2.0, &options);
-    assert!((loss - 1.8).abs() < 1e-12 && grad == 0.0);
+    assert!(abs_diff_eq!(loss, 1.8, epsilon = 1e-12) && grad == 0.0);
     let (loss, grad) = one_token(below, 2.0, &options);
-    assert!((loss + 1.6).abs() < 1e-12 && (grad + 1.6).abs() < 1e-12);
+    assert!(abs_diff_eq!(loss, -1.6, epsilon = 1e-12) && abs_diff_eq!(grad, -1.6, epsilon = 1e-12));
 }
 
 #[test]
@@ -658,17 +659,17 @@ fn the_dual_clip_bounds_the_loss_of_negative_advantages_only() {
     let far = 10.0_f64.ln();
     assert_eq!(one_token(far, -2.0, &options), (6.0, 0.0));
     let (loss, grad) = one_token(far, -2.0, &PpoLossOptions::default());
-    assert!((loss - 20.0).abs() < 1e-12 && (grad - 20.0).abs() < 1e-12);
+    assert!(abs_diff_eq!(loss, 20.0, epsilon = 1e-12) && abs_diff_eq!(grad, 20.0, epsilon = 1e-12));
     let (loss, grad) = one_token(far, 2.0, &options);
-    assert!((loss + 2.4).abs() < 1e-12 && grad == 0.0);
+    assert!(abs_diff_eq!(loss, -2.4, epsilon = 1e-12) && grad == 0.0);
     let (loss, grad) = one_token(2.5_f64.ln(), -2.0, &options);
-    assert!((loss - 5.0).abs() < 1e-12 && (grad - 5.0).abs() < 1e-12);
+    assert!(abs_diff_eq!(loss, 5.0, epsilon = 1e-12) && abs_diff_eq!(grad, 5.0, epsilon = 1e-12));
 }
 
 #[test]
 fn the_log_ratio_clamp_keeps_the_loss_finite_and_stops_the_gradient() {
     let (loss, grad) = one_token(500.0, -1.0, &PpoLossOptions::default());
-    assert!((loss - 20_f64.exp()).abs() < 1e-3 && grad == 0.0);
+    assert!(abs_diff_eq!(loss, 20_f64.exp(), epsilon = 1e-3) && grad == 0.0);
     let (_, grad) = one_token(f64::NEG_INFINITY, 1.0, &PpoLossOptions::default());
     assert_eq!(grad, 0.0);
     let off = PpoLossOptions { log_ratio_clamp: None, ..Default::default() };

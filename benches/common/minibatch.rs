@@ -1,5 +1,6 @@
 //! The per-token tensors of a PPO minibatch, and its loss by this crate and by candle's own ops.
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Tensor, Var};
 use ppo_kernels::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions};
 
@@ -86,7 +87,7 @@ impl Minibatch {
             assert_eq!(fused.len(), candle.len(), "gradients differ in length");
             let agrees = |(f, c): &(&f32, &f32)| {
                 let [f, c] = [*f, *c].map(|gradient| gradient * tokens as f32);
-                (f - c).abs() <= tolerance * (1.0 + c.abs())
+                abs_diff_eq!(f, c, epsilon = tolerance * (1.0 + c.abs()))
             };
             let pairs = fused.iter().zip(&candle);
             let differing = fused.len() - pairs.filter(agrees).count();

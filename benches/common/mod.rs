@@ -25,6 +25,7 @@ use std::hint::black_box;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor};
 use criterion::{Criterion, SamplingMode, Throughput};
 use rand::rngs::StdRng;
@@ -132,7 +133,7 @@ pub fn quick() -> bool {
 pub fn agree(what: &str, fused: &[f32], candle: &[f32], tolerance: f32) {
     assert_eq!(fused.len(), candle.len(), "{what}: lengths differ");
     for (i, (f, c)) in fused.iter().zip(candle).enumerate() {
-        let close = (f - c).abs() <= tolerance * (1.0 + c.abs());
+        let close = abs_diff_eq!(f, c, epsilon = tolerance * (1.0 + c.abs()));
         assert!(close, "{what}: element {i} is {f}, and {c} by candle");
     }
 }

@@ -8,7 +8,7 @@ mod store;
 
 pub use element::{Logit, TokenId};
 pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
-pub(crate) use store::{past_caches, Writer};
+pub(crate) use store::{prefers_non_temporal, Writer};
 
 /// Runs `body` compiled for the widest vector unit of this machine.
 ///

@@ -1,8 +1,8 @@
-//! Stores that go past the caches, for outputs that would not stay in them.
+//! Non-temporal stores, for outputs that would not stay in the caches.
 //!
 //! A store into a cache first reads the line it is about to change, so that of a pass which reads as
-//! much as it writes a third of the traffic is for nothing. Past the caches (x86-64's non-temporal
-//! stores) only what is written moves. Where the output fits into the last cache that would be a
+//! much as it writes a third of the traffic is for nothing. A non-temporal store (on x86-64) goes past
+//! the caches, and only what is written moves. Where the output fits into the last cache that would be a
 //! loss: whoever reads it next would find it in memory only.
 
 use std::sync::OnceLock;
@@ -10,21 +10,21 @@ use std::sync::OnceLock;
 use super::math::LANES;
 use super::prefetch;
 
-/// Whether outputs of so many bytes in all are better written past the caches. The answer chooses the
-/// [`Writer`], once a leaf of a parallel loop, so that its loops have no branch in them.
-pub(crate) fn past_caches(bytes: usize) -> bool {
+/// Tells whether outputs of so many bytes in all are better written by non-temporal stores. The answer
+/// chooses the [`Writer`], once a leaf of a parallel loop, so that its loops have no branch in them.
+pub(crate) fn prefers_non_temporal(bytes: usize) -> bool {
     bytes > last_cache()
 }
 
-/// Writes outputs, and when dropped lets nothing follow before they are written. Until then what was
+/// Writes outputs, by non-temporal stores or plain ones, and when dropped lets nothing follow before they are written. Until then what was
 /// written is not to be read or written again.
-pub(crate) struct Writer<const PAST: bool>;
+pub(crate) struct Writer<const NON_TEMPORAL: bool>;
 
-impl<const PAST: bool> Writer<PAST> {
+impl<const NON_TEMPORAL: bool> Writer<NON_TEMPORAL> {
     /// How many elements of `out` are before the first that starts a line, if lines are of consequence.
     #[inline(always)]
     fn before_line<T>(&self, out: &[T]) -> usize {
-        if PAST {
+        if NON_TEMPORAL {
             out.as_ptr().align_offset(64).min(out.len())
         } else {
             0
@@ -55,7 +55,7 @@ impl<const PAST: bool> Writer<PAST> {
     /// Asks for the memory `offset` elements from `out` ahead of writing it, if it is to be in a cache.
     #[inline(always)]
     pub(crate) fn prefetch<T>(&self, out: &[T], offset: isize) {
-        if !PAST {
+        if !NON_TEMPORAL {
             prefetch(out, offset);
         }
     }
@@ -67,7 +67,7 @@ impl<const PAST: bool> Writer<PAST> {
         #[cfg(target_arch = "x86_64")]
         let whole = size_of_val(out).is_multiple_of(16);
         #[cfg(target_arch = "x86_64")]
-        if PAST && whole && out.as_ptr().addr().is_multiple_of(16) {
+        if NON_TEMPORAL && whole && out.as_ptr().addr().is_multiple_of(16) {
             use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
             let (from, to) = (lanes.as_ptr().cast::<__m128i>(), out.as_mut_ptr().cast::<__m128i>());
             for i in 0..size_of_val(out) / 16 {
@@ -101,12 +101,12 @@ impl<const PAST: bool> Writer<PAST> {
     }
 }
 
-impl<const PAST: bool> Drop for Writer<PAST> {
+impl<const NON_TEMPORAL: bool> Drop for Writer<NON_TEMPORAL> {
     #[inline(always)]
     fn drop(&mut self) {
         #[cfg(target_arch = "x86_64")]
-        if PAST {
-            // SAFETY: every x86-64 has it. Stores past the caches are in no order with later ones.
+        if NON_TEMPORAL {
+            // SAFETY: every x86-64 has it. Non-temporal stores are in no order with later ones.
             unsafe { std::arch::x86_64::_mm_sfence() };
         }
     }
@@ -154,8 +154,8 @@ mod tests {
 
     #[test]
     fn all_stores_write_the_same_at_any_address() {
-        fn write<const PAST: bool>(out: &mut [u32]) {
-            let writer = Writer::<PAST>;
+        fn write<const NON_TEMPORAL: bool>(out: &mut [u32]) {
+            let writer = Writer::<NON_TEMPORAL>;
             for (i, line) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate().rev() {
                 writer.write(line, std::array::from_fn(|lane| (100 * i + lane) as u32));
             }

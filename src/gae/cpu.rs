@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::{check_missing_eos, GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
-use crate::cpu::{past_caches, prefetch, reduce, vectorise, RowsMut, Writer};
+use crate::cpu::{prefers_non_temporal, prefetch, reduce, vectorise, RowsMut, Writer};
 use crate::error::Result;
 use crate::memory::{in_space, Lengths};
 use crate::moments::cpu::{leaf_moments, LaneMoments, LEAF};
@@ -52,12 +52,12 @@ pub fn gae(
     let rows = |data| RowsMut { data, width: seq_len };
     let bytes =
         size_of_val(outputs.advantages) * if outputs.shaped_rewards.is_some() { 3 } else { 2 };
-    let past = past_caches(bytes);
+    let non_temporal = prefers_non_temporal(bytes);
     let items = (rows(outputs.advantages), rows(outputs.returns), outputs.shaped_rewards.map(rows));
     let leaf = |first, count, items| {
         vectorise(
             #[inline(always)]
-            || match past {
+            || match non_temporal {
                 false => job.scan_rows::<false>(first, count, items),
                 true => job.scan_rows::<true>(first, count, items),
             },
@@ -86,9 +86,14 @@ type OutRows<'a> = (RowsMut<'a, f32>, RowsMut<'a, f32>, Option<RowsMut<'a, f32>>
 impl Job<'_, '_> {
     /// `count` rows from `first` on, and the moments of their advantages.
     #[inline(always)]
-    fn scan_rows<const PAST: bool>(&self, first: usize, count: usize, out: OutRows) -> Moments {
+    fn scan_rows<const NON_TEMPORAL: bool>(
+        &self,
+        first: usize,
+        count: usize,
+        out: OutRows,
+    ) -> Moments {
         let (mut advantages, mut returns, mut rewards) = out;
-        let (mut moments, writer) = (Moments::default(), Writer::<PAST>);
+        let (mut moments, writer) = (Moments::default(), Writer::<NON_TEMPORAL>);
         // From the last row, so that all goes one way through memory.
         for i in (0..count).rev() {
             let row = Row::new(&self.inputs, first + i, self.seq_len, self.options);
@@ -275,11 +280,11 @@ impl State {
 
 /// One row, and the moments of its advantages.
 #[inline(always)]
-fn scan<const PAST: bool>(
+fn scan<const NON_TEMPORAL: bool>(
     row: &Row,
     c: &Coefficients,
     mut out: Outputs,
-    writer: &Writer<PAST>,
+    writer: &Writer<NON_TEMPORAL>,
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
     let after = row.score.filter(|&(place, _)| place == end);
@@ -307,8 +312,8 @@ fn scan<const PAST: bool>(
         end = chunk.at.start;
         let out = out.part(chunk.at.clone());
         let of_chunk = match (chunk.is_plain(), c.is_one()) {
-            (true, true) => chunk.scan_plain::<true, PAST>(&mut state, c, out, writer),
-            (true, false) => chunk.scan_plain::<false, PAST>(&mut state, c, out, writer),
+            (true, true) => chunk.scan_plain::<true, NON_TEMPORAL>(&mut state, c, out, writer),
+            (true, false) => chunk.scan_plain::<false, NON_TEMPORAL>(&mut state, c, out, writer),
             (false, _) => chunk.scan_any(&mut state, c, out),
         };
         moments = moments.merge(of_chunk);
@@ -389,12 +394,12 @@ impl Chunk<'_> {
 
     /// Returns the moments of the advantages, as does [`Self::scan_any`].
     #[inline(always)]
-    fn scan_plain<const ONE: bool, const PAST: bool>(
+    fn scan_plain<const ONE: bool, const NON_TEMPORAL: bool>(
         &self,
         state: &mut State,
         c: &Coefficients,
         out: Outputs,
-        writer: &Writer<PAST>,
+        writer: &Writer<NON_TEMPORAL>,
     ) -> Moments {
         // Copies, which stay in registers whatever is written.
         let (mut now, c) = (*state, *c);
@@ -580,7 +585,10 @@ mod tests {
 
     /// The bits of advantages, returns and rewards of rows with padding on both sides, gaps and a
     /// score, and their moments.
-    fn bits<const PAST: bool>(seq_len: usize, placement: ScorePlacement) -> (Vec<u32>, Moments) {
+    fn bits<const NON_TEMPORAL: bool>(
+        seq_len: usize,
+        placement: ScorePlacement,
+    ) -> (Vec<u32>, Moments) {
         const BATCH: usize = 5;
         let tokens = BATCH * seq_len;
         let wave = |step: usize| -> Vec<f32> {
@@ -603,7 +611,7 @@ mod tests {
         let job = Job { inputs, seq_len, options: &options, coefficients };
         let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
         let [a, b, c] = out.each_mut().map(|data| RowsMut { data, width: seq_len });
-        let moments = job.scan_rows::<PAST>(0, BATCH, (a, b, Some(c)));
+        let moments = job.scan_rows::<NON_TEMPORAL>(0, BATCH, (a, b, Some(c)));
         (out.into_iter().flatten().map(f32::to_bits).collect(), moments)
     }
 

@@ -7,7 +7,9 @@ use crate::cpu::math::{
     at_least, exp, exp_factors, for_logits, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
     LOGIT_LANES,
 };
-use crate::cpu::{for_each, past_caches, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer};
+use crate::cpu::{
+    for_each, prefers_non_temporal, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer,
+};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
 
@@ -104,7 +106,7 @@ pub fn backward<T: Logit, I: TokenId>(
     let ForwardInputs { logits, targets } = forward;
     let BackwardOutputs { grad_logits } = outputs;
     let scale = (1.0 / options.temperature) as f32;
-    let past = past_caches(size_of_val(grad_logits));
+    let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
     let grads = RowsMut { data: grad_logits, width: vocab };
     for_each(rows, GRAIN / vocab, grads, |first, count, mut grads| {
         for i in 0..count {
@@ -126,7 +128,7 @@ pub fn backward<T: Logit, I: TokenId>(
                 grad_entropy: h,
             };
             let z = &logits[row * vocab..][..vocab];
-            if past {
+            if non_temporal {
                 slope.write_row::<T, true>(z, target as usize, grad);
             } else {
                 slope.write_row::<T, false>(z, target as usize, grad);
@@ -283,12 +285,12 @@ struct Slope {
 }
 
 impl Slope {
-    fn write_row<T: Logit, const PAST: bool>(self, z: &[T], target: usize, grad: &mut [T]) {
+    fn write_row<T: Logit, const NON_TEMPORAL: bool>(self, z: &[T], target: usize, grad: &mut [T]) {
         for_each(z.len(), GRAIN, (z, &mut *grad), |_, _, (z, grad)| {
             vectorise(
                 #[inline(always)]
                 || {
-                    Writer::<PAST>.map(
+                    Writer::<NON_TEMPORAL>.map(
                         grad,
                         z,
                         #[inline(always)]

@@ -4,7 +4,7 @@
 
 use super::{or_infinity, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
-use crate::cpu::{for_each, past_caches, prefetch, reduce, vectorise, Split, Writer};
+use crate::cpu::{for_each, prefers_non_temporal, prefetch, reduce, vectorise, Split, Writer};
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
 use crate::kl::{KlEstimator, KlOptions};
@@ -48,8 +48,8 @@ pub fn ppo_loss(
     let terms = Terms::new(options, divisor);
     let gradients = [&outputs.grad_logp, &outputs.grad_values, &outputs.grad_entropy];
     let bytes = |gradient: &Option<&mut [f32]>| gradient.as_deref().map_or(0, size_of_val);
-    let past = past_caches(gradients.map(bytes).iter().sum());
-    let sum = |block: Tokens, weight| match past {
+    let non_temporal = prefers_non_temporal(gradients.map(bytes).iter().sum());
+    let sum = |block: Tokens, weight| match non_temporal {
         false => terms.sum::<false>(block, weight),
         true => terms.sum::<true>(block, weight),
     };
@@ -336,12 +336,12 @@ fn load(x: &[f32], at: usize, full: bool) -> Lanes {
 
 /// Writes the lanes to `x` from `at` on, up to its end.
 #[inline(always)]
-fn store<const PAST: bool>(
+fn store<const NON_TEMPORAL: bool>(
     x: &mut [f32],
     at: usize,
     full: bool,
     lanes: Lanes,
-    writer: &Writer<PAST>,
+    writer: &Writer<NON_TEMPORAL>,
 ) {
     if full {
         let x = &mut x[at..][..LANES].as_chunks_mut().0[0];
@@ -414,14 +414,14 @@ impl Terms {
     }
 
     /// Sums and gradients of at most [`BLOCK_TOKENS`] tokens.
-    fn sum<const PAST: bool>(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
+    fn sum<const NON_TEMPORAL: bool>(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
         let mut weights = [0.0; BLOCK_TOKENS];
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
         let kept = weights.iter().position(|&w| w != 0.0);
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
-        let writer = Writer::<PAST>;
+        let writer = Writer::<NON_TEMPORAL>;
         let (policy, grad_logp) = (block.policy, &mut block.grad_logp);
         // Without a clip the old values are not looked at, whatever they are.
         let value = block
@@ -474,14 +474,14 @@ impl Terms {
     /// Asks for what the value loop reads: this one has so much to do for a token, and that one so
     /// little, that memory would be idle now and waited for then.
     #[inline(always)]
-    fn policy<const PAST: bool>(
+    fn policy<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
         value: Option<[&[f32]; 3]>,
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<PAST>,
+        writer: &Writer<NON_TEMPORAL>,
     ) {
         const K3: KlOptions =
             KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
@@ -584,13 +584,13 @@ impl Terms {
 
     /// Adds its gradient to the policy term's.
     #[inline(always)]
-    fn kl<const PAST: bool>(
+    fn kl<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         (logp, ref_logp): (&[f32], &[f32]),
         grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<PAST>,
+        writer: &Writer<NON_TEMPORAL>,
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
@@ -622,14 +622,14 @@ impl Terms {
     /// `first` is the first unmasked return and its residual: variances are taken around them, so
     /// that they keep their digits far from 0.
     #[inline(always)]
-    fn value<const PAST: bool>(
+    fn value<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         [values, old_values, returns]: [&[f32]; 3],
         first: (f32, f32),
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<PAST>,
+        writer: &Writer<NON_TEMPORAL>,
     ) {
         // Where the coefficient is 0 the error, which may be NaN, is not wanted.
         let wanted = self.value_scale != 0.0;
@@ -682,13 +682,13 @@ impl Terms {
     }
 
     #[inline(always)]
-    fn entropy<const PAST: bool>(
+    fn entropy<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         entropy: &[f32],
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<PAST>,
+        writer: &Writer<NON_TEMPORAL>,
     ) {
         let (mut loss, mut total) = (ZERO, ZERO);
         for_lanes(
@@ -839,7 +839,7 @@ mod tests {
     use super::*;
 
     /// The bits of all gradients of one block, with every term.
-    fn bits<const PAST: bool>(len: usize, offset: usize) -> Vec<u32> {
+    fn bits<const NON_TEMPORAL: bool>(len: usize, offset: usize) -> Vec<u32> {
         let wave = |step: usize| -> Vec<f32> {
             (0..len).map(|i| ((i * step) as f32 * 0.1).sin()).collect()
         };
@@ -860,7 +860,7 @@ mod tests {
             grad_entropy,
         };
         let options = PpoLossOptions { kl_coef: 0.1, entropy_coef: 0.1, ..Default::default() };
-        Terms::new(&options, 1.0).sum::<PAST>(tokens, RowWeight::Given(1.0));
+        Terms::new(&options, 1.0).sum::<NON_TEMPORAL>(tokens, RowWeight::Given(1.0));
         grads.into_iter().flatten().map(f32::to_bits).collect()
     }
 

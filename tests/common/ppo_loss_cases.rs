@@ -4,15 +4,13 @@ use ppo_kernels::kl::{KlEstimator, KlOptions};
 use ppo_kernels::ppo_loss::{
     cpu, reference, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats,
 };
+use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
 
 use super::{assert_close, random_mask, uniform, wide};
 
-/// f32 against f64: exp to 2 ulp, a product of a few factors.
-pub const REL: f64 = 2e-6;
-
-/// The same for sums of terms that cancel, as a share of the largest of them.
-pub const ABS: f64 = 1e-6;
+pub const REL: f64 = tolerance::PPO_LOSS.tests.rel;
+pub const ABS: f64 = tolerance::PPO_LOSS.tests.abs;
 
 /// What [`cpu::Inputs`] and [`reference::Inputs`] borrow, with the shape.
 #[derive(Clone, Default)]

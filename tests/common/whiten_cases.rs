@@ -1,14 +1,14 @@
 //! The arrays on which every backend of the whiten op is tested, and how its results are compared.
 
 use ppo_kernels::moments::Moments;
+use ppo_kernels::tolerance;
 use ppo_kernels::whiten::{EpsPlacement, WhitenOptions};
 use rand::rngs::StdRng;
 
 use super::{assert_close, random_mask, uniform};
 
-/// f32 against f64: a few roundings of values of magnitude up to about 5.
-pub const REL: f64 = 1e-6;
-pub const ABS: f64 = 1e-6;
+pub const REL: f64 = tolerance::WHITEN.tests.rel;
+pub const ABS: f64 = tolerance::WHITEN.tests.abs;
 
 pub fn all_options() -> Vec<WhitenOptions> {
     let mut all = Vec::new();
