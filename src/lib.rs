@@ -9,7 +9,7 @@
 //! | [`whiten`] | masked mean, variance and normalisation |
 //! | [`ppo_loss`] | the dozens of elementwise steps of the clipped loss, its gradients and statistics |
 //!
-//! Every op is one module with the same rooms:
+//! Every op is one module with the same parts:
 //! - `reference`: the oracle, plain f64 loops that can be checked by eye, for inputs of the right
 //!   length (others panic);
 //! - `cpu`: the fused implementation on slices, which allocates nothing;

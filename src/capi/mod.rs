@@ -182,8 +182,8 @@ struct Text {
 
 impl Write for Text {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        let room = TEXT - 1 - self.len;
-        let mut count = text.len().min(room);
+        let left = TEXT - 1 - self.len;
+        let mut count = text.len().min(left);
         while !text.is_char_boundary(count) {
             count -= 1;
         }
@@ -347,7 +347,7 @@ pub(crate) unsafe fn cuda<A: Pass>(
 /// Writes the bytes of workspace that a pass needs to `size`.
 ///
 /// # Safety
-/// As of [`cuda`], and `size` is null or misaligned or leads to room for the number. Arrays are not looked
+/// As of [`cuda`], and `size` is null or misaligned or leads to memory for the number. Arrays are not looked
 /// at.
 #[cfg(any(feature = "cuda", feature = "simt"))]
 pub(crate) unsafe fn workspace_size<A: Pass>(

@@ -38,7 +38,7 @@ pub struct Learner {
 }
 
 /// What an optimiser step left behind.
-struct Taken {
+struct MinibatchStep {
     stats: PpoStats,
     policy_norm: f64,
     value_norm: f64,
@@ -107,7 +107,7 @@ impl Learner {
         experience: &Experience,
         rows: &[usize],
         rates: Rates,
-    ) -> Result<Option<Taken>> {
+    ) -> Result<Option<MinibatchStep>> {
         let PpoLossOutput { loss, stats } = self.loss(experience, rows)?;
         let stats = stats.to_host()?;
         if !stats.loss.is_finite() {
@@ -122,7 +122,7 @@ impl Learner {
         }
         self.policy_optimizer.apply(&mut grads, policy_norm, rates.policy)?;
         self.value_optimizer.apply(&mut grads, value_norm, rates.value)?;
-        Ok(Some(Taken { stats, policy_norm, value_norm }))
+        Ok(Some(MinibatchStep { stats, policy_norm, value_norm }))
     }
 
     /// The loss of these rows of the experience, with its graph into policy and critic.
@@ -145,8 +145,9 @@ impl Learner {
     }
 }
 
-fn metrics(taken: &[Taken]) -> Map<String, Value> {
-    let mean = |of: &dyn Fn(&Taken) -> f64| taken.iter().map(of).sum::<f64>() / taken.len() as f64;
+fn metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
+    let mean =
+        |of: &dyn Fn(&MinibatchStep) -> f64| taken.iter().map(of).sum::<f64>() / taken.len() as f64;
     let ratio = mean(&|t| t.stats.ratio_mean);
     // TRL's: the variance of the minibatches' means.
     let squares = taken.iter().map(|t| (t.stats.ratio_mean - ratio).powi(2)).sum::<f64>();

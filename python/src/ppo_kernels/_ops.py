@@ -1,7 +1,7 @@
 """The ops of ``torch.ops.ppo_kernels``, for CPU and CUDA, with fake implementations and gradients.
 
 ``functional`` is what to call; this module is how it is done. For each op there is a generator,
-which checks the arguments, yields the results as soon as there is room for them, and then has the C
+which checks the arguments, yields the results as soon as they have buffers, and then has the C
 library write them, which is not done for fake tensors; and for the differentiable ones how to go
 backwards. What an op takes is in ``_lists``. Gradients of gradients are refused.
 
@@ -185,7 +185,7 @@ def _call_cuda(function: Pass, device: torch.device, arguments: bytes) -> int:
     return function.cuda(arguments, workspace.data_ptr(), size.value, stream)
 
 
-# --- Room for results ---
+# --- Buffers of results ---
 
 # From this size on glibc gives every allocation a mapping of its own.
 _OWN_MAPPING = 32 << 20
@@ -197,7 +197,7 @@ if _madvise is not None:
 
 
 def _large_pages(*results: Tensor) -> tuple[Tensor, ...]:
-    """Room for results, as it is.
+    """Buffers of results, as they are.
 
     Fresh memory of the CPU is handed over by the page when it is first written, which for pages of
     4 KiB takes ten times as long as the writing. So large results ask for large pages. Not for fake
@@ -212,7 +212,7 @@ def _large_pages(*results: Tensor) -> tuple[Tensor, ...]:
 
 
 def _wanted(like: Tensor, wanted: bool) -> Tensor:
-    """Room for a result, or a tensor of no elements, whose address is null, if it is not wanted."""
+    """A buffer for a result; if it is not wanted a tensor of no elements, whose address is null."""
     if wanted:
         return torch.empty_like(like, memory_format=torch.contiguous_format)
     return torch.empty(0, dtype=like.dtype, device=like.device)
@@ -376,9 +376,9 @@ def _logprob_backward(logits: Tensor, index: Tensor, *rest: Any) -> Iterator[Ten
         inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
         kept = stats.data_ptr() + 4 * first
         gradients = [_at(gradient, first) for gradient in upstream]
-        room = _at(grad_logits, first * vocab)
+        buffer = _at(grad_logits, first * vocab)
         inputs += (kept, kept + 4 * total, *gradients)
-        _call(_lists.logprob_backward, logits, *inputs, options, room)
+        _call(_lists.logprob_backward, logits, *inputs, options, buffer)
 
 
 def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, *rest: Tensor | None) -> tuple:
@@ -571,10 +571,10 @@ def _full_kl(tensors: tuple, options: tuple) -> Iterator[tuple[Tensor, Tensor]]:
     yield kl, stats
     options = _lists.full_kl_options.address(*options)
     for first, rows, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
-        room = stats if rows == kl.numel() else stats.new_empty(len(stats), rows)
-        _call(_lists.full_kl_forward, logits, *inputs, options, room.data_ptr())
-        if room is not stats:
-            _stats_of(stats, first, rows).copy_(room)
+        buffer = stats if rows == kl.numel() else stats.new_empty(len(stats), rows)
+        _call(_lists.full_kl_forward, logits, *inputs, options, buffer.data_ptr())
+        if buffer is not stats:
+            _stats_of(stats, first, rows).copy_(buffer)
     kl.copy_(stats[0])
 
 
@@ -594,9 +594,9 @@ def _full_kl_backward(
     for first, rows, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
         part_stats = _stats_of(stats, first, rows).contiguous()
         begin = first * logits.shape[-1]
-        room = [_at(grad, begin) if want else 0 for grad, want in zip(gradients, wanted)]
+        buffers = [_at(grad, begin) if want else 0 for grad, want in zip(gradients, wanted)]
         given = (options, part_stats.data_ptr(), _at(grad_kl, first))
-        _call(_lists.full_kl_backward, logits, *inputs, *given, *room)
+        _call(_lists.full_kl_backward, logits, *inputs, *given, *buffers)
 
 
 full_kl = _define(
