@@ -35,10 +35,11 @@
  * that are loaded, and the texts of errors, nothing is allocated.
  *
  * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
- * (CUstream or cudaStream_t; null is the default stream of the thread's current context) and returns
- * at once: errors of the kernels themselves come from later calls. It neither waits for the device nor
- * allocates its memory, and can be captured into a graph once it has been called with the same types,
- * sizes and options outside of a capture, which loads its kernels. The workspace is device memory,
+ * (CUstream or cudaStream_t; null is the default stream of the thread's current context, or where
+ * there is none of the first device's primary context) and returns at once: errors of the kernels
+ * themselves come from later calls. It neither waits for the device nor allocates its memory, and can
+ * be captured into a graph once it has been called with the same types, sizes and options outside of a
+ * capture, which loads its kernels. The workspace is device memory,
  * aligned to 16 bytes, of any content, of as many bytes or more as
  * ppok_OP_PASS_cuda_workspace_size(&args, stream, &bytes) writes. That function looks at sizes, types,
  * options and at which arrays are null, and at no array's content. Calls on one stream can share a
