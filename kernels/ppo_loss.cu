@@ -69,6 +69,8 @@ enum Sum {
     RESIDUAL_CENTRE,
     PARTIAL_SUMS,
 };
+// A warp merges each; a bit each in a mask of lanes.
+static_assert(PARTIAL_SUMS < WARP, "one warp has a lane for each");
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
@@ -765,7 +767,7 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
 }
 
 // One block [PARTIAL_SUMS x 32], a sum a warp.
-KERNEL(768, 1, ppo_loss_merge_f32, PassArgs) {
+KERNEL(PARTIAL_SUMS * WARP, 1, ppo_loss_merge_f32, PassArgs) {
     SHARED(double, totals, PARTIAL_SUMS);
     SHARED(uint32_t, counts, WARP);
     const int which = threadIdx.x / WARP;

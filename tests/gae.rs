@@ -478,6 +478,30 @@ fn cpu_agrees_with_the_reference_for_all_options_and_masks() {
     }
 }
 
+#[test]
+fn dense_rewards_alone_agree_with_the_reference() {
+    let mut rng = rng(11);
+    for options in all_options() {
+        if options.shaping.missing_eos != MissingEos::Keep {
+            continue;
+        }
+        for (batch, seq_len) in [(4, 2), (3, 37), (2, 513), (2, 1100)] {
+            let sample = Sample::new(&mut rng, batch, seq_len, Masked::Right);
+            for mask in [None, Some(&sample.mask[..])] {
+                // Without a mask what it hides would be NaN.
+                let finite =
+                    |x: &[f32]| x.iter().map(|x| if x.is_nan() { 0.5 } else { *x }).collect();
+                let (values, rewards): (Vec<f32>, Vec<f32>) =
+                    (finite(&sample.values), finite(&sample.rewards));
+                let inputs = Inputs { rewards: Some(&rewards), mask, ..Inputs::new(&values) };
+                let want = run_reference(&inputs, batch, seq_len, &options);
+                let got = run_cpu(inputs, batch, seq_len, &options).unwrap();
+                check_output(&format!("{batch}x{seq_len} {options:?}"), &got, &want);
+            }
+        }
+    }
+}
+
 /// The tensors of a sample, changed by `layout`.
 fn run_tensors(
     sample: &Sample,

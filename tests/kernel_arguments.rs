@@ -86,7 +86,15 @@ fn squeeze(text: &str) -> String {
 fn cuda_constants(source: &str) -> BTreeMap<String, String> {
     let constant = Regex::new(r"(?m)^constexpr \w+ (\w+) = ([^;]+);").unwrap();
     let found = constant.captures_iter(source);
-    found.map(|found| (found[1].to_string(), found[2].to_string())).collect()
+    let mut all: BTreeMap<String, String> =
+        found.map(|found| (found[1].to_string(), found[2].to_string())).collect();
+    // And the names of plain enums, which count from 0.
+    let plain = Regex::new(r"(?m)^enum \w+ \{([^}=]*)\};").unwrap();
+    for found in plain.captures_iter(source) {
+        let names = found[1].split(',').map(str::trim).filter(|name| !name.is_empty());
+        all.extend(names.enumerate().map(|(number, name)| (name.to_string(), number.to_string())));
+    }
+    all
 }
 
 // ---- Rust ----
@@ -309,7 +317,13 @@ fn constants_of_one_name_have_one_value() {
             }
         }
     }
-    for name in ["gae SEGMENT", "gae THREAD_TOKENS", "gae MAX_THREADS", "logprob WARP"] {
+    for name in [
+        "gae SEGMENT",
+        "gae THREAD_TOKENS",
+        "gae MAX_THREADS",
+        "logprob WARP",
+        "ppo_loss PARTIAL_SUMS",
+    ] {
         assert!(compared.iter().any(|seen| seen == name), "{name} was not compared");
     }
 }
