@@ -29,6 +29,7 @@ use std::convert::Infallible;
 use std::marker::PhantomData;
 use std::ops::Range;
 
+#[cfg(not(feature = "cuda"))]
 use bytemuck::Pod;
 use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Shape, Storage, StorageRef, Tensor, WithDType};

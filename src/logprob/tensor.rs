@@ -11,6 +11,8 @@ use super::{
 };
 use crate::cpu::{Logit, RowsMut};
 use crate::error::{Error, Result};
+#[cfg(feature = "cuda")]
+use crate::tensor::OnCuda;
 use crate::tensor::{check_arg, check_dtype, node, run, Backend, Buffer, Held, OnCpu, Owned};
 
 /// Rows of the node's output: log-probability, entropy, and what backward needs to know of a row, its
