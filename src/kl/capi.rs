@@ -28,15 +28,6 @@ pub const PPOK_KL_K3: i32 = 3;
 /// The value of `PPOK_KL_K3` with the gradient of `PPOK_KL_K2`.
 pub const PPOK_KL_K3_STRAIGHT_THROUGH: i32 = 4;
 
-/// The estimators, by these numbers.
-pub(crate) const ESTIMATORS: [KlEstimator; 5] = [
-    KlEstimator::K1,
-    KlEstimator::Abs,
-    KlEstimator::K2,
-    KlEstimator::K3,
-    KlEstimator::K3StraightThrough,
-];
-
 /// KL(policy || reference), the mean over the policy: what the estimators from samples estimate.
 pub const PPOK_KL_FORWARD: i32 = 0;
 /// KL(reference || policy), the mean over the reference, as in distillation.
@@ -83,7 +74,7 @@ impl Options for ppok_kl_token_options {
     fn options(&self) -> Result<KlOptions> {
         check_reserved(TOKEN_OP, "options", self.reserved)?;
         Ok(KlOptions {
-            estimator: choose(TOKEN_OP, "estimator", self.estimator, &ESTIMATORS)?,
+            estimator: choose(TOKEN_OP, "estimator", self.estimator, &KlEstimator::ALL)?,
             log_ratio_clamp: optional(self.log_ratio_clamp),
             output_clamp: optional(self.output_clamp),
         })

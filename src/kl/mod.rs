@@ -181,8 +181,8 @@ impl FullKlOptions {
     }
 }
 
-/// A clamp as the loops have it: none is one at infinity.
-fn limit(clamp: Option<f64>) -> f32 {
+/// A clamp or limit as the loops have it, without a branch: none is one at infinity.
+pub(crate) fn limit(clamp: Option<f64>) -> f32 {
     clamp.map_or(f32::INFINITY, |c| c as f32)
 }
 

@@ -2,12 +2,12 @@
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
 //! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
 
-use super::{or_infinity, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
+use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{for_each, prefers_non_temporal, prefetch, reduce, vectorise, Split, Writer};
 use crate::error::Result;
 use crate::kl::cpu::TokenKl;
-use crate::kl::{KlEstimator, KlOptions};
+use crate::kl::{limit, KlEstimator, KlOptions};
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
 
@@ -399,12 +399,12 @@ impl Terms {
     fn new(options: &PpoLossOptions, divisor: f64) -> Self {
         let (low, high) = options.ratio_bounds();
         Self {
-            log_ratio_limit: or_infinity(options.log_ratio_clamp),
+            log_ratio_limit: limit(options.log_ratio_clamp),
             low: low as f32,
             high: high as f32,
-            dual_clip: or_infinity(options.dual_clip),
+            dual_clip: limit(options.dual_clip),
             count_outside: options.clip_fraction == ClipFractionKind::RatioOutside,
-            value_range: or_infinity(options.value_clip_range),
+            value_range: limit(options.value_clip_range),
             kl: TokenKl::new(&options.kl),
             policy_scale: (1.0 / divisor) as f32,
             value_scale: (options.value_coef / divisor) as f32,

@@ -12,10 +12,11 @@
 use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
-use super::{or_infinity, Aggregation, ClipFractionKind, PpoLossOptions, OP};
+use super::{Aggregation, ClipFractionKind, PpoLossOptions, OP};
 use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
+use crate::kl::limit;
 use crate::memory::{
     elements, in_space, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Shape, Writes,
 };
@@ -145,11 +146,11 @@ pub fn ppo_loss(
         part_tiles: part_tiles as i32,
         aligned: i32::from(aligned),
         count_outside: i32::from(options.clip_fraction == ClipFractionKind::RatioOutside),
-        log_ratio_limit: or_infinity(options.log_ratio_clamp),
+        log_ratio_limit: limit(options.log_ratio_clamp),
         low: low as f32,
         high: high as f32,
-        dual_clip: or_infinity(options.dual_clip),
-        value_range: or_infinity(options.value_clip_range),
+        dual_clip: limit(options.dual_clip),
+        value_range: limit(options.value_clip_range),
         kl: TokenKl::new(&options.kl),
     };
 

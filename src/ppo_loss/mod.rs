@@ -441,11 +441,6 @@ impl<S: Space> ScaleOutputs<'_, S> {
     }
 }
 
-/// A limit as the loops over tokens have it, without a branch: "off" is infinity.
-fn or_infinity(limit: Option<f64>) -> f32 {
-    limit.map_or(f32::INFINITY, |limit| limit as f32)
-}
-
 /// The loss and what else the pass over the tokens found.
 ///
 /// Means, fractions and variances are over the unmasked tokens, each counting the same, whatever
