@@ -62,9 +62,9 @@ struct ForwardArgs {
 
 struct SumsArgs {
     const float* x;          // [count]
+    const float* grad_y;     // [count]
     const uint8_t* mask;     // [count], or null: ones
     const Moments* moments;  // [1], or null: those that the host knows
-    const float* grad_y;     // [count]
     Moments known;
     GradientSums* partials;  // [runs]
     int64_t count;
@@ -79,9 +79,9 @@ struct MergeSumsArgs {
 
 struct BackwardArgs {
     const float* x;            // [count]
+    const float* grad_y;       // [count]
     const uint8_t* mask;       // [count], or null: ones
     const Moments* moments;    // [1], or null: those that the host knows
-    const float* grad_y;       // [count]
     float* grad_x;             // [count]; may be grad_y
     Moments known;
     const GradientSums* sums;  // [1]

@@ -88,21 +88,18 @@ pub enum Error {
         got: usize,
     },
     /// There is no CUDA driver on this machine, or it is too old.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     #[error("no CUDA driver: {reason}")]
     CudaDriver {
         /// What the driver's library said, or what the search for it.
         reason: String,
     },
     /// The driver has no device or no context to offer.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     #[error("no CUDA device: {reason}")]
     CudaDevice {
         /// What the driver said.
         reason: String,
     },
     /// The kernels were not compiled for the device's architecture.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     #[error(
         "{op}: the kernels were not built for this device, of compute capability {}.{} ({reason}); \
          devices before 8.0 are not supported, and PPO_KERNELS_CUDA_ARCHS at build time chooses \
@@ -118,14 +115,12 @@ pub enum Error {
         reason: String,
     },
     /// The device is out of memory.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     #[error("{op}: the CUDA device is out of memory")]
     CudaMemory {
         /// The op that asked for it.
         op: &'static str,
     },
     /// A kernel could not be launched, or an earlier one failed.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     #[error("{op}: the kernel {kernel} failed: {reason}")]
     CudaLaunch {
         /// The op that launched it.
@@ -142,7 +137,7 @@ pub enum Error {
 }
 
 /// A result with this crate's [`Error`].
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Lets the ops be used with `?` in functions that return candle's own result.
 #[cfg(feature = "candle")]
@@ -200,7 +195,6 @@ impl Error {
     }
 
     /// `Ok` when a workspace has as many elements as it must have.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     pub(crate) fn check_workspace(op: &'static str, got: usize, needed: usize) -> Result<()> {
         if got >= needed {
             return Ok(());

@@ -29,7 +29,6 @@
 #[cfg(feature = "capi")]
 pub mod capi;
 pub mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
 #[cfg(feature = "driver")]
 pub mod driver;

@@ -1,7 +1,6 @@
 //! Count, mean and sum of squared deviations, which several ops make and read.
 
 pub(crate) mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub(crate) mod cuda;
 #[cfg(feature = "candle")]
 mod tensor;

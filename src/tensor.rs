@@ -8,14 +8,13 @@
 //! ```text
 //! let backend = Backend::of(OP, "x", x.device())?;
 //! let tensors: Inputs<Owned> = inputs.try_map(shape, &mut Constants::new(OP, x.device()))?;
-//! let views: Inputs<Views> = tensors.try_map(shape, &mut Held(OP))?;
 //! let mut buffers = Outputs { out: backend.buffer::<f32>(n)? };
 //! run!(
-//!     backend,
-//!     [views, shape],
+//!     (OP, backend),
+//!     [tensors, shape],
 //!     [buffers, shape],
-//!     |inputs, outputs| cpu::forward(inputs, n, outputs),
-//!     |gpu| cuda::forward(&gpu.stream()?, inputs, n, outputs),
+//!     |i, o| cpu::forward(i, n, o),
+//!     |stream, w = [cuda::workspace_len(n)]| cuda::forward(stream, i, n, o, w),
 //! );
 //! node("ppo-op", &[x], buffers.out, shape, |output, upstream| ..)
 //! ```
@@ -35,7 +34,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Shape, Storage, StorageRef, Tensor, WithDType};
 
 use crate::error::{Error, Result};
-use crate::memory::{self, Element, Host, Reads, Space, Tensors, Writes};
+use crate::memory::{Array, Element, Host, Reads, Space, Tensors, Writes};
 
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::OnCuda;
@@ -89,6 +88,38 @@ pub(crate) fn check_device(
         expected: format!("{:?}", expected.location()),
         got: format!("{:?}", tensor.device().location()),
     })
+}
+
+/// Rows and tokens of a tensor that has no other dimension.
+pub(crate) fn batch_and_seq_len(
+    op: &'static str,
+    arg: &'static str,
+    tensor: &Tensor,
+) -> Result<[usize; 2]> {
+    <[usize; 2]>::try_from(tensor.dims()).map_err(|_| Error::Shape {
+        op,
+        arg,
+        expected: "[B, T]".into(),
+        got: format!("{:?}", tensor.dims()),
+    })
+}
+
+/// The leading dimensions of logits, and the vocabulary, which is not empty.
+pub(crate) fn leading_and_vocab<'a>(
+    op: &'static str,
+    arg: &'static str,
+    logits: &'a Tensor,
+) -> Result<(&'a [usize], usize)> {
+    check_dtype(op, arg, logits, &[DType::F32, DType::F16, DType::BF16])?;
+    match logits.dims() {
+        [leading @ .., vocab] if *vocab > 0 => Ok((leading, *vocab)),
+        dims => Err(Error::Shape {
+            op,
+            arg,
+            expected: "[.., V] with V > 0".into(),
+            got: format!("{dims:?}"),
+        }),
+    }
 }
 
 /// Shape, dtype and device in one: what every further argument of an op must match.
@@ -332,18 +363,13 @@ impl<'a> Constants<'a> {
 impl Reads<Tensors, Owned> for Constants<'_> {
     type Error = Error;
 
-    fn input<T: Element>(
-        &mut self,
-        arg: &'static str,
-        shape: memory::Shape,
-        from: &&Tensor,
-    ) -> Result<Tensor> {
-        let mut dims = shape.concat();
+    fn input<T: Element>(&mut self, array: &Array, from: &&Tensor) -> Result<Tensor> {
+        let mut dims = array.shape.concat();
         // An element of several numbers is so many of the tensor's.
         if let Some(last) = dims.last_mut() {
             *last *= numbers::<T>();
         }
-        check_arg(self.op, arg, from, &dims, &[T::Number::DTYPE], self.device)?;
+        check_arg(self.op, array.name, from, &dims, &[T::Number::DTYPE], self.device)?;
         Ok(from.detach().contiguous()?)
     }
 }
@@ -354,39 +380,39 @@ pub(crate) struct Held(pub &'static str);
 impl Reads<Owned, Views> for Held {
     type Error = Error;
 
-    fn input<'a, 'b, T: Element>(
-        &mut self,
-        arg: &'static str,
-        _: memory::Shape,
-        from: &'b Tensor,
-    ) -> Result<View<'b, T>> {
-        view(self.0, arg, from)
+    fn input<'b, T: Element>(&mut self, array: &Array, from: &'b Tensor) -> Result<View<'b, T>> {
+        view(self.0, array.name, from)
     }
 }
 
-/// Runs a pass on the backend: takes views of its inputs and buffers for its outputs, with the sizes that
-/// their `try_map` asks for, into the backend's memory, and calls the op's function for it.
+/// Runs a pass on the backend: holds its inputs for reading, takes them and the buffers of its outputs, of
+/// the sizes of their `try_map`, into the backend's memory, and calls the op's function for it, with a
+/// workspace of as many elements as are asked for.
 macro_rules! run {
     (
-        $backend:expr,
-        [$views:expr $(, $in_size:expr)*], [$buffers:expr $(, $out_size:expr)*],
-        |$inputs:ident, $outputs:ident| $cpu:expr,
-        |$gpu:ident| $cuda:expr $(,)?
-    ) => {
+        ($op:expr, $backend:expr),
+        [$tensors:expr, $in_sizes:expr], [$buffers:expr, $out_sizes:expr],
+        |$i:ident, $o:ident| $cpu:expr,
+        |$stream:ident $(, $workspace:ident = [$len:expr])?| $cuda:expr $(,)?
+    ) => {{
+        let views = $tensors.try_map($in_sizes, &mut $crate::tensor::Held($op))?;
         match &$backend {
             $crate::tensor::Backend::Cpu => {
-                let Ok($inputs) = $views.try_map($($in_size,)* &mut $crate::tensor::OnCpu);
-                let Ok($outputs) = $buffers.try_map($($out_size,)* &mut $crate::tensor::OnCpu);
+                let Ok($i) = views.try_map($in_sizes, &mut $crate::tensor::OnCpu);
+                let Ok($o) = $buffers.try_map($out_sizes, &mut $crate::tensor::OnCpu);
                 $cpu?;
             }
             #[cfg(feature = "cuda")]
-            $crate::tensor::Backend::Cuda($gpu) => {
-                let Ok($inputs) = $views.try_map($($in_size,)* &mut $crate::tensor::OnCuda);
-                let Ok($outputs) = $buffers.try_map($($out_size,)* &mut $crate::tensor::OnCuda);
+            $crate::tensor::Backend::Cuda(gpu) => {
+                let $stream = &gpu.stream()?;
+                $(let mut workspace = gpu.buffer($len)?;)?
+                let Ok($i) = views.try_map($in_sizes, &mut $crate::tensor::OnCuda);
+                let Ok($o) = $buffers.try_map($out_sizes, &mut $crate::tensor::OnCuda);
+                $(let $workspace = workspace.slice();)?
                 $cuda?;
             }
         }
-    };
+    }};
 }
 pub(crate) use run;
 
@@ -396,12 +422,11 @@ pub(crate) struct OnCpu;
 impl Reads<Views, Host> for OnCpu {
     type Error = Infallible;
 
-    fn input<'a, 'b, T: Element>(
+    fn input<'b, T: Element>(
         &mut self,
-        _: &'static str,
-        _: memory::Shape,
-        from: &'b View<'a, T>,
-    ) -> std::result::Result<&'b [T], Infallible> {
+        _: &Array,
+        from: &'b View<T>,
+    ) -> Result<&'b [T], Infallible> {
         Ok(from.cpu())
     }
 }
@@ -409,13 +434,11 @@ impl Reads<Views, Host> for OnCpu {
 impl Writes<Owned, Host> for OnCpu {
     type Error = Infallible;
 
-    fn output<'a, 'b, T: Element>(
+    fn output<'b, T: Element>(
         &mut self,
-        _: &'static str,
-        _: memory::Shape,
-        _: &[&'static str],
+        _: &Array,
         to: &'b mut Buffer<T>,
-    ) -> std::result::Result<&'b mut [T], Infallible> {
+    ) -> Result<&'b mut [T], Infallible> {
         Ok(to.cpu())
     }
 }

@@ -9,9 +9,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use quote::ToTokens;
+use proc_macro2::{TokenStream, TokenTree};
+use quote::{format_ident, quote, ToTokens};
 use regex::Regex;
-use syn::{Expr, Fields, GenericArgument, Item, ItemStruct, PathArguments, Type};
+use syn::parse::ParseStream;
+use syn::{
+    braced, parenthesized, Attribute, Expr, Fields, GenericArgument, Generics, Ident, Item,
+    ItemStruct, PathArguments, Token, Type,
+};
 
 /// A field as CUDA has it: `const float*`, say, and its name.
 type Field = (String, String);
@@ -111,10 +116,61 @@ fn rust_files(op: &str) -> Vec<syn::File> {
 fn rust_structs(files: &[syn::File]) -> Structs<ItemStruct> {
     let items = files.iter().flat_map(|file| &file.items);
     let structs = items.filter_map(|item| match item {
-        Item::Struct(item) => Some((item.ident.to_string(), item.clone())),
+        Item::Struct(item) => Some(item.clone()),
+        Item::Macro(item) if item.mac.path.is_ident("list") => {
+            Some(item.mac.parse_body_with(list).expect("a list"))
+        }
         _ => None,
     });
-    structs.collect()
+    structs.map(|item| (item.ident.to_string(), item)).collect()
+}
+
+/// The struct that `list!` of src/memory.rs makes.
+fn list(input: ParseStream) -> syn::Result<ItemStruct> {
+    Attribute::parse_outer(input)?;
+    let way = match input.parse::<Ident>()?.to_string().as_str() {
+        "inputs" => format_ident!("In"),
+        _ => format_ident!("Out"),
+    };
+    let name: Ident = input.parse()?;
+    let types: Generics = input.parse()?;
+    let types: Vec<_> = types.type_params().collect();
+    let sizes;
+    parenthesized!(sizes in input);
+    sizes.parse::<TokenStream>()?;
+    let mut fields = Vec::new();
+    if input.peek(Ident) {
+        input.parse::<Ident>()?; // with
+        Attribute::parse_outer(input)?;
+        let (name, _, list): (Ident, Token![:], Type) =
+            (input.parse()?, input.parse()?, input.parse()?);
+        fields.push(quote!(#name: #list));
+    }
+    while !input.is_empty() {
+        let optional = input.peek(Ident);
+        if optional {
+            input.parse::<Ident>()?;
+        }
+        let arrays;
+        braced!(arrays in input);
+        while !arrays.is_empty() {
+            Attribute::parse_outer(&arrays)?;
+            let (name, _, of): (Ident, Token![:], Type) =
+                (arrays.parse()?, arrays.parse()?, arrays.parse()?);
+            // Shape, and what it may be over.
+            while !arrays.is_empty() && !arrays.peek(Token![,]) {
+                arrays.parse::<TokenTree>()?;
+            }
+            arrays.parse::<Option<Token![,]>>()?;
+            let array = quote!(S::#way<'a, #of>);
+            fields.push(if optional {
+                quote!(#name: Option<#array>)
+            } else {
+                quote!(#name: #array)
+            });
+        }
+    }
+    syn::parse2(quote!(pub struct #name<'a, S: Space, #(#types),*> { #(#fields),* }))
 }
 
 /// The names of the structs that the op's kernels are launched with.

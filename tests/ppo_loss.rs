@@ -1217,10 +1217,10 @@ fn stored_gradients_are_scaled() {
     }
     let mut to = [0.0; 5];
     let inputs = ScaleInputs { stored_logp: Some(&stored), ..ScaleInputs::new(&[1.0]) };
-    let outputs = ScaleOutputs { grad_values: Some(&mut to), ..Default::default() };
+    let outputs = ScaleOutputs { grad_values: Some(&mut to), ..ScaleOutputs::new() };
     let error = cpu::scale(inputs, 5, outputs).unwrap_err();
     assert!(matches!(error, Error::Missing { arg: "grad_logp", needed_by: "stored_logp", .. }));
-    let outputs = ScaleOutputs { grad_logp: Some(&mut to[1..]), ..Default::default() };
+    let outputs = ScaleOutputs { grad_logp: Some(&mut to[1..]), ..ScaleOutputs::new() };
     let error = cpu::scale(inputs, 5, outputs).unwrap_err();
     assert!(matches!(error, Error::Shape { arg: "grad_logp", .. }));
 }

@@ -432,11 +432,11 @@ fn a_masked_gradient_stays_zero_whatever_comes_from_upstream() {
     let upstream = Buffer::new(&[f32::NAN], 0);
     let inputs =
         ScaleInputs { stored_values: Some(grad.slice()), ..ScaleInputs::new(upstream.slice()) };
-    let outputs = ScaleOutputs { grad_values: Some(grad.slice_mut()), ..Default::default() };
+    let outputs = ScaleOutputs { grad_values: Some(grad.slice_mut()), ..ScaleOutputs::new() };
     cuda::scale(&stream, inputs, 6, outputs).unwrap();
     let nan: Vec<bool> = grad.read().iter().map(|g| g.is_nan()).collect();
     assert_eq!(nan, [false, true, false, true, false, true]);
-    let nothing = ScaleOutputs::default();
+    let nothing = ScaleOutputs::new();
     cuda::scale(&stream, ScaleInputs::new(upstream.slice()), 6, nothing).unwrap();
 }
 
@@ -540,8 +540,10 @@ fn gradients_to_scale_of_the_wrong_length_are_refused_by_name() {
             stored_values: stored.as_ref().map(Buffer::slice),
             ..ScaleInputs::new(upstream.slice())
         };
-        let outputs =
-            ScaleOutputs { grad_values: out.as_mut().map(Buffer::slice_mut), ..Default::default() };
+        let outputs = ScaleOutputs {
+            grad_values: out.as_mut().map(Buffer::slice_mut),
+            ..ScaleOutputs::new()
+        };
         cuda::scale(&stream(machine(Order::Fifo, 9, 3)), inputs, 3, outputs).unwrap_err()
     };
     let fails = |upstream, stored, out, name: &str| {

@@ -1,14 +1,12 @@
 //! What a C caller hands over, made into slices and values, or refused.
 
+use std::ffi::c_void;
 use std::ptr::NonNull;
 
 use super::{Fault, Pass, Result, PPOK_NONE};
-#[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::{Slice, SliceMut};
 use crate::error::Error;
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use crate::memory::Device;
-use crate::memory::{elements, Element, Host, Reads, Shape, Space, Writes};
+use crate::memory::{Array, Device, Element, Host, Reads, Space, Writes};
 
 /// What a C caller gave: pointers that have not been looked at.
 pub(crate) struct Raw;
@@ -18,23 +16,40 @@ impl Space for Raw {
     type Out<'a, T: Element> = *mut T;
 }
 
-/// A pointer to what may be left out.
-pub(crate) trait Given: Copy {
+/// A pointer of the header's to what may be any type of elements, as one of [`Raw`].
+pub(crate) trait Given<P>: Copy {
+    fn pointer(self) -> P;
+
     /// `None` where it is null.
-    fn given(self) -> Option<Self>;
+    fn given(self) -> Option<P>;
 }
 
-impl<T> Given for *const T {
-    fn given(self) -> Option<Self> {
-        (!self.is_null()).then_some(self)
-    }
+macro_rules! given {
+    ($($pointer:ty => $given:ty),*) => {$(
+        impl<T: Element> Given<$given> for $pointer {
+            fn pointer(self) -> $given {
+                self.cast()
+            }
+
+            fn given(self) -> Option<$given> {
+                (!self.is_null()).then_some(self.cast())
+            }
+        }
+    )*};
 }
 
-impl<T> Given for *mut T {
-    fn given(self) -> Option<Self> {
-        (!self.is_null()).then_some(self)
-    }
+given!(*const T => *const T, *mut T => *mut T, *const c_void => *const T, *mut c_void => *mut T);
+
+/// A list of what the caller gave: the fields of that name, those that are not optional first.
+macro_rules! list_of {
+    ($args:expr, $List:ident, [$($field:ident),*], [$($optional:ident),*]) => {
+        $List {
+            $($field: $crate::capi::arguments::Given::pointer($args.$field),)*
+            $($optional: $crate::capi::arguments::Given::given($args.$optional),)*
+        }
+    };
 }
+pub(crate) use list_of;
 
 /// The arrays of one call: each is looked at before a slice is made of it, and what is written must
 /// overlap nothing else.
@@ -83,21 +98,20 @@ impl Memory {
         unsafe { read_or_default(self.op, "options", options) }?.options()
     }
 
-    /// The elements of an array of that shape, and where they are.
+    /// The elements of an array, and where they are.
     fn array<T>(
         &mut self,
-        arg: &'static str,
-        shape: Shape,
+        array: &Array,
         address: *const T,
         written: bool,
-        over: &[&'static str],
     ) -> Result<(NonNull<T>, usize)> {
-        let len = elements(shape).ok_or_else(|| too_large(self.op, arg, &shape.concat()))?;
-        Ok((self.add(arg, address, len, written, over)?, len))
+        let Some(len) = array.len() else {
+            return Err(too_large(self.op, array.name, &array.shape.concat()));
+        };
+        Ok((self.add(array.name, address, len, written, array.over)?, len))
     }
 
     /// The workspace as elements of the type that the pass keeps there.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     pub(crate) fn workspace<'a, T>(&mut self, workspace: Workspace) -> Result<SliceMut<'a, T>> {
         let (op, align) = (self.op, WORKSPACE_ALIGN);
         let Workspace { address, bytes, needed } = workspace;
@@ -153,13 +167,8 @@ impl Memory {
 impl Reads<Raw, Host> for Memory {
     type Error = Fault;
 
-    fn input<'a, 'b, T: Element>(
-        &mut self,
-        arg: &'static str,
-        shape: Shape,
-        from: &'b *const T,
-    ) -> Result<&'b [T]> {
-        let (address, len) = self.array(arg, shape, *from, false, &[])?;
+    fn input<'b, T: Element>(&mut self, array: &Array, from: &'b *const T) -> Result<&'b [T]> {
+        let (address, len) = self.array(array, *from, false)?;
         // SAFETY: `new` was promised it, and `array` has looked at it.
         Ok(unsafe { std::slice::from_raw_parts(address.as_ptr(), len) })
     }
@@ -168,65 +177,48 @@ impl Reads<Raw, Host> for Memory {
 impl Writes<Raw, Host> for Memory {
     type Error = Fault;
 
-    // Nothing is written over an input in the process's memory, where slices would be of the same.
-    fn output<'a, 'b, T: Element>(
-        &mut self,
-        arg: &'static str,
-        shape: Shape,
-        _: &[&'static str],
-        to: &'b mut *mut T,
-    ) -> Result<&'b mut [T]> {
-        let (address, len) = self.array(arg, shape, *to, true, &[])?;
+    fn output<'b, T: Element>(&mut self, array: &Array, to: &'b mut *mut T) -> Result<&'b mut [T]> {
+        // Nothing is written over an input here, where slices would be of the same.
+        let (address, len) = self.array(&Array { over: &[], ..*array }, *to, true)?;
         // SAFETY: `new` was promised it, and `array` has looked at it.
         Ok(unsafe { std::slice::from_raw_parts_mut(address.as_ptr(), len) })
     }
 }
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
 impl Reads<Raw, Device> for Memory {
     type Error = Fault;
 
-    fn input<'a, 'b, T: Element>(
-        &mut self,
-        arg: &'static str,
-        shape: Shape,
-        from: &'b *const T,
-    ) -> Result<Slice<'b, T>> {
-        let (address, len) = self.array(arg, shape, *from, false, &[])?;
+    fn input<'b, T: Element>(&mut self, array: &Array, from: &'b *const T) -> Result<Slice<'b, T>> {
+        let (address, len) = self.array(array, *from, false)?;
         // SAFETY: `new` was promised it, and `array` has looked at it.
         Ok(unsafe { Slice::from_raw(address.as_ptr(), len) })
     }
 }
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
 impl Writes<Raw, Device> for Memory {
     type Error = Fault;
 
-    fn output<'a, 'b, T: Element>(
+    fn output<'b, T: Element>(
         &mut self,
-        arg: &'static str,
-        shape: Shape,
-        over: &[&'static str],
+        array: &Array,
         to: &'b mut *mut T,
     ) -> Result<SliceMut<'b, T>> {
-        let (address, len) = self.array(arg, shape, *to, true, over)?;
+        let (address, len) = self.array(array, *to, true)?;
         // SAFETY: `new` was promised it, and `array` has looked at it.
         Ok(unsafe { SliceMut::from_raw(address.as_ptr(), len) })
     }
 }
 
 /// Device memory for whatever a pass keeps there while it runs, as the caller gave it.
-#[cfg(any(feature = "cuda", feature = "simt"))]
 #[derive(Clone, Copy)]
 pub(crate) struct Workspace {
-    pub address: *mut std::ffi::c_void,
+    pub address: *mut c_void,
     pub bytes: usize,
     /// The bytes that the pass asked for.
     pub needed: usize,
 }
 
 /// What the header asks of every workspace, whatever is kept there today.
-#[cfg(any(feature = "cuda", feature = "simt"))]
 const WORKSPACE_ALIGN: usize = 16;
 
 fn too_large(op: &'static str, arg: &'static str, shape: &[usize]) -> Fault {
@@ -234,15 +226,71 @@ fn too_large(op: &'static str, arg: &'static str, shape: &[usize]) -> Fault {
     Fault::Op(Error::Shape { op, arg, expected, got: format!("{shape:?}") })
 }
 
-/// An option of which [`PPOK_NONE`] says that it is left out.
-pub(crate) fn optional(value: f64) -> Option<f64> {
-    (value != PPOK_NONE).then_some(value)
+/// An option in the form that the header has it in: one number, or two of which one says what the
+/// other means.
+pub(crate) trait Encoded: Sized {
+    type Code;
+
+    fn encode(self) -> Self::Code;
+
+    /// An error, naming the option, for a number that stands for nothing.
+    fn decode(op: &'static str, option: &'static str, code: Self::Code) -> Result<Self>;
 }
 
-/// The number in the header's struct for an option that may be left out.
-pub(crate) fn or_none(option: Option<f64>) -> f64 {
-    option.unwrap_or(PPOK_NONE)
+impl Encoded for f64 {
+    type Code = f64;
+
+    fn encode(self) -> f64 {
+        self
+    }
+
+    fn decode(_: &'static str, _: &'static str, number: f64) -> Result<f64> {
+        Ok(number)
+    }
 }
+
+/// One that may be left out, of which [`PPOK_NONE`] says that it is.
+impl Encoded for Option<f64> {
+    type Code = f64;
+
+    fn encode(self) -> f64 {
+        self.unwrap_or(PPOK_NONE)
+    }
+
+    fn decode(_: &'static str, _: &'static str, number: f64) -> Result<Self> {
+        Ok((number != PPOK_NONE).then_some(number))
+    }
+}
+
+impl Encoded for bool {
+    type Code = i32;
+
+    fn encode(self) -> i32 {
+        i32::from(self)
+    }
+
+    fn decode(op: &'static str, option: &'static str, number: i32) -> Result<Self> {
+        choose(op, option, number, &[false, true])
+    }
+}
+
+/// Enums whose values the header numbers from 0 on, in the order in which they are declared.
+macro_rules! choices {
+    ($($Enum:ident { $($value:ident),+ })*) => {$(
+        impl $crate::capi::arguments::Encoded for $Enum {
+            type Code = i32;
+
+            fn encode(self) -> i32 {
+                self as i32
+            }
+
+            fn decode(op: &'static str, option: &'static str, number: i32) -> Result<Self> {
+                $crate::capi::arguments::choose(op, option, number, &[$($Enum::$value),+])
+            }
+        }
+    )*};
+}
+pub(crate) use choices;
 
 /// One of the values that an option's numbers from 0 on stand for.
 pub(crate) fn choose<T: Copy>(
@@ -258,10 +306,44 @@ pub(crate) fn choose<T: Copy>(
     })
 }
 
-/// The value of an option that is 0 or 1.
-pub(crate) fn flag(op: &'static str, option: &'static str, number: i32) -> Result<bool> {
-    choose(op, option, number, &[false, true])
+/// Says which fields of the header's struct of options an op's own ones are [`Encoded`] in. A field
+/// without a meaning so far, in brackets, must be 0.
+///
+/// The struct is of numbers without padding, and its first field is its size.
+macro_rules! options {
+    ($Options:ident, $Own:ty, $op:expr, [$($reserved:ident)?], {
+        $($field:ident $(& $second:ident)? => $($own:ident).+),+ $(,)?
+    }) => {
+        // SAFETY: as said above.
+        unsafe impl $crate::capi::arguments::Growing for $Options {
+            fn initial() -> Self {
+                use $crate::capi::arguments::Encoded;
+                let own = <$Own>::default();
+                // SAFETY: of numbers only.
+                let mut options: Self = unsafe { std::mem::zeroed() };
+                options.struct_size = size_of::<Self>();
+                $((options.$field $(, options.$second)?) = own.$($own).+.encode();)+
+                options
+            }
+        }
+
+        impl $crate::capi::arguments::Options for $Options {
+            type Options = $Own;
+
+            fn options(&self) -> Result<$Own> {
+                use $crate::capi::arguments::Encoded;
+                $($crate::capi::arguments::check_reserved($op, "options", self.$reserved)?;)?
+                let mut own = <$Own>::default();
+                $(
+                    let code = (self.$field $(, self.$second)?);
+                    own.$($own).+ = Encoded::decode($op, stringify!($field), code)?;
+                )+
+                Ok(own)
+            }
+        }
+    };
 }
+pub(crate) use options;
 
 /// `Ok` where a field without a meaning so far is 0.
 pub(crate) fn check_reserved(op: &'static str, arg: &'static str, number: i32) -> Result<()> {
@@ -483,14 +565,6 @@ mod tests {
         }
     }
 
-    impl Pass for Second {
-        const OP: &'static str = "op";
-
-        fn run(&self, _: &mut Memory, _: crate::capi::On) -> Result<()> {
-            Ok(())
-        }
-    }
-
     #[test]
     fn structs_of_other_versions_are_read() {
         let first = First { struct_size: size_of::<First>(), a: 3 };
@@ -536,9 +610,10 @@ mod tests {
         let mut x = [0.0_f32; 8];
         let p = x.as_mut_ptr();
         // SAFETY: no slice is used.
-        let mut memory = unsafe { Memory::new::<Second>() };
+        let mut memory = unsafe { Memory::of("op") };
         let mut add = |arg, at, len, written, over: &[&'static str]| {
-            memory.array(arg, &[&[len]], p.wrapping_add(at), written, over).map(drop)
+            let array = Array { name: arg, shape: &[&[len]], over };
+            memory.array(&array, p.wrapping_add(at), written).map(drop)
         };
         add("a", 0, 4, false, &[]).unwrap();
         add("b", 2, 4, false, &[]).unwrap();
@@ -554,10 +629,11 @@ mod tests {
             assert!(matches!(refused, Err(Fault::Overlap { .. })), "{refused:?}");
         }
         // SAFETY: no slice is used.
-        let mut memory = unsafe { Memory::new::<Second>() };
+        let mut memory = unsafe { Memory::of("op") };
         let mut p = p;
-        Reads::<Raw, Host>::input(&mut memory, "a", &[&[4]], &p.cast_const()).unwrap();
-        let refused = Writes::<Raw, Host>::output(&mut memory, "d", &[&[4]], &["a"], &mut p);
+        let array = |name| Array { name, shape: &[&[4]], over: &["a"] };
+        Reads::<Raw, Host>::input(&mut memory, &array("a"), &p.cast_const()).unwrap();
+        let refused = Writes::<Raw, Host>::output(&mut memory, &array("d"), &mut p);
         assert!(matches!(refused, Err(Fault::Overlap { .. })), "not in place: {refused:?}");
     }
 
@@ -566,10 +642,11 @@ mod tests {
         let x = [0.0_f64; 2];
         let p = x.as_ptr();
         // SAFETY: no slice is used.
-        let mut memory = unsafe { Memory::new::<Second>() };
-        let mut refused = |address: *const f64, len| {
-            memory.array("x", &[&[len]], address, false, &[]).unwrap_err()
+        let mut memory = unsafe { Memory::of("op") };
+        let mut array = |shape: &[usize], address: *const f64| {
+            memory.array(&Array { name: "x", shape: &[shape], over: &[] }, address, false)
         };
+        let mut refused = |address, len| array(&[len], address).unwrap_err();
         assert!(matches!(refused(std::ptr::null(), 1), Fault::Null { .. }));
         assert!(matches!(refused(p.wrapping_byte_add(1), 1), Fault::Misaligned { .. }));
         for len in [usize::MAX, usize::MAX / 8, isize::MAX as usize / 8 + 1] {
@@ -578,8 +655,7 @@ mod tests {
         // The end is past the last address.
         let last = (usize::MAX - 7) as *const f64;
         assert!(matches!(refused(last, 2), Fault::Op(Error::Shape { .. })));
-        let mut product = |shape: &[usize]| memory.array("x", &[shape], p, false, &[]);
-        assert!(matches!(product(&[1 << 40, 1 << 40]), Err(Fault::Op(Error::Shape { .. }))));
-        assert_eq!(product(&[0, usize::MAX]).unwrap().1, 0);
+        assert!(matches!(array(&[1 << 40, 1 << 40], p), Err(Fault::Op(Error::Shape { .. }))));
+        assert_eq!(array(&[0, usize::MAX], p).unwrap().1, 0);
     }
 }

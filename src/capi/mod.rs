@@ -17,10 +17,7 @@ use std::ffi::{c_char, c_void, CStr};
 use std::fmt::{self, Write};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use self::arguments::{check_pointer, Workspace};
-use self::arguments::{initialise, read, Growing, Memory};
-#[cfg(any(feature = "cuda", feature = "simt"))]
+use self::arguments::{check_pointer, initialise, read, Growing, Memory, Workspace};
 use crate::cuda::{Device, Stream};
 use crate::error::Error;
 
@@ -96,10 +93,8 @@ pub(crate) enum Fault {
     StructSize { op: &'static str, arg: &'static str, least: usize, most: usize, got: usize },
     #[error("{op}: `{arg}` sets fields that version {} does not have", env!("CARGO_PKG_VERSION"))]
     UnknownFields { op: &'static str, arg: &'static str },
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     #[error("{op}: the workspace has {got} bytes, expected {needed} or more")]
     Workspace { op: &'static str, needed: usize, got: usize },
-    #[cfg(not(any(feature = "cuda", feature = "simt")))]
     #[error("{op}: this library was built without CUDA; build it with `--features capi,cuda`")]
     Unsupported { op: &'static str },
     #[error("a mistake in ppo-kernels {}: {message}", env!("CARGO_PKG_VERSION"))]
@@ -116,15 +111,10 @@ impl Fault {
                 Error::Missing { .. } => PPOK_STATUS_NULL_POINTER,
                 Error::Target { .. } => PPOK_STATUS_TARGET,
                 Error::Mask { .. } => PPOK_STATUS_MASK,
-                #[cfg(any(feature = "cuda", feature = "simt"))]
                 Error::CudaDriver { .. } => PPOK_STATUS_CUDA_DRIVER,
-                #[cfg(any(feature = "cuda", feature = "simt"))]
                 Error::CudaDevice { .. } => PPOK_STATUS_CUDA_DEVICE,
-                #[cfg(any(feature = "cuda", feature = "simt"))]
                 Error::CudaImage { .. } => PPOK_STATUS_CUDA_IMAGE,
-                #[cfg(any(feature = "cuda", feature = "simt"))]
                 Error::CudaMemory { .. } => PPOK_STATUS_CUDA_MEMORY,
-                #[cfg(any(feature = "cuda", feature = "simt"))]
                 Error::CudaLaunch { .. } => PPOK_STATUS_CUDA_LAUNCH,
                 // These are of tensors, which C has none of.
                 Error::Device { .. } => PPOK_STATUS_INTERNAL,
@@ -135,9 +125,7 @@ impl Fault {
             Fault::Misaligned { .. } => PPOK_STATUS_MISALIGNED,
             Fault::Overlap { .. } => PPOK_STATUS_OVERLAP,
             Fault::StructSize { .. } | Fault::UnknownFields { .. } => PPOK_STATUS_STRUCT_SIZE,
-            #[cfg(any(feature = "cuda", feature = "simt"))]
             Fault::Workspace { .. } => PPOK_STATUS_WORKSPACE,
-            #[cfg(not(any(feature = "cuda", feature = "simt")))]
             Fault::Unsupported { .. } => PPOK_STATUS_UNSUPPORTED,
             Fault::Panic { .. } => PPOK_STATUS_INTERNAL,
         }
@@ -248,51 +236,54 @@ pub extern "C" fn ppok_version_string() -> *const c_char {
 /// in one growing struct, for which [`cpu`], [`cuda`] and [`workspace_size`] do what all passes do.
 ///
 /// Its methods turn the struct into the op's own lists, which `memory` checks on the way.
-pub(crate) trait Pass: Growing {
+///
+/// # Safety
+/// As of [`Growing`].
+pub(crate) unsafe trait Pass: Copy {
     /// The op as errors name it.
     const OP: &'static str;
 
-    /// Runs the pass where the caller wants it; [`run!`] does so for arrays that need nothing special.
+    /// Runs the pass where the caller wants it, by [`run!`].
     fn run(&self, memory: &mut Memory, on: On) -> Result<()>;
 
     /// The bytes of workspace that the pass needs on CUDA, by sizes and options, and by which pointers
     /// are null.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
         Ok(0)
     }
 }
 
+// SAFETY: the pass's.
+unsafe impl<A: Pass> Growing for A {}
+
 /// Where a pass runs. The stream lives as long as the call, by the promise of [`cuda`].
 #[derive(Clone, Copy)]
 pub(crate) enum On {
     Cpu,
-    /// On the stream, with the workspace, of which [`Memory::workspace`] makes a slice.
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     Cuda(Stream<'static>, Workspace),
 }
 
-/// Runs a pass: takes its inputs and outputs, with the sizes that their `try_map` asks for, into the memory
-/// of the backend, and calls the op's function for it.
+/// Runs a pass: takes its inputs and outputs, of the sizes of their `try_map`, into the memory of the
+/// backend, the workspace too if the pass names one, and calls the op's function for it.
 macro_rules! run {
     (
         ($on:expr, $memory:expr),
-        [$inputs:expr $(, $in_size:expr)*], [$outputs:expr $(, $out_size:expr)*],
+        [$inputs:expr, $in_sizes:expr], [$outputs:expr, $out_sizes:expr],
         |$i:ident, $o:ident| $cpu:expr,
-        |$stream:pat_param, $workspace:pat_param| $cuda:expr $(,)?
+        |$stream:ident $(, $workspace:ident)?| $cuda:expr $(,)?
     ) => {{
         let (inputs, mut outputs) = ($inputs, $outputs);
         match $on {
             $crate::capi::On::Cpu => {
-                let $i = inputs.try_map($($in_size,)* $memory)?;
-                let $o = outputs.try_map($($out_size,)* $memory)?;
+                let $i = inputs.try_map($in_sizes, $memory)?;
+                let $o = outputs.try_map($out_sizes, $memory)?;
                 $cpu?;
             }
-            #[cfg(any(feature = "cuda", feature = "simt"))]
-            $crate::capi::On::Cuda(stream, $workspace) => {
-                let $stream = &stream;
-                let $i = inputs.try_map($($in_size,)* $memory)?;
-                let $o = outputs.try_map($($out_size,)* $memory)?;
+            $crate::capi::On::Cuda($stream, _given) => {
+                let $stream = &$stream;
+                let $i = inputs.try_map($in_sizes, $memory)?;
+                let $o = outputs.try_map($out_sizes, $memory)?;
+                $(let $workspace = $memory.workspace(_given)?;)?
                 $cuda?;
             }
         }
@@ -327,7 +318,6 @@ pub(crate) unsafe fn cpu<A: Pass>(args: *const A) -> i32 {
 ///
 /// # Safety
 /// As of [`cpu`], the arrays and the workspace being the device's, and the stream one that lives.
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub(crate) unsafe fn cuda<A: Pass>(
     args: *const A,
     workspace: *mut c_void,
@@ -336,8 +326,10 @@ pub(crate) unsafe fn cuda<A: Pass>(
 ) -> i32 {
     call(|| {
         // SAFETY: the caller's.
-        let (args, stream, mut memory) =
-            unsafe { (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>()) };
+        let (args, stream, mut memory) = unsafe {
+            check_cuda(A::OP)?;
+            (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>())
+        };
         let needed = args.workspace_size(&memory, stream.device())?;
         let workspace = Workspace { address: workspace, bytes, needed };
         args.run(&mut memory, On::Cuda(stream, workspace))
@@ -349,13 +341,13 @@ pub(crate) unsafe fn cuda<A: Pass>(
 /// # Safety
 /// As of [`cuda`], and `size` is null or misaligned or leads to memory for the number. Arrays are not looked
 /// at.
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub(crate) unsafe fn workspace_size<A: Pass>(
     args: *const A,
     handle: *mut c_void,
     size: *mut usize,
 ) -> i32 {
     call(|| {
+        check_cuda(A::OP)?;
         check_pointer(A::OP, "size", size)?;
         // SAFETY: the caller's.
         unsafe {
@@ -366,30 +358,20 @@ pub(crate) unsafe fn workspace_size<A: Pass>(
     })
 }
 
-/// Refuses, in a library without CUDA.
-///
-/// # Safety
-/// None is needed.
-#[cfg(not(any(feature = "cuda", feature = "simt")))]
-pub(crate) unsafe fn cuda<A: Pass>(_: *const A, _: *mut c_void, _: usize, _: *mut c_void) -> i32 {
-    call(|| Err(Fault::Unsupported { op: A::OP }))
-}
-
-/// Refuses, in a library without CUDA.
-///
-/// # Safety
-/// None is needed.
-#[cfg(not(any(feature = "cuda", feature = "simt")))]
-pub(crate) unsafe fn workspace_size<A: Pass>(_: *const A, _: *mut c_void, _: *mut usize) -> i32 {
-    call(|| Err(Fault::Unsupported { op: A::OP }))
+/// `Ok` in a library with CUDA.
+fn check_cuda(op: &'static str) -> Result<()> {
+    if cfg!(any(feature = "cuda", feature = "simt")) {
+        return Ok(());
+    }
+    Err(Fault::Unsupported { op })
 }
 
 /// # Safety
 /// The handle is of a stream that lives for as long as the result is used.
-#[cfg(all(feature = "cuda", not(feature = "simt")))]
-pub(crate) unsafe fn stream<'a>(handle: *mut c_void) -> Result<crate::cuda::Stream<'a>> {
+#[cfg(not(feature = "simt"))]
+unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
     // SAFETY: the caller's.
-    Ok(unsafe { crate::cuda::Stream::from_raw(handle) }?)
+    Ok(unsafe { Stream::from_raw(handle) }?)
 }
 
 /// For tests: a handle is the address of a [`Machine`](crate::cuda::simt::Machine), null one that is
@@ -398,7 +380,7 @@ pub(crate) unsafe fn stream<'a>(handle: *mut c_void) -> Result<crate::cuda::Stre
 /// # Safety
 /// The handle is null or as above.
 #[cfg(feature = "simt")]
-pub(crate) unsafe fn stream<'a>(handle: *mut c_void) -> Result<crate::cuda::Stream<'a>> {
+unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
     use crate::cuda::simt::{Machine, Order};
     let device = Device { compute_capability: (9, 0), max_blocks: i32::MAX as u32, clusters: true };
     let machine = Machine { order: Order::Fifo, device, planted_bug: "" };

@@ -7,7 +7,9 @@
 //!
 //! Two backends run the same launches of the same kernels: the CUDA driver (feature `cuda`), looked
 //! for when the first stream is made, and a stand-in on the CPU (feature `simt`) for tests where
-//! there is no GPU.
+//! there is no GPU. Without either the launches are compiled all the same, and [`Stream::from_raw`]
+//! refuses.
+#![cfg_attr(not(any(feature = "cuda", feature = "simt")), allow(dead_code, unused_variables))]
 
 #[cfg(feature = "cuda")]
 mod driver;
@@ -18,7 +20,11 @@ pub mod simt;
 
 use std::ffi::c_void;
 use std::marker::PhantomData;
+#[cfg(any(feature = "cuda", feature = "simt"))]
+use std::ptr;
 
+#[cfg(not(feature = "cuda"))]
+use crate::error::Error;
 use crate::error::Result;
 
 #[cfg(all(feature = "cuda", feature = "candle"))]
@@ -79,15 +85,23 @@ impl Stream<'_> {
     /// of the first device's primary context.
     ///
     /// # Errors
-    /// If there is no driver or no device, or the kernels were not built for it.
+    /// If there is no driver or no device, or the kernels were not built for it; always without the
+    /// feature `cuda`.
     ///
     /// # Safety
     /// The handle is of a stream that lives as long as the lifetime says.
-    #[cfg(feature = "cuda")]
     pub unsafe fn from_raw(handle: *mut c_void) -> Result<Self> {
-        // SAFETY: the caller's.
-        let (stream, device) = unsafe { driver::Stream::new(handle.cast()) }?;
-        Ok(Self { device, backend: Backend::Driver(stream), lifetime: PhantomData })
+        #[cfg(feature = "cuda")]
+        {
+            // SAFETY: the caller's.
+            let (stream, device) = unsafe { driver::Stream::new(handle.cast()) }?;
+            Ok(Self { device, backend: Backend::Driver(stream), lifetime: PhantomData })
+        }
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = handle;
+            Err(Error::CudaDriver { reason: "built without the feature `cuda`".into() })
+        }
     }
 
     /// A stream of the CPU stand-in: a launch has ended when the call returns.
@@ -116,16 +130,15 @@ impl Stream<'_> {
 
     /// Launches a kernel.
     pub(crate) fn launch<A: Args>(&self, kernel: &Kernel, launch: Launch, args: &A) -> Result<()> {
-        let bytes = size_of::<A>();
-        let args = std::ptr::from_ref(args).cast::<c_void>();
         match self.backend {
             #[cfg(feature = "cuda")]
             Backend::Driver(stream) => {
-                let _ = bytes;
-                stream.launch(kernel, launch, self.device, args)
+                stream.launch(kernel, launch, self.device, ptr::from_ref(args).cast())
             }
             #[cfg(feature = "simt")]
-            Backend::Simt(machine) => machine.launch(kernel, launch, args, bytes),
+            Backend::Simt(machine) => {
+                machine.launch(kernel, launch, ptr::from_ref(args).cast(), size_of::<A>())
+            }
         }
     }
 }

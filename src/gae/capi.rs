@@ -2,15 +2,12 @@
 
 use std::ffi::c_void;
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use super::cuda;
 use super::{
-    cpu, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, RewardShaping, ScoreOrder,
-    ScorePlacement, ScoreScale, OP,
+    cpu, cuda, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, ScoreOrder, ScorePlacement,
+    ScoreScale, OP,
 };
-use crate::capi::arguments::{choose, optional, or_none, Given, Growing, Memory, Options, Raw};
+use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory};
 use crate::capi::{self, run, On, Pass, Result};
-#[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::Device;
 use crate::moments::Moments;
 
@@ -72,59 +69,54 @@ pub struct ppok_gae_options {
     pub missing_eos: i32,
 }
 
-// SAFETY: of numbers without padding, its size first.
-unsafe impl Growing for ppok_gae_options {
-    fn initial() -> Self {
-        let GaeOptions { gamma, lambda, value_lambda, mask_mode, shaping } = GaeOptions::default();
-        let (missing_eos, missing_eos_value) = match shaping.missing_eos {
+choices! {
+    MaskMode { Carry, Multiply }
+    ScorePlacement { LastToken, AfterLastToken }
+    ScoreOrder { ScaleThenClip, ClipThenScale }
+}
+
+impl Encoded for Option<ScoreScale> {
+    type Code = (f64, f64);
+
+    fn encode(self) -> (f64, f64) {
+        (self.map(|scale| scale.std).encode(), self.map_or(0.0, |scale| scale.mean))
+    }
+
+    fn decode(_: &'static str, _: &'static str, (std, mean): (f64, f64)) -> Result<Self> {
+        let std = Option::decode(OP, "score_std", std)?;
+        Ok(std.map(|std| ScoreScale { mean, std }))
+    }
+}
+
+impl Encoded for MissingEos {
+    type Code = (i32, f64);
+
+    fn encode(self) -> (i32, f64) {
+        match self {
             MissingEos::Keep => (PPOK_GAE_MISSING_EOS_KEEP, 0.0),
             MissingEos::Subtract(by) => (PPOK_GAE_MISSING_EOS_SUBTRACT, by),
             MissingEos::Replace(with) => (PPOK_GAE_MISSING_EOS_REPLACE, with),
-        };
-        Self {
-            struct_size: size_of::<Self>(),
-            gamma,
-            lambda,
-            value_lambda: or_none(value_lambda),
-            kl_coef: shaping.kl_coef,
-            score_mean: shaping.scale.map_or(0.0, |scale| scale.mean),
-            score_std: or_none(shaping.scale.map(|scale| scale.std)),
-            score_clip: or_none(shaping.clip),
-            missing_eos_value,
-            mask_mode: mask_mode as i32,
-            score_placement: shaping.placement as i32,
-            score_order: shaping.order as i32,
-            missing_eos,
         }
     }
-}
 
-impl Options for ppok_gae_options {
-    type Options = GaeOptions;
-
-    fn options(&self) -> Result<GaeOptions> {
-        let mean = self.score_mean;
-        let value = self.missing_eos_value;
-        let modes = [MaskMode::Carry, MaskMode::Multiply];
-        let placements = [ScorePlacement::LastToken, ScorePlacement::AfterLastToken];
-        let orders = [ScoreOrder::ScaleThenClip, ScoreOrder::ClipThenScale];
-        let rules = [MissingEos::Keep, MissingEos::Subtract(value), MissingEos::Replace(value)];
-        Ok(GaeOptions {
-            gamma: self.gamma,
-            lambda: self.lambda,
-            value_lambda: optional(self.value_lambda),
-            mask_mode: choose(OP, "mask_mode", self.mask_mode, &modes)?,
-            shaping: RewardShaping {
-                kl_coef: self.kl_coef,
-                placement: choose(OP, "score_placement", self.score_placement, &placements)?,
-                scale: optional(self.score_std).map(|std| ScoreScale { mean, std }),
-                clip: optional(self.score_clip),
-                order: choose(OP, "score_order", self.score_order, &orders)?,
-                missing_eos: choose(OP, "missing_eos", self.missing_eos, &rules)?,
-            },
-        })
+    fn decode(op: &'static str, option: &'static str, (rule, x): (i32, f64)) -> Result<Self> {
+        let rules = [MissingEos::Keep, MissingEos::Subtract(x), MissingEos::Replace(x)];
+        choose(op, option, rule, &rules)
     }
 }
+
+options!(ppok_gae_options, GaeOptions, OP, [], {
+    gamma => gamma,
+    lambda => lambda,
+    value_lambda => value_lambda,
+    kl_coef => shaping.kl_coef,
+    score_std & score_mean => shaping.scale,
+    score_clip => shaping.clip,
+    mask_mode => mask_mode,
+    score_placement => shaping.placement,
+    score_order => shaping.order,
+    missing_eos & missing_eos_value => shaping.missing_eos,
+});
 
 /// Arguments of ppok_gae_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
@@ -165,33 +157,7 @@ pub struct ppok_gae_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_gae_args {}
-
-impl ppok_gae_args {
-    fn inputs(&self) -> Inputs<'_, Raw> {
-        Inputs {
-            values: self.values,
-            rewards: self.rewards.given(),
-            kl: self.kl.given(),
-            scores: self.scores.given(),
-            has_eos: self.has_eos.given(),
-            mask: self.mask.given(),
-            dones: self.dones.given(),
-            bootstrap: self.bootstrap.given(),
-        }
-    }
-
-    fn outputs(&self) -> Outputs<'_, Raw> {
-        Outputs {
-            advantages: self.advantages,
-            returns: self.returns,
-            shaped_rewards: self.shaped_rewards.given(),
-            moments: self.moments.given(),
-        }
-    }
-}
-
-impl Pass for ppok_gae_args {
+unsafe impl Pass for ppok_gae_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
@@ -199,14 +165,21 @@ impl Pass for ppok_gae_args {
         let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
         run!(
             (on, memory),
-            [self.inputs(), shape],
-            [self.outputs(), shape],
+            [
+                list_of!(
+                    self,
+                    Inputs,
+                    [values],
+                    [rewards, kl, scores, has_eos, mask, dones, bootstrap]
+                ),
+                shape
+            ],
+            [list_of!(self, Outputs, [advantages, returns], [shaped_rewards, moments]), shape],
             |i, o| cpu::gae(i, batch, seq_len, &options, o),
-            |stream, w| { cuda::gae(stream, i, batch, seq_len, &options, o, memory.workspace(w)?) },
+            |stream, w| cuda::gae(stream, i, batch, seq_len, &options, o, w),
         )
     }
 
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
         Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.batch, self.seq_len)))
     }

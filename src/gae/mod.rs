@@ -43,7 +43,6 @@
 #[allow(non_camel_case_types, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
@@ -53,7 +52,7 @@ mod tensor;
 pub use tensor::{gae, GaeInputs, GaeOutput};
 
 use crate::error::{Error, Result};
-use crate::memory::{Reads, Shape, Space, Writes};
+use crate::memory::{list, Space};
 use crate::moments::{Moments, RunningMoments};
 
 const OP: &str = "gae";
@@ -242,98 +241,42 @@ impl RewardShaping {
     }
 }
 
-/// The inputs in some memory; see [the module](self) for their meaning. All but the values may be left
-/// out.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Inputs<'a, S: Space> {
-    /// Values, `[B, T]`.
-    pub values: S::In<'a, f32>,
-    /// Dense rewards, `[B, T]`.
-    pub rewards: Option<S::In<'a, f32>>,
-    /// KL to the reference policy, `[B, T]`.
-    pub kl: Option<S::In<'a, f32>>,
-    /// Scores of the sequences, `[B]`.
-    pub scores: Option<S::In<'a, f32>>,
-    /// Whether the sequence has an end-of-sequence token, `[B]`.
-    pub has_eos: Option<S::In<'a, u8>>,
-    /// 0 where masked, `[B, T]`.
-    pub mask: Option<S::In<'a, u8>>,
-    /// Non-zero where an episode ended with step t, `[B, T]`.
-    pub dones: Option<S::In<'a, u8>>,
-    /// Value of the state after the last unmasked token, `[B]`.
-    pub bootstrap: Option<S::In<'a, f32>>,
-}
-
-impl<'a, S: Space> Inputs<'a, S> {
-    /// Values alone, to be filled in with `Inputs { mask: Some(..), ..Inputs::new(values) }`.
-    pub fn new(values: S::In<'a, f32>) -> Self {
-        Self {
-            values,
-            rewards: None,
-            kl: None,
-            scores: None,
-            has_eos: None,
-            mask: None,
-            dones: None,
-            bootstrap: None,
-        }
-    }
-
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        [batch, seq_len]: [usize; 2],
-        c: &mut C,
-    ) -> std::result::Result<Inputs<'b, To>, C::Error> {
-        let (tokens, rows): (Shape, Shape) = (&[&[batch, seq_len]], &[&[batch]]);
-        Ok(Inputs {
-            values: c.input("values", tokens, &self.values)?,
-            rewards: c.optional_input("rewards", tokens, &self.rewards)?,
-            kl: c.optional_input("kl", tokens, &self.kl)?,
-            scores: c.optional_input("scores", rows, &self.scores)?,
-            has_eos: c.optional_input("has_eos", rows, &self.has_eos)?,
-            mask: c.optional_input("mask", tokens, &self.mask)?,
-            dones: c.optional_input("dones", tokens, &self.dones)?,
-            bootstrap: c.optional_input("bootstrap", rows, &self.bootstrap)?,
-        })
+list! {
+    /// The inputs in some memory; see [the module](self) for their meaning.
+    inputs Inputs(shape: [usize; 2]) {
+        /// Values, `[B, T]`.
+        values: f32 [&shape],
+    } optional {
+        /// Dense rewards, `[B, T]`.
+        rewards: f32 [&shape],
+        /// KL to the reference policy, `[B, T]`.
+        kl: f32 [&shape],
+        /// Scores of the sequences, `[B]`.
+        scores: f32 [&shape[..1]],
+        /// Whether the sequence has an end-of-sequence token, `[B]`.
+        has_eos: u8 [&shape[..1]],
+        /// 0 where masked, `[B, T]`.
+        mask: u8 [&shape],
+        /// Non-zero where an episode ended with step t, `[B, T]`.
+        dones: u8 [&shape],
+        /// Value of the state after the last unmasked token, `[B]`.
+        bootstrap: f32 [&shape[..1]],
     }
 }
 
-/// The outputs in some memory: `[B, T]` and 0 where masked, but for the moments. None may be the memory
-/// of an input.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Outputs<'a, S: Space> {
-    /// Advantages, not whitened.
-    pub advantages: S::Out<'a, f32>,
-    /// Returns: the targets of the value function.
-    pub returns: S::Out<'a, f32>,
-    /// The rewards after shaping, if wanted.
-    pub shaped_rewards: Option<S::Out<'a, f32>>,
-    /// Moments of the unmasked advantages, `[1]`, if wanted.
-    pub moments: Option<S::Out<'a, Moments>>,
-}
-
-impl<S: Space> Outputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        [batch, seq_len]: [usize; 2],
-        c: &mut C,
-    ) -> std::result::Result<Outputs<'b, To>, C::Error> {
-        let tokens: Shape = &[&[batch, seq_len]];
-        Ok(Outputs {
-            advantages: c.output("advantages", tokens, &[], &mut self.advantages)?,
-            returns: c.output("returns", tokens, &[], &mut self.returns)?,
-            shaped_rewards: c.optional_output(
-                "shaped_rewards",
-                tokens,
-                &[],
-                &mut self.shaped_rewards,
-            )?,
-            moments: c.optional_output("moments", &[&[1]], &[], &mut self.moments)?,
-        })
+list! {
+    /// The outputs in some memory: `[B, T]` and 0 where masked, but for the moments. None may be the
+    /// memory of an input.
+    outputs Outputs(shape: [usize; 2]) {
+        /// Advantages, not whitened.
+        advantages: f32 [&shape],
+        /// Returns: the targets of the value function.
+        returns: f32 [&shape],
+    } optional {
+        /// The rewards after shaping, if wanted.
+        shaped_rewards: f32 [&shape],
+        /// Moments of the unmasked advantages, `[1]`, if wanted.
+        moments: Moments [&[1]],
     }
 }
 

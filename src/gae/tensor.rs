@@ -5,10 +5,10 @@ use candle_core::{DType, Tensor};
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::{cpu, GaeOptions, Inputs, Outputs, OP};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::Tensors;
 use crate::moments::MomentsTensor;
-use crate::tensor::{check_dtype, run, Backend, Constants, Held, Owned};
+use crate::tensor::{batch_and_seq_len, check_dtype, run, Backend, Constants, Owned};
 
 /// The inputs of [`gae`] as tensors.
 pub type GaeInputs<'a> = Inputs<'a, Tensors>;
@@ -58,18 +58,9 @@ pub struct GaeOutput {
 pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
     let values = inputs.values;
     check_dtype(OP, "values", values, &[DType::F32])?;
-    let &[batch, seq_len] = values.dims() else {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "values",
-            expected: "[B, T]".into(),
-            got: format!("{:?}", values.dims()),
-        });
-    };
-    let (shape, device) = ([batch, seq_len], values.device());
-    let backend = Backend::of(OP, "values", device)?;
-    let tensors = inputs.try_map(shape, &mut Constants::new(OP, device))?;
-    let views = tensors.try_map(shape, &mut Held(OP))?;
+    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "values", values)?;
+    let backend = Backend::of(OP, "values", values.device())?;
+    let tensors = inputs.try_map(shape, &mut Constants::new(OP, values.device()))?;
     let buffer = || backend.buffer(batch * seq_len);
     let mut buffers = Outputs::<Owned> {
         advantages: buffer()?,
@@ -78,14 +69,12 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
         moments: Some(backend.buffer(1)?),
     };
     run!(
-        backend,
-        [views, shape],
+        (OP, backend),
+        [tensors, shape],
         [buffers, shape],
-        |inputs, outputs| cpu::gae(inputs, batch, seq_len, options, outputs),
-        |gpu| {
-            let mut workspace = gpu.buffer(cuda::workspace_len(batch, seq_len))?;
-            let (stream, workspace) = (gpu.stream()?, workspace.slice());
-            cuda::gae(&stream, inputs, batch, seq_len, options, outputs, workspace)
+        |i, o| cpu::gae(i, batch, seq_len, options, o),
+        |stream, w = [cuda::workspace_len(batch, seq_len)]| {
+            cuda::gae(stream, i, batch, seq_len, options, o, w)
         },
     );
     let Outputs { advantages, returns, shaped_rewards, moments } = buffers;

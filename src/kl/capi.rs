@@ -2,19 +2,14 @@
 
 use std::ffi::c_void;
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use super::cuda;
 use super::{
-    cpu, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
+    cpu, cuda, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
     FullKlOptions, KlDirection, KlEstimator, KlOptions, TokenBackwardInputs, TokenBackwardOutputs,
     TokenForwardInputs, TokenForwardOutputs, FULL_OP, TOKEN_OP,
 };
-use crate::capi::arguments::{
-    check_reserved, choose, optional, or_none, with_logits, Given, Growing, Memory, Options, Raw,
-};
+use crate::capi::arguments::{check_reserved, choices, list_of, options, with_logits, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::Logit;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::Device;
 
 /// d = logp - ref_logp: unbiased, may be negative. What goes into the reward everywhere.
@@ -54,32 +49,16 @@ pub struct ppok_kl_token_options {
     pub reserved: i32,
 }
 
-// SAFETY: of numbers without padding, its size first.
-unsafe impl Growing for ppok_kl_token_options {
-    fn initial() -> Self {
-        let options = KlOptions::default();
-        Self {
-            struct_size: size_of::<Self>(),
-            log_ratio_clamp: or_none(options.log_ratio_clamp),
-            output_clamp: or_none(options.output_clamp),
-            estimator: options.estimator as i32,
-            reserved: 0,
-        }
-    }
+choices! {
+    KlEstimator { K1, Abs, K2, K3, K3StraightThrough }
+    KlDirection { Forward, Reverse }
 }
 
-impl Options for ppok_kl_token_options {
-    type Options = KlOptions;
-
-    fn options(&self) -> Result<KlOptions> {
-        check_reserved(TOKEN_OP, "options", self.reserved)?;
-        Ok(KlOptions {
-            estimator: choose(TOKEN_OP, "estimator", self.estimator, &KlEstimator::ALL)?,
-            log_ratio_clamp: optional(self.log_ratio_clamp),
-            output_clamp: optional(self.output_clamp),
-        })
-    }
-}
+options!(ppok_kl_token_options, KlOptions, TOKEN_OP, [reserved], {
+    estimator => estimator,
+    log_ratio_clamp => log_ratio_clamp,
+    output_clamp => output_clamp,
+});
 
 /// Options of ppok_kl_full_*.
 #[derive(Debug, Clone, Copy)]
@@ -95,31 +74,10 @@ pub struct ppok_kl_full_options {
     pub reserved: i32,
 }
 
-// SAFETY: of numbers without padding, its size first.
-unsafe impl Growing for ppok_kl_full_options {
-    fn initial() -> Self {
-        let FullKlOptions { direction, temperature } = FullKlOptions::default();
-        Self {
-            struct_size: size_of::<Self>(),
-            temperature,
-            direction: direction as i32,
-            reserved: 0,
-        }
-    }
-}
-
-impl Options for ppok_kl_full_options {
-    type Options = FullKlOptions;
-
-    fn options(&self) -> Result<FullKlOptions> {
-        check_reserved(FULL_OP, "options", self.reserved)?;
-        let directions = [KlDirection::Forward, KlDirection::Reverse];
-        Ok(FullKlOptions {
-            direction: choose(FULL_OP, "direction", self.direction, &directions)?,
-            temperature: self.temperature,
-        })
-    }
-}
+options!(ppok_kl_full_options, FullKlOptions, FULL_OP, [reserved], {
+    direction => direction,
+    temperature => temperature,
+});
 
 /// Arguments of ppok_kl_token_forward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
@@ -142,29 +100,17 @@ pub struct ppok_kl_token_forward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_token_forward_args {}
-
-impl ppok_kl_token_forward_args {
-    fn inputs(&self) -> TokenForwardInputs<'_, Raw> {
-        TokenForwardInputs { logp: self.logp, ref_logp: self.ref_logp, mask: self.mask.given() }
-    }
-
-    fn outputs(&self) -> TokenForwardOutputs<'_, Raw> {
-        TokenForwardOutputs { kl: self.kl }
-    }
-}
-
-impl Pass for ppok_kl_token_forward_args {
+unsafe impl Pass for ppok_kl_token_forward_args {
     const OP: &'static str = TOKEN_OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (tokens, options) = (self.tokens, memory.options(self.options)?);
         run!(
             (on, memory),
-            [self.inputs(), &[tokens]],
-            [self.outputs(), &[tokens]],
+            [list_of!(self, TokenForwardInputs, [logp, ref_logp], [mask]), &[tokens]],
+            [list_of!(self, TokenForwardOutputs, [kl], []), &[tokens]],
             |i, o| cpu::token_forward(i, tokens, &options, o),
-            |stream, _| cuda::token_forward(stream, i, tokens, &options, o),
+            |stream| cuda::token_forward(stream, i, tokens, &options, o),
         )
     }
 }
@@ -195,34 +141,18 @@ pub struct ppok_kl_token_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_token_backward_args {}
-
-impl ppok_kl_token_backward_args {
-    fn inputs(&self) -> TokenBackwardInputs<'_, Raw> {
-        let (logp, ref_logp, mask) = (self.logp, self.ref_logp, self.mask.given());
-        let forward = TokenForwardInputs { logp, ref_logp, mask };
-        TokenBackwardInputs { forward, grad_kl: self.grad_kl }
-    }
-
-    fn outputs(&self) -> TokenBackwardOutputs<'_, Raw> {
-        TokenBackwardOutputs {
-            grad_logp: self.grad_logp.given(),
-            grad_ref_logp: self.grad_ref_logp.given(),
-        }
-    }
-}
-
-impl Pass for ppok_kl_token_backward_args {
+unsafe impl Pass for ppok_kl_token_backward_args {
     const OP: &'static str = TOKEN_OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (tokens, options) = (self.tokens, memory.options(self.options)?);
+        let forward = list_of!(self, TokenForwardInputs, [logp, ref_logp], [mask]);
         run!(
             (on, memory),
-            [self.inputs(), &[tokens]],
-            [self.outputs(), &[tokens]],
+            [TokenBackwardInputs { forward, grad_kl: self.grad_kl }, &[tokens]],
+            [list_of!(self, TokenBackwardOutputs, [], [grad_logp, grad_ref_logp]), &[tokens]],
             |i, o| cpu::token_backward(i, tokens, &options, o),
-            |stream, _| cuda::token_backward(stream, i, tokens, &options, o),
+            |stream| cuda::token_backward(stream, i, tokens, &options, o),
         )
     }
 }
@@ -254,51 +184,30 @@ pub struct ppok_kl_full_forward_args {
     pub stats: *mut f32,
 }
 
-// SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_full_forward_args {}
-
 impl ppok_kl_full_forward_args {
-    fn inputs<T: Logit>(&self) -> FullForwardInputs<'_, Raw, T> {
-        FullForwardInputs {
-            logits: self.logits.cast(),
-            ref_logits: self.ref_logits.cast(),
-            mask: self.mask.given(),
-        }
-    }
-
-    fn outputs(&self) -> FullForwardOutputs<'_, Raw> {
-        FullForwardOutputs { stats: self.stats }
-    }
-
     fn typed<T: Logit>(&self, memory: &mut Memory, on: On) -> Result<()> {
         check_reserved(FULL_OP, "args", self.reserved)?;
         let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        let inputs: FullForwardInputs<Raw, T> =
+            list_of!(self, FullForwardInputs, [logits, ref_logits], [mask]);
         run!(
             (on, memory),
-            [self.inputs::<T>(), &[rows], vocab],
-            [self.outputs(), &[rows]],
+            [inputs, (&[rows], vocab)],
+            [list_of!(self, FullForwardOutputs, [stats], []), &[rows]],
             |i, o| cpu::full_forward(i, rows, vocab, &options, o),
-            |stream, w| cuda::full_forward(
-                stream,
-                i,
-                rows,
-                vocab,
-                &options,
-                o,
-                memory.workspace(w)?
-            ),
+            |stream, w| cuda::full_forward(stream, i, rows, vocab, &options, o, w),
         )
     }
 }
 
-impl Pass for ppok_kl_full_forward_args {
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_kl_full_forward_args {
     const OP: &'static str = FULL_OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         with_logits!(FULL_OP, "logits", self.logits_type, T => self.typed::<T>(memory, on))
     }
 
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
         with_logits!(FULL_OP, "logits", self.logits_type, T => {
             let len = cuda::full_workspace_len::<T>(device, self.rows, self.vocab);
@@ -340,43 +249,26 @@ pub struct ppok_kl_full_backward_args {
     pub grad_ref_logits: *mut c_void,
 }
 
-// SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_kl_full_backward_args {}
-
 impl ppok_kl_full_backward_args {
-    fn inputs<T: Logit>(&self) -> FullBackwardInputs<'_, Raw, T> {
-        FullBackwardInputs {
-            forward: FullForwardInputs {
-                logits: self.logits.cast(),
-                ref_logits: self.ref_logits.cast(),
-                mask: self.mask.given(),
-            },
-            stats: self.stats,
-            grad_kl: self.grad_kl,
-        }
-    }
-
-    fn outputs<T: Logit>(&self) -> FullBackwardOutputs<'_, Raw, T> {
-        FullBackwardOutputs {
-            grad_logits: self.grad_logits.cast::<T>().given(),
-            grad_ref_logits: self.grad_ref_logits.cast::<T>().given(),
-        }
-    }
-
     fn typed<T: Logit>(&self, memory: &mut Memory, on: On) -> Result<()> {
         check_reserved(FULL_OP, "args", self.reserved)?;
         let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        let forward: FullForwardInputs<Raw, T> =
+            list_of!(self, FullForwardInputs, [logits, ref_logits], [mask]);
+        let inputs = FullBackwardInputs { forward, stats: self.stats, grad_kl: self.grad_kl };
+        let sizes = (&[rows][..], vocab);
         run!(
             (on, memory),
-            [self.inputs::<T>(), &[rows], vocab],
-            [self.outputs(), &[rows], vocab],
+            [inputs, sizes],
+            [list_of!(self, FullBackwardOutputs, [], [grad_logits, grad_ref_logits]), sizes],
             |i, o| cpu::full_backward(i, rows, vocab, &options, o),
-            |stream, _| cuda::full_backward(stream, i, rows, vocab, &options, o),
+            |stream| cuda::full_backward(stream, i, rows, vocab, &options, o),
         )
     }
 }
 
-impl Pass for ppok_kl_full_backward_args {
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_kl_full_backward_args {
     const OP: &'static str = FULL_OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {

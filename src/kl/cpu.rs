@@ -237,7 +237,7 @@ pub fn full_forward<T: Logit>(
 ) -> Result<()> {
     options.validate(FULL_OP)?;
     Error::check_logits(FULL_OP, inputs.logits.len(), rows, vocab)?;
-    inputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+    inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
     outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
 
     let scale = (1.0 / options.temperature) as f32;
@@ -280,8 +280,8 @@ pub fn full_backward<T: Logit>(
 ) -> Result<()> {
     options.validate(FULL_OP)?;
     Error::check_logits(FULL_OP, inputs.forward.logits.len(), rows, vocab)?;
-    inputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
-    outputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+    inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
+    outputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
 
     let FullBackwardInputs { forward: inputs, stats, grad_kl } = inputs;
     let FullBackwardOutputs { grad_logits, grad_ref_logits } = outputs;

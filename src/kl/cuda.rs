@@ -93,7 +93,7 @@ pub fn full_forward<T: Logit>(
     Error::check_logits(FULL_OP, inputs.logits.len(), rows, vocab)?;
     check_vocab(FULL_OP, vocab)?;
     let inputs: super::FullForwardInputs<Pointers, T> =
-        inputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+        inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
     let outputs: super::FullForwardOutputs<Pointers> =
         outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
     let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
@@ -141,9 +141,9 @@ pub fn full_backward<T: Logit>(
     Error::check_logits(FULL_OP, inputs.forward.logits.len(), rows, vocab)?;
     check_vocab(FULL_OP, vocab)?;
     let inputs: super::FullBackwardInputs<Pointers, T> =
-        inputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+        inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
     let outputs: super::FullBackwardOutputs<Pointers, T> =
-        outputs.try_map(&[rows], vocab, &mut Lengths(FULL_OP))?;
+        outputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
     if rows == 0 || (outputs.grad_logits.is_none() && outputs.grad_ref_logits.is_none()) {
         return Ok(());
     }

@@ -55,7 +55,6 @@
 #[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
@@ -65,7 +64,7 @@ mod tensor;
 pub use tensor::{full_kl, token_kl};
 
 use crate::error::{Error, Result};
-use crate::memory::{Element, Reads, Shape, Space, Writes};
+use crate::memory::list;
 
 const TOKEN_OP: &str = "token_kl";
 const FULL_OP: &str = "full_kl";
@@ -100,13 +99,6 @@ pub enum KlEstimator {
     K3,
     /// The value of `K3` with the gradient of `K2`.
     K3StraightThrough,
-}
-
-#[cfg(feature = "capi")]
-impl KlEstimator {
-    /// In the order of the C library's numbers.
-    pub(crate) const ALL: [Self; 5] =
-        [Self::K1, Self::Abs, Self::K2, Self::K3, Self::K3StraightThrough];
 }
 
 /// How the sampled KL is estimated from log-probabilities.
@@ -186,242 +178,91 @@ pub(crate) fn limit(clamp: Option<f64>) -> f32 {
     clamp.map_or(f32::INFINITY, |c| c as f32)
 }
 
-/// The inputs of the sampled KL in some memory, one value a token.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct TokenForwardInputs<'a, S: Space> {
-    /// Log-probabilities under the policy, `[tokens]`.
-    pub logp: S::In<'a, f32>,
-    /// Log-probabilities under the reference, `[tokens]`.
-    pub ref_logp: S::In<'a, f32>,
-    /// 0 where masked, `[tokens]`.
-    pub mask: Option<S::In<'a, u8>>,
-}
-
-impl<S: Space> TokenForwardInputs<'_, S> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<TokenForwardInputs<'b, To>, C::Error> {
-        let tokens: Shape = &[shape];
-        Ok(TokenForwardInputs {
-            logp: c.input("logp", tokens, &self.logp)?,
-            ref_logp: c.input("ref_logp", tokens, &self.ref_logp)?,
-            mask: c.optional_input("mask", tokens, &self.mask)?,
-        })
+list! {
+    /// The inputs of the sampled KL in some memory, one value a token.
+    inputs TokenForwardInputs(shape: &[usize]) {
+        /// Log-probabilities under the policy, `[tokens]`.
+        logp: f32 [shape],
+        /// Log-probabilities under the reference, `[tokens]`.
+        ref_logp: f32 [shape],
+    } optional {
+        /// 0 where masked, `[tokens]`.
+        mask: u8 [shape],
     }
 }
 
-/// The output of the sampled KL in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct TokenForwardOutputs<'a, S: Space> {
-    /// The estimate, `[tokens]`; on a device it may be the memory of `logp` or `ref_logp`.
-    pub kl: S::Out<'a, f32>,
-}
-
-impl<S: Space> TokenForwardOutputs<'_, S> {
-    /// The output in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<TokenForwardOutputs<'b, To>, C::Error> {
-        let over = &["logp", "ref_logp"];
-        Ok(TokenForwardOutputs { kl: c.output("kl", &[shape], over, &mut self.kl)? })
+list! {
+    /// The output of the sampled KL in some memory.
+    outputs TokenForwardOutputs(shape: &[usize]) {
+        /// The estimate, `[tokens]`; on a device it may be the memory of `logp` or `ref_logp`.
+        kl: f32 [shape] over ["logp", "ref_logp"],
     }
 }
 
-/// The inputs of the gradient of the sampled KL in some memory.
-#[repr(C)]
-pub struct TokenBackwardInputs<'a, S: Space> {
-    /// The inputs of the forward pass.
-    pub forward: TokenForwardInputs<'a, S>,
-    /// Upstream gradient, `[tokens]`. A token where it is 0 has gradient 0, whatever it holds.
-    pub grad_kl: S::In<'a, f32>,
-}
-
-// `derive` would ask too little of the space for the list within.
-impl<S: Space> Clone for TokenBackwardInputs<'_, S>
-where
-    Self: Copy,
-{
-    fn clone(&self) -> Self {
-        *self
+list! {
+    /// The inputs of the gradient of the sampled KL in some memory.
+    inputs TokenBackwardInputs(shape: &[usize])
+    with
+        /// The inputs of the forward pass.
+        forward: TokenForwardInputs<'a, S>
+    {
+        /// Upstream gradient, `[tokens]`. A token where it is 0 has gradient 0, whatever it holds.
+        grad_kl: f32 [shape],
     }
 }
 
-impl<'a, S: Space> Copy for TokenBackwardInputs<'a, S>
-where
-    TokenForwardInputs<'a, S>: Copy,
-    S::In<'a, f32>: Copy,
-{
-}
-
-impl<S: Space> TokenBackwardInputs<'_, S> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<TokenBackwardInputs<'b, To>, C::Error> {
-        Ok(TokenBackwardInputs {
-            forward: self.forward.try_map(shape, c)?,
-            grad_kl: c.input("grad_kl", &[shape], &self.grad_kl)?,
-        })
+list! {
+    /// The gradients of the sampled KL in some memory, as far as wanted; on a device each may be the
+    /// memory of `logp`, `ref_logp` or `grad_kl`.
+    outputs TokenBackwardOutputs(shape: &[usize]) {} optional {
+        /// Gradient of the policy's log-probabilities, `[tokens]`.
+        grad_logp: f32 [shape] over ["logp", "ref_logp", "grad_kl"],
+        /// Gradient of the reference's, `[tokens]`.
+        grad_ref_logp: f32 [shape] over ["logp", "ref_logp", "grad_kl"],
     }
 }
 
-/// The gradients of the sampled KL in some memory, as far as wanted; on a device each may be the memory
-/// of `logp`, `ref_logp` or `grad_kl`.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct TokenBackwardOutputs<'a, S: Space> {
-    /// Gradient of the policy's log-probabilities, `[tokens]`.
-    pub grad_logp: Option<S::Out<'a, f32>>,
-    /// Gradient of the reference's, `[tokens]`.
-    pub grad_ref_logp: Option<S::Out<'a, f32>>,
-}
-
-impl<S: Space> TokenBackwardOutputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<TokenBackwardOutputs<'b, To>, C::Error> {
-        let (tokens, over): (Shape, _) = (&[shape], &["logp", "ref_logp", "grad_kl"]);
-        let (logp, ref_logp) = (&mut self.grad_logp, &mut self.grad_ref_logp);
-        Ok(TokenBackwardOutputs {
-            grad_logp: c.optional_output("grad_logp", tokens, over, logp)?,
-            grad_ref_logp: c.optional_output("grad_ref_logp", tokens, over, ref_logp)?,
-        })
+list! {
+    /// The inputs of the exact KL in some memory.
+    inputs FullForwardInputs<T>((leading, vocab): (&[usize], usize)) {
+        /// Logits of the policy, `[rows, vocab]`.
+        logits: T [leading, &[vocab]],
+        /// Logits of the reference, `[rows, vocab]`.
+        ref_logits: T [leading, &[vocab]],
+    } optional {
+        /// 0 where a row is masked, `[rows]`.
+        mask: u8 [leading],
     }
 }
 
-/// The inputs of the exact KL in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct FullForwardInputs<'a, S: Space, T: Element> {
-    /// Logits of the policy, `[rows, vocab]`.
-    pub logits: S::In<'a, T>,
-    /// Logits of the reference, `[rows, vocab]`.
-    pub ref_logits: S::In<'a, T>,
-    /// 0 where a row is masked, `[rows]`.
-    pub mask: Option<S::In<'a, u8>>,
-}
-
-impl<S: Space, T: Element> FullForwardInputs<'_, S, T> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        leading: &[usize],
-        vocab: usize,
-        c: &mut C,
-    ) -> std::result::Result<FullForwardInputs<'b, To, T>, C::Error> {
-        let logits: Shape = &[leading, &[vocab]];
-        Ok(FullForwardInputs {
-            logits: c.input("logits", logits, &self.logits)?,
-            ref_logits: c.input("ref_logits", logits, &self.ref_logits)?,
-            mask: c.optional_input("mask", &[leading], &self.mask)?,
-        })
+list! {
+    /// The output of the exact KL in some memory.
+    outputs FullForwardOutputs(leading: &[usize]) {
+        /// The values that [`STATS`] lists, `[STATS, rows]`: the first row is the KL.
+        stats: f32 [&[STATS], leading],
     }
 }
 
-/// The output of the exact KL in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct FullForwardOutputs<'a, S: Space> {
-    /// The values that [`STATS`] lists, `[STATS, rows]`: the first row is the KL.
-    pub stats: S::Out<'a, f32>,
-}
-
-impl<S: Space> FullForwardOutputs<'_, S> {
-    /// The output in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        leading: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<FullForwardOutputs<'b, To>, C::Error> {
-        let stats: Shape = &[&[STATS], leading];
-        Ok(FullForwardOutputs { stats: c.output("stats", stats, &[], &mut self.stats)? })
+list! {
+    /// The inputs of the gradient of the exact KL in some memory.
+    inputs FullBackwardInputs<T>((leading, vocab): (&[usize], usize))
+    with
+        /// The inputs of the forward pass.
+        forward: FullForwardInputs<'a, S, T>
+    {
+        /// What the forward pass left, `[STATS, rows]`.
+        stats: f32 [&[STATS], leading],
+        /// Upstream gradient, `[rows]`. A row where it is 0 is not read, and has gradient 0.
+        grad_kl: f32 [leading],
     }
 }
 
-/// The inputs of the gradient of the exact KL in some memory.
-#[repr(C)]
-pub struct FullBackwardInputs<'a, S: Space, T: Element> {
-    /// The inputs of the forward pass.
-    pub forward: FullForwardInputs<'a, S, T>,
-    /// What the forward pass left, `[STATS, rows]`.
-    pub stats: S::In<'a, f32>,
-    /// Upstream gradient, `[rows]`. A row where it is 0 is not read, and has gradient 0.
-    pub grad_kl: S::In<'a, f32>,
-}
-
-// `derive` would ask too little of the space for the list within.
-impl<S: Space, T: Element> Clone for FullBackwardInputs<'_, S, T>
-where
-    Self: Copy,
-{
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<'a, S: Space, T: Element> Copy for FullBackwardInputs<'a, S, T>
-where
-    FullForwardInputs<'a, S, T>: Copy,
-    S::In<'a, f32>: Copy,
-{
-}
-
-impl<S: Space, T: Element> FullBackwardInputs<'_, S, T> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        leading: &[usize],
-        vocab: usize,
-        c: &mut C,
-    ) -> std::result::Result<FullBackwardInputs<'b, To, T>, C::Error> {
-        Ok(FullBackwardInputs {
-            forward: self.forward.try_map(leading, vocab, c)?,
-            stats: c.input("stats", &[&[STATS], leading], &self.stats)?,
-            grad_kl: c.input("grad_kl", &[leading], &self.grad_kl)?,
-        })
-    }
-}
-
-/// The gradients of the exact KL in some memory, as far as wanted, in the type of the logits.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct FullBackwardOutputs<'a, S: Space, T: Element> {
-    /// Gradient of the policy's logits, `[rows, vocab]`; on a device it may be their memory.
-    pub grad_logits: Option<S::Out<'a, T>>,
-    /// Gradient of the reference's logits, `[rows, vocab]`; on a device it may be their memory.
-    pub grad_ref_logits: Option<S::Out<'a, T>>,
-}
-
-impl<S: Space, T: Element> FullBackwardOutputs<'_, S, T> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        leading: &[usize],
-        vocab: usize,
-        c: &mut C,
-    ) -> std::result::Result<FullBackwardOutputs<'b, To, T>, C::Error> {
-        let shape: Shape = &[leading, &[vocab]];
-        let (logits, ref_logits) = (&mut self.grad_logits, &mut self.grad_ref_logits);
-        Ok(FullBackwardOutputs {
-            grad_logits: c.optional_output("grad_logits", shape, &["logits"], logits)?,
-            grad_ref_logits: c.optional_output(
-                "grad_ref_logits",
-                shape,
-                &["ref_logits"],
-                ref_logits,
-            )?,
-        })
+list! {
+    /// The gradients of the exact KL in some memory, as far as wanted, in the type of the logits.
+    outputs FullBackwardOutputs<T>((leading, vocab): (&[usize], usize)) {} optional {
+        /// Gradient of the policy's logits, `[rows, vocab]`; on a device it may be their memory.
+        grad_logits: T [leading, &[vocab]] over ["logits"],
+        /// Gradient of the reference's logits, `[rows, vocab]`; on a device it may be their memory.
+        grad_ref_logits: T [leading, &[vocab]] over ["ref_logits"],
     }
 }

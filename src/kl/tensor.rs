@@ -11,9 +11,9 @@ use super::{
     TokenForwardOutputs, FULL_OP, KL, STATS, TOKEN_OP,
 };
 use crate::cpu::Logit;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::{Element, Tensors};
-use crate::tensor::{check_dtype, node, run, Backend, Buffer, Constants, Held, Owned};
+use crate::tensor::{check_dtype, leading_and_vocab, node, run, Backend, Buffer, Constants, Owned};
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
 ///
@@ -86,15 +86,7 @@ pub fn full_kl(
     options: &FullKlOptions,
 ) -> Result<Tensor> {
     options.validate(FULL_OP)?;
-    check_dtype(FULL_OP, "logits", logits, &[DType::F32, DType::F16, DType::BF16])?;
-    let Some((&vocab, leading)) = logits.dims().split_last().filter(|(&v, _)| v > 0) else {
-        return Err(Error::Shape {
-            op: FULL_OP,
-            arg: "logits",
-            expected: "[.., V] with V > 0".into(),
-            got: format!("{:?}", logits.dims()),
-        });
-    };
+    let (leading, vocab) = leading_and_vocab(FULL_OP, "logits", logits)?;
     let inputs = [logits, ref_logits];
     let stats = match logits.dtype() {
         DType::F32 => full_stats::<f32>(inputs, mask, leading, vocab, options),
@@ -107,14 +99,13 @@ pub fn full_kl(
 fn token_forward(inputs: &TokenForwardInputs<Owned>, options: &KlOptions) -> Result<Buffer<f32>> {
     let tokens = inputs.logp.elem_count();
     let backend = Backend::of(TOKEN_OP, "logp", inputs.logp.device())?;
-    let views = inputs.try_map(&[tokens], &mut Held(TOKEN_OP))?;
     let mut buffers = TokenForwardOutputs::<Owned> { kl: backend.buffer(tokens)? };
     run!(
-        backend,
-        [views, &[tokens]],
+        (TOKEN_OP, backend),
+        [inputs, &[tokens]],
         [buffers, &[tokens]],
-        |inputs, outputs| cpu::token_forward(inputs, tokens, options, outputs),
-        |gpu| cuda::token_forward(&gpu.stream()?, inputs, tokens, options, outputs),
+        |i, o| cpu::token_forward(i, tokens, options, o),
+        |stream| cuda::token_forward(stream, i, tokens, options, o),
     );
     Ok(buffers.kl)
 }
@@ -128,17 +119,16 @@ fn token_backward(
     let logp = &inputs.forward.logp;
     let tokens = logp.elem_count();
     let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
-    let views = inputs.try_map(&[tokens], &mut Held(TOKEN_OP))?;
     let mut buffers = TokenBackwardOutputs::<Owned> {
         grad_logp: backend.optional_buffer(wanted[0], tokens)?,
         grad_ref_logp: backend.optional_buffer(wanted[1], tokens)?,
     };
     run!(
-        backend,
-        [views, &[tokens]],
+        (TOKEN_OP, backend),
+        [inputs, &[tokens]],
         [buffers, &[tokens]],
-        |inputs, outputs| cpu::token_backward(inputs, tokens, options, outputs),
-        |gpu| cuda::token_backward(&gpu.stream()?, inputs, tokens, options, outputs),
+        |i, o| cpu::token_backward(i, tokens, options, o),
+        |stream| cuda::token_backward(stream, i, tokens, options, o),
     );
     let TokenBackwardOutputs { grad_logp, grad_ref_logp } = buffers;
     Ok(tensors([grad_logp, grad_ref_logp], logp))
@@ -155,7 +145,7 @@ fn full_stats<T: Logit>(
 ) -> Result<Tensor> {
     let inputs = FullForwardInputs::<Tensors, T> { logits, ref_logits, mask };
     let device = logits.device();
-    let constants = inputs.try_map(leading, vocab, &mut Constants::new(FULL_OP, device))?;
+    let constants = inputs.try_map((leading, vocab), &mut Constants::new(FULL_OP, device))?;
     let FullForwardInputs { logits: z, ref_logits: w, mask } = constants;
     let inputs = FullForwardInputs::<Owned, T> { logits: z, ref_logits: w, mask };
 
@@ -179,19 +169,14 @@ impl FullPass {
     fn forward<T: Logit>(&self, inputs: &FullForwardInputs<Owned, T>) -> Result<Buffer<f32>> {
         let Self { rows, vocab, ref options } = *self;
         let backend = Backend::of(FULL_OP, "logits", inputs.logits.device())?;
-        let views = inputs.try_map(&[rows], vocab, &mut Held(FULL_OP))?;
         let mut buffers = FullForwardOutputs::<Owned> { stats: backend.buffer(STATS * rows)? };
         run!(
-            backend,
-            [views, &[rows], vocab],
+            (FULL_OP, backend),
+            [inputs, (&[rows], vocab)],
             [buffers, &[rows]],
-            |inputs, outputs| cpu::full_forward(inputs, rows, vocab, options, outputs),
-            |gpu| {
-                let stream = gpu.stream()?;
-                let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-                let mut workspace = gpu.buffer(len)?;
-                let workspace = workspace.slice();
-                cuda::full_forward(&stream, inputs, rows, vocab, options, outputs, workspace)
+            |i, o| cpu::full_forward(i, rows, vocab, options, o),
+            |stream, w = [cuda::full_workspace_len::<T>(stream.device(), rows, vocab)]| {
+                cuda::full_forward(stream, i, rows, vocab, options, o, w)
             },
         );
         Ok(buffers.stats)
@@ -206,20 +191,16 @@ impl FullPass {
         let Self { rows, vocab, ref options } = *self;
         let logits = &inputs.forward.logits;
         let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let views = inputs.try_map(&[rows], vocab, &mut Held(FULL_OP))?;
         let mut buffers = FullBackwardOutputs::<Owned, T> {
             grad_logits: backend.optional_buffer(wanted[0], logits.elem_count())?,
             grad_ref_logits: backend.optional_buffer(wanted[1], logits.elem_count())?,
         };
         run!(
-            backend,
-            [views, &[rows], vocab],
-            [buffers, &[rows], vocab],
-            |inputs, outputs| cpu::full_backward(inputs, rows, vocab, options, outputs),
-            |gpu| {
-                let stream = gpu.stream()?;
-                cuda::full_backward(&stream, inputs, rows, vocab, options, outputs)
-            },
+            (FULL_OP, backend),
+            [inputs, (&[rows], vocab)],
+            [buffers, (&[rows], vocab)],
+            |i, o| cpu::full_backward(i, rows, vocab, options, o),
+            |stream| cuda::full_backward(stream, i, rows, vocab, options, o),
         );
         let FullBackwardOutputs { grad_logits, grad_ref_logits } = buffers;
         Ok(tensors([grad_logits, grad_ref_logits], logits))

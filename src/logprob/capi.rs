@@ -2,17 +2,14 @@
 
 use std::ffi::c_void;
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use super::cuda;
 use super::{
-    cpu, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
+    cpu, cuda, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
 };
 use crate::capi::arguments::{
-    check_reserved, flag, with_ids, with_logits, Given, Growing, Memory, Options, Raw,
+    list_of, options, with_ids, with_logits, Encoded, Given, Memory, Raw,
 };
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::{Logit, TokenId};
-#[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::Device;
 
 /// Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
@@ -32,32 +29,22 @@ pub struct ppok_logprob_options {
     pub reserved: i32,
 }
 
-// SAFETY: of numbers without padding, its size first.
-unsafe impl Growing for ppok_logprob_options {
-    fn initial() -> Self {
-        let LogprobOptions { temperature, ignore_index } = LogprobOptions::default();
-        Self {
-            struct_size: size_of::<Self>(),
-            temperature,
-            ignore_index: ignore_index.unwrap_or_default(),
-            has_ignore_index: i32::from(ignore_index.is_some()),
-            reserved: 0,
-        }
+impl Encoded for Option<i64> {
+    type Code = (i32, i64);
+
+    fn encode(self) -> (i32, i64) {
+        (i32::from(self.is_some()), self.unwrap_or_default())
+    }
+
+    fn decode(op: &'static str, option: &'static str, (given, id): (i32, i64)) -> Result<Self> {
+        Ok(bool::decode(op, option, given)?.then_some(id))
     }
 }
 
-impl Options for ppok_logprob_options {
-    type Options = LogprobOptions;
-
-    fn options(&self) -> Result<LogprobOptions> {
-        check_reserved(OP, "options", self.reserved)?;
-        let has_ignore_index = flag(OP, "has_ignore_index", self.has_ignore_index)?;
-        Ok(LogprobOptions {
-            temperature: self.temperature,
-            ignore_index: has_ignore_index.then_some(self.ignore_index),
-        })
-    }
-}
+options!(ppok_logprob_options, LogprobOptions, OP, [reserved], {
+    temperature => temperature,
+    has_ignore_index & ignore_index => ignore_index,
+});
 
 /// Arguments of ppok_logprob_forward_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
@@ -89,36 +76,22 @@ pub struct ppok_logprob_forward_args {
     pub log_sum: *mut f32,
 }
 
-// SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_logprob_forward_args {}
-
 impl ppok_logprob_forward_args {
-    fn inputs<T: Logit, I: TokenId>(&self) -> ForwardInputs<'_, Raw, T, I> {
-        ForwardInputs { logits: self.logits.cast(), targets: self.targets.cast() }
-    }
-
-    fn outputs(&self) -> ForwardOutputs<'_, Raw> {
-        ForwardOutputs {
-            logp: self.logp,
-            entropy: self.entropy.given(),
-            max: self.max.given(),
-            log_sum: self.log_sum.given(),
-        }
-    }
-
     fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        let inputs: ForwardInputs<Raw, T, I> = list_of!(self, ForwardInputs, [logits, targets], []);
         run!(
             (on, memory),
-            [self.inputs::<T, I>(), &[rows], vocab],
-            [self.outputs(), &[rows]],
+            [inputs, (&[rows], vocab)],
+            [list_of!(self, ForwardOutputs, [logp], [entropy, max, log_sum]), &[rows]],
             |i, o| cpu::forward(i, rows, vocab, &options, o),
-            |stream, w| cuda::forward(stream, i, rows, vocab, &options, o, memory.workspace(w)?),
+            |stream, w| cuda::forward(stream, i, rows, vocab, &options, o, w),
         )
     }
 }
 
-impl Pass for ppok_logprob_forward_args {
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_logprob_forward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
@@ -127,7 +100,6 @@ impl Pass for ppok_logprob_forward_args {
         })
     }
 
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
         with_logits!(OP, "logits", self.logits_type, T => {
             let len = cuda::workspace_len::<T>(device, self.rows, self.vocab);
@@ -170,38 +142,29 @@ pub struct ppok_logprob_backward_args {
     pub grad_logits: *mut c_void,
 }
 
-// SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_logprob_backward_args {}
-
 impl ppok_logprob_backward_args {
-    fn inputs<T: Logit, I: TokenId>(&self) -> BackwardInputs<'_, Raw, T, I> {
-        BackwardInputs {
-            forward: ForwardInputs { logits: self.logits.cast(), targets: self.targets.cast() },
-            max: self.max,
-            log_sum: self.log_sum,
+    fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        let forward: ForwardInputs<Raw, T, I> =
+            list_of!(self, ForwardInputs, [logits, targets], []);
+        let inputs = BackwardInputs {
             entropy: self.entropy.given(),
             grad_logp: self.grad_logp.given(),
             grad_entropy: self.grad_entropy.given(),
-        }
-    }
-
-    fn outputs<T: Logit>(&self) -> BackwardOutputs<'_, Raw, T> {
-        BackwardOutputs { grad_logits: self.grad_logits.cast() }
-    }
-
-    fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
-        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+            ..BackwardInputs::new(forward, self.max, self.log_sum)
+        };
         run!(
             (on, memory),
-            [self.inputs::<T, I>(), &[rows], vocab],
-            [self.outputs(), &[rows], vocab],
+            [inputs, (&[rows], vocab)],
+            [list_of!(self, BackwardOutputs, [grad_logits], []), (&[rows], vocab)],
             |i, o| cpu::backward(i, rows, vocab, &options, o),
-            |stream, _| cuda::backward(stream, i, rows, vocab, &options, o),
+            |stream| cuda::backward(stream, i, rows, vocab, &options, o),
         )
     }
 }
 
-impl Pass for ppok_logprob_backward_args {
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_logprob_backward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {

@@ -42,7 +42,7 @@ pub fn forward<T: Logit, I: TokenId>(
 ) -> Result<()> {
     options.validate()?;
     Error::check_logits(OP, inputs.logits.len(), rows, vocab)?;
-    inputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     check_targets(inputs.targets, vocab, options)?;
     outputs.try_map(&[rows], &mut Lengths(OP))?;
     outputs.check_pair()?;
@@ -97,10 +97,10 @@ pub fn backward<T: Logit, I: TokenId>(
 ) -> Result<()> {
     options.validate()?;
     Error::check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
-    inputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     check_targets(inputs.forward.targets, vocab, options)?;
     let entropy = inputs.entropy_or_any()?;
-    outputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    outputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
 
     let BackwardInputs { forward, max, log_sum, grad_logp, grad_entropy, .. } = inputs;
     let ForwardInputs { logits, targets } = forward;

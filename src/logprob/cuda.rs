@@ -41,7 +41,7 @@ pub fn forward<T: Logit, I: TokenId>(
     options.validate()?;
     Error::check_logits(OP, inputs.logits.len(), rows, vocab)?;
     check_vocab(OP, vocab)?;
-    let inputs = inputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    let inputs = inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     let outputs = outputs.try_map(&[rows], &mut Lengths(OP))?;
     outputs.check_pair()?;
     let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
@@ -87,9 +87,9 @@ pub fn backward<T: Logit, I: TokenId>(
     options.validate()?;
     Error::check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
     check_vocab(OP, vocab)?;
-    let mut inputs = inputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    let mut inputs = inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     inputs.entropy = Some(inputs.entropy_or_any()?);
-    let outputs = outputs.try_map(&[rows], vocab, &mut Lengths(OP))?;
+    let outputs = outputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     if rows == 0 {
         return Ok(());
     }

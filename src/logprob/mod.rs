@@ -37,7 +37,6 @@
 #[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
@@ -47,7 +46,7 @@ mod tensor;
 pub use tensor::{logprobs, logprobs_and_entropy};
 
 use crate::error::{Error, Result};
-use crate::memory::{Element, Reads, Shape, Space, Writes};
+use crate::memory::{list, Element, Space};
 
 const OP: &str = "logprob";
 
@@ -74,63 +73,33 @@ impl LogprobOptions {
     }
 }
 
-/// The inputs of the forward pass in some memory; see [the module](self) for their meaning.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct ForwardInputs<'a, S: Space, T: Element, I: Element> {
-    /// Logits, `[rows, vocab]`.
-    pub logits: S::In<'a, T>,
-    /// Ids of the tokens, `[rows]`.
-    pub targets: S::In<'a, I>,
-}
-
-impl<S: Space, T: Element, I: Element> ForwardInputs<'_, S, T, I> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        leading: &[usize],
-        vocab: usize,
-        c: &mut C,
-    ) -> std::result::Result<ForwardInputs<'b, To, T, I>, C::Error> {
-        let (logits, rows): (Shape, Shape) = (&[leading, &[vocab]], &[leading]);
-        Ok(ForwardInputs {
-            logits: c.input("logits", logits, &self.logits)?,
-            targets: c.input("targets", rows, &self.targets)?,
-        })
+list! {
+    /// The inputs of the forward pass in some memory; see [the module](self) for their meaning.
+    inputs ForwardInputs<T, I>((leading, vocab): (&[usize], usize)) {
+        /// Logits, `[rows, vocab]`.
+        logits: T [leading, &[vocab]],
+        /// Ids of the tokens, `[rows]`.
+        targets: I [leading],
     }
 }
 
-/// The outputs of the forward pass in some memory, one value a row. The maximum and the logarithm of
-/// the sum, which the backward pass needs, are wanted both or neither.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct ForwardOutputs<'a, S: Space> {
-    /// Log-probability of the target, `[rows]`.
-    pub logp: S::Out<'a, f32>,
-    /// Entropy of the row's distribution, `[rows]`, if wanted.
-    pub entropy: Option<S::Out<'a, f32>>,
-    /// The row's largest logit, `[rows]`, if wanted.
-    pub max: Option<S::Out<'a, f32>>,
-    /// ln Σ e^{(z - max) / temperature}, `[rows]`, if wanted.
-    pub log_sum: Option<S::Out<'a, f32>>,
+list! {
+    /// The outputs of the forward pass in some memory, one value a row. The maximum and the logarithm
+    /// of the sum, which the backward pass needs, are wanted both or neither.
+    outputs ForwardOutputs(leading: &[usize]) {
+        /// Log-probability of the target, `[rows]`.
+        logp: f32 [leading],
+    } optional {
+        /// Entropy of the row's distribution, `[rows]`, if wanted.
+        entropy: f32 [leading],
+        /// The row's largest logit, `[rows]`, if wanted.
+        max: f32 [leading],
+        /// ln Σ e^{(z - max) / temperature}, `[rows]`, if wanted.
+        log_sum: f32 [leading],
+    }
 }
 
 impl<S: Space> ForwardOutputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        leading: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<ForwardOutputs<'b, To>, C::Error> {
-        let rows: Shape = &[leading];
-        Ok(ForwardOutputs {
-            logp: c.output("logp", rows, &[], &mut self.logp)?,
-            entropy: c.optional_output("entropy", rows, &[], &mut self.entropy)?,
-            max: c.optional_output("max", rows, &[], &mut self.max)?,
-            log_sum: c.optional_output("log_sum", rows, &[], &mut self.log_sum)?,
-        })
-    }
-
     /// `Ok` when what the backward pass needs is wanted as a whole or not at all.
     fn check_pair(&self) -> Result<()> {
         let (max, log_sum) = (self.max.is_some(), self.log_sum.is_some());
@@ -139,60 +108,29 @@ impl<S: Space> ForwardOutputs<'_, S> {
     }
 }
 
-/// The inputs of the backward pass in some memory: those of the forward pass, what it left, and the
-/// upstream gradients, of which a missing one stands for zeros.
-#[repr(C)]
-pub struct BackwardInputs<'a, S: Space, T: Element, I: Element> {
-    /// The inputs of the forward pass.
-    pub forward: ForwardInputs<'a, S, T, I>,
-    /// The row's largest logit, `[rows]`.
-    pub max: S::In<'a, f32>,
-    /// ln Σ e^{(z - max) / temperature}, `[rows]`.
-    pub log_sum: S::In<'a, f32>,
-    /// Entropy of the row's distribution, `[rows]`; needed by `grad_entropy` alone.
-    pub entropy: Option<S::In<'a, f32>>,
-    /// Upstream gradient of the log-probabilities, `[rows]`.
-    pub grad_logp: Option<S::In<'a, f32>>,
-    /// Upstream gradient of the entropies, `[rows]`.
-    pub grad_entropy: Option<S::In<'a, f32>>,
-}
-
-// `derive` would ask too little of the space for the list within.
-impl<S: Space, T: Element, I: Element> Clone for BackwardInputs<'_, S, T, I>
-where
-    Self: Copy,
-{
-    fn clone(&self) -> Self {
-        *self
+list! {
+    /// The inputs of the backward pass in some memory: those of the forward pass, what it left, and the
+    /// upstream gradients, of which a missing one stands for zeros.
+    inputs BackwardInputs<T, I>((leading, vocab): (&[usize], usize))
+    with
+        /// The inputs of the forward pass.
+        forward: ForwardInputs<'a, S, T, I>
+    {
+        /// The row's largest logit, `[rows]`.
+        max: f32 [leading],
+        /// ln Σ e^{(z - max) / temperature}, `[rows]`.
+        log_sum: f32 [leading],
+    } optional {
+        /// Entropy of the row's distribution, `[rows]`; needed by `grad_entropy` alone.
+        entropy: f32 [leading],
+        /// Upstream gradient of the log-probabilities, `[rows]`.
+        grad_logp: f32 [leading],
+        /// Upstream gradient of the entropies, `[rows]`.
+        grad_entropy: f32 [leading],
     }
-}
-
-impl<'a, S: Space, T: Element, I: Element> Copy for BackwardInputs<'a, S, T, I>
-where
-    ForwardInputs<'a, S, T, I>: Copy,
-    S::In<'a, f32>: Copy,
-{
 }
 
 impl<'a, S: Space, T: Element, I: Element> BackwardInputs<'a, S, T, I> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        leading: &[usize],
-        vocab: usize,
-        c: &mut C,
-    ) -> std::result::Result<BackwardInputs<'b, To, T, I>, C::Error> {
-        let rows: Shape = &[leading];
-        Ok(BackwardInputs {
-            forward: self.forward.try_map(leading, vocab, c)?,
-            max: c.input("max", rows, &self.max)?,
-            log_sum: c.input("log_sum", rows, &self.log_sum)?,
-            entropy: c.optional_input("entropy", rows, &self.entropy)?,
-            grad_logp: c.optional_input("grad_logp", rows, &self.grad_logp)?,
-            grad_entropy: c.optional_input("grad_entropy", rows, &self.grad_entropy)?,
-        })
-    }
-
     /// The entropies, or what may stand in their place where no gradient comes from them.
     fn entropy_or_any(&self) -> Result<S::In<'a, f32>>
     where
@@ -205,25 +143,10 @@ impl<'a, S: Space, T: Element, I: Element> BackwardInputs<'a, S, T, I> {
     }
 }
 
-/// The output of the backward pass in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct BackwardOutputs<'a, S: Space, T: Element> {
-    /// Gradient of the logits, `[rows, vocab]`; on a device it may be the memory of the logits.
-    pub grad_logits: S::Out<'a, T>,
-}
-
-impl<S: Space, T: Element> BackwardOutputs<'_, S, T> {
-    /// The output in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        leading: &[usize],
-        vocab: usize,
-        c: &mut C,
-    ) -> std::result::Result<BackwardOutputs<'b, To, T>, C::Error> {
-        let logits: Shape = &[leading, &[vocab]];
-        Ok(BackwardOutputs {
-            grad_logits: c.output("grad_logits", logits, &["logits"], &mut self.grad_logits)?,
-        })
+list! {
+    /// The output of the backward pass in some memory.
+    outputs BackwardOutputs<T>((leading, vocab): (&[usize], usize)) {
+        /// Gradient of the logits, `[rows, vocab]`; on a device it may be the memory of the logits.
+        grad_logits: T [leading, &[vocab]] over ["logits"],
     }
 }

@@ -10,10 +10,10 @@ use super::{
     cpu, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
 };
 use crate::cpu::{Logit, RowsMut};
-use crate::error::{Error, Result};
+use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::tensor::OnCuda;
-use crate::tensor::{check_arg, check_dtype, node, run, Backend, Buffer, Held, OnCpu, Owned};
+use crate::tensor::{check_arg, leading_and_vocab, node, run, Backend, Buffer, Held, OnCpu, Owned};
 
 /// Rows of the node's output: log-probability, entropy, and what backward needs to know of a row, its
 /// maximum and the logarithm of its sum.
@@ -71,15 +71,7 @@ fn apply(
     entropy: bool,
 ) -> Result<Tensor> {
     options.validate()?;
-    check_dtype(OP, "logits", logits, &[DType::F32, DType::F16, DType::BF16])?;
-    let Some((&vocab, leading)) = logits.dims().split_last().filter(|(&v, _)| v > 0) else {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "logits",
-            expected: "[.., V] with V > 0".into(),
-            got: format!("{:?}", logits.dims()),
-        });
-    };
+    let (leading, vocab) = leading_and_vocab(OP, "logits", logits)?;
     let ids = [DType::U32, DType::I64];
     check_arg(OP, "targets", targets, leading, &ids, logits.device())?;
 
@@ -124,12 +116,12 @@ impl Pass {
     fn forward<T: Logit>(&self, inputs: &ForwardInputs<Owned, T, i64>) -> Result<Buffer<f32>> {
         let Self { rows, vocab, ref options, .. } = *self;
         let backend = Backend::of(OP, "logits", inputs.logits.device())?;
-        let views = inputs.try_map(&[rows], vocab, &mut Held(OP))?;
+        let views = inputs.try_map((&[rows], vocab), &mut Held(OP))?;
         let mut buffer = backend.buffer(OUTPUTS * rows)?;
         let order = [LOGP, ENTROPY, MAX, LOG_SUM];
         match &backend {
             Backend::Cpu => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCpu);
+                let Ok(inputs) = views.try_map((&[rows], vocab), &mut OnCpu);
                 let parts = RowsMut { data: buffer.cpu(), width: rows };
                 let [logp, entropy, max, log_sum] = parts.disjoint(order);
                 let entropy = self.entropy.then_some(entropy);
@@ -139,7 +131,7 @@ impl Pass {
             }
             #[cfg(feature = "cuda")]
             Backend::Cuda(backend) => {
-                let Ok(inputs) = views.try_map(&[rows], vocab, &mut OnCuda);
+                let Ok(inputs) = views.try_map((&[rows], vocab), &mut OnCuda);
                 let [logp, entropy, max, log_sum] = buffer.cuda().disjoint(rows, order);
                 let entropy = self.entropy.then_some(entropy);
                 let (max, log_sum) = (Some(max), Some(log_sum));
@@ -159,15 +151,14 @@ impl Pass {
         let Self { rows, vocab, ref options, .. } = *self;
         let logits = &inputs.forward.logits;
         let backend = Backend::of(OP, "logits", logits.device())?;
-        let views = inputs.try_map(&[rows], vocab, &mut Held(OP))?;
         let grad_logits = backend.buffer(logits.elem_count())?;
         let mut buffers = BackwardOutputs::<Owned, T> { grad_logits };
         run!(
-            backend,
-            [views, &[rows], vocab],
-            [buffers, &[rows], vocab],
-            |inputs, outputs| cpu::backward(inputs, rows, vocab, options, outputs),
-            |gpu| cuda::backward(&gpu.stream()?, inputs, rows, vocab, options, outputs),
+            (OP, backend),
+            [inputs, (&[rows], vocab)],
+            [buffers, (&[rows], vocab)],
+            |i, o| cpu::backward(i, rows, vocab, options, o),
+            |stream| cuda::backward(stream, i, rows, vocab, options, o),
         );
         Ok(buffers.grad_logits.into_tensor(logits.shape()))
     }

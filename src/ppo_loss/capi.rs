@@ -2,19 +2,13 @@
 
 use std::ffi::c_void;
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use super::cuda;
 use super::{
-    cpu, Aggregation, ClipFractionKind, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs,
-    ScaleOutputs, OP,
+    cpu, cuda, Aggregation, ClipFractionKind, Inputs, Outputs, PpoLossOptions, PpoStats,
+    ScaleInputs, ScaleOutputs, OP,
 };
-use crate::capi::arguments::{
-    check_reserved, choose, optional, or_none, Given, Growing, Memory, Options, Raw,
-};
+use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
-#[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::Device;
-use crate::kl::{KlEstimator, KlOptions};
 
 /// sum m L / sum m: every token counts the same.
 pub const PPOK_PPO_LOSS_TOKEN_MEAN: i32 = 0;
@@ -76,72 +70,51 @@ pub struct ppok_ppo_loss_options {
     pub reserved: i32,
 }
 
-// SAFETY: of numbers without padding, its size first.
-unsafe impl Growing for ppok_ppo_loss_options {
-    fn initial() -> Self {
-        let options = PpoLossOptions::default();
-        let (aggregation, aggregation_divisor) = match options.aggregation {
+choices! {
+    ClipFractionKind { ClippedBranch, RatioOutside }
+}
+
+impl Encoded for Aggregation {
+    type Code = (i32, f64);
+
+    fn encode(self) -> (i32, f64) {
+        match self {
             Aggregation::TokenMean => (PPOK_PPO_LOSS_TOKEN_MEAN, 0.0),
             Aggregation::SeqMeanTokenSum => (PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM, 0.0),
             Aggregation::SeqMeanTokenMean => (PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN, 0.0),
             Aggregation::SeqMeanTokenSumNorm => (PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM, 0.0),
             Aggregation::Constant(divisor) => (PPOK_PPO_LOSS_CONSTANT, divisor),
-        };
-        Self {
-            struct_size: size_of::<Self>(),
-            clip_range: options.clip_range,
-            clip_range_high: or_none(options.clip_range_high),
-            dual_clip: or_none(options.dual_clip),
-            log_ratio_clamp: or_none(options.log_ratio_clamp),
-            value_clip_range: or_none(options.value_clip_range),
-            value_coef: options.value_coef,
-            entropy_coef: options.entropy_coef,
-            kl_coef: options.kl_coef,
-            kl_log_ratio_clamp: or_none(options.kl.log_ratio_clamp),
-            kl_output_clamp: or_none(options.kl.output_clamp),
-            aggregation_divisor,
-            denominator: or_none(options.denominator),
-            aggregation,
-            clip_fraction: options.clip_fraction as i32,
-            kl_estimator: options.kl.estimator as i32,
-            reserved: 0,
         }
     }
-}
 
-impl Options for ppok_ppo_loss_options {
-    type Options = PpoLossOptions;
-
-    fn options(&self) -> Result<PpoLossOptions> {
-        check_reserved(OP, "options", self.reserved)?;
-        let aggregations = [
+    fn decode(op: &'static str, option: &'static str, (kind, divisor): (i32, f64)) -> Result<Self> {
+        let kinds = [
             Aggregation::TokenMean,
             Aggregation::SeqMeanTokenSum,
             Aggregation::SeqMeanTokenMean,
             Aggregation::SeqMeanTokenSumNorm,
-            Aggregation::Constant(self.aggregation_divisor),
+            Aggregation::Constant(divisor),
         ];
-        let counts = [ClipFractionKind::ClippedBranch, ClipFractionKind::RatioOutside];
-        Ok(PpoLossOptions {
-            clip_range: self.clip_range,
-            clip_range_high: optional(self.clip_range_high),
-            dual_clip: optional(self.dual_clip),
-            log_ratio_clamp: optional(self.log_ratio_clamp),
-            value_clip_range: optional(self.value_clip_range),
-            value_coef: self.value_coef,
-            entropy_coef: self.entropy_coef,
-            kl_coef: self.kl_coef,
-            kl: KlOptions {
-                estimator: choose(OP, "kl_estimator", self.kl_estimator, &KlEstimator::ALL)?,
-                log_ratio_clamp: optional(self.kl_log_ratio_clamp),
-                output_clamp: optional(self.kl_output_clamp),
-            },
-            aggregation: choose(OP, "aggregation", self.aggregation, &aggregations)?,
-            denominator: optional(self.denominator),
-            clip_fraction: choose(OP, "clip_fraction", self.clip_fraction, &counts)?,
-        })
+        choose(op, option, kind, &kinds)
     }
 }
+
+options!(ppok_ppo_loss_options, PpoLossOptions, OP, [reserved], {
+    clip_range => clip_range,
+    clip_range_high => clip_range_high,
+    dual_clip => dual_clip,
+    log_ratio_clamp => log_ratio_clamp,
+    value_clip_range => value_clip_range,
+    value_coef => value_coef,
+    entropy_coef => entropy_coef,
+    kl_coef => kl_coef,
+    kl_estimator => kl.estimator,
+    kl_log_ratio_clamp => kl.log_ratio_clamp,
+    kl_output_clamp => kl.output_clamp,
+    aggregation & aggregation_divisor => aggregation,
+    denominator => denominator,
+    clip_fraction => clip_fraction,
+});
 
 /// Arguments of ppok_ppo_loss_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
@@ -190,58 +163,29 @@ pub struct ppok_ppo_loss_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_ppo_loss_args {}
-
-impl ppok_ppo_loss_args {
-    fn inputs(&self) -> Inputs<'_, Raw> {
-        Inputs {
-            logp: self.logp,
-            old_logp: self.old_logp,
-            advantages: self.advantages,
-            values: self.values.given(),
-            old_values: self.old_values.given(),
-            returns: self.returns.given(),
-            entropy: self.entropy.given(),
-            ref_logp: self.ref_logp.given(),
-            mask: self.mask.given(),
-        }
-    }
-
-    fn outputs(&self) -> Outputs<'_, Raw> {
-        Outputs {
-            stats: self.stats,
-            loss: self.loss.given(),
-            grad_logp: self.grad_logp.given(),
-            grad_values: self.grad_values.given(),
-            grad_entropy: self.grad_entropy.given(),
-        }
-    }
-}
-
-impl Pass for ppok_ppo_loss_args {
+unsafe impl Pass for ppok_ppo_loss_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
         let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
+        let inputs = list_of!(
+            self,
+            Inputs,
+            [logp, old_logp, advantages],
+            [values, old_values, returns, entropy, ref_logp, mask]
+        );
+        let outputs =
+            list_of!(self, Outputs, [stats], [loss, grad_logp, grad_values, grad_entropy]);
         run!(
             (on, memory),
-            [self.inputs(), shape],
-            [self.outputs(), shape],
+            [inputs, shape],
+            [outputs, shape],
             |i, o| cpu::ppo_loss(i, batch, seq_len, &options, o),
-            |stream, w| cuda::ppo_loss(
-                stream,
-                i,
-                batch,
-                seq_len,
-                &options,
-                o,
-                memory.workspace(w)?
-            ),
+            |stream, w| cuda::ppo_loss(stream, i, batch, seq_len, &options, o, w),
         )
     }
 
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, memory: &Memory, _: Device) -> Result<usize> {
         let options = memory.options(self.options)?;
         let len = cuda::workspace_len(self.batch, self.seq_len, &options);
@@ -274,28 +218,6 @@ pub struct ppok_ppo_loss_scale_args {
     pub grad_entropy: *mut f32,
 }
 
-// SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_ppo_loss_scale_args {}
-
-impl ppok_ppo_loss_scale_args {
-    fn inputs(&self) -> ScaleInputs<'_, Raw> {
-        ScaleInputs {
-            upstream: self.upstream,
-            stored_logp: self.stored_logp.given(),
-            stored_values: self.stored_values.given(),
-            stored_entropy: self.stored_entropy.given(),
-        }
-    }
-
-    fn outputs(&self) -> ScaleOutputs<'_, Raw> {
-        ScaleOutputs {
-            grad_logp: self.grad_logp.given(),
-            grad_values: self.grad_values.given(),
-            grad_entropy: self.grad_entropy.given(),
-        }
-    }
-}
-
 /// Takes out what is to be scaled in place.
 fn take_in_place(stored: &mut Option<*const f32>, gradient: Option<*mut f32>) -> bool {
     stored.take_if(|stored| gradient == Some(stored.cast_mut())).is_some()
@@ -317,11 +239,16 @@ fn scale_on_cpu(
     cpu::scale(inputs, tokens, outputs)
 }
 
-impl Pass for ppok_ppo_loss_scale_args {
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_ppo_loss_scale_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
-        let (tokens, mut inputs, outputs) = (self.tokens, self.inputs(), self.outputs());
+        let tokens = self.tokens;
+        let mut inputs: ScaleInputs<Raw> =
+            list_of!(self, ScaleInputs, [upstream], [stored_logp, stored_values, stored_entropy]);
+        let outputs: ScaleOutputs<Raw> =
+            list_of!(self, ScaleOutputs, [], [grad_logp, grad_values, grad_entropy]);
         // Of the same memory there cannot be a slice to read and one to write.
         let mut in_place = [false; 3];
         if matches!(on, On::Cpu) {
@@ -337,7 +264,7 @@ impl Pass for ppok_ppo_loss_scale_args {
             [inputs, tokens],
             [outputs, tokens],
             |i, o| scale_on_cpu(i, tokens, o, in_place),
-            |stream, _| cuda::scale(stream, i, tokens, o),
+            |stream| cuda::scale(stream, i, tokens, o),
         )
     }
 }

@@ -17,9 +17,7 @@ use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
 use crate::kl::limit;
-use crate::memory::{
-    elements, in_space, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Shape, Writes,
-};
+use crate::memory::{in_space, Array, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Writes};
 
 /// Tokens that a block of the pass takes at a time.
 const TILE: usize = 1024;
@@ -293,46 +291,34 @@ impl Aligned {
         mut outputs: super::Outputs<Pointers>,
         shape: [usize; 2],
     ) -> bool {
-        let mut aligned = Self { tokens: elements(&[&shape]), so_far: true };
+        let mut aligned = Self { tokens: shape[0].checked_mul(shape[1]), so_far: true };
         let (Ok(_), Ok(_)) =
             (inputs.try_map(shape, &mut aligned), outputs.try_map(shape, &mut aligned));
         aligned.so_far
     }
 
-    fn look_at<T>(&mut self, shape: Shape, pointer: Pointer<T>) {
+    fn look_at<T>(&mut self, array: &Array, pointer: Pointer<T>) -> Result<(), Infallible> {
         // What else there is has one element; where that is all the tokens, none are loaded by vectors.
-        if elements(shape) == self.tokens {
+        if array.len() == self.tokens {
             self.so_far &= (pointer.as_ptr() as usize).is_multiple_of(4 * size_of::<T>());
         }
+        Ok(())
     }
 }
 
 impl Reads<Pointers, Nowhere> for Aligned {
     type Error = Infallible;
 
-    fn input<'a, T: Element>(
-        &mut self,
-        _: &'static str,
-        shape: Shape,
-        from: &Pointer<T>,
-    ) -> std::result::Result<(), Infallible> {
-        self.look_at(shape, *from);
-        Ok(())
+    fn input<T: Element>(&mut self, a: &Array, from: &Pointer<T>) -> Result<(), Infallible> {
+        self.look_at(a, *from)
     }
 }
 
 impl Writes<Pointers, Nowhere> for Aligned {
     type Error = Infallible;
 
-    fn output<'a, T: Element>(
-        &mut self,
-        _: &'static str,
-        shape: Shape,
-        _: &[&'static str],
-        to: &mut Pointer<T>,
-    ) -> std::result::Result<(), Infallible> {
-        self.look_at(shape, *to);
-        Ok(())
+    fn output<T: Element>(&mut self, a: &Array, to: &mut Pointer<T>) -> Result<(), Infallible> {
+        self.look_at(a, *to)
     }
 }
 

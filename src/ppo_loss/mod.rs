@@ -44,7 +44,6 @@
 #[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
@@ -57,7 +56,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result};
 use crate::kl::{KlEstimator, KlOptions};
-use crate::memory::{Element, Reads, Shape, Space, Writes};
+use crate::memory::{list, Element, Space};
 
 const OP: &str = "ppo_loss";
 
@@ -205,67 +204,32 @@ impl PpoLossOptions {
     }
 }
 
-/// The inputs in some memory, each `[B, T]`. All but the first three may be left out.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Inputs<'a, S: Space> {
-    /// Log-probabilities under the policy that is trained, which get the gradient.
-    pub logp: S::In<'a, f32>,
-    /// Log-probabilities under the policy that made the rollout.
-    pub old_logp: S::In<'a, f32>,
-    /// Advantages, already whitened if they are to be.
-    pub advantages: S::In<'a, f32>,
-    /// The critic's predictions, which get the gradient; without them there is no value term.
-    pub values: Option<S::In<'a, f32>>,
-    /// Its predictions at the time of the rollout; may be left out where values are not clipped.
-    pub old_values: Option<S::In<'a, f32>>,
-    /// The targets of the values' regression, given where they are.
-    pub returns: Option<S::In<'a, f32>>,
-    /// Entropy of the policy's distribution at each token, which gets the gradient.
-    pub entropy: Option<S::In<'a, f32>>,
-    /// Log-probabilities under the reference model, for the KL term.
-    pub ref_logp: Option<S::In<'a, f32>>,
-    /// 0 where masked; `None` keeps all.
-    pub mask: Option<S::In<'a, u8>>,
+list! {
+    /// The inputs in some memory, each `[B, T]`.
+    inputs Inputs(shape: [usize; 2]) {
+        /// Log-probabilities under the policy that is trained, which get the gradient.
+        logp: f32 [&shape],
+        /// Log-probabilities under the policy that made the rollout.
+        old_logp: f32 [&shape],
+        /// Advantages, already whitened if they are to be.
+        advantages: f32 [&shape],
+    } optional {
+        /// The critic's predictions, which get the gradient; without them there is no value term.
+        values: f32 [&shape],
+        /// Its predictions at the time of the rollout; may be left out where values are not clipped.
+        old_values: f32 [&shape],
+        /// The targets of the values' regression, given where they are.
+        returns: f32 [&shape],
+        /// Entropy of the policy's distribution at each token, which gets the gradient.
+        entropy: f32 [&shape],
+        /// Log-probabilities under the reference model, for the KL term.
+        ref_logp: f32 [&shape],
+        /// 0 where masked; `None` keeps all.
+        mask: u8 [&shape],
+    }
 }
 
-impl<'a, S: Space> Inputs<'a, S> {
-    /// The policy term alone, to be filled in with
-    /// `Inputs { mask: Some(..), ..Inputs::new(logp, old_logp, advantages) }`.
-    pub fn new(logp: S::In<'a, f32>, old_logp: S::In<'a, f32>, advantages: S::In<'a, f32>) -> Self {
-        Self {
-            logp,
-            old_logp,
-            advantages,
-            values: None,
-            old_values: None,
-            returns: None,
-            entropy: None,
-            ref_logp: None,
-            mask: None,
-        }
-    }
-
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        [batch, seq_len]: [usize; 2],
-        c: &mut C,
-    ) -> std::result::Result<Inputs<'b, To>, C::Error> {
-        let tokens: Shape = &[&[batch, seq_len]];
-        Ok(Inputs {
-            logp: c.input("logp", tokens, &self.logp)?,
-            old_logp: c.input("old_logp", tokens, &self.old_logp)?,
-            advantages: c.input("advantages", tokens, &self.advantages)?,
-            values: c.optional_input("values", tokens, &self.values)?,
-            old_values: c.optional_input("old_values", tokens, &self.old_values)?,
-            returns: c.optional_input("returns", tokens, &self.returns)?,
-            entropy: c.optional_input("entropy", tokens, &self.entropy)?,
-            ref_logp: c.optional_input("ref_logp", tokens, &self.ref_logp)?,
-            mask: c.optional_input("mask", tokens, &self.mask)?,
-        })
-    }
-
+impl<S: Space> Inputs<'_, S> {
     /// `Ok` when no input is missing that another one or an option needs.
     fn check_given(&self, options: &PpoLossOptions) -> Result<()> {
         let (values, returns) = (self.values.is_some(), self.returns.is_some());
@@ -288,45 +252,24 @@ impl<'a, S: Space> Inputs<'a, S> {
     }
 }
 
-/// The outputs in some memory. None may be the memory of an input.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Outputs<'a, S: Space> {
-    /// The loss and the statistics, `[1]`.
-    pub stats: S::Out<'a, PpoStats>,
-    /// The loss once more, rounded to f32, `[1]`, if wanted.
-    pub loss: Option<S::Out<'a, f32>>,
-    /// Gradient with respect to logp, for an upstream gradient of 1, `[B, T]`, if wanted.
-    pub grad_logp: Option<S::Out<'a, f32>>,
-    /// Gradient with respect to values, `[B, T]`, if wanted; only with values.
-    pub grad_values: Option<S::Out<'a, f32>>,
-    /// Gradient with respect to entropy, `[B, T]`, if wanted; only with entropy.
-    pub grad_entropy: Option<S::Out<'a, f32>>,
+list! {
+    /// The outputs in some memory. None may be the memory of an input.
+    outputs Outputs(shape: [usize; 2]) {
+        /// The loss and the statistics, `[1]`.
+        stats: PpoStats [&[1]],
+    } optional {
+        /// The loss once more, rounded to f32, `[1]`, if wanted.
+        loss: f32 [&[1]],
+        /// Gradient with respect to logp, for an upstream gradient of 1, `[B, T]`, if wanted.
+        grad_logp: f32 [&shape],
+        /// Gradient with respect to values, `[B, T]`, if wanted; only with values.
+        grad_values: f32 [&shape],
+        /// Gradient with respect to entropy, `[B, T]`, if wanted; only with entropy.
+        grad_entropy: f32 [&shape],
+    }
 }
 
-impl<'a, S: Space> Outputs<'a, S> {
-    /// The statistics alone, to be filled in with
-    /// `Outputs { grad_logp: Some(..), ..Outputs::new(stats) }`.
-    pub fn new(stats: S::Out<'a, PpoStats>) -> Self {
-        Self { stats, loss: None, grad_logp: None, grad_values: None, grad_entropy: None }
-    }
-
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        [batch, seq_len]: [usize; 2],
-        c: &mut C,
-    ) -> std::result::Result<Outputs<'b, To>, C::Error> {
-        let (tokens, one): (Shape, Shape) = (&[&[batch, seq_len]], &[&[1]]);
-        Ok(Outputs {
-            stats: c.output("stats", one, &[], &mut self.stats)?,
-            loss: c.optional_output("loss", one, &[], &mut self.loss)?,
-            grad_logp: c.optional_output("grad_logp", tokens, &[], &mut self.grad_logp)?,
-            grad_values: c.optional_output("grad_values", tokens, &[], &mut self.grad_values)?,
-            grad_entropy: c.optional_output("grad_entropy", tokens, &[], &mut self.grad_entropy)?,
-        })
-    }
-
+impl<S: Space> Outputs<'_, S> {
     /// `Ok` when no gradient of `tokens` elements is wanted of an input that is not given.
     fn check_wanted<T: Space>(&self, inputs: &Inputs<T>, tokens: usize) -> Result<()> {
         for (arg, wanted, given) in [
@@ -341,42 +284,22 @@ impl<'a, S: Space> Outputs<'a, S> {
     }
 }
 
-/// Gradients that the loss left, and the gradient of whatever came of it, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct ScaleInputs<'a, S: Space> {
-    /// The upstream gradient, `[1]`.
-    pub upstream: S::In<'a, f32>,
-    /// The stored gradient with respect to logp, `[tokens]`.
-    pub stored_logp: Option<S::In<'a, f32>>,
-    /// The stored gradient with respect to values, `[tokens]`.
-    pub stored_values: Option<S::In<'a, f32>>,
-    /// The stored gradient with respect to entropy, `[tokens]`.
-    pub stored_entropy: Option<S::In<'a, f32>>,
+list! {
+    /// Gradients that the loss left, and the gradient of whatever came of it, in some memory.
+    inputs ScaleInputs(tokens: usize) {
+        /// The upstream gradient, `[1]`.
+        upstream: f32 [&[1]],
+    } optional {
+        /// The stored gradient with respect to logp, `[tokens]`.
+        stored_logp: f32 [&[tokens]],
+        /// The stored gradient with respect to values, `[tokens]`.
+        stored_values: f32 [&[tokens]],
+        /// The stored gradient with respect to entropy, `[tokens]`.
+        stored_entropy: f32 [&[tokens]],
+    }
 }
 
-impl<'a, S: Space> ScaleInputs<'a, S> {
-    /// The upstream gradient alone, to be filled in with
-    /// `ScaleInputs { stored_logp: Some(..), ..ScaleInputs::new(upstream) }`.
-    pub fn new(upstream: S::In<'a, f32>) -> Self {
-        Self { upstream, stored_logp: None, stored_values: None, stored_entropy: None }
-    }
-
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        tokens: usize,
-        c: &mut C,
-    ) -> std::result::Result<ScaleInputs<'b, To>, C::Error> {
-        let tokens: Shape = &[&[tokens]];
-        Ok(ScaleInputs {
-            upstream: c.input("upstream", &[&[1]], &self.upstream)?,
-            stored_logp: c.optional_input("stored_logp", tokens, &self.stored_logp)?,
-            stored_values: c.optional_input("stored_values", tokens, &self.stored_values)?,
-            stored_entropy: c.optional_input("stored_entropy", tokens, &self.stored_entropy)?,
-        })
-    }
-
+impl<S: Space> ScaleInputs<'_, S> {
     /// `Ok` when what is stored is wanted, and the other way round.
     fn check_pairs<T: Space>(&self, outputs: &ScaleOutputs<T>) -> Result<()> {
         for ([stored, gradient], [given, wanted]) in [
@@ -400,44 +323,16 @@ impl<'a, S: Space> ScaleInputs<'a, S> {
     }
 }
 
-/// Where scaled gradients go, in some memory: as many as are stored, each of which may be on a device
-/// where it is stored.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct ScaleOutputs<'a, S: Space> {
-    /// Gradient with respect to logp, `[tokens]`.
-    pub grad_logp: Option<S::Out<'a, f32>>,
-    /// Gradient with respect to values, `[tokens]`.
-    pub grad_values: Option<S::Out<'a, f32>>,
-    /// Gradient with respect to entropy, `[tokens]`.
-    pub grad_entropy: Option<S::Out<'a, f32>>,
-}
-
-impl<S: Space> Default for ScaleOutputs<'_, S> {
-    fn default() -> Self {
-        Self { grad_logp: None, grad_values: None, grad_entropy: None }
-    }
-}
-
-impl<S: Space> ScaleOutputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        tokens: usize,
-        c: &mut C,
-    ) -> std::result::Result<ScaleOutputs<'b, To>, C::Error> {
-        let tokens: Shape = &[&[tokens]];
-        let [logp, values, entropy] = [&["stored_logp"], &["stored_values"], &["stored_entropy"]];
-        Ok(ScaleOutputs {
-            grad_logp: c.optional_output("grad_logp", tokens, logp, &mut self.grad_logp)?,
-            grad_values: c.optional_output("grad_values", tokens, values, &mut self.grad_values)?,
-            grad_entropy: c.optional_output(
-                "grad_entropy",
-                tokens,
-                entropy,
-                &mut self.grad_entropy,
-            )?,
-        })
+list! {
+    /// Where scaled gradients go, in some memory: as many as are stored, each of which may be on a
+    /// device where it is stored.
+    outputs ScaleOutputs(tokens: usize) {} optional {
+        /// Gradient with respect to logp, `[tokens]`.
+        grad_logp: f32 [&[tokens]] over ["stored_logp"],
+        /// Gradient with respect to values, `[tokens]`.
+        grad_values: f32 [&[tokens]] over ["stored_values"],
+        /// Gradient with respect to entropy, `[tokens]`.
+        grad_entropy: f32 [&[tokens]] over ["stored_entropy"],
     }
 }
 

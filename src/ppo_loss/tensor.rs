@@ -6,9 +6,9 @@ use candle_core::{DType, Tensor};
 #[cfg(feature = "cuda")]
 use super::cuda;
 use super::{cpu, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::Tensors;
-use crate::tensor::{check_dtype, node, run, Backend, Constants, Held, Owned};
+use crate::tensor::{batch_and_seq_len, check_dtype, node, run, Backend, Constants, Owned};
 
 /// The inputs of [`ppo_loss`] as tensors.
 pub type PpoLossInputs<'a> = Inputs<'a, Tensors>;
@@ -72,18 +72,9 @@ impl PpoStatsTensor {
 pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoLossOutput> {
     let logp = inputs.logp;
     check_dtype(OP, "logp", logp, &[DType::F32])?;
-    let &[batch, seq_len] = logp.dims() else {
-        return Err(Error::Shape {
-            op: OP,
-            arg: "logp",
-            expected: "[B, T]".into(),
-            got: format!("{:?}", logp.dims()),
-        });
-    };
-    let (shape, device) = ([batch, seq_len], logp.device());
-    let backend = Backend::of(OP, "logp", device)?;
-    let tensors = inputs.try_map(shape, &mut Constants::new(OP, device))?;
-    let views = tensors.try_map(shape, &mut Held(OP))?;
+    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "logp", logp)?;
+    let backend = Backend::of(OP, "logp", logp.device())?;
+    let tensors = inputs.try_map(shape, &mut Constants::new(OP, logp.device()))?;
 
     // An entropy that is only reported gets no gradient.
     let entropy = inputs.entropy.filter(|_| options.entropy_coef != 0.0);
@@ -99,14 +90,12 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
         grad_entropy: grad_entropy?,
     };
     run!(
-        backend,
-        [views, shape],
+        (OP, backend),
+        [tensors, shape],
         [buffers, shape],
-        |inputs, outputs| cpu::ppo_loss(inputs, batch, seq_len, options, outputs),
-        |gpu| {
-            let mut workspace = gpu.buffer(cuda::workspace_len(batch, seq_len, options))?;
-            let (stream, workspace) = (gpu.stream()?, workspace.slice());
-            cuda::ppo_loss(&stream, inputs, batch, seq_len, options, outputs, workspace)
+        |i, o| cpu::ppo_loss(i, batch, seq_len, options, o),
+        |stream, w = [cuda::workspace_len(batch, seq_len, options)]| {
+            cuda::ppo_loss(stream, i, batch, seq_len, options, o, w)
         },
     );
     let Outputs { stats, loss, grad_logp, grad_values, grad_entropy } = buffers;
@@ -134,18 +123,17 @@ fn scaled(
         stored_values: values.clone(),
         stored_entropy: entropy.clone(),
     };
-    let views = tensors.try_map(tokens, &mut Held(OP))?;
     let mut buffers = ScaleOutputs::<Owned> {
         grad_logp: backend.optional_buffer(logp.is_some(), tokens)?,
         grad_values: backend.optional_buffer(values.is_some(), tokens)?,
         grad_entropy: backend.optional_buffer(entropy.is_some(), tokens)?,
     };
     run!(
-        backend,
-        [views, tokens],
+        (OP, backend),
+        [tensors, tokens],
         [buffers, tokens],
-        |inputs, outputs| cpu::scale(inputs, tokens, outputs),
-        |gpu| cuda::scale(&gpu.stream()?, inputs, tokens, outputs),
+        |i, o| cpu::scale(i, tokens, o),
+        |stream| cuda::scale(stream, i, tokens, o),
     );
     let ScaleOutputs { grad_logp, grad_values, grad_entropy } = buffers;
     let gradients = [grad_logp, grad_values, grad_entropy].into_iter().flatten();

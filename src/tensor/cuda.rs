@@ -19,7 +19,7 @@ use candle_core::{CudaDevice, CudaStorage, WithDType};
 
 use crate::cuda::{allocation_error, device_error, Slice, SliceMut, Stream};
 use crate::error::Result;
-use crate::memory::{Device, Element, Reads, Shape, Writes};
+use crate::memory::{Array, Device, Element, Reads, Writes};
 use crate::tensor::{numbers, Owned, View, Views};
 
 pub trait Number: WithDType + CudaDType + DeviceRepr + ValidAsZeroBits + Pod {}
@@ -84,12 +84,11 @@ pub(crate) struct OnCuda;
 impl Reads<Views, Device> for OnCuda {
     type Error = Infallible;
 
-    fn input<'a, 'b, T: Element>(
+    fn input<'b, T: Element>(
         &mut self,
-        _: &'static str,
-        _: Shape,
-        from: &'b View<'a, T>,
-    ) -> std::result::Result<Slice<'b, T>, Infallible> {
+        _: &Array,
+        from: &'b View<T>,
+    ) -> Result<Slice<'b, T>, Infallible> {
         Ok(from.cuda())
     }
 }
@@ -97,13 +96,11 @@ impl Reads<Views, Device> for OnCuda {
 impl Writes<Owned, Device> for OnCuda {
     type Error = Infallible;
 
-    fn output<'a, 'b, T: Element>(
+    fn output<'b, T: Element>(
         &mut self,
-        _: &'static str,
-        _: Shape,
-        _: &[&'static str],
+        _: &Array,
         to: &'b mut super::Buffer<T>,
-    ) -> std::result::Result<SliceMut<'b, T>, Infallible> {
+    ) -> Result<SliceMut<'b, T>, Infallible> {
         Ok(to.cuda())
     }
 }

@@ -2,18 +2,15 @@
 
 use std::ffi::c_void;
 
-#[cfg(any(feature = "cuda", feature = "simt"))]
-use super::cuda;
 use super::{
-    cpu, EpsPlacement, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
+    cpu, cuda, EpsPlacement, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
     OwnBackwardInputs, WhitenOptions, WithBackwardInputs, OP,
 };
-use crate::capi::arguments::{check_reserved, choose, flag, Given, Growing, Memory, Options, Raw};
+use crate::capi::arguments::{choices, list_of, options, Memory, Raw};
 use crate::capi::{self, call, run, On, Pass, Result};
-#[cfg(any(feature = "cuda", feature = "simt"))]
 use crate::cuda::Device;
 use crate::error::Error;
-use crate::memory::{Host, Reads, Writes};
+use crate::memory::{Array, Host, Reads, Writes};
 use crate::moments::Moments;
 
 /// `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
@@ -53,35 +50,16 @@ pub struct ppok_whiten_options {
     pub reserved: i32,
 }
 
-// SAFETY: of numbers without padding, its size first.
-unsafe impl Growing for ppok_whiten_options {
-    fn initial() -> Self {
-        let WhitenOptions { eps, eps_placement, unbiased, shift_mean } = WhitenOptions::default();
-        Self {
-            struct_size: size_of::<Self>(),
-            eps,
-            eps_placement: eps_placement as i32,
-            unbiased: i32::from(unbiased),
-            shift_mean: i32::from(shift_mean),
-            reserved: 0,
-        }
-    }
+choices! {
+    EpsPlacement { Variance, Std }
 }
 
-impl Options for ppok_whiten_options {
-    type Options = WhitenOptions;
-
-    fn options(&self) -> Result<WhitenOptions> {
-        check_reserved(OP, "options", self.reserved)?;
-        let placements = [EpsPlacement::Variance, EpsPlacement::Std];
-        Ok(WhitenOptions {
-            eps: self.eps,
-            eps_placement: choose(OP, "eps_placement", self.eps_placement, &placements)?,
-            unbiased: flag(OP, "unbiased", self.unbiased)?,
-            shift_mean: flag(OP, "shift_mean", self.shift_mean)?,
-        })
-    }
-}
+options!(ppok_whiten_options, WhitenOptions, OP, [reserved], {
+    eps => eps,
+    eps_placement => eps_placement,
+    unbiased => unbiased,
+    shift_mean => shift_mean,
+});
 
 /// Arguments of ppok_whiten_moments_*. Set `struct_size`, and everything that is not used to zero.
 #[derive(Debug, Clone, Copy)]
@@ -100,33 +78,20 @@ pub struct ppok_whiten_moments_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_moments_args {}
-
-impl ppok_whiten_moments_args {
-    fn inputs(&self) -> MomentsInputs<'_, Raw> {
-        MomentsInputs { x: self.x, mask: self.mask.given() }
-    }
-
-    fn outputs(&self) -> MomentsOutputs<'_, Raw> {
-        MomentsOutputs { moments: self.moments }
-    }
-}
-
-impl Pass for ppok_whiten_moments_args {
+unsafe impl Pass for ppok_whiten_moments_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let elements = self.elements;
         run!(
             (on, memory),
-            [self.inputs(), &[elements]],
-            [self.outputs()],
+            [list_of!(self, MomentsInputs, [x], [mask]), &[elements]],
+            [list_of!(self, MomentsOutputs, [moments], []), ()],
             |i, o| cpu::masked_moments(i, elements, o),
-            |stream, w| cuda::masked_moments(stream, i, elements, o, memory.workspace(w)?),
+            |stream, w| cuda::masked_moments(stream, i, elements, o, w),
         )
     }
 
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
         Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.elements)))
     }
@@ -154,32 +119,20 @@ pub struct ppok_whiten_forward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_forward_args {}
-
-impl ppok_whiten_forward_args {
-    fn inputs(&self) -> Inputs<'_, Raw> {
-        Inputs { x: self.x, mask: self.mask.given(), moments: self.moments.given() }
-    }
-
-    fn outputs(&self) -> Outputs<'_, Raw> {
-        Outputs { y: self.y }
-    }
-}
-
-impl Pass for ppok_whiten_forward_args {
+unsafe impl Pass for ppok_whiten_forward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (elements, options) = (self.elements, memory.options(self.options)?);
         run!(
             (on, memory),
-            [self.inputs(), &[elements]],
-            [self.outputs(), &[elements]],
+            [list_of!(self, Inputs, [x], [mask, moments]), &[elements]],
+            [list_of!(self, Outputs, [y], []), &[elements]],
             |i, o| {
                 check_counts(i.moments)?;
                 cpu::masked_whiten(i, elements, &options, o)
             },
-            |stream, _| cuda::masked_whiten(stream, i, None, elements, &options, o),
+            |stream| cuda::masked_whiten(stream, i, None, elements, &options, o),
         )
     }
 }
@@ -207,49 +160,23 @@ pub struct ppok_whiten_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_backward_args {}
-
-impl ppok_whiten_backward_args {
-    fn inputs(&self) -> OwnBackwardInputs<'_, Raw> {
-        OwnBackwardInputs {
-            x: self.x,
-            mask: self.mask.given(),
-            moments: self.moments.given(),
-            grad_y: self.grad_y,
-        }
-    }
-
-    fn outputs(&self) -> GradOutputs<'_, Raw> {
-        GradOutputs { grad_x: self.grad_x }
-    }
-}
-
-impl Pass for ppok_whiten_backward_args {
+unsafe impl Pass for ppok_whiten_backward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (elements, options) = (self.elements, memory.options(self.options)?);
         run!(
             (on, memory),
-            [self.inputs(), &[elements]],
-            [self.outputs(), &[elements]],
+            [list_of!(self, OwnBackwardInputs, [x, grad_y], [mask, moments]), &[elements]],
+            [list_of!(self, GradOutputs, [grad_x], []), &[elements]],
             |i, o| {
                 check_counts(i.moments)?;
                 cpu::masked_whiten_backward(i, elements, &options, o)
             },
-            |stream, w| cuda::masked_whiten_backward(
-                stream,
-                i,
-                None,
-                elements,
-                &options,
-                o,
-                memory.workspace(w)?
-            ),
+            |stream, w| cuda::masked_whiten_backward(stream, i, None, elements, &options, o, w),
         )
     }
 
-    #[cfg(any(feature = "cuda", feature = "simt"))]
     fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
         Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.elements)))
     }
@@ -276,36 +203,20 @@ pub struct ppok_whiten_with_backward_args {
 }
 
 // SAFETY: of numbers and pointers without padding, its size first.
-unsafe impl Growing for ppok_whiten_with_backward_args {}
-
-impl ppok_whiten_with_backward_args {
-    fn inputs(&self) -> WithBackwardInputs<'_, Raw> {
-        WithBackwardInputs {
-            mask: self.mask.given(),
-            moments: self.moments.given(),
-            grad_y: self.grad_y,
-        }
-    }
-
-    fn outputs(&self) -> GradOutputs<'_, Raw> {
-        GradOutputs { grad_x: self.grad_x }
-    }
-}
-
-impl Pass for ppok_whiten_with_backward_args {
+unsafe impl Pass for ppok_whiten_with_backward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (elements, options) = (self.elements, memory.options(self.options)?);
         run!(
             (on, memory),
-            [self.inputs(), &[elements]],
-            [self.outputs(), &[elements]],
+            [list_of!(self, WithBackwardInputs, [grad_y], [mask, moments]), &[elements]],
+            [list_of!(self, GradOutputs, [grad_x], []), &[elements]],
             |i, o| {
                 check_counts(i.moments)?;
                 cpu::masked_whiten_with_backward(i, elements, &options, o)
             },
-            |stream, _| cuda::masked_whiten_with_backward(stream, i, None, elements, &options, o),
+            |stream| cuda::masked_whiten_with_backward(stream, i, None, elements, &options, o),
         )
     }
 }
@@ -328,17 +239,18 @@ pub unsafe extern "C" fn ppok_moments_merge(
     mut merged: *mut Moments,
 ) -> i32 {
     call(|| {
+        let one = |name| Array { name, shape: &[&[1]], over: &[] };
         // SAFETY: the header's.
         let mut memory = unsafe { Memory::of(OP) };
         let mut read = |arg, from| -> Result<Moments> {
-            let moments = Reads::<Raw, Host>::input(&mut memory, arg, &[&[1]], &from)?;
+            let moments = Reads::<Raw, Host>::input(&mut memory, &one(arg), &from)?;
             check_counts(Some(moments))?;
             Ok(moments[0])
         };
         let of_both = read("a", a)?.merge(read("b", b)?);
         // SAFETY: the header's. Another one, for it may be `a` or `b`.
         let mut memory = unsafe { Memory::of(OP) };
-        Writes::<Raw, Host>::output(&mut memory, "merged", &[&[1]], &[], &mut merged)?[0] = of_both;
+        Writes::<Raw, Host>::output(&mut memory, &one("merged"), &mut merged)?[0] = of_both;
         Ok(())
     })
 }

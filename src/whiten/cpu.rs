@@ -24,7 +24,7 @@ pub fn masked_moments(
     mut outputs: MomentsOutputs,
 ) -> Result<()> {
     inputs.try_map(&[elements], &mut Lengths(OP))?;
-    outputs.try_map(&mut Lengths(OP))?;
+    outputs.try_map((), &mut Lengths(OP))?;
     outputs.moments[0] = moments(inputs.x, inputs.mask);
     Ok(())
 }

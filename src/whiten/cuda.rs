@@ -58,7 +58,7 @@ pub fn masked_moments(
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     let inputs = inputs.try_map(&[elements], &mut Lengths(OP))?;
-    let outputs: super::MomentsOutputs<Pointers> = outputs.try_map(&mut Lengths(OP))?;
+    let outputs: super::MomentsOutputs<Pointers> = outputs.try_map((), &mut Lengths(OP))?;
     let run = run_len(elements, TILE);
     let runs = elements.div_ceil(run);
     Error::check_workspace(OP, workspace.len(), merge_workspace_len(runs))?;

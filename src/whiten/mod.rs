@@ -26,7 +26,6 @@
 #[allow(clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
-#[cfg(any(feature = "cuda", feature = "simt"))]
 pub mod cuda;
 pub mod reference;
 #[cfg(feature = "candle")]
@@ -35,7 +34,7 @@ mod tensor;
 pub use tensor::{masked_moments, masked_whiten, masked_whiten_with};
 
 use crate::error::{Error, Result};
-use crate::memory::{Reads, Space, Writes};
+use crate::memory::list;
 use crate::moments::Moments;
 
 const OP: &str = "whiten";
@@ -92,169 +91,81 @@ impl WhitenOptions {
     }
 }
 
-/// Elements to take moments of, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct MomentsInputs<'a, S: Space> {
-    /// The elements, `[elements]`.
-    pub x: S::In<'a, f32>,
-    /// 0 where masked, `[elements]`.
-    pub mask: Option<S::In<'a, u8>>,
-}
-
-impl<S: Space> MomentsInputs<'_, S> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<MomentsInputs<'b, To>, C::Error> {
-        Ok(MomentsInputs {
-            x: c.input("x", &[shape], &self.x)?,
-            mask: c.optional_input("mask", &[shape], &self.mask)?,
-        })
+list! {
+    /// Elements to take moments of, in some memory.
+    inputs MomentsInputs(shape: &[usize]) {
+        /// The elements, `[elements]`.
+        x: f32 [shape],
+    } optional {
+        /// 0 where masked, `[elements]`.
+        mask: u8 [shape],
     }
 }
 
-/// Where moments go, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct MomentsOutputs<'a, S: Space> {
-    /// Count, mean and sum of squared deviations, `[1]`.
-    pub moments: S::Out<'a, Moments>,
-}
-
-impl<S: Space> MomentsOutputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        c: &mut C,
-    ) -> std::result::Result<MomentsOutputs<'b, To>, C::Error> {
-        Ok(MomentsOutputs { moments: c.output("moments", &[&[1]], &[], &mut self.moments)? })
+list! {
+    /// Where moments go, in some memory.
+    outputs MomentsOutputs(_: ()) {
+        /// Count, mean and sum of squared deviations, `[1]`.
+        moments: Moments [&[1]],
     }
 }
 
-/// Elements to whiten, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Inputs<'a, S: Space> {
-    /// The elements, `[elements]`.
-    pub x: S::In<'a, f32>,
-    /// 0 where masked, `[elements]`.
-    pub mask: Option<S::In<'a, u8>>,
-    /// The moments to whiten with, `[1]`: those of `x`, or of a larger set. Left out only where a CUDA
-    /// pass has them from the host.
-    pub moments: Option<S::In<'a, Moments>>,
-}
-
-impl<S: Space> Inputs<'_, S> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<Inputs<'b, To>, C::Error> {
-        Ok(Inputs {
-            x: c.input("x", &[shape], &self.x)?,
-            mask: c.optional_input("mask", &[shape], &self.mask)?,
-            moments: c.optional_input("moments", &[&[1]], &self.moments)?,
-        })
+list! {
+    /// Elements to whiten, in some memory.
+    inputs Inputs(shape: &[usize]) {
+        /// The elements, `[elements]`.
+        x: f32 [shape],
+    } optional {
+        /// 0 where masked, `[elements]`.
+        mask: u8 [shape],
+        /// The moments to whiten with, `[1]`: those of `x`, or of a larger set. Left out only where a
+        /// CUDA pass has them from the host.
+        moments: Moments [&[1]],
     }
 }
 
-/// Where whitened elements go, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct Outputs<'a, S: Space> {
-    /// The whitened elements, `[elements]`, 0 where masked. On a device it may be the memory of `x`.
-    pub y: S::Out<'a, f32>,
-}
-
-impl<S: Space> Outputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<Outputs<'b, To>, C::Error> {
-        Ok(Outputs { y: c.output("y", &[shape], &["x"], &mut self.y)? })
+list! {
+    /// Where whitened elements go, in some memory.
+    outputs Outputs(shape: &[usize]) {
+        /// The whitened elements, `[elements]`, 0 where masked. On a device it may be the memory of `x`.
+        y: f32 [shape] over ["x"],
     }
 }
 
-/// What the gradient through the moments is made of, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct OwnBackwardInputs<'a, S: Space> {
-    /// The elements, `[elements]`.
-    pub x: S::In<'a, f32>,
-    /// 0 where masked, `[elements]`.
-    pub mask: Option<S::In<'a, u8>>,
-    /// The moments of `x`, `[1]`. Left out only where a CUDA pass has them from the host.
-    pub moments: Option<S::In<'a, Moments>>,
-    /// The upstream gradient, `[elements]`.
-    pub grad_y: S::In<'a, f32>,
-}
-
-impl<S: Space> OwnBackwardInputs<'_, S> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<OwnBackwardInputs<'b, To>, C::Error> {
-        Ok(OwnBackwardInputs {
-            x: c.input("x", &[shape], &self.x)?,
-            mask: c.optional_input("mask", &[shape], &self.mask)?,
-            moments: c.optional_input("moments", &[&[1]], &self.moments)?,
-            grad_y: c.input("grad_y", &[shape], &self.grad_y)?,
-        })
+list! {
+    /// What the gradient through the moments is made of, in some memory.
+    inputs OwnBackwardInputs(shape: &[usize]) {
+        /// The elements, `[elements]`.
+        x: f32 [shape],
+        /// The upstream gradient, `[elements]`.
+        grad_y: f32 [shape],
+    } optional {
+        /// 0 where masked, `[elements]`.
+        mask: u8 [shape],
+        /// The moments of `x`, `[1]`. Left out only where a CUDA pass has them from the host.
+        moments: Moments [&[1]],
     }
 }
 
-/// What the gradient with constant moments is made of, in some memory.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct WithBackwardInputs<'a, S: Space> {
-    /// 0 where masked, `[elements]`.
-    pub mask: Option<S::In<'a, u8>>,
-    /// The moments that were whitened with, `[1]`. Left out only where a CUDA pass has them from the
-    /// host.
-    pub moments: Option<S::In<'a, Moments>>,
-    /// The upstream gradient, `[elements]`.
-    pub grad_y: S::In<'a, f32>,
-}
-
-impl<S: Space> WithBackwardInputs<'_, S> {
-    /// The inputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Reads<S, To>>(
-        &'b self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<WithBackwardInputs<'b, To>, C::Error> {
-        Ok(WithBackwardInputs {
-            mask: c.optional_input("mask", &[shape], &self.mask)?,
-            moments: c.optional_input("moments", &[&[1]], &self.moments)?,
-            grad_y: c.input("grad_y", &[shape], &self.grad_y)?,
-        })
+list! {
+    /// What the gradient with constant moments is made of, in some memory.
+    inputs WithBackwardInputs(shape: &[usize]) {
+        /// The upstream gradient, `[elements]`.
+        grad_y: f32 [shape],
+    } optional {
+        /// 0 where masked, `[elements]`.
+        mask: u8 [shape],
+        /// The moments that were whitened with, `[1]`. Left out only where a CUDA pass has them from
+        /// the host.
+        moments: Moments [&[1]],
     }
 }
 
-/// Where the gradient goes, in some memory; of both backward passes.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct GradOutputs<'a, S: Space> {
-    /// The gradient with respect to `x`, `[elements]`, 0 where masked. On a device it may be the memory
-    /// of `grad_y`.
-    pub grad_x: S::Out<'a, f32>,
-}
-
-impl<S: Space> GradOutputs<'_, S> {
-    /// The outputs in another space.
-    pub(crate) fn try_map<'b, To: Space, C: Writes<S, To>>(
-        &'b mut self,
-        shape: &[usize],
-        c: &mut C,
-    ) -> std::result::Result<GradOutputs<'b, To>, C::Error> {
-        Ok(GradOutputs { grad_x: c.output("grad_x", &[shape], &["grad_y"], &mut self.grad_x)? })
+list! {
+    /// Where the gradient goes, in some memory; of both backward passes.
+    outputs GradOutputs(shape: &[usize]) {
+        /// The gradient with respect to `x`, `[elements]`, 0 where masked. On a device it may be the
+        /// memory of `grad_y`.
+        grad_x: f32 [shape] over ["grad_y"],
     }
 }

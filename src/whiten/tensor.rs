@@ -11,7 +11,7 @@ use super::{
 use crate::error::Result;
 use crate::memory::Tensors;
 use crate::moments::MomentsTensor;
-use crate::tensor::{check_dtype, node, run, Backend, Constants, Held, Owned};
+use crate::tensor::{check_dtype, node, run, Backend, Constants, Owned};
 
 /// Count, mean and sum of squared deviations of the unmasked elements of `x` (f32, any shape).
 /// `mask` is u8 of the same shape; without it every element counts.
@@ -24,17 +24,14 @@ pub fn masked_moments(x: &Tensor, mask: Option<&Tensor>) -> Result<MomentsTensor
     let backend = Backend::of(OP, "x", x.device())?;
     let inputs = MomentsInputs::<Tensors> { x, mask };
     let tensors = inputs.try_map(dims, &mut Constants::new(OP, x.device()))?;
-    let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = MomentsOutputs::<Owned> { moments: backend.buffer(1)? };
     run!(
-        backend,
-        [views, dims],
-        [buffers],
-        |inputs, outputs| cpu::masked_moments(inputs, elements, outputs),
-        |gpu| {
-            let mut workspace = gpu.buffer(cuda::workspace_len(elements))?;
-            let (stream, workspace) = (gpu.stream()?, workspace.slice());
-            cuda::masked_moments(&stream, inputs, elements, outputs, workspace)
+        (OP, backend),
+        [tensors, dims],
+        [buffers, ()],
+        |i, o| cpu::masked_moments(i, elements, o),
+        |stream, w = [cuda::workspace_len(elements)]| {
+            cuda::masked_moments(stream, i, elements, o, w)
         },
     );
     Ok(MomentsTensor::from_buffer(buffers.moments))
@@ -101,21 +98,19 @@ fn whiten(
     let backend = Backend::of(OP, "x", x.device())?;
     let inputs = Inputs::<Tensors> { x, mask, moments: Some(moments.tensor()) };
     let tensors = inputs.try_map(dims, &mut Constants::new(OP, x.device()))?;
-    let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = Outputs::<Owned> { y: backend.buffer(elements)? };
     run!(
-        backend,
-        [views, dims],
+        (OP, backend),
+        [tensors, dims],
         [buffers, dims],
-        |inputs, outputs| {
-            for moments in inputs.moments.into_iter().flatten() {
+        |i, o| {
+            for moments in i.moments.into_iter().flatten() {
                 options.divisor(counted, moments)?;
             }
-            cpu::masked_whiten(inputs, elements, options, outputs)
+            cpu::masked_whiten(i, elements, options, o)
         },
-        |gpu| cuda::masked_whiten(&gpu.stream()?, inputs, None, elements, options, outputs),
+        |stream| cuda::masked_whiten(stream, i, None, elements, options, o),
     );
-    drop(views);
     let (Inputs { x: constant, mask, moments }, options) = (tensors, *options);
     node("ppo-whiten", &[x], buffers.y, dims, move |_, grad_y| {
         let (x, mask, moments) = (constant.clone(), mask.clone(), moments.clone());
@@ -129,19 +124,14 @@ fn backward(inputs: &Inputs<Owned>, grad_y: &Tensor, options: &WhitenOptions) ->
     let backend = Backend::of(OP, "grad_y", grad_y.device())?;
     let Inputs { x, mask, moments } = inputs.clone();
     let tensors = OwnBackwardInputs::<Owned> { x, mask, moments, grad_y: grad_y.clone() };
-    let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = GradOutputs::<Owned> { grad_x: backend.buffer(elements)? };
     run!(
-        backend,
-        [views, dims],
+        (OP, backend),
+        [tensors, dims],
         [buffers, dims],
-        |inputs, outputs| cpu::masked_whiten_backward(inputs, elements, options, outputs),
-        |gpu| {
-            let mut workspace = gpu.buffer(cuda::workspace_len(elements))?;
-            let (stream, workspace) = (gpu.stream()?, workspace.slice());
-            cuda::masked_whiten_backward(
-                &stream, inputs, None, elements, options, outputs, workspace,
-            )
+        |i, o| cpu::masked_whiten_backward(i, elements, options, o),
+        |stream, w = [cuda::workspace_len(elements)]| {
+            cuda::masked_whiten_backward(stream, i, None, elements, options, o, w)
         },
     );
     Ok(buffers.grad_x.into_tensor(dims))
@@ -157,17 +147,13 @@ fn with_backward(
     let backend = Backend::of(OP, "grad_y", grad_y.device())?;
     let Inputs { mask, moments, .. } = inputs.clone();
     let tensors = WithBackwardInputs::<Owned> { mask, moments, grad_y: grad_y.clone() };
-    let views = tensors.try_map(dims, &mut Held(OP))?;
     let mut buffers = GradOutputs::<Owned> { grad_x: backend.buffer(elements)? };
     run!(
-        backend,
-        [views, dims],
+        (OP, backend),
+        [tensors, dims],
         [buffers, dims],
-        |inputs, outputs| cpu::masked_whiten_with_backward(inputs, elements, options, outputs),
-        |gpu| {
-            let stream = gpu.stream()?;
-            cuda::masked_whiten_with_backward(&stream, inputs, None, elements, options, outputs)
-        },
+        |i, o| cpu::masked_whiten_with_backward(i, elements, options, o),
+        |stream| cuda::masked_whiten_with_backward(stream, i, None, elements, options, o),
     );
     Ok(buffers.grad_x.into_tensor(dims))
 }
