@@ -3,8 +3,8 @@
  *
  * Made by cbindgen from the library's source; do not edit.
  *
- * For every op and pass there is one function for the CPU, ppok_OP_PASS_cpu, and one for CUDA,
- * ppok_OP_PASS_cuda. What holds for all of them:
+ * For every op and pass there is one function for the CPU, ppok_OP_PASS_cpu, which says what the pass
+ * does, and one that does the same on CUDA, ppok_OP_PASS_cuda. What holds for all of them:
  *
  * Status. Every function that can fail returns PPOK_STATUS_OK, which is 0, or what went wrong;
  * ppok_last_error() says it in words. Arguments are looked at before anything is written or
@@ -24,8 +24,8 @@
  * versions. In arguments, set struct_size to sizeof and all that is not used to zero:
  * ppok_gae_args args = {sizeof args}; args.batch = batch; and so on. Options are set to their defaults
  * by ppok_..._options_init(&options, sizeof options), and then changed; a null pointer to options
- * stands for the defaults. Results that are structs, ppok_moments and ppok_ppo_loss_stats, are of
- * doubles only, on the device too.
+ * stands for the defaults. Fields named reserved are 0. Results that are structs, ppok_moments and
+ * ppok_ppo_loss_stats, are of doubles only, on the device too.
  *
  * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The structs
  * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
@@ -39,12 +39,11 @@
  * there is none of the first device's primary context) and returns at once: errors of the kernels
  * themselves come from later calls. It neither waits for the device nor allocates its memory, and can
  * be captured into a graph once it has been called with the same types, sizes and options outside of a
- * capture, which loads its kernels. The workspace is device memory,
- * aligned to 16 bytes, of any content, of as many bytes or more as
- * ppok_OP_PASS_cuda_workspace_size(&args, stream, &bytes) writes. That function looks at sizes, types,
- * options and at which arrays are null, and at no array's content. Calls on one stream can share a
- * workspace. A library that was built without CUDA has these functions too, and they return
- * PPOK_STATUS_UNSUPPORTED.
+ * capture, which loads its kernels. The workspace is device memory, aligned to 16 bytes, of any
+ * content, of as many bytes or more as ppok_OP_PASS_cuda_workspace_size(&args, stream, &bytes) writes.
+ * That function looks at sizes, types, options, the stream's device and at which arrays are null, and
+ * at no array's content. Calls on one stream can share a workspace. A library that was built without
+ * CUDA has these functions too, and they return PPOK_STATUS_UNSUPPORTED.
  *
  * Threads. All functions can be called from several threads at a time. The same inputs give the
  * same bits, for any number of threads.
@@ -321,9 +320,6 @@
  * Options of ppok_gae_*.
  */
 typedef struct ppok_gae_options {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Discount, in 0..1; 1 by default.
@@ -395,12 +391,9 @@ typedef struct ppok_moments {
 } ppok_moments;
 
 /**
- * Arguments of ppok_gae_*. Set `struct_size`, and everything that is not used to zero.
+ * Arguments of ppok_gae_*.
  */
 typedef struct ppok_gae_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Rows.
@@ -442,9 +435,6 @@ typedef struct ppok_gae_args {
      * Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
      */
     const float *bootstrap;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
     const struct ppok_gae_options *options;
     /**
      * Advantages, not whitened, `[batch, seq_len]`; written, and 0 where masked, as are the next two.
@@ -465,12 +455,98 @@ typedef struct ppok_gae_args {
 } ppok_gae_args;
 
 /**
+ * Options of ppok_kl_full_*.
+ */
+typedef struct ppok_kl_full_options {
+    size_t struct_size;
+    /**
+     * Divides both logits; 1e-30 to 1e30, 1 by default.
+     */
+    double temperature;
+    /**
+     * `PPOK_KL_FORWARD`, the default, or `PPOK_KL_REVERSE`.
+     */
+    int32_t direction;
+    int32_t reserved;
+} ppok_kl_full_options;
+
+/**
+ * Arguments of ppok_kl_full_backward_*.
+ */
+typedef struct ppok_kl_full_backward_args {
+    size_t struct_size;
+    /**
+     * As in the forward pass, and so are the next six.
+     */
+    size_t rows;
+    size_t vocab;
+    int32_t logits_type;
+    int32_t reserved;
+    const void *logits;
+    const void *ref_logits;
+    const uint8_t *mask;
+    /**
+     * `[PPOK_KL_FULL_STATS, rows]`, as the forward pass wrote them.
+     */
+    const float *stats;
+    /**
+     * Upstream gradient, `[rows]`. A row where it is 0 is not read, and gets gradient 0.
+     */
+    const float *grad_kl;
+    const struct ppok_kl_full_options *options;
+    /**
+     * Gradient of `logits`, `[rows, vocab]` of `logits_type`, written; null if not wanted. For CUDA it
+     * may be `logits`.
+     */
+    void *grad_logits;
+    /**
+     * Gradient of `ref_logits`, likewise. For CUDA it may be `ref_logits`.
+     */
+    void *grad_ref_logits;
+} ppok_kl_full_backward_args;
+
+/**
+ * Arguments of ppok_kl_full_forward_*.
+ */
+typedef struct ppok_kl_full_forward_args {
+    size_t struct_size;
+    /**
+     * Rows of logits, one a token.
+     */
+    size_t rows;
+    /**
+     * Logits of a row; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    int32_t reserved;
+    /**
+     * Logits of the policy, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Logits of the reference, `[rows, vocab]` of `logits_type`.
+     */
+    const void *ref_logits;
+    /**
+     * `[rows]`; null if all count. Rows that are left out are not read, and give 0.
+     */
+    const uint8_t *mask;
+    const struct ppok_kl_full_options *options;
+    /**
+     * `[PPOK_KL_FULL_STATS, rows]`, written: the first `rows` values are the KL, and the rest is what the
+     * backward pass needs.
+     */
+    float *stats;
+} ppok_kl_full_forward_args;
+
+/**
  * Options of ppok_kl_token_*.
  */
 typedef struct ppok_kl_token_options {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Clamps d to plus or minus this before the estimator sees it; above 0, or `PPOK_NONE`, which is
@@ -486,41 +562,41 @@ typedef struct ppok_kl_token_options {
      * `PPOK_KL_K1`, the default, to `PPOK_KL_K3_STRAIGHT_THROUGH`.
      */
     int32_t estimator;
-    /**
-     * 0.
-     */
     int32_t reserved;
 } ppok_kl_token_options;
 
 /**
- * Options of ppok_kl_full_*.
+ * Arguments of ppok_kl_token_backward_*.
  */
-typedef struct ppok_kl_full_options {
-    /**
-     * `sizeof` of this struct.
-     */
+typedef struct ppok_kl_token_backward_args {
     size_t struct_size;
     /**
-     * Divides both logits; 1e-30 to 1e30, 1 by default.
+     * As in the forward pass, and so are the next three.
      */
-    double temperature;
+    size_t tokens;
+    const float *logp;
+    const float *ref_logp;
+    const uint8_t *mask;
     /**
-     * `PPOK_KL_FORWARD`, the default, or `PPOK_KL_REVERSE`.
+     * Upstream gradient, `[tokens]`. Where it is 0, so are the gradients.
      */
-    int32_t direction;
+    const float *grad_kl;
+    const struct ppok_kl_token_options *options;
     /**
-     * 0.
+     * Gradient of `logp`, `[tokens]`, written; null if not wanted. For CUDA it may be `logp`, `ref_logp`
+     * or `grad_kl`, and so may the next one.
      */
-    int32_t reserved;
-} ppok_kl_full_options;
+    float *grad_logp;
+    /**
+     * Gradient of `ref_logp`, `[tokens]`, written; null if not wanted.
+     */
+    float *grad_ref_logp;
+} ppok_kl_token_backward_args;
 
 /**
- * Arguments of ppok_kl_token_forward_*. Set `struct_size`, and everything that is not used to zero.
+ * Arguments of ppok_kl_token_forward_*.
  */
 typedef struct ppok_kl_token_forward_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Tokens, of any number of sequences.
@@ -538,9 +614,6 @@ typedef struct ppok_kl_token_forward_args {
      * `[tokens]`; null if all count. What is left out gives 0.
      */
     const uint8_t *mask;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
     const struct ppok_kl_token_options *options;
     /**
      * The estimate, `[tokens]`, written. For CUDA it may be `logp` or `ref_logp`.
@@ -549,161 +622,9 @@ typedef struct ppok_kl_token_forward_args {
 } ppok_kl_token_forward_args;
 
 /**
- * Arguments of ppok_kl_token_backward_*. Set `struct_size`, and everything that is not used to zero.
- */
-typedef struct ppok_kl_token_backward_args {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * As in the forward pass, and so are the next three.
-     */
-    size_t tokens;
-    /**
-     * Log-probabilities under the policy, `[tokens]`.
-     */
-    const float *logp;
-    /**
-     * Log-probabilities under the reference, `[tokens]`.
-     */
-    const float *ref_logp;
-    /**
-     * `[tokens]`; null if all count.
-     */
-    const uint8_t *mask;
-    /**
-     * Upstream gradient, `[tokens]`. Where it is 0, so are the gradients.
-     */
-    const float *grad_kl;
-    /**
-     * Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
-     */
-    const struct ppok_kl_token_options *options;
-    /**
-     * Gradient of `logp`, `[tokens]`, written; null if not wanted. For CUDA it may be `logp`, `ref_logp`
-     * or `grad_kl`, and so may the next one.
-     */
-    float *grad_logp;
-    /**
-     * Gradient of `ref_logp`, `[tokens]`, written; null if not wanted.
-     */
-    float *grad_ref_logp;
-} ppok_kl_token_backward_args;
-
-/**
- * Arguments of ppok_kl_full_forward_*. Set `struct_size`, and everything that is not used to zero.
- */
-typedef struct ppok_kl_full_forward_args {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * Rows of logits, one a token.
-     */
-    size_t rows;
-    /**
-     * Logits of a row; above 0, and for CUDA below 2^32.
-     */
-    size_t vocab;
-    /**
-     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
-     */
-    int32_t logits_type;
-    /**
-     * 0.
-     */
-    int32_t reserved;
-    /**
-     * Logits of the policy, `[rows, vocab]` of `logits_type`.
-     */
-    const void *logits;
-    /**
-     * Logits of the reference, `[rows, vocab]` of `logits_type`.
-     */
-    const void *ref_logits;
-    /**
-     * `[rows]`; null if all count. Rows that are left out are not read, and give 0.
-     */
-    const uint8_t *mask;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
-    const struct ppok_kl_full_options *options;
-    /**
-     * `[PPOK_KL_FULL_STATS, rows]`, written: the first `rows` values are the KL, and the rest is what the
-     * backward pass needs.
-     */
-    float *stats;
-} ppok_kl_full_forward_args;
-
-/**
- * Arguments of ppok_kl_full_backward_*. Set `struct_size`, and everything that is not used to zero.
- */
-typedef struct ppok_kl_full_backward_args {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * As in the forward pass, and so are the next six.
-     */
-    size_t rows;
-    /**
-     * Logits of a row; above 0, and for CUDA below 2^32.
-     */
-    size_t vocab;
-    /**
-     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
-     */
-    int32_t logits_type;
-    /**
-     * 0.
-     */
-    int32_t reserved;
-    /**
-     * Logits of the policy, `[rows, vocab]` of `logits_type`.
-     */
-    const void *logits;
-    /**
-     * Logits of the reference, `[rows, vocab]` of `logits_type`.
-     */
-    const void *ref_logits;
-    /**
-     * `[rows]`; null if all count.
-     */
-    const uint8_t *mask;
-    /**
-     * `[PPOK_KL_FULL_STATS, rows]`, as the forward pass wrote them.
-     */
-    const float *stats;
-    /**
-     * Upstream gradient, `[rows]`. A row where it is 0 is not read, and gets gradient 0.
-     */
-    const float *grad_kl;
-    /**
-     * Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
-     */
-    const struct ppok_kl_full_options *options;
-    /**
-     * Gradient of `logits`, `[rows, vocab]` of `logits_type`, written; null if not wanted. For CUDA it
-     * may be `logits`.
-     */
-    void *grad_logits;
-    /**
-     * Gradient of `ref_logits`, likewise. For CUDA it may be `ref_logits`.
-     */
-    void *grad_ref_logits;
-} ppok_kl_full_backward_args;
-
-/**
  * Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
  */
 typedef struct ppok_logprob_options {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * The logits are divided by it; 1e-30 to 1e30, 1 by default. The temperature that the tokens were
@@ -718,73 +639,13 @@ typedef struct ppok_logprob_options {
      * 1 or 0, which is the default.
      */
     int32_t has_ignore_index;
-    /**
-     * 0.
-     */
     int32_t reserved;
 } ppok_logprob_options;
 
 /**
- * Arguments of ppok_logprob_forward_*. Set `struct_size`, and everything that is not used to zero.
- */
-typedef struct ppok_logprob_forward_args {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * Rows of logits, one a token.
-     */
-    size_t rows;
-    /**
-     * Logits of a row; above 0, and for CUDA below 2^32.
-     */
-    size_t vocab;
-    /**
-     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
-     */
-    int32_t logits_type;
-    /**
-     * `PPOK_U32` or `PPOK_I64`.
-     */
-    int32_t targets_type;
-    /**
-     * Logits, `[rows, vocab]` of `logits_type`.
-     */
-    const void *logits;
-    /**
-     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
-     */
-    const void *targets;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
-    const struct ppok_logprob_options *options;
-    /**
-     * Log-probability of the target, `[rows]`, written.
-     */
-    float *logp;
-    /**
-     * Entropy of the row's distribution, `[rows]`, written; null if not wanted.
-     */
-    float *entropy;
-    /**
-     * The row's largest logit, `[rows]`, written, for the backward pass; null if not wanted.
-     */
-    float *max;
-    /**
-     * ln s, `[rows]`, written, for the backward pass; null if `max` is.
-     */
-    float *log_sum;
-} ppok_logprob_forward_args;
-
-/**
- * Arguments of ppok_logprob_backward_*. Set `struct_size`, and everything that is not used to zero.
+ * Arguments of ppok_logprob_backward_*.
  */
 typedef struct ppok_logprob_backward_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * As in the forward pass, and so are the next five.
@@ -830,9 +691,6 @@ typedef struct ppok_logprob_backward_args {
      * Upstream gradient of the entropies, `[rows]`; null stands for zeros.
      */
     const float *grad_entropy;
-    /**
-     * Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
-     */
     const struct ppok_logprob_options *options;
     /**
      * Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
@@ -841,12 +699,57 @@ typedef struct ppok_logprob_backward_args {
 } ppok_logprob_backward_args;
 
 /**
+ * Arguments of ppok_logprob_forward_*.
+ */
+typedef struct ppok_logprob_forward_args {
+    size_t struct_size;
+    /**
+     * Rows of logits, one a token.
+     */
+    size_t rows;
+    /**
+     * Logits of a row; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * Logits, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+     */
+    const void *targets;
+    const struct ppok_logprob_options *options;
+    /**
+     * Log-probability of the target, `[rows]`, written.
+     */
+    float *logp;
+    /**
+     * Entropy of the row's distribution, `[rows]`, written; null if not wanted.
+     */
+    float *entropy;
+    /**
+     * The row's largest logit, `[rows]`, written, for the backward pass; null if not wanted.
+     */
+    float *max;
+    /**
+     * ln s, `[rows]`, written, for the backward pass; null if `max` is.
+     */
+    float *log_sum;
+} ppok_logprob_forward_args;
+
+/**
  * Options of ppok_ppo_loss_*.
  */
 typedef struct ppok_ppo_loss_options {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * The ratio is clipped from below at 1 - this, and from above at 1 + this unless
@@ -912,9 +815,6 @@ typedef struct ppok_ppo_loss_options {
      * `PPOK_KL_K3`, the default, or another of `PPOK_KL_K1` to `PPOK_KL_K3_STRAIGHT_THROUGH`.
      */
     int32_t kl_estimator;
-    /**
-     * 0.
-     */
     int32_t reserved;
 } ppok_ppo_loss_options;
 
@@ -1011,12 +911,9 @@ typedef struct ppok_ppo_loss_stats {
 
 
 /**
- * Arguments of ppok_ppo_loss_*. Set `struct_size`, and everything that is not used to zero.
+ * Arguments of ppok_ppo_loss_*.
  */
 typedef struct ppok_ppo_loss_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Rows.
@@ -1065,9 +962,6 @@ typedef struct ppok_ppo_loss_args {
      * `[batch, seq_len]`; null if nothing is masked.
      */
     const uint8_t *mask;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
     const struct ppok_ppo_loss_options *options;
     /**
      * The loss and the statistics, one, written.
@@ -1093,13 +987,10 @@ typedef struct ppok_ppo_loss_args {
 } ppok_ppo_loss_args;
 
 /**
- * Arguments of ppok_ppo_loss_scale_*. Set `struct_size`, and everything that is not used to zero. Where
- * one of a stored and a written gradient is null, so is the other.
+ * Arguments of ppok_ppo_loss_scale_*. Where one of a stored and a written gradient is null, so is the
+ * other.
  */
 typedef struct ppok_ppo_loss_scale_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Elements of each gradient: `batch` times `seq_len`.
@@ -1139,9 +1030,6 @@ typedef struct ppok_ppo_loss_scale_args {
  * Options of ppok_whiten_*.
  */
 typedef struct ppok_whiten_options {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * Keeps the divisor from 0; above 1.2e-38, 1e-8 by default.
@@ -1159,80 +1047,13 @@ typedef struct ppok_whiten_options {
      * 1, the default: the result has mean 0; 0: the mean is added back after scaling.
      */
     int32_t shift_mean;
-    /**
-     * 0.
-     */
     int32_t reserved;
 } ppok_whiten_options;
 
 /**
- * Arguments of ppok_whiten_moments_*. Set `struct_size`, and everything that is not used to zero.
- */
-typedef struct ppok_whiten_moments_args {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * How many there are.
-     */
-    size_t elements;
-    /**
-     * `[elements]`.
-     */
-    const float *x;
-    /**
-     * `[elements]`; null if all count.
-     */
-    const uint8_t *mask;
-    /**
-     * Count, mean and sum of squared deviations of the unmasked elements, one; written.
-     */
-    struct ppok_moments *moments;
-} ppok_whiten_moments_args;
-
-/**
- * Arguments of ppok_whiten_forward_*. Set `struct_size`, and everything that is not used to zero.
- */
-typedef struct ppok_whiten_forward_args {
-    /**
-     * `sizeof` of this struct.
-     */
-    size_t struct_size;
-    /**
-     * How many there are.
-     */
-    size_t elements;
-    /**
-     * `[elements]`.
-     */
-    const float *x;
-    /**
-     * `[elements]`; null if all count.
-     */
-    const uint8_t *mask;
-    /**
-     * The moments to whiten with, one: those of x itself, or of a larger set. Of 2 elements or more, or
-     * 1 where not `unbiased`.
-     */
-    const struct ppok_moments *moments;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
-    const struct ppok_whiten_options *options;
-    /**
-     * `[elements]`, written; 0 where masked. For CUDA it may be `x`.
-     */
-    float *y;
-} ppok_whiten_forward_args;
-
-/**
- * Arguments of ppok_whiten_backward_*. Set `struct_size`, and everything that is not used to zero.
+ * Arguments of ppok_whiten_backward_*.
  */
 typedef struct ppok_whiten_backward_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * How many there are.
@@ -1254,9 +1075,6 @@ typedef struct ppok_whiten_backward_args {
      * The upstream gradient, `[elements]`.
      */
     const float *grad_y;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
     const struct ppok_whiten_options *options;
     /**
      * `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
@@ -1265,12 +1083,61 @@ typedef struct ppok_whiten_backward_args {
 } ppok_whiten_backward_args;
 
 /**
- * Arguments of ppok_whiten_with_backward_*. Set `struct_size`, and everything that is not used to zero.
+ * Arguments of ppok_whiten_forward_*.
+ */
+typedef struct ppok_whiten_forward_args {
+    size_t struct_size;
+    /**
+     * How many there are.
+     */
+    size_t elements;
+    /**
+     * `[elements]`.
+     */
+    const float *x;
+    /**
+     * `[elements]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * The moments to whiten with, one: those of x itself, or of a larger set. Of 2 elements or more, or
+     * 1 where not `unbiased`.
+     */
+    const struct ppok_moments *moments;
+    const struct ppok_whiten_options *options;
+    /**
+     * `[elements]`, written; 0 where masked. For CUDA it may be `x`.
+     */
+    float *y;
+} ppok_whiten_forward_args;
+
+/**
+ * Arguments of ppok_whiten_moments_*.
+ */
+typedef struct ppok_whiten_moments_args {
+    size_t struct_size;
+    /**
+     * How many there are.
+     */
+    size_t elements;
+    /**
+     * `[elements]`.
+     */
+    const float *x;
+    /**
+     * `[elements]`; null if all count.
+     */
+    const uint8_t *mask;
+    /**
+     * Count, mean and sum of squared deviations of the unmasked elements, one; written.
+     */
+    struct ppok_moments *moments;
+} ppok_whiten_moments_args;
+
+/**
+ * Arguments of ppok_whiten_with_backward_*.
  */
 typedef struct ppok_whiten_with_backward_args {
-    /**
-     * `sizeof` of this struct.
-     */
     size_t struct_size;
     /**
      * How many there are.
@@ -1288,9 +1155,6 @@ typedef struct ppok_whiten_with_backward_args {
      * The upstream gradient, `[elements]`.
      */
     const float *grad_y;
-    /**
-     * Null for the defaults. In the process's memory, also for CUDA.
-     */
     const struct ppok_whiten_options *options;
     /**
      * `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
@@ -1301,34 +1165,6 @@ typedef struct ppok_whiten_with_backward_args {
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
-
-/**
- * What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
- * the argument, what was expected and what came, in UTF-8. Empty before the first. A call that goes
- * well leaves it as it is. The text is the library's, and stays until the thread's next failing
- * call.
- */
-const char *ppok_last_error(void);
-
-/**
- * What a status means, in a few words: a string of the library's, never null.
- */
-const char *ppok_status_string(int32_t status);
-
-/**
- * The library's version, in the form of `PPOK_VERSION`, which is the header's.
- */
-int32_t ppok_version(void);
-
-/**
- * The library's version as text: "major.minor.patch", never null.
- */
-const char *ppok_version_string(void);
-
-/**
- * Sets the defaults. `struct_size` is `sizeof *options`.
- */
-int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_size);
 
 /**
  * Generalised advantage estimation, with the shaping of the rewards in the same pass: for each row,
@@ -1346,71 +1182,28 @@ int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_si
  */
 int32_t ppok_gae_cpu(const struct ppok_gae_args *args);
 
-/**
- * ppok_gae_cpu() on device memory and `stream`.
- */
 int32_t ppok_gae_cuda(const struct ppok_gae_args *args,
                       void *workspace,
                       size_t bytes,
                       void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_gae_cuda() needs to `bytes`.
- */
 int32_t ppok_gae_cuda_workspace_size(const struct ppok_gae_args *args, void *stream, size_t *bytes);
 
-/**
- * Sets the defaults. `struct_size` is `sizeof *options`.
- */
-int32_t ppok_kl_token_options_init(struct ppok_kl_token_options *options, size_t struct_size);
+int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_size);
 
 /**
- * Sets the defaults. `struct_size` is `sizeof *options`.
+ * Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
  */
-int32_t ppok_kl_full_options_init(struct ppok_kl_full_options *options, size_t struct_size);
+int32_t ppok_kl_full_backward_cpu(const struct ppok_kl_full_backward_args *args);
 
-/**
- * KL divergence of the policy from the reference model, estimated for each token from the
- * log-probabilities d = logp - ref_logp of what was sampled, in nats.
- */
-int32_t ppok_kl_token_forward_cpu(const struct ppok_kl_token_forward_args *args);
-
-/**
- * ppok_kl_token_forward_cpu() on device memory and `stream`, where `kl` may be `logp` or `ref_logp`.
- */
-int32_t ppok_kl_token_forward_cuda(const struct ppok_kl_token_forward_args *args,
+int32_t ppok_kl_full_backward_cuda(const struct ppok_kl_full_backward_args *args,
                                    void *workspace,
                                    size_t bytes,
                                    void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_kl_token_forward_cuda() needs to `bytes`: 0 in this version.
- */
-int32_t ppok_kl_token_forward_cuda_workspace_size(const struct ppok_kl_token_forward_args *args,
+int32_t ppok_kl_full_backward_cuda_workspace_size(const struct ppok_kl_full_backward_args *args,
                                                   void *stream,
                                                   size_t *bytes);
-
-/**
- * Gradients of ppok_kl_token_forward_cpu(). Where a clamp changed anything they are 0.
- */
-int32_t ppok_kl_token_backward_cpu(const struct ppok_kl_token_backward_args *args);
-
-/**
- * ppok_kl_token_backward_cpu() on device memory and `stream`, where each gradient may be `logp`,
- * `ref_logp` or `grad_kl`.
- */
-int32_t ppok_kl_token_backward_cuda(const struct ppok_kl_token_backward_args *args,
-                                    void *workspace,
-                                    size_t bytes,
-                                    void *stream);
-
-/**
- * Writes the bytes of workspace that ppok_kl_token_backward_cuda() needs to `bytes`: 0 in this
- * version.
- */
-int32_t ppok_kl_token_backward_cuda_workspace_size(const struct ppok_kl_token_backward_args *args,
-                                                   void *stream,
-                                                   size_t *bytes);
 
 /**
  * Exact KL divergence between the distributions of two rows of logits, in nats: with
@@ -1422,81 +1215,55 @@ int32_t ppok_kl_token_backward_cuda_workspace_size(const struct ppok_kl_token_ba
  */
 int32_t ppok_kl_full_forward_cpu(const struct ppok_kl_full_forward_args *args);
 
-/**
- * ppok_kl_full_forward_cpu() on device memory and `stream`.
- */
 int32_t ppok_kl_full_forward_cuda(const struct ppok_kl_full_forward_args *args,
                                   void *workspace,
                                   size_t bytes,
                                   void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_kl_full_forward_cuda() needs to `bytes`. They depend on the
- * device of the stream.
- */
 int32_t ppok_kl_full_forward_cuda_workspace_size(const struct ppok_kl_full_forward_args *args,
                                                  void *stream,
                                                  size_t *bytes);
 
-/**
- * Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
- */
-int32_t ppok_kl_full_backward_cpu(const struct ppok_kl_full_backward_args *args);
+int32_t ppok_kl_full_options_init(struct ppok_kl_full_options *options, size_t struct_size);
 
 /**
- * ppok_kl_full_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`, and
- * `grad_ref_logits` may be `ref_logits`.
+ * Gradients of ppok_kl_token_forward_cpu(). Where a clamp changed anything they are 0.
  */
-int32_t ppok_kl_full_backward_cuda(const struct ppok_kl_full_backward_args *args,
+int32_t ppok_kl_token_backward_cpu(const struct ppok_kl_token_backward_args *args);
+
+int32_t ppok_kl_token_backward_cuda(const struct ppok_kl_token_backward_args *args,
+                                    void *workspace,
+                                    size_t bytes,
+                                    void *stream);
+
+int32_t ppok_kl_token_backward_cuda_workspace_size(const struct ppok_kl_token_backward_args *args,
+                                                   void *stream,
+                                                   size_t *bytes);
+
+/**
+ * KL divergence of the policy from the reference model, estimated for each token from the
+ * log-probabilities d = logp - ref_logp of what was sampled, in nats.
+ */
+int32_t ppok_kl_token_forward_cpu(const struct ppok_kl_token_forward_args *args);
+
+int32_t ppok_kl_token_forward_cuda(const struct ppok_kl_token_forward_args *args,
                                    void *workspace,
                                    size_t bytes,
                                    void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_kl_full_backward_cuda() needs to `bytes`: 0 in this version.
- */
-int32_t ppok_kl_full_backward_cuda_workspace_size(const struct ppok_kl_full_backward_args *args,
+int32_t ppok_kl_token_forward_cuda_workspace_size(const struct ppok_kl_token_forward_args *args,
                                                   void *stream,
                                                   size_t *bytes);
 
-/**
- * Sets the defaults. `struct_size` is `sizeof *options`.
- */
-int32_t ppok_logprob_options_init(struct ppok_logprob_options *options, size_t struct_size);
+int32_t ppok_kl_token_options_init(struct ppok_kl_token_options *options, size_t struct_size);
 
 /**
- * Log-probability of one token a row, and the entropy of the row's distribution, from logits: with
- * `z[n, 0..V]`, target `t[n]` and temperature T,
- *
- * ```text
- * x_j = (z_j - max z) / T       s = sum_j exp(x_j)       p_j = exp(x_j) / s
- * logp = x_t - ln s             entropy = ln s - sum_j p_j x_j
- * ```
- *
- * in nats. The logits are read once, and sums are kept in single precision.
- *
- * A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
- * that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0. Any
- * other target outside `0..vocab` is refused with `PPOK_STATUS_TARGET`, and nothing is written.
+ * What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
+ * the argument, what was expected and what came, in UTF-8. Empty before the first. A call that goes
+ * well leaves it as it is. The text is the library's, and stays until the thread's next failing
+ * call.
  */
-int32_t ppok_logprob_forward_cpu(const struct ppok_logprob_forward_args *args);
-
-/**
- * ppok_logprob_forward_cpu() on device memory and `stream`. A target that is neither in the
- * vocabulary nor `ignore_index` is no error here: its row comes out as NaN.
- */
-int32_t ppok_logprob_forward_cuda(const struct ppok_logprob_forward_args *args,
-                                  void *workspace,
-                                  size_t bytes,
-                                  void *stream);
-
-/**
- * Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `bytes`. They depend on the
- * device of the stream.
- */
-int32_t ppok_logprob_forward_cuda_workspace_size(const struct ppok_logprob_forward_args *args,
-                                                 void *stream,
-                                                 size_t *bytes);
+const char *ppok_last_error(void);
 
 /**
  * Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
@@ -1511,26 +1278,51 @@ int32_t ppok_logprob_forward_cuda_workspace_size(const struct ppok_logprob_forwa
  */
 int32_t ppok_logprob_backward_cpu(const struct ppok_logprob_backward_args *args);
 
-/**
- * ppok_logprob_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`. A
- * target that is neither in the vocabulary nor `ignore_index` makes its row NaN.
- */
 int32_t ppok_logprob_backward_cuda(const struct ppok_logprob_backward_args *args,
                                    void *workspace,
                                    size_t bytes,
                                    void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `bytes`: 0 in this version.
- */
 int32_t ppok_logprob_backward_cuda_workspace_size(const struct ppok_logprob_backward_args *args,
                                                   void *stream,
                                                   size_t *bytes);
 
 /**
- * Sets the defaults. `struct_size` is `sizeof *options`.
+ * Log-probability of one token a row, and the entropy of the row's distribution, from logits: with
+ * `z[n, 0..V]`, target `t[n]` and temperature T,
+ *
+ * ```text
+ * x_j = (z_j - max z) / T       s = sum_j exp(x_j)       p_j = exp(x_j) / s
+ * logp = x_t - ln s             entropy = ln s - sum_j p_j x_j
+ * ```
+ *
+ * in nats. The logits are read once, and sums are kept in single precision.
+ *
+ * A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
+ * that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0. Any
+ * other target outside `0..vocab` is refused with `PPOK_STATUS_TARGET`, and nothing is written; on
+ * CUDA its row comes out as NaN.
  */
-int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t struct_size);
+int32_t ppok_logprob_forward_cpu(const struct ppok_logprob_forward_args *args);
+
+int32_t ppok_logprob_forward_cuda(const struct ppok_logprob_forward_args *args,
+                                  void *workspace,
+                                  size_t bytes,
+                                  void *stream);
+
+int32_t ppok_logprob_forward_cuda_workspace_size(const struct ppok_logprob_forward_args *args,
+                                                 void *stream,
+                                                 size_t *bytes);
+
+int32_t ppok_logprob_options_init(struct ppok_logprob_options *options, size_t struct_size);
+
+/**
+ * The moments of both sets together, for shards and data parallelism, in the process's memory.
+ * `merged` may be `a` or `b`.
+ */
+int32_t ppok_moments_merge(const struct ppok_moments *a,
+                           const struct ppok_moments *b,
+                           struct ppok_moments *merged);
 
 /**
  * The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their
@@ -1543,25 +1335,21 @@ int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t
  * loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
  * ```
  *
- * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`.
+ * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN
+ * then, and the gradients are 0.
  */
 int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_args *args);
 
-/**
- * ppok_ppo_loss_cpu() on device memory, statistics included, and `stream`. That no token is unmasked is
- * no error here: without a denominator the loss is NaN then, and the gradients are 0.
- */
 int32_t ppok_ppo_loss_cuda(const struct ppok_ppo_loss_args *args,
                            void *workspace,
                            size_t bytes,
                            void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_ppo_loss_cuda() needs to `bytes`.
- */
 int32_t ppok_ppo_loss_cuda_workspace_size(const struct ppok_ppo_loss_args *args,
                                           void *stream,
                                           size_t *bytes);
+
+int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t struct_size);
 
 /**
  * Multiplies stored gradients of ppok_ppo_loss_cpu() by the gradient of whatever came of the loss. A 0
@@ -1569,75 +1357,29 @@ int32_t ppok_ppo_loss_cuda_workspace_size(const struct ppok_ppo_loss_args *args,
  */
 int32_t ppok_ppo_loss_scale_cpu(const struct ppok_ppo_loss_scale_args *args);
 
-/**
- * ppok_ppo_loss_scale_cpu() on device memory and `stream`.
- */
 int32_t ppok_ppo_loss_scale_cuda(const struct ppok_ppo_loss_scale_args *args,
                                  void *workspace,
                                  size_t bytes,
                                  void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_ppo_loss_scale_cuda() needs to `bytes`: 0 in this version.
- */
 int32_t ppok_ppo_loss_scale_cuda_workspace_size(const struct ppok_ppo_loss_scale_args *args,
                                                 void *stream,
                                                 size_t *bytes);
 
 /**
- * Sets the defaults. `struct_size` is `sizeof *options`.
+ * What a status means, in a few words: a string of the library's, never null.
  */
-int32_t ppok_whiten_options_init(struct ppok_whiten_options *options, size_t struct_size);
+const char *ppok_status_string(int32_t status);
 
 /**
- * The moments of both sets together, for shards and data parallelism, in the process's memory.
- * `merged` may be `a` or `b`.
+ * The library's version, in the form of `PPOK_VERSION`, which is the header's.
  */
-int32_t ppok_moments_merge(const struct ppok_moments *a,
-                           const struct ppok_moments *b,
-                           struct ppok_moments *merged);
+int32_t ppok_version(void);
 
 /**
- * Count, mean and sum of squared deviations of the unmasked elements.
+ * The library's version as text: "major.minor.patch", never null.
  */
-int32_t ppok_whiten_moments_cpu(const struct ppok_whiten_moments_args *args);
-
-/**
- * ppok_whiten_moments_cpu() on device memory and `stream`.
- */
-int32_t ppok_whiten_moments_cuda(const struct ppok_whiten_moments_args *args,
-                                 void *workspace,
-                                 size_t bytes,
-                                 void *stream);
-
-/**
- * Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `bytes`.
- */
-int32_t ppok_whiten_moments_cuda_workspace_size(const struct ppok_whiten_moments_args *args,
-                                                void *stream,
-                                                size_t *bytes);
-
-/**
- * Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
- * variance of `moments`. If those are of too few elements, `PPOK_STATUS_MASK`.
- */
-int32_t ppok_whiten_forward_cpu(const struct ppok_whiten_forward_args *args);
-
-/**
- * ppok_whiten_forward_cpu() on device memory, moments included, and `stream`. Moments of too few
- * elements are no error here: y is NaN then where not masked.
- */
-int32_t ppok_whiten_forward_cuda(const struct ppok_whiten_forward_args *args,
-                                 void *workspace,
-                                 size_t bytes,
-                                 void *stream);
-
-/**
- * Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `bytes`: 0 in this version.
- */
-int32_t ppok_whiten_forward_cuda_workspace_size(const struct ppok_whiten_forward_args *args,
-                                                void *stream,
-                                                size_t *bytes);
+const char *ppok_version_string(void);
 
 /**
  * Gradient with respect to `x` of ppok_whiten_forward_cpu() with the moments of `x` itself, through
@@ -1645,37 +1387,57 @@ int32_t ppok_whiten_forward_cuda_workspace_size(const struct ppok_whiten_forward
  */
 int32_t ppok_whiten_backward_cpu(const struct ppok_whiten_backward_args *args);
 
-/**
- * ppok_whiten_backward_cpu() on device memory, moments included, and `stream`.
- */
 int32_t ppok_whiten_backward_cuda(const struct ppok_whiten_backward_args *args,
                                   void *workspace,
                                   size_t bytes,
                                   void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `bytes`.
- */
 int32_t ppok_whiten_backward_cuda_workspace_size(const struct ppok_whiten_backward_args *args,
                                                  void *stream,
                                                  size_t *bytes);
+
+/**
+ * Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
+ * variance of `moments`. If those are of too few elements, `PPOK_STATUS_MASK`; on CUDA y is NaN then
+ * where not masked.
+ */
+int32_t ppok_whiten_forward_cpu(const struct ppok_whiten_forward_args *args);
+
+int32_t ppok_whiten_forward_cuda(const struct ppok_whiten_forward_args *args,
+                                 void *workspace,
+                                 size_t bytes,
+                                 void *stream);
+
+int32_t ppok_whiten_forward_cuda_workspace_size(const struct ppok_whiten_forward_args *args,
+                                                void *stream,
+                                                size_t *bytes);
+
+/**
+ * Count, mean and sum of squared deviations of the unmasked elements.
+ */
+int32_t ppok_whiten_moments_cpu(const struct ppok_whiten_moments_args *args);
+
+int32_t ppok_whiten_moments_cuda(const struct ppok_whiten_moments_args *args,
+                                 void *workspace,
+                                 size_t bytes,
+                                 void *stream);
+
+int32_t ppok_whiten_moments_cuda_workspace_size(const struct ppok_whiten_moments_args *args,
+                                                void *stream,
+                                                size_t *bytes);
+
+int32_t ppok_whiten_options_init(struct ppok_whiten_options *options, size_t struct_size);
 
 /**
  * Gradient with respect to `x` of ppok_whiten_forward_cpu() with moments that are constants.
  */
 int32_t ppok_whiten_with_backward_cpu(const struct ppok_whiten_with_backward_args *args);
 
-/**
- * ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`.
- */
 int32_t ppok_whiten_with_backward_cuda(const struct ppok_whiten_with_backward_args *args,
                                        void *workspace,
                                        size_t bytes,
                                        void *stream);
 
-/**
- * Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `bytes`: 0 in this version.
- */
 int32_t ppok_whiten_with_backward_cuda_workspace_size(const struct ppok_whiten_with_backward_args *args,
                                                       void *stream,
                                                       size_t *bytes);

@@ -194,6 +194,16 @@ impl Error {
         Ok(())
     }
 
+    /// `Ok` when both arguments are given or neither is.
+    pub(crate) fn check_both(
+        op: &'static str,
+        [a, b]: [&'static str; 2],
+        given: [bool; 2],
+    ) -> Result<()> {
+        Self::check_given(op, [a, b], given)?;
+        Self::check_given(op, [b, a], [given[1], given[0]])
+    }
+
     /// `Ok` when a workspace has as many elements as it must have.
     pub(crate) fn check_workspace(op: &'static str, got: usize, needed: usize) -> Result<()> {
         if got >= needed {

@@ -306,7 +306,7 @@ macro_rules! has_len {
     )*};
 }
 
-has_len!(Host, HostF64, Device);
+has_len!(Host, HostF64);
 
 /// Nowhere: what is left of arrays that were only to be checked.
 pub(crate) struct Nowhere;

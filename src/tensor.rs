@@ -385,6 +385,27 @@ impl Reads<Owned, Views> for Held {
     }
 }
 
+/// Runs `body` with `T` the type of logits that [`leading_and_vocab`] has looked at.
+macro_rules! with_logits {
+    ($logits:expr, $T:ident => $body:expr) => {
+        match $logits.dtype() {
+            candle_core::DType::F32 => {
+                type $T = f32;
+                $body
+            }
+            candle_core::DType::F16 => {
+                type $T = half::f16;
+                $body
+            }
+            _ => {
+                type $T = half::bf16;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use with_logits;
+
 /// Runs a pass on the backend: holds its inputs for reading, takes them and the buffers of its outputs, of
 /// the sizes of their `try_map`, into the backend's memory, and calls the op's function for it, with a
 /// workspace of as many elements as are asked for.

@@ -42,8 +42,11 @@ given!(*const T => *const T, *mut T => *mut T, *const c_void => *const T, *mut c
 
 /// A list of what the caller gave: the fields of that name, those that are not optional first.
 macro_rules! list_of {
-    ($args:expr, $List:ident, [$($field:ident),*], [$($optional:ident),*]) => {
-        $List {
+    (
+        $args:expr, $List:ident $(::<$($of:ty),+>)?,
+        [$($field:ident),*], [$($optional:ident),*]
+    ) => {
+        $List $(::<$($of),+>)? {
             $($field: $crate::capi::arguments::Given::pointer($args.$field),)*
             $($optional: $crate::capi::arguments::Given::given($args.$optional),)*
         }
@@ -328,6 +331,7 @@ macro_rules! options {
         }
 
         impl $crate::capi::arguments::Options for $Options {
+            const OP: &'static str = $op;
             type Options = $Own;
 
             fn options(&self) -> Result<$Own> {
@@ -387,6 +391,9 @@ pub(crate) unsafe trait Growing: Copy {
 
 /// Options of the header, which begin as the defaults.
 pub(crate) trait Options: Growing {
+    /// The op as errors name it.
+    const OP: &'static str;
+
     /// The op's own.
     type Options;
 
@@ -469,52 +476,46 @@ fn check_size<T: Growing>(op: &'static str, arg: &'static str, size: usize) -> R
     Err(Fault::StructSize { op, arg, least: T::FIRST_SIZE, most: LARGEST, got: size })
 }
 
+/// Runs `body` with `T` the type that a number of the header stands for.
+macro_rules! with_type {
+    (
+        $op:expr, $arg:expr, $number:expr, $T:ident => $body:expr,
+        $expected:literal, $($code:ident: $type:ty),+
+    ) => {
+        match $number {
+            $($crate::capi::$code => {
+                type $T = $type;
+                $body
+            })+
+            other => Err($crate::capi::arguments::unknown_type($op, $arg, $expected, other)),
+        }
+    };
+}
+pub(crate) use with_type;
+
 /// Runs `body` with `T` the type of the logits.
 macro_rules! with_logits {
-    ($op:expr, $arg:expr, $number:expr, $T:ident => $body:expr) => {
-        match $number {
-            $crate::capi::PPOK_F32 => {
-                type $T = f32;
-                $body
-            }
-            $crate::capi::PPOK_F16 => {
-                type $T = half::f16;
-                $body
-            }
-            $crate::capi::PPOK_BF16 => {
-                type $T = half::bf16;
-                $body
-            }
-            other => Err($crate::capi::arguments::unknown_type(
-                $op,
-                $arg,
-                "PPOK_F32, PPOK_F16 or PPOK_BF16",
-                other,
-            )),
-        }
+    ($op:expr, $number:expr, $T:ident => $body:expr) => {
+        $crate::capi::arguments::with_type!(
+            $op, "logits", $number, $T => $body,
+            "PPOK_F32, PPOK_F16 or PPOK_BF16",
+            PPOK_F32: f32, PPOK_F16: half::f16, PPOK_BF16: half::bf16
+        )
     };
 }
 pub(crate) use with_logits;
 
 /// Runs `body` with `I` the type of the token ids.
-macro_rules! with_ids {
-    ($op:expr, $arg:expr, $number:expr, $I:ident => $body:expr) => {
-        match $number {
-            $crate::capi::PPOK_U32 => {
-                type $I = u32;
-                $body
-            }
-            $crate::capi::PPOK_I64 => {
-                type $I = i64;
-                $body
-            }
-            other => {
-                Err($crate::capi::arguments::unknown_type($op, $arg, "PPOK_U32 or PPOK_I64", other))
-            }
-        }
+macro_rules! with_targets {
+    ($op:expr, $number:expr, $I:ident => $body:expr) => {
+        $crate::capi::arguments::with_type!(
+            $op, "targets", $number, $I => $body,
+            "PPOK_U32 or PPOK_I64",
+            PPOK_U32: u32, PPOK_I64: i64
+        )
     };
 }
-pub(crate) use with_ids;
+pub(crate) use with_targets;
 
 pub(crate) fn unknown_type(
     op: &'static str,

@@ -3,21 +3,23 @@
 //!
 //! `include/ppo_kernels.h` is made of this module and of every op's `capi.rs` by cbindgen, with
 //! `cbindgen.toml`, whose first page says what holds for all functions; names and comments are
-//! written for its readers.
+//! written for its readers. An op's `capi.rs` has the functions for the CPU, with what there is to say
+//! of the pass; those that follow from its structs, for CUDA and for defaults, are in [`functions`].
 //!
 //! # Safety
 //! Every exported function asks of its pointers what that page says, which is what `cpu` and
 //! `cuda` ask for: it hands them on and does nothing else.
 
 pub(crate) mod arguments;
+#[allow(missing_docs, clippy::missing_safety_doc)]
+pub mod functions;
 
 use std::any::Any;
 use std::cell::Cell;
 use std::ffi::{c_char, c_void, CStr};
-use std::fmt::{self, Write};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
-use self::arguments::{check_pointer, initialise, read, Growing, Memory, Workspace};
+use self::arguments::{check_pointer, initialise, read, Growing, Memory, Options, Workspace};
 use crate::cuda::{Device, Stream};
 use crate::error::Error;
 
@@ -142,10 +144,11 @@ pub(crate) fn call(body: impl FnOnce() -> Result<()>) -> i32 {
         Ok(Err(fault)) => fault,
         Err(panic) => Fault::Panic { message: message(&*panic) },
     };
-    let mut text = Text { bytes: [0; TEXT], len: 0 };
-    // It takes what fits.
-    let _ = write!(text, "{fault}");
-    LAST_ERROR.set(text.bytes);
+    let (text, mut bytes) = (fault.to_string(), [0; TEXT]);
+    // Cut off at a character where it is too long, so that it ends in zero.
+    let len = (0..TEXT).rev().find(|&len| text.is_char_boundary(len)).unwrap_or(0);
+    bytes[..len].copy_from_slice(&text.as_bytes()[..len]);
+    LAST_ERROR.set(bytes);
     fault.status()
 }
 
@@ -160,28 +163,6 @@ const TEXT: usize = 512;
 thread_local! {
     /// Without a destructor, so that it is there for as long as the thread is.
     static LAST_ERROR: Cell<[u8; TEXT]> = const { Cell::new([0; TEXT]) };
-}
-
-/// Text that is cut off at a character where it gets too long, and ends in zero.
-struct Text {
-    bytes: [u8; TEXT],
-    len: usize,
-}
-
-impl Write for Text {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let left = TEXT - 1 - self.len;
-        let mut count = text.len().min(left);
-        while !text.is_char_boundary(count) {
-            count -= 1;
-        }
-        self.bytes[self.len..][..count].copy_from_slice(&text.as_bytes()[..count]);
-        self.len += count;
-        if count < text.len() {
-            return Err(fmt::Error);
-        }
-        Ok(())
-    }
 }
 
 /// What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
@@ -296,9 +277,9 @@ pub(crate) use run;
 ///
 /// # Safety
 /// The pointer is null or misaligned, or leads to as many bytes.
-pub(crate) unsafe fn init<T: Growing>(op: &'static str, options: *mut T, size: usize) -> i32 {
+pub(crate) unsafe fn init<T: Options>(options: *mut T, size: usize) -> i32 {
     // SAFETY: the caller's.
-    call(|| unsafe { initialise(op, "options", options, size) })
+    call(|| unsafe { initialise(T::OP, "options", options, size) })
 }
 
 /// Runs a pass on the CPU.

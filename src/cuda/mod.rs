@@ -141,6 +141,18 @@ impl Stream<'_> {
             }
         }
     }
+
+    /// Launches a pass of f32 in so many blocks, or as many as the grid takes.
+    pub(crate) fn launch_f32<A: Args>(
+        &self,
+        [op, pass]: [&'static str; 2],
+        blocks: usize,
+        threads: usize,
+        args: &A,
+    ) -> Result<()> {
+        let launch = Launch::new(self.device, blocks, 1, threads as u32);
+        self.launch(&Kernel { op, pass, dtype: "f32" }, launch, args)
+    }
 }
 
 /// The name of a kernel, in the parts it is made of.

@@ -173,17 +173,18 @@ fn vectors(inputs: usize) -> usize {
 /// Launches a map over tokens, of f32 from `inputs` tensors: a block takes a range of them.
 pub(crate) fn launch_over_tokens<A: Args>(
     stream: &Stream,
-    kernel: &Kernel,
+    name: [&'static str; 2],
     tokens: usize,
     inputs: usize,
     args: &A,
 ) -> Result<()> {
     let blocks = tokens.div_ceil(BLOCK_THREADS * vectors(inputs) * VECTOR_BYTES / size_of::<f32>());
-    stream.launch(kernel, Launch::new(stream.device(), blocks, 1, BLOCK_THREADS as u32), args)
+    stream.launch_f32(name, blocks, BLOCK_THREADS, args)
 }
 
-/// `Ok` when the vectors of a row can be counted in 32 bits.
-pub(crate) fn check_vocab(op: &'static str, vocab: usize) -> Result<()> {
+/// [`Error::check_logits`], and `Ok` when the vectors of a row can be counted in 32 bits.
+pub(crate) fn check_logits(op: &'static str, got: usize, rows: usize, vocab: usize) -> Result<()> {
+    Error::check_logits(op, got, rows, vocab)?;
     if u32::try_from(vocab).is_ok() {
         return Ok(());
     }

@@ -1,7 +1,5 @@
 //! The C entry points of the op.
 
-use std::ffi::c_void;
-
 use super::{
     cpu, cuda, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, ScoreOrder, ScorePlacement,
     ScoreScale, OP,
@@ -40,7 +38,6 @@ pub const PPOK_GAE_MISSING_EOS_REPLACE: i32 = 2;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_gae_options {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Discount, in 0..1; 1 by default.
     pub gamma: f64,
@@ -118,11 +115,10 @@ options!(ppok_gae_options, GaeOptions, OP, [], {
     missing_eos & missing_eos_value => shaping.missing_eos,
 });
 
-/// Arguments of ppok_gae_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_gae_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_gae_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Rows.
     pub batch: usize,
@@ -144,7 +140,6 @@ pub struct ppok_gae_args {
     pub dones: *const u8,
     /// Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
     pub bootstrap: *const f32,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_gae_options,
     /// Advantages, not whitened, `[batch, seq_len]`; written, and 0 where masked, as are the next two.
     pub advantages: *mut f32,
@@ -185,15 +180,6 @@ unsafe impl Pass for ppok_gae_args {
     }
 }
 
-/// Sets the defaults. `struct_size` is `sizeof *options`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_gae_options_init(
-    options: *mut ppok_gae_options,
-    struct_size: usize,
-) -> i32 {
-    capi::init(OP, options, struct_size)
-}
-
 /// Generalised advantage estimation, with the shaping of the rewards in the same pass: for each row,
 /// from the last token backwards,
 ///
@@ -209,25 +195,4 @@ pub unsafe extern "C" fn ppok_gae_options_init(
 #[no_mangle]
 pub unsafe extern "C" fn ppok_gae_cpu(args: *const ppok_gae_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_gae_cpu() on device memory and `stream`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_gae_cuda(
-    args: *const ppok_gae_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_gae_cuda() needs to `bytes`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_gae_cuda_workspace_size(
-    args: *const ppok_gae_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }

@@ -11,7 +11,7 @@ use super::{
     check_missing_eos, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder, ScorePlacement,
     OP,
 };
-use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
+use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths, Pointer, Pointers};
 use crate::moments::cuda::{merge, merge_workspace_len};
@@ -137,9 +137,8 @@ pub fn gae(
     let partials = if moments.is_some() { workspace } else { null_mut() };
     let mut args = GaeArgs::new(inputs, shape, options, outputs, partials);
 
-    let launch = |pass, blocks, threads: usize, args: &GaeArgs| {
-        let launch = Launch::new(stream.device(), blocks, 1, threads as u32);
-        stream.launch(&Kernel { op: OP, pass, dtype: "f32" }, launch, args)
+    let launch = |pass, blocks, threads, args: &GaeArgs| {
+        stream.launch_f32([OP, pass], blocks, threads, args)
     };
     match mapping {
         Mapping::Warp => launch("warp", blocks, MAX_THREADS, &args)?,

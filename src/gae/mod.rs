@@ -40,7 +40,7 @@
 //! read once; 4 for each output, written once.
 
 #[cfg(feature = "capi")]
-#[allow(non_camel_case_types, clippy::missing_safety_doc)]
+#[allow(missing_docs, non_camel_case_types, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 pub mod cuda;

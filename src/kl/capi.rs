@@ -35,7 +35,6 @@ pub const PPOK_KL_FULL_STATS: usize = 6;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_kl_token_options {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Clamps d to plus or minus this before the estimator sees it; above 0, or `PPOK_NONE`, which is
     /// the default. 20 in verl and NeMo-RL.
@@ -45,7 +44,6 @@ pub struct ppok_kl_token_options {
     pub output_clamp: f64,
     /// `PPOK_KL_K1`, the default, to `PPOK_KL_K3_STRAIGHT_THROUGH`.
     pub estimator: i32,
-    /// 0.
     pub reserved: i32,
 }
 
@@ -64,13 +62,11 @@ options!(ppok_kl_token_options, KlOptions, TOKEN_OP, [reserved], {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_kl_full_options {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Divides both logits; 1e-30 to 1e30, 1 by default.
     pub temperature: f64,
     /// `PPOK_KL_FORWARD`, the default, or `PPOK_KL_REVERSE`.
     pub direction: i32,
-    /// 0.
     pub reserved: i32,
 }
 
@@ -79,11 +75,10 @@ options!(ppok_kl_full_options, FullKlOptions, FULL_OP, [reserved], {
     temperature => temperature,
 });
 
-/// Arguments of ppok_kl_token_forward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_kl_token_forward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_kl_token_forward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Tokens, of any number of sequences.
     pub tokens: usize,
@@ -93,7 +88,6 @@ pub struct ppok_kl_token_forward_args {
     pub ref_logp: *const f32,
     /// `[tokens]`; null if all count. What is left out gives 0.
     pub mask: *const u8,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_kl_token_options,
     /// The estimate, `[tokens]`, written. For CUDA it may be `logp` or `ref_logp`.
     pub kl: *mut f32,
@@ -115,23 +109,18 @@ unsafe impl Pass for ppok_kl_token_forward_args {
     }
 }
 
-/// Arguments of ppok_kl_token_backward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_kl_token_backward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_kl_token_backward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// As in the forward pass, and so are the next three.
     pub tokens: usize,
-    /// Log-probabilities under the policy, `[tokens]`.
     pub logp: *const f32,
-    /// Log-probabilities under the reference, `[tokens]`.
     pub ref_logp: *const f32,
-    /// `[tokens]`; null if all count.
     pub mask: *const u8,
     /// Upstream gradient, `[tokens]`. Where it is 0, so are the gradients.
     pub grad_kl: *const f32,
-    /// Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_kl_token_options,
     /// Gradient of `logp`, `[tokens]`, written; null if not wanted. For CUDA it may be `logp`, `ref_logp`
     /// or `grad_kl`, and so may the next one.
@@ -157,11 +146,10 @@ unsafe impl Pass for ppok_kl_token_backward_args {
     }
 }
 
-/// Arguments of ppok_kl_full_forward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_kl_full_forward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_kl_full_forward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Rows of logits, one a token.
     pub rows: usize,
@@ -169,7 +157,6 @@ pub struct ppok_kl_full_forward_args {
     pub vocab: usize,
     /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
     pub logits_type: i32,
-    /// 0.
     pub reserved: i32,
     /// Logits of the policy, `[rows, vocab]` of `logits_type`.
     pub logits: *const c_void,
@@ -177,7 +164,6 @@ pub struct ppok_kl_full_forward_args {
     pub ref_logits: *const c_void,
     /// `[rows]`; null if all count. Rows that are left out are not read, and give 0.
     pub mask: *const u8,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_kl_full_options,
     /// `[PPOK_KL_FULL_STATS, rows]`, written: the first `rows` values are the KL, and the rest is what the
     /// backward pass needs.
@@ -188,8 +174,7 @@ impl ppok_kl_full_forward_args {
     fn typed<T: Logit>(&self, memory: &mut Memory, on: On) -> Result<()> {
         check_reserved(FULL_OP, "args", self.reserved)?;
         let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
-        let inputs: FullForwardInputs<Raw, T> =
-            list_of!(self, FullForwardInputs, [logits, ref_logits], [mask]);
+        let inputs = list_of!(self, FullForwardInputs::<Raw, T>, [logits, ref_logits], [mask]);
         run!(
             (on, memory),
             [inputs, (&[rows], vocab)],
@@ -205,42 +190,34 @@ unsafe impl Pass for ppok_kl_full_forward_args {
     const OP: &'static str = FULL_OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
-        with_logits!(FULL_OP, "logits", self.logits_type, T => self.typed::<T>(memory, on))
+        with_logits!(FULL_OP, self.logits_type, T => self.typed::<T>(memory, on))
     }
 
     fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
-        with_logits!(FULL_OP, "logits", self.logits_type, T => {
+        with_logits!(FULL_OP, self.logits_type, T => {
             let len = cuda::full_workspace_len::<T>(device, self.rows, self.vocab);
             Ok(size_of::<f32>().saturating_mul(len))
         })
     }
 }
 
-/// Arguments of ppok_kl_full_backward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_kl_full_backward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_kl_full_backward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// As in the forward pass, and so are the next six.
     pub rows: usize,
-    /// Logits of a row; above 0, and for CUDA below 2^32.
     pub vocab: usize,
-    /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
     pub logits_type: i32,
-    /// 0.
     pub reserved: i32,
-    /// Logits of the policy, `[rows, vocab]` of `logits_type`.
     pub logits: *const c_void,
-    /// Logits of the reference, `[rows, vocab]` of `logits_type`.
     pub ref_logits: *const c_void,
-    /// `[rows]`; null if all count.
     pub mask: *const u8,
     /// `[PPOK_KL_FULL_STATS, rows]`, as the forward pass wrote them.
     pub stats: *const f32,
     /// Upstream gradient, `[rows]`. A row where it is 0 is not read, and gets gradient 0.
     pub grad_kl: *const f32,
-    /// Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_kl_full_options,
     /// Gradient of `logits`, `[rows, vocab]` of `logits_type`, written; null if not wanted. For CUDA it
     /// may be `logits`.
@@ -253,8 +230,7 @@ impl ppok_kl_full_backward_args {
     fn typed<T: Logit>(&self, memory: &mut Memory, on: On) -> Result<()> {
         check_reserved(FULL_OP, "args", self.reserved)?;
         let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
-        let forward: FullForwardInputs<Raw, T> =
-            list_of!(self, FullForwardInputs, [logits, ref_logits], [mask]);
+        let forward = list_of!(self, FullForwardInputs::<Raw, T>, [logits, ref_logits], [mask]);
         let inputs = FullBackwardInputs { forward, stats: self.stats, grad_kl: self.grad_kl };
         let sizes = (&[rows][..], vocab);
         run!(
@@ -272,26 +248,8 @@ unsafe impl Pass for ppok_kl_full_backward_args {
     const OP: &'static str = FULL_OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
-        with_logits!(FULL_OP, "logits", self.logits_type, T => self.typed::<T>(memory, on))
+        with_logits!(FULL_OP, self.logits_type, T => self.typed::<T>(memory, on))
     }
-}
-
-/// Sets the defaults. `struct_size` is `sizeof *options`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_token_options_init(
-    options: *mut ppok_kl_token_options,
-    struct_size: usize,
-) -> i32 {
-    capi::init(TOKEN_OP, options, struct_size)
-}
-
-/// Sets the defaults. `struct_size` is `sizeof *options`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_full_options_init(
-    options: *mut ppok_kl_full_options,
-    struct_size: usize,
-) -> i32 {
-    capi::init(FULL_OP, options, struct_size)
 }
 
 /// KL divergence of the policy from the reference model, estimated for each token from the
@@ -301,56 +259,12 @@ pub unsafe extern "C" fn ppok_kl_token_forward_cpu(args: *const ppok_kl_token_fo
     capi::cpu(args)
 }
 
-/// ppok_kl_token_forward_cpu() on device memory and `stream`, where `kl` may be `logp` or `ref_logp`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_token_forward_cuda(
-    args: *const ppok_kl_token_forward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_kl_token_forward_cuda() needs to `bytes`: 0 in this version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_token_forward_cuda_workspace_size(
-    args: *const ppok_kl_token_forward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
-}
-
 /// Gradients of ppok_kl_token_forward_cpu(). Where a clamp changed anything they are 0.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_kl_token_backward_cpu(
     args: *const ppok_kl_token_backward_args,
 ) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_kl_token_backward_cpu() on device memory and `stream`, where each gradient may be `logp`,
-/// `ref_logp` or `grad_kl`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_token_backward_cuda(
-    args: *const ppok_kl_token_backward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_kl_token_backward_cuda() needs to `bytes`: 0 in this
-/// version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_token_backward_cuda_workspace_size(
-    args: *const ppok_kl_token_backward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }
 
 /// Exact KL divergence between the distributions of two rows of logits, in nats: with
@@ -364,52 +278,8 @@ pub unsafe extern "C" fn ppok_kl_full_forward_cpu(args: *const ppok_kl_full_forw
     capi::cpu(args)
 }
 
-/// ppok_kl_full_forward_cpu() on device memory and `stream`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_full_forward_cuda(
-    args: *const ppok_kl_full_forward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_kl_full_forward_cuda() needs to `bytes`. They depend on the
-/// device of the stream.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_full_forward_cuda_workspace_size(
-    args: *const ppok_kl_full_forward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
-}
-
 /// Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_kl_full_backward_cpu(args: *const ppok_kl_full_backward_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_kl_full_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`, and
-/// `grad_ref_logits` may be `ref_logits`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_full_backward_cuda(
-    args: *const ppok_kl_full_backward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_kl_full_backward_cuda() needs to `bytes`: 0 in this version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_kl_full_backward_cuda_workspace_size(
-    args: *const ppok_kl_full_backward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }

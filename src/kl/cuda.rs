@@ -7,9 +7,9 @@ use std::ptr::null_mut;
 
 use super::{limit, FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
-use crate::cuda::rows::{check_vocab, launch_over_tokens, Map, Passes, Reduction};
+use crate::cuda::rows::{check_logits, launch_over_tokens, Map, Passes, Reduction};
 use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::{in_space, Element, Lengths, Pointers, Space};
 
 /// The name of the kernels' file.
@@ -40,8 +40,7 @@ pub fn token_forward(
     }
     let options = TokenKl::new(options);
     let args = TokenForwardArgs { inputs, outputs, tokens: tokens as i64, options };
-    let kernel = Kernel { op: FILE, pass: "token_forward", dtype: "f32" };
-    launch_over_tokens(stream, &kernel, tokens, 2, &args)
+    launch_over_tokens(stream, [FILE, "token_forward"], tokens, 2, &args)
 }
 
 /// Gradients of the sampled KL of every one of `tokens` tokens, as far as wanted.
@@ -57,15 +56,13 @@ pub fn token_backward(
 ) -> Result<()> {
     options.validate(TOKEN_OP)?;
     let inputs = inputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
-    let outputs: super::TokenBackwardOutputs<Pointers> =
-        outputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
+    let outputs = outputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
     if tokens == 0 || (outputs.grad_logp.is_none() && outputs.grad_ref_logp.is_none()) {
         return Ok(());
     }
     let options = TokenKl::new(options);
     let args = TokenBackwardArgs { inputs, outputs, tokens: tokens as i64, options };
-    let kernel = Kernel { op: FILE, pass: "token_backward", dtype: "f32" };
-    launch_over_tokens(stream, &kernel, tokens, 3, &args)
+    launch_over_tokens(stream, [FILE, "token_backward"], tokens, 3, &args)
 }
 
 /// The least length of the workspace of [`full_forward`]: 0 where blocks can read each other's
@@ -90,12 +87,9 @@ pub fn full_forward<T: Logit>(
     workspace: SliceMut<f32>,
 ) -> Result<()> {
     options.validate(FULL_OP)?;
-    Error::check_logits(FULL_OP, inputs.logits.len(), rows, vocab)?;
-    check_vocab(FULL_OP, vocab)?;
-    let inputs: super::FullForwardInputs<Pointers, T> =
-        inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
-    let outputs: super::FullForwardOutputs<Pointers> =
-        outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
+    check_logits(FULL_OP, inputs.logits.len(), rows, vocab)?;
+    let inputs = inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
+    let outputs = outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
     let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
     reduction.check_workspace::<PairSums>(FULL_OP, workspace.len())?;
     if rows == 0 {
@@ -138,12 +132,9 @@ pub fn full_backward<T: Logit>(
     mut outputs: FullBackwardOutputs<T>,
 ) -> Result<()> {
     options.validate(FULL_OP)?;
-    Error::check_logits(FULL_OP, inputs.forward.logits.len(), rows, vocab)?;
-    check_vocab(FULL_OP, vocab)?;
-    let inputs: super::FullBackwardInputs<Pointers, T> =
-        inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
-    let outputs: super::FullBackwardOutputs<Pointers, T> =
-        outputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
+    check_logits(FULL_OP, inputs.forward.logits.len(), rows, vocab)?;
+    let inputs = inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
+    let outputs = outputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
     if rows == 0 || (outputs.grad_logits.is_none() && outputs.grad_ref_logits.is_none()) {
         return Ok(());
     }

@@ -52,7 +52,7 @@
 //! the dtype of the logits.
 
 #[cfg(feature = "capi")]
-#[allow(clippy::missing_safety_doc)]
+#[allow(missing_docs, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 pub mod cuda;

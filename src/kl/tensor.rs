@@ -1,7 +1,6 @@
 //! The candle functions.
 
 use candle_core::{DType, Tensor};
-use half::{bf16, f16};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
@@ -13,7 +12,9 @@ use super::{
 use crate::cpu::Logit;
 use crate::error::Result;
 use crate::memory::{Element, Tensors};
-use crate::tensor::{check_dtype, leading_and_vocab, node, run, Backend, Buffer, Constants, Owned};
+use crate::tensor::{
+    check_dtype, leading_and_vocab, node, run, with_logits, Backend, Buffer, Constants, Owned,
+};
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
 ///
@@ -49,9 +50,18 @@ pub fn token_kl(
     let TokenForwardInputs { logp: a, ref_logp: b, mask } = constants;
     let inputs = TokenForwardInputs::<Owned> { logp: a, ref_logp: b, mask };
 
-    let output = token_forward(&inputs, options)?;
+    let tokens = logp.elem_count();
+    let backend = Backend::of(TOKEN_OP, "logp", logp.device())?;
+    let mut buffers = TokenForwardOutputs::<Owned> { kl: backend.buffer(tokens)? };
+    run!(
+        (TOKEN_OP, backend),
+        [inputs, &[tokens]],
+        [buffers, &[tokens]],
+        |i, o| cpu::token_forward(i, tokens, options, o),
+        |stream| cuda::token_forward(stream, i, tokens, options, o),
+    );
     let (options, wanted) = (*options, [logp.track_op(), ref_logp.track_op()]);
-    node("ppo-token-kl", &[logp, ref_logp], output, logp.shape(), move |_, grad| {
+    node("ppo-token-kl", &[logp, ref_logp], buffers.kl, logp.shape(), move |_, grad| {
         let inputs = TokenBackwardInputs { forward: inputs.clone(), grad_kl: grad.clone() };
         token_backward(&inputs, &options, wanted)
     })
@@ -88,26 +98,8 @@ pub fn full_kl(
     options.validate(FULL_OP)?;
     let (leading, vocab) = leading_and_vocab(FULL_OP, "logits", logits)?;
     let inputs = [logits, ref_logits];
-    let stats = match logits.dtype() {
-        DType::F32 => full_stats::<f32>(inputs, mask, leading, vocab, options),
-        DType::F16 => full_stats::<f16>(inputs, mask, leading, vocab, options),
-        _ => full_stats::<bf16>(inputs, mask, leading, vocab, options),
-    }?;
+    let stats = with_logits!(logits, T => full_stats::<T>(inputs, mask, leading, vocab, options))?;
     Ok(stats.get(KL)?.reshape(leading)?)
-}
-
-fn token_forward(inputs: &TokenForwardInputs<Owned>, options: &KlOptions) -> Result<Buffer<f32>> {
-    let tokens = inputs.logp.elem_count();
-    let backend = Backend::of(TOKEN_OP, "logp", inputs.logp.device())?;
-    let mut buffers = TokenForwardOutputs::<Owned> { kl: backend.buffer(tokens)? };
-    run!(
-        (TOKEN_OP, backend),
-        [inputs, &[tokens]],
-        [buffers, &[tokens]],
-        |i, o| cpu::token_forward(i, tokens, options, o),
-        |stream| cuda::token_forward(stream, i, tokens, options, o),
-    );
-    Ok(buffers.kl)
 }
 
 /// The gradients of logp and ref_logp, where wanted.
@@ -149,62 +141,49 @@ fn full_stats<T: Logit>(
     let FullForwardInputs { logits: z, ref_logits: w, mask } = constants;
     let inputs = FullForwardInputs::<Owned, T> { logits: z, ref_logits: w, mask };
 
-    let pass = FullPass { rows: logits.elem_count() / vocab, vocab, options: *options };
-    let (stats, wanted) = (pass.forward(&inputs)?, [logits.track_op(), ref_logits.track_op()]);
-    node("ppo-full-kl", &[logits, ref_logits], stats, (STATS, pass.rows), move |stats, grad| {
+    let rows = logits.elem_count() / vocab;
+    let backend = Backend::of(FULL_OP, "logits", device)?;
+    let mut buffers = FullForwardOutputs::<Owned> { stats: backend.buffer(STATS * rows)? };
+    run!(
+        (FULL_OP, backend),
+        [inputs, (&[rows], vocab)],
+        [buffers, &[rows]],
+        |i, o| cpu::full_forward(i, rows, vocab, options, o),
+        |stream, w = [cuda::full_workspace_len::<T>(stream.device(), rows, vocab)]| {
+            cuda::full_forward(stream, i, rows, vocab, options, o, w)
+        },
+    );
+    let (options, wanted) = (*options, [logits.track_op(), ref_logits.track_op()]);
+    let (args, stats) = ([logits, ref_logits], buffers.stats);
+    node("ppo-full-kl", &args, stats, (STATS, rows), move |stats, grad| {
         let (forward, stats, grad_kl) = (inputs.clone(), stats.clone(), grad.get(KL)?);
-        pass.backward(&FullBackwardInputs { forward, stats, grad_kl }, wanted)
+        full_backward(&FullBackwardInputs { forward, stats, grad_kl }, vocab, &options, wanted)
     })
 }
 
-/// What both passes of the exact KL need to know besides their lists.
-#[derive(Clone, Copy)]
-struct FullPass {
-    rows: usize,
+/// The gradients of logits and ref_logits, where wanted.
+fn full_backward<T: Logit>(
+    inputs: &FullBackwardInputs<Owned, T>,
     vocab: usize,
-    options: FullKlOptions,
-}
-
-impl FullPass {
-    fn forward<T: Logit>(&self, inputs: &FullForwardInputs<Owned, T>) -> Result<Buffer<f32>> {
-        let Self { rows, vocab, ref options } = *self;
-        let backend = Backend::of(FULL_OP, "logits", inputs.logits.device())?;
-        let mut buffers = FullForwardOutputs::<Owned> { stats: backend.buffer(STATS * rows)? };
-        run!(
-            (FULL_OP, backend),
-            [inputs, (&[rows], vocab)],
-            [buffers, &[rows]],
-            |i, o| cpu::full_forward(i, rows, vocab, options, o),
-            |stream, w = [cuda::full_workspace_len::<T>(stream.device(), rows, vocab)]| {
-                cuda::full_forward(stream, i, rows, vocab, options, o, w)
-            },
-        );
-        Ok(buffers.stats)
-    }
-
-    /// The gradients of logits and ref_logits, where wanted.
-    fn backward<T: Logit>(
-        &self,
-        inputs: &FullBackwardInputs<Owned, T>,
-        wanted: [bool; 2],
-    ) -> Result<Vec<Option<Tensor>>> {
-        let Self { rows, vocab, ref options } = *self;
-        let logits = &inputs.forward.logits;
-        let backend = Backend::of(FULL_OP, "logits", logits.device())?;
-        let mut buffers = FullBackwardOutputs::<Owned, T> {
-            grad_logits: backend.optional_buffer(wanted[0], logits.elem_count())?,
-            grad_ref_logits: backend.optional_buffer(wanted[1], logits.elem_count())?,
-        };
-        run!(
-            (FULL_OP, backend),
-            [inputs, (&[rows], vocab)],
-            [buffers, (&[rows], vocab)],
-            |i, o| cpu::full_backward(i, rows, vocab, options, o),
-            |stream| cuda::full_backward(stream, i, rows, vocab, options, o),
-        );
-        let FullBackwardOutputs { grad_logits, grad_ref_logits } = buffers;
-        Ok(tensors([grad_logits, grad_ref_logits], logits))
-    }
+    options: &FullKlOptions,
+    wanted: [bool; 2],
+) -> Result<Vec<Option<Tensor>>> {
+    let logits = &inputs.forward.logits;
+    let (elements, rows) = (logits.elem_count(), logits.elem_count() / vocab);
+    let backend = Backend::of(FULL_OP, "logits", logits.device())?;
+    let mut buffers = FullBackwardOutputs::<Owned, T> {
+        grad_logits: backend.optional_buffer(wanted[0], elements)?,
+        grad_ref_logits: backend.optional_buffer(wanted[1], elements)?,
+    };
+    run!(
+        (FULL_OP, backend),
+        [inputs, (&[rows], vocab)],
+        [buffers, (&[rows], vocab)],
+        |i, o| cpu::full_backward(i, rows, vocab, options, o),
+        |stream| cuda::full_backward(stream, i, rows, vocab, options, o),
+    );
+    let FullBackwardOutputs { grad_logits, grad_ref_logits } = buffers;
+    Ok(tensors([grad_logits, grad_ref_logits], logits))
 }
 
 /// Gradients in the shape of the argument that both arguments have.

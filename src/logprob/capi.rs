@@ -6,7 +6,7 @@ use super::{
     cpu, cuda, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
 };
 use crate::capi::arguments::{
-    list_of, options, with_ids, with_logits, Encoded, Given, Memory, Raw,
+    list_of, options, with_logits, with_targets, Encoded, Given, Memory, Raw,
 };
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::{Logit, TokenId};
@@ -16,7 +16,6 @@ use crate::cuda::Device;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_logprob_options {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// The logits are divided by it; 1e-30 to 1e30, 1 by default. The temperature that the tokens were
     /// sampled at.
@@ -25,7 +24,6 @@ pub struct ppok_logprob_options {
     pub ignore_index: i64,
     /// 1 or 0, which is the default.
     pub has_ignore_index: i32,
-    /// 0.
     pub reserved: i32,
 }
 
@@ -46,11 +44,10 @@ options!(ppok_logprob_options, LogprobOptions, OP, [reserved], {
     has_ignore_index & ignore_index => ignore_index,
 });
 
-/// Arguments of ppok_logprob_forward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_logprob_forward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_logprob_forward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Rows of logits, one a token.
     pub rows: usize,
@@ -64,7 +61,6 @@ pub struct ppok_logprob_forward_args {
     pub logits: *const c_void,
     /// Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
     pub targets: *const c_void,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_logprob_options,
     /// Log-probability of the target, `[rows]`, written.
     pub logp: *mut f32,
@@ -95,24 +91,23 @@ unsafe impl Pass for ppok_logprob_forward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
-        with_logits!(OP, "logits", self.logits_type, T => {
-            with_ids!(OP, "targets", self.targets_type, I => self.typed::<T, I>(memory, on))
+        with_logits!(OP, self.logits_type, T => {
+            with_targets!(OP, self.targets_type, I => self.typed::<T, I>(memory, on))
         })
     }
 
     fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
-        with_logits!(OP, "logits", self.logits_type, T => {
+        with_logits!(OP, self.logits_type, T => {
             let len = cuda::workspace_len::<T>(device, self.rows, self.vocab);
             Ok(size_of::<f32>().saturating_mul(len))
         })
     }
 }
 
-/// Arguments of ppok_logprob_backward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_logprob_backward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_logprob_backward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// As in the forward pass, and so are the next five.
     pub rows: usize,
@@ -136,7 +131,6 @@ pub struct ppok_logprob_backward_args {
     pub grad_logp: *const f32,
     /// Upstream gradient of the entropies, `[rows]`; null stands for zeros.
     pub grad_entropy: *const f32,
-    /// Those of the forward pass. Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_logprob_options,
     /// Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
     pub grad_logits: *mut c_void,
@@ -168,19 +162,10 @@ unsafe impl Pass for ppok_logprob_backward_args {
     const OP: &'static str = OP;
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
-        with_logits!(OP, "logits", self.logits_type, T => {
-            with_ids!(OP, "targets", self.targets_type, I => self.typed::<T, I>(memory, on))
+        with_logits!(OP, self.logits_type, T => {
+            with_targets!(OP, self.targets_type, I => self.typed::<T, I>(memory, on))
         })
     }
-}
-
-/// Sets the defaults. `struct_size` is `sizeof *options`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_options_init(
-    options: *mut ppok_logprob_options,
-    struct_size: usize,
-) -> i32 {
-    capi::init(OP, options, struct_size)
 }
 
 /// Log-probability of one token a row, and the entropy of the row's distribution, from logits: with
@@ -195,33 +180,11 @@ pub unsafe extern "C" fn ppok_logprob_options_init(
 ///
 /// A logit of -inf is a token of probability 0. A row with NaN or +inf, or of -inf only, gives NaN in
 /// that row and in no other. A row with target `ignore_index` is not read: logp and entropy are 0. Any
-/// other target outside `0..vocab` is refused with `PPOK_STATUS_TARGET`, and nothing is written.
+/// other target outside `0..vocab` is refused with `PPOK_STATUS_TARGET`, and nothing is written; on
+/// CUDA its row comes out as NaN.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_forward_cpu(args: *const ppok_logprob_forward_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_logprob_forward_cpu() on device memory and `stream`. A target that is neither in the
-/// vocabulary nor `ignore_index` is no error here: its row comes out as NaN.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_forward_cuda(
-    args: *const ppok_logprob_forward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_logprob_forward_cuda() needs to `bytes`. They depend on the
-/// device of the stream.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_forward_cuda_workspace_size(
-    args: *const ppok_logprob_forward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }
 
 /// Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
@@ -236,26 +199,4 @@ pub unsafe extern "C" fn ppok_logprob_forward_cuda_workspace_size(
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_backward_cpu(args: *const ppok_logprob_backward_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_logprob_backward_cpu() on device memory and `stream`, where `grad_logits` may be `logits`. A
-/// target that is neither in the vocabulary nor `ignore_index` makes its row NaN.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_backward_cuda(
-    args: *const ppok_logprob_backward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_logprob_backward_cuda() needs to `bytes`: 0 in this version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_logprob_backward_cuda_workspace_size(
-    args: *const ppok_logprob_backward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }

@@ -9,9 +9,9 @@ use std::ptr::null_mut;
 
 use super::{LogprobOptions, OP};
 use crate::cpu::{Logit, TokenId};
-use crate::cuda::rows::{check_vocab, Map, Passes, Reduction};
+use crate::cuda::rows::{check_logits, Map, Passes, Reduction};
 use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::{in_space, Element, Lengths, Pointers};
 
 in_space!(Device: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
@@ -39,8 +39,7 @@ pub fn forward<T: Logit, I: TokenId>(
     workspace: SliceMut<f32>,
 ) -> Result<()> {
     options.validate()?;
-    Error::check_logits(OP, inputs.logits.len(), rows, vocab)?;
-    check_vocab(OP, vocab)?;
+    check_logits(OP, inputs.logits.len(), rows, vocab)?;
     let inputs = inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     let outputs = outputs.try_map(&[rows], &mut Lengths(OP))?;
     outputs.check_pair()?;
@@ -85,8 +84,7 @@ pub fn backward<T: Logit, I: TokenId>(
     mut outputs: BackwardOutputs<T>,
 ) -> Result<()> {
     options.validate()?;
-    Error::check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
-    check_vocab(OP, vocab)?;
+    check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
     let mut inputs = inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     inputs.entropy = Some(inputs.entropy_or_any()?);
     let outputs = outputs.try_map((&[rows], vocab), &mut Lengths(OP))?;

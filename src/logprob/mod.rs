@@ -34,7 +34,7 @@
 //! once. All else is one value a row.
 
 #[cfg(feature = "capi")]
-#[allow(clippy::missing_safety_doc)]
+#[allow(missing_docs, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 pub mod cuda;
@@ -102,9 +102,7 @@ list! {
 impl<S: Space> ForwardOutputs<'_, S> {
     /// `Ok` when what the backward pass needs is wanted as a whole or not at all.
     fn check_pair(&self) -> Result<()> {
-        let (max, log_sum) = (self.max.is_some(), self.log_sum.is_some());
-        Error::check_given(OP, ["max", "log_sum"], [max, log_sum])?;
-        Error::check_given(OP, ["log_sum", "max"], [log_sum, max])
+        Error::check_both(OP, ["max", "log_sum"], [self.max.is_some(), self.log_sum.is_some()])
     }
 }
 

@@ -2,7 +2,6 @@
 //! has one output: `[4, N]`, of which the caller sees the first one or two.
 
 use candle_core::{DType, Tensor};
-use half::{bf16, f16};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
@@ -13,7 +12,9 @@ use crate::cpu::{Logit, RowsMut};
 use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::tensor::OnCuda;
-use crate::tensor::{check_arg, leading_and_vocab, node, run, Backend, Buffer, Held, OnCpu, Owned};
+use crate::tensor::{
+    check_arg, leading_and_vocab, node, run, with_logits, Backend, Buffer, Held, OnCpu, Owned,
+};
 
 /// Rows of the node's output: log-probability, entropy, and what backward needs to know of a row, its
 /// maximum and the logarithm of its sum.
@@ -77,11 +78,7 @@ fn apply(
 
     let targets = targets.detach().to_dtype(DType::I64)?.contiguous()?;
     let pass = Pass { rows: targets.elem_count(), vocab, options: *options, entropy };
-    match logits.dtype() {
-        DType::F32 => pass.apply::<f32>(logits, targets),
-        DType::F16 => pass.apply::<f16>(logits, targets),
-        _ => pass.apply::<bf16>(logits, targets),
-    }
+    with_logits!(logits, T => pass.apply::<T>(logits, targets))
 }
 
 /// What both passes need to know besides their lists.

@@ -2,7 +2,7 @@
 //! `kernels/common/moments.cuh`, in its own file.
 
 use super::Moments;
-use crate::cuda::{Args, Kernel, Launch, Stream};
+use crate::cuda::{Args, Stream};
 use crate::error::Result;
 
 /// Threads of the block that merges, and the partials it takes: 16 a thread.
@@ -35,8 +35,7 @@ pub(crate) fn merge(
         let merged = if runs == 1 { moments } else { partials.wrapping_add(count) };
         let args =
             MergeArgs { partials, moments: merged, count: count as i64, run: MERGE_RUN as i64 };
-        let kernel = Kernel { op, pass: "merge", dtype: "f32" };
-        stream.launch(&kernel, Launch::new(stream.device(), runs, 1, MERGE_BLOCK as u32), &args)?;
+        stream.launch_f32([op, "merge"], runs, MERGE_BLOCK, &args)?;
         if runs == 1 {
             return Ok(());
         }

@@ -1,7 +1,5 @@
 //! The C entry points of the op.
 
-use std::ffi::c_void;
-
 use super::{
     cpu, cuda, Aggregation, ClipFractionKind, Inputs, Outputs, PpoLossOptions, PpoStats,
     ScaleInputs, ScaleOutputs, OP,
@@ -30,7 +28,6 @@ pub const PPOK_PPO_LOSS_RATIO_OUTSIDE: i32 = 1;
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_ppo_loss_options {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// The ratio is clipped from below at 1 - this, and from above at 1 + this unless
     /// `clip_range_high` is given; 0 or above, 0.2 by default.
@@ -66,7 +63,6 @@ pub struct ppok_ppo_loss_options {
     pub clip_fraction: i32,
     /// `PPOK_KL_K3`, the default, or another of `PPOK_KL_K1` to `PPOK_KL_K3_STRAIGHT_THROUGH`.
     pub kl_estimator: i32,
-    /// 0.
     pub reserved: i32,
 }
 
@@ -116,11 +112,10 @@ options!(ppok_ppo_loss_options, PpoLossOptions, OP, [reserved], {
     clip_fraction => clip_fraction,
 });
 
-/// Arguments of ppok_ppo_loss_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_ppo_loss_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_ppo_loss_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Rows.
     pub batch: usize,
@@ -147,7 +142,6 @@ pub struct ppok_ppo_loss_args {
     pub ref_logp: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_ppo_loss_options,
     /// The loss and the statistics, one, written.
     pub stats: *mut PpoStats,
@@ -193,12 +187,11 @@ unsafe impl Pass for ppok_ppo_loss_args {
     }
 }
 
-/// Arguments of ppok_ppo_loss_scale_*. Set `struct_size`, and everything that is not used to zero. Where
-/// one of a stored and a written gradient is null, so is the other.
+/// Arguments of ppok_ppo_loss_scale_*. Where one of a stored and a written gradient is null, so is the
+/// other.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_ppo_loss_scale_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Elements of each gradient: `batch` times `seq_len`.
     pub tokens: usize,
@@ -245,10 +238,14 @@ unsafe impl Pass for ppok_ppo_loss_scale_args {
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let tokens = self.tokens;
-        let mut inputs: ScaleInputs<Raw> =
-            list_of!(self, ScaleInputs, [upstream], [stored_logp, stored_values, stored_entropy]);
-        let outputs: ScaleOutputs<Raw> =
-            list_of!(self, ScaleOutputs, [], [grad_logp, grad_values, grad_entropy]);
+        let mut inputs = list_of!(
+            self,
+            ScaleInputs::<Raw>,
+            [upstream],
+            [stored_logp, stored_values, stored_entropy]
+        );
+        let outputs =
+            list_of!(self, ScaleOutputs::<Raw>, [], [grad_logp, grad_values, grad_entropy]);
         // Of the same memory there cannot be a slice to read and one to write.
         let mut in_place = [false; 3];
         if matches!(on, On::Cpu) {
@@ -269,15 +266,6 @@ unsafe impl Pass for ppok_ppo_loss_scale_args {
     }
 }
 
-/// Sets the defaults. `struct_size` is `sizeof *options`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_ppo_loss_options_init(
-    options: *mut ppok_ppo_loss_options,
-    struct_size: usize,
-) -> i32 {
-    capi::init(OP, options, struct_size)
-}
-
 /// The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their
 /// gradients and statistics, from one pass over the tokens. With d = logp - old_logp, clamped, ratio
 /// r = exp(d) and advantage A,
@@ -288,32 +276,11 @@ pub unsafe extern "C" fn ppok_ppo_loss_options_init(
 /// loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
 /// ```
 ///
-/// If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`.
+/// If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN
+/// then, and the gradients are 0.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_cpu(args: *const ppok_ppo_loss_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_ppo_loss_cpu() on device memory, statistics included, and `stream`. That no token is unmasked is
-/// no error here: without a denominator the loss is NaN then, and the gradients are 0.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_ppo_loss_cuda(
-    args: *const ppok_ppo_loss_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_ppo_loss_cuda() needs to `bytes`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_ppo_loss_cuda_workspace_size(
-    args: *const ppok_ppo_loss_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }
 
 /// Multiplies stored gradients of ppok_ppo_loss_cpu() by the gradient of whatever came of the loss. A 0
@@ -321,25 +288,4 @@ pub unsafe extern "C" fn ppok_ppo_loss_cuda_workspace_size(
 #[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_scale_cpu(args: *const ppok_ppo_loss_scale_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_ppo_loss_scale_cpu() on device memory and `stream`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_ppo_loss_scale_cuda(
-    args: *const ppok_ppo_loss_scale_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_ppo_loss_scale_cuda() needs to `bytes`: 0 in this version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_ppo_loss_scale_cuda_workspace_size(
-    args: *const ppok_ppo_loss_scale_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }

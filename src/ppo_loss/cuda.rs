@@ -13,7 +13,7 @@ use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, OP};
-use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
+use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
 use crate::kl::limit;
@@ -55,9 +55,9 @@ const PARTIAL_SUMS: usize = 24;
 const WARP: usize = 32;
 
 /// Threads of a block, by what it does.
-const PASS_THREADS: u32 = 256;
+const PASS_THREADS: usize = 256;
 const COUNT_THREADS: usize = 512;
-const MERGE_THREADS: u32 = (PARTIAL_SUMS * WARP) as u32;
+const MERGE_THREADS: usize = PARTIAL_SUMS * WARP;
 const SCALE_THREADS: usize = 256;
 
 /// Elements of f32 that a thread of the scaling has in flight.
@@ -152,10 +152,7 @@ pub fn ppo_loss(
         kl: TokenKl::new(&options.kl),
     };
 
-    let device = stream.device();
-    let kernel = |pass| Kernel { op: OP, pass, dtype: "f32" };
     if let (Some(counting), Some(mask)) = (counting, inputs.mask) {
-        let launch = Launch::new(device, counting.parts, 1, COUNT_THREADS as u32);
         let count_args = CountArgs {
             mask: mask.as_ptr(),
             counts: counts.cast(),
@@ -168,7 +165,7 @@ pub fn ppo_loss(
             team: counting.team as i32,
             count_rows: i32::from(counting.count_rows),
         };
-        stream.launch(&kernel("count"), launch, &count_args)?;
+        stream.launch_f32([OP, "count"], counting.parts, COUNT_THREADS, &count_args)?;
         args.row_weights = count_args.row_weights;
         args.divisor.counts = counts.cast();
         args.divisor.parts = count_args.parts;
@@ -176,10 +173,10 @@ pub fn ppo_loss(
     if parts > 0 {
         let more = inputs.entropy.is_some() || inputs.ref_logp.is_some();
         let pass = if more || !args.row_weights.is_null() { "pass_full" } else { "pass" };
-        stream.launch(&kernel(pass), Launch::new(device, parts, 1, PASS_THREADS), &args)?;
+        stream.launch_f32([OP, pass], parts, PASS_THREADS, &args)?;
     }
     if parts != 1 {
-        stream.launch(&kernel("merge"), Launch::new(device, 1, 1, MERGE_THREADS), &args)?;
+        stream.launch_f32([OP, "merge"], 1, MERGE_THREADS, &args)?;
     }
     Ok(())
 }
@@ -206,8 +203,7 @@ pub fn scale(
     }
     let args = ScaleArgs { inputs, outputs, tokens: tokens as i64 };
     let blocks = tokens.div_ceil(SCALE_THREADS * SCALE_IN_FLIGHT);
-    let launch = Launch::new(stream.device(), blocks, 1, SCALE_THREADS as u32);
-    stream.launch(&Kernel { op: OP, pass: "scale", dtype: "f32" }, launch, &args)
+    stream.launch_f32([OP, "scale"], blocks, SCALE_THREADS, &args)
 }
 
 /// The denominator, as far as it is known here: `None` if it depends on the mask. Where rows have
@@ -375,7 +371,7 @@ struct CountArgs {
     count_rows: i32,
 }
 
-// SAFETY: as above.
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for CountArgs {}
 
 #[repr(C)]
@@ -386,5 +382,5 @@ struct ScaleArgs<'a> {
     tokens: i64,
 }
 
-// SAFETY: as above.
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for ScaleArgs<'_> {}

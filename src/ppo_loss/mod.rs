@@ -41,7 +41,7 @@
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
 #[cfg(feature = "capi")]
-#[allow(clippy::missing_safety_doc)]
+#[allow(missing_docs, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 pub mod cuda;
@@ -234,8 +234,7 @@ impl<S: Space> Inputs<'_, S> {
     fn check_given(&self, options: &PpoLossOptions) -> Result<()> {
         let (values, returns) = (self.values.is_some(), self.returns.is_some());
         let old_values = self.old_values.is_some();
-        Error::check_given(OP, ["values", "returns"], [values, returns])?;
-        Error::check_given(OP, ["returns", "values"], [returns, values])?;
+        Error::check_both(OP, ["values", "returns"], [values, returns])?;
         Error::check_given(OP, ["old_values", "values"], [old_values, values])?;
 
         let check = |option, value, valid, expected| {
@@ -302,22 +301,17 @@ list! {
 impl<S: Space> ScaleInputs<'_, S> {
     /// `Ok` when what is stored is wanted, and the other way round.
     fn check_pairs<T: Space>(&self, outputs: &ScaleOutputs<T>) -> Result<()> {
-        for ([stored, gradient], [given, wanted]) in [
-            (
-                ["stored_logp", "grad_logp"],
-                [self.stored_logp.is_some(), outputs.grad_logp.is_some()],
-            ),
-            (
-                ["stored_values", "grad_values"],
-                [self.stored_values.is_some(), outputs.grad_values.is_some()],
-            ),
+        let Self { stored_logp, stored_values, stored_entropy, .. } = self;
+        let ScaleOutputs { grad_logp, grad_values, grad_entropy } = outputs;
+        for (names, given) in [
+            (["stored_logp", "grad_logp"], [stored_logp.is_some(), grad_logp.is_some()]),
+            (["stored_values", "grad_values"], [stored_values.is_some(), grad_values.is_some()]),
             (
                 ["stored_entropy", "grad_entropy"],
-                [self.stored_entropy.is_some(), outputs.grad_entropy.is_some()],
+                [stored_entropy.is_some(), grad_entropy.is_some()],
             ),
         ] {
-            Error::check_given(OP, [stored, gradient], [given, wanted])?;
-            Error::check_given(OP, [gradient, stored], [wanted, given])?;
+            Error::check_both(OP, names, given)?;
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! The C entry points of the op.
 
-use std::ffi::c_void;
-
 use super::{
     cpu, cuda, EpsPlacement, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs,
     OwnBackwardInputs, WhitenOptions, WithBackwardInputs, OP,
@@ -36,7 +34,6 @@ fn check_counts(moments: Option<&[Moments]>) -> Result<()> {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_whiten_options {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// Keeps the divisor from 0; above 1.2e-38, 1e-8 by default.
     pub eps: f64,
@@ -46,7 +43,6 @@ pub struct ppok_whiten_options {
     pub unbiased: i32,
     /// 1, the default: the result has mean 0; 0: the mean is added back after scaling.
     pub shift_mean: i32,
-    /// 0.
     pub reserved: i32,
 }
 
@@ -61,11 +57,10 @@ options!(ppok_whiten_options, WhitenOptions, OP, [reserved], {
     shift_mean => shift_mean,
 });
 
-/// Arguments of ppok_whiten_moments_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_whiten_moments_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_whiten_moments_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// How many there are.
     pub elements: usize,
@@ -97,11 +92,10 @@ unsafe impl Pass for ppok_whiten_moments_args {
     }
 }
 
-/// Arguments of ppok_whiten_forward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_whiten_forward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_whiten_forward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// How many there are.
     pub elements: usize,
@@ -112,7 +106,6 @@ pub struct ppok_whiten_forward_args {
     /// The moments to whiten with, one: those of x itself, or of a larger set. Of 2 elements or more, or
     /// 1 where not `unbiased`.
     pub moments: *const Moments,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_whiten_options,
     /// `[elements]`, written; 0 where masked. For CUDA it may be `x`.
     pub y: *mut f32,
@@ -137,11 +130,10 @@ unsafe impl Pass for ppok_whiten_forward_args {
     }
 }
 
-/// Arguments of ppok_whiten_backward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_whiten_backward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_whiten_backward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// How many there are.
     pub elements: usize,
@@ -153,7 +145,6 @@ pub struct ppok_whiten_backward_args {
     pub moments: *const Moments,
     /// The upstream gradient, `[elements]`.
     pub grad_y: *const f32,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_whiten_options,
     /// `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
     pub grad_x: *mut f32,
@@ -182,11 +173,10 @@ unsafe impl Pass for ppok_whiten_backward_args {
     }
 }
 
-/// Arguments of ppok_whiten_with_backward_*. Set `struct_size`, and everything that is not used to zero.
+/// Arguments of ppok_whiten_with_backward_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_whiten_with_backward_args {
-    /// `sizeof` of this struct.
     pub struct_size: usize,
     /// How many there are.
     pub elements: usize,
@@ -196,7 +186,6 @@ pub struct ppok_whiten_with_backward_args {
     pub moments: *const Moments,
     /// The upstream gradient, `[elements]`.
     pub grad_y: *const f32,
-    /// Null for the defaults. In the process's memory, also for CUDA.
     pub options: *const ppok_whiten_options,
     /// `[elements]`, written; 0 where masked. For CUDA it may be `grad_y`.
     pub grad_x: *mut f32,
@@ -219,15 +208,6 @@ unsafe impl Pass for ppok_whiten_with_backward_args {
             |stream| cuda::masked_whiten_with_backward(stream, i, None, elements, &options, o),
         )
     }
-}
-
-/// Sets the defaults. `struct_size` is `sizeof *options`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_options_init(
-    options: *mut ppok_whiten_options,
-    struct_size: usize,
-) -> i32 {
-    capi::init(OP, options, struct_size)
 }
 
 /// The moments of both sets together, for shards and data parallelism, in the process's memory.
@@ -261,54 +241,12 @@ pub unsafe extern "C" fn ppok_whiten_moments_cpu(args: *const ppok_whiten_moment
     capi::cpu(args)
 }
 
-/// ppok_whiten_moments_cpu() on device memory and `stream`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_moments_cuda(
-    args: *const ppok_whiten_moments_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_whiten_moments_cuda() needs to `bytes`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_moments_cuda_workspace_size(
-    args: *const ppok_whiten_moments_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
-}
-
 /// Masked whitening: y = (x - mean) / sqrt(var + eps) where unmasked, else 0, with the mean and the
-/// variance of `moments`. If those are of too few elements, `PPOK_STATUS_MASK`.
+/// variance of `moments`. If those are of too few elements, `PPOK_STATUS_MASK`; on CUDA y is NaN then
+/// where not masked.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_forward_cpu(args: *const ppok_whiten_forward_args) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_whiten_forward_cpu() on device memory, moments included, and `stream`. Moments of too few
-/// elements are no error here: y is NaN then where not masked.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_forward_cuda(
-    args: *const ppok_whiten_forward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_whiten_forward_cuda() needs to `bytes`: 0 in this version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_forward_cuda_workspace_size(
-    args: *const ppok_whiten_forward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }
 
 /// Gradient with respect to `x` of ppok_whiten_forward_cpu() with the moments of `x` itself, through
@@ -318,52 +256,10 @@ pub unsafe extern "C" fn ppok_whiten_backward_cpu(args: *const ppok_whiten_backw
     capi::cpu(args)
 }
 
-/// ppok_whiten_backward_cpu() on device memory, moments included, and `stream`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_backward_cuda(
-    args: *const ppok_whiten_backward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_whiten_backward_cuda() needs to `bytes`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_backward_cuda_workspace_size(
-    args: *const ppok_whiten_backward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
-}
-
 /// Gradient with respect to `x` of ppok_whiten_forward_cpu() with moments that are constants.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_whiten_with_backward_cpu(
     args: *const ppok_whiten_with_backward_args,
 ) -> i32 {
     capi::cpu(args)
-}
-
-/// ppok_whiten_with_backward_cpu() on device memory, moments included, and `stream`.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_with_backward_cuda(
-    args: *const ppok_whiten_with_backward_args,
-    workspace: *mut c_void,
-    bytes: usize,
-    stream: *mut c_void,
-) -> i32 {
-    capi::cuda(args, workspace, bytes, stream)
-}
-
-/// Writes the bytes of workspace that ppok_whiten_with_backward_cuda() needs to `bytes`: 0 in this version.
-#[no_mangle]
-pub unsafe extern "C" fn ppok_whiten_with_backward_cuda_workspace_size(
-    args: *const ppok_whiten_with_backward_args,
-    stream: *mut c_void,
-    bytes: *mut usize,
-) -> i32 {
-    capi::workspace_size(args, stream, bytes)
 }

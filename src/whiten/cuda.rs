@@ -10,7 +10,7 @@
 //! not masked.
 
 use super::{EpsPlacement, WhitenOptions, OP};
-use crate::cuda::{Args, Kernel, Launch, SliceMut, Stream};
+use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths, Pointer, Pointers};
 use crate::moments::cuda::{merge, merge_workspace_len};
@@ -58,7 +58,7 @@ pub fn masked_moments(
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     let inputs = inputs.try_map(&[elements], &mut Lengths(OP))?;
-    let outputs: super::MomentsOutputs<Pointers> = outputs.try_map((), &mut Lengths(OP))?;
+    let outputs = outputs.try_map((), &mut Lengths(OP))?;
     let run = run_len(elements, TILE);
     let runs = elements.div_ceil(run);
     Error::check_workspace(OP, workspace.len(), merge_workspace_len(runs))?;
@@ -66,7 +66,7 @@ pub fn masked_moments(
     let partials: *mut Moments = workspace.as_mut_ptr().cast();
     if runs > 0 {
         let args = MomentsArgs { inputs, partials, count: elements as i64, run: run as i64 };
-        launch(stream, "moments", runs, BLOCK, &args)?;
+        stream.launch_f32([OP, "moments"], runs, BLOCK, &args)?;
     }
     merge(stream, OP, partials, runs, outputs.moments.as_ptr())
 }
@@ -125,12 +125,12 @@ pub fn masked_whiten_backward(
     let sums: *mut GradientSums = workspace.as_mut_ptr().cast();
     let partials = sums.wrapping_add(1);
     let args = SumsArgs { inputs, known, partials, count, run: run as i64 };
-    launch(stream, "sums", runs, BLOCK, &args)?;
+    stream.launch_f32([OP, "sums"], runs, BLOCK, &args)?;
     let args = MergeSumsArgs { partials, sums, count: runs as i64 };
-    launch(stream, "merge_sums", 1, MERGE_BLOCK, &args)?;
+    stream.launch_f32([OP, "merge_sums"], 1, MERGE_BLOCK, &args)?;
     let options = OptionsArgs::new(options);
     let args = BackwardArgs { inputs, outputs, known, sums, count, options };
-    launch(stream, "backward", blocks(elements, PAIRS_TILE), BLOCK, &args)
+    stream.launch_f32([OP, "backward"], blocks(elements, PAIRS_TILE), BLOCK, &args)
 }
 
 /// The gradient with respect to `x` of [`masked_whiten`] with moments that are constants. `known` as
@@ -148,9 +148,9 @@ pub fn masked_whiten_with_backward(
 ) -> Result<()> {
     options.validate()?;
     let shape = &[elements];
-    let inputs: super::WithBackwardInputs<Pointers> = inputs.try_map(shape, &mut Lengths(OP))?;
+    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
     let known = check_moments(inputs.moments, known, "grad_y", options)?;
-    let outputs: super::GradOutputs<Pointers> = outputs.try_map(shape, &mut Lengths(OP))?;
+    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     // The forward pass without the mean, on the gradient.
     let inputs = super::Inputs { x: inputs.grad_y, mask: inputs.mask, moments: inputs.moments };
     let outputs = super::Outputs { y: outputs.grad_x };
@@ -162,19 +162,8 @@ pub fn masked_whiten_with_backward(
 fn launch_forward(stream: &Stream, args: &ForwardArgs) -> Result<()> {
     match args.count as usize {
         0 => Ok(()),
-        elements => launch(stream, "forward", blocks(elements, TILE), BLOCK, args),
+        elements => stream.launch_f32([OP, "forward"], blocks(elements, TILE), BLOCK, args),
     }
-}
-
-fn launch<A: Args>(
-    stream: &Stream,
-    pass: &'static str,
-    blocks: usize,
-    threads: usize,
-    args: &A,
-) -> Result<()> {
-    let launch = Launch::new(stream.device(), blocks, 1, threads as u32);
-    stream.launch(&Kernel { op: OP, pass, dtype: "f32" }, launch, args)
 }
 
 /// Elements of a run: whole tiles of a block, and [`RUNS`] runs at most.
@@ -259,7 +248,7 @@ struct ForwardArgs<'a> {
     scale_only: i32,
 }
 
-// SAFETY: as above.
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for ForwardArgs<'_> {}
 
 #[repr(C)]
@@ -272,7 +261,7 @@ struct SumsArgs<'a> {
     run: i64,
 }
 
-// SAFETY: as above.
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for SumsArgs<'_> {}
 
 #[repr(C)]
@@ -283,7 +272,7 @@ struct MergeSumsArgs {
     count: i64,
 }
 
-// SAFETY: as above.
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for MergeSumsArgs {}
 
 #[repr(C)]
@@ -297,5 +286,5 @@ struct BackwardArgs<'a> {
     options: OptionsArgs,
 }
 
-// SAFETY: as above.
+// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for BackwardArgs<'_> {}

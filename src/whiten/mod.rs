@@ -23,7 +23,7 @@
 //! read (x, mask and the gradient twice), 4 written.
 
 #[cfg(feature = "capi")]
-#[allow(clippy::missing_safety_doc)]
+#[allow(missing_docs, clippy::missing_safety_doc)]
 pub mod capi;
 pub mod cpu;
 pub mod cuda;

@@ -1,5 +1,6 @@
 //! The functions of the gae op.
 
+use ppo_kernels::capi::functions::*;
 use ppo_kernels::gae::capi::*;
 use ppo_kernels::gae::cpu::{self, Inputs, Outputs};
 use ppo_kernels::gae::{

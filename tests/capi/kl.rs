@@ -1,5 +1,6 @@
 //! The functions of the kl op.
 
+use ppo_kernels::capi::functions::*;
 use ppo_kernels::kl::capi::*;
 use ppo_kernels::kl::cpu::{
     self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,

@@ -1,5 +1,6 @@
 //! The functions of the logprob op.
 
+use ppo_kernels::capi::functions::*;
 use ppo_kernels::logprob::capi::*;
 use ppo_kernels::logprob::cpu::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,

@@ -1,5 +1,6 @@
 //! The functions of the ppo_loss op.
 
+use ppo_kernels::capi::functions::*;
 use ppo_kernels::ppo_loss::capi::*;
 use ppo_kernels::ppo_loss::cpu::{self, Outputs};
 use ppo_kernels::ppo_loss::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats};

@@ -1,5 +1,6 @@
 //! The functions of the whiten op.
 
+use ppo_kernels::capi::functions::*;
 use ppo_kernels::whiten::capi::*;
 use ppo_kernels::whiten::cpu::{
     self, GradOutputs, Inputs, MomentsInputs, MomentsOutputs, Outputs, OwnBackwardInputs,

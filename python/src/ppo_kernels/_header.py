@@ -102,63 +102,12 @@ class gae_args(Structure):
     ]
 
 
-class kl_token_options(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("log_ratio_clamp", c_double),
-        ("output_clamp", c_double),
-        ("estimator", c_int32),
-        ("reserved", c_int32),
-    ]
-
-
 class kl_full_options(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("temperature", c_double),
         ("direction", c_int32),
         ("reserved", c_int32),
-    ]
-
-
-class kl_token_forward_args(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("tokens", c_size_t),
-        ("logp", c_void_p),
-        ("ref_logp", c_void_p),
-        ("mask", c_void_p),
-        ("options", c_void_p),
-        ("kl", c_void_p),
-    ]
-
-
-class kl_token_backward_args(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("tokens", c_size_t),
-        ("logp", c_void_p),
-        ("ref_logp", c_void_p),
-        ("mask", c_void_p),
-        ("grad_kl", c_void_p),
-        ("options", c_void_p),
-        ("grad_logp", c_void_p),
-        ("grad_ref_logp", c_void_p),
-    ]
-
-
-class kl_full_forward_args(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("rows", c_size_t),
-        ("vocab", c_size_t),
-        ("logits_type", c_int32),
-        ("reserved", c_int32),
-        ("logits", c_void_p),
-        ("ref_logits", c_void_p),
-        ("mask", c_void_p),
-        ("options", c_void_p),
-        ("stats", c_void_p),
     ]
 
 
@@ -180,6 +129,57 @@ class kl_full_backward_args(Structure):
     ]
 
 
+class kl_full_forward_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("vocab", c_size_t),
+        ("logits_type", c_int32),
+        ("reserved", c_int32),
+        ("logits", c_void_p),
+        ("ref_logits", c_void_p),
+        ("mask", c_void_p),
+        ("options", c_void_p),
+        ("stats", c_void_p),
+    ]
+
+
+class kl_token_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("log_ratio_clamp", c_double),
+        ("output_clamp", c_double),
+        ("estimator", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class kl_token_backward_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("tokens", c_size_t),
+        ("logp", c_void_p),
+        ("ref_logp", c_void_p),
+        ("mask", c_void_p),
+        ("grad_kl", c_void_p),
+        ("options", c_void_p),
+        ("grad_logp", c_void_p),
+        ("grad_ref_logp", c_void_p),
+    ]
+
+
+class kl_token_forward_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("tokens", c_size_t),
+        ("logp", c_void_p),
+        ("ref_logp", c_void_p),
+        ("mask", c_void_p),
+        ("options", c_void_p),
+        ("kl", c_void_p),
+    ]
+
+
 class logprob_options(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -187,23 +187,6 @@ class logprob_options(Structure):
         ("ignore_index", c_int64),
         ("has_ignore_index", c_int32),
         ("reserved", c_int32),
-    ]
-
-
-class logprob_forward_args(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("rows", c_size_t),
-        ("vocab", c_size_t),
-        ("logits_type", c_int32),
-        ("targets_type", c_int32),
-        ("logits", c_void_p),
-        ("targets", c_void_p),
-        ("options", c_void_p),
-        ("logp", c_void_p),
-        ("entropy", c_void_p),
-        ("max", c_void_p),
-        ("log_sum", c_void_p),
     ]
 
 
@@ -223,6 +206,23 @@ class logprob_backward_args(Structure):
         ("grad_entropy", c_void_p),
         ("options", c_void_p),
         ("grad_logits", c_void_p),
+    ]
+
+
+class logprob_forward_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("vocab", c_size_t),
+        ("logits_type", c_int32),
+        ("targets_type", c_int32),
+        ("logits", c_void_p),
+        ("targets", c_void_p),
+        ("options", c_void_p),
+        ("logp", c_void_p),
+        ("entropy", c_void_p),
+        ("max", c_void_p),
+        ("log_sum", c_void_p),
     ]
 
 
@@ -321,13 +321,16 @@ class whiten_options(Structure):
     ]
 
 
-class whiten_moments_args(Structure):
+class whiten_backward_args(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("elements", c_size_t),
         ("x", c_void_p),
         ("mask", c_void_p),
         ("moments", c_void_p),
+        ("grad_y", c_void_p),
+        ("options", c_void_p),
+        ("grad_x", c_void_p),
     ]
 
 
@@ -343,16 +346,13 @@ class whiten_forward_args(Structure):
     ]
 
 
-class whiten_backward_args(Structure):
+class whiten_moments_args(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("elements", c_size_t),
         ("x", c_void_p),
         ("mask", c_void_p),
         ("moments", c_void_p),
-        ("grad_y", c_void_p),
-        ("options", c_void_p),
-        ("grad_x", c_void_p),
     ]
 
 
@@ -396,6 +396,13 @@ OPTIONS = {
             "replace",
         ),
     },
+    "kl_full": {
+        "temperature": "float",
+        "direction": (
+            "forward",
+            "reverse",
+        ),
+    },
     "kl_token": {
         "log_ratio_clamp": "float?",
         "output_clamp": "float?",
@@ -405,13 +412,6 @@ OPTIONS = {
             "k2",
             "k3",
             "k3_straight_through",
-        ),
-    },
-    "kl_full": {
-        "temperature": "float",
-        "direction": (
-            "forward",
-            "reverse",
         ),
     },
     "logprob": {
@@ -462,53 +462,53 @@ OPTIONS = {
 }
 
 FUNCTIONS = {
-    "last_error": (c_char_p, ()),
-    "status_string": (c_char_p, (c_int32,)),
-    "version": (c_int32, ()),
-    "version_string": (c_char_p, ()),
-    "gae_options_init": (c_int32, (c_void_p, c_size_t)),
     "gae_cpu": (c_int32, (c_void_p,)),
     "gae_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "gae_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "kl_token_options_init": (c_int32, (c_void_p, c_size_t)),
-    "kl_full_options_init": (c_int32, (c_void_p, c_size_t)),
-    "kl_token_forward_cpu": (c_int32, (c_void_p,)),
-    "kl_token_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
-    "kl_token_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "kl_token_backward_cpu": (c_int32, (c_void_p,)),
-    "kl_token_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
-    "kl_token_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "kl_full_forward_cpu": (c_int32, (c_void_p,)),
-    "kl_full_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
-    "kl_full_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "gae_options_init": (c_int32, (c_void_p, c_size_t)),
     "kl_full_backward_cpu": (c_int32, (c_void_p,)),
     "kl_full_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "kl_full_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "logprob_options_init": (c_int32, (c_void_p, c_size_t)),
-    "logprob_forward_cpu": (c_int32, (c_void_p,)),
-    "logprob_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
-    "logprob_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "kl_full_forward_cpu": (c_int32, (c_void_p,)),
+    "kl_full_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "kl_full_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "kl_full_options_init": (c_int32, (c_void_p, c_size_t)),
+    "kl_token_backward_cpu": (c_int32, (c_void_p,)),
+    "kl_token_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "kl_token_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "kl_token_forward_cpu": (c_int32, (c_void_p,)),
+    "kl_token_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "kl_token_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "kl_token_options_init": (c_int32, (c_void_p, c_size_t)),
+    "last_error": (c_char_p, ()),
     "logprob_backward_cpu": (c_int32, (c_void_p,)),
     "logprob_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "logprob_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "ppo_loss_options_init": (c_int32, (c_void_p, c_size_t)),
+    "logprob_forward_cpu": (c_int32, (c_void_p,)),
+    "logprob_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "logprob_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "logprob_options_init": (c_int32, (c_void_p, c_size_t)),
+    "moments_merge": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "ppo_loss_cpu": (c_int32, (c_void_p,)),
     "ppo_loss_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "ppo_loss_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "ppo_loss_options_init": (c_int32, (c_void_p, c_size_t)),
     "ppo_loss_scale_cpu": (c_int32, (c_void_p,)),
     "ppo_loss_scale_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "ppo_loss_scale_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "whiten_options_init": (c_int32, (c_void_p, c_size_t)),
-    "moments_merge": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "whiten_moments_cpu": (c_int32, (c_void_p,)),
-    "whiten_moments_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
-    "whiten_moments_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
-    "whiten_forward_cpu": (c_int32, (c_void_p,)),
-    "whiten_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
-    "whiten_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "status_string": (c_char_p, (c_int32,)),
+    "version": (c_int32, ()),
+    "version_string": (c_char_p, ()),
     "whiten_backward_cpu": (c_int32, (c_void_p,)),
     "whiten_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "whiten_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "whiten_forward_cpu": (c_int32, (c_void_p,)),
+    "whiten_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "whiten_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "whiten_moments_cpu": (c_int32, (c_void_p,)),
+    "whiten_moments_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "whiten_moments_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "whiten_options_init": (c_int32, (c_void_p, c_size_t)),
     "whiten_with_backward_cpu": (c_int32, (c_void_p,)),
     "whiten_with_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "whiten_with_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
