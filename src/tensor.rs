@@ -328,7 +328,9 @@ pub(crate) fn view<'a, T: Element>(
             got: format!("{layout:?}"),
         });
     };
-    Ok(View { storage, range: start..end, element: PhantomData })
+    // A slice of nothing may begin behind the storage's end.
+    let range = if start == end { 0..0 } else { start..end };
+    Ok(View { storage, range, element: PhantomData })
 }
 
 /// Checked tensors, and buffers for outputs.
