@@ -137,8 +137,6 @@ struct TokenGradient {
     }
 };
 
-constexpr float LARGEST = 3.40282347e38f;
-
 // The same sums for maxima that are at least theirs. Without a branch, and exact if the maxima are
 // the same. From -inf there is nothing to shift: the sums are 0, or NaN and stay so.
 static __device__ __forceinline__ PairSums rebase(PairSums s, float max_z, float max_w,

@@ -26,6 +26,9 @@ struct bf16 { uint16_t bits; };
         name(const __grid_constant__ Args args)
 #endif
 
+// The largest finite number.
+constexpr float LARGEST = 3.40282347e38f;
+
 // An array in the block's shared memory. Its contents are undefined at first.
 #ifdef SIMT
 #define SHARED(T, name, count)                                                                    \

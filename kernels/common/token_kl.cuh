@@ -42,7 +42,8 @@ static __device__ __forceinline__ void k3_of_token(float d, float& value, float&
         slope = d - value;
     } else {
         const float e = expf(-d);
-        value = e - 1.0f + d;
+        // Of d = -inf the exponential is the larger one.
+        value = e - 1.0f + (d < -LARGEST ? -LARGEST : d);
         slope = 1.0f - e;
     }
 }

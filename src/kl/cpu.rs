@@ -218,7 +218,9 @@ fn k3(d: f32) -> (f32, f32) {
 
     let e = exp(-d);
     let small = d.abs() < 1.0;
-    let value = if small { series } else { e - 1.0 + d };
+    // Of d = -inf the exponential is the larger one.
+    let finite = if d < f32::MIN { f32::MIN } else { d };
+    let value = if small { series } else { e - 1.0 + finite };
     let derivative = if small { d - series } else { 1.0 - e };
     (value, derivative)
 }

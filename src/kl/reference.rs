@@ -6,7 +6,8 @@ use super::{FullKlOptions, KlEstimator, KlOptions};
 pub fn token(d: f64, options: &KlOptions) -> (f64, f64) {
     let (d, d_clamped) = clamp(d, options.log_ratio_clamp);
     let k2 = 0.5 * d * d;
-    let k3 = (-d).exp_m1() + d;
+    // Of d = -inf the exponential is the larger one.
+    let k3 = if d == f64::NEG_INFINITY { f64::INFINITY } else { (-d).exp_m1() + d };
     let (value, derivative) = match options.estimator {
         KlEstimator::K1 => (d, 1.0),
         KlEstimator::Abs if d == 0.0 => (0.0, 0.0),

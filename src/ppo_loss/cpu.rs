@@ -1,6 +1,8 @@
 //! The fused CPU implementation. The tokens are cut into blocks that stay in the cache; each term
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
-//! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
+//! kept in lanes of f32 within a stretch of a block and in f64, over a fixed tree, between blocks.
+
+use std::ops::Range;
 
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
@@ -14,7 +16,8 @@ use crate::moments::Moments;
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK_TOKENS: usize = 4096;
 
-/// Tokens that one loop leaves to the next in the L1 cache.
+/// Tokens that one loop leaves to the next in the L1 cache, and that are added up in f32: a lane gets
+/// few enough of them that an outlier's rounding swallows no more than a few units in its last place.
 const STRETCH: usize = 512;
 
 /// How many tokens ahead of the loops memory is asked for. They do so much for a token that the
@@ -321,6 +324,12 @@ fn for_lanes(len: usize, mut body: impl FnMut(usize, bool)) {
     }
 }
 
+/// The stretches of `len` tokens.
+#[inline(always)]
+fn stretches(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(STRETCH).map(move |first| first..len.min(first + STRETCH))
+}
+
 /// The lanes of `x` from `at` on; 0 past its end.
 #[inline(always)]
 fn load(x: &[f32], at: usize, full: bool) -> Lanes {
@@ -418,7 +427,7 @@ impl Terms {
         let mut weights = [0.0; BLOCK_TOKENS];
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
-        let kept = weights.iter().position(|&w| w != 0.0);
+        let samples = samples(weights);
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
         let writer = Writer::<NON_TEMPORAL>;
@@ -428,13 +437,17 @@ impl Terms {
             .value
             .map(|(values, old_values, returns)| [values, old_values.unwrap_or(values), returns]);
         // What the KL term is added to is to be in the cache still.
+        let (logp, old_logp, _) = policy;
+        let log_ratio = centre(samples, |t| logp[t] - old_logp[t]);
+        let ratio = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
+        let ratio = if ratio.is_finite() { ratio } else { 1.0 };
         let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
         if again {
             vectorise(
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(weights, policy, value, grad, &mut sums, &Writer::<false>);
+                    self.policy(weights, policy, value, ratio, grad, &mut sums, &Writer::<false>);
                 },
             );
         } else {
@@ -442,7 +455,7 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(weights, policy, value, grad, &mut sums, &writer);
+                    self.policy(weights, policy, value, ratio, grad, &mut sums, &writer);
                 },
             );
         }
@@ -456,10 +469,11 @@ impl Terms {
             );
         }
         if let Some(inputs @ [values, _, returns]) = value {
-            let first = kept.map_or((0.0, 0.0), |t| (returns[t], returns[t] - values[t]));
+            let centres =
+                [centre(samples, |t| returns[t]), centre(samples, |t| returns[t] - values[t])];
             vectorise(
                 #[inline(always)]
-                || self.value(weights, inputs, first, block.grad_values, &mut sums, &writer),
+                || self.value(weights, inputs, centres, block.grad_values, &mut sums, &writer),
             );
         }
         if let Some(entropy) = block.entropy {
@@ -472,13 +486,15 @@ impl Terms {
     }
 
     /// Asks for what the value loop reads: this one has so much to do for a token, and that one so
-    /// little, that memory would be idle now and waited for then.
+    /// little, that memory would be idle now and waited for then. The ratio's variance is taken around
+    /// `centre`, so that it keeps its digits.
     #[inline(always)]
     fn policy<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
         value: Option<[&[f32]; 3]>,
+        centre: f32,
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
         writer: &Writer<NON_TEMPORAL>,
@@ -487,21 +503,20 @@ impl Terms {
             KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
         let k3_of = TokenKl::new(&K3);
         let (mut clipped, mut lower_clipped) = ([0_u32; LANES], [0_u32; LANES]);
-        let mut loss = ZERO;
-        let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
-        let (mut ratio_sum, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
+        let (mut ratio_sum, mut ratio_squares) = (0.0, 0.0);
         let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
         // Two loops a stretch, each of them short enough for the machine to work on several tokens
         // at once: from log-ratio to loss one operation waits for the other.
         let (mut raws, mut ratios) = ([0.0; STRETCH], [0.0; STRETCH]);
-        for first in (0..weights.len()).step_by(STRETCH) {
-            let stretch = first..weights.len().min(first + STRETCH);
+        for stretch in stretches(weights.len()) {
+            let first = stretch.start;
             let (weights, logp, old_logp, advantages) = (
                 &weights[stretch.clone()],
                 &logp[stretch.clone()],
                 &old_logp[stretch.clone()],
                 &advantages[stretch.clone()],
             );
+            let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
             for_lanes(
                 weights.len(),
                 #[inline(always)]
@@ -525,7 +540,12 @@ impl Terms {
                     ratios[at..][..LANES].copy_from_slice(&ratio);
                 },
             );
+            sums.k1 -= sum(total);
+            sums.k2 += 0.5 * sum(total_squares);
+            sums.k3 += sum(k3);
+
             let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
+            let (mut loss, mut excesses, mut squares, mut advantage) = (ZERO, ZERO, ZERO, ZERO);
             for_lanes(
                 weights.len(),
                 #[inline(always)]
@@ -554,9 +574,8 @@ impl Terms {
                         loss[i] = w[i].mul_add(select(is_lower, bound, larger), loss[i]);
                         clipped[i] += u32::from(counts & keep);
                         lower_clipped[i] += u32::from(is_lower);
-                        // Around 1, where ratios are, so that the variance keeps its digits.
-                        let excess = ratio - 1.0;
-                        ratio_sum[i] += excess;
+                        let excess = select(keep, ratio - centre, 0.0);
+                        excesses[i] += excess;
                         squares[i] = excess.mul_add(excess, squares[i]);
                         let low = select(keep, ratio, min[i]);
                         let high = select(keep, ratio, max[i]);
@@ -569,17 +588,16 @@ impl Terms {
                     }
                 },
             );
+            sums.policy_loss += sum(loss);
+            sums.advantages += sum(advantage);
+            ratio_sum += sum(excesses);
+            ratio_squares += sum(squares);
         }
-        sums.policy_loss = sum(loss);
         sums.clipped = count_of(clipped);
         sums.lower_clipped = count_of(lower_clipped);
-        sums.k1 = -sum(total);
-        sums.k2 = 0.5 * sum(total_squares);
-        sums.k3 = sum(k3);
-        sums.ratio = moments(1.0, sums.tokens, sum(ratio_sum), sum(squares));
+        sums.ratio = moments(centre, sums.tokens, ratio_sum, ratio_squares);
         sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
         sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
-        sums.advantages = sum(advantage);
     }
 
     /// Adds its gradient to the policy term's.
@@ -594,90 +612,108 @@ impl Terms {
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
-        let (mut loss, mut total) = (ZERO, ZERO);
-        for_lanes(
-            weights.len(),
-            #[inline(always)]
-            |at, full| {
-                let (w, new, reference) =
-                    (load(weights, at, full), load(logp, at, full), load(ref_logp, at, full));
-                let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at, full));
-                for i in 0..LANES {
-                    // Every estimate of d = 0 is 0.
-                    let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
-                    let (value, derivative) = self.kl.at(d);
-                    loss[i] += w[i] * value;
-                    total[i] += value;
-                    g[i] += derivative * w[i] * self.kl_scale;
-                }
-                if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
-                }
-            },
-        );
-        sums.kl_loss = sum(loss);
-        sums.kl = sum(total);
+        for stretch in stretches(weights.len()) {
+            let (weights, logp, ref_logp) =
+                (&weights[stretch.clone()], &logp[stretch.clone()], &ref_logp[stretch.clone()]);
+            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
+            let (mut loss, mut total) = (ZERO, ZERO);
+            for_lanes(
+                weights.len(),
+                #[inline(always)]
+                |at, full| {
+                    let (w, new, reference) =
+                        (load(weights, at, full), load(logp, at, full), load(ref_logp, at, full));
+                    let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at, full));
+                    for i in 0..LANES {
+                        // Every estimate of d = 0 is 0.
+                        let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
+                        let (value, derivative) = self.kl.at(d);
+                        loss[i] += w[i] * value;
+                        total[i] += value;
+                        g[i] += derivative * w[i] * self.kl_scale;
+                    }
+                    if let Some(grad) = &mut grad {
+                        store(grad, at, full, g, writer);
+                    }
+                },
+            );
+            sums.kl_loss += sum(loss);
+            sums.kl += sum(total);
+        }
     }
 
-    /// `first` is the first unmasked return and its residual: variances are taken around them, so
-    /// that they keep their digits far from 0.
+    /// The variances of returns and residuals are taken around these centres, so that they keep their
+    /// digits far from 0.
     #[inline(always)]
     fn value<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         [values, old_values, returns]: [&[f32]; 3],
-        first: (f32, f32),
+        centres: [f32; 2],
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
         writer: &Writer<NON_TEMPORAL>,
     ) {
         // Where the coefficient is 0 the error, which may be NaN, is not wanted.
         let wanted = self.value_scale != 0.0;
-        let (mut loss, mut clipped) = (ZERO, [0_u32; LANES]);
-        let (mut target, mut target_squares) = (ZERO, ZERO);
-        let (mut residual, mut residual_squares) = (ZERO, ZERO);
-        for_lanes(
-            weights.len(),
-            #[inline(always)]
-            |at, full| {
-                let w = load(weights, at, full);
-                let (v, old, r) =
-                    (load(values, at, full), load(old_values, at, full), load(returns, at, full));
-                let mut g = ZERO;
-                for i in 0..LANES {
-                    let keep = w[i] != 0.0;
-                    let error = v[i] - r[i];
-                    // From differences, which keep their digits where values are far from 0.
-                    let moved = v[i] - old[i];
-                    let kept_move = clip(moved, -self.value_range, self.value_range);
-                    let clipped_error = error + (kept_move - moved);
-                    let unclipped_loss = error * error;
-                    let clipped_loss = clipped_error * clipped_error;
-                    let is_clipped = clipped_loss > unclipped_loss;
-                    let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                    let flows = wanted & keep & !is_clipped;
-                    g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
+        let mut clipped = [0_u32; LANES];
+        let [mut targets, mut residuals] = [(0.0, 0.0); 2];
+        for stretch in stretches(weights.len()) {
+            let (weights, values, old_values, returns) = (
+                &weights[stretch.clone()],
+                &values[stretch.clone()],
+                &old_values[stretch.clone()],
+                &returns[stretch.clone()],
+            );
+            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
+            let mut loss = ZERO;
+            let (mut target, mut target_squares) = (ZERO, ZERO);
+            let (mut residual, mut residual_squares) = (ZERO, ZERO);
+            for_lanes(
+                weights.len(),
+                #[inline(always)]
+                |at, full| {
+                    let w = load(weights, at, full);
+                    let v = load(values, at, full);
+                    let (old, r) = (load(old_values, at, full), load(returns, at, full));
+                    let mut g = ZERO;
+                    for i in 0..LANES {
+                        let keep = w[i] != 0.0;
+                        let error = v[i] - r[i];
+                        // From differences, which keep their digits where values are far from 0.
+                        let moved = v[i] - old[i];
+                        let kept_move = clip(moved, -self.value_range, self.value_range);
+                        let clipped_error = error + (kept_move - moved);
+                        let unclipped_loss = error * error;
+                        let clipped_loss = clipped_error * clipped_error;
+                        let is_clipped = clipped_loss > unclipped_loss;
+                        let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                        let flows = wanted & keep & !is_clipped;
+                        g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
 
-                    loss[i] += select(keep, w[i] * larger, 0.0);
-                    clipped[i] += u32::from(is_clipped & keep);
-                    let x = select(keep, r[i] - first.0, 0.0);
-                    target[i] += x;
-                    target_squares[i] = x.mul_add(x, target_squares[i]);
-                    let x = select(keep, -error - first.1, 0.0);
-                    residual[i] += x;
-                    residual_squares[i] = x.mul_add(x, residual_squares[i]);
-                }
-                if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
-                }
-            },
-        );
-        let around = |first: f32, total, squares| {
-            moments(f64::from(first), sums.tokens, sum(total), sum(squares))
-        };
-        sums.returns = around(first.0, target, target_squares);
-        sums.residuals = around(first.1, residual, residual_squares);
-        sums.value_loss = 0.5 * sum(loss);
+                        loss[i] += select(keep, w[i] * larger, 0.0);
+                        clipped[i] += u32::from(is_clipped & keep);
+                        let x = select(keep, r[i] - centres[0], 0.0);
+                        target[i] += x;
+                        target_squares[i] = x.mul_add(x, target_squares[i]);
+                        let x = select(keep, -error - centres[1], 0.0);
+                        residual[i] += x;
+                        residual_squares[i] = x.mul_add(x, residual_squares[i]);
+                    }
+                    if let Some(grad) = &mut grad {
+                        store(grad, at, full, g, writer);
+                    }
+                },
+            );
+            sums.value_loss += 0.5 * sum(loss);
+            targets.0 += sum(target);
+            targets.1 += sum(target_squares);
+            residuals.0 += sum(residual);
+            residuals.1 += sum(residual_squares);
+        }
+        let [returns, residual] = centres;
+        sums.returns = moments(returns, sums.tokens, targets.0, targets.1);
+        sums.residuals = moments(residual, sums.tokens, residuals.0, residuals.1);
         sums.value_clipped = count_of(clipped);
     }
 
@@ -690,38 +726,67 @@ impl Terms {
         sums: &mut Sums,
         writer: &Writer<NON_TEMPORAL>,
     ) {
-        let (mut loss, mut total) = (ZERO, ZERO);
-        for_lanes(
-            weights.len(),
-            #[inline(always)]
-            |at, full| {
-                let (w, h) = (load(weights, at, full), load(entropy, at, full));
-                let mut g = ZERO;
-                for i in 0..LANES {
-                    let h = select(w[i] != 0.0, h[i], 0.0);
-                    loss[i] += w[i] * h;
-                    total[i] += h;
-                    g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
-                }
-                if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
-                }
-            },
-        );
-        sums.entropy_loss = sum(loss);
-        sums.entropy = sum(total);
+        for stretch in stretches(weights.len()) {
+            let (weights, entropy) = (&weights[stretch.clone()], &entropy[stretch.clone()]);
+            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
+            let (mut loss, mut total) = (ZERO, ZERO);
+            for_lanes(
+                weights.len(),
+                #[inline(always)]
+                |at, full| {
+                    let (w, h) = (load(weights, at, full), load(entropy, at, full));
+                    let mut g = ZERO;
+                    for i in 0..LANES {
+                        let h = select(w[i] != 0.0, h[i], 0.0);
+                        loss[i] += w[i] * h;
+                        total[i] += h;
+                        g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
+                    }
+                    if let Some(grad) = &mut grad {
+                        store(grad, at, full, g, writer);
+                    }
+                },
+            );
+            sums.entropy_loss += sum(loss);
+            sums.entropy += sum(total);
+        }
+    }
+}
+
+/// The first unmasked token, the last, and one about half way.
+fn samples(weights: &[f32]) -> Option<[usize; 3]> {
+    let kept = |&token: &usize| weights[token] != 0.0;
+    let first = (0..weights.len()).find(kept)?;
+    let last = (first..weights.len()).rfind(kept)?;
+    let middle = (first.midpoint(last)..=last).find(kept)?;
+    Some([first, middle, last])
+}
+
+/// The median of `x` at some tokens, to take a variance around: of the size of the others, and no
+/// outlier. 0 where it is not finite or there are none.
+fn centre(samples: Option<[usize; 3]>, x: impl Fn(usize) -> f32) -> f32 {
+    let [a, b, c] = samples.map_or([0.0; 3], |samples| samples.map(x));
+    let median = a.min(b).max(a.max(b).min(c));
+    if median.is_finite() {
+        median
+    } else {
+        0.0
     }
 }
 
 /// The moments of `count` numbers x, from the sums of x - centre and (x - centre)².
-fn moments(centre: f64, count: u64, sum: f64, squares: f64) -> Moments {
+fn moments(centre: f32, count: u64, sum: f64, squares: f64) -> Moments {
     if count == 0 {
         return Moments::default();
     }
     let shift = sum / count as f64;
     let m2 = squares - shift * sum;
     // Comparison, not max: NaN stays NaN.
-    Moments { count: count as f64, mean: centre + shift, m2: if m2 < 0.0 { 0.0 } else { m2 } }
+    Moments {
+        count: count as f64,
+        mean: f64::from(centre) + shift,
+        m2: if m2 < 0.0 { 0.0 } else { m2 },
+    }
 }
 
 /// What a run of tokens adds up to. The losses are weighted by row, the rest is plain.

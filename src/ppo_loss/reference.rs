@@ -3,9 +3,13 @@
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::error::Result;
 use crate::kl::reference::token as token_kl;
+use crate::kl::{KlEstimator, KlOptions};
 use crate::memory::{in_space, Lengths};
 
 in_space!(HostF64: Inputs);
+
+const K3: KlOptions =
+    KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
 
 /// The loss with its gradients, for an upstream gradient of 1.
 #[derive(Debug, Clone)]
@@ -97,7 +101,7 @@ pub fn ppo_loss(
         },
         approx_kl_k1: mean(&|t| -policy(t).log_ratio),
         approx_kl_k2: mean(&|t| policy(t).log_ratio.powi(2) / 2.0),
-        approx_kl_k3: mean(&|t| policy(t).log_ratio.exp_m1() - policy(t).log_ratio),
+        approx_kl_k3: mean(&|t| token_kl(-policy(t).log_ratio, &K3).0),
         ratio_mean: mean(&|t| policy(t).ratio),
         ratio_var: variance(&|t| policy(t).ratio),
         ratio_min: extreme(f64::min),

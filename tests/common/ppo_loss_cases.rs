@@ -98,6 +98,39 @@ pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
     }
 }
 
+/// A batch whose statistics sums in f32 lose that are not taken around a number of their own: ratios
+/// that agree but are not 1, and a return that is an outlier, the first.
+pub fn hard_to_sum(batch: usize, seq_len: usize) -> Data<f32> {
+    let n = batch * seq_len;
+    // Multiples of 2^-21, so that differences are exact in f32.
+    let step = |i: usize| ((i * 7) % 32) as f32 * 2_f32.powi(-17);
+    let mut returns: Vec<f32> = (0..n).map(|i| 0.75 + step(i)).collect();
+    returns[0] = 1e8;
+    Data {
+        batch,
+        seq_len,
+        logp: vec![-2.0; n],
+        old_logp: (0..n).map(|i| -0.28125 + step(i)).collect(),
+        advantages: vec![1.0; n],
+        values: Some((0..n).map(|i| 0.5 + step(3 * i)).collect()),
+        old_values: Some(vec![0.5; n]),
+        returns: Some(returns),
+        ..Default::default()
+    }
+}
+
+/// Asserts what the statistics of [`hard_to_sum`] can be: means to a few units in the last place of the
+/// sum of magnitudes, the variance of the ratio to the share that the rounding of e^x leaves.
+#[track_caller]
+pub fn check_hard_to_sum(data: &Data<f32>, stats: &PpoStats) {
+    let want = run(&data.map(f64::from), &PpoLossOptions::default()).stats;
+    let ulp = f64::from(f32::EPSILON) / 2.0;
+    let close = |what, got, want, rel| assert_close(what, &[got], &[want], rel, 0.0);
+    close("ratio_mean", stats.ratio_mean, want.ratio_mean, 4.0 * ulp);
+    close("ratio_var", stats.ratio_var, want.ratio_var, 0.05);
+    close("return_mean", stats.return_mean, want.return_mean, 4.0 * ulp);
+}
+
 pub fn run(data: &Data<f64>, options: &PpoLossOptions) -> reference::Output {
     reference::ppo_loss(&data.inputs(), data.batch, data.seq_len, options).unwrap()
 }
