@@ -324,7 +324,7 @@ fn reference_equals_current_trl_with_the_score_after_the_last_token() {
             lambda: case.number("lam"),
             shaping: RewardShaping {
                 kl_coef: case.number("kl_coef"),
-                placement: ScorePlacement::AfterLastToken,
+                score_placement: ScorePlacement::AfterLastToken,
                 ..Default::default()
             },
             ..Default::default()
@@ -393,7 +393,7 @@ fn reference_equals_the_peers_rewards() {
                 if !case.inputs["reward_clip_range"].is_null() {
                     let range = case.input("reward_clip_range");
                     assert_eq!(range[0], -range[1]);
-                    shaping.clip = Some(range[1]);
+                    shaping.score_clip = Some(range[1]);
                 }
                 key = "reward";
             }
@@ -405,8 +405,8 @@ fn reference_equals_the_peers_rewards() {
                     (case.shape("log_probs")[1], case.number("prompt_length") as usize - 1);
                 mask.chunks_mut(width).for_each(|row| row[..start].fill(0));
                 shaping.kl_coef = case.number("kl_ctl");
-                shaping.clip = Some(case.number("clip_reward_value"));
-                shaping.placement = ScorePlacement::AfterLastToken;
+                shaping.score_clip = Some(case.number("clip_reward_value"));
+                shaping.score_placement = ScorePlacement::AfterLastToken;
                 key = "rewards";
             }
             other => panic!("{other}"),
@@ -617,7 +617,7 @@ fn the_score_lands_on_the_last_token_or_one_past_it() {
     };
     let with = |placement| GaeOptions {
         lambda: 1.0,
-        shaping: RewardShaping { kl_coef: 0.5, placement, ..Default::default() },
+        shaping: RewardShaping { kl_coef: 0.5, score_placement: placement, ..Default::default() },
         ..Default::default()
     };
     let out = one_row(inputs, &with(ScorePlacement::LastToken));
@@ -662,14 +662,14 @@ fn scores_are_scaled_and_clipped_and_then_the_missing_end_counts() {
         one_row(inputs, &GaeOptions { shaping, ..Default::default() }).rewards[0]
     };
     let scaled = RewardShaping {
-        scale: Some(ScoreScale { mean: 1.0, std: 2.0 }),
-        clip: Some(3.0),
+        score_scale: Some(ScoreScale { mean: 1.0, std: 2.0 }),
+        score_clip: Some(3.0),
         ..Default::default()
     };
     assert_eq!(reward(9.0, 1, scaled), 3.0);
     assert_eq!(reward(-9.0, 1, scaled), -3.0);
     assert_eq!(reward(2.0, 1, scaled), 0.5);
-    let reversed = RewardShaping { order: ScoreOrder::ClipThenScale, ..scaled };
+    let reversed = RewardShaping { score_order: ScoreOrder::ClipThenScale, ..scaled };
     assert_eq!(reward(9.0, 1, reversed), 1.0);
     let subtract = RewardShaping { missing_eos: MissingEos::Subtract(2.0), ..scaled };
     assert_eq!((reward(9.0, 1, subtract), reward(9.0, 0, subtract)), (3.0, 1.0));
@@ -683,7 +683,7 @@ fn running_moments_scale_scores_and_equal_scores_are_no_error() {
     running.update(&[2.0, 2.0, 2.0]);
     let scale = ScoreScale::from(&running);
     assert_eq!((scale.mean, scale.std), (2.0, f64::from(f32::EPSILON)));
-    let shaping = RewardShaping { scale: Some(scale), ..Default::default() };
+    let shaping = RewardShaping { score_scale: Some(scale), ..Default::default() };
     let inputs = Inputs { scores: Some(&[2.0]), ..Inputs::new(&[0.0]) };
     let out = one_row(inputs, &GaeOptions { shaping, ..Default::default() });
     assert_eq!(out.rewards, [0.0]);
@@ -699,7 +699,7 @@ fn a_row_without_tokens_is_zeros_and_its_score_is_dropped() {
             mask: Some(&[0; 3]),
             ..Inputs::new(&values)
         };
-        let shaping = RewardShaping { placement, ..Default::default() };
+        let shaping = RewardShaping { score_placement: placement, ..Default::default() };
         let out = one_row(inputs, &GaeOptions { shaping, ..Default::default() });
         assert_eq!((out.advantages, out.returns), (vec![0.0; 3], vec![0.0; 3]));
         assert_eq!((out.rewards, out.moments), (vec![0.0; 3], Moments::default()));
@@ -861,15 +861,19 @@ fn errors_name_the_option_out_of_range() {
     }
     let shaped = |shaping| one_row_of(&GaeOptions { shaping, ..default });
     let default = RewardShaping::default();
-    let scaled = |mean, std| RewardShaping { scale: Some(ScoreScale { mean, std }), ..default };
+    let scaled =
+        |mean, std| RewardShaping { score_scale: Some(ScoreScale { mean, std }), ..default };
     says(shaped(RewardShaping { kl_coef: -0.1, ..default }), &["`kl_coef`"]);
     says(shaped(RewardShaping { kl_coef: f64::NAN, ..default }), &["`kl_coef`"]);
     says(shaped(RewardShaping { kl_coef: 1e300, ..default }), &["`kl_coef` is 1e300", "f32"]);
-    says(shaped(RewardShaping { clip: Some(0.0), ..default }), &["`clip`"]);
-    says(shaped(scaled(0.0, 0.0)), &["`scale.std`"]);
-    says(shaped(scaled(f64::NAN, 1.0)), &["`scale.mean`"]);
+    says(shaped(RewardShaping { score_clip: Some(0.0), ..default }), &["`score_clip`"]);
+    says(shaped(scaled(0.0, 0.0)), &["`score_std`"]);
+    says(shaped(scaled(f64::NAN, 1.0)), &["`score_mean`"]);
     for bad in [MissingEos::Subtract(f64::NAN), MissingEos::Replace(f64::INFINITY)] {
-        says(shaped(RewardShaping { missing_eos: bad, ..default }), &["`missing_eos`", "finite"]);
+        says(
+            shaped(RewardShaping { missing_eos: bad, ..default }),
+            &["`missing_eos_value`", "finite"],
+        );
     }
     // Nothing to work on.
     let penalty = RewardShaping { missing_eos: MissingEos::Subtract(1.0), ..default };

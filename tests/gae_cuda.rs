@@ -253,7 +253,8 @@ fn rows_that_are_split_over_blocks_have_the_same_bits_as_others() {
 /// Scores past a last token that is the last of its vector, segment or tile.
 fn scores_past_the_last_token(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
     let mut rng = rng(6);
-    let shaping = RewardShaping { placement: ScorePlacement::AfterLastToken, ..Default::default() };
+    let shaping =
+        RewardShaping { score_placement: ScorePlacement::AfterLastToken, ..Default::default() };
     let options = GaeOptions { shaping, gamma: 0.99, ..Default::default() };
     let lengths = [4, 127, 128, 129, 255, 256, 1024, 2047, 2048, 2049, 4096, 4099, 4100, 16_384];
     for seq_len in [256, 4100, 16_400] {
@@ -297,7 +298,7 @@ fn special_values_stay_where_they_belong() {
             let inputs = Inputs { values: &values, ..inputs };
             let scale = Some(ScoreScale { mean: 0.0, std: 2.0 });
             let missing_eos = MissingEos::Replace(1.0);
-            let shaping = RewardShaping { scale, missing_eos, ..Default::default() };
+            let shaping = RewardShaping { score_scale: scale, missing_eos, ..Default::default() };
             let options = &GaeOptions { shaping, ..Default::default() };
             let machine = machine(Order::Fifo, 9, 1 << 20);
             let got = Call { machine, offset: 0, inputs, batch, seq_len, options }.run().unwrap();

@@ -144,7 +144,11 @@ pub(crate) fn call(body: impl FnOnce() -> Result<()>) -> i32 {
         Ok(Err(fault)) => fault,
         Err(panic) => Fault::Panic { message: message(&*panic) },
     };
-    let (text, mut bytes) = (fault.to_string(), [0; TEXT]);
+    let (mut text, mut bytes) = (fault.to_string(), [0; TEXT]);
+    if let Fault::Op(Error::Option { option, .. }) = fault {
+        // Options within options have a name of their own here.
+        text = text.replacen(option, &option.replace('.', "_"), 1);
+    }
     // Cut off at a character where it is too long, so that it ends in zero.
     let len = (0..TEXT).rev().find(|&len| text.is_char_boundary(len)).unwrap_or(0);
     bytes[..len].copy_from_slice(&text.as_bytes()[..len]);

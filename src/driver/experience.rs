@@ -114,7 +114,7 @@ fn estimate(
     let missing_eos = settings.missing_eos_penalty.map_or(MissingEos::Keep, MissingEos::Subtract);
     let shaping = RewardShaping {
         kl_coef,
-        clip: settings.score_clip,
+        score_clip: settings.score_clip,
         missing_eos,
         ..RewardShaping::default()
     };

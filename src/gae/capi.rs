@@ -107,11 +107,11 @@ options!(ppok_gae_options, GaeOptions, OP, [], {
     lambda => lambda,
     value_lambda => value_lambda,
     kl_coef => shaping.kl_coef,
-    score_std & score_mean => shaping.scale,
-    score_clip => shaping.clip,
+    score_std & score_mean => shaping.score_scale,
+    score_clip => shaping.score_clip,
     mask_mode => mask_mode,
-    score_placement => shaping.placement,
-    score_order => shaping.order,
+    score_placement => shaping.score_placement,
+    score_order => shaping.score_order,
     missing_eos & missing_eos_value => shaping.missing_eos,
 });
 

@@ -164,7 +164,7 @@ impl<'a> Row<'a> {
         let score = inputs.scores.zip(last).map(|(scores, last)| {
             let has_eos = inputs.has_eos.is_none_or(|has_eos| has_eos[row] != 0);
             let score = options.shaping.score(f64::from(scores[row]), has_eos);
-            let place = match options.shaping.placement {
+            let place = match options.shaping.score_placement {
                 ScorePlacement::LastToken => last,
                 ScorePlacement::AfterLastToken => (last + 1).min(seq_len - 1),
             };
@@ -606,7 +606,7 @@ mod tests {
             ..Inputs::new(&values)
         };
         let mut options = GaeOptions::default();
-        options.shaping.placement = placement;
+        options.shaping.score_placement = placement;
         let coefficients = Coefficients::new(&options);
         let job = Job { inputs, seq_len, options: &options, coefficients };
         let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);

@@ -217,11 +217,11 @@ impl Shaping {
             MissingEos::Replace(value) => (value, true),
         };
         Self {
-            mean: shaping.scale.map_or(0.0, |scale| scale.mean),
-            inverse_std: shaping.scale.map_or(1.0, |scale| 1.0 / scale.std),
-            clip: shaping.clip.unwrap_or(f64::INFINITY),
+            mean: shaping.score_scale.map_or(0.0, |scale| scale.mean),
+            inverse_std: shaping.score_scale.map_or(1.0, |scale| 1.0 / scale.std),
+            clip: shaping.score_clip.unwrap_or(f64::INFINITY),
             missing,
-            clips_first: i32::from(shaping.order == ScoreOrder::ClipThenScale),
+            clips_first: i32::from(shaping.score_order == ScoreOrder::ClipThenScale),
             replaces: i32::from(replaces),
         }
     }
@@ -281,7 +281,7 @@ impl<'a> GaeArgs<'a> {
             gamma: options.gamma as f32,
             minus_kl_coef: -shaping.kl_coef as f32,
             multiply: i32::from(options.mask_mode == MaskMode::Multiply),
-            after_last: i32::from(shaping.placement == ScorePlacement::AfterLastToken),
+            after_last: i32::from(shaping.score_placement == ScorePlacement::AfterLastToken),
             two: i32::from(options.lambda_of_returns() != options.lambda),
             decay: Decay::new(options.gamma, options.lambda),
             returns_decay: Decay::new(options.gamma, options.lambda_of_returns()),

@@ -104,14 +104,14 @@ pub struct RewardShaping {
     /// at, and may be infinite. Default 0.05 (TRL).
     pub kl_coef: f64,
     /// Where the score is added. Default [`ScorePlacement::LastToken`].
-    pub placement: ScorePlacement,
+    pub score_placement: ScorePlacement,
     /// Scale the score: (score - mean) / std. Default none.
-    pub scale: Option<ScoreScale>,
+    pub score_scale: Option<ScoreScale>,
     /// Clip the score to -clip..=clip; above 0. DeepSpeed-Chat takes 5, trlx and OpenRLHF 10.
     /// Default none.
-    pub clip: Option<f64>,
+    pub score_clip: Option<f64>,
     /// Which of the two comes first. Default [`ScoreOrder::ScaleThenClip`].
-    pub order: ScoreOrder,
+    pub score_order: ScoreOrder,
     /// What happens to the score of a sequence without end-of-sequence token. Default
     /// [`MissingEos::Keep`]; the others need `scores` and `has_eos`.
     pub missing_eos: MissingEos,
@@ -121,10 +121,10 @@ impl Default for RewardShaping {
     fn default() -> Self {
         Self {
             kl_coef: 0.05,
-            placement: ScorePlacement::LastToken,
-            scale: None,
-            clip: None,
-            order: ScoreOrder::ScaleThenClip,
+            score_placement: ScorePlacement::LastToken,
+            score_scale: None,
+            score_clip: None,
+            score_order: ScoreOrder::ScaleThenClip,
             missing_eos: MissingEos::Keep,
         }
     }
@@ -211,25 +211,25 @@ impl RewardShaping {
             Error::check_option(OP, option, value, valid, expected)
         };
         check("kl_coef", self.kl_coef, self.kl_coef >= 0.0, "finite and 0 or above")?;
-        if let Some(clip) = self.clip {
-            check("clip", clip, clip > 0.0, "finite and above 0")?;
+        if let Some(clip) = self.score_clip {
+            check("score_clip", clip, clip > 0.0, "finite and above 0")?;
         }
-        if let Some(ScoreScale { mean, std }) = self.scale {
-            check("scale.mean", mean, true, "finite")?;
-            check("scale.std", std, std > 0.0, "finite and above 0")?;
+        if let Some(ScoreScale { mean, std }) = self.score_scale {
+            check("score_mean", mean, true, "finite")?;
+            check("score_std", std, std > 0.0, "finite and above 0")?;
         }
         match self.missing_eos {
             MissingEos::Keep => Ok(()),
-            MissingEos::Subtract(by) => check("missing_eos", by, true, "finite"),
-            MissingEos::Replace(with) => check("missing_eos", with, true, "finite"),
+            MissingEos::Subtract(by) => check("missing_eos_value", by, true, "finite"),
+            MissingEos::Replace(with) => check("missing_eos_value", with, true, "finite"),
         }
     }
 
     /// What becomes of a sequence's score before it is added to the rewards.
     fn score(&self, raw: f64, has_eos: bool) -> f64 {
-        let scale = |score: f64| self.scale.map_or(score, |s| (score - s.mean) / s.std);
-        let clip = |score: f64| self.clip.map_or(score, |c| score.clamp(-c, c));
-        let score = match self.order {
+        let scale = |score: f64| self.score_scale.map_or(score, |s| (score - s.mean) / s.std);
+        let clip = |score: f64| self.score_clip.map_or(score, |c| score.clamp(-c, c));
+        let score = match self.score_order {
             ScoreOrder::ScaleThenClip => clip(scale(raw)),
             ScoreOrder::ClipThenScale => scale(clip(raw)),
         };

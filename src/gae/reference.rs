@@ -95,7 +95,7 @@ fn steps(inputs: &Inputs, row: usize, seq_len: usize, options: &GaeOptions) -> V
         let has_eos = inputs.has_eos.is_none_or(|has_eos| has_eos[row] != 0);
         let score = options.shaping.score(scores[row], has_eos);
         let has_room = last + 1 < seq_len;
-        if options.shaping.placement == ScorePlacement::AfterLastToken && has_room {
+        if options.shaping.score_placement == ScorePlacement::AfterLastToken && has_room {
             let i = at(last + 1);
             let value = inputs.values[i];
             steps.push(Step { output: Some((i, false)), reward: score, value, done: false });

@@ -176,7 +176,7 @@ impl PpoLossOptions {
         self.kl.validate_as(OP, ["kl.log_ratio_clamp", "kl.output_clamp"])?;
         self.denominator.map_or(Ok(()), |x| positive("denominator", x))?;
         if let Aggregation::Constant(divisor) = self.aggregation {
-            positive("aggregation", divisor)?;
+            positive("aggregation_divisor", divisor)?;
             let expected = "none with Aggregation::Constant";
             self.denominator.map_or(Ok(()), |x| check("denominator", x, false, expected))?;
         }

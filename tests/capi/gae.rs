@@ -16,7 +16,7 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
     let shaped = |shaping| GaeOptions { shaping, ..default };
     let shaping = RewardShaping::default();
     let scale = Some(ScoreScale { mean: 0.4, std: 1.7 });
-    let clipped = RewardShaping { scale, clip: Some(1.1), ..shaping };
+    let clipped = RewardShaping { score_scale: scale, score_clip: Some(1.1), ..shaping };
     vec![
         (default, init()),
         (
@@ -37,7 +37,7 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
             },
         ),
         (
-            shaped(RewardShaping { placement: ScorePlacement::AfterLastToken, ..clipped }),
+            shaped(RewardShaping { score_placement: ScorePlacement::AfterLastToken, ..clipped }),
             ppok_gae_options {
                 score_placement: PPOK_GAE_SCORE_AFTER_LAST,
                 score_mean: 0.4,
@@ -48,7 +48,7 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
         ),
         (
             shaped(RewardShaping {
-                order: ScoreOrder::ClipThenScale,
+                score_order: ScoreOrder::ClipThenScale,
                 missing_eos: MissingEos::Subtract(0.8),
                 ..clipped
             }),
@@ -209,5 +209,41 @@ mod on_the_stand_in {
                 assert_same(&got, &want, &options);
             }
         });
+    }
+}
+
+#[test]
+fn errors_name_the_field_of_the_struct() {
+    type Change = fn(&mut ppok_gae_options);
+    let changes: [(&str, Change); 8] = [
+        ("gamma", |options| options.gamma = 2.0),
+        ("lambda", |options| options.lambda = 2.0),
+        ("value_lambda", |options| options.value_lambda = 2.0),
+        ("kl_coef", |options| options.kl_coef = -1.0),
+        ("score_std", |options| options.score_std = 0.0),
+        ("score_mean", |options| (options.score_std, options.score_mean) = (1.0, f64::NAN)),
+        ("score_clip", |options| options.score_clip = 0.0),
+        ("missing_eos_value", |options| {
+            options.missing_eos = PPOK_GAE_MISSING_EOS_SUBTRACT;
+            options.missing_eos_value = f64::NAN;
+        }),
+    ];
+    for (field, change) in changes {
+        let mut options = defaults(ppok_gae_options_init);
+        change(&mut options);
+        let (values, mut advantages, mut returns) = ([1.0], [0.0], [0.0]);
+        // SAFETY: of numbers and pointers only.
+        let args = ppok_gae_args {
+            struct_size: size_of::<ppok_gae_args>(),
+            batch: 1,
+            seq_len: 1,
+            values: values.as_ptr(),
+            options: &options,
+            advantages: advantages.as_mut_ptr(),
+            returns: returns.as_mut_ptr(),
+            ..unsafe { std::mem::zeroed() }
+        };
+        // SAFETY: the arrays are as long as the sizes say.
+        refused(unsafe { ppok_gae_cpu(&args) }, field);
     }
 }

@@ -25,6 +25,15 @@ fn ok(status: i32) {
     assert_eq!(status, PPOK_STATUS_OK, "{said:?}");
 }
 
+/// Asserts that an option was refused by its name.
+#[track_caller]
+fn refused(status: i32, option: &str) {
+    // SAFETY: the text ends in zero.
+    let said = unsafe { std::ffi::CStr::from_ptr(ppok_last_error()) }.to_str().unwrap();
+    assert_eq!(status, PPOK_STATUS_OPTION, "{option}: {said}");
+    assert!(said.contains(&format!(": option `{option}` is ")), "{option}: {said}");
+}
+
 /// A struct of options with its defaults.
 fn defaults<T>(init: unsafe extern "C" fn(*mut T, usize) -> i32) -> T {
     let mut options = std::mem::MaybeUninit::<T>::uninit();

@@ -216,3 +216,27 @@ mod on_the_stand_in {
         }
     }
 }
+
+#[test]
+fn errors_name_the_field_of_the_struct() {
+    let [data, _] = rollouts();
+    type Change = fn(&mut ppok_ppo_loss_options);
+    let changes: [(&str, Change); 9] = [
+        ("clip_range", |options| options.clip_range = -2.0),
+        ("clip_range_high", |options| options.clip_range_high = -2.0),
+        ("dual_clip", |options| options.dual_clip = 1.0),
+        ("log_ratio_clamp", |options| options.log_ratio_clamp = 0.0),
+        ("value_clip_range", |options| options.value_clip_range = -2.0),
+        ("kl_log_ratio_clamp", |options| options.kl_log_ratio_clamp = 0.0),
+        ("kl_output_clamp", |options| options.kl_output_clamp = 0.0),
+        ("aggregation_divisor", |options| options.aggregation = PPOK_PPO_LOSS_CONSTANT),
+        ("denominator", |options| options.denominator = 0.0),
+    ];
+    for (field, change) in changes {
+        let mut options = defaults(ppok_ppo_loss_options_init);
+        change(&mut options);
+        let mut written = nothing_written(data.logp.len());
+        // SAFETY: the arrays are as long as the sizes say.
+        refused(unsafe { ppok_ppo_loss_cpu(&args(&data, &options, &mut written)) }, field);
+    }
+}

@@ -153,8 +153,14 @@ pub fn all_options() -> Vec<GaeOptions> {
                     (scale, Some(1.5), ScoreOrder::ScaleThenClip, MissingEos::Subtract(1.0)),
                     (scale, Some(1.5), ScoreOrder::ClipThenScale, MissingEos::Replace(-3.0)),
                 ] {
-                    let shaping =
-                        RewardShaping { kl_coef: 0.1, placement, scale, clip, order, missing_eos };
+                    let shaping = RewardShaping {
+                        kl_coef: 0.1,
+                        score_placement: placement,
+                        score_scale: scale,
+                        score_clip: clip,
+                        score_order: order,
+                        missing_eos,
+                    };
                     all.push(GaeOptions { gamma, lambda, value_lambda, mask_mode, shaping });
                 }
             }

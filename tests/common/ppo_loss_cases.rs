@@ -294,7 +294,10 @@ pub fn bad_options() -> Vec<(&'static str, PpoLossOptions)> {
                 ..default
             },
         ),
-        ("aggregation", PpoLossOptions { aggregation: Aggregation::Constant(0.0), ..default }),
+        (
+            "aggregation_divisor",
+            PpoLossOptions { aggregation: Aggregation::Constant(0.0), ..default },
+        ),
     ]
 }
 

@@ -280,7 +280,7 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
             let options = draw.gae_options();
             let shape = [batch, seq_len];
             let mask = draw.mask(shape);
-            let values = match options.shaping.placement {
+            let values = match options.shaping.score_placement {
                 ScorePlacement::LastToken => draw.masked(&mask, 0.0, 1.0),
                 // The value behind the last token is read.
                 ScorePlacement::AfterLastToken => draw.values(mask.len(), 0.0, 1.0),
@@ -490,10 +490,11 @@ impl Draw<'_> {
             mask_mode: self.pick(&[MaskMode::Carry, MaskMode::Multiply]),
             shaping: RewardShaping {
                 kl_coef: 0.05,
-                placement: self.pick(&[ScorePlacement::LastToken, ScorePlacement::AfterLastToken]),
-                scale: self.pick(&[None, Some(ScoreScale { mean: 0.3, std: 1.7 })]),
-                clip: self.pick(&[None, Some(1.5)]),
-                order: self.pick(&[ScoreOrder::ScaleThenClip, ScoreOrder::ClipThenScale]),
+                score_placement: self
+                    .pick(&[ScorePlacement::LastToken, ScorePlacement::AfterLastToken]),
+                score_scale: self.pick(&[None, Some(ScoreScale { mean: 0.3, std: 1.7 })]),
+                score_clip: self.pick(&[None, Some(1.5)]),
+                score_order: self.pick(&[ScoreOrder::ScaleThenClip, ScoreOrder::ClipThenScale]),
                 missing_eos: self.pick(&[
                     MissingEos::Keep,
                     MissingEos::Subtract(1.0),
