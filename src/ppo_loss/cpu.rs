@@ -431,23 +431,23 @@ impl Terms {
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
         let writer = Writer::<NON_TEMPORAL>;
-        let (policy, grad_logp) = (block.policy, &mut block.grad_logp);
+        let (logp, old_logp, advantages) = block.policy;
+        let (policy, grad_logp) = ([weights, logp, old_logp, advantages], &mut block.grad_logp);
         // Without a clip the old values are not looked at, whatever they are.
         let value = block
             .value
             .map(|(values, old_values, returns)| [values, old_values.unwrap_or(values), returns]);
-        // What the KL term is added to is to be in the cache still.
-        let (logp, old_logp, _) = policy;
         let log_ratio = centre(samples, |t| logp[t] - old_logp[t]);
         let ratio = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
         let ratio = if ratio.is_finite() { ratio } else { 1.0 };
+        // What the KL term is added to is to be in the cache still.
         let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
         if again {
             vectorise(
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(weights, policy, value, ratio, grad, &mut sums, &Writer::<false>);
+                    self.policy(policy, value, ratio, grad, &mut sums, &Writer::<false>);
                 },
             );
         } else {
@@ -455,7 +455,7 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(weights, policy, value, ratio, grad, &mut sums, &writer);
+                    self.policy(policy, value, ratio, grad, &mut sums, &writer);
                 },
             );
         }
@@ -463,7 +463,7 @@ impl Terms {
             vectorise(
                 #[inline(always)]
                 || {
-                    let (logp, grad) = (block.policy.0, grad_logp.as_deref_mut());
+                    let grad = grad_logp.as_deref_mut();
                     self.kl(weights, (logp, ref_logp), grad, &mut sums, &writer);
                 },
             );
@@ -491,8 +491,7 @@ impl Terms {
     #[inline(always)]
     fn policy<const NON_TEMPORAL: bool>(
         self,
-        weights: &[f32],
-        (logp, old_logp, advantages): (&[f32], &[f32], &[f32]),
+        [weights, logp, old_logp, advantages]: [&[f32]; 4],
         value: Option<[&[f32]; 3]>,
         centre: f32,
         mut grad: Option<&mut [f32]>,
