@@ -133,15 +133,7 @@ def patch_trl() -> Patch:
     return patch
 
 
-_VERL_KL = {
-    "kl": "k1",
-    "k1": "k1",
-    "abs": "abs",
-    "mse": "k2",
-    "k2": "k2",
-    "low_var_kl": "k3",
-    "k3": "k3",
-}
+_VERL_KL = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}  # its other names
 _VERL_AGGREGATION = {
     "token-mean": ("token_mean", "batch_num_tokens"),
     "seq-mean-token-sum": ("seq_mean_token_sum", "global_batch_size"),
@@ -187,8 +179,9 @@ def patch_verl() -> Patch:
 
     @patch.function(core_algos, "kl_penalty")
     def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
-        estimator = _VERL_KL.get(kl_penalty.removesuffix("+"))
-        if estimator is None or not _supported(logprob, ref_logprob):
+        name = kl_penalty.removesuffix("+")
+        estimator = _VERL_KL.get(name, name)
+        if estimator not in ("k1", "abs", "k2", "k3") or not _supported(logprob, ref_logprob):
             return NotImplemented
         clamps = {"log_ratio_clamp": 20.0, "output_clamp": 10.0} if estimator == "k3" else {}
         kl = functional.token_kl(logprob, ref_logprob, estimator=estimator, **clamps)
