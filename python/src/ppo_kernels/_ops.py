@@ -219,12 +219,9 @@ def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> No
         _lists.refuse(op, name, f"is on device {tensor.device}", device)
 
 
-def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str) -> None:
-    _lists.refuse(op, name, f"has dtype {_name(tensor.dtype)}", expected)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str | torch.dtype) -> None:
+    dtype, expected = (str(given).removeprefix("torch.") for given in (tensor.dtype, expected))
+    _lists.refuse(op, name, f"has dtype {dtype}", expected)
 
 
 _DTYPES = {
@@ -235,10 +232,7 @@ _DTYPES = {
 
 
 def _checked(
-    op: Op,
-    tensors: Sequence[Tensor | None],
-    like: Tensor | None = None,
-    shape: Sequence[int] | None = None,
+    op: Op, tensors: tuple, like: Tensor | None = None, shape: tuple | None = None
 ) -> list[Tensor | None]:
     """An op's tensors as the library takes them, of a shape, or that of ``like``, and on its
     device. Without those it is the first tensor."""
@@ -261,7 +255,7 @@ def _checked(
     return checked
 
 
-def _check_rows(op: Op, tensors: Sequence[Tensor | None]) -> tuple[tuple[int, int], list]:
+def _check_rows(op: Op, tensors: tuple) -> tuple[tuple[int, int], list]:
     """How many rows of tokens, and tokens in each, and what :func:`_checked` gives."""
     shape = tensors[0].shape
     check_rows(op.name, op.inputs[0].name, shape, "seq_len")
@@ -308,12 +302,7 @@ def check_logprob(op: str, logits: Tensor, index: Tensor, several: bool = False)
 
 
 def _call_logprob(
-    function: Pass,
-    options: tuple,
-    logits: Tensor,
-    index: Tensor,
-    stats: Tensor,
-    *rest: Tensor | None,
+    function: Pass, options: tuple, logits: Tensor, index: Tensor, stats: Tensor, *rest: Any
 ) -> None:
     temperature, ignore_index = options
     if temperature == 1.0 and ignore_index is None:
@@ -474,7 +463,7 @@ def _check_full_kl(op: Op, tensors: tuple) -> list[Tensor | None]:
     logits, ref_logits, *_ = tensors
     _check_logits(op.name, "logits", logits)
     if ref_logits.dtype is not logits.dtype:
-        _refuse_dtype(op.name, "ref_logits", ref_logits, _name(logits.dtype))
+        _refuse_dtype(op.name, "ref_logits", ref_logits, logits.dtype)
     check_shape(op.name, "ref_logits", ref_logits.shape, logits.shape)
     check_device(op.name, "ref_logits", ref_logits, logits.device)
     return _checked(op, tensors)

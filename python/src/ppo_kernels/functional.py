@@ -29,19 +29,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import __all__ as _public
 from . import _lib, _lists, _ops
 
-__all__ = [
-    "GaeOutput",
-    "full_kl",
-    "gae",
-    "logprobs_and_entropy",
-    "masked_moments",
-    "masked_whiten",
-    "ppo_loss",
-    "selective_log_softmax",
-    "token_kl",
-]
+__all__ = [name for name in _public if name != "library_version"]
 
 Estimator = Literal["k1", "abs", "k2", "k3", "k3_straight_through"]
 Aggregation = Literal[

@@ -14,21 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import __all__ as _public
 from . import _header, _lib, _lists
 from ._lib import Pass
 from ._lists import FLAGS, Op, check_rows, check_shape
 
-__all__ = [
-    "GaeOutput",
-    "full_kl",
-    "gae",
-    "logprobs_and_entropy",
-    "masked_moments",
-    "masked_whiten",
-    "ppo_loss",
-    "selective_log_softmax",
-    "token_kl",
-]
+__all__ = [name for name in _public if name != "library_version"]
 
 Floats = NDArray[np.float32]
 
