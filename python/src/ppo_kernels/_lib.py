@@ -91,7 +91,7 @@ class Options:
 
     def among(self, arguments: Mapping[str, Any]) -> Address:
         """Of the values that the options have there, by their names."""
-        return self.address(*(arguments[name] for name in self.kinds))
+        return self.address(*map(arguments.__getitem__, self.kinds))
 
     def _make(self, *values: Any) -> Address:
         options = self.struct(ctypes.sizeof(self.struct))
