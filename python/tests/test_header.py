@@ -1,7 +1,9 @@
 """What the package knows of the C library is what the header says, and what the library does."""
 
+import contextlib
 import ctypes
 import inspect
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import torch
 
 import ppo_kernels.numpy
 from ppo_kernels import _header, _lib, _lists, functional
@@ -21,12 +24,12 @@ import generate  # noqa: E402  it is no part of the package
 
 PASSES = {name: given for name, given in vars(_lists).items() if isinstance(given, _lib.Pass)}
 OPTIONS = {
-    "logprob": (_lists.logprob_options, "selective_log_softmax"),
-    "kl_token": (_lists.token_kl_options, "token_kl"),
-    "kl_full": (_lists.full_kl_options, "full_kl"),
-    "gae": (_lists.gae_options, "gae"),
-    "whiten": (_lists.whiten_options, "masked_whiten"),
-    "ppo_loss": (_lists.ppo_loss_options, "ppo_loss"),
+    "logprob": (_lists.LOGPROB.options, "selective_log_softmax"),
+    "kl_token": (_lists.TOKEN_KL.options, "token_kl"),
+    "kl_full": (_lists.FULL_KL.options, "full_kl"),
+    "gae": (_lists.GAE.options, "gae"),
+    "whiten": (_lists.MASKED_WHITEN.options, "masked_whiten"),
+    "ppo_loss": (_lists.PPO_LOSS.options, "ppo_loss"),
 }
 
 
@@ -80,13 +83,17 @@ def test_as_a_compiler_sees_it(tmp_path):
 
 @pytest.mark.parametrize("given", PASSES.values(), ids=PASSES)
 def test_pass(given):
-    fields = [field for field, _ in given.struct._fields_]
-    assert {*given.names} == {*fields} - {"struct_size", "reserved"}
-    assert len(given.names) == len(set(given.names))
-    numbers = given.arguments(*range(1, 1 + len(given.names)))
+    fields = {field for field, _ in given.struct._fields_}
+    names = [*given.names]
+    if given.options is not None:
+        names.insert(0, "options")
+        assert given.options.struct.__name__.removesuffix("_options") in given.struct.__name__
+    assert {*names} == fields - {"struct_size", "reserved"}
+    assert len(names) == len(set(names))
+    numbers = given.arguments("options" in fields, *range(2, 2 + len(given.names)))
     struct = given.struct.from_buffer_copy(numbers)
     assert struct.struct_size == len(numbers) == ctypes.sizeof(struct)
-    for number, name in enumerate(given.names, 1):
+    for number, name in enumerate(names, 1 if "options" in names else 2):
         assert getattr(struct, name) == number
 
 
@@ -105,11 +112,13 @@ KINDS = {
 @pytest.mark.parametrize(
     ("inputs", "passes"),
     [
-        (_lists.LOGPROB_GRADIENTS, ("logprob_backward",)),
-        (_lists.TOKEN_KL, ("kl_token_forward", "kl_token_backward")),
-        (_lists.FULL_KL, ("kl_full_forward", "kl_full_backward")),
-        (_lists.GAE, ("gae",)),
-        (_lists.PPO_LOSS, ("ppo_loss",)),
+        (_lists.LOGPROB_BACKWARD.inputs[3:], ("logprob_backward",)),
+        (_lists.TOKEN_KL.inputs, ("kl_token_forward", "kl_token_backward")),
+        (_lists.TOKEN_KL_BACKWARD.inputs, ("kl_token_backward",)),
+        (_lists.FULL_KL.inputs, ("kl_full_forward", "kl_full_backward")),
+        (_lists.FULL_KL_BACKWARD.inputs, ("kl_full_backward",)),
+        (_lists.GAE.inputs, ("gae",)),
+        (_lists.PPO_LOSS.inputs, ("ppo_loss",)),
     ],
 )
 def test_kinds_of_inputs(inputs, passes):
@@ -151,8 +160,44 @@ def test_defaults(name, module):
 
 
 def test_names_of_what_can_be_chosen():
-    assert _lists.gae_options.kinds["score_placement"] == ("last", "after_last")
-    assert _lists.token_kl_options.kinds["estimator"][_header.KL_K3_STRAIGHT_THROUGH] == (
-        "k3_straight_through"
-    )
-    assert len(_lib.STATS) == len(set(_lib.STATS)) == 20 and _lib.STATS[0] == "loss"
+    assert _lists.GAE.options.kinds["score_placement"] == ("last", "after_last")
+    estimators = _lists.TOKEN_KL.options.kinds["estimator"]
+    assert estimators[_header.KL_K3_STRAIGHT_THROUGH] == "k3_straight_through"
+
+
+def test_statistics_are_documented():
+    """In the order of the header's struct, which is that of the dictionary."""
+    assert _lib.STATS[0] == "loss"
+    named = functional.ppo_loss.__doc__.split("Returns:")[1]
+    assert re.findall(r"``(\w+)``", named) == [*_lib.STATS]
+
+
+TENSORS = {name: torch.zeros(2, 3) for name in "logits ref_logits logp ref_logp values".split()}
+TENSORS |= {name: torch.zeros(2, 3) for name in "old_logp advantages".split()}
+TENSORS["index"] = torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(name, option) for name, (options, _) in OPTIONS.items() for option in options.kinds],
+)
+def test_options_arrive(name, option, module, monkeypatch):
+    """One that is not its default is what the library gets for it, with the defaults of others."""
+    options, function = OPTIONS[name]
+    parameters = inspect.signature(getattr(module, function)).parameters
+    defaults = {each: parameters[each].default for each in options.kinds}
+    kind, address, arrived = options.kinds[option], options.address, []
+    monkeypatch.setattr(options, "address", lambda *given: arrived.append(given) or address(*given))
+    if isinstance(kind, tuple):
+        value = next(choice for choice in kind if choice != defaults[option])
+    else:
+        value = {"bool": not defaults[option], "int?": 1}.get(kind, 0.625)
+    needed = [each for each, about in parameters.items() if about.default is about.empty]
+    tensors = [TENSORS[each] if module is functional else TENSORS[each].numpy() for each in needed]
+    with contextlib.suppress(ValueError):  # some are refused without another option, once there
+        getattr(module, function)(*tensors, **{option: value})
+    assert value != defaults[option]
+    assert arrived == [(*{**defaults, option: value}.values(),)]
+    field, struct = options.fields[option], address(*arrived[0]).struct
+    assert getattr(struct, field) == (kind.index(value) if isinstance(kind, tuple) else value)

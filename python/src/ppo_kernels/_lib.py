@@ -62,40 +62,10 @@ def fail(status: int) -> NoReturn:
     raise (ValueError if wrong_argument else RuntimeError)(last_error().decode())
 
 
-class Pass:
-    """A pass on the CPU and on CUDA. Its struct of arguments is made of values in the order of
-    ``names``, which is the caller's: the struct's own order is looked up once."""
-
-    def __init__(self, name: str, names: Sequence[str]) -> None:
-        self.names = names
-        self.struct = getattr(_header, f"{name}_args")
-        self.cpu = function(f"{name}_cpu")
-        self.cuda = function(f"{name}_cuda")
-        self.workspace_size = function(f"{name}_cuda_workspace_size")
-        first = ("struct_size", "reserved", *names)
-        self._in_order = itemgetter(*(first.index(field) for field, _ in self.struct._fields_))
-        self._size = ctypes.sizeof(self.struct)
-        # Makes what the ctypes struct would hold, several times as fast. Of a bytes object they are
-        # aligned well enough, and the library refuses what is not.
-        self._pack = Struct("".join(kind._type_ for _, kind in self.struct._fields_)).pack
-
-    def arguments(self, *values: int) -> bytes:
-        return self._pack(*self._in_order((self._size, 0, *values)))
-
-
 # --- Options ---
 
 # Names of the header that are others here.
 _RENAMED = {"lambda": "lam", "value_lambda": "value_lam", "at_last": "last"}
-# Options that come before another one here: the structs have what is 8 bytes wide first.
-_BEFORE = {
-    "estimator": "log_ratio_clamp",
-    "direction": "temperature",
-    "shift_mean": "eps",
-    "unbiased": "eps",
-    "kl_estimator": "kl_log_ratio_clamp",
-    "aggregation": "aggregation_divisor",
-}
 # What stands for None where that is not NONE.
 _ABSENT = {"aggregation_divisor": 0.0}
 
@@ -107,28 +77,21 @@ class Address(int):
 
 
 class Options:
-    """The options of an op, by name: ``fields`` has the header's names, ``kinds`` the types in
-    torch's schemas, or what can be chosen. ``address`` makes the library's struct of values in that
-    order, once for each set of them."""
+    """The options of an op, by name, but for those ``without``: ``fields`` has the header's names,
+    ``kinds`` the types in torch's schemas, or what can be chosen. ``address`` makes the library's
+    struct of values in that order, once for each set of them."""
 
-    def __init__(self, name: str, op: str) -> None:
+    def __init__(self, name: str, op: str, *without: str) -> None:
         self.op = op
         self.struct = getattr(_header, f"{name}_options")
-        fields = {_RENAMED.get(field, field): field for field in _header.OPTIONS[name]}
-        names = list(fields)
-        for option, other in _BEFORE.items():
-            if option in names and other in names:
-                names.remove(option)
-                names.insert(names.index(other), option)
-        self.fields = {option: fields[option] for option in names}
-        self.kinds = {
-            option: _kind(option, _header.OPTIONS[name][fields[option]]) for option in names
-        }
+        kinds = {f: kind for f, kind in _header.OPTIONS[name].items() if f not in without}
+        self.fields = {_RENAMED.get(field, field): field for field in kinds}
+        self.kinds = {option: _kind(option, kinds[field]) for option, field in self.fields.items()}
         self.address = lru_cache(maxsize=256)(self._make)
 
     def among(self, arguments: Mapping[str, Any]) -> Address:
         """Of the values that the options have there, by their names."""
-        return self.address(*(arguments[name] for name in self.kinds))
+        return self.address(*map(arguments.__getitem__, self.kinds))
 
     def _make(self, *values: Any) -> Address:
         options = self.struct(ctypes.sizeof(self.struct))
@@ -158,3 +121,26 @@ def _kind(name: str, kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
     if name in _ABSENT:
         return "float?"
     return kind if isinstance(kind, str) else tuple(_RENAMED.get(each, each) for each in kind)
+
+
+class Pass:
+    """A pass on the CPU and on CUDA. Its struct of arguments is made of the address of its options
+    and of values in the order of ``names``, which is the caller's: the struct's own order is looked
+    up once."""
+
+    def __init__(self, name: str, options: Options | None, names: Sequence[str]) -> None:
+        self.options = options
+        self.names = names
+        self.struct = getattr(_header, f"{name}_args")
+        self.cpu = function(f"{name}_cpu")
+        self.cuda = function(f"{name}_cuda")
+        self.workspace_size = function(f"{name}_cuda_workspace_size")
+        first = ("struct_size", "reserved", "options", *names)
+        self._in_order = itemgetter(*(first.index(field) for field, _ in self.struct._fields_))
+        self._size = ctypes.sizeof(self.struct)
+        # Makes what the ctypes struct would hold, several times as fast. Of a bytes object they are
+        # aligned well enough, and the library refuses what is not.
+        self._pack = Struct("".join(kind._type_ for _, kind in self.struct._fields_)).pack
+
+    def arguments(self, options: int, *values: int) -> bytes:
+        return self._pack(*self._in_order((self._size, 0, options, *values)))

@@ -1,14 +1,17 @@
 """What goes into every op, listed once: for PyTorch's schemas, for checks, and for the C library.
 
 An op's tensors are in the order of its torch op. A pass has its name in the library, and the order
-in which it gets its sizes, tensors, options and results here, by their names in its struct of
-arguments. ``tests/test_header.py`` compares all that with the header.
+in which it gets its sizes, tensors and results here, by their names in its struct of arguments.
+``tests/test_header.py`` compares all that with the header.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple, NoReturn
 
+from . import _header
 from ._lib import Options, Pass
 
 NUMBERS, FLAGS, MOMENTS, OTHER = "numbers", "flags", "moments", "other"
@@ -21,98 +24,149 @@ class Argument(NamedTuple):
     type: str  # in the schema of the torch op
     kind: str = OTHER
     per_row: bool = False  # of the shape of the op's first input without its last dimension
+    stacked: int = 0  # that many of this shape
 
 
-def _tensor(name: str, kind: str = OTHER, per_row: bool = False) -> Argument:
+def _tensor(name: str, kind: str = OTHER, per_row: bool = False, stacked: int = 0) -> Argument:
     optional = "?" if name.endswith("?") else ""
-    return Argument(name.removesuffix("?"), f"Tensor{optional}", kind, per_row)
+    return Argument(name.removesuffix("?"), f"Tensor{optional}", kind, per_row, stacked)
 
 
-def numbers(name: str, per_row: bool = False) -> Argument:
-    """A float32 for each token, or for each row."""
-    return _tensor(name, NUMBERS, per_row)
+_numbers = partial(_tensor, kind=NUMBERS)  # a float32 for each token, or for each row
+_flags = partial(_tensor, kind=FLAGS)  # a byte for each, which is not 0 where something holds
 
 
-def flags(name: str, per_row: bool = False) -> Argument:
-    """A byte for each token, or for each row, that is not 0 where something holds."""
-    return _tensor(name, FLAGS, per_row)
+class Op(NamedTuple):
+    """The tensors and the options of an op, by the name that errors give it."""
+
+    name: str
+    inputs: tuple[Argument, ...]
+    options: Options | None = None
+
+    def but(self, name: str, *more: Argument) -> Op:
+        """One with another name and more inputs."""
+        return self._replace(name=name, inputs=(*self.inputs, *more))
 
 
-def _pass(name: str, sizes: str, inputs: tuple[Argument, ...], rest: str) -> Pass:
-    return Pass(name, (*sizes.split(), *(argument.name for argument in inputs), *rest.split()))
+def _pass(name: str, op: Op, sizes: str, results: str, inputs: str = "") -> Pass:
+    """One with the inputs of an op, which may have other names there, and its options."""
+    tensors = inputs.split() or [argument.name for argument in op.inputs]
+    return Pass(name, op.options, (*sizes.split(), *tensors, *results.split()))
+
+
+# --- Errors, in the library's words ---
+
+
+def refuse(op: str, name: str, found: str, expected: object) -> NoReturn:
+    raise ValueError(f"{op}: `{name}` {found}, expected {expected}")
+
+
+def check_shape(op: str, name: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    if shape != expected:
+        refuse(op, name, f"has shape {list(shape)}", list(expected))
+
+
+def check_rows(op: str, name: str, shape: Sequence[int], dimension: str) -> None:
+    if not shape:
+        refuse(op, name, "has shape []", f"[..., {dimension}]")
 
 
 # --- logprob ---
 
-LOGPROB = (_tensor("logits"), _tensor("index"))
-LOGPROB_GRADIENTS = (numbers("entropy?"), numbers("grad_logp?"), numbers("grad_entropy?"))
-logprob_options = Options("logprob", "logprob")
-_BOTH = "rows vocab logits_type targets_type logits targets max log_sum"
-logprob_forward = _pass("logprob_forward", _BOTH, (), "entropy options logp")
-logprob_backward = _pass("logprob_backward", _BOTH, LOGPROB_GRADIENTS, "options grad_logits")
+_inputs = (_tensor("logits"), _tensor("index"))
+LOGPROB = Op("selective_log_softmax", _inputs, Options("logprob", "logprob"))
+LOGPROB_ENTROPY = LOGPROB.but("logprobs_and_entropy")
+LOGPROB_BACKWARD = LOGPROB.but(
+    "logprob_backward",
+    _numbers("stats", per_row=True, stacked=2),
+    _numbers("entropy?", per_row=True),
+    _numbers("grad_logp?", per_row=True),
+    _numbers("grad_entropy?", per_row=True),
+)
+LOGPROBS = LOGPROB._replace(options=Options("logprob", "logprob", "ignore_index"))
+LOGPROBS_BACKWARD = LOGPROBS.but(
+    "logprobs_backward", _numbers("stats", per_row=True, stacked=2), _numbers("grad_logp")
+)
+
+_sizes = "rows vocab logits_type"
+_all = f"{_sizes} targets_type max log_sum"
+_inputs = "logits targets entropy"
+logprob_forward = _pass("logprob_forward", LOGPROB, _all, "logp", _inputs)
+_inputs = f"{_inputs} grad_logp grad_entropy"
+logprob_backward = _pass("logprob_backward", LOGPROB, _all, "grad_logits", _inputs)
 
 # --- kl ---
 
-TOKEN_KL = (numbers("logp"), numbers("ref_logp"), flags("mask?"))
-token_kl_options = Options("kl_token", "token_kl")
-token_kl_forward = _pass("kl_token_forward", "tokens", TOKEN_KL, "options kl")
-token_kl_backward = _pass(
-    "kl_token_backward", "tokens", TOKEN_KL, "options grad_kl grad_logp grad_ref_logp"
-)
+_inputs = (_numbers("logp"), _numbers("ref_logp"), _flags("mask?"))
+TOKEN_KL = Op("token_kl", _inputs, Options("kl_token", "token_kl"))
+TOKEN_KL_BACKWARD = TOKEN_KL.but("token_kl_backward", _numbers("grad_kl"))
 
-FULL_KL = (_tensor("logits"), _tensor("ref_logits"), flags("mask?", per_row=True))
-full_kl_options = Options("kl_full", "full_kl")
-full_kl_forward = _pass("kl_full_forward", "rows vocab logits_type", FULL_KL, "options stats")
-full_kl_backward = _pass(
-    "kl_full_backward",
-    "rows vocab logits_type",
-    FULL_KL,
-    "options stats grad_kl grad_logits grad_ref_logits",
-)
+_results = "grad_logp grad_ref_logp"
+token_kl_forward = _pass("kl_token_forward", TOKEN_KL, "tokens", "kl")
+token_kl_backward = _pass("kl_token_backward", TOKEN_KL_BACKWARD, "tokens", _results)
+
+_inputs = (_tensor("logits"), _tensor("ref_logits"), _flags("mask?", per_row=True))
+FULL_KL = Op("full_kl", _inputs, Options("kl_full", "full_kl"))
+_stats = _numbers("stats", per_row=True, stacked=_header.KL_FULL_STATS)
+FULL_KL_BACKWARD = FULL_KL.but("full_kl_backward", _stats, _numbers("grad_kl", per_row=True))
+
+_sizes, _results = f"{_sizes} stats", "grad_kl grad_logits grad_ref_logits"
+full_kl_forward = _pass("kl_full_forward", FULL_KL, _sizes, "")
+full_kl_backward = _pass("kl_full_backward", FULL_KL, _sizes, _results)
 
 # --- gae ---
 
-GAE = (
-    numbers("values"),
-    numbers("rewards?"),
-    flags("mask?"),
-    numbers("kl?"),
-    numbers("scores?", per_row=True),
-    flags("has_eos?", per_row=True),
-    flags("dones?"),
-    numbers("bootstrap?", per_row=True),
+_inputs = (
+    _numbers("values"),
+    _numbers("rewards?"),
+    _flags("mask?"),
+    _numbers("kl?"),
+    _numbers("scores?", per_row=True),
+    _flags("has_eos?", per_row=True),
+    _flags("dones?"),
+    _numbers("bootstrap?", per_row=True),
 )
-gae_options = Options("gae", "gae")
-gae = _pass("gae", "batch seq_len", GAE, "options advantages returns shaped_rewards moments")
+GAE = Op("gae", _inputs, Options("gae", "gae"))
+
+gae = _pass("gae", GAE, "batch seq_len", "advantages returns shaped_rewards moments")
 
 # --- whiten ---
 
-WHITEN = (numbers("values"), flags("mask?"))
-whiten_options = Options("whiten", "masked_whiten")
-whiten_moments = _pass("whiten_moments", "elements x mask", (), "moments")
-whiten_forward = _pass("whiten_forward", "elements x mask moments", (), "options y")
-whiten_backward = _pass("whiten_backward", "elements x mask moments", (), "grad_y options grad_x")
-whiten_with_backward = _pass(
-    "whiten_with_backward", "elements mask moments", (), "grad_y options grad_x"
-)
+_inputs, _moments = (_numbers("values"), _flags("mask?")), _tensor("moments", MOMENTS)
+MASKED_MOMENTS = Op("masked_moments", _inputs)
+MASKED_WHITEN = Op("masked_whiten", _inputs, Options("whiten", "masked_whiten"))
+MASKED_WHITEN_WITH = MASKED_WHITEN.but("masked_whiten", _moments)
+_inputs = (_numbers("grad"), _flags("mask?"), _moments, _numbers("values?"))
+MASKED_WHITEN_BACKWARD = Op("masked_whiten_backward", _inputs, MASKED_WHITEN.options)
+
+whiten_moments = _pass("whiten_moments", MASKED_MOMENTS, "elements", "moments", "x mask")
+whiten_forward = _pass("whiten_forward", MASKED_WHITEN, "elements", "y", "x mask moments")
+_inputs = "grad_y mask moments"
+whiten_backward = _pass("whiten_backward", MASKED_WHITEN, "elements", "grad_x x", _inputs)
+whiten_with_backward = _pass("whiten_with_backward", MASKED_WHITEN, "elements", "grad_x", _inputs)
 
 # --- ppo_loss ---
 
-PPO_LOSS = (
-    numbers("logp"),
-    numbers("old_logp"),
-    numbers("advantages"),
-    numbers("values?"),
-    numbers("old_values?"),
-    numbers("returns?"),
-    numbers("entropy?"),
-    numbers("ref_logp?"),
-    flags("mask?"),
+_inputs = (
+    _numbers("logp"),
+    _numbers("old_logp"),
+    _numbers("advantages"),
+    _numbers("values?"),
+    _numbers("old_values?"),
+    _numbers("returns?"),
+    _numbers("entropy?"),
+    _numbers("ref_logp?"),
+    _flags("mask?"),
 )
+PPO_LOSS = Op("ppo_loss", _inputs, Options("ppo_loss", "ppo_loss"))
 # Which of them the loss has gradients of.
 PPO_LOSS_GRADIENTS = ("logp", "values", "entropy")
-_GRADIENTS = " ".join(f"grad_{name}" for name in PPO_LOSS_GRADIENTS)
-_STORED = " ".join(f"stored_{name}" for name in PPO_LOSS_GRADIENTS)
-ppo_loss_options = Options("ppo_loss", "ppo_loss")
-ppo_loss = _pass("ppo_loss", "batch seq_len", PPO_LOSS, f"options stats loss {_GRADIENTS}")
-ppo_loss_scale = _pass("ppo_loss_scale", "tokens upstream", (), f"{_STORED} {_GRADIENTS}")
+_gradients = [f"grad_{name}" for name in PPO_LOSS_GRADIENTS]
+PPO_LOSS_BACKWARD = Op("ppo_loss_backward", (_numbers("grad"), *map(_numbers, _gradients)))
+
+_results = " ".join(_gradients)
+ppo_loss = _pass("ppo_loss", PPO_LOSS, "batch seq_len", f"stats loss {_results}")
+_stored = _results.replace("grad_", "stored_")
+ppo_loss_scale = _pass(
+    "ppo_loss_scale", PPO_LOSS_BACKWARD, "tokens", _results, f"upstream {_stored}"
+)

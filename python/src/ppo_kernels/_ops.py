@@ -1,9 +1,9 @@
 """The ops of ``torch.ops.ppo_kernels``, for CPU and CUDA, with fake implementations and gradients.
 
-``functional`` is what to call; this module is how it is done. For each op there is a generator,
-which checks the arguments, yields the results as soon as they have buffers, and then has the C
-library write them, which is not done for fake tensors; and for the differentiable ones how to go
-backwards. What an op takes is in ``_lists``. Gradients of gradients are refused.
+``functional`` is what to call; this module is how it is done. An op is a generator, which checks
+the arguments, yields the results as soon as they have buffers, and then has the C library write
+them, which is not done for fake tensors; a differentiable one has another function to go backwards.
+What an op takes is in ``_lists``. Gradients of gradients are refused.
 
 Tensors are taken as they are when they are contiguous, and copied when they are not; of logits
 whose leading slices are contiguous, such as ``logits[:, :-1]``, each slice goes to the library on
@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ctypes import byref, c_size_t
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import _C, Tensor
 
 from . import _header, _lib, _lists
-from ._lib import Options, Pass
-from ._lists import FLAGS, MOMENTS, NUMBERS, Argument, numbers
+from ._lib import Pass
+from ._lists import FLAGS, MOMENTS, NUMBERS, OTHER, Op, check_rows, check_shape
 
 _LOGITS = {getattr(torch, name): code for name, code in _lib.LOGITS.items()}
 _TARGETS = {getattr(torch, name): code for name, code in _lib.TARGETS.items()}
@@ -35,97 +34,77 @@ _ops = torch.library.Library("ppo_kernels", "DEF")
 
 # --- How an op is made ---
 
-
-def _wants(*names: str) -> tuple[Argument, ...]:
-    """Which results are wanted: what is not has no elements."""
-    return tuple(Argument(f"want_{name}", "bool") for name in names)
+Results = Iterator[Tensor | tuple[Tensor, ...]]
 
 
-def _options(options: Options) -> tuple[Argument, ...]:
-    kinds = options.kinds.items()
-    return tuple(Argument(name, "str" if isinstance(kind, tuple) else kind) for name, kind in kinds)
+def _op(
+    takes: Op, results: str = "", backward: Callable | None = None, wants: str = "", **kept: Any
+) -> Callable[[Callable], Any]:
+    """Makes an op of a generator, of the same name, which gets a tuple of tensors and one of the
+    rest: whether each of ``wants`` is wanted, and options. Several results have names. For
+    ``backward`` see :func:`_differentiate`."""
+    tensors = [f"{argument.type} {argument.name}" for argument in takes.inputs]
+    kinds = takes.options.kinds.items() if takes.options else ()
+    options = [f"{'str' if isinstance(kind, tuple) else kind} {name}" for name, kind in kinds]
+    flags = [f"bool want_{name}" for name in wants.split()]
+    arguments, count = [*tensors, *flags, *options], len(tensors)
+    gives = ", ".join(f"Tensor {name}" for name in results.split())
 
-
-def _define(
-    lists: Sequence[Sequence[Argument] | Options],
-    results: str,
-    function: Callable,
-    backward: Callable | None = None,
-    fake: Callable | None = None,
-    **kept: Any,
-) -> Any:
-    """An op with the name of its function and the arguments of all lists, of which the function
-    gets a tuple each, or, if there is one list only, its arguments. With a ``fake`` it is no
-    generator. For ``backward`` see :func:`_differentiate`."""
-    name = function.__name__.removeprefix("_")
-    lists = [_options(each) if isinstance(each, Options) else each for each in lists]
-    arguments = [argument for each in lists for argument in each]
-    implementation = function
-    if fake is None:
-        parts = [slice(*ends) for ends in pairwise(accumulate(map(len, lists), initial=0))]
-        split = tuple if len(lists) == 1 else lambda given: [given[part] for part in parts]
-
+    def define(function: Callable[..., Results]) -> Any:
         def implementation(*given: Any) -> Any:
-            (results,) = function(*split(given))  # to the end, for what it yielded
+            (results,) = function(given[:count], given[count:])  # to its end
             return results
 
         def fake(*given: Any) -> Any:
-            return next(function(*split(given)))
+            return next(function(given[:count], given[count:]))
 
-    takes = ", ".join(f"{argument.type} {argument.name}" for argument in arguments)
-    _ops.define(f"{name}({takes}) -> {results}", tags=(torch.Tag.pt2_compliant_tag,))
-    _ops.impl(name, implementation, "CPU")
-    _ops.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"ppo_kernels::{name}", fake, lib=_ops)
-    op = getattr(torch.ops.ppo_kernels, name).default
-    if backward is not None:
-        _differentiate(name, op, arguments, implementation, backward, **kept)
-    return op
+        name = function.__name__
+        schema = f"{name}({', '.join(arguments)}) -> {f'({gives})' if gives else 'Tensor'}"
+        _ops.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _ops.impl(name, implementation, "CPU")
+        _ops.impl(name, implementation, "CUDA")
+        torch.library.register_fake(f"ppo_kernels::{name}", fake, lib=_ops)
+        op = getattr(torch.ops.ppo_kernels, name).default
+        if backward is not None:
+            _differentiate(name, op, count, implementation, backward, **kept)
+        return op
 
-
-class _Once(torch.autograd.Function):
-    """A gradient that has none itself, and says so when it is asked for it."""
-
-    @staticmethod
-    def once(grad: Tensor) -> Tensor:
-        return _Once.apply(grad, grad.new_empty(0).requires_grad_())
-
-    @staticmethod
-    def forward(ctx, grad, _):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("ppo_kernels: gradients of gradients are not supported")
+    return define
 
 
 _BACKENDS = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
+# Dispatch keys below autograd by those above it; none where our implementation is next.
+_below_autograd: dict[int, _C.DispatchKeySet | None] = {}
 
 
 def _differentiate(
     name: str,
     op: Any,
-    arguments: Sequence[Argument],
+    tensors: int,
     implementation: Callable,
     backward: Callable,
     differentiable: int = 1,
     kept: slice | None = None,
 ) -> None:
     """Gives an op its gradient, ``backward(ctx, *upstream)``, which returns those of the arguments
-    that come first. ``ctx`` has the tensors that went in, or those that are ``kept``, with all
+    that come first. ``ctx`` has the ``tensors`` that went in, or those that are ``kept``, with all
     results but the first, and as ``options`` what is not a tensor. Results after the first
     ``differentiable`` ones are constants.
 
     It does what ``torch.library.register_autograd`` does, with less to do for each call: where the
     dispatcher would go on to our own implementation, that is called at once.
     """
-    count = len(arguments)
-    tensors = sum(argument.type.startswith("Tensor") for argument in arguments)
+    count = len(op._schema.arguments)
     kept = slice(tensors) if kept is None else kept
 
     def below(keys: Any, inputs: tuple) -> Any:
-        keys &= _C._after_autograd_keyset
-        if keys.highestPriorityTypeId() in _BACKENDS:
+        known = keys.raw_repr()
+        if known not in _below_autograd:
+            keys &= _C._after_autograd_keyset
+            ours = keys.highestPriorityTypeId() in _BACKENDS
+            _below_autograd[known] = None if ours else keys
+        keys = _below_autograd[known]
+        if keys is None:
             return implementation(*inputs)
         with _C._AutoDispatchBelowAutograd():
             return op.redispatch(keys, *inputs)
@@ -145,7 +124,7 @@ def _differentiate(
         if _C.is_grad_enabled():
             with torch.no_grad():
                 found = backward(ctx, *upstream)
-            found = [grad if grad is None else _Once.once(grad) for grad in found]
+            found = [grad if grad is None else _constant(grad) for grad in found]
         else:
             found = backward(ctx, *upstream)
         return None, *found, *(None,) * (count - len(found))
@@ -161,9 +140,17 @@ def _differentiate(
     _ops.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _call(function: Pass, like: Tensor, *values: int) -> None:
-    """Calls the library for a tensor's device, with values in the order of the pass."""
-    arguments = function.arguments(*values)
+def _constant(grad: Tensor) -> Tensor:
+    """A gradient that has none itself, and says so when it is asked for it."""
+    message = b"ppo_kernels: gradients of gradients are not supported"
+    return _C._functions.DelayedError(message, 1)(grad.detach().requires_grad_())
+
+
+def _call(function: Pass, like: Tensor, options: Sequence[Any], *values: int) -> None:
+    """Calls the library for a tensor's device, with values in the order of the pass. Without values
+    options are the defaults."""
+    options = function.options.address(*options) if options else 0
+    arguments = function.arguments(options, *values)
     if like.is_cpu:
         status = function.cpu(arguments)
     elif like.get_device() == torch.cuda.current_device():
@@ -185,6 +172,16 @@ def _call_cuda(function: Pass, device: torch.device, arguments: bytes) -> int:
     return function.cuda(arguments, workspace.data_ptr(), size.value, stream)
 
 
+def _addresses(tensors: Sequence[Tensor | None], number: int = 0) -> list[int]:
+    """Those of the tensors' slices of this number, 0 for a tensor that is not there or empty."""
+    found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if number:
+        for place, tensor in enumerate(tensors):
+            if found[place]:
+                found[place] += number * tensor.stride(0) * tensor.element_size()
+    return found
+
+
 # --- Buffers of results ---
 
 # From this size on glibc gives every allocation a mapping of its own.
@@ -196,44 +193,35 @@ if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def _large_pages(*results: Tensor) -> tuple[Tensor, ...]:
-    """Buffers of results, as they are.
+def _result(like: Tensor, wanted: bool = True) -> Tensor:
+    """A buffer for a result; if it is not wanted a tensor of no elements, whose address is null.
 
     Fresh memory of the CPU is handed over by the page when it is first written, which for pages of
-    4 KiB takes ten times as long as the writing. So large results ask for large pages. Not for fake
-    tensors, which have no memory.
+    4 KiB takes ten times as long as the writing. So large results ask for large pages. Not fake
+    ones, which have no memory.
     """
-    for result in results:
-        if result.nbytes >= _OWN_MAPPING and result.is_cpu and _madvise is not None:
-            start = -(-result.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
-            end = (result.data_ptr() + result.nbytes) // _LARGE_PAGE * _LARGE_PAGE
-            _madvise(start, end - start, _MADV_HUGEPAGE)  # where it is refused, all is as before
-    return results
+    if not wanted:
+        return torch.empty(0, dtype=like.dtype, device=like.device)
+    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    large = type(result) is Tensor and result.nbytes >= _OWN_MAPPING
+    if large and result.is_cpu and _madvise is not None:
+        start = -(-result.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
+        end = (result.data_ptr() + result.nbytes) // _LARGE_PAGE * _LARGE_PAGE
+        _madvise(start, end - start, _MADV_HUGEPAGE)  # where it is refused, all is as before
+    return result
 
 
-def _wanted(like: Tensor, wanted: bool) -> Tensor:
-    """A buffer for a result; if it is not wanted a tensor of no elements, whose address is null."""
-    if wanted:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    return torch.empty(0, dtype=like.dtype, device=like.device)
-
-
-# --- What is asked of arguments: messages are worded as the library's are. ---
-
-
-def check_shape(op: str, name: str, tensor: Tensor, shape: torch.Size) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{op}: `{name}` has shape {list(tensor.shape)}, expected {list(shape)}")
+# --- What is asked of arguments ---
 
 
 def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{op}: `{name}` is on device {tensor.device}, expected {device}")
+        _lists.refuse(op, name, f"is on device {tensor.device}", device)
 
 
-def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str) -> None:
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    raise ValueError(f"{op}: `{name}` has dtype {dtype}, expected {expected}")
+def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str | torch.dtype) -> None:
+    dtype, expected = (str(given).removeprefix("torch.") for given in (tensor.dtype, expected))
+    _lists.refuse(op, name, f"has dtype {dtype}", expected)
 
 
 _DTYPES = {
@@ -244,175 +232,137 @@ _DTYPES = {
 
 
 def _checked(
-    op: str,
-    inputs: Sequence[Argument],
-    tensors: Sequence[Tensor | None],
-    like: Tensor,
-    shape: Sequence[int] | None = None,
+    op: Op, tensors: tuple, like: Tensor | None = None, shape: tuple | None = None
 ) -> list[Tensor | None]:
-    """Tensors as the library takes them, of a shape, or that of ``like``, and on its device."""
-    shape, device = like.shape if shape is None else torch.Size(shape), like.device
+    """An op's tensors as the library takes them, of a shape, or that of ``like``, and on its
+    device. Without those it is the first tensor."""
+    like = tensors[0] if like is None else like
+    shape, device = like.shape if shape is None else shape, like.device
     checked = []
-    for (name, _, kind, per_row), tensor in zip(inputs, tensors):
-        if tensor is not None:
+    for (name, _, kind, per_row, stacked), tensor in zip(op.inputs, tensors):
+        if tensor is not None and kind != OTHER:
             dtypes, expected = _DTYPES[kind]
             if tensor.dtype not in dtypes:
-                _refuse_dtype(op, name, tensor, expected)
+                _refuse_dtype(op.name, name, tensor, expected)
             wanted = (3,) if kind == MOMENTS else shape[:-1] if per_row else shape
+            wanted = (stacked, *wanted) if stacked else wanted
             if tensor.shape != wanted:
-                check_shape(op, name, tensor, wanted)
+                check_shape(op.name, name, tensor.shape, wanted)
             if tensor.device != device:
-                check_device(op, name, tensor, device)
+                check_device(op.name, name, tensor, device)
             tensor = tensor.contiguous()
         checked.append(tensor)
     return checked
 
 
-def _check_rows(op: str, inputs: Sequence[Argument], tensors: Sequence[Tensor | None]) -> list:
-    """:func:`_checked` of an op on rows of tokens."""
-    like = tensors[0]
-    if like.dim() == 0:
-        raise ValueError(f"{op}: `{inputs[0].name}` has shape [], expected [..., seq_len]")
-    return _checked(op, inputs, tensors, like)
+def _check_rows(op: Op, tensors: tuple) -> tuple[tuple[int, int], list]:
+    """How many rows of tokens, and tokens in each, and what :func:`_checked` gives."""
+    shape = tensors[0].shape
+    check_rows(op.name, op.inputs[0].name, shape, "seq_len")
+    return (shape[:-1].numel(), shape[-1]), _checked(op, tensors)
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+# --- Logits ---
 
 
-def _at(tensor: Tensor | None, first: int) -> int:
-    """The address of one of a tensor's elements."""
-    return 0 if tensor is None else tensor.data_ptr() + first * tensor.element_size()
-
-
-def _logits_type(op: str, name: str, logits: Tensor) -> int:
-    code = _LOGITS.get(logits.dtype)
-    if code is None:
+def _check_logits(op: str, name: str, logits: Tensor) -> None:
+    if logits.dtype not in _LOGITS:
         _refuse_dtype(op, name, logits, "float32, float16 or bfloat16")
     if logits.dim() == 0:
-        raise ValueError(f"{op}: `{name}` has shape [], expected [..., vocab]")
-    return code
+        check_rows(op, name, logits.shape, "vocab")
 
 
-def _blocks(rows: int, *logits: Tensor) -> Iterable[tuple[tuple[Tensor, ...], int, int]]:
-    """Contiguous parts of logits, the same of each, that make up the whole: each with its first row
-    and its rows."""
+def _sliced(*logits: Tensor) -> tuple[int, Sequence[Tensor]]:
+    """In how many slices logits are contiguous, and those logits, or copies if they never are."""
     for tensor in logits:
         if not tensor.is_contiguous():
-            return _slices(rows, *logits)
-    return ((logits, 0, rows),)
-
-
-def _slices(rows: int, *logits: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int, int]]:
-    if logits[0].dim() > 2 and rows and all(tensor[0].is_contiguous() for tensor in logits):
-        each = rows // len(logits[0])
-        for index, parts in enumerate(zip(*(tensor.unbind() for tensor in logits))):
-            yield parts, index * each, each
+            break
     else:
-        yield tuple(tensor.contiguous() for tensor in logits), 0, rows
+        return 1, logits
+    first = logits[0]
+    if first.dim() > 2 and first.numel() and all(each[0].is_contiguous() for each in logits):
+        return len(first), logits
+    return 1, [each.contiguous() for each in logits]
 
 
 # --- logprob ---
 
 
-def check_logprob(op: str, logits: Tensor, index: Tensor) -> tuple[int, int]:
-    logits_type = _logits_type(op, "logits", logits)
-    index_type = _TARGETS.get(index.dtype)
-    if index_type is None:
+def check_logprob(op: str, logits: Tensor, index: Tensor, several: bool = False) -> None:
+    """With several tokens a row ``index`` has a dimension more."""
+    _check_logits(op, "logits", logits)
+    if index.dtype not in _TARGETS:
         _refuse_dtype(op, "index", index, "int64 or int32")
-    check_shape(op, "index", index, logits.shape[:-1])
-    check_device(op, "index", index, logits.device)
-    return logits_type, index_type
+    shape, expected = index.shape, logits.shape[:-1]
+    expected = (*expected, *shape[-1:]) if several else expected
+    if shape != expected:
+        check_shape(op, "index", shape, expected)
+    if index.device != logits.device:
+        check_device(op, "index", index, logits.device)
 
 
-def _logprob_options(index: Tensor, temperature: float, ignore_index: int | None) -> int:
+def _call_logprob(
+    function: Pass, options: tuple, logits: Tensor, index: Tensor, stats: Tensor, *rest: Any
+) -> None:
+    temperature, ignore_index = options
     if temperature == 1.0 and ignore_index is None:
-        return 0
-    if ignore_index is not None and index.dtype is torch.int32:
-        ignore_index &= 0xFFFF_FFFF  # the library reads int32 as uint32: the same bits
-    return _lists.logprob_options.address(temperature, ignore_index)
+        options = ()
+    elif ignore_index is not None and index.dtype is torch.int32:
+        # The library reads int32 as uint32: the same bits.
+        options = (temperature, ignore_index & 0xFFFF_FFFF)
+    slices, (logits,) = (1, (logits,)) if logits.is_contiguous() else _sliced(logits)
+    tensors = (logits, index.contiguous(), *rest)
+    total = index.numel()
+    rows = total // slices
+    sizes = (rows, logits.shape[-1], _LOGITS[logits.dtype], _TARGETS[index.dtype])
+    for number in range(slices):
+        kept = stats.data_ptr() + 4 * rows * number
+        addresses = _addresses(tensors, number)
+        _call(function, logits, options, *sizes, kept, kept + 4 * total, *addresses)
 
 
-def _logprob_forward(
-    op: str, with_entropy: bool, logits: Tensor, index: Tensor, *options: Any
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    types = check_logprob(op, logits, index)
-    f32 = torch.float32
+def _logprob_forward(op: Op, tensors: tuple, options: tuple) -> Results:
+    logits, index = tensors
+    check_logprob(op.name, logits, index)
+    f32, with_entropy = torch.float32, op is _lists.LOGPROB_ENTROPY
     logp = torch.empty_like(index, dtype=f32, memory_format=torch.contiguous_format)
     entropy = torch.empty_like(logp) if with_entropy else None
     stats = torch.empty(2, *index.shape, dtype=f32, device=logits.device)
     yield (logp, entropy, stats) if with_entropy else (logp, stats)
-    options = _logprob_options(index, *options)
-    index = index.contiguous()
-    total, vocab = index.numel(), logits.shape[-1]
-    for (part,), first, rows in _blocks(total, logits):
-        inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
-        kept = stats.data_ptr() + 4 * first
-        results = (_at(entropy, first), options, _at(logp, first))
-        _call(_lists.logprob_forward, logits, *inputs, kept, kept + 4 * total, *results)
-
-
-def _logprob(*arguments: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    return _logprob_forward("selective_log_softmax", False, *arguments)
-
-
-def _logprob_entropy(*arguments: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return _logprob_forward("logprobs_and_entropy", True, *arguments)
-
-
-def _logprob_backward(logits: Tensor, index: Tensor, *rest: Any) -> Iterator[Tensor]:
-    op = "logprob_backward"
-    types = check_logprob(op, logits, index)
-    *options, stats, entropy, grad_logp, grad_entropy = rest
-    (stats,) = _checked(op, _STATS, (stats,), logits, (2, *index.shape))
-    upstream = _checked(op, _lists.LOGPROB_GRADIENTS, (entropy, grad_logp, grad_entropy), index)
-    grad_logits = _wanted(logits, True)
-    yield grad_logits
-    _large_pages(grad_logits)
-    options = _logprob_options(index, *options)
-    index = index.contiguous()
-    total, vocab = index.numel(), logits.shape[-1]
-    for (part,), first, rows in _blocks(total, logits):
-        inputs = (rows, vocab, *types, part.data_ptr(), _at(index, first))
-        kept = stats.data_ptr() + 4 * first
-        gradients = [_at(gradient, first) for gradient in upstream]
-        buffer = _at(grad_logits, first * vocab)
-        inputs += (kept, kept + 4 * total, *gradients)
-        _call(_lists.logprob_backward, logits, *inputs, options, buffer)
+    _call_logprob(_lists.logprob_forward, options, logits, index, stats, entropy, logp)
 
 
 def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, *rest: Tensor | None) -> tuple:
     logits, index, *entropy, stats = ctx.saved_tensors
     gradients = (entropy[0] if entropy else None, grad_logp, rest[0])
-    return (logprob_backward(logits, index, *ctx.options, stats, *gradients),)
+    return (logprob_backward(logits, index, stats, *gradients, *ctx.options),)
 
 
-_STATS = (numbers("stats"),)
-_LOGPROB = (*_lists.LOGPROB, *_options(_lists.logprob_options))
+@_op(_lists.LOGPROB, "logp stats", _backward_of_logprob)
+def logprob(*arguments: tuple) -> Results:
+    return _logprob_forward(_lists.LOGPROB, *arguments)
 
-logprob = _define([_LOGPROB], "(Tensor logp, Tensor stats)", _logprob, _backward_of_logprob)
-logprob_entropy = _define(
-    [_LOGPROB],
-    "(Tensor logp, Tensor entropy, Tensor stats)",
-    _logprob_entropy,
-    _backward_of_logprob,
-    differentiable=2,
-)
-logprob_backward = _define(
-    [(*_LOGPROB, *_STATS, *_lists.LOGPROB_GRADIENTS)], "Tensor", _logprob_backward
-)
+
+@_op(_lists.LOGPROB_ENTROPY, "logp entropy stats", _backward_of_logprob, differentiable=2)
+def logprob_entropy(*arguments: tuple) -> Results:
+    return _logprob_forward(_lists.LOGPROB_ENTROPY, *arguments)
+
+
+def _logprob_backward(grad_logits: Tensor | None, tensors: tuple, options: tuple) -> Results:
+    check_logprob(_lists.LOGPROB_BACKWARD.name, *tensors[:2])
+    logits, index, stats, *rest = _checked(_lists.LOGPROB_BACKWARD, tensors)
+    grad_logits = _result(logits) if grad_logits is None else grad_logits
+    yield grad_logits
+    rest = (logits, index, stats, *rest, grad_logits)
+    _call_logprob(_lists.logprob_backward, options, *rest)
+
+
+@_op(_lists.LOGPROB_BACKWARD)
+def logprob_backward(*arguments: tuple) -> Results:
+    return _logprob_backward(None, *arguments)
 
 
 # --- logprob of several tokens a row ---
-
-
-def _check_many(logits: Tensor, index: Tensor) -> None:
-    op = "selective_log_softmax"
-    _logits_type(op, "logits", logits)
-    if _TARGETS.get(index.dtype) is None:
-        _refuse_dtype(op, "index", index, "int64 or int32")
-    check_shape(op, "index", index, torch.Size((*logits.shape[:-1], *index.shape[-1:])))
-    check_device(op, "index", index, logits.device)
 
 
 def _places(index: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
@@ -421,10 +371,8 @@ def _places(index: Tensor, vocab: int) -> tuple[Tensor, Tensor]:
     outside = (index < 0) | (index >= vocab)
     if index.is_cpu and outside.any():
         row, column = outside.reshape(-1, index.shape[-1]).nonzero()[0].tolist()
-        raise ValueError(
-            f"selective_log_softmax: `index`[{row}, {column}] is {index[outside][0]}, expected"
-            f" 0..{vocab}"
-        )
+        found = f"`index`[{row}, {column}] is {index[outside][0]}"
+        raise ValueError(f"selective_log_softmax: {found}, expected 0..{vocab}")
     return index.clamp(0, vocab - 1), outside
 
 
@@ -433,180 +381,123 @@ def _one_of(places: Tensor) -> Tensor:
     return places[..., 0] if places.shape[-1] else places.new_zeros(places.shape[:-1])
 
 
-def _at_places(logits: Tensor, places: Tensor, temperature: float, stats: Tensor) -> Tensor:
-    largest, log_sum = stats.unsqueeze(-1)
-    return (logits.gather(-1, places).float() - largest) / temperature - log_sum
-
-
-def _logprobs(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One pass over the logits for the normaliser of each row, then K numbers of each row."""
-    _check_many(logits, index)
-    places, outside = _places(index, logits.shape[-1])
-    ((_, stats),) = _logprob(logits, _one_of(places), temperature, None)
-    logp = _at_places(logits, places, temperature, stats)
-    return logp.masked_fill_(outside, torch.nan), stats
-
-
-def _logprobs_fake(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    _check_many(logits, index)
-    rows = logits.shape[:-1]
-    logp = logits.new_empty(index.shape, dtype=torch.float32)
-    return logp, logits.new_empty((2, *rows), dtype=torch.float32)
-
-
-def _logprobs_backward(
-    logits: Tensor, index: Tensor, temperature: float, stats: Tensor, grad: Tensor
+def _at_places(
+    logits: Tensor, places: Tensor, temperature: float, stats: Tensor, out: Tensor | None = None
 ) -> Tensor:
+    largest, log_sum = stats.unsqueeze(-1)
+    scaled = (logits.gather(-1, places).float() - largest) / temperature
+    return torch.sub(scaled, log_sum, out=out)
+
+
+def _backward_of_logprobs(ctx: Any, grad_logp: Tensor, _: None) -> tuple:
+    return (logprobs_backward(*ctx.saved_tensors, grad_logp, *ctx.options),)
+
+
+@_op(_lists.LOGPROBS, "logp stats", _backward_of_logprobs)
+def logprobs(tensors: tuple, options: tuple) -> Results:
+    """One pass over the logits for the normaliser of each row, then K numbers of each row."""
+    (logits, index), (temperature,) = tensors, options
+    check_logprob(_lists.LOGPROBS.name, logits, index, several=True)
+    f32, rows = torch.float32, logits.shape[:-1]
+    logp = torch.empty_like(index, dtype=f32, memory_format=torch.contiguous_format)
+    stats = torch.empty(2, *rows, dtype=f32, device=logits.device)
+    yield logp, stats
+    places, outside = _places(index, logits.shape[-1])
+    one = _one_of(places)
+    of_one = torch.empty_like(one, dtype=f32, memory_format=torch.contiguous_format)
+    given = (logits, one, stats, None, of_one)
+    _call_logprob(_lists.logprob_forward, (temperature, None), *given)
+    _at_places(logits, places, temperature, stats, logp).masked_fill_(outside, torch.nan)
+
+
+@_op(_lists.LOGPROBS_BACKWARD)
+def logprobs_backward(tensors: tuple, options: tuple) -> Results:
     """With G the sum of a row's upstream gradients, -G p_j / T everywhere, and the sum of those of
     token j on top of it where j is chosen. The chosen ones are formed in single precision. A row
     with a gradient for an id outside of the vocabulary is NaN, as with one token a row."""
+    (logits, index, stats, grad), (temperature,) = tensors, options
+    grad_logits = _result(logits)
+    yield grad_logits
     places, outside = _places(index, logits.shape[-1])
     nowhere = (outside & (grad != 0)).any(-1)
     total = grad.sum(-1).masked_fill_(nowhere, torch.nan)
-    given = (logits, _one_of(places), temperature, None, stats, None, total, None)
-    (grad_logits,) = _logprob_backward(*given)
+    of_one = (logits, _one_of(places), stats, None, total, None)
+    list(_logprob_backward(grad_logits, of_one, (temperature, None)))
     same = places.unsqueeze(-1) == places.unsqueeze(-2)
     of_token = torch.where(same, grad.unsqueeze(-2), 0.0).sum(-1)
     # What is not in the vocabulary has another's place: all that is written there is the same.
     p = _at_places(logits, places, temperature, stats).exp()
     chosen = (of_token - total.unsqueeze(-1) * p) / temperature
-    return grad_logits.scatter_(-1, places, chosen.to(grad_logits.dtype))
-
-
-def _backward_of_logprobs(ctx: Any, grad_logp: Tensor, _: None) -> tuple:
-    logits, index, stats = ctx.saved_tensors
-    return (logprobs_backward(logits, index, *ctx.options, stats, grad_logp),)
-
-
-def _logprobs_backward_fake(logits: Tensor, *_: Any) -> Tensor:
-    return _wanted(logits, True)
-
-
-_LOGPROBS = (*_lists.LOGPROB, *_options(_lists.logprob_options)[:1])  # without ignore_index
-
-logprobs = _define(
-    [_LOGPROBS], "(Tensor logp, Tensor stats)", _logprobs, _backward_of_logprobs, _logprobs_fake
-)
-logprobs_backward = _define(
-    [(*_LOGPROBS, *_STATS, numbers("grad_logp"))],
-    "Tensor",
-    _logprobs_backward,
-    fake=_logprobs_backward_fake,
-)
+    grad_logits.scatter_(-1, places, chosen.to(grad_logits.dtype))
 
 
 # --- kl ---
 
 
-def _token_kl(tensors: tuple, options: tuple) -> Iterator[Tensor]:
-    inputs = _checked("token_kl", _lists.TOKEN_KL, tensors, tensors[0])
-    kl = torch.empty_like(inputs[0])
-    yield kl
-    _large_pages(kl)
-    options = _lists.token_kl_options.address(*options)
-    _call(_lists.token_kl_forward, kl, kl.numel(), *_addresses(inputs), options, kl.data_ptr())
-
-
-def _token_kl_backward(
-    tensors: tuple, options: tuple, upstream: tuple, wanted: tuple
-) -> Iterator[tuple[Tensor, ...]]:
-    op, logp = "token_kl_backward", tensors[0]
-    inputs = _checked(op, (*_lists.TOKEN_KL, *_GRAD_KL), (*tensors, *upstream), logp)
-    gradients = tuple(_wanted(logp, want) for want in wanted)
-    yield gradients
-    _large_pages(*gradients)
-    *addresses, grad_kl = _addresses(inputs)
-    results = (_lists.token_kl_options.address(*options), grad_kl, *_addresses(gradients))
-    _call(_lists.token_kl_backward, logp, logp.numel(), *addresses, *results)
-
-
 def _backward_of_kl(ctx: Any, grad_kl: Tensor, *_: None) -> list[Tensor | None]:
-    """Of either op."""
-    inputs, stats = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-    wanted = ctx.needs_input_grad[1:3]  # the first input is not the op's
-    backward = full_kl_backward if stats else token_kl_backward
-    gradients = backward(*inputs, *ctx.options, *stats, grad_kl, *wanted)
+    """Of either op, one of which has kept statistics too."""
+    saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:3]  # the first input is not the op's
+    backward = full_kl_backward if len(saved) > 3 else token_kl_backward
+    gradients = backward(*saved, grad_kl, *wanted, *ctx.options)
     return [gradient if want else None for gradient, want in zip(gradients, wanted)]
 
 
-_GRAD_KL = (numbers("grad_kl"),)
-
-token_kl = _define([_lists.TOKEN_KL, _lists.token_kl_options], "Tensor", _token_kl, _backward_of_kl)
-token_kl_backward = _define(
-    [_lists.TOKEN_KL, _lists.token_kl_options, _GRAD_KL, _wants("logp", "ref")],
-    "(Tensor grad_logp, Tensor grad_ref_logp)",
-    _token_kl_backward,
-)
+@_op(_lists.TOKEN_KL, backward=_backward_of_kl)
+def token_kl(tensors: tuple, options: tuple) -> Results:
+    inputs, kl = _checked(_lists.TOKEN_KL, tensors), _result(tensors[0])
+    yield kl
+    _call(_lists.token_kl_forward, kl, options, kl.numel(), *_addresses((*inputs, kl)))
 
 
-def _check_full_kl(
-    op: str, logits: Tensor, ref_logits: Tensor, mask: Tensor | None
-) -> tuple[int, Tensor | None]:
-    logits_type = _logits_type(op, "logits", logits)
+@_op(_lists.TOKEN_KL_BACKWARD, "grad_logp grad_ref_logp", wants="logp ref")
+def token_kl_backward(tensors: tuple, options: tuple) -> Results:
+    inputs = _checked(_lists.TOKEN_KL_BACKWARD, tensors)
+    wanted, options = options[:2], options[2:]
+    gradients = tuple(_result(tensors[0], want) for want in wanted)
+    yield gradients
+    addresses = _addresses((*inputs, *gradients))
+    _call(_lists.token_kl_backward, inputs[0], options, inputs[0].numel(), *addresses)
+
+
+def _check_full_kl(op: Op, tensors: tuple) -> list[Tensor | None]:
+    logits, ref_logits, *_ = tensors
+    _check_logits(op.name, "logits", logits)
     if ref_logits.dtype is not logits.dtype:
-        _refuse_dtype(op, "ref_logits", ref_logits, str(logits.dtype).removeprefix("torch."))
-    check_shape(op, "ref_logits", ref_logits, logits.shape)
-    check_device(op, "ref_logits", ref_logits, logits.device)
-    return logits_type, *_checked(op, _lists.FULL_KL[2:], (mask,), logits)
+        _refuse_dtype(op.name, "ref_logits", ref_logits, logits.dtype)
+    check_shape(op.name, "ref_logits", ref_logits.shape, logits.shape)
+    check_device(op.name, "ref_logits", ref_logits, logits.device)
+    return _checked(op, tensors)
 
 
-def _full_kl_inputs(
-    logits_type: int, logits: Tensor, ref_logits: Tensor, mask: Tensor | None
-) -> Iterator[tuple[int, int, list[int]]]:
-    """For each part its first row, its rows, and what the passes begin with."""
-    vocab = logits.shape[-1]
-    for parts, first, rows in _blocks(logits.shape[:-1].numel(), logits, ref_logits):
-        yield first, rows, [rows, vocab, logits_type, *_addresses(parts), _at(mask, first)]
-
-
-def _stats_of(stats: Tensor, first: int, rows: int) -> Tensor:
-    return stats.view(len(stats), -1)[:, first : first + rows]
-
-
-def _full_kl(tensors: tuple, options: tuple) -> Iterator[tuple[Tensor, Tensor]]:
-    logits, ref_logits, mask = tensors
-    logits_type, mask = _check_full_kl("full_kl", *tensors)
-    kl = logits.new_empty(logits.shape[:-1], dtype=torch.float32)
+@_op(_lists.FULL_KL, "kl stats", _backward_of_kl)
+def full_kl(tensors: tuple, options: tuple) -> Results:
+    *logits, mask = _check_full_kl(_lists.FULL_KL, tensors)
+    kl = logits[0].new_empty(logits[0].shape[:-1], dtype=torch.float32)
     stats = kl.new_empty((_header.KL_FULL_STATS, *kl.shape))
     yield kl, stats
-    options = _lists.full_kl_options.address(*options)
-    for first, rows, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
-        buffer = stats if rows == kl.numel() else stats.new_empty(len(stats), rows)
-        _call(_lists.full_kl_forward, logits, *inputs, options, buffer.data_ptr())
+    slices, logits = _sliced(*logits)
+    sizes = (kl.numel() // slices, logits[0].shape[-1], _LOGITS[logits[0].dtype])
+    for number in range(slices):
+        buffer = stats if slices == 1 else torch.empty_like(stats[:, number])
+        addresses = _addresses((*logits, mask), number)
+        _call(_lists.full_kl_forward, kl, options, *sizes, buffer.data_ptr(), *addresses)
         if buffer is not stats:
-            _stats_of(stats, first, rows).copy_(buffer)
+            stats[:, number] = buffer
     kl.copy_(stats[0])
 
 
-def _full_kl_backward(
-    tensors: tuple, options: tuple, upstream: tuple, wanted: tuple
-) -> Iterator[tuple[Tensor, ...]]:
-    op = "full_kl_backward"
-    (logits, ref_logits, mask), (stats, grad_kl) = tensors, upstream
-    logits_type, mask = _check_full_kl(op, *tensors)
-    rows = logits.shape[:-1]
-    (stats,) = _checked(op, _STATS, (stats,), logits, (_header.KL_FULL_STATS, *rows))
-    (grad_kl,) = _checked(op, _GRAD_KL, (grad_kl,), logits, rows)
-    gradients = tuple(_wanted(logits, want) for want in wanted)
+@_op(_lists.FULL_KL_BACKWARD, "grad_logits grad_ref_logits", wants="logits ref")
+def full_kl_backward(tensors: tuple, options: tuple) -> Results:
+    *logits, mask, stats, grad_kl = _check_full_kl(_lists.FULL_KL_BACKWARD, tensors)
+    wanted, options = options[:2], options[2:]
+    gradients = tuple(_result(logits[0], want) for want in wanted)
     yield gradients
-    _large_pages(*gradients)
-    options = _lists.full_kl_options.address(*options)
-    for first, rows, inputs in _full_kl_inputs(logits_type, logits, ref_logits, mask):
-        part_stats = _stats_of(stats, first, rows).contiguous()
-        begin = first * logits.shape[-1]
-        buffers = [_at(grad, begin) if want else 0 for grad, want in zip(gradients, wanted)]
-        given = (options, part_stats.data_ptr(), _at(grad_kl, first))
-        _call(_lists.full_kl_backward, logits, *inputs, *given, *buffers)
-
-
-full_kl = _define(
-    [_lists.FULL_KL, _lists.full_kl_options], "(Tensor kl, Tensor stats)", _full_kl, _backward_of_kl
-)
-full_kl_backward = _define(
-    [_lists.FULL_KL, _lists.full_kl_options, (*_STATS, *_GRAD_KL), _wants("logits", "ref")],
-    "(Tensor grad_logits, Tensor grad_ref_logits)",
-    _full_kl_backward,
-)
+    slices, logits = _sliced(*logits)
+    sizes = (stats[0].numel() // slices, logits[0].shape[-1], _LOGITS[logits[0].dtype])
+    for number in range(slices):
+        kept = stats if slices == 1 else stats[:, number].contiguous()
+        addresses = _addresses((*logits, mask, grad_kl, *gradients), number)
+        _call(_lists.full_kl_backward, stats, options, *sizes, kept.data_ptr(), *addresses)
 
 
 # --- gae ---
@@ -616,127 +507,63 @@ def _moments_like(values: Tensor) -> Tensor:
     return torch.empty(3, dtype=torch.float64, device=values.device)
 
 
-def _sizes(tensor: Tensor) -> tuple[int, int]:
-    return tensor.shape[:-1].numel(), tensor.shape[-1]
-
-
-def _gae(tensors: tuple, wanted: tuple, options: tuple) -> Iterator[tuple[Tensor, ...]]:
-    inputs = _check_rows("gae", _lists.GAE, tensors)
-    values = inputs[0]
-    of_tokens = (_wanted(values, want) for want in (True, True, *wanted))
-    outputs = (*of_tokens, _moments_like(values))
+@_op(_lists.GAE, "advantages returns rewards moments", wants="rewards")
+def gae(tensors: tuple, options: tuple) -> Results:
+    sizes, inputs = _check_rows(_lists.GAE, tensors)
+    with_rewards, *options = options
+    of_tokens = (_result(tensors[0], want) for want in (True, True, with_rewards))
+    outputs = (*of_tokens, _moments_like(tensors[0]))
     yield outputs
-    _large_pages(*outputs)
-    given = (*_sizes(values), *_addresses(inputs), _lists.gae_options.address(*options))
-    _call(_lists.gae, values, *given, *_addresses(outputs))
-
-
-gae = _define(
-    [_lists.GAE, _wants("rewards"), _lists.gae_options],
-    "(Tensor advantages, Tensor returns, Tensor rewards, Tensor moments)",
-    _gae,
-)
+    _call(_lists.gae, inputs[0], options, *sizes, *_addresses((*inputs, *outputs)))
 
 
 # --- whiten ---
 
 
-def _masked_moments(values: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    inputs = _checked("masked_moments", _lists.WHITEN, (values, mask), values)
-    moments = _moments_like(values)
+@_op(_lists.MASKED_MOMENTS)
+def masked_moments(tensors: tuple, _: tuple) -> Results:
+    inputs, moments = _checked(_lists.MASKED_MOMENTS, tensors), _moments_like(tensors[0])
     yield moments
-    _call(_lists.whiten_moments, values, values.numel(), *_addresses((*inputs, moments)))
-
-
-def _masked_whiten_with(tensors: tuple, options: tuple) -> Iterator[Tensor]:
-    op, like = "masked_whiten", tensors[0]
-    inputs = _checked(op, (*_lists.WHITEN, *_MOMENTS), tensors, like)
-    whitened = torch.empty_like(inputs[0])
-    yield whitened
-    _large_pages(whitened)
-    given = (like.numel(), *_addresses(inputs), _lists.whiten_options.address(*options))
-    _call(_lists.whiten_forward, like, *given, whitened.data_ptr())
-
-
-def _masked_whiten(tensors: tuple, options: tuple) -> Iterator[tuple[Tensor, Tensor]]:
-    like = tensors[0]
-    inputs = _checked("masked_whiten", _lists.WHITEN, tensors, like)
-    whitened, moments = torch.empty_like(inputs[0]), _moments_like(like)
-    yield whitened, moments
-    _large_pages(whitened)
-    given = (like.numel(), *_addresses((*inputs, moments)))
-    _call(_lists.whiten_moments, like, *given)
-    options = _lists.whiten_options.address(*options)
-    _call(_lists.whiten_forward, like, *given, options, whitened.data_ptr())
-
-
-def _masked_whiten_backward(tensors: tuple, options: tuple) -> Iterator[Tensor]:
-    """Through the moments too where the values are given."""
-    *_, like = tensors
-    inputs = _checked("masked_whiten_backward", _WHITEN_BACKWARD, tensors, like)
-    grad_values = _wanted(like, True)
-    yield grad_values
-    _large_pages(grad_values)
-    values, *rest = _addresses(inputs)
-    rest += [_lists.whiten_options.address(*options), grad_values.data_ptr()]
-    if tensors[0] is None:
-        _call(_lists.whiten_with_backward, like, like.numel(), *rest)
-    else:
-        _call(_lists.whiten_backward, like, like.numel(), values, *rest)
+    _call(_lists.whiten_moments, moments, (), inputs[0].numel(), *_addresses((*inputs, moments)))
 
 
 def _backward_of_whiten(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    saved = (None, *ctx.saved_tensors)[-3:]  # without the values where moments are constants
-    return (masked_whiten_backward(*saved, grad, *ctx.options),)
+    *values, mask, moments = ctx.saved_tensors  # no values where the moments are constants
+    return (masked_whiten_backward(grad, mask, moments, *values or (None,), *ctx.options),)
 
 
-_MOMENTS = (Argument("moments", "Tensor", MOMENTS),)
-_GRAD = (numbers("grad"),)
-_WHITEN_BACKWARD = (numbers("values?"), *_lists.WHITEN[1:], *_MOMENTS, *_GRAD)
+@_op(_lists.MASKED_WHITEN, "whitened moments", _backward_of_whiten)
+def masked_whiten(tensors: tuple, options: tuple) -> Results:
+    inputs = _checked(_lists.MASKED_WHITEN, tensors)
+    whitened, moments = _result(tensors[0]), _moments_like(tensors[0])
+    yield whitened, moments
+    given = (whitened.numel(), *_addresses((*inputs, moments)))
+    _call(_lists.whiten_moments, moments, (), *given)
+    _call(_lists.whiten_forward, moments, options, *given, whitened.data_ptr())
 
-masked_moments = _define([_lists.WHITEN], "Tensor", _masked_moments)
-masked_whiten = _define(
-    [_lists.WHITEN, _lists.whiten_options],
-    "(Tensor whitened, Tensor moments)",
-    _masked_whiten,
-    _backward_of_whiten,
-)
-masked_whiten_with = _define(
-    [(*_lists.WHITEN, *_MOMENTS), _lists.whiten_options],
-    "Tensor",
-    _masked_whiten_with,
-    _backward_of_whiten,
-    kept=slice(1, 3),
-)
-masked_whiten_backward = _define(
-    [_WHITEN_BACKWARD, _lists.whiten_options], "Tensor", _masked_whiten_backward
-)
+
+@_op(_lists.MASKED_WHITEN_WITH, backward=_backward_of_whiten, kept=slice(1, 3))
+def masked_whiten_with(tensors: tuple, options: tuple) -> Results:
+    inputs, whitened = _checked(_lists.MASKED_WHITEN_WITH, tensors), _result(tensors[0])
+    yield whitened
+    given = (whitened.numel(), *_addresses((*inputs, whitened)))
+    _call(_lists.whiten_forward, whitened, options, *given)
+
+
+@_op(_lists.MASKED_WHITEN_BACKWARD)
+def masked_whiten_backward(tensors: tuple, options: tuple) -> Results:
+    """Through the moments too where the values are given."""
+    *rest, values = _checked(_lists.MASKED_WHITEN_BACKWARD, tensors)
+    grad_values = _result(tensors[0])
+    yield grad_values
+    given = (grad_values.numel(), *_addresses((*rest, grad_values)))
+    if values is None:
+        _call(_lists.whiten_with_backward, grad_values, options, *given)
+    else:
+        _call(_lists.whiten_backward, grad_values, options, *given, values.data_ptr())
 
 
 # --- ppo_loss ---
-
-
-def _ppo_loss(tensors: tuple, wanted: tuple, options: tuple) -> Iterator[tuple[Tensor, ...]]:
-    inputs = _check_rows("ppo_loss", _lists.PPO_LOSS, tensors)
-    logp = inputs[0]
-    loss = torch.empty((), dtype=torch.float32, device=logp.device)
-    stats = torch.empty(len(_lib.STATS), dtype=torch.float32, device=logp.device)
-    gradients = [_wanted(logp, want) for want in wanted]
-    yield loss, stats, *gradients
-    _large_pages(*gradients)
-    exact = torch.empty_like(stats, dtype=torch.float64)
-    given = (*_sizes(logp), *_addresses(inputs), _lists.ppo_loss_options.address(*options))
-    _call(_lists.ppo_loss, logp, *given, *_addresses((exact, loss, *gradients)))
-    stats.copy_(exact)
-
-
-def _ppo_loss_backward(grad: Tensor, *stored: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    (grad,) = _checked("ppo_loss_backward", _GRAD, (grad,), stored[0], ())
-    gradients = tuple(torch.empty_like(gradient) for gradient in stored)
-    yield gradients
-    _large_pages(*gradients)
-    tokens = max(gradient.numel() for gradient in stored)
-    _call(_lists.ppo_loss_scale, grad, tokens, *_addresses((grad, *stored, *gradients)))
 
 
 def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
@@ -746,21 +573,34 @@ def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | Non
     scaled = stored if as_stored else ppo_loss_backward(grad, *stored)
     gradients = dict(zip(_lists.PPO_LOSS_GRADIENTS, scaled))
     # What else asks for a gradient, old_logp say, is a constant.
-    needs = zip(_lists.PPO_LOSS, ctx.needs_input_grad[1:])
+    needs = zip(_lists.PPO_LOSS.inputs, ctx.needs_input_grad[1:])
     return [gradients.get(argument.name) if needed else None for argument, needed in needs]
 
 
-_STORED = [f"grad_{name}" for name in _lists.PPO_LOSS_GRADIENTS]
+_STORED = " ".join(f"grad_{name}" for name in _lists.PPO_LOSS_GRADIENTS)
+_WANTS = " ".join(_lists.PPO_LOSS_GRADIENTS)
 
-ppo_loss = _define(
-    [_lists.PPO_LOSS, _wants(*_lists.PPO_LOSS_GRADIENTS), _lists.ppo_loss_options],
-    f"(Tensor loss, Tensor stats, {', '.join(f'Tensor {name}' for name in _STORED)})",
-    _ppo_loss,
-    _backward_of_ppo_loss,
-    kept=slice(0),
-)
-ppo_loss_backward = _define(
-    [(*_GRAD, *map(numbers, _STORED))],
-    f"({', '.join('Tensor' for _ in _STORED)})",
-    _ppo_loss_backward,
-)
+
+@_op(_lists.PPO_LOSS, f"loss stats {_STORED}", _backward_of_ppo_loss, _WANTS, kept=slice(0))
+def ppo_loss(tensors: tuple, options: tuple) -> Results:
+    sizes, inputs = _check_rows(_lists.PPO_LOSS, tensors)
+    f32, device = torch.float32, tensors[0].device
+    loss = torch.empty((), dtype=f32, device=device)
+    stats = torch.empty(len(_lib.STATS), dtype=f32, device=device)
+    wanted, options = options[:3], options[3:]
+    gradients = [_result(tensors[0], want) for want in wanted]
+    yield loss, stats, *gradients
+    exact = torch.empty_like(stats, dtype=torch.float64)
+    addresses = _addresses((*inputs, exact, loss, *gradients))
+    _call(_lists.ppo_loss, exact, options, *sizes, *addresses)
+    stats.copy_(exact)
+
+
+@_op(_lists.PPO_LOSS_BACKWARD, _STORED)
+def ppo_loss_backward(tensors: tuple, _: tuple) -> Results:
+    _, *stored = tensors
+    grad = _checked(_lists.PPO_LOSS_BACKWARD, tensors[:1], stored[0], ())
+    gradients = tuple(map(_result, stored))
+    yield gradients
+    tokens = max(gradient.numel() for gradient in stored)
+    _call(_lists.ppo_loss_scale, stored[0], (), tokens, *_addresses((*grad, *stored, *gradients)))

@@ -29,19 +29,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import __all__ as _public
 from . import _lib, _lists, _ops
 
-__all__ = [
-    "GaeOutput",
-    "full_kl",
-    "gae",
-    "logprobs_and_entropy",
-    "masked_moments",
-    "masked_whiten",
-    "ppo_loss",
-    "selective_log_softmax",
-    "token_kl",
-]
+__all__ = [name for name in _public if name != "library_version"]
 
 Estimator = Literal["k1", "abs", "k2", "k3", "k3_straight_through"]
 Aggregation = Literal[
@@ -64,9 +55,9 @@ def _mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in _ops.BYTES else mask != 0
 
 
-def _taken(inputs: tuple[_lists.Argument, ...], *tensors: Tensor | None) -> list[Tensor | None]:
-    """Tensors in the dtypes that an op with these inputs takes."""
-    kinds = zip(inputs, tensors)
+def _taken(op: _lists.Op, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Tensors in the dtypes that an op takes."""
+    kinds = zip(op.inputs, tensors)
     return [_mask(x) if given.kind == _lists.FLAGS else _per_token(x) for given, x in kinds]
 
 
@@ -77,7 +68,7 @@ def _skip(
     if row_mask is None:
         return index, ignore_index
     _ops.check_logprob(op, logits, index)
-    _ops.check_shape(op, "row_mask", row_mask, logits.shape[:-1])
+    _lists.check_shape(op, "row_mask", row_mask.shape, logits.shape[:-1])
     _ops.check_device(op, "row_mask", row_mask, logits.device)
     ignore_index = _SKIPPED if ignore_index is None else ignore_index
     return index.long().masked_fill(row_mask == 0, ignore_index), ignore_index
@@ -172,8 +163,8 @@ def token_kl(
     Returns:
         float32, ``[...]``, 0 where masked.
     """
-    logp, ref_logp, mask = _per_token(logp), _per_token(ref_logp), _mask(mask)
-    return _ops.token_kl(logp, ref_logp, mask, estimator, log_ratio_clamp, output_clamp)
+    tensors = (_per_token(logp), _per_token(ref_logp), _mask(mask))
+    return _ops.token_kl(*tensors, log_ratio_clamp, output_clamp, estimator)
 
 
 def full_kl(
@@ -197,7 +188,7 @@ def full_kl(
         float32, ``[...]``, in nats; 0 where masked, +inf where a token that one gives a probability
         has none under the other.
     """
-    return _ops.full_kl(logits, ref_logits, _mask(mask), direction, temperature)[0]
+    return _ops.full_kl(logits, ref_logits, _mask(mask), temperature, direction)[0]
 
 
 class GaeOutput(NamedTuple):
@@ -273,22 +264,11 @@ def gae(
         return_rewards: whether to return the rewards after shaping.
     """
     inputs = (values, rewards, mask, kl, scores, has_eos, dones, bootstrap)
-    advantages, returns, shaped, moments = _ops.gae(
-        *map(_constant, _taken(_lists.GAE, *inputs)),
-        return_rewards,
-        gamma,
-        lam,
-        value_lam,
-        kl_coef,
-        score_mean,
-        score_std,
-        score_clip,
-        missing_eos_value,
-        mask_mode,
-        score_placement,
-        score_order,
-        missing_eos,
-    )
+    scaling = (kl_coef, score_mean, score_std, score_clip, missing_eos_value)
+    choices = (mask_mode, score_placement, score_order, missing_eos)
+    options = (gamma, lam, value_lam, *scaling, *choices)
+    tensors = map(_constant, _taken(_lists.GAE, *inputs))
+    advantages, returns, shaped, moments = _ops.gae(*tensors, return_rewards, *options)
     if whiten:
         advantages = masked_whiten(advantages, mask, moments=moments)
     return GaeOutput(advantages, returns, shaped if return_rewards else None, moments)
@@ -310,7 +290,7 @@ def masked_moments(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
     Not differentiable.
     """
-    return _ops.masked_moments(*map(_constant, _taken(_lists.WHITEN, values, mask)))
+    return _ops.masked_moments(*map(_constant, _taken(_lists.MASKED_MOMENTS, values, mask)))
 
 
 def masked_whiten(
@@ -338,10 +318,11 @@ def masked_whiten(
         float32, ``[...]``, 0 where masked. With fewer than 2 unmasked values (1 if not
         ``unbiased``) it is an error on the CPU and NaN on CUDA.
     """
-    tensors = _taken(_lists.WHITEN, values, mask)
+    tensors = _taken(_lists.MASKED_WHITEN, values, mask)
+    options = (eps, eps_placement, unbiased, shift_mean)
     if moments is None:
-        return _ops.masked_whiten(*tensors, shift_mean, unbiased, eps, eps_placement)[0]
-    return _ops.masked_whiten_with(*tensors, moments, shift_mean, unbiased, eps, eps_placement)
+        return _ops.masked_whiten(*tensors, *options)[0]
+    return _ops.masked_whiten_with(*tensors, moments, *options)
 
 
 def ppo_loss(
@@ -407,32 +388,18 @@ def ppo_loss(
     Returns:
         The loss, and the statistics, all float32 scalars on the same device: ``loss``,
         ``policy_loss``, ``value_loss``, ``clip_fraction``, ``lower_clip_fraction``,
-        ``value_clip_fraction``, ``approx_kl_k1``, ``_k2``, ``_k3``, ``ratio_mean``, ``ratio_var``,
-        ``ratio_min``, ``ratio_max``, ``entropy_mean``, ``kl_mean``, ``advantage_mean``,
-        ``return_mean``, ``value_mean``, ``explained_variance`` and ``tokens``; NaN for what is not
-        defined, where an input is not given, say.
+        ``value_clip_fraction``, ``approx_kl_k1``, ``approx_kl_k2``, ``approx_kl_k3``,
+        ``ratio_mean``, ``ratio_var``, ``ratio_min``, ``ratio_max``, ``entropy_mean``, ``kl_mean``,
+        ``advantage_mean``, ``return_mean``, ``value_mean``, ``explained_variance`` and ``tokens``;
+        NaN for what is not defined, where an input is not given, say.
     """
     of_terms = (values, old_values, returns, entropy, ref_logp)
     tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask)
-    loss, stats, *_ = _ops.ppo_loss(
-        *tensors,
-        *map(_wants_gradient, (logp, values, entropy)),
-        clip_range,
-        clip_range_high,
-        dual_clip,
-        log_ratio_clamp,
-        value_clip_range,
-        value_coef,
-        entropy_coef,
-        kl_coef,
-        kl_estimator,
-        kl_log_ratio_clamp,
-        kl_output_clamp,
-        aggregation,
-        aggregation_divisor,
-        denominator,
-        clip_fraction,
-    )
+    clips = (clip_range, clip_range_high, dual_clip, log_ratio_clamp, value_clip_range)
+    terms = (value_coef, entropy_coef, kl_coef, kl_log_ratio_clamp, kl_output_clamp)
+    means = (aggregation_divisor, denominator, aggregation, clip_fraction, kl_estimator)
+    wanted = map(_wants_gradient, (logp, values, entropy))
+    loss, stats, *_ = _ops.ppo_loss(*tensors, *wanted, *clips, *terms, *means)
     return loss, dict(zip(_lib.STATS, stats.unbind()))
 
 

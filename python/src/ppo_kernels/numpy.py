@@ -8,36 +8,29 @@ dtype are used as they are, others are copied. Results are new float32 arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from . import __all__ as _public
 from . import _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, Argument
+from ._lists import FLAGS, Op, check_rows, check_shape
 
-__all__ = [
-    "GaeOutput",
-    "full_kl",
-    "gae",
-    "logprobs_and_entropy",
-    "masked_moments",
-    "masked_whiten",
-    "ppo_loss",
-    "selective_log_softmax",
-    "token_kl",
-]
+__all__ = [name for name in _public if name != "library_version"]
 
 Floats = NDArray[np.float32]
 
 _PLAIN = ("C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY")  # what the library takes; else a copy is made
 
 
-def _call(function: Pass, *values: NDArray | int | None) -> None:
-    """Calls the library with values in the order of the pass, arrays by their addresses."""
-    status = function.cpu(function.arguments(*map(_address, values)))
+def _call(function: Pass, given: Mapping[str, Any] | None, *values: NDArray | int | None) -> None:
+    """Calls the library with the options given, or the defaults, and values in the order of the
+    pass, arrays by their addresses."""
+    options = 0 if given is None else function.options.among(given)
+    status = function.cpu(function.arguments(options, *map(_address, values)))
     if status:
         _lib.fail(status)
 
@@ -46,65 +39,58 @@ def _address(value: NDArray | int | None) -> int:
     return value.ctypes.data if isinstance(value, np.ndarray) else value or 0
 
 
-def _check_shape(op: str, name: str, array: NDArray, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{op}: `{name}` has shape {list(array.shape)}, expected {list(shape)}")
-
-
 def _flags(mask: ArrayLike) -> NDArray:
     mask = np.asarray(mask)
     return np.require(mask if mask.dtype.itemsize == 1 else mask != 0, None, _PLAIN)
 
 
 def _checked(
-    op: str, inputs: Iterable[Argument], given: Mapping[str, Any], shape: tuple[int, ...]
+    op: Op, given: Mapping[str, Any], shape: tuple[int, ...], first: int = 0
 ) -> list[NDArray | None]:
-    """An op's inputs of those given, as the library takes them, for tokens of a shape."""
+    """An op's inputs of those given, from the first, as the library takes them, for tokens of a
+    shape."""
     checked = []
-    for name, _, kind, per_row in inputs:
+    for name, _, kind, per_row, _ in op.inputs[first:]:
         array = given[name]
         if array is not None:
             array = _flags(array) if kind == FLAGS else np.require(array, np.float32, _PLAIN)
-            _check_shape(op, name, array, shape[:-1] if per_row else shape)
+            check_shape(op.name, name, array.shape, shape[:-1] if per_row else shape)
         checked.append(array)
     return checked
 
 
-def _sizes(op: str, name: str, array: ArrayLike) -> tuple[int, int]:
+def _sizes(op: Op, tokens: ArrayLike) -> tuple[int, int]:
     """How many rows of tokens, and tokens in each."""
-    shape = np.shape(array)
-    if not shape:
-        raise ValueError(f"{op}: `{name}` has shape [], expected [..., seq_len]")
+    shape = np.shape(tokens)
+    check_rows(op.name, op.inputs[0].name, shape, "seq_len")
     return int(np.prod(shape[:-1])), shape[-1]
 
 
-def _logits(op: str, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
+def _logits(op: Op, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
     logits = np.asarray(logits)
     if logits.dtype.name not in _lib.LOGITS or not logits.dtype.isnative:
         logits = logits.astype(np.float32)
     logits = np.require(logits, None, _PLAIN)
-    if logits.ndim == 0:
-        raise ValueError(f"{op}: `{name}` has shape [], expected [..., vocab]")
+    check_rows(op.name, name, logits.shape, "vocab")
     return logits, _lib.LOGITS[logits.dtype.name]
 
 
-def _logprobs(op: str, with_entropy: bool, *arguments: Any) -> tuple[Floats, Floats | None]:
-    logits, index, temperature, row_mask, ignore_index = arguments
-    logits, logits_type = _logits(op, "logits", logits)
+def _logprobs(op: Op, given: dict[str, Any]) -> tuple[Floats, Floats | None]:
+    logits, logits_type = _logits(op, "logits", given["logits"])
     *rows, vocab = logits.shape
-    index = np.asarray(index)
-    _check_shape(op, "index", index, tuple(rows))
+    index, row_mask = np.asarray(given["index"]), given["row_mask"]
+    check_shape(op.name, "index", index.shape, tuple(rows))
     index = np.require(index, np.uint32 if index.dtype.name == "uint32" else np.int64, _PLAIN)
     if row_mask is not None:
         mask = _flags(row_mask)
-        _check_shape(op, "row_mask", mask, tuple(rows))
-        ignore_index = np.iinfo(np.int64).min if ignore_index is None else ignore_index
-        index = np.where(mask, index.astype(np.int64), ignore_index)
+        check_shape(op.name, "row_mask", mask.shape, tuple(rows))
+        if given["ignore_index"] is None:
+            given["ignore_index"] = np.iinfo(np.int64).min
+        index = np.where(mask, index.astype(np.int64), given["ignore_index"])
     logp = np.empty(rows, np.float32)
-    entropy = np.empty(rows, np.float32) if with_entropy else None
-    inputs = (index.size, vocab, logits_type, _lib.TARGETS[index.dtype.name], logits, index)
-    options = _lists.logprob_options.address(temperature, ignore_index)
-    _call(_lists.logprob_forward, *inputs, None, None, entropy, options, logp)
+    entropy = np.empty(rows, np.float32) if op is _lists.LOGPROB_ENTROPY else None
+    sizes = (index.size, vocab, logits_type, _lib.TARGETS[index.dtype.name], None, None)
+    _call(_lists.logprob_forward, given, *sizes, logits, index, entropy, logp)
     return logp, entropy
 
 
@@ -117,8 +103,7 @@ def selective_log_softmax(
     ignore_index: int | None = None,
 ) -> Floats:
     """Log-probabilities of chosen tokens: logits ``[..., vocab]``, index ``[...]``; ``[...]``."""
-    arguments = (logits, index, temperature, row_mask, ignore_index)
-    return _logprobs("selective_log_softmax", False, *arguments)[0]
+    return _logprobs(_lists.LOGPROB, locals())[0]
 
 
 def logprobs_and_entropy(
@@ -130,8 +115,7 @@ def logprobs_and_entropy(
     ignore_index: int | None = None,
 ) -> tuple[Floats, Floats]:
     """The same, and the entropy of each row's distribution: ``[...]`` each."""
-    arguments = (logits, index, temperature, row_mask, ignore_index)
-    return _logprobs("logprobs_and_entropy", True, *arguments)
+    return _logprobs(_lists.LOGPROB_ENTROPY, locals())
 
 
 def token_kl(
@@ -144,11 +128,10 @@ def token_kl(
     output_clamp: float | None = None,
 ) -> Floats:
     """KL estimates for each token, all ``[...]``."""
-    given, shape = locals(), np.shape(logp)
-    inputs = _checked("token_kl", _lists.TOKEN_KL, given, shape)
-    kl = np.empty(shape, np.float32)
-    options = _lists.token_kl_options.among(given)
-    _call(_lists.token_kl_forward, kl.size, *inputs, options, kl)
+    given = locals()
+    kl = np.empty(np.shape(logp), np.float32)
+    inputs = _checked(_lists.TOKEN_KL, given, kl.shape)
+    _call(_lists.token_kl_forward, given, kl.size, *inputs, kl)
     return kl
 
 
@@ -161,15 +144,15 @@ def full_kl(
     temperature: float = 1.0,
 ) -> Floats:
     """Exact KL between rows of logits ``[..., vocab]``: ``[...]``."""
-    op, options = "full_kl", _lists.full_kl_options.among(locals())
+    op, given = _lists.FULL_KL, locals()
     logits, logits_type = _logits(op, "logits", logits)
     ref_logits, _ = _logits(op, "ref_logits", np.asarray(ref_logits, dtype=logits.dtype))
-    _check_shape(op, "ref_logits", ref_logits, logits.shape)
+    check_shape(op.name, "ref_logits", ref_logits.shape, logits.shape)
     *rows, vocab = logits.shape
-    mask = _checked(op, _lists.FULL_KL[2:], locals(), logits.shape)
+    mask = _checked(op, given, logits.shape, first=2)
     stats = np.empty((_header.KL_FULL_STATS, *rows), np.float32)
-    inputs = (stats[0].size, vocab, logits_type, logits, ref_logits, *mask)
-    _call(_lists.full_kl_forward, *inputs, options, stats)
+    sizes = (stats[0].size, vocab, logits_type)
+    _call(_lists.full_kl_forward, given, *sizes, stats, logits, ref_logits, *mask)
     return stats[0].copy()
 
 
@@ -210,15 +193,10 @@ def gae(
     """Rewards, advantages and returns of ``[..., seq_len]``; of scores, has_eos and bootstrap there
     is one a row, ``[...]``."""
     given, shape = locals(), np.shape(values)
-    sizes = _sizes("gae", "values", values)
-    inputs = _checked("gae", _lists.GAE, given, shape)
-    outputs = GaeOutput(
-        np.empty(shape, np.float32),
-        np.empty(shape, np.float32),
-        np.empty(shape, np.float32) if return_rewards else None,
-        np.empty(3, np.float64),
-    )
-    _call(_lists.gae, *sizes, *inputs, _lists.gae_options.among(given), *outputs)
+    sizes, inputs = _sizes(_lists.GAE, values), _checked(_lists.GAE, given, shape)
+    results = [np.empty(shape, np.float32) if want else None for want in (1, 1, return_rewards)]
+    outputs = GaeOutput(*results, np.empty(3, np.float64))
+    _call(_lists.gae, given, *sizes, *inputs, *outputs)
     if whiten:
         whitened = masked_whiten(outputs.advantages, mask, moments=outputs.moments)
         return outputs._replace(advantages=whitened)
@@ -227,9 +205,9 @@ def gae(
 
 def masked_moments(values: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.float64]:
     """Count, mean and sum of squared deviations of the unmasked values: ``[3]``."""
-    inputs = _checked("masked_moments", _lists.WHITEN, locals(), np.shape(values))
+    inputs = _checked(_lists.MASKED_MOMENTS, locals(), np.shape(values))
     moments = np.empty(3, np.float64)
-    _call(_lists.whiten_moments, inputs[0].size, *inputs, moments)
+    _call(_lists.whiten_moments, None, inputs[0].size, *inputs, moments)
     return moments
 
 
@@ -244,13 +222,13 @@ def masked_whiten(
     moments: NDArray[np.float64] | None = None,
 ) -> Floats:
     """(values - mean) / sqrt(var + eps) over the unmasked values, all ``[...]``."""
-    op, options = "masked_whiten", _lists.whiten_options.among(locals())
-    inputs = _checked(op, _lists.WHITEN, locals(), np.shape(values))
+    op, given = _lists.MASKED_WHITEN, locals()
+    inputs = _checked(op, given, np.shape(values))
     moments = masked_moments(*inputs) if moments is None else moments
     moments = np.require(moments, np.float64, _PLAIN)
-    _check_shape(op, "moments", moments, (3,))
+    check_shape(op.name, "moments", moments.shape, (3,))
     whitened = np.empty(inputs[0].shape, np.float32)
-    _call(_lists.whiten_forward, whitened.size, *inputs, moments, options, whitened)
+    _call(_lists.whiten_forward, given, whitened.size, *inputs, moments, whitened)
     return whitened
 
 
@@ -284,12 +262,11 @@ def ppo_loss(
     """The PPO loss of ``[..., seq_len]``; its statistics; and its gradients with respect to
     ``logp``, and to ``values`` and ``entropy`` where they are given."""
     given, shape = locals(), np.shape(logp)
-    sizes = _sizes("ppo_loss", "logp", logp)
-    inputs = _checked("ppo_loss", _lists.PPO_LOSS, given, shape)
+    sizes, inputs = _sizes(_lists.PPO_LOSS, logp), _checked(_lists.PPO_LOSS, given, shape)
     names = [name for name in _lists.PPO_LOSS_GRADIENTS if given[name] is not None]
     gradients = {name: np.empty(shape, np.float32) for name in names}
     stats = np.empty(len(_lib.STATS), np.float64)
     results = (stats, None, *map(gradients.get, _lists.PPO_LOSS_GRADIENTS))
-    _call(_lists.ppo_loss, *sizes, *inputs, _lists.ppo_loss_options.among(given), *results)
+    _call(_lists.ppo_loss, given, *sizes, *inputs, *results)
     named = dict(zip(_lib.STATS, stats.tolist()))
     return named["loss"], named, gradients
