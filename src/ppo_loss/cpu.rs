@@ -1,8 +1,6 @@
 //! The fused CPU implementation. The tokens are cut into blocks that stay in the cache; each term
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
-//! kept in lanes of f32 within a stretch of a block and in f64, over a fixed tree, between blocks.
-
-use std::ops::Range;
+//! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
 
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
@@ -16,8 +14,7 @@ use crate::moments::Moments;
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK_TOKENS: usize = 4096;
 
-/// Tokens that one loop leaves to the next in the L1 cache, and that are added up in f32: a lane gets
-/// few enough of them that an outlier's rounding swallows no more than a few units in its last place.
+/// Tokens that one loop leaves to the next in the L1 cache.
 const STRETCH: usize = 512;
 
 /// How many tokens ahead of the loops memory is asked for. They do so much for a token that the
@@ -324,12 +321,6 @@ fn for_lanes(len: usize, mut body: impl FnMut(usize, bool)) {
     }
 }
 
-/// The stretches of `len` tokens.
-#[inline(always)]
-fn stretches(len: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..len).step_by(STRETCH).map(move |first| first..len.min(first + STRETCH))
-}
-
 /// The lanes of `x` from `at` on; 0 past its end.
 #[inline(always)]
 fn load(x: &[f32], at: usize, full: bool) -> Lanes {
@@ -502,20 +493,21 @@ impl Terms {
             KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
         let k3_of = TokenKl::new(&K3);
         let (mut clipped, mut lower_clipped) = ([0_u32; LANES], [0_u32; LANES]);
-        let (mut ratio_sum, mut ratio_squares) = (0.0, 0.0);
+        let mut loss = ZERO;
+        let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
+        let (mut ratio_sum, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
         let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
         // Two loops a stretch, each of them short enough for the machine to work on several tokens
         // at once: from log-ratio to loss one operation waits for the other.
         let (mut raws, mut ratios) = ([0.0; STRETCH], [0.0; STRETCH]);
-        for stretch in stretches(weights.len()) {
-            let first = stretch.start;
+        for first in (0..weights.len()).step_by(STRETCH) {
+            let stretch = first..weights.len().min(first + STRETCH);
             let (weights, logp, old_logp, advantages) = (
                 &weights[stretch.clone()],
                 &logp[stretch.clone()],
                 &old_logp[stretch.clone()],
                 &advantages[stretch.clone()],
             );
-            let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
             for_lanes(
                 weights.len(),
                 #[inline(always)]
@@ -539,12 +531,7 @@ impl Terms {
                     ratios[at..][..LANES].copy_from_slice(&ratio);
                 },
             );
-            sums.k1 -= sum(total);
-            sums.k2 += 0.5 * sum(total_squares);
-            sums.k3 += sum(k3);
-
             let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
-            let (mut loss, mut excesses, mut squares, mut advantage) = (ZERO, ZERO, ZERO, ZERO);
             for_lanes(
                 weights.len(),
                 #[inline(always)]
@@ -574,7 +561,7 @@ impl Terms {
                         clipped[i] += u32::from(counts & keep);
                         lower_clipped[i] += u32::from(is_lower);
                         let excess = select(keep, ratio - centre, 0.0);
-                        excesses[i] += excess;
+                        ratio_sum[i] += excess;
                         squares[i] = excess.mul_add(excess, squares[i]);
                         let low = select(keep, ratio, min[i]);
                         let high = select(keep, ratio, max[i]);
@@ -587,16 +574,17 @@ impl Terms {
                     }
                 },
             );
-            sums.policy_loss += sum(loss);
-            sums.advantages += sum(advantage);
-            ratio_sum += sum(excesses);
-            ratio_squares += sum(squares);
         }
+        sums.policy_loss = sum(loss);
         sums.clipped = count_of(clipped);
         sums.lower_clipped = count_of(lower_clipped);
-        sums.ratio = moments(centre, sums.tokens, ratio_sum, ratio_squares);
+        sums.k1 = -sum(total);
+        sums.k2 = 0.5 * sum(total_squares);
+        sums.k3 = sum(k3);
+        sums.ratio = moments(centre, sums.tokens, sum(ratio_sum), sum(squares));
         sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
         sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
+        sums.advantages = sum(advantage);
     }
 
     /// Adds its gradient to the policy term's.
@@ -611,34 +599,29 @@ impl Terms {
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
-        for stretch in stretches(weights.len()) {
-            let (weights, logp, ref_logp) =
-                (&weights[stretch.clone()], &logp[stretch.clone()], &ref_logp[stretch.clone()]);
-            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
-            let (mut loss, mut total) = (ZERO, ZERO);
-            for_lanes(
-                weights.len(),
-                #[inline(always)]
-                |at, full| {
-                    let (w, new, reference) =
-                        (load(weights, at, full), load(logp, at, full), load(ref_logp, at, full));
-                    let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at, full));
-                    for i in 0..LANES {
-                        // Every estimate of d = 0 is 0.
-                        let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
-                        let (value, derivative) = self.kl.at(d);
-                        loss[i] += w[i] * value;
-                        total[i] += value;
-                        g[i] += derivative * w[i] * self.kl_scale;
-                    }
-                    if let Some(grad) = &mut grad {
-                        store(grad, at, full, g, writer);
-                    }
-                },
-            );
-            sums.kl_loss += sum(loss);
-            sums.kl += sum(total);
-        }
+        let (mut loss, mut total) = (ZERO, ZERO);
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let (w, new, reference) =
+                    (load(weights, at, full), load(logp, at, full), load(ref_logp, at, full));
+                let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at, full));
+                for i in 0..LANES {
+                    // Every estimate of d = 0 is 0.
+                    let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
+                    let (value, derivative) = self.kl.at(d);
+                    loss[i] += w[i] * value;
+                    total[i] += value;
+                    g[i] += derivative * w[i] * self.kl_scale;
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g, writer);
+                }
+            },
+        );
+        sums.kl_loss = sum(loss);
+        sums.kl = sum(total);
     }
 
     /// The variances of returns and residuals are taken around these centres, so that they keep their
@@ -655,64 +638,50 @@ impl Terms {
     ) {
         // Where the coefficient is 0 the error, which may be NaN, is not wanted.
         let wanted = self.value_scale != 0.0;
-        let mut clipped = [0_u32; LANES];
-        let [mut targets, mut residuals] = [(0.0, 0.0); 2];
-        for stretch in stretches(weights.len()) {
-            let (weights, values, old_values, returns) = (
-                &weights[stretch.clone()],
-                &values[stretch.clone()],
-                &old_values[stretch.clone()],
-                &returns[stretch.clone()],
-            );
-            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
-            let mut loss = ZERO;
-            let (mut target, mut target_squares) = (ZERO, ZERO);
-            let (mut residual, mut residual_squares) = (ZERO, ZERO);
-            for_lanes(
-                weights.len(),
-                #[inline(always)]
-                |at, full| {
-                    let w = load(weights, at, full);
-                    let v = load(values, at, full);
-                    let (old, r) = (load(old_values, at, full), load(returns, at, full));
-                    let mut g = ZERO;
-                    for i in 0..LANES {
-                        let keep = w[i] != 0.0;
-                        let error = v[i] - r[i];
-                        // From differences, which keep their digits where values are far from 0.
-                        let moved = v[i] - old[i];
-                        let kept_move = clip(moved, -self.value_range, self.value_range);
-                        let clipped_error = error + (kept_move - moved);
-                        let unclipped_loss = error * error;
-                        let clipped_loss = clipped_error * clipped_error;
-                        let is_clipped = clipped_loss > unclipped_loss;
-                        let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                        let flows = wanted & keep & !is_clipped;
-                        g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
+        let (mut loss, mut clipped) = (ZERO, [0_u32; LANES]);
+        let (mut target, mut target_squares) = (ZERO, ZERO);
+        let (mut residual, mut residual_squares) = (ZERO, ZERO);
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let w = load(weights, at, full);
+                let (v, old, r) =
+                    (load(values, at, full), load(old_values, at, full), load(returns, at, full));
+                let mut g = ZERO;
+                for i in 0..LANES {
+                    let keep = w[i] != 0.0;
+                    let error = v[i] - r[i];
+                    // From differences, which keep their digits where values are far from 0.
+                    let moved = v[i] - old[i];
+                    let kept_move = clip(moved, -self.value_range, self.value_range);
+                    let clipped_error = error + (kept_move - moved);
+                    let unclipped_loss = error * error;
+                    let clipped_loss = clipped_error * clipped_error;
+                    let is_clipped = clipped_loss > unclipped_loss;
+                    let larger = select(is_clipped, clipped_loss, unclipped_loss);
+                    let flows = wanted & keep & !is_clipped;
+                    g[i] = select(flows, error * w[i] * self.value_scale, 0.0);
 
-                        loss[i] += select(keep, w[i] * larger, 0.0);
-                        clipped[i] += u32::from(is_clipped & keep);
-                        let x = select(keep, r[i] - centres[0], 0.0);
-                        target[i] += x;
-                        target_squares[i] = x.mul_add(x, target_squares[i]);
-                        let x = select(keep, -error - centres[1], 0.0);
-                        residual[i] += x;
-                        residual_squares[i] = x.mul_add(x, residual_squares[i]);
-                    }
-                    if let Some(grad) = &mut grad {
-                        store(grad, at, full, g, writer);
-                    }
-                },
-            );
-            sums.value_loss += 0.5 * sum(loss);
-            targets.0 += sum(target);
-            targets.1 += sum(target_squares);
-            residuals.0 += sum(residual);
-            residuals.1 += sum(residual_squares);
-        }
-        let [returns, residual] = centres;
-        sums.returns = moments(returns, sums.tokens, targets.0, targets.1);
-        sums.residuals = moments(residual, sums.tokens, residuals.0, residuals.1);
+                    loss[i] += select(keep, w[i] * larger, 0.0);
+                    clipped[i] += u32::from(is_clipped & keep);
+                    let x = select(keep, r[i] - centres[0], 0.0);
+                    target[i] += x;
+                    target_squares[i] = x.mul_add(x, target_squares[i]);
+                    let x = select(keep, -error - centres[1], 0.0);
+                    residual[i] += x;
+                    residual_squares[i] = x.mul_add(x, residual_squares[i]);
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g, writer);
+                }
+            },
+        );
+        let around =
+            |centre, total, squares| moments(centre, sums.tokens, sum(total), sum(squares));
+        sums.returns = around(centres[0], target, target_squares);
+        sums.residuals = around(centres[1], residual, residual_squares);
+        sums.value_loss = 0.5 * sum(loss);
         sums.value_clipped = count_of(clipped);
     }
 
@@ -725,30 +694,26 @@ impl Terms {
         sums: &mut Sums,
         writer: &Writer<NON_TEMPORAL>,
     ) {
-        for stretch in stretches(weights.len()) {
-            let (weights, entropy) = (&weights[stretch.clone()], &entropy[stretch.clone()]);
-            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
-            let (mut loss, mut total) = (ZERO, ZERO);
-            for_lanes(
-                weights.len(),
-                #[inline(always)]
-                |at, full| {
-                    let (w, h) = (load(weights, at, full), load(entropy, at, full));
-                    let mut g = ZERO;
-                    for i in 0..LANES {
-                        let h = select(w[i] != 0.0, h[i], 0.0);
-                        loss[i] += w[i] * h;
-                        total[i] += h;
-                        g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
-                    }
-                    if let Some(grad) = &mut grad {
-                        store(grad, at, full, g, writer);
-                    }
-                },
-            );
-            sums.entropy_loss += sum(loss);
-            sums.entropy += sum(total);
-        }
+        let (mut loss, mut total) = (ZERO, ZERO);
+        for_lanes(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let (w, h) = (load(weights, at, full), load(entropy, at, full));
+                let mut g = ZERO;
+                for i in 0..LANES {
+                    let h = select(w[i] != 0.0, h[i], 0.0);
+                    loss[i] += w[i] * h;
+                    total[i] += h;
+                    g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
+                }
+                if let Some(grad) = &mut grad {
+                    store(grad, at, full, g, writer);
+                }
+            },
+        );
+        sums.entropy_loss = sum(loss);
+        sums.entropy = sum(total);
     }
 }
 
