@@ -166,7 +166,9 @@ impl TokenKl {
     #[inline(always)]
     pub(crate) fn at(self, d: f32) -> (f32, f32) {
         let (d, d_clamped) = clamp(d, self.log_ratio_limit);
-        let (k3, k3_slope) = k3(d);
+        let (k3, k3_slope) = k3_and_slope(d);
+        // Of d = -inf the exponential is the larger one.
+        let k3 = if d == f32::NEG_INFINITY { f32::INFINITY } else { k3 };
         let value = if self.k1 { d } else { k3 };
         let value = if self.abs { d.abs() } else { value };
         let value = if self.k2 { 0.5 * d * d } else { value };
@@ -197,12 +199,12 @@ fn sign(x: f32) -> f32 {
     }
 }
 
-/// e^-d - 1 + d and 1 - e^-d.
+/// e^-d - 1 + d and 1 - e^-d, of a d above -inf.
 ///
 /// In PPO d is small, and there the three terms cancel: at d = 1e-3 the value is 5e-7, eight units
 /// in the last place of 1. So below |d| = 1 it is summed as the series d²/2! - d³/3! + ...
 #[inline(always)]
-fn k3(d: f32) -> (f32, f32) {
+pub(crate) fn k3_and_slope(d: f32) -> (f32, f32) {
     // Through d^12/12!, which is below half a unit in the last place of the sum.
     let series = 2.087_675_7e-9_f32;
     let series = series.mul_add(d, -2.505_210_8e-8);
@@ -218,9 +220,7 @@ fn k3(d: f32) -> (f32, f32) {
 
     let e = exp(-d);
     let small = d.abs() < 1.0;
-    // Of d = -inf the exponential is the larger one.
-    let finite = if d < f32::MIN { f32::MIN } else { d };
-    let value = if small { series } else { e - 1.0 + finite };
+    let value = if small { series } else { e - 1.0 + d };
     let derivative = if small { d - series } else { 1.0 - e };
     (value, derivative)
 }

@@ -6,8 +6,8 @@ use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{for_each, prefers_non_temporal, prefetch, reduce, vectorise, Split, Writer};
 use crate::error::Result;
-use crate::kl::cpu::TokenKl;
-use crate::kl::{limit, KlEstimator, KlOptions};
+use crate::kl::cpu::{k3_and_slope, TokenKl};
+use crate::kl::limit;
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
 
@@ -429,8 +429,6 @@ impl Terms {
             .value
             .map(|(values, old_values, returns)| [values, old_values.unwrap_or(values), returns]);
         let log_ratio = centre(samples, |t| logp[t] - old_logp[t]);
-        let ratio = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
-        let ratio = if ratio.is_finite() { ratio } else { 1.0 };
         // What the KL term is added to is to be in the cache still.
         let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
         if again {
@@ -438,7 +436,7 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(policy, value, ratio, grad, &mut sums, &Writer::<false>);
+                    self.policy(policy, value, log_ratio, grad, &mut sums, &Writer::<false>);
                 },
             );
         } else {
@@ -446,7 +444,7 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.policy(policy, value, ratio, grad, &mut sums, &writer);
+                    self.policy(policy, value, log_ratio, grad, &mut sums, &writer);
                 },
             );
         }
@@ -478,20 +476,19 @@ impl Terms {
 
     /// Asks for what the value loop reads: this one has so much to do for a token, and that one so
     /// little, that memory would be idle now and waited for then. The ratio's variance is taken around
-    /// `centre`, so that it keeps its digits.
+    /// that of a log-ratio, so that it keeps its digits.
     #[inline(always)]
     fn policy<const NON_TEMPORAL: bool>(
         self,
         [weights, logp, old_logp, advantages]: [&[f32]; 4],
         value: Option<[&[f32]; 3]>,
-        centre: f32,
+        log_ratio: f32,
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
         writer: &Writer<NON_TEMPORAL>,
     ) {
-        const K3: KlOptions =
-            KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
-        let k3_of = TokenKl::new(&K3);
+        let centre = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
+        let centre = if centre.is_finite() { centre } else { 1.0 };
         let (mut clipped, mut lower_clipped) = ([0_u32; LANES], [0_u32; LANES]);
         let mut loss = ZERO;
         let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
@@ -525,7 +522,7 @@ impl Terms {
                         ratio[i] = exp(d);
                         total[i] += d;
                         total_squares[i] = d.mul_add(d, total_squares[i]);
-                        k3[i] += k3_of.at(-d).0;
+                        k3[i] += k3_and_slope(-d).0;
                     }
                     raws[at..][..LANES].copy_from_slice(&raw);
                     ratios[at..][..LANES].copy_from_slice(&ratio);
@@ -581,6 +578,10 @@ impl Terms {
         sums.k1 = -sum(total);
         sums.k2 = 0.5 * sum(total_squares);
         sums.k3 = sum(k3);
+        if sums.k3.is_nan() && sums.k1 == f64::NEG_INFINITY {
+            // e^d - 1 - d of d = inf, of which the exponential is the larger one.
+            sums.k3 = f64::INFINITY;
+        }
         sums.ratio = moments(centre, sums.tokens, sum(ratio_sum), sum(squares));
         sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
         sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
