@@ -102,7 +102,7 @@ OPTIONS = [
         functional.ppo_loss,
         (rows, rows, rows),
         {"aggregation": "constant"},
-        "`aggregation` is 0.0, expected above 0",
+        "`aggregation_divisor` is 0.0, expected above 0",
     ),
     (functional.ppo_loss, (rows, rows, rows), {"kl_coef": 0.1}, "ref_logp"),
 ]
