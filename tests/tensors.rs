@@ -95,3 +95,30 @@ fn masked_gradients_are_0_under_any_upstream_gradient() {
         assert_eq!(found[4..], [0.0, 0.0], "full_kl {factor}: {found:?}");
     }
 }
+
+#[test]
+fn gradients_of_gradients_are_refused() {
+    // candle asks for it once in each thread, at the first gradient.
+    std::env::set_var("CANDLE_GRAD_DO_NOT_DETACH", "1");
+    let cpu = &Device::Cpu;
+    let x = Var::new(&[[0.3_f32, -0.6], [0.1, 0.2]], cpu).unwrap();
+    let y = x.sin().unwrap();
+    let logits = Tensor::stack(&[&y, &y.neg().unwrap(), &y.sqr().unwrap()], 2).unwrap();
+    let targets = Tensor::new(&[[0_u32, 1], [2, 0]], cpu).unwrap();
+    let options = LogprobOptions::default();
+    let (logp, entropy) = logprobs_and_entropy(&logits, &targets, &options).unwrap();
+    let inputs = PpoLossInputs::new(&y, &x, &x);
+    for (op, output) in [
+        ("logprobs", logp),
+        ("entropy", entropy),
+        ("token_kl", token_kl(&y, &x, None, &KlOptions::default()).unwrap()),
+        ("full_kl", full_kl(&logits, &logits, None, &FullKlOptions::default()).unwrap()),
+        ("masked_whiten", masked_whiten(&y, None, &WhitenOptions::default()).unwrap()),
+        ("ppo_loss", ppo_loss(&inputs, &PpoLossOptions::default()).unwrap().loss),
+    ] {
+        let grads = output.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let penalty = grads.get(&x).unwrap().sqr().unwrap().sum_all().unwrap();
+        let refused = penalty.backward().unwrap_err().to_string();
+        assert!(refused.contains("gradients of gradients are not supported"), "{op}: {refused}");
+    }
+}

@@ -25,12 +25,21 @@ pub(crate) fn node<T: Element>(
     }
     let output = Mutex::new(Some(output.into_storage()));
     let node = Node { name, output, shape: shape.into(), backward: Box::new(backward) };
-    Ok(match args {
+    Ok(tie(args, node)?)
+}
+
+fn tie(args: &[&Tensor], node: Node) -> candle_core::Result<Tensor> {
+    match args {
         [a] => a.apply_op1(node),
         [a, b] => a.apply_op2(b, node),
         [a, b, c] => a.apply_op3(b, c, node),
-        _ => Err(candle_core::Error::Msg(format!("{name}: a node has three arguments at most"))),
-    }?)
+        _ => candle_core::bail!("{}: a node has three arguments at most", node.name),
+    }
+}
+
+/// Whether candle leaves gradients in the graph, for gradients of gradients; as it asks itself.
+fn gradients_stay_in_the_graph() -> bool {
+    std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|set| !set.is_empty() && set != "0")
 }
 
 struct Node {
@@ -64,14 +73,38 @@ impl Node {
 
     fn backward<const N: usize>(
         &self,
+        args: [&Tensor; N],
         output: &Tensor,
         upstream: &Tensor,
     ) -> candle_core::Result<[Option<Tensor>; N]> {
         let upstream = upstream.detach().contiguous()?;
-        let gradients = (self.backward)(&output.detach(), &upstream)?;
+        let mut gradients = (self.backward)(&output.detach(), &upstream)?;
+        if gradients_stay_in_the_graph() {
+            for gradient in gradients.iter_mut().flatten() {
+                *gradient = self.once(&args, gradient)?;
+            }
+        }
         gradients.try_into().or_else(|gradients: Vec<_>| {
             candle_core::bail!("{}: {} gradients of {N} arguments", self.name, gradients.len())
         })
+    }
+}
+
+impl Node {
+    /// A gradient that says that it has none itself when it is asked for it.
+    fn once(&self, args: &[&Tensor], gradient: &Tensor) -> candle_core::Result<Tensor> {
+        let name = self.name;
+        let (storage, layout) = gradient.storage_and_layout();
+        let node = Node {
+            name,
+            output: Mutex::new(Some(storage.try_clone(layout)?)),
+            shape: gradient.shape().clone(),
+            backward: Box::new(move |_, _| {
+                let message = format!("{name}: gradients of gradients are not supported");
+                Err(candle_core::Error::Msg(message).into())
+            }),
+        };
+        tie(args, node)
     }
 }
 
@@ -91,8 +124,8 @@ impl CustomOp1 for Node {
         self.cuda()
     }
 
-    fn bwd(&self, _: &Tensor, out: &Tensor, up: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        let [a] = self.backward(out, up)?;
+    fn bwd(&self, a: &Tensor, out: &Tensor, up: &Tensor) -> candle_core::Result<Option<Tensor>> {
+        let [a] = self.backward([a], out, up)?;
         Ok(a)
     }
 }
@@ -124,12 +157,12 @@ impl CustomOp2 for Node {
 
     fn bwd(
         &self,
-        _: &Tensor,
-        _: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
         out: &Tensor,
         up: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>)> {
-        let [a, b] = self.backward(out, up)?;
+        let [a, b] = self.backward([a, b], out, up)?;
         Ok((a, b))
     }
 }
@@ -165,13 +198,13 @@ impl CustomOp3 for Node {
 
     fn bwd(
         &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
+        a: &Tensor,
+        b: &Tensor,
+        c: &Tensor,
         out: &Tensor,
         up: &Tensor,
     ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [a, b, c] = self.backward(out, up)?;
+        let [a, b, c] = self.backward([a, b, c], out, up)?;
         Ok((a, b, c))
     }
 }
