@@ -31,8 +31,9 @@
  * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
  * call. The _cpu functions need no workspace. The first that has work for several threads starts a
  * pool of them, as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life
- * of the process and is not there in the child of a fork(). Apart from the pool with its queue, kernels
- * that are loaded, and the texts of errors, nothing is allocated.
+ * of the process. In the child of a fork(), which does not have it, and where it cannot be started, the
+ * caller's thread does all the work, to the same bits. Apart from the pool with its queue, kernels that
+ * are loaded, and the texts of errors, nothing is allocated.
  *
  * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
  * (CUstream or cudaStream_t; null is the default stream of the thread's current context, or where
@@ -1032,7 +1033,7 @@ typedef struct ppok_ppo_loss_scale_args {
 typedef struct ppok_whiten_options {
     size_t struct_size;
     /**
-     * Keeps the divisor from 0; above 1.2e-38, 1e-8 by default.
+     * Keeps the divisor from 0; above 1.2e-38, or 0; 1e-8 by default.
      */
     double eps;
     /**

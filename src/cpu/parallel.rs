@@ -1,7 +1,12 @@
 //! Parallel loops whose result does not depend on the number of threads.
 //!
 //! The work is split in halves at places that depend on its size alone, so a reduction adds its
-//! parts in the same order on one thread and on sixty-four.
+//! parts in the same order on one thread and on sixty-four, and on the caller's alone where there is no
+//! pool of threads: in the child of a fork, and where the system has no threads to give.
+
+use std::error::Error;
+use std::process;
+use std::sync::OnceLock;
 
 /// Things that can be cut in two, to be worked on by two threads: slices, rows of slices, options
 /// and tuples of them.
@@ -130,7 +135,29 @@ pub fn reduce<S: Split, A: Send>(
     leaf: impl Fn(usize, usize, S) -> A + Sync,
     merge: impl Fn(A, A) -> A + Sync,
 ) -> A {
-    subtree(0, len, grain.max(1), items, &leaf, &merge)
+    let grain = grain.max(1);
+    if len <= grain {
+        return leaf(0, len, items);
+    }
+    subtree(0, len, grain, items, has_pool(), &leaf, &merge)
+}
+
+/// Tells whether rayon's pool can be waited for, and starts it the first time.
+fn has_pool() -> bool {
+    /// The process that it was started in; none if it could not be.
+    static STARTED_IN: OnceLock<Option<u32>> = OnceLock::new();
+    if rayon::current_thread_index().is_some() {
+        return true;
+    }
+    let process = process::id();
+    let started_in =
+        STARTED_IN.get_or_init(|| match rayon::ThreadPoolBuilder::new().build_global() {
+            // The program has started it before us.
+            Err(error) if error.source().is_some() => None,
+            _ => Some(process),
+        });
+    // Of a process that forks, the child has the memory but not the threads.
+    *started_in == Some(process)
 }
 
 fn subtree<S: Split, A: Send>(
@@ -138,6 +165,7 @@ fn subtree<S: Split, A: Send>(
     len: usize,
     grain: usize,
     items: S,
+    parallel: bool,
     leaf: &(impl Fn(usize, usize, S) -> A + Sync),
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
@@ -146,10 +174,9 @@ fn subtree<S: Split, A: Send>(
     }
     let mid = len.div_ceil(grain).div_ceil(2) * grain;
     let (left, right) = items.split(mid);
-    let (a, b) = rayon::join(
-        || subtree(first, mid, grain, left, leaf, merge),
-        || subtree(first + mid, len - mid, grain, right, leaf, merge),
-    );
+    let left = || subtree(first, mid, grain, left, parallel, leaf, merge);
+    let right = || subtree(first + mid, len - mid, grain, right, parallel, leaf, merge);
+    let (a, b) = if parallel { rayon::join(left, right) } else { (left(), right()) };
     merge(a, b)
 }
 

@@ -13,8 +13,8 @@ What holds for all of them:
 - CUDA kernels run on the current stream, without waiting for the device.
 - On the CPU, ``RAYON_NUM_THREADS``, set before the first call, says how many threads there are, as
   many as cores if it is not set; ``torch.set_num_threads`` does not. The first call with work for
-  several starts them, and they are not there in the child of a fork after that, where such a call
-  would wait for ever: start processes by ``spawn`` or ``forkserver``, or fork before that call.
+  several starts them. In the child of a fork after that, and where the system has no threads to
+  give, the caller's thread does all the work, to the same bits.
 - The same inputs give the same bits.
 - A wrong argument is a ``ValueError`` that names it; anything else that fails a ``RuntimeError``.
 - They work under ``torch.compile(fullgraph=True)``; gradients of gradients are refused.
