@@ -779,7 +779,7 @@ static int32_t moments_merge(void) {
                 {"unbiased", &wh.settings.unbiased, 1, PPOK_STATUS_OPTION},                     \
                 {"shift_mean", &wh.settings.shift_mean, 1, PPOK_STATUS_OPTION},                 \
                 {"reserved", &wh.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},               \
-    .options = {{"eps", &wh.settings.eps, 0.0}},                                                \
+    .options = {{"eps", &wh.settings.eps, -1.0}},                                               \
     .structs = {{"args", &args##_at, sizeof args},                                              \
                 {"options", (void **)&args.options, sizeof wh.settings}}
 

@@ -12,7 +12,7 @@ use ppo_kernels::whiten::cpu::{
     WithBackwardInputs,
 };
 use ppo_kernels::whiten::{
-    masked_moments, masked_whiten, masked_whiten_with, reference, WhitenOptions,
+    masked_moments, masked_whiten, masked_whiten_with, reference, EpsPlacement, WhitenOptions,
 };
 use ppo_kernels::Error;
 
@@ -250,6 +250,20 @@ fn equal_elements_come_out_as_zero_with_a_finite_gradient() {
 }
 
 #[test]
+fn without_eps_the_divisor_is_the_deviation_alone() {
+    for eps_placement in [EpsPlacement::Variance, EpsPlacement::Std] {
+        let options = WhitenOptions { eps: 0.0, eps_placement, ..Default::default() };
+        let x = Tensor::new(&[1_f32, 2.0, 4.5], &candle_core::Device::Cpu).unwrap();
+        let want = reference::masked_whiten(&to_vec(&x), None, &options);
+        let got = to_vec(&masked_whiten(&x, None, &options).unwrap());
+        assert_close("whitened", &got, &want, REL, 0.0);
+        let equal = Tensor::new(&[2_f32, 2.0], x.device()).unwrap();
+        let got = to_vec(&masked_whiten(&equal, None, &options).unwrap());
+        assert!(got.iter().all(|y| y.is_nan()), "{got:?}");
+    }
+}
+
+#[test]
 fn merged_moments_are_those_of_the_whole() {
     let mut rng = rng(4);
     let x = wide(&uniform(&mut rng, 1000, 2.0));
@@ -453,7 +467,7 @@ fn errors_name_the_argument() {
     says(error, &["whiten", "`mask`", "f32", "u8"]);
     let wide = x.to_dtype(DType::F64).unwrap();
     says(masked_moments(&wide, None).unwrap_err(), &["whiten", "`x`", "f64", "f32"]);
-    for eps in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40] {
+    for eps in [-0.1, -1.0, f64::NAN, f64::INFINITY, 1e-40] {
         let options = WhitenOptions { eps, ..options };
         says(masked_whiten(&x, None, &options).unwrap_err(), &["whiten", "`eps`"]);
     }

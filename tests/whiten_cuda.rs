@@ -262,7 +262,7 @@ fn bad_input_is_refused_by_name() {
     says(whiten(None, None, None, &options, &mut out2), &["`moments`", "missing", "`x`"]);
     says(whiten(None, two_moments, known, &options, &mut out2), &["`moments`", "[2]", "[1]"]);
     says(whiten(None, None, known, &options, &mut out1), &["`y`", "[1]", "[2]"]);
-    let bad = WhitenOptions { eps: 0.0, ..options };
+    let bad = WhitenOptions { eps: -1.0, ..options };
     says(whiten(None, None, known, &bad, &mut out2), &["`eps`"]);
     // Those on the device are the ones that count.
     whiten(None, one_moments, few, &options, &mut out2).unwrap();

@@ -93,7 +93,7 @@ OPTIONS = [
     (functional.gae, (rows,), {"scores": rows}, "`scores` has shape \\[2, 3\\], expected \\[2\\]"),
     (functional.gae, (rows,), {"mask_mode": "no"}, "`mask_mode` is 'no'"),
     (functional.gae, (rows,), {"missing_eos": "subtract"}, "missing_eos"),
-    (functional.masked_whiten, (rows,), {"eps": 0.0}, "eps"),
+    (functional.masked_whiten, (rows,), {"eps": -1.0}, "eps"),
     (functional.masked_whiten, (rows,), {"moments": rows}, "`moments` has dtype float32"),
     (functional.ppo_loss, (rows, rows, rows), {"values": rows}, "returns"),
     (functional.ppo_loss, (rows, rows, rows), {"dual_clip": 0.5}, "dual_clip"),

@@ -187,9 +187,6 @@ struct TokenForwardArgs<'a> {
     options: TokenKl,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for TokenForwardArgs<'_> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct TokenBackwardArgs<'a> {
@@ -198,9 +195,6 @@ struct TokenBackwardArgs<'a> {
     tokens: i64,
     options: TokenKl,
 }
-
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for TokenBackwardArgs<'_> {}
 
 /// What a part of a row leaves for the merge.
 #[allow(dead_code)] // only its size is looked at here
@@ -230,9 +224,6 @@ struct FullForwardArgs<'a, S: Space, T: Element> {
     inverse_temperature: f32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl<T: Element> Args for FullForwardArgs<'_, Pointers, T> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct FullBackwardArgs<'a, S: Space, T: Element> {
@@ -250,5 +241,8 @@ struct FullBackwardArgs<'a, S: Space, T: Element> {
     inverse_temperature: f32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+// SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
+unsafe impl Args for TokenForwardArgs<'_> {}
+unsafe impl Args for TokenBackwardArgs<'_> {}
+unsafe impl<T: Element> Args for FullForwardArgs<'_, Pointers, T> {}
 unsafe impl<T: Element> Args for FullBackwardArgs<'_, Pointers, T> {}

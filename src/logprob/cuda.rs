@@ -148,9 +148,6 @@ struct ForwardArgs<'a, T: Element, I: Element> {
     inverse_temperature: f32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl<T: Element, I: Element> Args for ForwardArgs<'_, T, I> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct BackwardArgs<'a, T: Element, I: Element> {
@@ -164,5 +161,6 @@ struct BackwardArgs<'a, T: Element, I: Element> {
     inverse_temperature: f32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+// SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
+unsafe impl<T: Element, I: Element> Args for ForwardArgs<'_, T, I> {}
 unsafe impl<T: Element, I: Element> Args for BackwardArgs<'_, T, I> {}

@@ -353,9 +353,6 @@ struct PassArgs<'a> {
     kl: TokenKl,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for PassArgs<'_> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct CountArgs {
@@ -371,9 +368,6 @@ struct CountArgs {
     count_rows: i32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for CountArgs {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct ScaleArgs<'a> {
@@ -382,5 +376,7 @@ struct ScaleArgs<'a> {
     tokens: i64,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+// SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
+unsafe impl Args for PassArgs<'_> {}
+unsafe impl Args for CountArgs {}
 unsafe impl Args for ScaleArgs<'_> {}

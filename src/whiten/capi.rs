@@ -35,7 +35,7 @@ fn check_counts(moments: Option<&[Moments]>) -> Result<()> {
 #[repr(C)]
 pub struct ppok_whiten_options {
     pub struct_size: usize,
-    /// Keeps the divisor from 0; above 1.2e-38, 1e-8 by default.
+    /// Keeps the divisor from 0; above 1.2e-38, or 0; 1e-8 by default.
     pub eps: f64,
     /// `PPOK_WHITEN_EPS_IN_VARIANCE`, the default, or `PPOK_WHITEN_EPS_IN_STD`.
     pub eps_placement: i32,

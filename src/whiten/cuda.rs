@@ -234,9 +234,6 @@ struct MomentsArgs<'a> {
     run: i64,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for MomentsArgs<'_> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct ForwardArgs<'a> {
@@ -248,9 +245,6 @@ struct ForwardArgs<'a> {
     scale_only: i32,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for ForwardArgs<'_> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct SumsArgs<'a> {
@@ -261,9 +255,6 @@ struct SumsArgs<'a> {
     run: i64,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for SumsArgs<'_> {}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct MergeSumsArgs {
@@ -271,9 +262,6 @@ struct MergeSumsArgs {
     sums: *mut GradientSums,
     count: i64,
 }
-
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
-unsafe impl Args for MergeSumsArgs {}
 
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -286,5 +274,9 @@ struct BackwardArgs<'a> {
     options: OptionsArgs,
 }
 
-// SAFETY: the fields of the kernels' struct, in order; tests/kernel_arguments.rs compares them.
+// SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
+unsafe impl Args for MomentsArgs<'_> {}
+unsafe impl Args for ForwardArgs<'_> {}
+unsafe impl Args for SumsArgs<'_> {}
+unsafe impl Args for MergeSumsArgs {}
 unsafe impl Args for BackwardArgs<'_> {}

@@ -52,7 +52,8 @@ pub enum EpsPlacement {
 /// How to whiten; the default is what TRL and verl do.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WhitenOptions {
-    /// Keeps the divisor from 0; at least [`f32::MIN_POSITIVE`]. Default 1e-8.
+    /// Keeps the divisor from 0: at least [`f32::MIN_POSITIVE`], or 0, with which equal elements come
+    /// out as NaN. Default 1e-8.
     pub eps: f64,
     /// What `eps` is added to. Default the variance.
     pub eps_placement: EpsPlacement,
@@ -75,8 +76,8 @@ impl Default for WhitenOptions {
 
 impl WhitenOptions {
     pub(crate) fn validate(&self) -> Result<()> {
-        let valid = self.eps >= f64::from(f32::MIN_POSITIVE);
-        Error::check_option(OP, "eps", self.eps, valid, "a finite number above 1.2e-38")
+        let valid = self.eps == 0.0 || self.eps >= f64::from(f32::MIN_POSITIVE);
+        Error::check_option(OP, "eps", self.eps, valid, "0 or a finite number above 1.2e-38")
     }
 
     /// What the sum of squares is divided by, which is at least 1; else an error that names `arg`,
