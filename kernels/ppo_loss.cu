@@ -31,9 +31,8 @@
 // mask. scale reads and writes 4 a gradient; in place, by a factor of 1, nothing.
 //
 // Numbers. e^x is expf, to 2 ulp. Variances are taken around a number that is among those they are
-// of, so that they keep their digits far from 0: each thread takes one of its first four, no outlier
-// among them, and changes to the block's before sums are added, as the parts do to the first part's.
-// Masked tokens are selected
+// of, so that they keep their digits far from 0: each thread takes its first, and changes to the
+// block's before sums are added, as the parts do to the first part's. Masked tokens are selected
 // away, never multiplied: they may be NaN. D = 0 makes the loss NaN.
 
 #include "common/reduce.cuh"
@@ -54,27 +53,24 @@ enum Sum {
     LOG_RATIO,
     LOG_RATIO_SQUARES,
     LOG_RATIO_K3,
+    EXCESS,  // of the ratio over 1
+    EXCESS_SQUARES,
     ENTROPY,
     KL,
     ADVANTAGE,
-    // Less their centres, which are in the same order.
-    RATIO,
-    RATIO_SQUARES,
-    RETURN,
+    RETURN,  // less its centre, and so are the next three
     RETURN_SQUARES,
     RESIDUAL,  // return - value
     RESIDUAL_SQUARES,
     // From here on no sums.
     RATIO_MIN,
     RATIO_MAX,
-    RATIO_CENTRE,
     RETURN_CENTRE,
     RESIDUAL_CENTRE,
     PARTIAL_SUMS,
 };
 // A warp merges each; a bit each in a mask of lanes.
 static_assert(PARTIAL_SUMS < WARP, "one warp has a lane for each");
-constexpr int CENTRES = PARTIAL_SUMS - RATIO_CENTRE;
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
@@ -366,26 +362,9 @@ struct Scales {
     float policy, value, entropy, kl;
 };
 
-// The second smallest of the numbers that are kept, finite and no outlier, to take a variance around.
-static __device__ __forceinline__ float centre_of(const float (&x)[QUAD],
-                                                  const bool (&keep)[QUAD]) {
-    float first = 0.0f;
-#pragma unroll
-    for (int i = QUAD - 1; i >= 0; i--) first = keep[i] ? x[i] : first;
-    float y[QUAD];
-#pragma unroll
-    for (int i = 0; i < QUAD; i++) y[i] = keep[i] ? x[i] : first;
-    static_assert(QUAD == 4, "two pairs");
-    const float larger_low = fmaxf(fminf(y[0], y[1]), fminf(y[2], y[3]));
-    const float smaller_high = fminf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3]));
-    const float second = fminf(larger_low, smaller_high);
-    return fabsf(second) <= LARGEST ? second : 0.0f;
-}
-
 // The policy term, and its gradient.
 static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSums& s,
-                                                  const Group& g, bool first,
-                                                  const bool (&keep)[QUAD],
+                                                  const Group& g, const bool (&keep)[QUAD],
                                                   const float (&w)[QUAD], float scale,
                                                   float (&grad)[QUAD]) {
     float logp[QUAD], old_logp[QUAD], advantages[QUAD];
@@ -393,20 +372,14 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
     s.counts += count_nonzero(g.mask) << 8 * TOKENS;
-    float log_ratios[QUAD], ratios[QUAD];
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
-        log_ratios[i] = keep[i] ? logp[i] - old_logp[i] : 0.0f;
-        ratios[i] = expf(clamp(log_ratios[i], args.log_ratio_limit));
-    }
-    if (first) s.sum[RATIO_CENTRE] = centre_of(ratios, keep);
-#pragma unroll
-    for (int i = 0; i < QUAD; i++) {
-        const float log_ratio = log_ratios[i], ratio = ratios[i];
+        const float log_ratio = keep[i] ? logp[i] - old_logp[i] : 0.0f;
         const float a = keep[i] ? advantages[i] : 0.0f;
         const float d = clamp(log_ratio, args.log_ratio_limit);
         const bool clamped = fabsf(log_ratio) > args.log_ratio_limit;
+        const float ratio = expf(d);
 
         const float unclipped_loss = -ratio * a;
         const float clipped_loss = -fminf(fmaxf(ratio, args.low), args.high) * a;
@@ -424,10 +397,10 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
         s.sum[LOG_RATIO] += d;
         s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
         const float series = k3_series(-d);
-        s.sum[LOG_RATIO_K3] += fabsf(d) < 1.0f ? series : ratio - 1.0f - (d > LARGEST ? LARGEST : d);
-        const float excess = keep[i] ? ratio - s.sum[RATIO_CENTRE] : 0.0f;
-        s.sum[RATIO] += excess;
-        s.sum[RATIO_SQUARES] = fmaf(excess, excess, s.sum[RATIO_SQUARES]);
+        s.sum[LOG_RATIO_K3] += fabsf(d) < 1.0f ? series : ratio - 1.0f - d;
+        const float excess = ratio - 1.0f;
+        s.sum[EXCESS] += excess;
+        s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
         s.sum[RATIO_MIN] = keep[i] ? fminf(s.sum[RATIO_MIN], ratio) : s.sum[RATIO_MIN];
         s.sum[RATIO_MAX] = keep[i] ? fmaxf(s.sum[RATIO_MAX], ratio) : s.sum[RATIO_MAX];
         s.sum[ADVANTAGE] += a;
@@ -466,11 +439,13 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
     unpack(args.old_values ? g.old_values : g.values, old_values, float{});
     unpack(g.returns, returns, float{});
     if (first) {
-        float residuals[QUAD];
 #pragma unroll
-        for (int i = 0; i < QUAD; i++) residuals[i] = returns[i] - values[i];
-        s.sum[RETURN_CENTRE] = centre_of(returns, keep);
-        s.sum[RESIDUAL_CENTRE] = centre_of(residuals, keep);
+        for (int i = QUAD - 1; i >= 0; i--) {
+            if (keep[i]) {
+                s.sum[RETURN_CENTRE] = returns[i];
+                s.sum[RESIDUAL_CENTRE] = returns[i] - values[i];
+            }
+        }
     }
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
@@ -555,7 +530,7 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         load_weights<FULL>(args, at, place, w);
 
         const bool is_first = s.counts == 0;
-        add_policy(args, s, g, is_first, keep, w, scales.policy, grad);
+        add_policy(args, s, g, keep, w, scales.policy, grad);
         if (FULL && args.ref_logp) add_kl(args, s, g, keep, w, scales.kl, grad);
         if (args.grad_logp) store_group(args, args.grad_logp, at, grad);
         if (args.values) {
@@ -604,23 +579,26 @@ static __device__ __forceinline__ double block_sums(ThreadSums& s, WarpSums* war
     __syncthreads();
     if (lane == (leader < 0 ? 0 : leader)) {
         warps[warp].has_tokens = has_tokens;
-#pragma unroll
-        for (int i = RATIO_CENTRE; i < PARTIAL_SUMS; i++) warps[warp].sum[i] = s.sum[i];
+        warps[warp].sum[RETURN_CENTRE] = s.sum[RETURN_CENTRE];
+        warps[warp].sum[RESIDUAL_CENTRE] = s.sum[RESIDUAL_CENTRE];
     }
     __syncthreads();
+    float centre[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int i = 0; i < CENTRES; i++) {
-        float centre = 0.0f;
-#pragma unroll
-        for (int other = WARPS - 1; other >= 0; other--) {
-            if (warps[other].has_tokens) centre = warps[other].sum[RATIO_CENTRE + i];
+    for (int other = WARPS - 1; other >= 0; other--) {
+        if (warps[other].has_tokens) {
+            centre[0] = warps[other].sum[RETURN_CENTRE];
+            centre[1] = warps[other].sum[RESIDUAL_CENTRE];
         }
-        if (has_tokens) {
-            change_centre(s.sum[RATIO + 2 * i], s.sum[RATIO_SQUARES + 2 * i], s.sum[TOKENS],
-                          s.sum[RATIO_CENTRE + i], centre);
-        }
-        s.sum[RATIO_CENTRE + i] = centre;
     }
+    if (has_tokens) {
+        change_centre(s.sum[RETURN], s.sum[RETURN_SQUARES], s.sum[TOKENS], s.sum[RETURN_CENTRE],
+                      centre[0]);
+        change_centre(s.sum[RESIDUAL], s.sum[RESIDUAL_SQUARES], s.sum[TOKENS],
+                      s.sum[RESIDUAL_CENTRE], centre[1]);
+    }
+    s.sum[RETURN_CENTRE] = centre[0];
+    s.sum[RESIDUAL_CENTRE] = centre[1];
 
 #pragma unroll
     for (int i = TOKENS; i < RATIO_MIN; i++) s.sum[i] = warp_sum(s.sum[i]);
@@ -676,7 +654,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     const double residual = sum[RESIDUAL_CENTRE] + sum[RESIDUAL] * share;
     const double return_m2 = squares_around_mean(count, sum[RETURN], sum[RETURN_SQUARES]);
     const double residual_m2 = squares_around_mean(count, sum[RESIDUAL], sum[RESIDUAL_SQUARES]);
-    const double ratio_m2 = squares_around_mean(count, sum[RATIO], sum[RATIO_SQUARES]);
+    const double ratio_m2 = squares_around_mean(count, sum[EXCESS], sum[EXCESS_SQUARES]);
     PpoStats stats;
     stats.loss = loss;
     stats.policy_loss = policy_loss;
@@ -686,8 +664,10 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     stats.value_clip_fraction = has_value ? sum[VALUE_CLIPPED] * share : nan;
     stats.approx_kl_k1 = -sum[LOG_RATIO] * share;
     stats.approx_kl_k2 = 0.5 * sum[LOG_RATIO_SQUARES] * share;
-    stats.approx_kl_k3 = sum[LOG_RATIO_K3] * share;
-    stats.ratio_mean = sum[RATIO_CENTRE] + sum[RATIO] * share;
+    // Of a log-ratio of inf the exponential is the larger one.
+    const bool infinite = sum[LOG_RATIO_K3] != sum[LOG_RATIO_K3] && sum[LOG_RATIO] > LARGEST;
+    stats.approx_kl_k3 = infinite ? double(INFINITY) : sum[LOG_RATIO_K3] * share;
+    stats.ratio_mean = 1.0 + sum[EXCESS] * share;
     stats.ratio_var = ratio_m2 * share;
     stats.ratio_min = any ? sum[RATIO_MIN] : nan;
     stats.ratio_max = any ? sum[RATIO_MAX] : nan;
@@ -764,27 +744,26 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
         }
         return sign * warp_max(most);
     }
-    if (which < RATIO) {
+    if (which < RETURN) {
         double total = 0.0;
 #pragma unroll 8
         for (int part = lane; part < args.parts; part += WARP) total += mine[part];
         return warp_sum(total);
     }
     if (args.parts == 0) return 0.0;
-    const bool is_centre = which >= RATIO_CENTRE;
-    const int of = is_centre ? which - RATIO_CENTRE : (which - RATIO) / 2;
-    const float* centres = all(RATIO_CENTRE + of);
+    const bool of_returns = which == RETURN || which == RETURN_SQUARES || which == RETURN_CENTRE;
+    const float* centres = all(of_returns ? RETURN_CENTRE : RESIDUAL_CENTRE);
     const double centre = centres[first_part(args)];
-    if (is_centre) return centre;
-    const float* sums = all(RATIO + 2 * of);
-    const float* all_squares = all(RATIO_SQUARES + 2 * of);
+    if (which >= RETURN_CENTRE) return centre;
+    const float* sums = all(of_returns ? RETURN : RESIDUAL);
+    const float* all_squares = all(of_returns ? RETURN_SQUARES : RESIDUAL_SQUARES);
     double total = 0.0;
 #pragma unroll 4
     for (int part = lane; part < args.parts; part += WARP) {
         const double count = all(TOKENS)[part];
         double sum = sums[part], squares = all_squares[part];
         if (count > 0.0) change_centre(sum, squares, count, double(centres[part]), centre);
-        total += mine == sums ? sum : squares;
+        total += which == RETURN || which == RESIDUAL ? sum : squares;
     }
     return warp_sum(total);
 }

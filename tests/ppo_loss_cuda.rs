@@ -233,14 +233,6 @@ fn far_from_zero() -> Data<f32> {
 }
 
 #[test]
-fn statistics_of_numbers_that_agree_and_of_outliers_keep_their_digits() {
-    for (batch, seq_len) in [(1, 40), (8, 1024), (3, 5001)] {
-        let data = hard_to_sum(batch, seq_len);
-        check_hard_to_sum(&data, &run_cuda(&data, &PpoLossOptions::default()).0);
-    }
-}
-
-#[test]
 fn statistics_keep_their_digits_far_from_zero() {
     let mut data = far_from_zero();
     check_cuda("offset", &data, &PpoLossOptions::default());

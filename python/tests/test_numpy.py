@@ -155,3 +155,24 @@ assert abs(ppo_kernels.numpy.gae([[0.5]], [[1.0]]).advantages[0, 0] - 0.5) < 1e-
 
 def test_without_torch():
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)
+
+
+@pytest.mark.parametrize("index", [1.7, True, "1", float("nan"), 2**63])
+def test_what_is_no_id_is_refused(index):
+    with pytest.raises(ValueError, match="`index`"):
+        ppok.selective_log_softmax(np.zeros((1, 4)), np.array([index]))
+
+
+def test_logits_of_two_dtypes_are_refused():
+    logits = np.random.randn(2, 4)
+    with pytest.raises(ValueError, match="`ref_logits` has dtype float32, expected float16"):
+        ppok.full_kl(logits.astype(np.float16), logits.astype(np.float32))
+    exact = ppok.full_kl(logits, (logits + 1).tolist())  # both are made float32
+    np.testing.assert_allclose(exact, 0, atol=1e-6)
+
+
+def test_errors_name_what_has_too_few_elements():
+    with pytest.raises(ValueError, match="`mask` keeps 1"):
+        ppok.masked_whiten([1.0, 2.0], [True, False])
+    with pytest.raises(ValueError, match="`values` keeps 1"):
+        ppok.masked_whiten([1.0])

@@ -50,7 +50,7 @@ fn parts(tokens: usize) -> (usize, usize) {
 }
 
 /// Values of f32 that a part leaves for the merge, which has a warp for each.
-const PARTIAL_SUMS: usize = 25;
+const PARTIAL_SUMS: usize = 24;
 
 const WARP: usize = 32;
 
@@ -77,7 +77,7 @@ const COUNT_IN_PASS: usize = 16 << 10;
 
 in_space!(Device: Inputs, Outputs, ScaleInputs, ScaleOutputs);
 
-/// The least length of the workspace of [`ppo_loss`]: some 100 bytes for every 1024 tokens or more,
+/// The least length of the workspace of [`ppo_loss`]: some 96 bytes for every 1024 tokens or more,
 /// 1 KiB, and with [`Aggregation::SeqMeanTokenMean`] 4 bytes a row.
 pub fn workspace_len(batch: usize, seq_len: usize, options: &PpoLossOptions) -> usize {
     let (_, parts) = parts(batch.saturating_mul(seq_len));

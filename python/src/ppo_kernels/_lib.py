@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
@@ -52,14 +53,17 @@ def function(name: str) -> Callable:
 last_error, version_string = function("last_error"), function("version_string")
 
 
-def fail(status: int) -> NoReturn:
-    """Raises what the thread's last call said: the argument was wrong, or something else was.
+def fail(status: int, renamed: Mapping[str, str]) -> NoReturn:
+    """Raises what the thread's last call said, in the names that arguments have here: the argument
+    was wrong, or something else was.
 
     Statuses beyond those are the library's, the machine's, or, as that of what is written over
     something else, this package's: results are memory of their own.
     """
     wrong_argument = _header.STATUS_SHAPE <= status <= _header.STATUS_MISALIGNED
-    raise (ValueError if wrong_argument else RuntimeError)(last_error().decode())
+    said = last_error().decode()
+    said = re.sub(r"`(\w+)`", lambda name: f"`{renamed.get(name[1], name[1])}`", said)
+    raise (ValueError if wrong_argument else RuntimeError)(said)
 
 
 # --- Options ---
@@ -126,11 +130,14 @@ def _kind(name: str, kind: str | tuple[str, ...]) -> str | tuple[str, ...]:
 class Pass:
     """A pass on the CPU and on CUDA. Its struct of arguments is made of the address of its options
     and of values in the order of ``names``, which is the caller's: the struct's own order is looked
-    up once."""
+    up once. ``renamed`` has the struct's names that are others here."""
 
-    def __init__(self, name: str, options: Options | None, names: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, options: Options | None, names: Sequence[str], renamed: Mapping[str, str]
+    ) -> None:
         self.options = options
         self.names = names
+        self.renamed = {**_RENAMED, **renamed}
         self.struct = getattr(_header, f"{name}_args")
         self.cpu = function(f"{name}_cpu")
         self.cuda = function(f"{name}_cuda")

@@ -50,8 +50,10 @@ class Op(NamedTuple):
 
 def _pass(name: str, op: Op, sizes: str, results: str, inputs: str = "") -> Pass:
     """One with the inputs of an op, which may have other names there, and its options."""
-    tensors = inputs.split() or [argument.name for argument in op.inputs]
-    return Pass(name, op.options, (*sizes.split(), *tensors, *results.split()))
+    names = [argument.name for argument in op.inputs]
+    tensors = inputs.split() or names
+    order = (*sizes.split(), *tensors, *results.split())
+    return Pass(name, op.options, order, dict(zip(tensors, names)))
 
 
 # --- Errors, in the library's words ---
@@ -142,8 +144,9 @@ MASKED_WHITEN_BACKWARD = Op("masked_whiten_backward", _inputs, MASKED_WHITEN.opt
 whiten_moments = _pass("whiten_moments", MASKED_MOMENTS, "elements", "moments", "x mask")
 whiten_forward = _pass("whiten_forward", MASKED_WHITEN, "elements", "y", "x mask moments")
 _inputs = "grad_y mask moments"
-whiten_backward = _pass("whiten_backward", MASKED_WHITEN, "elements", "grad_x x", _inputs)
-whiten_with_backward = _pass("whiten_with_backward", MASKED_WHITEN, "elements", "grad_x", _inputs)
+_op = MASKED_WHITEN_BACKWARD
+whiten_backward = _pass("whiten_backward", _op, "elements", "grad_x x", _inputs)
+whiten_with_backward = _pass("whiten_with_backward", _op, "elements", "grad_x", _inputs)
 
 # --- ppo_loss ---
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from . import _header, _lib, _lists
 from ._lib import Pass
@@ -84,18 +85,18 @@ def _differentiate(
     implementation: Callable,
     backward: Callable,
     differentiable: int = 1,
-    kept: slice | None = None,
+    kept: Sequence[int] | None = None,
 ) -> None:
     """Gives an op its gradient, ``backward(ctx, *upstream)``, which returns those of the arguments
-    that come first. ``ctx`` has the ``tensors`` that went in, or those that are ``kept``, with all
-    results but the first, and as ``options`` what is not a tensor. Results after the first
-    ``differentiable`` ones are constants.
+    that come first. ``ctx`` has the ``tensors`` that went in, or those that are ``kept``, which are
+    all that have a gradient at least, with all results but the first, and as ``options`` what is
+    not a tensor. Results after the first ``differentiable`` ones are constants.
 
     It does what ``torch.library.register_autograd`` does, with less to do for each call: where the
     dispatcher would go on to our own implementation, that is called at once.
     """
     count = len(op._schema.arguments)
-    kept = slice(tensors) if kept is None else kept
+    kept = range(tensors) if kept is None else kept
 
     def below(keys: Any, inputs: tuple) -> Any:
         known = keys.raw_repr()
@@ -113,7 +114,7 @@ def _differentiate(
         outputs = below(keys, inputs)
         ctx.set_materialize_grads(False)
         rest = outputs[1:] if isinstance(outputs, tuple) else ()
-        ctx.save_for_backward(*inputs[kept], *rest)
+        ctx.save_for_backward(*(inputs[place] for place in kept), *rest)
         ctx.options = inputs[tensors:]
         ctx.mark_non_differentiable(*rest[differentiable - 1 :])
         return outputs
@@ -124,7 +125,7 @@ def _differentiate(
         if _C.is_grad_enabled():
             with torch.no_grad():
                 found = backward(ctx, *upstream)
-            found = [grad if grad is None else _constant(grad) for grad in found]
+            found = _Once.apply(len(found), *found, *ctx.saved_tensors, *upstream)
         else:
             found = backward(ctx, *upstream)
         return None, *found, *(None,) * (count - len(found))
@@ -133,6 +134,8 @@ def _differentiate(
     function = type(f"ppo_kernels_{name}", (torch.autograd.Function,), members)
 
     def autograd(keys: Any, *inputs: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(inputs)
         if _C.is_grad_enabled() and _C._any_requires_grad(*inputs):
             return function.apply(keys, *inputs)
         return below(keys, inputs)
@@ -140,15 +143,30 @@ def _differentiate(
     _ops.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-def _constant(grad: Tensor) -> Tensor:
-    """A gradient that has none itself, and says so when it is asked for it."""
-    message = b"ppo_kernels: gradients of gradients are not supported"
-    return _C._functions.DelayedError(message, 1)(grad.detach().requires_grad_())
+class _Once(torch.autograd.Function):
+    """Gradients, tied to what they were made of, which say that they have none themselves when they
+    are asked for it, by whatever way."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(grad if grad is None else grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError("ppo_kernels: gradients of gradients are not supported")
 
 
-def _call(function: Pass, like: Tensor, options: Sequence[Any], *values: int) -> None:
+def _refuse_tangents(inputs: tuple) -> None:
+    for tensor in inputs:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError("ppo_kernels: forward-mode differentiation is not supported")
+
+
+def _call(
+    function: Pass, like: Tensor, options: Sequence[Any], *values: int, **renamed: str
+) -> None:
     """Calls the library for a tensor's device, with values in the order of the pass. Without values
-    options are the defaults."""
+    options are the defaults. For errors an argument may be ``renamed`` once more."""
     options = function.options.address(*options) if options else 0
     arguments = function.arguments(options, *values)
     if like.is_cpu:
@@ -159,7 +177,7 @@ def _call(function: Pass, like: Tensor, options: Sequence[Any], *values: int) ->
         with torch.cuda.device(like.device):
             status = _call_cuda(function, like.device, arguments)
     if status:
-        _lib.fail(status)
+        _lib.fail(status, {**function.renamed, **renamed})
 
 
 def _call_cuda(function: Pass, device: torch.device, arguments: bytes) -> int:
@@ -172,11 +190,18 @@ def _call_cuda(function: Pass, device: torch.device, arguments: bytes) -> int:
     return function.cuda(arguments, workspace.data_ptr(), size.value, stream)
 
 
-def _addresses(tensors: Sequence[Tensor | None], number: int = 0) -> list[int]:
-    """Those of the tensors' slices of this number, 0 for a tensor that is not there or empty."""
-    found = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+_EMPTY = 64  # the address of what is there but has no elements: 0 is for what is not there
+
+
+def _addresses(
+    inputs: Sequence[Tensor | None], results: Sequence[Tensor | None] = (), number: int = 0
+) -> list[int]:
+    """Those of the tensors' slices of this number, 0 for one that is not there and for a result of
+    no elements, which is not wanted."""
+    found = [0 if tensor is None else tensor.data_ptr() or _EMPTY for tensor in inputs]
+    found += [0 if tensor is None else tensor.data_ptr() for tensor in results]
     if number:
-        for place, tensor in enumerate(tensors):
+        for place, tensor in enumerate((*inputs, *results)):
             if found[place]:
                 found[place] += number * tensor.stride(0) * tensor.element_size()
     return found
@@ -302,7 +327,13 @@ def check_logprob(op: str, logits: Tensor, index: Tensor, several: bool = False)
 
 
 def _call_logprob(
-    function: Pass, options: tuple, logits: Tensor, index: Tensor, stats: Tensor, *rest: Any
+    function: Pass,
+    options: tuple,
+    logits: Tensor,
+    index: Tensor,
+    stats: Tensor,
+    inputs: Sequence[Tensor | None],
+    results: Sequence[Tensor | None],
 ) -> None:
     temperature, ignore_index = options
     if temperature == 1.0 and ignore_index is None:
@@ -311,13 +342,13 @@ def _call_logprob(
         # The library reads int32 as uint32: the same bits.
         options = (temperature, ignore_index & 0xFFFF_FFFF)
     slices, (logits,) = (1, (logits,)) if logits.is_contiguous() else _sliced(logits)
-    tensors = (logits, index.contiguous(), *rest)
+    inputs = (logits, index.contiguous(), *inputs)
     total = index.numel()
     rows = total // slices
     sizes = (rows, logits.shape[-1], _LOGITS[logits.dtype], _TARGETS[index.dtype])
     for number in range(slices):
         kept = stats.data_ptr() + 4 * rows * number
-        addresses = _addresses(tensors, number)
+        addresses = _addresses(inputs, results, number)
         _call(function, logits, options, *sizes, kept, kept + 4 * total, *addresses)
 
 
@@ -329,7 +360,8 @@ def _logprob_forward(op: Op, tensors: tuple, options: tuple) -> Results:
     entropy = torch.empty_like(logp) if with_entropy else None
     stats = torch.empty(2, *index.shape, dtype=f32, device=logits.device)
     yield (logp, entropy, stats) if with_entropy else (logp, stats)
-    _call_logprob(_lists.logprob_forward, options, logits, index, stats, entropy, logp)
+    results = (entropy, logp)
+    _call_logprob(_lists.logprob_forward, options, logits, index, stats, (), results)
 
 
 def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, *rest: Tensor | None) -> tuple:
@@ -353,8 +385,8 @@ def _logprob_backward(grad_logits: Tensor | None, tensors: tuple, options: tuple
     logits, index, stats, *rest = _checked(_lists.LOGPROB_BACKWARD, tensors)
     grad_logits = _result(logits) if grad_logits is None else grad_logits
     yield grad_logits
-    rest = (logits, index, stats, *rest, grad_logits)
-    _call_logprob(_lists.logprob_backward, options, *rest)
+    results = (grad_logits,)
+    _call_logprob(_lists.logprob_backward, options, logits, index, stats, rest, results)
 
 
 @_op(_lists.LOGPROB_BACKWARD)
@@ -405,8 +437,8 @@ def logprobs(tensors: tuple, options: tuple) -> Results:
     places, outside = _places(index, logits.shape[-1])
     one = _one_of(places)
     of_one = torch.empty_like(one, dtype=f32, memory_format=torch.contiguous_format)
-    given = (logits, one, stats, None, of_one)
-    _call_logprob(_lists.logprob_forward, (temperature, None), *given)
+    options, results = (temperature, None), (None, of_one)
+    _call_logprob(_lists.logprob_forward, options, logits, one, stats, (), results)
     _at_places(logits, places, temperature, stats, logp).masked_fill_(outside, torch.nan)
 
 
@@ -446,7 +478,7 @@ def _backward_of_kl(ctx: Any, grad_kl: Tensor, *_: None) -> list[Tensor | None]:
 def token_kl(tensors: tuple, options: tuple) -> Results:
     inputs, kl = _checked(_lists.TOKEN_KL, tensors), _result(tensors[0])
     yield kl
-    _call(_lists.token_kl_forward, kl, options, kl.numel(), *_addresses((*inputs, kl)))
+    _call(_lists.token_kl_forward, kl, options, kl.numel(), *_addresses(inputs, (kl,)))
 
 
 @_op(_lists.TOKEN_KL_BACKWARD, "grad_logp grad_ref_logp", wants="logp ref")
@@ -455,7 +487,7 @@ def token_kl_backward(tensors: tuple, options: tuple) -> Results:
     wanted, options = options[:2], options[2:]
     gradients = tuple(_result(tensors[0], want) for want in wanted)
     yield gradients
-    addresses = _addresses((*inputs, *gradients))
+    addresses = _addresses(inputs, gradients)
     _call(_lists.token_kl_backward, inputs[0], options, inputs[0].numel(), *addresses)
 
 
@@ -479,7 +511,7 @@ def full_kl(tensors: tuple, options: tuple) -> Results:
     sizes = (kl.numel() // slices, logits[0].shape[-1], _LOGITS[logits[0].dtype])
     for number in range(slices):
         buffer = stats if slices == 1 else torch.empty_like(stats[:, number])
-        addresses = _addresses((*logits, mask), number)
+        addresses = _addresses((*logits, mask), number=number)
         _call(_lists.full_kl_forward, kl, options, *sizes, buffer.data_ptr(), *addresses)
         if buffer is not stats:
             stats[:, number] = buffer
@@ -496,7 +528,7 @@ def full_kl_backward(tensors: tuple, options: tuple) -> Results:
     sizes = (stats[0].numel() // slices, logits[0].shape[-1], _LOGITS[logits[0].dtype])
     for number in range(slices):
         kept = stats if slices == 1 else stats[:, number].contiguous()
-        addresses = _addresses((*logits, mask, grad_kl, *gradients), number)
+        addresses = _addresses((*logits, mask, grad_kl), gradients, number)
         _call(_lists.full_kl_backward, stats, options, *sizes, kept.data_ptr(), *addresses)
 
 
@@ -514,7 +546,7 @@ def gae(tensors: tuple, options: tuple) -> Results:
     of_tokens = (_result(tensors[0], want) for want in (True, True, with_rewards))
     outputs = (*of_tokens, _moments_like(tensors[0]))
     yield outputs
-    _call(_lists.gae, inputs[0], options, *sizes, *_addresses((*inputs, *outputs)))
+    _call(_lists.gae, inputs[0], options, *sizes, *_addresses(inputs, outputs))
 
 
 # --- whiten ---
@@ -524,12 +556,17 @@ def gae(tensors: tuple, options: tuple) -> Results:
 def masked_moments(tensors: tuple, _: tuple) -> Results:
     inputs, moments = _checked(_lists.MASKED_MOMENTS, tensors), _moments_like(tensors[0])
     yield moments
-    _call(_lists.whiten_moments, moments, (), inputs[0].numel(), *_addresses((*inputs, moments)))
+    _call(_lists.whiten_moments, moments, (), inputs[0].numel(), *_addresses(inputs, (moments,)))
 
 
-def _backward_of_whiten(ctx: Any, grad: Tensor, *_: None) -> tuple:
-    *values, mask, moments = ctx.saved_tensors  # no values where the moments are constants
-    return (masked_whiten_backward(grad, mask, moments, *values or (None,), *ctx.options),)
+def _backward_of_whiten(ctx: Any, grad: Tensor, _: None) -> tuple:
+    values, mask, moments = ctx.saved_tensors
+    return (masked_whiten_backward(grad, mask, moments, values, *ctx.options),)
+
+
+def _backward_of_whiten_with(ctx: Any, grad: Tensor) -> tuple:
+    _, mask, moments = ctx.saved_tensors  # the moments are constants
+    return (masked_whiten_backward(grad, mask, moments, None, *ctx.options),)
 
 
 @_op(_lists.MASKED_WHITEN, "whitened moments", _backward_of_whiten)
@@ -539,14 +576,16 @@ def masked_whiten(tensors: tuple, options: tuple) -> Results:
     yield whitened, moments
     given = (whitened.numel(), *_addresses((*inputs, moments)))
     _call(_lists.whiten_moments, moments, (), *given)
-    _call(_lists.whiten_forward, moments, options, *given, whitened.data_ptr())
+    counted = "values" if inputs[1] is None else "mask"
+    given = (*given, whitened.data_ptr())
+    _call(_lists.whiten_forward, moments, options, *given, moments=counted)
 
 
-@_op(_lists.MASKED_WHITEN_WITH, backward=_backward_of_whiten, kept=slice(1, 3))
+@_op(_lists.MASKED_WHITEN_WITH, backward=_backward_of_whiten_with)
 def masked_whiten_with(tensors: tuple, options: tuple) -> Results:
     inputs, whitened = _checked(_lists.MASKED_WHITEN_WITH, tensors), _result(tensors[0])
     yield whitened
-    given = (whitened.numel(), *_addresses((*inputs, whitened)))
+    given = (whitened.numel(), *_addresses(inputs, (whitened,)))
     _call(_lists.whiten_forward, whitened, options, *given)
 
 
@@ -556,7 +595,7 @@ def masked_whiten_backward(tensors: tuple, options: tuple) -> Results:
     *rest, values = _checked(_lists.MASKED_WHITEN_BACKWARD, tensors)
     grad_values = _result(tensors[0])
     yield grad_values
-    given = (grad_values.numel(), *_addresses((*rest, grad_values)))
+    given = (grad_values.numel(), *_addresses(rest, (grad_values,)))
     if values is None:
         _call(_lists.whiten_with_backward, grad_values, options, *given)
     else:
@@ -567,9 +606,12 @@ def masked_whiten_backward(tensors: tuple, options: tuple) -> Results:
 
 
 def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
-    _, *stored = ctx.saved_tensors
-    # After loss.backward() the stored ones are what is wanted. Looking costs nothing on the CPU.
-    as_stored = type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
+    *_, grad_logp, grad_values, grad_entropy = ctx.saved_tensors
+    stored = (grad_logp, grad_values, grad_entropy)
+    # After loss.backward() the stored ones are what is wanted, unless they may be asked for again.
+    # Looking costs nothing on the CPU.
+    once = not _C._autograd._get_current_graph_task_keep_graph()
+    as_stored = once and type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
     scaled = stored if as_stored else ppo_loss_backward(grad, *stored)
     gradients = dict(zip(_lists.PPO_LOSS_GRADIENTS, scaled))
     # What else asks for a gradient, old_logp say, is a constant.
@@ -579,9 +621,11 @@ def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | Non
 
 _STORED = " ".join(f"grad_{name}" for name in _lists.PPO_LOSS_GRADIENTS)
 _WANTS = " ".join(_lists.PPO_LOSS_GRADIENTS)
+_NAMES = [argument.name for argument in _lists.PPO_LOSS.inputs]
+_KEPT = [_NAMES.index(name) for name in _lists.PPO_LOSS_GRADIENTS]
 
 
-@_op(_lists.PPO_LOSS, f"loss stats {_STORED}", _backward_of_ppo_loss, _WANTS, kept=slice(0))
+@_op(_lists.PPO_LOSS, f"loss stats {_STORED}", _backward_of_ppo_loss, _WANTS, kept=_KEPT)
 def ppo_loss(tensors: tuple, options: tuple) -> Results:
     sizes, inputs = _check_rows(_lists.PPO_LOSS, tensors)
     f32, device = torch.float32, tensors[0].device
@@ -591,7 +635,7 @@ def ppo_loss(tensors: tuple, options: tuple) -> Results:
     gradients = [_result(tensors[0], want) for want in wanted]
     yield loss, stats, *gradients
     exact = torch.empty_like(stats, dtype=torch.float64)
-    addresses = _addresses((*inputs, exact, loss, *gradients))
+    addresses = _addresses(inputs, (exact, loss, *gradients))
     _call(_lists.ppo_loss, exact, options, *sizes, *addresses)
     stats.copy_(exact)
 
@@ -603,4 +647,6 @@ def ppo_loss_backward(tensors: tuple, _: tuple) -> Results:
     gradients = tuple(map(_result, stored))
     yield gradients
     tokens = max(gradient.numel() for gradient in stored)
-    _call(_lists.ppo_loss_scale, stored[0], (), tokens, *_addresses((*grad, *stored, *gradients)))
+    # What is not wanted is not stored either.
+    addresses = _addresses(grad, (*stored, *gradients))
+    _call(_lists.ppo_loss_scale, stored[0], (), tokens, *addresses)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import __all__ as _public
 from . import _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, Op, check_rows, check_shape
+from ._lists import FLAGS, Op, check_rows, check_shape, refuse
 
 __all__ = [name for name in _public if name != "library_version"]
 
@@ -26,13 +26,18 @@ Floats = NDArray[np.float32]
 _PLAIN = ("C_CONTIGUOUS", "ALIGNED", "ENSUREARRAY")  # what the library takes; else a copy is made
 
 
-def _call(function: Pass, given: Mapping[str, Any] | None, *values: NDArray | int | None) -> None:
+def _call(
+    function: Pass,
+    given: Mapping[str, Any] | None,
+    *values: NDArray | int | None,
+    **renamed: str,
+) -> None:
     """Calls the library with the options given, or the defaults, and values in the order of the
-    pass, arrays by their addresses."""
+    pass, arrays by their addresses. For errors an argument may be ``renamed`` once more."""
     options = 0 if given is None else function.options.among(given)
     status = function.cpu(function.arguments(options, *map(_address, values)))
     if status:
-        _lib.fail(status)
+        _lib.fail(status, {**function.renamed, **renamed})
 
 
 def _address(value: NDArray | int | None) -> int:
@@ -80,6 +85,10 @@ def _logprobs(op: Op, given: dict[str, Any]) -> tuple[Floats, Floats | None]:
     *rows, vocab = logits.shape
     index, row_mask = np.asarray(given["index"]), given["row_mask"]
     check_shape(op.name, "index", index.shape, tuple(rows))
+    if index.dtype.kind not in "iu":
+        refuse(op.name, "index", f"has dtype {index.dtype}", "integers")
+    if index.dtype == np.uint64 and (index > np.iinfo(np.int64).max).any():
+        refuse(op.name, "index", f"has {index.max()}", f"0..{vocab}")
     index = np.require(index, np.uint32 if index.dtype.name == "uint32" else np.int64, _PLAIN)
     if row_mask is not None:
         mask = _flags(row_mask)
@@ -146,7 +155,9 @@ def full_kl(
     """Exact KL between rows of logits ``[..., vocab]``: ``[...]``."""
     op, given = _lists.FULL_KL, locals()
     logits, logits_type = _logits(op, "logits", logits)
-    ref_logits, _ = _logits(op, "ref_logits", np.asarray(ref_logits, dtype=logits.dtype))
+    ref_logits, _ = _logits(op, "ref_logits", ref_logits)
+    if ref_logits.dtype != logits.dtype:
+        refuse(op.name, "ref_logits", f"has dtype {ref_logits.dtype}", logits.dtype)
     check_shape(op.name, "ref_logits", ref_logits.shape, logits.shape)
     *rows, vocab = logits.shape
     mask = _checked(op, given, logits.shape, first=2)
@@ -224,11 +235,14 @@ def masked_whiten(
     """(values - mean) / sqrt(var + eps) over the unmasked values, all ``[...]``."""
     op, given = _lists.MASKED_WHITEN, locals()
     inputs = _checked(op, given, np.shape(values))
-    moments = masked_moments(*inputs) if moments is None else moments
+    counted = "moments"
+    if moments is None:
+        moments, counted = masked_moments(*inputs), "values" if mask is None else "mask"
     moments = np.require(moments, np.float64, _PLAIN)
     check_shape(op.name, "moments", moments.shape, (3,))
     whitened = np.empty(inputs[0].shape, np.float32)
-    _call(_lists.whiten_forward, given, whitened.size, *inputs, moments, whitened)
+    values = (whitened.size, *inputs, moments, whitened)
+    _call(_lists.whiten_forward, given, *values, moments=counted)
     return whitened
 
 
