@@ -215,7 +215,7 @@ mod on_the_stand_in {
 #[test]
 fn errors_name_the_field_of_the_struct() {
     type Change = fn(&mut ppok_gae_options);
-    let changes: [(&str, Change); 8] = [
+    let changes: &[(&str, Change)] = &[
         ("gamma", |options| options.gamma = 2.0),
         ("lambda", |options| options.lambda = 2.0),
         ("value_lambda", |options| options.value_lambda = 2.0),
@@ -228,7 +228,7 @@ fn errors_name_the_field_of_the_struct() {
             options.missing_eos_value = f64::NAN;
         }),
     ];
-    for (field, change) in changes {
+    for &(field, change) in changes {
         let mut options = defaults(ppok_gae_options_init);
         change(&mut options);
         let (values, mut advantages, mut returns) = ([1.0], [0.0], [0.0]);

@@ -221,7 +221,7 @@ mod on_the_stand_in {
 fn errors_name_the_field_of_the_struct() {
     let [data, _] = rollouts();
     type Change = fn(&mut ppok_ppo_loss_options);
-    let changes: [(&str, Change); 9] = [
+    let changes: &[(&str, Change)] = &[
         ("clip_range", |options| options.clip_range = -2.0),
         ("clip_range_high", |options| options.clip_range_high = -2.0),
         ("dual_clip", |options| options.dual_clip = 1.0),
@@ -232,7 +232,7 @@ fn errors_name_the_field_of_the_struct() {
         ("aggregation_divisor", |options| options.aggregation = PPOK_PPO_LOSS_CONSTANT),
         ("denominator", |options| options.denominator = 0.0),
     ];
-    for (field, change) in changes {
+    for &(field, change) in changes {
         let mut options = defaults(ppok_ppo_loss_options_init);
         change(&mut options);
         let mut written = nothing_written(data.logp.len());
