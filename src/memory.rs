@@ -121,6 +121,9 @@ macro_rules! list {
     (@Out $array:expr) => {
         &mut $array
     };
+    (@array $name:ident $shape:tt $over:tt) => {
+        &$crate::memory::Array { name: stringify!($name), shape: &$shape, over: &$over }
+    };
     ($(#[$doc:meta])* inputs $($list:tt)*) => {
         $crate::memory::list! { @ [$(#[$doc])*] In Reads input [] $($list)* }
     };
@@ -171,18 +174,15 @@ macro_rules! list {
             {
                 Ok($List {
                     $($with: self.$with.try_map($sizes, c)?,)?
-                    $($field: {
-                        let shape: $crate::memory::Shape = &[$($part),+];
-                        let (name, over) = (stringify!($field), &[$($($over),+)?]);
-                        c.$map(&$crate::memory::Array { name, shape, over }, $crate::memory::list!(@$Way self.$field))?
-                    },)*
+                    $($field: c.$map(
+                        $crate::memory::list!(@array $field [$($part),+] [$($($over),+)?]),
+                        $crate::memory::list!(@$Way self.$field),
+                    )?,)*
                     $($($optional: match $crate::memory::list!(@$Way self.$optional) {
                         None => None,
-                        Some(given) => {
-                            let shape: $crate::memory::Shape = &[$($optional_part),+];
-                            let (name, over) = (stringify!($optional), &[$($($optional_over),+)?]);
-                            Some(c.$map(&$crate::memory::Array { name, shape, over }, given)?)
-                        }
+                        Some(given) => Some(c.$map($crate::memory::list!(
+                            @array $optional [$($optional_part),+] [$($($optional_over),+)?]
+                        ), given)?),
                     },)*)?
                 })
             }

@@ -152,8 +152,9 @@ fn has_pool() -> bool {
     let process = process::id();
     let started_in =
         STARTED_IN.get_or_init(|| match rayon::ThreadPoolBuilder::new().build_global() {
-            // The program has started it before us.
+            // The system gives no thread.
             Err(error) if error.source().is_some() => None,
+            // An error without a source: the program has started it before us.
             _ => Some(process),
         });
     // Of a process that forks, the child has the memory but not the threads.

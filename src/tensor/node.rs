@@ -88,9 +88,7 @@ impl Node {
             candle_core::bail!("{}: {} gradients of {N} arguments", self.name, gradients.len())
         })
     }
-}
 
-impl Node {
     /// A gradient that says that it has none itself when it is asked for it.
     fn once(&self, args: &[&Tensor], gradient: &Tensor) -> candle_core::Result<Tensor> {
         let name = self.name;
