@@ -152,16 +152,22 @@ impl From<Error> for candle_core::Error {
 
 impl Error {
     /// `Ok` when a raw slice has the length that the other arguments ask for.
+    #[inline(always)]
     pub(crate) fn check_len(
         op: &'static str,
         arg: &'static str,
         got: usize,
         expected: usize,
     ) -> Result<()> {
+        // Apart, so that a small call has no more to do than to compare.
+        #[cold]
+        fn wrong(op: &'static str, arg: &'static str, got: usize, expected: usize) -> Error {
+            Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") }
+        }
         if got == expected {
             return Ok(());
         }
-        Err(Error::Shape { op, arg, expected: format!("[{expected}]"), got: format!("[{got}]") })
+        Err(wrong(op, arg, got, expected))
     }
 
     /// `Ok` when so many logits make `rows` rows of a vocabulary that is not empty.

@@ -258,6 +258,7 @@ pub(crate) struct Array<'a> {
 
 impl Array<'_> {
     /// The number of elements, `None` if there is no such number.
+    #[inline(always)]
     pub(crate) fn len(&self) -> Option<usize> {
         let mut sizes = self.shape.iter().copied().flatten();
         sizes.try_fold(1, |product: usize, &size| product.checked_mul(size))
@@ -320,6 +321,7 @@ impl Space for Nowhere {
 pub(crate) struct Lengths(pub &'static str);
 
 impl Lengths {
+    #[inline(always)]
     fn check(&self, array: &Array, got: usize) -> Result<()> {
         Error::check_len(self.0, array.name, got, array.len().unwrap_or(usize::MAX))
     }
