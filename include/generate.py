@@ -75,7 +75,8 @@ def cbindgen() -> str:
     program = TOOLS / "bin/cbindgen"
     version = subprocess.run([program, "--version"], capture_output=True, text=True) if program.exists() else None
     if version is None or version.stdout.strip() != f"cbindgen {CBINDGEN}":
-        install = ["cargo", "install", "--quiet", "--locked", "--root", TOOLS, "--version", f"={CBINDGEN}", "cbindgen"]
+        install = ["cargo", "install", "--quiet", "--locked", "--debug", "--root", TOOLS]
+        install += ["--version", f"={CBINDGEN}", "cbindgen"]
         subprocess.run(install, check=True, cwd=ROOT)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / HEADER.name

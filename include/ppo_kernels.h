@@ -30,10 +30,11 @@
  * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The structs
  * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
  * call. The _cpu functions need no workspace. The first that has work for several threads starts a
- * pool of them, as many as the machine has cores or as RAYON_NUM_THREADS says, which stays for the life
- * of the process. In the child of a fork(), which does not have it, and where it cannot be started, the
- * caller's thread does all the work, to the same bits. Apart from the pool with its queue, kernels that
- * are loaded, and the texts of errors, nothing is allocated.
+ * pool of them, as many as RAYON_NUM_THREADS says, or OMP_NUM_THREADS, or as the machine has cores, which
+ * stays for the life of the process; ppok_set_team() has the program's own threads used in its place.
+ * In the child of a fork(), which does not have them, and where they cannot be started, the caller's
+ * thread does all the work, to the same bits. Apart from the pool with its queue, a list of a team's
+ * parts of a call, kernels that are loaded, and the texts of errors, nothing is allocated.
  *
  * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
  * (CUstream or cudaStream_t; null is the default stream of the thread's current context, or where
@@ -46,8 +47,8 @@
  * at no array's content. Calls on one stream can share a workspace. A library that was built without
  * CUDA has these functions too, and they return PPOK_STATUS_UNSUPPORTED.
  *
- * Threads. All functions can be called from several threads at a time. The same inputs give the
- * same bits, for any number of threads.
+ * Threads. All functions can be called from several threads at a time, of 64 KiB of stack or more. The
+ * same inputs give the same bits, for any number of threads.
  */
 
 
@@ -1028,6 +1029,14 @@ typedef struct ppok_ppo_loss_scale_args {
 } ppok_ppo_loss_scale_args;
 
 /**
+ * Threads of the program's: see ppok_set_team().
+ */
+typedef void (*ppok_team)(void (*work)(void *state),
+                          void *state,
+                          unsigned int threads,
+                          unsigned int flags);
+
+/**
  * Options of ppok_whiten_*.
  */
 typedef struct ppok_whiten_options {
@@ -1326,6 +1335,11 @@ int32_t ppok_moments_merge(const struct ppok_moments *a,
                            struct ppok_moments *merged);
 
 /**
+ * How many threads a call by this thread would work with at most, its own included.
+ */
+size_t ppok_num_threads(void);
+
+/**
  * The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their
  * gradients and statistics, from one pass over the tokens. With d = logp - old_logp, clamped, ratio
  * r = exp(d) and advantage A,
@@ -1366,6 +1380,16 @@ int32_t ppok_ppo_loss_scale_cuda(const struct ppok_ppo_loss_scale_args *args,
 int32_t ppok_ppo_loss_scale_cuda_workspace_size(const struct ppok_ppo_loss_scale_args *args,
                                                 void *stream,
                                                 size_t *bytes);
+
+/**
+ * From now on the functions for the CPU work with threads of the program's: `team` has as many of them
+ * as it likes call `work(state)`, the caller's among them, and returns when all those calls have. It is
+ * called with 0 for `threads` and `flags`, from any thread that calls the library, and its threads need
+ * as much stack as that one. `GOMP_parallel` of the OpenMP runtimes is such a function: so a program
+ * whose OpenMP threads wait by spinning has no second set of threads that does. Null brings back the
+ * library's own pool. What is returned was in use before.
+ */
+ppok_team ppok_set_team(ppok_team team);
 
 /**
  * What a status means, in a few words: a string of the library's, never null.

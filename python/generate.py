@@ -33,6 +33,7 @@ CTYPES = {
     "int64_t": "c_int64",
     "size_t": "c_size_t",
     "const char *": "c_char_p",
+    "ppok_team": "c_void_p",  # a function
 }
 
 

@@ -1122,6 +1122,129 @@ static void check_library(void) {
     CHECK(strcmp(ppok_last_error(), before) == 0, "another thread's error");
 }
 
+/* Enough for several threads. */
+enum { MANY = 64, LONG = 2048, ALL = MANY * LONG, WIDE = 4096, CALLS = 8 };
+
+/* What the header says that a thread needs. */
+enum { STACK = 64 * 1024 };
+
+static struct {
+    float logp[ALL], old_logp[ALL], advantages[ALL], logits[MANY * WIDE];
+    int64_t targets[MANY];
+    uint8_t mask[ALL];
+} many;
+
+static struct {
+    float advantages[ALL], returns[ALL], kl[ALL], whitened[ALL], grad_logp[ALL];
+    float of_rows[4][MANY], full_kl[MANY], grad_logits[MANY * WIDE], stats[PPOK_KL_FULL_STATS * MANY];
+    ppok_moments moments;
+    ppok_ppo_loss_stats loss;
+    int32_t status[CALLS];
+} results;
+
+/* Every pass that is not much like another, with work for several threads. */
+static void *large_calls(void *arg) {
+    int32_t *status = results.status;
+    memset(&results, 0, sizeof results);
+    ppok_gae_args gae = {sizeof gae};
+    gae.batch = MANY, gae.seq_len = LONG;
+    gae.values = many.logp, gae.rewards = many.advantages, gae.mask = many.mask;
+    gae.advantages = results.advantages, gae.returns = results.returns;
+    gae.moments = &results.moments;
+    *status++ = ppok_gae_cpu(&gae);
+    ppok_whiten_forward_args whiten = {sizeof whiten};
+    whiten.elements = ALL, whiten.x = many.logp, whiten.moments = &results.moments;
+    whiten.y = results.whitened;
+    *status++ = ppok_whiten_forward_cpu(&whiten);
+    ppok_kl_token_forward_args kl = {sizeof kl};
+    kl.tokens = ALL, kl.logp = many.logp, kl.ref_logp = many.old_logp, kl.kl = results.kl;
+    *status++ = ppok_kl_token_forward_cpu(&kl);
+    ppok_ppo_loss_args loss = {sizeof loss};
+    loss.batch = MANY, loss.seq_len = LONG;
+    loss.logp = many.logp, loss.old_logp = many.old_logp, loss.advantages = many.advantages;
+    loss.mask = many.mask, loss.stats = &results.loss, loss.grad_logp = results.grad_logp;
+    *status++ = ppok_ppo_loss_cpu(&loss);
+    ppok_logprob_forward_args forward = {sizeof forward};
+    forward.rows = MANY, forward.vocab = WIDE;
+    forward.logits = many.logits, forward.targets = many.targets, forward.targets_type = PPOK_I64;
+    forward.logp = results.of_rows[0], forward.entropy = results.of_rows[1];
+    forward.max = results.of_rows[2], forward.log_sum = results.of_rows[3];
+    *status++ = ppok_logprob_forward_cpu(&forward);
+    ppok_logprob_backward_args backward = {sizeof backward};
+    backward.rows = MANY, backward.vocab = WIDE;
+    backward.logits = many.logits, backward.targets = many.targets;
+    backward.targets_type = PPOK_I64;
+    backward.max = results.of_rows[2], backward.log_sum = results.of_rows[3];
+    backward.grad_logp = many.advantages, backward.grad_logits = results.grad_logits;
+    *status++ = ppok_logprob_backward_cpu(&backward);
+    ppok_kl_full_forward_args full = {sizeof full};
+    full.rows = MANY, full.vocab = WIDE / 2;
+    full.logits = many.logits, full.ref_logits = many.logits + ALL, full.stats = results.stats;
+    *status++ = ppok_kl_full_forward_cpu(&full);
+    /* One long row, shared out in pieces. */
+    forward.rows = 1, forward.vocab = MANY * WIDE, forward.logp = results.full_kl;
+    forward.entropy = forward.max = forward.log_sum = NULL;
+    *status++ = ppok_logprob_forward_cpu(&forward);
+    return arg;
+}
+
+enum { TEAM = 3 };
+
+static int team_calls;
+
+typedef struct {
+    void (*work)(void *);
+    void *state;
+} shared_work;
+
+static void *member(void *arg) {
+    shared_work *shared = arg;
+    shared->work(shared->state);
+    return NULL;
+}
+
+static void team(void (*work)(void *), void *state, unsigned threads, unsigned flags) {
+    shared_work shared = {work, state};
+    pthread_t others[TEAM - 1];
+    team_calls += threads == 0 && flags == 0;
+    for (int i = 0; i < TEAM - 1; i++) pthread_create(&others[i], NULL, member, &shared);
+    work(state);
+    for (int i = 0; i < TEAM - 1; i++) pthread_join(others[i], NULL);
+}
+
+static void check_threads(void) {
+    for (size_t i = 0; i < MANY * WIDE; i++) {
+        many.logits[i] = sinf((float)i) * 5;
+        if (i >= ALL) continue;
+        many.logp[i] = -2 - sinf((float)i), many.old_logp[i] = -2 - cosf((float)i);
+        many.advantages[i] = sinf(3 * (float)i), many.mask[i] = i % 5 != 0;
+        if (i < MANY) many.targets[i] = (int64_t)i * 31;
+    }
+    CHECK(ppok_num_threads() > 0, "threads");
+    large_calls(NULL);
+    for (int i = 0; i < CALLS; i++) CHECK(results.status[i] == PPOK_STATUS_OK, "large call %d", i);
+    static unsigned char expected[sizeof results];
+    memcpy(expected, &results, sizeof results);
+
+    CHECK(ppok_set_team(team) == NULL, "the library's own pool comes first");
+    CHECK(ppok_num_threads() == TEAM, "%zu threads", ppok_num_threads());
+    large_calls(NULL);
+    CHECK(memcmp(expected, &results, sizeof results) == 0, "a team gives the same bits");
+    CHECK(team_calls >= CALLS, "%d calls of the team", team_calls);
+    CHECK(ppok_set_team(NULL) == team, "the team so far");
+    team_calls = 0;
+
+    pthread_attr_t attributes;
+    pthread_t small;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, STACK);
+    CHECK(pthread_create(&small, &attributes, large_calls, NULL) == 0, "a thread of %d bytes", STACK);
+    pthread_join(small, NULL);
+    pthread_attr_destroy(&attributes);
+    CHECK(memcmp(expected, &results, sizeof results) == 0, "a small stack gives the same bits");
+    CHECK(team_calls == 0, "the team is not used any more");
+}
+
 int main(int argc, char **argv) {
     if (argc != 2) {
         fprintf(stderr, "usage: capi cpu|cuda|simt\n");
@@ -1136,6 +1259,7 @@ int main(int argc, char **argv) {
     check_whiten();
     check_ppo_loss();
     check_ppo_loss_scale();
+    check_threads();
     printf("%s: %d checks, %d failures\n", device, checks, failures);
     return failures != 0;
 }

@@ -135,7 +135,8 @@ def test_types_of_options(name, module):
     """Those of the public functions are those of the header, whose choices they list in order."""
     options, function = OPTIONS[name]
     types = typing.get_type_hints(getattr(module, function))
-    python = {"float": float, "bool": bool, "float?": float | None, "int?": int | None}
+    number = functional.Number if module is functional else float
+    python = {"float": number, "bool": bool, "float?": number | None, "int?": int | None}
     for option, kind in options.kinds.items():
         if isinstance(kind, str):
             assert types[option] == python[kind], option

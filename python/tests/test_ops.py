@@ -4,9 +4,8 @@ import shutil
 
 import pytest
 import torch
-import torch._functorch.config
 
-from ppo_kernels import functional
+from ppo_kernels import _ops, functional
 
 ops = torch.ops.ppo_kernels
 
@@ -67,7 +66,19 @@ def samples():
     yield ops.ppo_loss_backward, (torch.tensor(2.0), rows, torch.empty(0), more)
 
 
+def with_numbers_that_move(op, arguments):
+    """The form of the op that takes them from a tensor, and its arguments."""
+    moving = _ops._moving[op.default]
+    given = [torch.tensor(x) if isinstance(x, float) else x for x in arguments]
+    return getattr(ops, moving.form._schema.name.removeprefix("ppo_kernels::")), moving.arguments(
+        given
+    )
+
+
 SAMPLES = list(samples())
+SAMPLES += [
+    with_numbers_that_move(*sample) for sample in SAMPLES if sample[0].default in _ops._moving
+]
 
 
 @pytest.mark.parametrize(("op", "arguments"), SAMPLES, ids=[str(op) for op, _ in SAMPLES])
@@ -112,9 +123,6 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
 BACKENDS = ["eager", "aot_eager"] + (["inductor"] if shutil.which("g++") else [])
 
 
-# That cache would find an earlier run's backward passes by what is called forwards, and with them
-# the ops as they were then.
-@torch._functorch.config.patch(enable_autograd_cache=False)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(backend, dynamic):
@@ -137,3 +145,119 @@ def test_compile(backend, dynamic):
         found = torch.autograd.grad(ours, (logits, values))
         want = torch.autograd.grad(expected, (logits, values))
         torch.testing.assert_close(found, want)
+
+
+def step_of_numbers(logits, ref_logits, index, mask, number, other):
+    """Every option that is a number of every function, as it comes and derived."""
+    tensors = logits.detach().flatten(1)[:, :7]
+    logp, entropy = functional.logprobs_and_entropy(logits, index, number)
+    ref_logp = functional.selective_log_softmax(ref_logits, index, number + 0.1)
+    top = functional.selective_log_softmax(logits, torch.stack([index, index * 0], -1), other)
+    kl = functional.token_kl(logp, ref_logp, mask, log_ratio_clamp=other, output_clamp=number)
+    exact = functional.full_kl(logits, ref_logits, mask, temperature=other * number)
+    out = functional.gae(
+        tensors,
+        ref_logp,
+        mask,
+        gamma=other / 4,
+        lam=number / 2,
+        value_lam=number / 4,
+        kl=kl,
+        kl_coef=number,
+        scores=tensors[:, 0],
+        score_mean=other,
+        score_std=number,
+        score_clip=other,
+        has_eos=mask[:, 0],
+        missing_eos="subtract",
+        missing_eos_value=number,
+    )
+    loss, stats = functional.ppo_loss(
+        logp,
+        ref_logp,
+        out.advantages,
+        mask,
+        values=entropy,
+        old_values=entropy,
+        returns=out.returns,
+        entropy=entropy,
+        ref_logp=ref_logp,
+        clip_range=number / 10,
+        clip_range_high=number / 5,
+        dual_clip=other + 1,
+        log_ratio_clamp=number,
+        value_clip_range=number / 3,
+        value_coef=other,
+        entropy_coef=number,
+        kl_coef=other * number,
+        kl_log_ratio_clamp=number,
+        kl_output_clamp=other,
+        aggregation="constant",
+        aggregation_divisor=other + number,
+    )
+    other_loss, _ = functional.ppo_loss(logp, ref_logp, out.advantages, denominator=number * 3)
+    whitened = functional.masked_whiten(logp, mask, eps=number)
+    moments = functional.masked_moments(entropy, mask)
+    again = functional.masked_whiten(entropy, mask, eps=other, moments=moments)
+    terms = [loss, other_loss, top.mean(), exact.mean(), (whitened**3).mean(), (again**3).mean()]
+    return torch.stack(terms), stats
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_options_that_move_compile_twice(backend, kind):
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    compiled = torch.compile(step_of_numbers, fullgraph=True, backend=counting)
+    logits, ref_logits = leaf(2, 7, 50), torch.randn(2, 7, 50)
+    arguments = (logits, ref_logits, torch.randint(50, (2, 7)), torch.rand(2, 7) > 0.3)
+    for call in range(12):
+        numbers = (kind(0.8 + call / 10), kind(1.9 - call / 20))
+        ours, stats = compiled(*arguments, *numbers)
+        expected, expected_stats = step_of_numbers(*arguments, *numbers)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(stats, expected_stats, equal_nan=True)
+        (found,) = torch.autograd.grad(ours.sum(), logits)
+        (want,) = torch.autograd.grad(expected.sum(), logits)
+        torch.testing.assert_close(found, want)
+    assert len(graphs) <= 2
+
+
+def test_whole_numbers_that_move():
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.ppo_loss, fullgraph=True, backend="aot_eager")
+    tensors = torch.randn(3, 2, 7)
+    for tokens in range(3, 15):
+        ours, expected = (
+            f(*tensors, denominator=tokens)[0] for f in (compiled, functional.ppo_loss)
+        )
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_tensor_as_a_number():
+    tensors = torch.randn(3, 2, 7)
+    loss, _ = functional.ppo_loss(*tensors, denominator=torch.tensor(5))
+    assert torch.equal(loss, functional.ppo_loss(*tensors, denominator=5.0)[0])
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        f = torch.compile(functional.ppo_loss, backend="eager") if compiled else functional.ppo_loss
+        with pytest.raises(
+            Exception, match=r"ppo_loss: option `kl_coef` is a tensor of shape \[2\]"
+        ):
+            f(*tensors, kl_coef=torch.ones(2))
+        with pytest.raises(
+            Exception, match="ppo_loss: option `kl_coef` is a tensor on device meta"
+        ):
+            f(*tensors, kl_coef=torch.ones((), device="meta"))
+
+
+def test_what_has_no_gradient_says_so():
+    values = leaf(2, 7)
+    moments = ops.masked_moments(values, None)
+    with pytest.raises(RuntimeError, match="masked_moments has no gradient"):
+        moments.sum().backward()

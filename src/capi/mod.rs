@@ -16,10 +16,11 @@ pub mod functions;
 
 use std::any::Any;
 use std::cell::Cell;
-use std::ffi::{c_char, c_void, CStr};
+use std::ffi::{c_char, c_uint, c_void, CStr};
 use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use self::arguments::{check_pointer, initialise, read, Growing, Memory, Options, Workspace};
+use crate::cpu::{num_threads, use_team};
 use crate::cuda::{Device, Stream};
 use crate::error::Error;
 
@@ -215,6 +216,35 @@ pub extern "C" fn ppok_version() -> i32 {
 #[no_mangle]
 pub extern "C" fn ppok_version_string() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
+}
+
+/// From now on the functions for the CPU work with threads of the program's: `team` has as many of them
+/// as it likes call `work(state)`, the caller's among them, and returns when all those calls have. It is
+/// called with 0 for `threads` and `flags`, from any thread that calls the library, and its threads need
+/// as much stack as that one. `GOMP_parallel` of the OpenMP runtimes is such a function: so a program
+/// whose OpenMP threads wait by spinning has no second set of threads that does. Null brings back the
+/// library's own pool. What is returned was in use before.
+#[no_mangle]
+pub unsafe extern "C" fn ppok_set_team(team: ppok_team) -> ppok_team {
+    // SAFETY: by the description of this function.
+    unsafe { use_team(team) }
+}
+
+/// Threads of the program's: see ppok_set_team().
+#[allow(non_camel_case_types)]
+pub type ppok_team = Option<
+    unsafe extern "C" fn(
+        work: unsafe extern "C" fn(state: *mut c_void),
+        state: *mut c_void,
+        threads: c_uint,
+        flags: c_uint,
+    ),
+>;
+
+/// How many threads a call by this thread would work with at most, its own included.
+#[no_mangle]
+pub extern "C" fn ppok_num_threads() -> usize {
+    num_threads()
 }
 
 /// The arguments of one pass, as the header has them: sizes, inputs, options and outputs of the pass, all

@@ -8,6 +8,7 @@ mod store;
 
 pub use element::{Logit, TokenId};
 pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
+pub use parallel::{num_threads, use_team, Team};
 pub(crate) use store::{prefers_non_temporal, Writer};
 
 /// Runs `body` compiled for the widest vector unit of this machine.

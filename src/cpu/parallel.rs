@@ -1,12 +1,17 @@
 //! Parallel loops whose result does not depend on the number of threads.
 //!
 //! The work is split in halves at places that depend on its size alone, so a reduction adds its
-//! parts in the same order on one thread and on sixty-four, and on the caller's alone where there is no
-//! pool of threads: in the child of a fork, and where the system has no threads to give.
+//! parts in the same order on one thread and on sixty-four: those of rayon's pool, those that the
+//! program lends ([`use_team`]), or the caller's alone where there are no others, in the child of a fork
+//! and where the system has no threads to give.
 
+use std::cell::Cell;
 use std::error::Error;
+use std::ffi::{c_uint, c_void};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::process;
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Things that can be cut in two, to be worked on by two threads: slices, rows of slices, options
 /// and tuples of them.
@@ -139,26 +144,116 @@ pub fn reduce<S: Split, A: Send>(
     if len <= grain {
         return leaf(0, len, items);
     }
-    subtree(0, len, grain, items, has_pool(), &leaf, &merge)
+    match Threads::now() {
+        Threads::Callers => subtree(0, len, grain, items, false, &leaf, &merge),
+        Threads::Pool => subtree(0, len, grain, items, true, &leaf, &merge),
+        Threads::Team(team) => on_team(team, len, grain, items, &leaf, &merge),
+    }
 }
 
-/// Tells whether rayon's pool can be waited for, and starts it the first time.
-fn has_pool() -> bool {
-    /// The process that it was started in; none if it could not be.
-    static STARTED_IN: OnceLock<Option<u32>> = OnceLock::new();
-    if rayon::current_thread_index().is_some() {
-        return true;
+/// The number of threads that work at a time, of those that a call by this thread would have.
+pub fn num_threads() -> usize {
+    match Threads::now() {
+        Threads::Callers => 1,
+        Threads::Pool => rayon::current_num_threads(),
+        Threads::Team(team) => {
+            let count = AtomicUsize::new(0);
+            run(team, &|| {
+                count.fetch_add(1, Ordering::Relaxed);
+            });
+            count.into_inner()
+        }
     }
-    let process = process::id();
-    let started_in =
-        STARTED_IN.get_or_init(|| match rayon::ThreadPoolBuilder::new().build_global() {
+}
+
+/// Has several threads call `work(state)`, the caller's among them, and returns when all those calls
+/// have: `GOMP_parallel` of the OpenMP runtimes is such a function. `threads` and `flags` are 0: the
+/// number of threads is the team's to choose.
+pub type Team = unsafe extern "C" fn(
+    work: unsafe extern "C" fn(*mut c_void),
+    state: *mut c_void,
+    threads: c_uint,
+    flags: c_uint,
+);
+
+/// The team in use, as an address, and the process that it was lent in.
+static TEAM: AtomicUsize = AtomicUsize::new(0);
+static TEAM_PROCESS: AtomicUsize = AtomicUsize::new(0);
+
+/// From now on uses the threads of the program's team, or again the pool: two sets of threads that both
+/// wait for work by spinning would take the cores from each other. Returns the team so far.
+///
+/// # Safety
+/// The team does what [`Team`] says, and can be called from any thread.
+pub unsafe fn use_team(team: Option<Team>) -> Option<Team> {
+    TEAM_PROCESS.store(process::id() as usize, Ordering::Relaxed);
+    as_team(TEAM.swap(team.map_or(0, |team| team as usize), Ordering::AcqRel))
+}
+
+/// What is stored in [`TEAM`].
+fn as_team(address: usize) -> Option<Team> {
+    // SAFETY: null is none, and all else was stored as a team.
+    unsafe { std::mem::transmute::<usize, Option<Team>>(address) }
+}
+
+/// Who does the work of a call.
+enum Threads {
+    Callers,
+    Pool,
+    Team(Team),
+}
+
+thread_local! {
+    /// Whether this thread does a part of a team's work, which it does alone.
+    static IN_TEAM: Cell<bool> = const { Cell::new(false) };
+}
+
+impl Threads {
+    fn now() -> Self {
+        if IN_TEAM.get() {
+            return Self::Callers;
+        }
+        if rayon::current_thread_index().is_some() {
+            return Self::Pool;
+        }
+        // Of a process that forks, the child has the memory but not the threads.
+        let process = process::id();
+        match as_team(TEAM.load(Ordering::Acquire)) {
+            None if pool_process() == Some(process) => Self::Pool,
+            Some(team) if TEAM_PROCESS.load(Ordering::Relaxed) == process as usize => {
+                Self::Team(team)
+            }
+            _ => Self::Callers,
+        }
+    }
+}
+
+/// The process that rayon's pool was started in, the first time by us; none if it could not be.
+fn pool_process() -> Option<u32> {
+    static STARTED_IN: OnceLock<Option<u32>> = OnceLock::new();
+    *STARTED_IN.get_or_init(|| {
+        let builder = rayon::ThreadPoolBuilder::new().num_threads(asked_for());
+        match builder.build_global() {
             // The system gives no thread.
             Err(error) if error.source().is_some() => None,
             // An error without a source: the program has started it before us.
-            _ => Some(process),
-        });
-    // Of a process that forks, the child has the memory but not the threads.
-    *started_in == Some(process)
+            _ => Some(process::id()),
+        }
+    })
+}
+
+/// Threads that OMP_NUM_THREADS asks for, as "4" or, with levels, "4,2"; 0 leaves it to rayon, which
+/// looks at RAYON_NUM_THREADS and at the number of cores.
+fn asked_for() -> usize {
+    let of_openmp = std::env::var("OMP_NUM_THREADS").ok();
+    let first = of_openmp.as_deref().and_then(|list| list.split(',').next()?.trim().parse().ok());
+    let ours = std::env::var_os("RAYON_NUM_THREADS").is_some();
+    first.filter(|_| !ours).unwrap_or(0)
+}
+
+/// Where the work of `len` items is cut in two.
+fn middle(len: usize, grain: usize) -> usize {
+    len.div_ceil(grain).div_ceil(2) * grain
 }
 
 fn subtree<S: Split, A: Send>(
@@ -173,12 +268,98 @@ fn subtree<S: Split, A: Send>(
     if len <= grain {
         return leaf(first, len, items);
     }
-    let mid = len.div_ceil(grain).div_ceil(2) * grain;
+    let mid = middle(len, grain);
     let (left, right) = items.split(mid);
     let left = || subtree(first, mid, grain, left, parallel, leaf, merge);
     let right = || subtree(first + mid, len - mid, grain, right, parallel, leaf, merge);
     let (a, b) = if parallel { rayon::join(left, right) } else { (left(), right()) };
     merge(a, b)
+}
+
+/// How often the work of a team is halved, at most: parts enough for many threads to end together.
+const TEAM_LEVELS: u32 = 8;
+
+/// A part of a team's work: what is to be done, and then what has come of it.
+enum Part<S, A> {
+    Todo(usize, usize, S),
+    Begun,
+    Done(A),
+}
+
+/// [`subtree`] by a team: the tree's upper levels are cut beforehand, and merged afterwards.
+fn on_team<S: Split, A: Send>(
+    team: Team,
+    len: usize,
+    grain: usize,
+    items: S,
+    leaf: &(impl Fn(usize, usize, S) -> A + Sync),
+    merge: &(impl Fn(A, A) -> A + Sync),
+) -> A {
+    let mut parts = Vec::new();
+    cut(0, len, grain, TEAM_LEVELS, items, &mut parts);
+    let next = AtomicUsize::new(0);
+    run(team, &|| {
+        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Part::Todo(first, len, items) = std::mem::replace(&mut *part, Part::Begun) {
+                *part = Part::Done(subtree(first, len, grain, items, false, leaf, merge));
+            }
+        }
+    });
+    let done = |part: Mutex<Part<S, A>>| match part.into_inner() {
+        Ok(Part::Done(result)) => result,
+        _ => panic!("a part of the work was not done"),
+    };
+    gather(len, grain, TEAM_LEVELS, &mut parts.into_iter().map(done), merge)
+}
+
+fn cut<S: Split, A>(
+    first: usize,
+    len: usize,
+    grain: usize,
+    levels: u32,
+    items: S,
+    parts: &mut Vec<Mutex<Part<S, A>>>,
+) {
+    if levels == 0 || len <= grain {
+        parts.push(Mutex::new(Part::Todo(first, len, items)));
+        return;
+    }
+    let mid = middle(len, grain);
+    let (left, right) = items.split(mid);
+    cut(first, mid, grain, levels - 1, left, parts);
+    cut(first + mid, len - mid, grain, levels - 1, right, parts);
+}
+
+/// Merges the results of the parts that [`cut`] made.
+fn gather<A>(
+    len: usize,
+    grain: usize,
+    levels: u32,
+    results: &mut impl Iterator<Item = A>,
+    merge: &impl Fn(A, A) -> A,
+) -> A {
+    if levels == 0 || len <= grain {
+        return results.next().expect("as many as there are parts");
+    }
+    let mid = middle(len, grain);
+    let left = gather(mid, grain, levels - 1, results, merge);
+    let right = gather(len - mid, grain, levels - 1, results, merge);
+    merge(left, right)
+}
+
+/// Has the threads of a team do the work. A panic stays in its thread: it must not unwind through the
+/// team, and what it was about is not done.
+fn run<F: Fn() + Sync>(team: Team, work: &F) {
+    unsafe extern "C" fn call<F: Fn()>(state: *mut c_void) {
+        // SAFETY: `run` waits for all calls, and gave the address of its work.
+        let work = unsafe { &*state.cast_const().cast::<F>() };
+        IN_TEAM.set(true);
+        let _ = catch_unwind(AssertUnwindSafe(work));
+        IN_TEAM.set(false);
+    }
+    // SAFETY: by `use_team` it does what it should; the work may be done by several threads.
+    unsafe { team(call::<F>, std::ptr::from_ref(work).cast_mut().cast(), 0, 0) };
 }
 
 #[cfg(test)]
@@ -215,6 +396,57 @@ mod tests {
             })
             .to_vec();
         assert!(bits.iter().all(|&b| b == bits[0]));
+    }
+
+    /// A team of as many threads, of which one is the caller's.
+    unsafe extern "C" fn team<const THREADS: usize>(
+        work: unsafe extern "C" fn(*mut c_void),
+        state: *mut c_void,
+        _threads: c_uint,
+        _flags: c_uint,
+    ) {
+        let state = state as usize;
+        std::thread::scope(|scope| {
+            for _ in 1..THREADS {
+                scope.spawn(move || unsafe { work(state as *mut c_void) });
+            }
+            unsafe { work(state as *mut c_void) };
+        });
+    }
+
+    #[test]
+    fn a_team_does_the_same_work_once() {
+        let values: Vec<f32> = (0..100_000).map(|i| ((i * 7919) as f32).sin()).collect();
+        let sum = |grain: usize| {
+            let leaf = |first: usize, _, part: &[f32]| {
+                // What is parallel within it is the thread's own.
+                let sum = |_, _, part: &[f32]| part.iter().sum::<f32>();
+                reduce(part.len(), 10, part, sum, |a, b| a + b) + first as f32
+            };
+            reduce(values.len(), grain, values.as_slice(), leaf, |a: f32, b: f32| a - b)
+        };
+        let with = |team: Option<Team>, grain| {
+            // SAFETY: these are teams.
+            unsafe { use_team(team) };
+            let result = sum(grain).to_bits();
+            unsafe { use_team(None) };
+            result
+        };
+        for grain in [1, 3, 1000, 30_000, 99_999] {
+            let alone = with(None, grain);
+            for team in [team::<1> as Team, team::<2>, team::<5>] {
+                assert_eq!(with(Some(team), grain), alone);
+            }
+        }
+        unsafe { use_team(Some(team::<5>)) };
+        let count = num_threads();
+        let failed = catch_unwind(|| {
+            for_each(100, 1, (), |first, _, ()| assert!(first != 70, "on purpose"));
+        });
+        unsafe { use_team(None) };
+        assert_eq!(count, 5);
+        assert!(failed.is_err());
+        assert!(num_threads() > 0 && !IN_TEAM.get());
     }
 
     #[test]

@@ -31,10 +31,13 @@ __all__ = [
     "logprobs_and_entropy",
     "masked_moments",
     "masked_whiten",
+    "num_threads",
     "ppo_loss",
     "selective_log_softmax",
     "token_kl",
 ]
+# Those on tensors, which are those on arrays too.
+_FUNCTIONS = [name for name in __all__ if name not in ("library_version", "num_threads")]
 
 
 def library_version() -> str:
@@ -44,10 +47,19 @@ def library_version() -> str:
     return version_string().decode()
 
 
+def num_threads() -> int:
+    """How many threads a call on the CPU works with: torch's own, and as many as
+    ``torch.get_num_threads()``, once the functions on tensors have been imported; before that those
+    of a pool."""
+    from . import _lib
+
+    return _lib.num_threads()
+
+
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _FUNCTIONS:
         raise AttributeError(f"module 'ppo_kernels' has no attribute {name!r}")
     from . import functional
 
-    globals().update({name: getattr(functional, name) for name in functional.__all__})
+    globals().update({name: getattr(functional, name) for name in _FUNCTIONS})
     return globals()[name]

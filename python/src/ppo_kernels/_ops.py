@@ -12,14 +12,18 @@ its own, without a copy.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ctypes import byref, c_size_t
-from typing import Any
+from math import nan
+from typing import Any, NamedTuple
 
 import torch
-from torch import _C, Tensor
+from torch import _C, SymFloat, SymInt, Tensor
 from torch.autograd import forward_ad
 
 from . import _header, _lib, _lists
@@ -43,12 +47,12 @@ def _op(
 ) -> Callable[[Callable], Any]:
     """Makes an op of a generator, of the same name, which gets a tuple of tensors and one of the
     rest: whether each of ``wants`` is wanted, and options. Several results have names. For
-    ``backward`` see :func:`_differentiate`."""
+    ``backward`` see :func:`_differentiate`. Where it has options that are numbers, there is a form
+    of it, ``.._moving``, that takes those of them that are NaN from a tensor after the others."""
     tensors = [f"{argument.type} {argument.name}" for argument in takes.inputs]
     kinds = takes.options.kinds.items() if takes.options else ()
-    options = [f"{'str' if isinstance(kind, tuple) else kind} {name}" for name, kind in kinds]
-    flags = [f"bool want_{name}" for name in wants.split()]
-    arguments, count = [*tensors, *flags, *options], len(tensors)
+    options = [f"{_schema_type(kind)} {name}" for name, kind in kinds]
+    flags, count = [f"bool want_{name}" for name in wants.split()], len(tensors)
     gives = ", ".join(f"Tensor {name}" for name in results.split())
 
     def define(function: Callable[..., Results]) -> Any:
@@ -59,19 +63,114 @@ def _op(
         def fake(*given: Any) -> Any:
             return next(function(given[:count], given[count:]))
 
+        def of_moving(*given: Any) -> Any:
+            rest = _filled_in(given[count + 1 :], given[count].tolist())
+            return implementation(*given[:count], *rest)
+
+        def fake_of_moving(*given: Any) -> Any:
+            return fake(*given[:count], *given[count + 1 :])
+
+        def form(
+            name: str, numbers: Sequence[str], implementation: Callable, fake: Callable
+        ) -> Any:
+            arguments = ", ".join((*tensors, *numbers, *flags, *options))
+            schema = f"{name}({arguments}) -> {f'({gives})' if gives else 'Tensor'}"
+            _ops.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            _ops.impl(name, implementation, "CPU")
+            _ops.impl(name, implementation, "CUDA")
+            torch.library.register_fake(f"ppo_kernels::{name}", fake, lib=_ops)
+            return getattr(torch.ops.ppo_kernels, name).default
+
         name = function.__name__
-        schema = f"{name}({', '.join(arguments)}) -> {f'({gives})' if gives else 'Tensor'}"
-        _ops.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _ops.impl(name, implementation, "CPU")
-        _ops.impl(name, implementation, "CUDA")
-        torch.library.register_fake(f"ppo_kernels::{name}", fake, lib=_ops)
-        op = getattr(torch.ops.ppo_kernels, name).default
-        if backward is not None:
-            _differentiate(name, op, count, implementation, backward, **kept)
+        op = form(name, (), implementation, fake)
+        if any(kind in ("float", "float?") for _, kind in kinds):
+            moving = form(f"{name}_moving", ("Tensor numbers",), of_moving, fake_of_moving)
+            _moving[op] = _Moving(moving, takes, count, count + len(flags))
+            _differentiate(f"{name}_moving", moving, count, of_moving, backward, True, **kept)
+        _differentiate(name, op, count, implementation, backward, **kept)
         return op
 
     return define
 
+
+def _schema_type(kind: str | tuple[str, ...]) -> str:
+    """A number may be symbolic, which what schemas call a float may not."""
+    return "str" if isinstance(kind, tuple) else kind.replace("float", "Scalar")
+
+
+# --- Options that move ---
+#
+# torch.compile makes a constant of a number that an op takes, and compiles anew when it changes. So
+# where it has a symbol for a number, or is given a tensor, the op's other form takes its place.
+
+
+_SYMBOLS = (SymFloat, SymInt)
+
+
+class _Moving(NamedTuple):
+    """The form of an op that takes numbers from a tensor, and how many ``tensors`` and how many
+    arguments in all come before the options."""
+
+    form: Any
+    op: Op
+    tensors: int
+    before: int
+
+    def arguments(self, given: Sequence[Any]) -> tuple:
+        """The form's, of those of the op."""
+        rest = given[self.tensors :]
+        # With it what is NaN, which would be taken for one of them.
+        moving = [isinstance(value, (*_SYMBOLS, Tensor)) or value != value for value in rest]
+        numbers = torch.stack([_as_tensor(value) for value, moves in zip(rest, moving) if moves])
+        settled = (nan if moves else value for value, moves in zip(rest, moving))
+        return *given[: self.tensors], numbers, *settled
+
+    def check(self, given: Sequence[Any]) -> None:
+        """Refuses a tensor of several numbers, and one for which a device would be waited for."""
+        for name, value in zip(self.op.options.kinds, given[self.before :]):
+            if isinstance(value, Tensor):
+                option = f"{self.op.name}: option `{name}` is a tensor"
+                if value.dim():
+                    raise ValueError(f"{option} of shape {list(value.shape)}, expected one number")
+                if not value.is_cpu:
+                    raise ValueError(f"{option} on device {value.device}, expected cpu")
+
+
+_moving: dict[Any, _Moving] = {}
+
+
+def _as_tensor(value: float | SymFloat | SymInt | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().double()
+    # A sum, which torch.compile knows how to keep symbolic.
+    return torch.zeros((), dtype=torch.float64, device="cpu") + value
+
+
+def _filled_in(rest: Sequence[Any], numbers: Iterable[Any]) -> tuple:
+    """What comes after an op's tensors, with numbers where NaN stands for them."""
+    numbers = iter(numbers)
+    return tuple(next(numbers) if value != value else value for value in rest)
+
+
+def call(op: Any, *given: Any) -> Any:
+    """An op of arguments of which those that are numbers may be tensors of one."""
+    moving = _moving[op]
+    for value in given[moving.before :]:
+        if isinstance(value, Tensor):
+            break
+    else:
+        return op(*given)
+    moving.check(given)
+    if torch.compiler.is_compiling():
+        return moving.form(*moving.arguments(given))
+    return op(*given[: moving.before], *map(_as_number, given[moving.before :]))
+
+
+def _as_number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+# --- Gradients ---
 
 _BACKENDS = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
 # Dispatch keys below autograd by those above it; none where our implementation is next.
@@ -83,20 +182,24 @@ def _differentiate(
     op: Any,
     tensors: int,
     implementation: Callable,
-    backward: Callable,
+    backward: Callable | None,
+    moves: bool = False,
     differentiable: int = 1,
     kept: Sequence[int] | None = None,
 ) -> None:
     """Gives an op its gradient, ``backward(ctx, *upstream)``, which returns those of the arguments
-    that come first. ``ctx`` has the ``tensors`` that went in, or those that are ``kept``, which are
-    all that have a gradient at least, with all results but the first, and as ``options`` what is
-    not a tensor. Results after the first ``differentiable`` ones are constants.
+    that come first; without it there is none, and asking for it is an error. ``ctx`` has the
+    ``tensors`` that went in, or those that are ``kept``, which are all that have a gradient at
+    least, with all results but the first, and as ``options`` the rest of the arguments. Results
+    after the first ``differentiable`` ones are constants. ``moves`` is true for the form of an op
+    that takes numbers from a tensor.
 
     It does what ``torch.library.register_autograd`` does, with less to do for each call: where the
     dispatcher would go on to our own implementation, that is called at once.
     """
     count = len(op._schema.arguments)
     kept = range(tensors) if kept is None else kept
+    moving = _moving.get(op)
 
     def below(keys: Any, inputs: tuple) -> Any:
         known = keys.raw_repr()
@@ -108,6 +211,8 @@ def _differentiate(
         if keys is None:
             return implementation(*inputs)
         with _C._AutoDispatchBelowAutograd():
+            if moving and any(isinstance(given, _SYMBOLS) for given in inputs):
+                return moving.form(*moving.arguments(inputs))
             return op.redispatch(keys, *inputs)
 
     def forward(ctx: Any, keys: Any, *inputs: Any) -> Any:
@@ -116,12 +221,17 @@ def _differentiate(
         rest = outputs[1:] if isinstance(outputs, tuple) else ()
         ctx.save_for_backward(*(inputs[place] for place in kept), *rest)
         ctx.options = inputs[tensors:]
+        if moves:
+            numbers, *options = ctx.options
+            ctx.options = _filled_in(options, numbers.unbind())
         ctx.mark_non_differentiable(*rest[differentiable - 1 :])
         return outputs
 
     def gradient(ctx: Any, *upstream: Tensor | None) -> tuple:
         if upstream[0] is None and all(grad is None for grad in upstream):
             return (None,) * (1 + count)
+        if backward is None:
+            raise RuntimeError(f"ppo_kernels: {name} has no gradient")
         if _C.is_grad_enabled():
             with torch.no_grad():
                 found = backward(ctx, *upstream)
@@ -162,6 +272,35 @@ def _refuse_tangents(inputs: tuple) -> None:
             raise RuntimeError("ppo_kernels: forward-mode differentiation is not supported")
 
 
+# --- How the library is called ---
+
+
+def _team_of_torch() -> int | None:
+    """The address of what has torch's own OpenMP threads do work. They wait for more by spinning:
+    beside them others would be short of cores."""
+    if not torch.backends.openmp.is_available():
+        return None
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        with contextlib.suppress(OSError, AttributeError):
+            # Whichever runtime it is, torch's libraries have loaded it.
+            function = ctypes.CDLL(os.path.join(folder, name)).GOMP_parallel
+            return ctypes.cast(function, ctypes.c_void_p).value
+    return None
+
+
+_lib.set_team(_team_of_torch())
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # Asking has torch tell OpenMP the number of this thread's.
+        self.threads = torch.get_num_threads()
+
+
+_thread = _Thread()
+
+
 def _call(
     function: Pass, like: Tensor, options: Sequence[Any], *values: int, **renamed: str
 ) -> None:
@@ -170,6 +309,7 @@ def _call(
     options = function.options.address(*options) if options else 0
     arguments = function.arguments(options, *values)
     if like.is_cpu:
+        _thread.threads  # noqa: B018
         status = function.cpu(arguments)
     elif like.get_device() == torch.cuda.current_device():
         status = _call_cuda(function, like.device, arguments)
@@ -367,7 +507,7 @@ def _logprob_forward(op: Op, tensors: tuple, options: tuple) -> Results:
 def _backward_of_logprob(ctx: Any, grad_logp: Tensor | None, *rest: Tensor | None) -> tuple:
     logits, index, *entropy, stats = ctx.saved_tensors
     gradients = (entropy[0] if entropy else None, grad_logp, rest[0])
-    return (logprob_backward(logits, index, stats, *gradients, *ctx.options),)
+    return (call(logprob_backward, logits, index, stats, *gradients, *ctx.options),)
 
 
 @_op(_lists.LOGPROB, "logp stats", _backward_of_logprob)
@@ -422,7 +562,7 @@ def _at_places(
 
 
 def _backward_of_logprobs(ctx: Any, grad_logp: Tensor, _: None) -> tuple:
-    return (logprobs_backward(*ctx.saved_tensors, grad_logp, *ctx.options),)
+    return (call(logprobs_backward, *ctx.saved_tensors, grad_logp, *ctx.options),)
 
 
 @_op(_lists.LOGPROBS, "logp stats", _backward_of_logprobs)
@@ -470,7 +610,7 @@ def _backward_of_kl(ctx: Any, grad_kl: Tensor, *_: None) -> list[Tensor | None]:
     """Of either op, one of which has kept statistics too."""
     saved, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:3]  # the first input is not the op's
     backward = full_kl_backward if len(saved) > 3 else token_kl_backward
-    gradients = backward(*saved, grad_kl, *wanted, *ctx.options)
+    gradients = call(backward, *saved, grad_kl, *wanted, *ctx.options)
     return [gradient if want else None for gradient, want in zip(gradients, wanted)]
 
 
@@ -561,12 +701,12 @@ def masked_moments(tensors: tuple, _: tuple) -> Results:
 
 def _backward_of_whiten(ctx: Any, grad: Tensor, _: None) -> tuple:
     values, mask, moments = ctx.saved_tensors
-    return (masked_whiten_backward(grad, mask, moments, values, *ctx.options),)
+    return (call(masked_whiten_backward, grad, mask, moments, values, *ctx.options),)
 
 
 def _backward_of_whiten_with(ctx: Any, grad: Tensor) -> tuple:
     _, mask, moments = ctx.saved_tensors  # the moments are constants
-    return (masked_whiten_backward(grad, mask, moments, None, *ctx.options),)
+    return (call(masked_whiten_backward, grad, mask, moments, None, *ctx.options),)
 
 
 @_op(_lists.MASKED_WHITEN, "whitened moments", _backward_of_whiten)

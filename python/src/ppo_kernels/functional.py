@@ -11,13 +11,16 @@ What holds for all of them:
 - Contiguous tensors are used as they are, and so are logits whose leading slices are contiguous,
   such as ``logits[:, :-1]``; others are copied first.
 - CUDA kernels run on the current stream, without waiting for the device.
-- On the CPU, ``RAYON_NUM_THREADS``, set before the first call, says how many threads there are, as
-  many as cores if it is not set; ``torch.set_num_threads`` does not. The first call with work for
-  several starts them. In the child of a fork after that, and where the system has no threads to
-  give, the caller's thread does all the work, to the same bits.
+- On the CPU the threads are torch's own, as many as ``torch.set_num_threads`` or
+  ``OMP_NUM_THREADS`` says; where torch has no OpenMP, those of a pool, as many as
+  ``RAYON_NUM_THREADS`` or ``OMP_NUM_THREADS`` says. :func:`ppo_kernels.num_threads` tells. In the
+  child of a fork, and where the system has no threads to give, the caller's thread does all the
+  work, to the same bits.
 - The same inputs give the same bits.
 - A wrong argument is a ``ValueError`` that names it; anything else that fails a ``RuntimeError``.
-- They work under ``torch.compile(fullgraph=True)``; gradients of gradients are refused.
+- An option that is a number may be a tensor of no dimensions on the CPU, as a constant.
+- They work under ``torch.compile(fullgraph=True)``, which does not compile anew for every value of
+  an option that is a number; gradients of gradients are refused.
 
 The package's README and the header of the C library say more about each option.
 """
@@ -29,11 +32,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import __all__ as _public
-from . import _lib, _lists, _ops
+from . import _FUNCTIONS, _lib, _lists, _ops
 
-__all__ = [name for name in _public if name != "library_version"]
+__all__ = [*_FUNCTIONS]
 
+# A tensor is one of no dimensions, on the CPU.
+Number = float | Tensor
 Estimator = Literal["k1", "abs", "k2", "k3", "k3_straight_through"]
 Aggregation = Literal[
     "token_mean",
@@ -77,7 +81,7 @@ def _skip(
 def selective_log_softmax(
     logits: Tensor,
     index: Tensor,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     row_mask: Tensor | None = None,
     *,
     ignore_index: int | None = None,
@@ -105,17 +109,20 @@ def selective_log_softmax(
                 "selective_log_softmax: `row_mask` and `ignore_index` go with one token a row, not"
                 f" with `index` of shape {list(index.shape)}"
             )
-        return _ops.logprobs(logits, index, temperature)[0]
+        return _ops.call(_ops.logprobs, logits, index, temperature)[0]
     if row_mask is not None:
         op = "selective_log_softmax"
         index, ignore_index = _skip(op, logits, index, row_mask, ignore_index)
+    if isinstance(temperature, Tensor):
+        return _ops.call(_ops.logprob, logits, index, temperature, ignore_index)[0]
+    # Without `call`, which would be felt in a small one.
     return _ops.logprob(logits, index, temperature, ignore_index)[0]
 
 
 def logprobs_and_entropy(
     logits: Tensor,
     index: Tensor,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     row_mask: Tensor | None = None,
     *,
     ignore_index: int | None = None,
@@ -135,7 +142,7 @@ def logprobs_and_entropy(
     """
     op = "logprobs_and_entropy"
     index, ignore_index = _skip(op, logits, index, row_mask, ignore_index)
-    return _ops.logprob_entropy(logits, index, temperature, ignore_index)[:2]
+    return _ops.call(_ops.logprob_entropy, logits, index, temperature, ignore_index)[:2]
 
 
 def token_kl(
@@ -144,8 +151,8 @@ def token_kl(
     mask: Tensor | None = None,
     *,
     estimator: Estimator = "k1",
-    log_ratio_clamp: float | None = None,
-    output_clamp: float | None = None,
+    log_ratio_clamp: Number | None = None,
+    output_clamp: Number | None = None,
 ) -> Tensor:
     """KL divergence from a reference model, estimated for each token from log-probabilities.
 
@@ -164,7 +171,7 @@ def token_kl(
         float32, ``[...]``, 0 where masked.
     """
     tensors = (_per_token(logp), _per_token(ref_logp), _mask(mask))
-    return _ops.token_kl(*tensors, log_ratio_clamp, output_clamp, estimator)
+    return _ops.call(_ops.token_kl, *tensors, log_ratio_clamp, output_clamp, estimator)
 
 
 def full_kl(
@@ -173,7 +180,7 @@ def full_kl(
     mask: Tensor | None = None,
     *,
     direction: Literal["forward", "reverse"] = "forward",
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
 ) -> Tensor:
     """Exact KL divergence between the distributions of two rows of logits, from one pass over both.
 
@@ -188,7 +195,7 @@ def full_kl(
         float32, ``[...]``, in nats; 0 where masked, +inf where a token that one gives a probability
         has none under the other.
     """
-    return _ops.full_kl(logits, ref_logits, _mask(mask), temperature, direction)[0]
+    return _ops.call(_ops.full_kl, logits, ref_logits, _mask(mask), temperature, direction)[0]
 
 
 class GaeOutput(NamedTuple):
@@ -210,20 +217,20 @@ def gae(
     rewards: Tensor | None = None,
     mask: Tensor | None = None,
     *,
-    gamma: float = 1.0,
-    lam: float = 0.95,
-    value_lam: float | None = None,
+    gamma: Number = 1.0,
+    lam: Number = 0.95,
+    value_lam: Number | None = None,
     kl: Tensor | None = None,
-    kl_coef: float = 0.05,
+    kl_coef: Number = 0.05,
     scores: Tensor | None = None,
     score_placement: Literal["last", "after_last"] = "last",
-    score_mean: float = 0.0,
-    score_std: float | None = None,
-    score_clip: float | None = None,
+    score_mean: Number = 0.0,
+    score_std: Number | None = None,
+    score_clip: Number | None = None,
     score_order: Literal["scale_then_clip", "clip_then_scale"] = "scale_then_clip",
     has_eos: Tensor | None = None,
     missing_eos: Literal["keep", "subtract", "replace"] = "keep",
-    missing_eos_value: float = 0.0,
+    missing_eos_value: Number = 0.0,
     dones: Tensor | None = None,
     bootstrap: Tensor | None = None,
     mask_mode: Literal["carry", "multiply"] = "carry",
@@ -268,7 +275,7 @@ def gae(
     choices = (mask_mode, score_placement, score_order, missing_eos)
     options = (gamma, lam, value_lam, *scaling, *choices)
     tensors = map(_constant, _taken(_lists.GAE, *inputs))
-    advantages, returns, shaped, moments = _ops.gae(*tensors, return_rewards, *options)
+    advantages, returns, shaped, moments = _ops.call(_ops.gae, *tensors, return_rewards, *options)
     if whiten:
         advantages = masked_whiten(advantages, mask, moments=moments)
     return GaeOutput(advantages, returns, shaped if return_rewards else None, moments)
@@ -299,7 +306,7 @@ def masked_whiten(
     shift_mean: bool = True,
     *,
     unbiased: bool = True,
-    eps: float = 1e-8,
+    eps: Number = 1e-8,
     eps_placement: Literal["variance", "std"] = "variance",
     moments: Tensor | None = None,
 ) -> Tensor:
@@ -321,8 +328,8 @@ def masked_whiten(
     tensors = _taken(_lists.MASKED_WHITEN, values, mask)
     options = (eps, eps_placement, unbiased, shift_mean)
     if moments is None:
-        return _ops.masked_whiten(*tensors, *options)[0]
-    return _ops.masked_whiten_with(*tensors, moments, *options)
+        return _ops.call(_ops.masked_whiten, *tensors, *options)[0]
+    return _ops.call(_ops.masked_whiten_with, *tensors, moments, *options)
 
 
 def ppo_loss(
@@ -336,20 +343,20 @@ def ppo_loss(
     returns: Tensor | None = None,
     entropy: Tensor | None = None,
     ref_logp: Tensor | None = None,
-    clip_range: float = 0.2,
-    clip_range_high: float | None = None,
-    dual_clip: float | None = None,
-    log_ratio_clamp: float | None = 20.0,
-    value_clip_range: float | None = 0.2,
-    value_coef: float = 0.1,
-    entropy_coef: float = 0.0,
-    kl_coef: float = 0.0,
+    clip_range: Number = 0.2,
+    clip_range_high: Number | None = None,
+    dual_clip: Number | None = None,
+    log_ratio_clamp: Number | None = 20.0,
+    value_clip_range: Number | None = 0.2,
+    value_coef: Number = 0.1,
+    entropy_coef: Number = 0.0,
+    kl_coef: Number = 0.0,
     kl_estimator: Estimator = "k3",
-    kl_log_ratio_clamp: float | None = 20.0,
-    kl_output_clamp: float | None = None,
+    kl_log_ratio_clamp: Number | None = 20.0,
+    kl_output_clamp: Number | None = None,
     aggregation: Aggregation = "token_mean",
-    aggregation_divisor: float | None = None,
-    denominator: float | None = None,
+    aggregation_divisor: Number | None = None,
+    denominator: Number | None = None,
     clip_fraction: Literal["clipped_branch", "ratio_outside"] = "clipped_branch",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The PPO loss and its statistics, from one pass that makes the gradients too.
@@ -399,7 +406,7 @@ def ppo_loss(
     terms = (value_coef, entropy_coef, kl_coef, kl_log_ratio_clamp, kl_output_clamp)
     means = (aggregation_divisor, denominator, aggregation, clip_fraction, kl_estimator)
     wanted = map(_wants_gradient, (logp, values, entropy))
-    loss, stats, *_ = _ops.ppo_loss(*tensors, *wanted, *clips, *terms, *means)
+    loss, stats, *_ = _ops.call(_ops.ppo_loss, *tensors, *wanted, *clips, *terms, *means)
     return loss, dict(zip(_lib.STATS, stats.unbind()))
 
 

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import __all__ as _public
-from . import _header, _lib, _lists
+from . import _FUNCTIONS, _header, _lib, _lists
 from ._lib import Pass
 from ._lists import FLAGS, Op, check_rows, check_shape, refuse
 
-__all__ = [name for name in _public if name != "library_version"]
+__all__ = [*_FUNCTIONS]
 
 Floats = NDArray[np.float32]
 
