@@ -129,6 +129,74 @@ def test_trl_is_used_and_undone():
             del importlib.sys.modules[module.__name__]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_patches_undone_in_either_order(first):
+    utils = load("trl.trainer.utils")
+    original = utils.selective_log_softmax
+    patches = [adapters.patch_trl(), adapters.patch_trl()]
+    replaced = utils.selective_log_softmax
+    assert replaced.__wrapped__ is original
+    patches[first].undo()
+    assert utils.selective_log_softmax is replaced
+    patches[1 - first].undo()
+    assert utils.selective_log_softmax is original
+
+
+class Other(torch.Tensor):
+    """Stands for tensors that are not plain ones."""
+
+
+def test_what_is_not_ours_is_theirs():
+    utils = load("trl.trainer.utils")
+    logits, index = torch.randn(2, 5, 40), torch.randint(40, (2, 5))
+    nested = torch.nested.nested_tensor([torch.randn(3, 40), torch.randn(5, 40)])
+    with adapters.patch_trl():
+        assert type(utils.selective_log_softmax(logits.as_subclass(Other), index)) is Other
+        assert type(utils.entropy_from_logits(logits.as_subclass(Other))) is Other
+        with pytest.raises(RuntimeError, match="nested|Nested"):  # by torch, in their function
+            utils.entropy_from_logits(nested)
+        with pytest.raises(TypeError, match="selective_log_softmax.*unknown"):
+            utils.selective_log_softmax(logits, index, unknown=1)
+    # Ids and masks of other dtypes and shapes, as their functions have it.
+    column = torch.tensor([[1], [0]])
+    compare(
+        adapters.patch_trl, lambda x: utils.selective_log_softmax(x, index, 1.0, column), logits
+    )
+    with pytest.raises(RuntimeError, match="gather"), adapters.patch_trl():
+        utils.selective_log_softmax(logits, index.float())
+
+
+def test_what_broadcasts_is_theirs():
+    algorithms, patch = load("verl.trainer.ppo.core_algos"), adapters.patch_verl
+    functions = load("verl.utils.torch_functional")
+    logp, ref_logp = per_token(2)
+    row, column = torch.rand(1, 21) > 0.5, torch.tensor([[1], [1], [0], [1]])
+    compare(patch, lambda x: algorithms.kl_penalty(x, ref_logp[0], "k3"), logp)
+    compare(patch, lambda x: functions.masked_whiten(x, row), logp)
+    config = peers.Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
+    config.update(global_batch_info={})
+    loss = algorithms.compute_policy_loss_vanilla
+    compare(patch, lambda x: loss(ref_logp, x, ref_logp[:, :1], column, config=config), logp)
+
+
+def test_distributed_tensors_are_theirs():
+    algorithms = load("verl.trainer.ppo.core_algos")
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("a torch without torch.distributed")
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        logp, ref_logp = (distributed.tensor.distribute_tensor(x, mesh) for x in per_token(2))
+        with adapters.patch_verl():
+            kl = algorithms.kl_penalty(logp, ref_logp, "k3")
+        assert isinstance(kl, distributed.tensor.DTensor)
+        torch.testing.assert_close(kl, algorithms.kl_penalty(logp, ref_logp, "k3"))
+    finally:
+        distributed.destroy_process_group()
+
+
 # --- verl ---
 
 
@@ -229,6 +297,9 @@ def test_openrlhf_per_token():
             ),
             *per_token(2),
         )
+    compare(patch, lambda x: utils.compute_approx_kl(x, x[0].detach()), per_token(1)[0])
+    with pytest.raises(TypeError, match="compute_entropy"), patch():
+        utils.compute_entropy(torch.zeros(2, 5, 40), 3)
     with pytest.raises(ValueError, match="Unknown kl_estimator"), patch():
         utils.compute_approx_kl(*per_token(2), kl_estimator="k4")
     maker = load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
@@ -259,5 +330,9 @@ def test_openrlhf_policy_loss(by_token, dual_clip):
                 *per_token(3),
                 equal_nan=given is not mask,
             )
+    # Its KL is of what the loss's own clamp has changed.
+    logp, old_logp, advantages = per_token(3)
+    far = (logp, old_logp + 30 * (old_logp > 1), advantages)
+    compare(adapters.patch_openrlhf, lambda *t: policy(*t, mask), *far)
     sequences = losses.PolicyLoss(0.2, 0.3, policy_loss_type="gspo")  # theirs
     compare(adapters.patch_openrlhf, lambda *t: sequences(*t, mask), *per_token(3))

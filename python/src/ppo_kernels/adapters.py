@@ -9,11 +9,12 @@ Every module of the package that has imported a function gets ours in its place,
 are imported later get it as well. What is returned undoes all of that: ``patch.undo()``, or at the
 end of ``with patch_trl(): ...``.
 
-Ours take over where they do the same: for float32, float16 and bfloat16 tensors on CPU and CUDA,
-and the options that they have; everything else goes on to the package's own function. Differences
-are that log-probabilities and entropies are float32 also for half-precision logits, that masked
-positions of advantages, returns and whitened values are 0, and what :mod:`.functional` says about
-wrong arguments. Logits are never changed in place.
+Ours take over where they do the same: for plain tensors of float32, float16 and bfloat16 on CPU and
+CUDA, of one shape where theirs would broadcast, and for the options that they have; everything else
+goes on to the package's own function: other dtypes, DTensors, nested tensors, further arguments of
+a later version. Differences are that log-probabilities and entropies are float32 also for
+half-precision logits, that masked positions of advantages, returns and whitened values are 0, and
+what :mod:`.functional` says about wrong arguments. Logits are never changed in place.
 """
 
 from __future__ import annotations
@@ -51,12 +52,27 @@ class Patch:
             for name in names:
                 theirs = getattr(owner, name, None)
                 if theirs is not None:
-                    both = _before(theirs, ours)
-                    self._swap(owner, theirs, both)
-                    self._undo.callback(self._swap, owner, both, theirs)
+                    self._undo.callback(self._release, owner, self._take(owner, theirs, ours))
             return ours
 
         return replace
+
+    def _take(self, owner: ModuleType | type, theirs: Callable, ours: Callable) -> Callable:
+        """What is in the place of a function from now on: of several patches the first one's, until
+        the last is undone."""
+        if theirs in _patches:
+            _patches[theirs] += 1
+            return theirs
+        both = _before(theirs, ours)
+        _patches[both] = 1
+        self._swap(owner, theirs, both)
+        return both
+
+    def _release(self, owner: ModuleType | type, both: Callable) -> None:
+        _patches[both] -= 1
+        if not _patches[both]:
+            del _patches[both]
+            self._swap(owner, both, both.__wrapped__)
 
     def _swap(self, owner: ModuleType | type, old: Callable, new: Callable) -> None:
         """There, in every loaded module of the package, and in registries such as verl's."""
@@ -80,28 +96,62 @@ class Patch:
         self.undo()
 
 
+# How many patches there are of each function that is in the place of a package's own.
+_patches: dict[Callable, int] = {}
+
+
 def _before(theirs: Callable, ours: Callable) -> Callable:
+    """Ours, or theirs where ours does not know the arguments, or does not take them."""
+    known = inspect.signature(ours).parameters
+
     @functools.wraps(theirs)
     def both(*args: Any, **kwargs: Any) -> Any:
-        result = ours(*args, **kwargs)
-        return theirs(*args, **kwargs) if result is NotImplemented else result
+        if len(args) <= len(known) and kwargs.keys() <= known.keys():
+            result = ours(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return theirs(*args, **kwargs)
 
     return both
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_IDS = (torch.int64, torch.int32)
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _supported(*tensors: Tensor) -> bool:
-    """Whether tensors are of the dtypes and on the devices that the kernels are for."""
-    return all(tensor.dtype in _DTYPES and (tensor.is_cpu or tensor.is_cuda) for tensor in tensors)
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its elements itself, and in strides, on a device of ours."""
+    strided = type(tensor) in _PLAIN and tensor.layout is torch.strided and not tensor.is_nested
+    return strided and (tensor.is_cpu or tensor.is_cuda)
 
 
-def _entropy(logits: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    if not _supported(logits):
+def _supported(first: Tensor, *others: Tensor, mask: Tensor | None = None) -> bool:
+    """Whether tensors, and a mask if there is one, are what the kernels are for, of one shape and
+    on one device."""
+    if any(tensor.dtype not in _DTYPES for tensor in (first, *others)):
+        return False
+    tensors = (first, *others) if mask is None else (first, *others, mask)
+    alike = all(each.shape == first.shape and each.device == first.device for each in tensors)
+    return alike and all(map(_is_plain, tensors))
+
+
+def _supported_ids(logits: Tensor, index: Tensor, row_mask: Tensor | None = None) -> bool:
+    """Whether logits, and an id for each row, are what the kernels are for."""
+    rows = [index] if row_mask is None else [index, row_mask]
+    alike = all(each.shape == logits.shape[:-1] and each.device == logits.device for each in rows)
+    return alike and index.dtype in _IDS and _supported(logits) and all(map(_is_plain, rows))
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    if not _supported(logits) or not logits.dim():
         return NotImplemented
     index = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return functional.logprobs_and_entropy(logits, index)[1]
+
+
+def _entropy_in_chunks(logits: Tensor, chunk_size: int = 0) -> Tensor:
+    return _entropy(logits)
 
 
 def patch_trl() -> Patch:
@@ -109,13 +159,20 @@ def patch_trl() -> Patch:
     ``selective_log_softmax_and_entropy``, of ``trl.trainer.utils``."""
     utils = importlib.import_module("trl.trainer.utils")
     patch = Patch("trl")
-    patch.function(utils, "entropy_from_logits")(_entropy)
+    patch.function(utils, "entropy_from_logits")(_entropy_in_chunks)
 
     @patch.function(utils, "selective_log_softmax")
-    def logprobs(logits: Tensor, index: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if _supported(logits) and (index.dim() < logits.dim() or not (args[1:] or kwargs)):
-            return functional.selective_log_softmax(logits, index, *args, **kwargs)
-        return NotImplemented
+    def logprobs(
+        logits: Tensor,
+        index: Tensor,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> Tensor:
+        several = index.dim() == logits.dim() > 0
+        one = index[..., 0] if several and index.shape[-1] else index
+        if not _supported_ids(logits, one, row_mask) or (several and row_mask is not None):
+            return NotImplemented
+        return functional.selective_log_softmax(logits, index, temperature, row_mask)
 
     @patch.function(utils, "selective_log_softmax_and_entropy")
     def logprobs_and_entropy(
@@ -125,7 +182,7 @@ def patch_trl() -> Patch:
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if not _supported(logits) or index.dim() == logits.dim():
+        if not _supported_ids(logits, index, row_mask):
             return NotImplemented
         logp, entropy = functional.logprobs_and_entropy(logits, index, temperature, row_mask)
         return logp, entropy if entropy_requires_grad else entropy.detach()
@@ -149,18 +206,18 @@ def patch_verl() -> Patch:
     torch_functional = importlib.import_module("verl.utils.torch_functional")
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
     patch = Patch("verl")
-    entropies = ("entropy_from_logits", "entropy_from_logits_with_chunking")
-    patch.function(torch_functional, *entropies)(_entropy)
+    patch.function(torch_functional, "entropy_from_logits")(_entropy)
+    patch.function(torch_functional, "entropy_from_logits_with_chunking")(_entropy_in_chunks)
 
     @patch.function(torch_functional, "logprobs_from_logits", "logprobs_from_logits_v2")
-    def logprobs(logits: Tensor, labels: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        if not _supported(logits):
+    def logprobs(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+        if not _supported_ids(logits, labels):
             return NotImplemented
         return functional.selective_log_softmax(logits, labels)
 
     @patch.function(torch_functional, "masked_whiten")
     def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-        if not _supported(values):
+        if not _supported(values, mask=mask):
             return NotImplemented
         return functional.masked_whiten(values, mask, shift_mean)
 
@@ -172,7 +229,7 @@ def patch_verl() -> Patch:
         gamma: float | Tensor,
         lam: float | Tensor,
     ) -> tuple[Tensor, Tensor]:
-        if not _supported(token_level_rewards, values):
+        if not _supported(values, token_level_rewards, mask=response_mask):
             return NotImplemented
         options = {"gamma": float(gamma), "lam": float(lam), "whiten": True}
         return functional.gae(values, token_level_rewards, response_mask, **options)[:2]
@@ -204,7 +261,7 @@ def patch_verl() -> Patch:
             loss_agg_mode not in _VERL_AGGREGATION
             or config is None
             or rollout_is_weights is not None
-            or not _supported(old_log_prob, log_prob, advantages)
+            or not _supported(old_log_prob, log_prob, advantages, mask=response_mask)
             or not response_mask.any()  # no mean, but a loss where the batch's total is known
         ):
             return NotImplemented
@@ -244,21 +301,23 @@ def patch_openrlhf() -> Patch:
 
     @patch.function(utils, "log_probs_from_logits")
     def logprobs(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-        if not _supported(logits):
+        if not _supported_ids(logits, labels):
             return NotImplemented
         return functional.selective_log_softmax(logits, labels, temperature)
 
-    approx_kl_signature = inspect.signature(getattr(utils, "compute_approx_kl", lambda: None))
-
     @patch.function(utils, "compute_approx_kl")
-    def approx_kl(*args: Any, **kwargs: Any) -> Tensor:
-        given = approx_kl_signature.bind(*args, **kwargs).arguments
-        logp, ref_logp = given["log_probs"], given["log_probs_base"]
-        estimator = given.get("kl_estimator", "k1")
-        known = estimator in ("k1", "k2", "k3") and not given.get("unbiased_gradient")
-        if not known or not _supported(logp, ref_logp):
+    def approx_kl(
+        log_probs: Tensor,
+        log_probs_base: Tensor,
+        log_probs_old: Tensor | str | None = None,  # in older versions the estimator is here
+        kl_estimator: str = "k1",
+        unbiased_gradient: bool = False,
+    ) -> Tensor:
+        known = kl_estimator in ("k1", "k2", "k3") and not isinstance(log_probs_old, str)
+        if unbiased_gradient or not known or not _supported(log_probs, log_probs_base):
             return NotImplemented
-        return functional.token_kl(logp, ref_logp, estimator=estimator, output_clamp=10.0)
+        clamp = {"output_clamp": 10.0}
+        return functional.token_kl(log_probs, log_probs_base, estimator=kl_estimator, **clamp)
 
     @patch.function(losses.PolicyLoss, "forward")
     def policy_loss(
@@ -278,7 +337,7 @@ def patch_openrlhf() -> Patch:
         if (
             self.policy_loss_type != "ppo"
             or getattr(self, "is_correction_level", None) != "off"
-            or not _supported(*tensors)
+            or not _supported(*tensors, mask=action_mask)
             or (action_mask is not None and not action_mask.any())
         ):
             return NotImplemented
@@ -291,7 +350,9 @@ def patch_openrlhf() -> Patch:
             aggregation="token_mean" if by_token else "seq_mean_token_mean",
             denominator=None if total is None else float(total) / dp_size,
         )
-        return loss, stats["clip_fraction"], stats["approx_kl_k1"], None, None
+        # Of the log-ratio before its clamp.
+        ppo_kl = functional.masked_moments(old_log_probs - log_probs, action_mask)[1].float()
+        return loss, stats["clip_fraction"], ppo_kl, None, None
 
     def advantages_and_returns(
         self: Any,
@@ -301,7 +362,7 @@ def patch_openrlhf() -> Patch:
         gamma: float,
         lambd: float,
     ) -> tuple[Tensor, Tensor]:
-        if not _supported(values, rewards):
+        if not _supported(values, rewards, mask=action_mask):
             return NotImplemented
         options = {"gamma": gamma, "lam": lambd, "mask_mode": "multiply"}
         return functional.gae(values, rewards, action_mask, **options)[:2]
