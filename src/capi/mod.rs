@@ -225,6 +225,7 @@ pub extern "C" fn ppok_version_string() -> *const c_char {
 /// whose OpenMP threads wait by spinning has no second set of threads that does. Null brings back the
 /// library's own pool. What is returned was in use before.
 #[no_mangle]
+#[allow(clippy::missing_safety_doc)]
 pub unsafe extern "C" fn ppok_set_team(team: ppok_team) -> ppok_team {
     // SAFETY: by the description of this function.
     unsafe { use_team(team) }

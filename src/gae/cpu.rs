@@ -269,6 +269,54 @@ impl State {
         (advantages, returns)
     }
 
+    /// Advantages and returns of the steps of an episode, or of a part of it, and the moments of the
+    /// advantages.
+    #[inline(always)]
+    fn steps<const ONE: bool, const NON_TEMPORAL: bool>(
+        &mut self,
+        values: &[f32],
+        rewards: &[f32],
+        advantages: &mut [f32],
+        returns: &mut [f32],
+        c: &Coefficients,
+        writer: &Writer<NON_TEMPORAL>,
+    ) -> Moments {
+        // Copies, which stay in registers whatever is written.
+        let (mut now, c) = (*self, *c);
+        // From the end, so that a token's bits depend on those after it only.
+        let (first_values, values) = values.as_rchunks();
+        let (first_rewards, rewards) = rewards.as_rchunks();
+        let (first_advantages, advantages) = advantages.as_rchunks_mut();
+        let (first_returns, returns) = returns.as_rchunks_mut();
+        let tiles = values.len();
+        let (rewards, advantages) = (&rewards[..tiles], &mut advantages[..tiles]);
+        let returns = &mut returns[..tiles];
+        let mut sums = LaneMoments::around(0.0);
+        for i in (0..tiles).rev() {
+            prefetch(&values[i], AHEAD);
+            prefetch(&rewards[i], AHEAD);
+            writer.prefetch(&advantages[i], AHEAD);
+            writer.prefetch(&returns[i], AHEAD);
+            let (a, r) = now.tokens::<ONE>(values[i], rewards[i], LANES, &c);
+            writer.write(&mut advantages[i], a);
+            writer.write(&mut returns[i], r);
+            if i + 1 == tiles {
+                sums = LaneMoments::around(a[0]);
+            }
+            sums.add(a);
+        }
+        let (mut moments, rest) = (Moments::default(), first_values.len());
+        if rest > 0 {
+            let (values, rewards) = (last_lanes(first_values), last_lanes(first_rewards));
+            let (a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
+            first_advantages.copy_from_slice(&a[LANES - rest..]);
+            first_returns.copy_from_slice(&r[LANES - rest..]);
+            moments = leaf_moments(first_advantages, None);
+        }
+        *self = now;
+        sums.moments(LANES * tiles).merge(moments)
+    }
+
     /// δ of a step, which becomes the next one seen.
     #[inline(always)]
     fn delta(&mut self, reward: f32, value: f32, c: &Coefficients) -> f32 {
@@ -401,129 +449,198 @@ impl Chunk<'_> {
         out: Outputs,
         writer: &Writer<NON_TEMPORAL>,
     ) -> Moments {
-        // Copies, which stay in registers whatever is written.
-        let (mut now, c) = (*state, *c);
         let mut shaped;
         let rewards = match self.rewards_as_they_are() {
             Some(rewards) => rewards,
             None => {
                 shaped = [0.0; CHUNK];
-                self.shaped_rewards(&c, &mut shaped)
+                self.shaped_rewards(c, &mut shaped)
             }
         };
         if let Some(out) = out.shaped_rewards {
             writer.copy(out, rewards);
         }
-
-        // From the end, so that a token's bits depend on those after it only.
-        let (first_values, values) = self.values.as_rchunks();
-        let (first_rewards, rewards) = rewards.as_rchunks();
-        let (first_advantages, advantages) = out.advantages.as_rchunks_mut();
-        let (first_returns, returns) = out.returns.as_rchunks_mut();
-        let tiles = values.len();
-        let (rewards, advantages) = (&rewards[..tiles], &mut advantages[..tiles]);
-        let returns = &mut returns[..tiles];
-        let mut sums = LaneMoments::around(0.0);
-        for i in (0..tiles).rev() {
-            prefetch(&values[i], AHEAD);
-            prefetch(&rewards[i], AHEAD);
-            writer.prefetch(&advantages[i], AHEAD);
-            writer.prefetch(&returns[i], AHEAD);
-            let (a, r) = now.tokens::<ONE>(values[i], rewards[i], LANES, &c);
-            writer.write(&mut advantages[i], a);
-            writer.write(&mut returns[i], r);
-            if i + 1 == tiles {
-                sums = LaneMoments::around(a[0]);
-            }
-            sums.add(a);
-        }
-        let (mut moments, rest) = (Moments::default(), first_values.len());
-        if rest > 0 {
-            let (values, rewards) = (last_lanes(first_values), last_lanes(first_rewards));
-            let (a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
-            first_advantages.copy_from_slice(&a[LANES - rest..]);
-            first_returns.copy_from_slice(&r[LANES - rest..]);
-            moments = leaf_moments(first_advantages, None);
-        }
-        *state = now;
-        sums.moments(LANES * tiles).merge(moments)
+        state.steps::<ONE, NON_TEMPORAL>(
+            self.values,
+            rewards,
+            out.advantages,
+            out.returns,
+            c,
+            writer,
+        )
     }
 
-    /// The steps of each episode are put together, without what is no step, and scanned then.
+    /// Puts the steps together, without what is no step, and scans those of one episode after the other.
     #[inline(always)]
     fn scan_any(&self, state: &mut State, c: &Coefficients, mut out: Outputs) -> Moments {
-        let len = self.values.len();
         let mut shaped = [0.0; CHUNK];
         let rewards = self.shaped_rewards(c, &mut shaped);
-        out.advantages.fill(0.0);
-        out.returns.fill(0.0);
-        let mut steps = Steps { deltas: [0.0; CHUNK], tokens: [0; CHUNK], first: CHUNK };
-        for i in (0..len).rev() {
-            let keep = self.keeps(i);
-            if keep && self.dones.is_some_and(|dones| dones[i] != 0) {
-                steps.scan(state, c, self, &mut out);
-                *state = State { next_value: 0.0, advantage: 0.0, value_advantage: 0.0 };
-            }
-            if keep {
-                steps.push(i, state.delta(rewards[i], self.values[i], c));
-            } else if c.mask_mode == MaskMode::Multiply {
-                steps.push(i, state.delta(0.0, 0.0, c));
-            }
+        let all = Bits::first(self.values.len());
+        let kept = self.mask.map_or(all, Bits::of);
+        let steps = match c.mask_mode {
+            MaskMode::Carry => kept,
+            MaskMode::Multiply => all,
+        };
+        let mut table = Steps::EMPTY;
+        let mut end = steps.gather(self.values, &mut table.values);
+        steps.gather(rewards, &mut table.rewards);
+        if matches!(c.mask_mode, MaskMode::Multiply) {
+            self.zero_masked(&mut table.values);
+            self.zero_masked(&mut table.rewards);
         }
-        steps.scan(state, c, self, &mut out);
+        let done = self.dones.map_or(Bits::first(0), |dones| Bits::of(dones).and(&kept));
+        for token in done.descending() {
+            let after = steps.rank(token) + 1;
+            table.scan(after..end, state, c);
+            *state = State { next_value: 0.0, advantage: 0.0, value_advantage: 0.0 };
+            end = after;
+        }
+        table.scan(0..end, state, c);
+        steps.scatter(&table.advantages, out.advantages);
+        steps.scatter(&table.returns, out.returns);
 
-        if let Some(out) = out.shaped_rewards {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = if self.keeps(i) { rewards[i] } else { 0.0 };
-            }
+        if let Some(out) = &mut out.shaped_rewards {
+            out.copy_from_slice(rewards);
+        }
+        let shaped = out.shaped_rewards.as_deref_mut();
+        for out in [Some(&mut *out.advantages), Some(out.returns), shaped].into_iter().flatten() {
+            self.zero_masked(out);
         }
         leaf_moments(out.advantages, self.mask)
     }
 
     #[inline(always)]
-    fn keeps(&self, token: usize) -> bool {
-        self.mask.is_none_or(|mask| mask[token] != 0)
+    fn zero_masked(&self, x: &mut [f32]) {
+        for (x, &keep) in x.iter_mut().zip(self.mask.unwrap_or_default()) {
+            *x = if keep != 0 { *x } else { 0.0 };
+        }
     }
 }
 
-/// The steps of a chunk up to the end of an episode, from `first` on.
+/// The steps of a chunk, one behind the other.
 struct Steps {
-    deltas: [f32; CHUNK],
-    /// The place of each in the chunk.
-    tokens: [u16; CHUNK],
-    first: usize,
+    values: [f32; CHUNK],
+    rewards: [f32; CHUNK],
+    advantages: [f32; CHUNK],
+    returns: [f32; CHUNK],
 }
 
 impl Steps {
-    #[inline(always)]
-    fn push(&mut self, token: usize, delta: f32) {
-        self.first -= 1;
-        self.deltas[self.first] = delta;
-        self.tokens[self.first] = token as u16;
-    }
+    const EMPTY: Self = Self {
+        values: [0.0; CHUNK],
+        rewards: [0.0; CHUNK],
+        advantages: [0.0; CHUNK],
+        returns: [0.0; CHUNK],
+    };
 
-    /// Scans the steps, writes what comes of those that are unmasked, and forgets them.
     #[inline(always)]
-    fn scan(&mut self, state: &mut State, c: &Coefficients, chunk: &Chunk, out: &mut Outputs) {
-        let (deltas, tokens) = (&self.deltas[self.first..], &self.tokens[self.first..]);
-        for (deltas, tokens) in deltas.rchunks(LANES).zip(tokens.rchunks(LANES)) {
-            let (lanes, count) = (last_lanes(deltas), deltas.len());
-            let (advantages, value_advantages) = if c.is_one() {
-                state.scan::<true>(lanes, count, c)
-            } else {
-                state.scan::<false>(lanes, count, c)
-            };
-            let (advantages, value_advantages) =
-                (&advantages[LANES - count..], &value_advantages[LANES - count..]);
-            for (i, &token) in tokens.iter().enumerate() {
-                let token = usize::from(token);
-                if chunk.keeps(token) {
-                    out.advantages[token] = advantages[i];
-                    out.returns[token] = value_advantages[i] + chunk.values[token];
-                }
+    fn scan(&mut self, at: Range<usize>, state: &mut State, c: &Coefficients) {
+        let Self { values, rewards, advantages, returns } = self;
+        let (values, rewards) = (&values[at.clone()], &rewards[at.clone()]);
+        let (advantages, returns) = (&mut advantages[at.clone()], &mut returns[at]);
+        let writer = &Writer::<false>;
+        if c.is_one() {
+            state.steps::<true, false>(values, rewards, advantages, returns, c, writer);
+        } else {
+            state.steps::<false, false>(values, rewards, advantages, returns, c, writer);
+        }
+    }
+}
+
+/// A bit for each token of a chunk, the first one's lowest.
+#[derive(Clone, Copy)]
+struct Bits([u64; CHUNK / 64]);
+
+impl Bits {
+    /// Those that are not 0.
+    #[inline(always)]
+    fn of(bytes: &[u8]) -> Self {
+        let mut bits = Self::first(0);
+        for (bits, bytes) in bits.0.iter_mut().zip(bytes.chunks(64)) {
+            // Of one length, which is vectorised.
+            let mut all = [0; 64];
+            all[..bytes.len()].copy_from_slice(bytes);
+            for (i, &byte) in all.iter().enumerate() {
+                *bits |= u64::from(byte != 0) << i;
             }
         }
-        self.first = CHUNK;
+        bits
+    }
+
+    /// The first `len`.
+    #[inline(always)]
+    fn first(len: usize) -> Self {
+        let of_word = |word: usize| match len.saturating_sub(64 * word) {
+            0 => 0,
+            len => !0 >> (64 - len.min(64)),
+        };
+        Self(std::array::from_fn(of_word))
+    }
+
+    #[inline(always)]
+    fn and(&self, other: &Self) -> Self {
+        Self(std::array::from_fn(|word| self.0[word] & other.0[word]))
+    }
+
+    /// Puts together the elements whose bit is set; returns how many.
+    #[inline(always)]
+    fn gather(&self, from: &[f32], to: &mut [f32; CHUNK]) -> usize {
+        let mut count = 0;
+        for (&bits, from) in self.0.iter().zip(from.chunks(64)) {
+            if bits == !0 {
+                to[count..count + 64].copy_from_slice(from);
+                count += 64;
+                continue;
+            }
+            let mut left = bits;
+            while left != 0 {
+                to[count] = from[left.trailing_zeros() as usize];
+                count += 1;
+                left &= left - 1;
+            }
+        }
+        count
+    }
+
+    /// Puts elements back where a bit is set. What is elsewhere is 0.
+    #[inline(always)]
+    fn scatter(&self, from: &[f32; CHUNK], to: &mut [f32]) {
+        let mut count = 0;
+        for (&bits, to) in self.0.iter().zip(to.chunks_mut(64)) {
+            if bits == !0 {
+                to.copy_from_slice(&from[count..count + 64]);
+                count += 64;
+                continue;
+            }
+            to.fill(0.0);
+            let mut left = bits;
+            while left != 0 {
+                to[left.trailing_zeros() as usize] = from[count];
+                count += 1;
+                left &= left - 1;
+            }
+        }
+    }
+
+    /// How many bits are set before one.
+    #[inline(always)]
+    fn rank(&self, bit: usize) -> usize {
+        let before: u32 = self.0[..bit / 64].iter().map(|bits| bits.count_ones()).sum();
+        let within = self.0[bit / 64] & !(!0 << (bit % 64));
+        (before + within.count_ones()) as usize
+    }
+
+    /// The bits that are set, the last first.
+    #[inline(always)]
+    fn descending(self) -> impl Iterator<Item = usize> {
+        (0..CHUNK / 64).rev().flat_map(move |word| {
+            let mut left = self.0[word];
+            std::iter::from_fn(move || {
+                let bit = left.checked_ilog2()?;
+                left ^= 1 << bit;
+                Some(64 * word + bit as usize)
+            })
+        })
     }
 }
 
