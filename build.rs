@@ -73,14 +73,21 @@ mod cuda {
         }
         // The documentation is built where there is no nvcc, and is never run.
         let compiler = (env::var_os("DOCS_RS").is_none()).then(Compiler::find);
-        let mut table = String::from("&[\n");
-        for name in kernels() {
-            let image = out_dir().join(format!("{name}.fatbin"));
-            match &compiler {
-                Some(compiler) => compiler.compile(&name, &image),
-                None => std::fs::write(&image, []).unwrap(),
+        let image = |name: &str| out_dir().join(format!("{name}.fatbin"));
+        let names = kernels();
+        let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
+        let compile = |name: &String| match &compiler {
+            Some(compiler) => compiler.compile(name, &image(name)),
+            None => std::fs::write(image(name), []).unwrap(),
+        };
+        std::thread::scope(|scope| {
+            for share in names.chunks(names.len().div_ceil(threads)) {
+                scope.spawn(|| share.iter().for_each(compile));
             }
-            table += &format!("({name:?}, &Image(*include_bytes!({image:?}))),\n");
+        });
+        let mut table = String::from("&[\n");
+        for name in &names {
+            table += &format!("({name:?}, &Image(*include_bytes!({:?}))),\n", image(name));
         }
         std::fs::write(out_dir().join("images.rs"), table + "]\n").unwrap();
         let architectures = compiler.map_or_else(Vec::new, |compiler| compiler.architectures);
@@ -211,7 +218,10 @@ mod simt {
         for name in kernels() {
             build.file(wrapper("", &name, &package("kernels")));
         }
-        for bug in planted_bugs() {
+        // Under a sanitizer only the bugs that it is to report are run.
+        let wanted =
+            |bug: &Bug| sanitizers.is_empty() || sanitizers.contains(&bug.sanitizer.as_str());
+        for bug in planted_bugs().into_iter().filter(wanted) {
             build.file(wrapper(&bug.name, &bug.kernel, &bug.plant()));
         }
         // Kernels are found by name at run time: the linker must keep what nobody calls.
@@ -254,6 +264,7 @@ mod simt {
     struct Bug {
         name: String,
         kernel: String,
+        sanitizer: String,
         file: String,
         right: String,
         wrong: String,
@@ -271,6 +282,7 @@ mod simt {
             bugs.push(Bug {
                 name: field("bug"),
                 kernel: field("kernel"),
+                sanitizer: field("sanitizer"),
                 file: field("file"),
                 right: field("right"),
                 wrong: field("wrong"),
