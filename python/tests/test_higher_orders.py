@@ -133,3 +133,28 @@ def test_errors_name_arguments_as_they_are_here():
         functional.masked_whiten(rows[:1, :1])
     with pytest.raises(ValueError, match="`moments` keeps 1"):
         functional.masked_whiten(rows, moments=torch.tensor([1.0, 0, 0], dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients_are_those_one_by_one(op):
+    w, h = hidden()
+    loss = op(h)
+    upstream = torch.tensor([1.0, -2.0, 0.0])
+    options = {"retain_graph": True}
+    (batched,) = torch.autograd.grad(loss, w, upstream, is_grads_batched=True, **options)
+    for found, grad in zip(batched, upstream, strict=True):
+        assert torch.equal(found, torch.autograd.grad(loss, w, grad, **options)[0])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_one_by_one(op):
+    several = torch.randn(3, 2, 2)
+    assert torch.equal(torch.func.vmap(op)(several), torch.stack([op(h) for h in several]))
+
+
+def test_gradients_of_torch_func(op):
+    h = torch.randn(2, 2)
+    asked = (torch.func.grad, torch.func.jacrev, torch.func.hessian)
+    for transform in (*asked, lambda op: torch.func.vmap(torch.func.grad(op))):
+        with pytest.raises(RuntimeError, match="ppo_kernels: .* not supported"):
+            transform(op)(h if transform in asked else h.expand(3, 2, 2))

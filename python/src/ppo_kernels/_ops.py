@@ -247,6 +247,8 @@ def _differentiate(
         if forward_ad._current_level >= 0:
             _refuse_tangents(inputs)
         if _C.is_grad_enabled() and _C._any_requires_grad(*inputs):
+            if _C._are_functorch_transforms_active():
+                raise RuntimeError("ppo_kernels: gradients by torch.func are not supported")
             return function.apply(keys, *inputs)
         return below(keys, inputs)
 

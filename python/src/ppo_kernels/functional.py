@@ -20,7 +20,8 @@ What holds for all of them:
 - A wrong argument is a ``ValueError`` that names it; anything else that fails a ``RuntimeError``.
 - An option that is a number may be a tensor of no dimensions on the CPU, as a constant.
 - They work under ``torch.compile(fullgraph=True)``, which does not compile anew for every value of
-  an option that is a number; gradients of gradients are refused.
+  an option that is a number. Gradients of gradients, forward mode and the gradients of
+  ``torch.func`` are refused.
 
 The package's README and the header of the C library say more about each option.
 """
