@@ -87,15 +87,18 @@ pub fn masked_whiten_backward(
         |a, b| (a.0 + b.0, a.1 + b.1),
     );
 
-    let mean_g = sum_g / moments.count;
-    let offset = if options.shift_mean { -scale.inv * mean_g } else { (1.0 - scale.inv) * mean_g };
-    let (inv, offset) = (scale.inv as f32, offset as f32);
+    let mean_g = Mean::new(sum_g / moments.count);
+    let inv = scale.inv as f32;
+    let back = if options.shift_mean { 0.0 } else { mean_g.high };
     let slope = (sum_gd * scale.slope) as f32;
     for_each(elements, LEAF, (x, grad_y, mask, grad_x), |_, _, (x, g, mask, out)| {
         vectorise(
             #[inline(always)]
             || {
-                map(x, g, mask, out, |x, g| scale.mean.deviation(x) * slope + (g * inv + offset));
+                // The deviation of g first: without one in x, inv may be as large as 1 / eps.
+                map(x, g, mask, out, |x, g| {
+                    scale.mean.deviation(x) * slope + (mean_g.deviation(g) * inv + back)
+                });
             },
         );
     });
@@ -181,6 +184,11 @@ struct Mean {
 }
 
 impl Mean {
+    fn new(mean: f64) -> Self {
+        let high = mean as f32;
+        Self { high, low: (mean - f64::from(high)) as f32 }
+    }
+
     #[inline(always)]
     fn deviation(&self, x: f32) -> f32 {
         (x - self.high) - self.low
@@ -212,9 +220,8 @@ impl Scale {
                 (inv, -0.5 * inv.powi(2) / std)
             }
         };
-        let high = moments.mean as f32;
         Ok(Scale {
-            mean: Mean { high, low: (moments.mean - f64::from(high)) as f32 },
+            mean: Mean::new(moments.mean),
             inv,
             // All elements are equal: what it multiplies is 0.
             slope: if variance == 0.0 { 0.0 } else { 2.0 * d_inv_d_var / divisor },

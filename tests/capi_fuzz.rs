@@ -1,0 +1,1177 @@
+//! The C functions for the CPU on random calls: right ones against the f64 references, and the same calls
+//! with one thing wrong, which must be refused or go well. All memory of a call ends or begins at a page
+//! that cannot be touched, several threads call at a time, and one of them moves the work between the
+//! pool and a team. `PPOK_FUZZ_CASE=123` runs that case alone.
+#![cfg(all(unix, target_pointer_width = "64", feature = "capi"))]
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{c_int, c_uint, c_void, CStr};
+use std::fmt::Debug;
+use std::io::Write;
+use std::ptr::{null, null_mut};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use bytemuck::Pod;
+use common::{assert_close, gae_cases, ppo_loss_cases, rng, wide};
+use half::{bf16, f16};
+use ppo_kernels::capi::{functions::*, *};
+use ppo_kernels::gae::{self, capi::*, GaeOptions, RewardShaping, ScoreScale};
+use ppo_kernels::kl::{self, capi::*, FullKlOptions, KlEstimator, KlOptions};
+use ppo_kernels::logprob::{self, capi::*, LogprobOptions};
+use ppo_kernels::moments::Moments;
+use ppo_kernels::ppo_loss::{
+    self, capi::*, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats,
+};
+use ppo_kernels::tolerance::{self, Tolerance};
+use ppo_kernels::whiten::{self, capi::*, EpsPlacement, WhitenOptions};
+use rand::rngs::StdRng;
+use rand::Rng;
+
+/// Right calls of all threads together.
+const CALLS: usize = 20_000;
+const THREADS: usize = 4;
+
+/// Cases of the first thread between two switches of who does the work.
+const SWITCH: u64 = 200;
+
+/// What outputs are full of before a call, which no result is made of.
+const UNWRITTEN: u8 = 0xfe;
+
+/// The passes; each may make several calls.
+const PASSES: [fn(&mut Fuzz); 8] =
+    [logprob, token_kl, full_kl, gae, whiten_moments, whiten_with, ppo_loss, ppo_loss_scale];
+
+#[test]
+fn calls_are_right_or_refused() {
+    name_cases_on_faults();
+    if let Ok(case) = std::env::var("PPOK_FUZZ_CASE") {
+        Fuzz::new().case(0, case.parse().unwrap());
+        return;
+    }
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    std::thread::scope(|scope| {
+        let threads = [0, 1, 2, 3].map(|thread| scope.spawn(move || fuzz(thread)));
+        for thread in threads {
+            for (name, count) in thread.join().expect("no case failed") {
+                *counts.entry(name).or_default() += count;
+            }
+        }
+    });
+    println!("{counts:#?}");
+}
+
+fn fuzz(thread: usize) -> BTreeMap<&'static str, usize> {
+    let mut fuzz = Fuzz::new();
+    for n in 0_u64.. {
+        if thread == 0 && n.is_multiple_of(SWITCH) {
+            let with_team = (n / SWITCH).is_multiple_of(2);
+            // SAFETY: it is a team.
+            unsafe { ppok_set_team(with_team.then_some(team)) };
+        }
+        fuzz.case(thread, 1_000_000 * thread as u64 + n);
+        if fuzz.right >= CALLS / THREADS {
+            break;
+        }
+    }
+    fuzz.counts
+}
+
+/// A team of three threads, of which one is the caller's.
+unsafe extern "C" fn team(
+    work: unsafe extern "C" fn(*mut c_void),
+    state: *mut c_void,
+    _threads: c_uint,
+    _flags: c_uint,
+) {
+    let state = state as usize;
+    std::thread::scope(|scope| {
+        // SAFETY: the caller's.
+        let work = move || unsafe { work(state as *mut c_void) };
+        (1..3).for_each(|_| drop(scope.spawn(work)));
+        work();
+    });
+}
+
+/// The case that each thread is at.
+static CASES: [AtomicU64; THREADS] = [const { AtomicU64::new(0) }; THREADS];
+
+/// A fault ends the process: what is known of it is said before.
+fn name_cases_on_faults() {
+    extern "C" fn report(signal: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
+        let (mut text, cases) = ([0; 256], CASES.each_ref().map(|case| case.load(Relaxed)));
+        // SAFETY: the system's.
+        let at = unsafe { (*info).si_addr() };
+        let mut rest = &mut text[..];
+        let _ = writeln!(rest, "signal {signal} at {at:p} in one of PPOK_FUZZ_CASE={cases:?}");
+        let len = 256 - rest.len();
+        // SAFETY: it has so many bytes.
+        unsafe { libc::write(2, text.as_ptr().cast(), len) };
+    }
+    // SAFETY: zeros are an empty mask; then the fault is met again, without a handler.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = report as *const () as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESETHAND;
+        for signal in [libc::SIGSEGV, libc::SIGBUS, libc::SIGABRT] {
+            assert_eq!(libc::sigaction(signal, &action, null_mut()), 0);
+        }
+    }
+}
+
+/// An array, or a struct of options, of the case.
+struct Array {
+    at: usize,
+    /// Bytes of an element.
+    unit: usize,
+    written: bool,
+    /// What is there before a call, and in inputs after it too.
+    before: Vec<u8>,
+}
+
+impl Array {
+    fn bytes(&self) -> usize {
+        self.before.len()
+    }
+
+    fn now(&self) -> &[u8] {
+        // SAFETY: it is memory of a slot, which no call is at work on.
+        unsafe { std::slice::from_raw_parts(self.at as *const u8, self.bytes()) }
+    }
+
+    /// Of a struct.
+    fn words(&self) -> Vec<u64> {
+        let words = self.before.chunks_exact(8);
+        words.map(|word| u64::from_ne_bytes(word.try_into().unwrap())).collect()
+    }
+
+    fn restore(&self) {
+        // SAFETY: as above.
+        unsafe { (self.at as *mut u8).copy_from(self.before.as_ptr(), self.bytes()) };
+    }
+}
+
+/// The last struct of options: which of the arrays it is, its 8-byte words in this version, how many
+/// numbers from the first on must be finite whatever else is given, and how many words at the end are
+/// pairs of choices.
+#[derive(Clone, Copy)]
+struct OptionsAt {
+    array: usize,
+    words: usize,
+    finite: usize,
+    pairs: usize,
+}
+
+/// An array that is written.
+#[derive(Clone, Copy)]
+struct Out {
+    at: usize,
+    len: usize,
+    /// As the header numbers types of logits.
+    kind: i32,
+}
+
+impl Out {
+    fn read<T: Pod>(self) -> Vec<T> {
+        // SAFETY: any bytes are such a number.
+        unsafe { std::slice::from_raw_parts(self.at as *const T, self.len) }.to_vec()
+    }
+
+    fn wide(self) -> Vec<f64> {
+        match self.kind {
+            PPOK_F16 => self.read::<f16>().iter().map(|x| x.to_f64()).collect(),
+            PPOK_BF16 => self.read::<bf16>().iter().map(|x| x.to_f64()).collect(),
+            _ => wide(&self.read::<f32>()),
+        }
+    }
+}
+
+/// Null where it is not wanted.
+fn at<T>(out: impl Into<Option<Out>>) -> *mut T {
+    out.into().map_or(null_mut(), |out| out.at as *mut T)
+}
+
+/// A function of the header.
+type Function<A> = unsafe extern "C" fn(*const A) -> i32;
+
+/// One thread's cases.
+struct Fuzz {
+    rng: StdRng,
+    /// Slots that no array is in, by their size: all stay mapped.
+    free: HashMap<usize, Vec<usize>>,
+    used: Vec<(usize, usize)>,
+    arrays: Vec<Array>,
+    options: Option<OptionsAt>,
+    /// The case, for messages.
+    what: String,
+    right: usize,
+    counts: BTreeMap<&'static str, usize>,
+}
+
+/// Memory.
+impl Fuzz {
+    fn new() -> Self {
+        Self {
+            rng: rng(0),
+            free: HashMap::new(),
+            used: Vec::new(),
+            arrays: Vec::new(),
+            options: None,
+            what: String::new(),
+            right: 0,
+            counts: BTreeMap::new(),
+        }
+    }
+
+    /// So many bytes that end at a page that cannot be touched, or begin behind one.
+    fn place(&mut self, bytes: usize) -> usize {
+        // SAFETY: a question.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as usize;
+        let room = bytes.next_power_of_two().max(page);
+        // SAFETY: nobody has the new pages; all but the first and the last are made accessible.
+        let map = || unsafe {
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANON;
+            let pages = libc::mmap(null_mut(), room + 2 * page, libc::PROT_NONE, flags, -1, 0);
+            assert_ne!(pages, libc::MAP_FAILED);
+            let inner = pages.byte_add(page);
+            assert_eq!(libc::mprotect(inner, room, libc::PROT_READ | libc::PROT_WRITE), 0);
+            inner as usize
+        };
+        let start = self.free.entry(room).or_default().pop().unwrap_or_else(map);
+        self.used.push((room, start));
+        start + if self.coin(0.5) { room - bytes } else { 0 }
+    }
+
+    fn add(&mut self, before: Vec<u8>, unit: usize, written: bool) -> usize {
+        let at = self.place(before.len());
+        self.arrays.push(Array { at, unit, written, before });
+        self.arrays.last().unwrap().restore();
+        at
+    }
+
+    fn put<T: Pod>(&mut self, values: &[T]) -> *const T {
+        self.add(bytemuck::cast_slice(values).to_vec(), size_of::<T>(), false) as *const T
+    }
+
+    /// Null where there are none.
+    fn put_some<T: Pod>(&mut self, values: Option<&[T]>) -> *const T {
+        values.map_or(null(), |values| self.put(values))
+    }
+
+    /// Logits in one of their types, and what they are then.
+    fn put_logits(&mut self, kind: i32, values: &[f32]) -> (*const c_void, Vec<f64>) {
+        match kind {
+            PPOK_F16 => {
+                let values: Vec<_> = values.iter().map(|&x| f16::from_f32(x)).collect();
+                (self.put(&values).cast(), values.iter().map(|x| x.to_f64()).collect())
+            }
+            PPOK_BF16 => {
+                let values: Vec<_> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+                (self.put(&values).cast(), values.iter().map(|x| x.to_f64()).collect())
+            }
+            _ => (self.put(values).cast(), wide(values)),
+        }
+    }
+
+    fn out(&mut self, kind: i32, len: usize) -> Out {
+        let unit = if kind == PPOK_F32 { 4 } else { 2 };
+        Out { at: self.add(vec![UNWRITTEN; unit * len], unit, true), len, kind }
+    }
+
+    /// An output that is wanted or not.
+    fn some_out(&mut self, kind: i32, len: usize) -> Option<Out> {
+        self.coin(0.7).then(|| self.out(kind, len))
+    }
+
+    /// A result that is a struct of doubles.
+    fn out_struct<T>(&mut self) -> Out {
+        let bytes = vec![UNWRITTEN; size_of::<T>()];
+        Out { at: self.add(bytes, 8, true), len: 1, kind: PPOK_F32 }
+    }
+
+    /// Options that `set` has changed, or null, which leaves the op's own at their defaults too.
+    fn put_options<O>(
+        &mut self,
+        init: unsafe extern "C" fn(*mut O, usize) -> i32,
+        [finite, pairs]: [usize; 2],
+        set: impl FnOnce(&mut Self, &mut O),
+    ) -> *const O {
+        self.options = None;
+        if self.coin(0.2) {
+            return null();
+        }
+        // Sometimes those of a later version.
+        let bytes = size_of::<O>() + self.one(&[0, 0, 0, 8, 24]);
+        let options = self.add(vec![UNWRITTEN; bytes], 8, false) as *mut O;
+        // SAFETY: there is as much room.
+        unsafe {
+            assert_eq!(init(options, bytes), PPOK_STATUS_OK);
+            set(self, &mut *options);
+        }
+        let array = self.arrays.iter().position(|array| array.at == options as usize).unwrap();
+        self.arrays[array].before = self.arrays[array].now().to_vec();
+        let words = size_of::<O>() / 8;
+        self.options = Some(OptionsAt { array, words, finite, pairs });
+        options
+    }
+}
+
+/// Calls.
+impl Fuzz {
+    fn case(&mut self, thread: usize, case: u64) {
+        CASES[thread].store(case, Relaxed);
+        self.rng = rng(case);
+        self.what = format!("PPOK_FUZZ_CASE={case}");
+        PASSES[case as usize % PASSES.len()](self);
+        for (room, start) in self.used.drain(..) {
+            self.free.get_mut(&room).unwrap().push(start);
+        }
+        self.arrays.clear();
+    }
+
+    /// Makes a call and the same one with something wrong. Of a call that went well, as it should if that
+    /// is what is `expected`, returns what `compare` makes of the outputs.
+    fn call<A: Copy + Debug, R>(
+        &mut self,
+        name: &'static str,
+        function: Function<A>,
+        sizes: usize,
+        args: A,
+        expected: i32,
+        compare: impl FnOnce(&Self, &str) -> R,
+    ) -> Option<R> {
+        // SAFETY: of numbers and pointers, without padding.
+        let words = unsafe {
+            std::slice::from_raw_parts((&raw const args).cast::<u64>(), size_of::<A>() / 8)
+        };
+        let mut words = words.to_vec();
+        let given = words.len();
+        words.resize(given + self.one(&[0, 0, 0, 1, 3]), 0);
+        words[0] = 8 * words.len() as u64;
+        let options = self.options.map(|options| self.arrays[options.array].words());
+        let what = format!("{}: {} {args:x?}, options {options:x?}", self.what, name);
+
+        let status = self.run(function, &words, |at| at, &what);
+        assert_eq!(status, expected, "{what}: {}", last_error());
+        self.right += 1;
+        *self.counts.entry(name).or_default() += 1;
+        let result = (status == PPOK_STATUS_OK).then(|| compare(self, &what));
+
+        if self.coin(0.5) {
+            words.truncate(given);
+            words[0] = size_of::<A>() as u64;
+            let options = self.options.map(|options| self.arrays[options.array].before.clone());
+            let (how, address, must_be_refused) = self.spoil(name, sizes, &mut words);
+            let what = format!("{what}, but {how}: {words:x?}");
+            let status = self.run(function, &words, address, &what);
+            assert!(status != PPOK_STATUS_OK || !must_be_refused, "{what}");
+            *self.counts.entry("spoiled").or_default() += 1;
+            *self.counts.entry("refused").or_default() += usize::from(status != PPOK_STATUS_OK);
+            if let Some((options, before)) = self.options.zip(options) {
+                self.arrays[options.array].before = before;
+            }
+        }
+        self.arrays.iter().for_each(Array::restore);
+        result
+    }
+
+    /// Calls with arguments of those words, from the address on that `address` makes of theirs, and checks
+    /// what is not written.
+    fn run<A>(
+        &mut self,
+        function: Function<A>,
+        words: &[u64],
+        address: fn(usize) -> usize,
+        what: &str,
+    ) -> i32 {
+        self.arrays.iter().for_each(Array::restore);
+        let args = self.add(bytemuck::cast_slice(words).to_vec(), 8, false);
+        // SAFETY: the arguments are right, or wrong in a way that the library has to see.
+        let status = unsafe { function(address(args) as *const A) };
+        let refused = status != PPOK_STATUS_OK;
+        assert!(!refused || !last_error().is_empty(), "{what}: no words for {status}");
+        assert_ne!(status, PPOK_STATUS_INTERNAL, "{what}: {}", last_error());
+        for array in self.arrays.iter().filter(|array| refused || !array.written) {
+            let at = array.at;
+            assert!(
+                array.now() == array.before,
+                "{what}: status {status}, but {at:#x} was written"
+            );
+        }
+        status
+    }
+
+    /// Makes one thing wrong. Returns what, which address the arguments are then given by, and whether that
+    /// must be refused.
+    fn spoil(
+        &mut self,
+        name: &str,
+        sizes: usize,
+        words: &mut Vec<u64>,
+    ) -> (&'static str, fn(usize) -> usize, bool) {
+        let same = |at| at;
+        let array_at = |word: u64| self.arrays.iter().find(|array| array.at as u64 == word);
+        // Of every pointer its index, the bytes of the array and of an element, and whether it is written.
+        // The last of equal ones is the output.
+        let pointers: Vec<_> = (1 + sizes..words.len())
+            .filter_map(|i| array_at(words[i]).map(|x| (i, x.bytes(), x.unit, x.written)))
+            .filter(|&(i, ..)| !words[i + 1..].contains(&words[i]))
+            .collect();
+        loop {
+            match self.rng.random_range(0..12) {
+                0 => {
+                    words[0] = self.one(&[0, 8, words[0] - 8, words[0] - 1, 4097, u64::MAX]);
+                    return ("struct_size", same, true);
+                }
+                1 => {
+                    words.push(1);
+                    words[0] += 8;
+                    return ("a later version's field", same, true);
+                }
+                2 => return ("misaligned arguments", |at| at + 1, true),
+                3 => return ("no arguments", |_| 0, true),
+                4 => {
+                    let i = self.rng.random_range(1..=sizes);
+                    words[i] = self.one(&[1 << 62, (1 << 62) + 5, 1 << 63, u64::MAX]);
+                    let any = words[1..=sizes].iter().all(|&size| size != 0);
+                    return ("a huge size", same, any);
+                }
+                5 if name.starts_with("logprob") || name.starts_with("kl_full") => {
+                    self.spoil_choice(&mut words[1 + sizes]);
+                    return ("a type", same, true);
+                }
+                6 => {
+                    let (i, bytes, unit, _) = self.one(&pointers);
+                    if unit > 1 {
+                        words[i] += 1;
+                        return ("a misaligned array", same, bytes > 0);
+                    }
+                }
+                7 => {
+                    let (i, ..) = self.one(&pointers);
+                    words[i] = 0;
+                    return ("no array", same, false);
+                }
+                8 => {
+                    let options = self.options.map(|options| self.arrays[options.array].at as u64);
+                    let (i, bytes, _, written) = self.one(&pointers);
+                    let (other, other_bytes, ..) = self.one(&pointers);
+                    let an_option = Some(words[other]) == options;
+                    // Gradients may be scaled where they are.
+                    let in_place = name == "ppo_loss_scale" && i == other + 3;
+                    if written
+                        && !in_place
+                        && !an_option
+                        && i != other
+                        && bytes > 0
+                        && other_bytes > 0
+                    {
+                        words[i] = words[other];
+                        return ("an overlap", same, true);
+                    }
+                }
+                choice => {
+                    let Some(OptionsAt { array, words, finite, pairs }) = self.options else {
+                        continue;
+                    };
+                    let (how, i) = match choice {
+                        9 => ("struct_size of options", 0),
+                        10 => ("an option not finite", self.rng.random_range(1..=finite)),
+                        _ => ("an option's choice", self.rng.random_range(words - pairs..words)),
+                    };
+                    let not_finite = self.one(&[f64::NAN, f64::INFINITY, f64::NEG_INFINITY]);
+                    let size = self.one(&[0, 8 * words as u64 - 1, 4097, u64::MAX]);
+                    let mut word = self.arrays[array].words()[i];
+                    match choice {
+                        9 => word = size,
+                        10 => word = not_finite.to_bits(),
+                        _ => self.spoil_choice(&mut word),
+                    }
+                    self.arrays[array].before[8 * i..][..8].copy_from_slice(&word.to_ne_bytes());
+                    return (how, same, true);
+                }
+            }
+        }
+    }
+
+    /// Makes one of a pair of choices one that there is not.
+    fn spoil_choice(&mut self, pair: &mut u64) {
+        let wrong = self.one(&[-1, 7, i32::MIN, i32::MAX]) as u32;
+        let shift = self.one(&[0, 32]);
+        *pair = *pair & !(0xffff_ffff << shift) | u64::from(wrong) << shift;
+    }
+}
+
+fn last_error() -> String {
+    // SAFETY: the text ends in zero.
+    unsafe { CStr::from_ptr(ppok_last_error()) }.to_string_lossy().into_owned()
+}
+
+/// Compares an output that is wanted.
+fn close(what: &str, name: &str, got: impl Into<Option<Out>>, want: &[f64], within: Tolerance) {
+    if let Some(got) = got.into() {
+        assert_close(&format!("{what}: {name}"), &got.wide(), want, within.rel, within.abs);
+    }
+}
+
+/// The tolerance of gradients in a type of logits.
+fn rounded(tolerance: Tolerance, kind: i32) -> Tolerance {
+    match kind {
+        PPOK_F16 => tolerance.rounded_to_f16(),
+        PPOK_BF16 => tolerance.rounded_to_bf16(),
+        _ => tolerance,
+    }
+}
+
+/// Leaves NaN where the mask, of one byte a `width` of numbers, is 0.
+fn hide(mask: Option<&[u8]>, width: usize, x: &mut [f32]) {
+    for (i, _) in mask.unwrap_or_default().iter().enumerate().filter(|(_, &m)| m == 0) {
+        x[i * width..][..width].fill(f32::NAN);
+    }
+}
+
+/// What is drawn.
+impl Fuzz {
+    fn coin(&mut self, share: f64) -> bool {
+        self.rng.random_bool(share)
+    }
+
+    fn one<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.rng.random_range(0..of.len())]
+    }
+
+    /// A choice, as the header numbers it too.
+    fn choice<T: Copy>(&mut self, of: &[T]) -> (i32, T) {
+        let i = self.rng.random_range(0..of.len());
+        (i as i32, of[i])
+    }
+
+    /// A number that may be left out, as the header has it too.
+    fn maybe(&mut self, of: &[f64]) -> (f64, Option<f64>) {
+        let number = self.coin(0.5).then(|| self.one(of));
+        (number.unwrap_or(PPOK_NONE), number)
+    }
+
+    fn some<T>(&mut self, x: T) -> Option<T> {
+        self.coin(0.7).then_some(x)
+    }
+
+    /// Rows and tokens of a row: few, none, and enough for several threads.
+    fn shape(&mut self) -> [usize; 2] {
+        let rows = self.rng.random_range(1..=8);
+        let width = self.one(&[8, 40, 200]);
+        let width = self.rng.random_range(1..=width);
+        match self.rng.random_range(0..100) {
+            0 => [0, width],
+            1 => [rows, 0],
+            2 | 3 => [2 * rows, self.rng.random_range(17_000..24_000) / (2 * rows)],
+            _ => [rows, width],
+        }
+    }
+
+    /// Rows and vocabulary, likewise.
+    fn logits_shape(&mut self) -> [usize; 2] {
+        let [rows, vocab] = self.shape();
+        match self.rng.random_range(0..100) {
+            0 | 1 => [1, self.rng.random_range(33_000..70_000)],
+            2 => [rows, 0],
+            _ => [rows, vocab.max(1)],
+        }
+    }
+
+    /// Multiples of 1/64, so that differences are exact, and not near to where a gradient jumps.
+    fn numbers(&mut self, n: usize, centre: f32, spread: f32) -> Vec<f32> {
+        let draw =
+            |_| ((centre + spread * self.rng.random_range(-1.0..1.0f32)) * 64.0).round() / 64.0;
+        (0..n).map(draw).collect()
+    }
+
+    /// Peaked rows with some columns of probability 0, rarely the first.
+    fn logits(&mut self, [rows, vocab]: [usize; 2]) -> Vec<f32> {
+        let offset = self.one(&[0.0, -30.0, 20.0]);
+        let mut logits = self.numbers(rows * vocab, offset, 5.0);
+        let forbidden = self.coin(0.3);
+        for row in logits.chunks_mut(vocab.max(1)) {
+            for _ in 0..2 {
+                let i = self.rng.random_range(0..vocab);
+                row[i] = offset + self.rng.random_range(8.0..20.0);
+            }
+            if forbidden {
+                row.iter_mut().skip(1).step_by(5).for_each(|z| *z = f32::NEG_INFINITY);
+            }
+            if self.coin(0.01) {
+                row[0] = self.one(&[f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+            }
+        }
+        logits
+    }
+
+    /// A mask with padding and gaps, which may leave nothing over; any byte but 0 keeps.
+    fn mask(&mut self, [rows, width]: [usize; 2]) -> Option<Vec<u8>> {
+        if self.coin(0.4) {
+            return None;
+        }
+        let mut mask = Vec::with_capacity(rows * width);
+        for _ in 0..rows {
+            let (start, keep) = (self.one(&[0, width / 4]), self.one(&[1.0, 0.7]));
+            let end = self.one(&[width, width / 2 + 1, 0]);
+            let byte = |t| match (start..end).contains(&t) && self.rng.random_bool(keep) {
+                true => self.rng.random_range(1..=255),
+                false => 0,
+            };
+            mask.extend((0..width).map(byte));
+        }
+        Some(mask)
+    }
+}
+
+/// The op's options, and those for C.
+fn logprob_options(f: &mut Fuzz, ignored: &[i64]) -> (LogprobOptions, *const ppok_logprob_options) {
+    let mut own = LogprobOptions::default();
+    let c = f.put_options(ppok_logprob_options_init, [1, 1], |f, c| {
+        own.temperature = f.one(&[1.0, 0.7, 1.6]);
+        own.ignore_index = f.coin(0.5).then(|| f.one(ignored));
+        c.temperature = own.temperature;
+        c.ignore_index = own.ignore_index.unwrap_or(7);
+        c.has_ignore_index = i32::from(own.ignore_index.is_some());
+    });
+    (own, c)
+}
+
+fn logprob(f: &mut Fuzz) {
+    let [rows, vocab] = f.logits_shape();
+    let (kind, targets_type) =
+        (f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]), f.one(&[PPOK_U32, PPOK_I64]));
+    let logits = f.logits([rows, vocab]);
+    let (logits, z) = f.put_logits(kind, &logits);
+    let ignored = if targets_type == PPOK_U32 { i64::from(u32::MAX) } else { -100 };
+    let (own, options) = logprob_options(f, &[ignored, 0]);
+    let mut targets: Vec<i64> =
+        (0..rows).map(|_| f.rng.random_range(0..vocab.max(1) as i64)).collect();
+    for target in &mut targets {
+        *target = own.ignore_index.filter(|_| f.coin(0.1)).unwrap_or(*target);
+    }
+    let mut expected = if vocab == 0 { PPOK_STATUS_SHAPE } else { PPOK_STATUS_OK };
+    if expected == PPOK_STATUS_OK && rows > 0 && f.coin(0.03) {
+        targets[rows / 2] = f.one(&[vocab as i64, ignored - 1]);
+        expected = PPOK_STATUS_TARGET;
+    }
+    let targets_at = match targets_type {
+        PPOK_U32 => f.put(&targets.iter().map(|&id| id as u32).collect::<Vec<_>>()).cast(),
+        _ => f.put(&targets).cast(),
+    };
+    let (logp, entropy) = (f.out(PPOK_F32, rows), f.some_out(PPOK_F32, rows));
+    let max = f.some_out(PPOK_F32, rows);
+    let log_sum = max.map(|_| f.out(PPOK_F32, rows));
+    let args = ppok_logprob_forward_args {
+        struct_size: 0, // the call sets it
+        rows,
+        vocab,
+        logits_type: kind,
+        targets_type,
+        logits,
+        targets: targets_at,
+        options,
+        logp: at(logp),
+        entropy: at(entropy),
+        max: at(max),
+        log_sum: at(log_sum),
+    };
+    let left = f.call("logprob_forward", ppok_logprob_forward_cpu, 2, args, expected, |_, what| {
+        let want = logprob::reference::forward(&z, &targets, vocab, &own);
+        close(what, "logp", logp, &want.0, tolerance::LOGPROB.forward);
+        close(what, "entropy", entropy, &want.1, tolerance::LOGPROB.forward);
+        [entropy, max, log_sum].map(|out| out.map(Out::read::<f32>))
+    });
+    let Some([entropy, Some(max), Some(log_sum)]) = left else {
+        return;
+    };
+
+    let up = [f.numbers(rows, 0.0, 1.0), f.numbers(rows, 0.0, 1.0)];
+    let up_logp = f.some(up[0].as_slice());
+    let up_entropy = entropy.as_ref().and_then(|_| f.some(up[1].as_slice()));
+    let grad = f.out(kind, rows * vocab);
+    let args = ppok_logprob_backward_args {
+        struct_size: 0,
+        rows,
+        vocab,
+        logits_type: kind,
+        targets_type,
+        logits,
+        targets: targets_at,
+        max: f.put(&max),
+        log_sum: f.put(&log_sum),
+        entropy: f.put_some(entropy.as_deref()),
+        grad_logp: f.put_some(up_logp),
+        grad_entropy: f.put_some(up_entropy),
+        options,
+        grad_logits: at(grad),
+    };
+    f.call("logprob_backward", ppok_logprob_backward_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+        let [g, h] = [up_logp, up_entropy].map(|up| up.map_or(vec![0.0; rows], wide));
+        let want = logprob::reference::backward(&z, &targets, vocab, &own, &g, &h);
+        let within = rounded(tolerance::LOGPROB.backward, kind);
+        close(what, "grad_logits", grad, &want, within);
+    });
+}
+
+const ESTIMATORS: [KlEstimator; 5] = common::kl_cases::ESTIMATORS;
+
+fn token_kl(f: &mut Fuzz) {
+    let shape = f.shape();
+    let tokens = shape[0] * shape[1];
+    let mut own = KlOptions::default();
+    let options = f.put_options(ppok_kl_token_options_init, [2, 1], |f, c| {
+        (c.estimator, own.estimator) = f.choice(&ESTIMATORS);
+        (c.log_ratio_clamp, own.log_ratio_clamp) = f.maybe(&[0.7, 2.3]);
+        (c.output_clamp, own.output_clamp) = f.maybe(&[0.33, 1.7]);
+    });
+    let mask = f.mask(shape);
+    let mask = mask.as_deref();
+    let [mut logp, mut ref_logp] = [f.numbers(tokens, -4.0, 2.0), f.numbers(tokens, -4.0, 2.0)];
+    let mut up = f.numbers(tokens, 0.0, 1.0);
+    [&mut logp, &mut ref_logp, &mut up].into_iter().for_each(|x| hide(mask, 1, x));
+    let [x, y, g] = [&logp, &ref_logp, &up].map(|x| wide(x));
+    let kl = f.out(PPOK_F32, tokens);
+    let args = ppok_kl_token_forward_args {
+        struct_size: 0,
+        tokens,
+        logp: f.put(&logp),
+        ref_logp: f.put(&ref_logp),
+        mask: f.put_some(mask),
+        options,
+        kl: at(kl),
+    };
+    f.call("kl_token_forward", ppok_kl_token_forward_cpu, 1, args, PPOK_STATUS_OK, |_, what| {
+        let want = kl::reference::token_kl(&x, &y, mask, &own);
+        close(what, "kl", kl, &want, tolerance::TOKEN_KL.tests);
+    });
+
+    let [grad_logp, grad_ref_logp] = [(); 2].map(|()| f.some_out(PPOK_F32, tokens));
+    let args = ppok_kl_token_backward_args {
+        struct_size: 0,
+        tokens,
+        logp: args.logp,
+        ref_logp: args.ref_logp,
+        mask: args.mask,
+        grad_kl: f.put(&up),
+        options,
+        grad_logp: at(grad_logp),
+        grad_ref_logp: at(grad_ref_logp),
+    };
+    f.call("kl_token_backward", ppok_kl_token_backward_cpu, 1, args, PPOK_STATUS_OK, |_, what| {
+        let want = kl::reference::token_kl_backward(&x, &y, mask, &g, &own);
+        for (grad, want) in [(grad_logp, want.0), (grad_ref_logp, want.1)] {
+            close(what, "a gradient", grad, &want, tolerance::TOKEN_KL.tests);
+        }
+    });
+}
+
+fn full_kl(f: &mut Fuzz) {
+    let [rows, vocab] = f.logits_shape();
+    let kind = f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]);
+    let mut own = FullKlOptions::default();
+    let options = f.put_options(ppok_kl_full_options_init, [1, 1], |f, c| {
+        (c.direction, own.direction) =
+            f.choice(&[kl::KlDirection::Forward, kl::KlDirection::Reverse]);
+        own.temperature = f.one(&[1.0, 0.7, 1.6]);
+        c.temperature = own.temperature;
+    });
+    let mask = f.mask([rows, 1]);
+    let mask = mask.as_deref();
+    let mut z = f.logits([rows, vocab]);
+    let mut w: Vec<f32> = z.iter().map(|z| z + f.rng.random_range(-1.0..1.0)).collect();
+    // Where the KL is infinite; in reverse it would only be large.
+    if vocab > 0 && own.direction == kl::KlDirection::Forward && f.coin(0.05) {
+        w.iter_mut().step_by(vocab).for_each(|w| *w = f32::NEG_INFINITY);
+    }
+    [&mut z, &mut w].into_iter().for_each(|x| hide(mask, vocab, x));
+    let ((logits, z), (ref_logits, w)) = (f.put_logits(kind, &z), f.put_logits(kind, &w));
+    let expected = if vocab == 0 { PPOK_STATUS_SHAPE } else { PPOK_STATUS_OK };
+    let stats = f.out(PPOK_F32, PPOK_KL_FULL_STATS * rows);
+    let args = ppok_kl_full_forward_args {
+        struct_size: 0,
+        rows,
+        vocab,
+        logits_type: kind,
+        reserved: 0,
+        logits,
+        ref_logits,
+        mask: f.put_some(mask),
+        options,
+        stats: at(stats),
+    };
+    let left = f.call("kl_full_forward", ppok_kl_full_forward_cpu, 2, args, expected, |_, what| {
+        let want = kl::reference::full_kl(&z, &w, vocab, mask, &own);
+        close(what, "kl", Out { len: rows, ..stats }, &want, tolerance::FULL_KL.forward);
+        stats.read::<f32>()
+    });
+    let Some(stats) = left else {
+        return;
+    };
+
+    let up = f.numbers(rows, 0.0, 1.0);
+    let [grad_logits, grad_ref_logits] = [(); 2].map(|()| f.some_out(kind, rows * vocab));
+    let args = ppok_kl_full_backward_args {
+        struct_size: 0,
+        rows,
+        vocab,
+        logits_type: kind,
+        reserved: 0,
+        logits,
+        ref_logits,
+        mask: args.mask,
+        stats: f.put(&stats),
+        grad_kl: f.put(&up),
+        options,
+        grad_logits: at(grad_logits),
+        grad_ref_logits: at(grad_ref_logits),
+    };
+    f.call("kl_full_backward", ppok_kl_full_backward_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+        let want = kl::reference::full_kl_backward(&z, &w, vocab, mask, &wide(&up), &own);
+        let within = rounded(tolerance::FULL_KL.backward, kind);
+        for (grad, want) in [(grad_logits, want.0), (grad_ref_logits, want.1)] {
+            close(what, "a gradient", grad, &want, within);
+        }
+    });
+}
+
+fn gae(f: &mut Fuzz) {
+    let [batch, seq_len] = f.shape();
+    let masked = f.one(&gae_cases::ALL_MASKED);
+    let sample = gae_cases::Sample::new(&mut f.rng, batch, seq_len, masked);
+    let mut inputs = sample.inputs(false, masked != gae_cases::Masked::Nothing || f.coin(0.5));
+    inputs.rewards = inputs.rewards.filter(|_| f.coin(0.7));
+    inputs.kl = inputs.kl.filter(|_| f.coin(0.7));
+    inputs.dones = inputs.dones.filter(|_| f.coin(0.7));
+    inputs.bootstrap = inputs.bootstrap.filter(|_| f.coin(0.7));
+    let mut own = GaeOptions::default();
+    let options = f.put_options(ppok_gae_options_init, [4, 2], |f, c| {
+        own.gamma = f.one(&[1.0, 0.99, 0.9, 0.0]);
+        // Of long rows the errors would add up.
+        own.lambda = if seq_len > 2500 { 0.95 } else { f.one(&[1.0, 0.95, 0.5, 0.0]) };
+        (c.gamma, c.lambda) = (own.gamma, own.lambda);
+        (c.value_lambda, own.value_lambda) = f.maybe(&[0.9, 0.3]);
+        (c.mask_mode, own.mask_mode) = f.choice(&[gae::MaskMode::Carry, gae::MaskMode::Multiply]);
+        let RewardShaping {
+            kl_coef, score_placement, score_scale, score_clip, score_order, ..
+        } = &mut own.shaping;
+        *kl_coef = f.one(&[0.0, 0.05, 0.3]);
+        c.kl_coef = *kl_coef;
+        (c.score_placement, *score_placement) =
+            f.choice(&[gae::ScorePlacement::LastToken, gae::ScorePlacement::AfterLastToken]);
+        let std;
+        (c.score_std, std) = f.maybe(&[0.5, 1.7]);
+        c.score_mean = f.one(&[0.0, 0.4]);
+        *score_scale = std.map(|std| ScoreScale { mean: c.score_mean, std });
+        (c.score_clip, *score_clip) = f.maybe(&[1.5, 5.0]);
+        (c.score_order, *score_order) =
+            f.choice(&[gae::ScoreOrder::ScaleThenClip, gae::ScoreOrder::ClipThenScale]);
+        c.missing_eos_value = f.one(&[1.0, -3.0]);
+        (c.missing_eos, own.shaping.missing_eos) = f.choice(&[
+            gae::MissingEos::Keep,
+            gae::MissingEos::Subtract(c.missing_eos_value),
+            gae::MissingEos::Replace(c.missing_eos_value),
+        ]);
+    });
+    let needed = own.shaping.missing_eos != gae::MissingEos::Keep;
+    inputs.scores = inputs.scores.filter(|_| needed || f.coin(0.7));
+    inputs.has_eos = inputs.has_eos.filter(|_| needed || f.coin(0.7));
+    let tokens = batch * seq_len;
+    let [advantages, returns] = [(); 2].map(|()| f.out(PPOK_F32, tokens));
+    let rewards = f.some_out(PPOK_F32, tokens);
+    let moments = f.coin(0.7).then(|| f.out_struct::<Moments>());
+    let args = ppok_gae_args {
+        struct_size: 0,
+        batch,
+        seq_len,
+        values: f.put(inputs.values),
+        rewards: f.put_some(inputs.rewards),
+        kl: f.put_some(inputs.kl),
+        scores: f.put_some(inputs.scores),
+        has_eos: f.put_some(inputs.has_eos),
+        mask: f.put_some(inputs.mask),
+        dones: f.put_some(inputs.dones),
+        bootstrap: f.put_some(inputs.bootstrap),
+        options,
+        advantages: at(advantages),
+        returns: at(returns),
+        shaped_rewards: at(rewards),
+        moments: at(moments),
+    };
+    f.call("gae", ppok_gae_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+        let want = gae_cases::run_reference(&inputs, batch, seq_len, &own);
+        let within = tolerance::GAE.forward;
+        close(what, "advantages", advantages, &want.advantages, within);
+        close(what, "returns", returns, &want.returns, within);
+        close(what, "rewards", rewards, &want.rewards, within);
+        if let Some(moments) = moments {
+            close_moments(what, moments, want.moments, within);
+        }
+    });
+}
+
+fn close_moments(what: &str, got: Out, want: Moments, within: Tolerance) {
+    let numbers = |of: Moments| [of.count, of.mean, of.m2 / of.count.max(1.0)];
+    let (got, want) = (numbers(got.read()[0]), numbers(want));
+    assert_close(&format!("{what}: moments"), &got, &want, within.rel, within.abs);
+}
+
+fn whiten_moments(f: &mut Fuzz) {
+    let shape = f.shape();
+    let elements = shape[0] * shape[1];
+    let mask = f.mask(shape);
+    let mask = mask.as_deref();
+    let mut x = f.numbers(elements, 0.3, 2.0);
+    hide(mask, 1, &mut x);
+    let moments = f.out_struct::<Moments>();
+    f.options = None;
+    let args = ppok_whiten_moments_args {
+        struct_size: 0,
+        elements,
+        x: f.put(&x),
+        mask: f.put_some(mask),
+        moments: at(moments),
+    };
+    f.call("whiten_moments", ppok_whiten_moments_cpu, 1, args, PPOK_STATUS_OK, |_, what| {
+        let want = whiten::reference::masked_moments(&wide(&x), mask);
+        close_moments(what, moments, want, tolerance::WHITEN.forward);
+    });
+}
+
+/// The passes that are given moments.
+fn whiten_with(f: &mut Fuzz) {
+    let shape = f.shape();
+    let elements = shape[0] * shape[1];
+    let mut mask = f.mask(shape);
+    let [mut x, mut up] = [f.numbers(elements, 0.3, 2.0), f.numbers(elements, 0.0, 1.0)];
+    if elements > 1 && f.coin(0.9) {
+        // Two that are apart, for a divisor that is not near to 0.
+        x[..2].copy_from_slice(&[-1.0, 1.5]);
+        mask.iter_mut().for_each(|mask| mask[..2].fill(1));
+    } else {
+        x.fill(0.25);
+    }
+    let mask = mask.as_deref();
+    [&mut x, &mut up].into_iter().for_each(|x| hide(mask, 1, x));
+    let [wide_x, g] = [&x, &up].map(|x| wide(x));
+    let moments = whiten::reference::masked_moments(&wide_x, mask);
+    let other = Moments { count: 100.0, mean: 0.2, m2: 150.0 };
+    let mut own = WhitenOptions::default();
+    let options = f.put_options(ppok_whiten_options_init, [1, 2], |f, c| {
+        own.eps = f.one(&[1e-8, 0.1]);
+        c.eps = own.eps;
+        (c.eps_placement, own.eps_placement) =
+            f.choice(&[EpsPlacement::Variance, EpsPlacement::Std]);
+        (c.unbiased, own.unbiased) = f.choice(&[false, true]);
+        (c.shift_mean, own.shift_mean) = f.choice(&[false, true]);
+    });
+    let expected = |of: Moments| match of.count > f64::from(u8::from(own.unbiased)) {
+        true => PPOK_STATUS_OK,
+        false => PPOK_STATUS_MASK,
+    };
+    let within = tolerance::WHITEN.forward;
+    let (x_at, mask_at, grad_y) = (f.put(&x), f.put_some(mask), f.put(&up));
+    let given = f.one(&[moments, other]);
+    let y = f.out(PPOK_F32, elements);
+    let args = ppok_whiten_forward_args {
+        struct_size: 0,
+        elements,
+        x: x_at,
+        mask: mask_at,
+        moments: f.put(&[given]),
+        options,
+        y: at(y),
+    };
+    f.call("whiten_forward", ppok_whiten_forward_cpu, 1, args, expected(given), |_, what| {
+        let want = whiten::reference::masked_whiten_with(&wide_x, mask, &given, &own);
+        close(what, "y", y, &want, within);
+    });
+
+    let grad_x = f.out(PPOK_F32, elements);
+    let args = ppok_whiten_backward_args {
+        struct_size: 0,
+        elements,
+        x: x_at,
+        mask: mask_at,
+        moments: f.put(&[moments]),
+        grad_y,
+        options,
+        grad_x: at(grad_x),
+    };
+    f.call("whiten_backward", ppok_whiten_backward_cpu, 1, args, expected(moments), |_, what| {
+        let want = whiten::reference::masked_whiten_backward(&wide_x, mask, &g, &own);
+        close(what, "grad_x", grad_x, &want, tolerance::WHITEN.backward);
+    });
+
+    let given = f.one(&[moments, other]);
+    let args = ppok_whiten_with_backward_args {
+        struct_size: 0,
+        elements,
+        mask: mask_at,
+        moments: f.put(&[given]),
+        grad_y,
+        options,
+        grad_x: at(grad_x),
+    };
+    f.call(
+        "whiten_with_backward",
+        ppok_whiten_with_backward_cpu,
+        1,
+        args,
+        expected(given),
+        |_, what| {
+            let want = whiten::reference::masked_whiten_with_backward(mask, &given, &g, &own);
+            close(what, "grad_x", grad_x, &want, tolerance::WHITEN.backward);
+        },
+    );
+}
+
+fn ppo_loss(f: &mut Fuzz) {
+    let [batch, seq_len] = f.shape();
+    let n = batch * seq_len;
+    let mut own = PpoLossOptions::default();
+    let options = f.put_options(ppok_ppo_loss_options_init, [10, 2], |f, c| {
+        own.clip_range = f.one(&[0.2, 0.1, 0.0]);
+        c.clip_range = own.clip_range;
+        (c.clip_range_high, own.clip_range_high) = f.maybe(&[0.3]);
+        (c.dual_clip, own.dual_clip) = f.maybe(&[2.0, 3.0]);
+        (c.log_ratio_clamp, own.log_ratio_clamp) = f.maybe(&[0.7, 20.0]);
+        (c.value_clip_range, own.value_clip_range) = f.maybe(&[0.2, 0.45]);
+        (own.value_coef, own.entropy_coef) = (f.one(&[0.0, 0.1]), f.one(&[0.0, 0.03]));
+        own.kl_coef = f.one(&[0.0, 0.2]);
+        (c.value_coef, c.entropy_coef, c.kl_coef) = (own.value_coef, own.entropy_coef, own.kl_coef);
+        (c.kl_log_ratio_clamp, own.kl.log_ratio_clamp) = f.maybe(&[0.7, 20.0]);
+        (c.kl_output_clamp, own.kl.output_clamp) = f.maybe(&[0.33]);
+        (c.kl_estimator, own.kl.estimator) = f.choice(&ESTIMATORS);
+        c.aggregation_divisor = 77.0;
+        (c.aggregation, own.aggregation) = f.choice(&[
+            Aggregation::TokenMean,
+            Aggregation::SeqMeanTokenSum,
+            Aggregation::SeqMeanTokenMean,
+            Aggregation::SeqMeanTokenSumNorm,
+            Aggregation::Constant(c.aggregation_divisor),
+        ]);
+        if own.aggregation != Aggregation::Constant(c.aggregation_divisor) {
+            (c.denominator, own.denominator) = f.maybe(&[123.0]);
+        }
+        (c.clip_fraction, own.clip_fraction) =
+            f.choice(&[ClipFractionKind::ClippedBranch, ClipFractionKind::RatioOutside]);
+    });
+    let logp = f.numbers(n, -2.0, 1.5);
+    let mut near = |x: &[f32], spread| -> Vec<f32> {
+        x.iter().zip(f.numbers(n, 0.0, spread)).map(|(x, noise)| x + noise).collect()
+    };
+    let mut data = ppo_loss_cases::Data {
+        batch,
+        seq_len,
+        old_logp: near(&logp, 0.8),
+        ref_logp: Some(near(&logp, 0.9)),
+        logp,
+        advantages: f.numbers(n, 0.1, 1.5),
+        values: Some(f.numbers(n, 0.5, 1.0)),
+        old_values: Some(f.numbers(n, 0.5, 1.0)),
+        returns: Some(f.numbers(n, 0.5, 1.5)),
+        entropy: Some(f.numbers(n, 1.5, 1.4)),
+        mask: f.mask([batch, seq_len]),
+    };
+    if data.mask.is_some() {
+        data = ppo_loss_cases::with_nan_under_the_mask(&data);
+    }
+    data.ref_logp = data.ref_logp.filter(|_| own.kl_coef != 0.0 || f.coin(0.7));
+    data.entropy = data.entropy.filter(|_| own.entropy_coef != 0.0 || f.coin(0.7));
+    data.old_values = data.old_values.filter(|_| own.value_clip_range.is_some() || f.coin(0.7));
+    data.values = data.values.filter(|_| f.coin(0.7));
+    let given = data.inputs();
+    let stats = f.out_struct::<PpoStats>();
+    let (loss, grad_logp) = (f.some_out(PPOK_F32, 1), f.some_out(PPOK_F32, n));
+    let grad_values = given.values.and_then(|_| f.some_out(PPOK_F32, n));
+    let grad_entropy = given.entropy.and_then(|_| f.some_out(PPOK_F32, n));
+    let args = ppok_ppo_loss_args {
+        struct_size: 0,
+        batch,
+        seq_len,
+        logp: f.put(given.logp),
+        old_logp: f.put(given.old_logp),
+        advantages: f.put(given.advantages),
+        values: f.put_some(given.values),
+        old_values: f.put_some(given.old_values),
+        returns: f.put_some(given.returns),
+        entropy: f.put_some(given.entropy),
+        ref_logp: f.put_some(given.ref_logp),
+        mask: f.put_some(given.mask),
+        options,
+        stats: at(stats),
+        loss: at(loss),
+        grad_logp: at(grad_logp),
+        grad_values: at(grad_values),
+        grad_entropy: at(grad_entropy),
+    };
+    let wide_data = data.map(f64::from);
+    let want = ppo_loss::reference::ppo_loss(&wide_data.inputs(), batch, seq_len, &own);
+    let expected = match &want {
+        Err(ppo_kernels::Error::Mask { .. }) => PPOK_STATUS_MASK,
+        _ => PPOK_STATUS_OK,
+    };
+    f.call("ppo_loss", ppok_ppo_loss_cpu, 2, args, expected, |_, what| {
+        let want = want.unwrap();
+        let weights =
+            ppo_loss::reference::weights(given.mask, batch, seq_len, &own).unwrap().iter().sum();
+        ppo_loss_cases::assert_stats_close(what, &stats.read()[0], &want.stats, weights);
+        if let Some(loss) = loss {
+            let Tolerance { rel, abs } = tolerance::PPO_LOSS.forward;
+            let within = Tolerance { rel, abs: abs * weights.max(1.0) };
+            close(what, "loss", loss, &[want.stats.loss], within);
+        }
+        for (grad, want) in [
+            (grad_logp, want.grad_logp),
+            (grad_values, want.grad_values),
+            (grad_entropy, want.grad_entropy),
+        ] {
+            let Some(grad) = grad else { continue };
+            ppo_loss_cases::assert_close_scaled(what, &grad.read(), &want);
+        }
+    });
+}
+
+fn ppo_loss_scale(f: &mut Fuzz) {
+    let shape = f.shape();
+    let tokens = shape[0] * shape[1];
+    let upstream = f.one(&[1.0, -0.37, 3.0, f32::INFINITY]);
+    let mut pairs = [(); 3].map(|()| (null(), null_mut(), Vec::new()));
+    for (i, (stored, grad, want)) in pairs.iter_mut().enumerate() {
+        // One at least.
+        if i > 0 && f.coin(0.4) {
+            continue;
+        }
+        let values = f.numbers(tokens, 0.0, 1.0);
+        *want = values.iter().map(|&g| if g == 0.0 { 0.0 } else { g * upstream }).collect();
+        if f.coin(0.4) {
+            *grad = f.add(bytemuck::cast_slice(&values).to_vec(), 4, true) as *mut f32;
+            *stored = grad.cast_const();
+        } else {
+            (*stored, *grad) = (f.put(&values), at(Some(f.out(PPOK_F32, tokens))));
+        }
+    }
+    let [logp, values, entropy] = &pairs;
+    f.options = None;
+    let args = ppok_ppo_loss_scale_args {
+        struct_size: 0,
+        tokens,
+        upstream: f.put(&[upstream]),
+        stored_logp: logp.0,
+        stored_values: values.0,
+        stored_entropy: entropy.0,
+        grad_logp: logp.1,
+        grad_values: values.1,
+        grad_entropy: entropy.1,
+    };
+    f.call("ppo_loss_scale", ppok_ppo_loss_scale_cpu, 1, args, PPOK_STATUS_OK, |_, what| {
+        for (_, grad, want) in pairs.iter().filter(|(stored, ..)| !stored.is_null()) {
+            let grad = Out { at: *grad as usize, len: tokens, kind: PPOK_F32 };
+            let exactly = Tolerance { rel: 0.0, abs: 0.0 };
+            close(what, "a gradient", grad, &wide(want), exactly);
+        }
+    });
+}
