@@ -110,8 +110,16 @@ static __device__ __forceinline__ Mean in_two_floats(double mean) {
 // What moments and options come down to: one thread of a block works it out for all.
 struct Scale {
     Mean mean;
-    float inverse;  // the factor of x - mean forward, of g backward
-    float slope;    // the factor of x - mean backward
+    float inverse;  // the factor of x - mean
+    float offset;   // added last
+};
+
+// The same for the gradient.
+struct GradientScale {
+    Mean mean;
+    float slope;    // the factor of x - mean
+    Mean mean_g;
+    float inverse;  // the factor of g - mean g: without a deviation in x, up to 1 / eps
     float offset;   // added last
 };
 
@@ -150,14 +158,14 @@ struct Forward {
 };
 
 struct Backward {
-    Scale scale;
+    GradientScale scale;
 
     template <int N>
     __device__ __forceinline__ void operator()(const float (&x)[2][N], int64_t,
                                                float (&grad_x)[1][N]) const {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            const float from_g = fmaf(x[1][i], scale.inverse, scale.offset);
+            const float from_g = fmaf(scale.mean_g.deviation(x[1][i]), scale.inverse, scale.offset);
             grad_x[0][i] = fmaf(scale.mean.deviation(x[0][i]), scale.slope, from_g);
         }
     }
@@ -216,7 +224,7 @@ KERNEL(256, 4, whiten_forward_f32, ForwardArgs) {
         const Moments m = given_moments(args);
         const Mean mean = in_two_floats(args.scale_only ? 0.0 : m.mean);
         const float inverse = float(Inverse(m, args.options).value);
-        *shared = {mean, inverse, 0.0f, args.options.shift_mean ? 0.0f : mean.high};
+        *shared = {mean, inverse, args.options.shift_mean ? 0.0f : mean.high};
     }
     __syncthreads();
     const Scale scale = *shared;
@@ -277,18 +285,17 @@ KERNEL(512, 1, whiten_merge_sums_f32, MergeSumsArgs) {
 }
 
 KERNEL(256, 4, whiten_backward_f32, BackwardArgs) {
-    SHARED(Scale, shared, 1);
+    SHARED(GradientScale, shared, 1);
     if (threadIdx.x == 0) {
         const Moments m = given_moments(args);
         const Inverse inverse(m, args.options);
         const double mean_g = args.sums->g / m.count;
-        const double offset = -inverse.value * mean_g;
         const double slope = args.sums->product * (2.0 * inverse.slope / inverse.divisor);
-        *shared = {in_two_floats(m.mean), float(inverse.value), float(slope),
-                   float(args.options.shift_mean ? offset : offset + mean_g)};
+        *shared = {in_two_floats(m.mean), float(slope), in_two_floats(mean_g),
+                   float(inverse.value), args.options.shift_mean ? 0.0f : float(mean_g)};
     }
     __syncthreads();
-    const Scale scale = *shared;
+    const GradientScale scale = *shared;
     const float* const in[2] = {args.x, args.grad_y};
     float* const out[1] = {args.grad_x};
     map_tokens(in, out, args.mask, args.count, Backward{scale});
