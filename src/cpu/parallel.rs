@@ -122,6 +122,7 @@ impl<T: Send> Split for RowsMut<'_, T> {
 }
 
 /// Calls `leaf(first, count, items)` on runs of at most `grain` of the `len` items, in parallel.
+#[inline(always)]
 pub fn for_each<S: Split>(
     len: usize,
     grain: usize,
@@ -133,6 +134,7 @@ pub fn for_each<S: Split>(
 
 /// Calls `leaf(first, count, items)` on runs of at most `grain` of the `len` items, in parallel, and
 /// merges the results pairwise, neighbours first, in an order that depends on `len` and `grain` only.
+#[inline(always)]
 pub fn reduce<S: Split, A: Send>(
     len: usize,
     grain: usize,
@@ -144,10 +146,22 @@ pub fn reduce<S: Split, A: Send>(
     if len <= grain {
         return leaf(0, len, items);
     }
+    share_out(len, grain, items, &leaf, &merge)
+}
+
+/// Apart, so that what is not shared out has nothing to do with it.
+#[inline(never)]
+fn share_out<S: Split, A: Send>(
+    len: usize,
+    grain: usize,
+    items: S,
+    leaf: &(impl Fn(usize, usize, S) -> A + Sync),
+    merge: &(impl Fn(A, A) -> A + Sync),
+) -> A {
     match Threads::now() {
-        Threads::Callers => subtree(0, len, grain, items, false, &leaf, &merge),
-        Threads::Pool => subtree(0, len, grain, items, true, &leaf, &merge),
-        Threads::Team(team) => on_team(team, len, grain, items, &leaf, &merge),
+        Threads::Callers => subtree(0, len, grain, items, false, leaf, merge),
+        Threads::Pool => subtree(0, len, grain, items, true, leaf, merge),
+        Threads::Team(team) => on_team(team, len, grain, items, leaf, merge),
     }
 }
 
