@@ -47,7 +47,7 @@ const OUTPUTS: usize = 4;
 /// ```
 pub fn logprobs(logits: &Tensor, targets: &Tensor, options: &LogprobOptions) -> Result<Tensor> {
     let outputs = apply(logits, targets, options, false)?;
-    Ok(outputs.get(LOGP)?.reshape(targets.dims())?)
+    Ok(row(&outputs, LOGP)?.reshape(targets.dims())?)
 }
 
 /// Log-probabilities of the targets and entropies of the rows, from one pass over the logits; both
@@ -61,8 +61,13 @@ pub fn logprobs_and_entropy(
     options: &LogprobOptions,
 ) -> Result<(Tensor, Tensor)> {
     let outputs = apply(logits, targets, options, true)?;
-    let row = |i| outputs.get(i)?.reshape(targets.dims());
-    Ok((row(LOGP)?, row(ENTROPY)?))
+    let output = |i| row(&outputs, i)?.reshape(targets.dims());
+    Ok((output(LOGP)?, output(ENTROPY)?))
+}
+
+/// A row, `[1, N]`: to take its first dimension off is a tensor more.
+fn row(rows: &Tensor, i: usize) -> candle_core::Result<Tensor> {
+    rows.narrow(0, i, 1)
 }
 
 fn apply(
@@ -100,11 +105,11 @@ impl Pass {
         node("ppo-logprob", &[logits], outputs, shape, move |outputs, grad| {
             let inputs = BackwardInputs {
                 forward: inputs.clone(),
-                max: outputs.get(MAX)?,
-                log_sum: outputs.get(LOG_SUM)?,
-                entropy: self.entropy.then(|| outputs.get(ENTROPY)).transpose()?,
-                grad_logp: Some(grad.get(LOGP)?),
-                grad_entropy: self.entropy.then(|| grad.get(ENTROPY)).transpose()?,
+                max: row(outputs, MAX)?,
+                log_sum: row(outputs, LOG_SUM)?,
+                entropy: self.entropy.then(|| row(outputs, ENTROPY)).transpose()?,
+                grad_logp: Some(row(grad, LOGP)?),
+                grad_entropy: self.entropy.then(|| row(grad, ENTROPY)).transpose()?,
             };
             Ok(vec![Some(self.backward(&inputs)?)])
         })

@@ -37,9 +37,11 @@ fn tie(args: &[&Tensor], node: Node) -> candle_core::Result<Tensor> {
     }
 }
 
-/// Whether candle leaves gradients in the graph, for gradients of gradients; as it asks itself.
-fn gradients_stay_in_the_graph() -> bool {
-    std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|set| !set.is_empty() && set != "0")
+thread_local! {
+    /// Whether candle leaves gradients in the graph, for gradients of gradients; as it asks itself, once a
+    /// thread.
+    static GRADIENTS_STAY_IN_THE_GRAPH: bool =
+        std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|set| !set.is_empty() && set != "0");
 }
 
 struct Node {
@@ -79,7 +81,7 @@ impl Node {
     ) -> candle_core::Result<[Option<Tensor>; N]> {
         let upstream = upstream.detach().contiguous()?;
         let mut gradients = (self.backward)(&output.detach(), &upstream)?;
-        if gradients_stay_in_the_graph() {
+        if GRADIENTS_STAY_IN_THE_GRAPH.with(|stay| *stay) {
             for gradient in gradients.iter_mut().flatten() {
                 *gradient = self.once(&args, gradient)?;
             }
