@@ -159,9 +159,9 @@ fn share_out<S: Split, A: Send>(
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
     match Threads::now() {
-        Threads::Callers => subtree(0, len, grain, items, false, leaf, merge),
-        Threads::Pool => subtree(0, len, grain, items, true, leaf, merge),
-        Threads::Team(team) => on_team(team, len, grain, items, leaf, merge),
+        Threads::Callers => alone(0, len, grain, ALL_LEVELS, items, &mut &*leaf, merge),
+        Threads::Pool => in_pool(0, len, grain, items, leaf, merge),
+        Threads::Team(team) => in_team(team, len, grain, items, leaf, merge),
     }
 }
 
@@ -270,12 +270,35 @@ fn middle(len: usize, grain: usize) -> usize {
     len.div_ceil(grain).div_ceil(2) * grain
 }
 
-fn subtree<S: Split, A: Send>(
+/// More than any tree has.
+const ALL_LEVELS: u32 = u32::MAX;
+
+/// The upper levels of the tree, by this thread.
+fn alone<S: Split, A>(
+    first: usize,
+    len: usize,
+    grain: usize,
+    levels: u32,
+    items: S,
+    leaf: &mut impl FnMut(usize, usize, S) -> A,
+    merge: &impl Fn(A, A) -> A,
+) -> A {
+    if levels == 0 || len <= grain {
+        return leaf(first, len, items);
+    }
+    let mid = middle(len, grain);
+    let (left, right) = items.split(mid);
+    let left = alone(first, mid, grain, levels - 1, left, leaf, merge);
+    let right = alone(first + mid, len - mid, grain, levels - 1, right, leaf, merge);
+    merge(left, right)
+}
+
+/// The tree, by rayon's threads.
+fn in_pool<S: Split, A: Send>(
     first: usize,
     len: usize,
     grain: usize,
     items: S,
-    parallel: bool,
     leaf: &(impl Fn(usize, usize, S) -> A + Sync),
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
@@ -284,9 +307,10 @@ fn subtree<S: Split, A: Send>(
     }
     let mid = middle(len, grain);
     let (left, right) = items.split(mid);
-    let left = || subtree(first, mid, grain, left, parallel, leaf, merge);
-    let right = || subtree(first + mid, len - mid, grain, right, parallel, leaf, merge);
-    let (a, b) = if parallel { rayon::join(left, right) } else { (left(), right()) };
+    let (a, b) = rayon::join(
+        || in_pool(first, mid, grain, left, leaf, merge),
+        || in_pool(first + mid, len - mid, grain, right, leaf, merge),
+    );
     merge(a, b)
 }
 
@@ -300,8 +324,8 @@ enum Part<S, A> {
     Done(A),
 }
 
-/// [`subtree`] by a team: the tree's upper levels are cut beforehand, and merged afterwards.
-fn on_team<S: Split, A: Send>(
+/// The tree, by a team: its upper levels are cut beforehand, and merged afterwards.
+fn in_team<S: Split, A: Send>(
     team: Team,
     len: usize,
     grain: usize,
@@ -310,56 +334,24 @@ fn on_team<S: Split, A: Send>(
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
     let mut parts = Vec::new();
-    cut(0, len, grain, TEAM_LEVELS, items, &mut parts);
+    let mut cut = |first, len, items| parts.push(Mutex::new(Part::Todo(first, len, items)));
+    alone(0, len, grain, TEAM_LEVELS, items, &mut cut, &|(), ()| ());
     let next = AtomicUsize::new(0);
     run(team, &|| {
         while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
             if let Part::Todo(first, len, items) = std::mem::replace(&mut *part, Part::Begun) {
-                *part = Part::Done(subtree(first, len, grain, items, false, leaf, merge));
+                let result = alone(first, len, grain, ALL_LEVELS, items, &mut &*leaf, merge);
+                *part = Part::Done(result);
             }
         }
     });
-    let done = |part: Mutex<Part<S, A>>| match part.into_inner() {
-        Ok(Part::Done(result)) => result,
+    let mut parts = parts.into_iter();
+    let mut result = |_, _, ()| match parts.next().map(Mutex::into_inner) {
+        Some(Ok(Part::Done(result))) => result,
         _ => panic!("a part of the work was not done"),
     };
-    gather(len, grain, TEAM_LEVELS, &mut parts.into_iter().map(done), merge)
-}
-
-fn cut<S: Split, A>(
-    first: usize,
-    len: usize,
-    grain: usize,
-    levels: u32,
-    items: S,
-    parts: &mut Vec<Mutex<Part<S, A>>>,
-) {
-    if levels == 0 || len <= grain {
-        parts.push(Mutex::new(Part::Todo(first, len, items)));
-        return;
-    }
-    let mid = middle(len, grain);
-    let (left, right) = items.split(mid);
-    cut(first, mid, grain, levels - 1, left, parts);
-    cut(first + mid, len - mid, grain, levels - 1, right, parts);
-}
-
-/// Merges the results of the parts that [`cut`] made.
-fn gather<A>(
-    len: usize,
-    grain: usize,
-    levels: u32,
-    results: &mut impl Iterator<Item = A>,
-    merge: &impl Fn(A, A) -> A,
-) -> A {
-    if levels == 0 || len <= grain {
-        return results.next().expect("as many as there are parts");
-    }
-    let mid = middle(len, grain);
-    let left = gather(mid, grain, levels - 1, results, merge);
-    let right = gather(len - mid, grain, levels - 1, results, merge);
-    merge(left, right)
+    alone(0, len, grain, TEAM_LEVELS, (), &mut result, merge)
 }
 
 /// Has the threads of a team do the work. A panic stays in its thread: it must not unwind through the
