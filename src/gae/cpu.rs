@@ -224,7 +224,8 @@ struct State {
 impl State {
     #[inline(always)]
     fn step(&mut self, reward: f32, value: f32, c: &Coefficients) {
-        let delta = self.delta(reward, value, c);
+        let delta = c.gamma.mul_add(self.next_value, reward) - value;
+        self.next_value = value;
         self.advantage = c.decay.once().mul_add(self.advantage, delta);
         self.value_advantage = c.value_decay.once().mul_add(self.value_advantage, delta);
     }
@@ -315,14 +316,6 @@ impl State {
         }
         *self = now;
         sums.moments(LANES * tiles).merge(moments)
-    }
-
-    /// δ of a step, which becomes the next one seen.
-    #[inline(always)]
-    fn delta(&mut self, reward: f32, value: f32, c: &Coefficients) -> f32 {
-        let delta = c.gamma.mul_add(self.next_value, reward) - value;
-        self.next_value = value;
-        delta
     }
 }
 
@@ -472,19 +465,18 @@ impl Chunk<'_> {
 
     /// Puts the steps together, without what is no step, and scans those of one episode after the other.
     #[inline(always)]
-    fn scan_any(&self, state: &mut State, c: &Coefficients, mut out: Outputs) -> Moments {
+    fn scan_any(&self, state: &mut State, c: &Coefficients, out: Outputs) -> Moments {
         let mut shaped = [0.0; CHUNK];
         let rewards = self.shaped_rewards(c, &mut shaped);
         let all = Bits::first(self.values.len());
         let kept = self.mask.map_or(all, Bits::of);
-        let steps = match c.mask_mode {
-            MaskMode::Carry => kept,
-            MaskMode::Multiply => all,
-        };
+        // Where masked tokens are steps too, they are of value and reward 0.
+        let multiply = c.mask_mode == MaskMode::Multiply;
+        let steps = if multiply { all } else { kept };
         let mut table = Steps::EMPTY;
         let mut end = steps.gather(self.values, &mut table.values);
         steps.gather(rewards, &mut table.rewards);
-        if matches!(c.mask_mode, MaskMode::Multiply) {
+        if multiply {
             self.zero_masked(&mut table.values);
             self.zero_masked(&mut table.rewards);
         }
@@ -498,12 +490,12 @@ impl Chunk<'_> {
         table.scan(0..end, state, c);
         steps.scatter(&table.advantages, out.advantages);
         steps.scatter(&table.returns, out.returns);
-
-        if let Some(out) = &mut out.shaped_rewards {
-            out.copy_from_slice(rewards);
+        if multiply {
+            self.zero_masked(out.advantages);
+            self.zero_masked(out.returns);
         }
-        let shaped = out.shaped_rewards.as_deref_mut();
-        for out in [Some(&mut *out.advantages), Some(out.returns), shaped].into_iter().flatten() {
+        if let Some(out) = out.shaped_rewards {
+            out.copy_from_slice(rewards);
             self.zero_masked(out);
         }
         leaf_moments(out.advantages, self.mask)
