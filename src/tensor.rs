@@ -136,6 +136,11 @@ pub(crate) fn check_arg(
     check_shape(op, arg, tensor, shape)
 }
 
+/// A row of outputs that travel together, `[1, ..]`: to take its first dimension off is a tensor more.
+pub(crate) fn row(rows: &Tensor, i: usize) -> candle_core::Result<Tensor> {
+    rows.narrow(0, i, 1)
+}
+
 /// The numbers that tensors of the ops hold.
 #[cfg(not(feature = "cuda"))]
 pub trait Number: candle_core::WithDType + Pod {}

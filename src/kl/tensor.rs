@@ -13,7 +13,7 @@ use crate::cpu::Logit;
 use crate::error::Result;
 use crate::memory::{Element, Tensors};
 use crate::tensor::{
-    check_dtype, leading_and_vocab, node, run, with_logits, Backend, Buffer, Constants, Owned,
+    check_dtype, leading_and_vocab, node, row, run, with_logits, Backend, Buffer, Constants, Owned,
 };
 
 /// The sampled KL of every token: f32, of the shape of `logp`.
@@ -99,7 +99,7 @@ pub fn full_kl(
     let (leading, vocab) = leading_and_vocab(FULL_OP, "logits", logits)?;
     let inputs = [logits, ref_logits];
     let stats = with_logits!(logits, T => full_stats::<T>(inputs, mask, leading, vocab, options))?;
-    Ok(stats.get(KL)?.reshape(leading)?)
+    Ok(row(&stats, KL)?.reshape(leading)?)
 }
 
 /// The gradients of logp and ref_logp, where wanted.
@@ -156,7 +156,7 @@ fn full_stats<T: Logit>(
     let (options, wanted) = (*options, [logits.track_op(), ref_logits.track_op()]);
     let (args, stats) = ([logits, ref_logits], buffers.stats);
     node("ppo-full-kl", &args, stats, (STATS, rows), move |stats, grad| {
-        let (forward, stats, grad_kl) = (inputs.clone(), stats.clone(), grad.get(KL)?);
+        let (forward, stats, grad_kl) = (inputs.clone(), stats.clone(), row(grad, KL)?);
         full_backward(&FullBackwardInputs { forward, stats, grad_kl }, vocab, &options, wanted)
     })
 }

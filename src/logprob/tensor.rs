@@ -13,7 +13,7 @@ use crate::error::Result;
 #[cfg(feature = "cuda")]
 use crate::tensor::OnCuda;
 use crate::tensor::{
-    check_arg, leading_and_vocab, node, run, with_logits, Backend, Buffer, Held, OnCpu, Owned,
+    check_arg, leading_and_vocab, node, row, run, with_logits, Backend, Buffer, Held, OnCpu, Owned,
 };
 
 /// Rows of the node's output: log-probability, entropy, and what backward needs to know of a row, its
@@ -63,11 +63,6 @@ pub fn logprobs_and_entropy(
     let outputs = apply(logits, targets, options, true)?;
     let output = |i| row(&outputs, i)?.reshape(targets.dims());
     Ok((output(LOGP)?, output(ENTROPY)?))
-}
-
-/// A row, `[1, N]`: to take its first dimension off is a tensor more.
-fn row(rows: &Tensor, i: usize) -> candle_core::Result<Tensor> {
-    rows.narrow(0, i, 1)
 }
 
 fn apply(
