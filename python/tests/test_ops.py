@@ -75,9 +75,7 @@ def with_numbers_that_move(op, arguments):
     """The form of the op that takes them from a tensor, and its arguments."""
     moving = _ops._moving[op.default]
     given = [torch.tensor(x) if isinstance(x, float) else x for x in arguments]
-    return getattr(ops, moving.form._schema.name.removeprefix("ppo_kernels::")), moving.arguments(
-        given
-    )
+    return moving.form.overloadpacket, moving.arguments(given)
 
 
 SAMPLES = list(samples())

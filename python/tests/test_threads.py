@@ -18,8 +18,9 @@ ON_TENSORS = """
 import sys
 import numpy as np
 import ppo_kernels
+import torch
 values = np.sin(np.arange(64 * 2048, dtype=np.float32)).reshape(64, 2048)
-values = __import__("torch").from_numpy(values)
+values = torch.from_numpy(values)
 sys.stdout.buffer.write(ppo_kernels.gae(values, values).moments.numpy().tobytes())
 """
 PROGRAM = """
