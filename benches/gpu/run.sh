@@ -22,7 +22,7 @@
 #       python     the PyTorch ops' tests on CUDA
 #       sanitize   five tests under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
 #       peers      the PyTorch ops beside eager, torch.compile and the packages of `build peers`
-#       counters   Nsight Compute's counters of three kernels
+#       counters   Nsight Compute's counters of six kernels
 #       candle     after `build candle`: tests and benches of the ops through candle
 #       train      after `build candle`: checks every op, and trains with $TRAIN_ARGS
 #   benches/gpu/run.sh time [ARGS]    the table by itself, to the screen; ARGS as `time --help` says
@@ -336,8 +336,11 @@ peers() {
 
 counters() {
     count logprob_forward_block_bf16 --bf16 "logprob forward"
+    count logprob_backward_bf16 --bf16 "logprob backward"
     count kl_full_forward_block_bf16 --bf16 "exact KL forward"
+    count kl_full_backward_bf16 --bf16 "exact KL backward"
     count "gae_(warp|block)_f32" --f32 GAE
+    count ppo_loss_pass_full_f32 --f32 "PPO loss"
 }
 
 # The counters of the second launch of a kernel, while the passes behind it are measured.

@@ -151,18 +151,17 @@ impl Stream {
 /// The driver has started, and the handle is of a stream that lives.
 unsafe fn context_of(stream: sys::CUstream) -> std::result::Result<sys::CUcontext, DriverError> {
     let mut context = std::ptr::null_mut();
-    // SAFETY: the caller's handle; the driver writes what the pointer leads to.
-    let found = unsafe { sys::cuStreamGetCtx(stream, &mut context) };
     // The handles of the default stream, null, CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, belong to
     // no context but the thread's current one. A thread that has made no CUDA call has none, and
     // PyTorch's backward thread of the first device is one: there the CUDA runtime would take the
     // first device's primary context.
-    let none_is_current = found == CUresult::CUDA_ERROR_INVALID_CONTEXT
-        || found == CUresult::CUDA_SUCCESS && context.is_null();
-    if none_is_current && stream as usize <= 2 {
-        return primary_context();
+    if stream as usize <= 2 {
+        // SAFETY: the driver writes what the pointer leads to.
+        unsafe { sys::cuCtxGetCurrent(&mut context) }.result()?;
+        return if context.is_null() { primary_context() } else { Ok(context) };
     }
-    found.result()?;
+    // SAFETY: the caller's handle; the driver writes what the pointer leads to.
+    unsafe { sys::cuStreamGetCtx(stream, &mut context) }.result()?;
     Ok(context)
 }
 
