@@ -61,7 +61,7 @@ mod cuda {
     use super::{fail, kernels, out_dir, package};
 
     /// Every architecture the kernels are for. Code for one runs on all later minor versions of it,
-    /// and the PTX of the first, which knows of no clusters, on whatever comes later.
+    /// and the PTX of the first on whatever comes later.
     const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
 
     const ARCHS: &str = "PPO_KERNELS_CUDA_ARCHS";
@@ -90,9 +90,6 @@ mod cuda {
             table += &format!("({name:?}, &Image(*include_bytes!({:?}))),\n", image(name));
         }
         std::fs::write(out_dir().join("images.rs"), table + "]\n").unwrap();
-        let architectures = compiler.map_or_else(Vec::new, |compiler| compiler.architectures);
-        let architectures = format!("&{architectures:?}\n");
-        std::fs::write(out_dir().join("architectures.rs"), architectures).unwrap();
     }
 
     struct Compiler {

@@ -17,9 +17,8 @@
 //     dw_j = g (q_j - p_j) / temperature                        q_j = e^{y_j} / Q
 //
 // Forward writes KL, gap, max z, P, max w and Q, [6, rows] in f32, of which backward makes
-// gradients in the type of the logits. It walks the two rows once, side by side: a warp, a block or
-// several blocks a row (common/rows.cuh), a thread every `threads`-th vector of both, four of each
-// in flight. With so many at hand it looks for their maxima first, 16-bit floats two at a time, and
+// gradients in the type of the logits. It walks the two rows once, side by side: a warp or a
+// block a row (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight. With so many at hand it looks for their maxima first, 16-bit floats two at a time, and
 // takes the sums anew for larger maxima once for all of them. Then a column of 16-bit
 // logits costs two exp and about eighteen instructions; an H200's memory leaves time for thirty.
 // Backward takes each column by itself (common/map.cuh), two vectors of both in flight.
@@ -83,11 +82,9 @@ struct FullForwardArgs {
     const void* w;        // [rows, vocab]
     const uint8_t* mask;  // [rows], or null: ones
     float* stats;         // [STATS, rows]
-    PairSums* partials;   // [rows, parts]; null: the parts are the blocks of a cluster
     int64_t rows;
     int64_t vocab;
-    int32_t part_groups;  // vectors of columns in a part
-    int32_t parts;
+    int32_t parts;  // of a row
     float inverse_temperature;
 };
 
@@ -186,6 +183,8 @@ struct FullForward {
     __device__ __forceinline__ explicit FullForward(const FullForwardArgs& args)
         : args(args), scale(args.inverse_temperature * (LOG2_E / UNIT)) {}
 
+    static constexpr int MOST_PARTS = 2;
+
     // Whether the row is kept.
     __device__ __forceinline__ bool item(int64_t row) const { return !args.mask || args.mask[row]; }
 
@@ -196,16 +195,15 @@ struct FullForward {
     }
 
     __device__ __forceinline__ PairSums sum(int64_t row, int part, int thread, int threads) const {
-        const Row<T> z(static_cast<const T*>(args.z) + row * args.vocab, args.vocab);
-        const Row<T> w(static_cast<const T*>(args.w) + row * args.vocab, args.vocab);
-        const int first = part * args.part_groups;
-        const int end = min(first + args.part_groups, z.groups());
+        const Row<T> z = Row<T>::of(args.z, row, args.rows, args.vocab);
+        const Row<T> w = Row<T>::of(args.w, row, args.rows, args.vocab);
+        const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
         PairSums s = none();
-        for (int tile = first; tile < end; tile += IN_FLIGHT * threads) {
+        for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
             uint4 from_z[IN_FLIGHT], from_w[IN_FLIGHT];
-            z.load(tile, thread, threads, end, from_z);
-            w.load(tile, thread, threads, end, from_w);
-            add<T>(s, from_z, from_w, (end - tile + threads - 1) / threads, scale);
+            z.load(tile, thread, threads, range.end, from_z);
+            w.load(tile, thread, threads, range.end, from_w);
+            add<T>(s, from_z, from_w, (range.end - tile + threads - 1) / threads, scale);
         }
         return s;
     }
@@ -340,16 +338,22 @@ KERNEL(256, 3, kl_full_forward_warp_bf16, FullForwardArgs) {
     reduce_by_warps(FullForward<bf16>(args));
 }
 KERNEL(256, 3, kl_full_forward_block_f32, FullForwardArgs) {
-    reduce_by_blocks(FullForward<float>(args));
+    reduce_by_blocks<false>(FullForward<float>(args));
 }
 KERNEL(256, 3, kl_full_forward_block_f16, FullForwardArgs) {
-    reduce_by_blocks(FullForward<f16>(args));
+    reduce_by_blocks<false>(FullForward<f16>(args));
 }
 KERNEL(256, 3, kl_full_forward_block_bf16, FullForwardArgs) {
-    reduce_by_blocks(FullForward<bf16>(args));
+    reduce_by_blocks<false>(FullForward<bf16>(args));
 }
-KERNEL(256, 4, kl_full_forward_merge_f32, FullForwardArgs) {
-    merge_parts(FullForward<float>(args));
+KERNEL(512, 1, kl_full_forward_wide_f32, FullForwardArgs) {
+    reduce_by_blocks<true>(FullForward<float>(args));
+}
+KERNEL(512, 1, kl_full_forward_wide_f16, FullForwardArgs) {
+    reduce_by_blocks<true>(FullForward<f16>(args));
+}
+KERNEL(512, 1, kl_full_forward_wide_bf16, FullForwardArgs) {
+    reduce_by_blocks<true>(FullForward<bf16>(args));
 }
 KERNEL(256, 3, kl_full_backward_f32, FullBackwardArgs) { full_backward<float>(args); }
 KERNEL(256, 3, kl_full_backward_f16, FullBackwardArgs) { full_backward<f16>(args); }

@@ -9,14 +9,13 @@
 // logits and grad_logits are [rows, vocab] in f32, f16 or bf16, targets [rows] in u32 or i64, all
 // else [rows] in f32; g and h are the upstream gradients of logp and H.
 //
-// Forward. A warp takes a row (forward_warp), or a block does (forward_block), or `parts` blocks
-// do, each a range of columns (common/rows.cuh). A thread runs over every `threads`-th vector of 16
-// bytes, with several loads in flight, and keeps a running (max, sum, weighted sum); those are
-// merged over the warp by shuffles, over the block through shared memory, and over the parts in
-// order: through the shared memory of a cluster, or, on chips without clusters, through `partials`
-// and forward_merge. Which columns a thread takes, and so every bit of the result, depends on vocab
-// and dtype alone: neither on the row's place in the batch nor on its alignment, nor on whether
-// there are clusters.
+// Forward. A warp takes a row (forward_warp), or a block does, its parts one after the other
+// (forward_block) or side by side (forward_wide; common/rows.cuh). A thread runs over every
+// `threads`-th vector of 16 bytes, four at a time, and keeps a running (max, sum, weighted sum);
+// those are merged over the parts in order, over the warp by shuffles, and over the block through
+// shared memory. Which columns a thread takes, and so every bit of the result, depends on vocab and
+// dtype alone: neither on the row's place in the batch nor on its alignment, nor on how many rows
+// there are.
 //
 // Backward. A warp or a block takes a range of a row's columns. No thread needs another.
 //
@@ -47,12 +46,10 @@ struct ForwardArgs {
     float* entropy;       // [rows], or null
     float* max;           // [rows], or null
     float* log_sum;       // [rows], or null, as max
-    SoftmaxSums* partials;  // [rows, parts]; null: the parts are the blocks of a cluster
     TargetFormat target_format;
     int64_t rows;
     int64_t vocab;
-    int32_t part_groups;  // vectors of columns in a part
-    int32_t parts;
+    int32_t parts;  // of a row
     float inverse_temperature;
 };
 
@@ -91,21 +88,16 @@ static __device__ __forceinline__ Target target_of(const Args& args, int64_t row
     return {Kind::TOKEN, id};
 }
 
-// The sums over the groups first..end of a row that fall to one thread of `threads`.
+// The sums over a range of a row's groups that fall to one thread of `threads`.
 template <class T, bool WEIGHTED>
-static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, int first, int end,
-                                                         int thread, int threads, float scale) {
+static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Range range, int thread,
+                                                         int threads, float scale) {
     SoftmaxSums s = no_sums();
-    for (int tile = first; tile < end; tile += IN_FLIGHT * threads) {
+    for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
         uint4 v[IN_FLIGHT];
-        row.load(tile, thread, threads, end, v);
-#pragma unroll
-        for (int i = 0; i < IN_FLIGHT; i++) {
-            if (tile + i * threads >= end) break;
-            float z[WIDTH<T>];
-            unpack(v[i], z, T{});
-            add<WEIGHTED>(s, z, scale);
-        }
+        row.load(tile, thread, threads, range.end, v);
+        const int vectors = (range.end - tile + threads - 1) / threads;
+        add<WEIGHTED>(s, v, vectors, scale, T{});
     }
     return s;
 }
@@ -119,23 +111,31 @@ struct Forward {
     __device__ __forceinline__ explicit Forward(const ForwardArgs& args)
         : args(args), scale(args.inverse_temperature * LOG2_E) {}
 
-    __device__ __forceinline__ Target item(int64_t row) const {
-        return target_of(args, row);
+    static constexpr int MOST_PARTS = 4;
+
+    struct Item {
+        Target target;
+        float logit;  // of a TOKEN: on its way while the row is read
+    };
+
+    __device__ __forceinline__ Item item(int64_t row) const {
+        const Target target = target_of(args, row);
+        const T* logits = static_cast<const T*>(args.logits) + row * args.vocab;
+        return {target, target.kind == Kind::TOKEN ? to_float(logits[target.column]) : 0.0f};
     }
 
-    __device__ __forceinline__ bool reads(Target target) const {
-        return target.kind == Kind::TOKEN;
+    __device__ __forceinline__ bool reads(Item item) const {
+        return item.target.kind == Kind::TOKEN;
     }
 
     __device__ __forceinline__ SoftmaxSums none() const { return no_sums(); }
 
     __device__ __forceinline__ SoftmaxSums sum(int64_t row, int part, int thread,
                                                int threads) const {
-        const Row<T> z(static_cast<const T*>(args.logits) + row * args.vocab, args.vocab);
-        const int first = part * args.part_groups;
-        const int end = min(first + args.part_groups, z.groups());
-        return args.entropy ? sum_groups<T, true>(z, first, end, thread, threads, scale)
-                            : sum_groups<T, false>(z, first, end, thread, threads, scale);
+        const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.vocab);
+        const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
+        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale)
+                            : sum_groups<T, false>(z, range, thread, threads, scale);
     }
 
     __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b) const {
@@ -146,17 +146,15 @@ struct Forward {
         return ::warp_merge(s, scale);
     }
 
-    __device__ __forceinline__ void write(int64_t row, Target target, SoftmaxSums s) const {
+    __device__ __forceinline__ void write(int64_t row, Item item, SoftmaxSums s) const {
         const float log_sum = isfinite(s.max) ? logf(s.sum) : NAN;
-        const T* logits = static_cast<const T*>(args.logits) + row * args.vocab;
-        const float z = to_float(logits[target.column]);
-        const float logp = (z - s.max) * args.inverse_temperature - log_sum;
+        const float logp = (item.logit - s.max) * args.inverse_temperature - log_sum;
         const float entropy = log_sum - LN_2 * (s.weighted / s.sum);
         write_row(row, logp, entropy, s.max, log_sum);
     }
 
-    __device__ __forceinline__ void write_unread(int64_t row, Target target) const {
-        const float value = target.kind == Kind::IGNORED ? 0.0f : NAN;
+    __device__ __forceinline__ void write_unread(int64_t row, Item item) const {
+        const float value = item.target.kind == Kind::IGNORED ? 0.0f : NAN;
         write_row(row, value, value, -INFINITY, NAN);
     }
 
@@ -171,19 +169,31 @@ struct Forward {
     }
 };
 
-// The gradient of one row as a function of the logit.
+// The gradient of one row as a function of the logit, with that of the entropy or without.
+template <bool ENTROPY>
 struct Slope {
-    float max, log_sum, entropy;
-    // Upstream gradients over the temperature.
-    float grad_logp, grad_entropy;
-    float inverse_temperature;
+    // (z - max) scale - shift is the logarithm of p to base 2.
+    float max, scale, shift;
+    // For every column but the target's the gradient is p (constant + slope log2 p).
+    float constant, slope;
+    float at_target;  // what the target's has besides
     int64_t target;
 
-    // For every column but the target's: -p (g + h (ln p + H)).
+    __device__ __forceinline__ Slope(const BackwardArgs& args, int64_t row, Target target, float g,
+                                     float h)
+        : max(args.max[row]), scale(args.inverse_temperature * LOG2_E), target(target.column) {
+        const float log_sum = target.kind == Kind::BAD ? NAN : args.log_sum[row];
+        shift = log_sum * LOG2_E;
+        at_target = g * args.inverse_temperature;
+        h *= args.inverse_temperature;
+        constant = ENTROPY ? -fmaf(h, args.entropy[row], at_target) : -at_target;
+        slope = -h * LN_2;
+    }
+
     __device__ __forceinline__ float at(float z) const {
-        const float ln_p = fmaf(z - max, inverse_temperature, -log_sum);
-        const float p = exp2_fast(ln_p * LOG2_E);
-        return -p * fmaf(grad_entropy, fmaxf(ln_p, FLOOR * LN_2) + entropy, grad_logp);
+        const float log2_p = fmaf(z - max, scale, -shift);
+        const float p = exp2_fast(log2_p);
+        return p * (ENTROPY ? fmaf(slope, fmaxf(log2_p, FLOOR), constant) : constant);
     }
 
     // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the
@@ -193,16 +203,16 @@ struct Slope {
                                                float (&grad)[1][N]) const {
 #pragma unroll
         for (int i = 0; i < N; i++) grad[0][i] = at(z[0][i]);
-        const int64_t place = target - first;
-        if (place >= 0 && place < N) {
-            const int at = int(place);
+        // A row has less than 2^32 columns.
+        const uint32_t place = uint32_t(target) - uint32_t(first);
+        if (place < N) {
 #pragma unroll
-            for (int i = 0; i < N; i++) grad[0][i] = at == i ? grad[0][i] + grad_logp : grad[0][i];
+            for (int i = 0; i < N; i++) grad[0][i] = place == i ? grad[0][i] + at_target : grad[0][i];
         }
     }
 };
 
-// Block [threads], a chunk of a row a warp or a block.
+// Block [threads], a range of a row a warp or a block.
 template <class T>
 static __device__ __forceinline__ void backward(const BackwardArgs& args) {
     for_each_share(args, [&](int64_t row, Share share) {
@@ -213,30 +223,23 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
         const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
         if (target.kind == Kind::IGNORED || (g == 0.0f && h == 0.0f)) {
             fill_columns(out[0], 0.0f, args.vocab, share);
-            return;
+        } else if (h == 0.0f) {
+            map_columns(in, out, nullptr, args.vocab, share, Slope<false>(args, row, target, g, h));
+        } else {
+            map_columns(in, out, nullptr, args.vocab, share, Slope<true>(args, row, target, g, h));
         }
-        const Slope slope = {
-            args.max[row],
-            target.kind == Kind::BAD ? NAN : args.log_sum[row],
-            args.entropy[row],
-            g * args.inverse_temperature,
-            h * args.inverse_temperature,
-            args.inverse_temperature,
-            target.column,
-        };
-        map_columns(in, out, nullptr, args.vocab, share, slope);
     });
 }
 
 KERNEL(256, 4, logprob_forward_warp_f32, ForwardArgs) { reduce_by_warps(Forward<float>(args)); }
 KERNEL(256, 4, logprob_forward_warp_f16, ForwardArgs) { reduce_by_warps(Forward<f16>(args)); }
 KERNEL(256, 4, logprob_forward_warp_bf16, ForwardArgs) { reduce_by_warps(Forward<bf16>(args)); }
-KERNEL(256, 3, logprob_forward_block_f32, ForwardArgs) { reduce_by_blocks(Forward<float>(args)); }
-KERNEL(256, 4, logprob_forward_block_f16, ForwardArgs) { reduce_by_blocks(Forward<f16>(args)); }
-KERNEL(256, 4, logprob_forward_block_bf16, ForwardArgs) { reduce_by_blocks(Forward<bf16>(args)); }
-KERNEL(256, 4, logprob_forward_merge_f32, ForwardArgs) { merge_parts(Forward<float>(args)); }
-KERNEL(256, 4, logprob_forward_merge_f16, ForwardArgs) { merge_parts(Forward<f16>(args)); }
-KERNEL(256, 4, logprob_forward_merge_bf16, ForwardArgs) { merge_parts(Forward<bf16>(args)); }
+KERNEL(256, 4, logprob_forward_block_f32, ForwardArgs) { reduce_by_blocks<false>(Forward<float>(args)); }
+KERNEL(256, 4, logprob_forward_block_f16, ForwardArgs) { reduce_by_blocks<false>(Forward<f16>(args)); }
+KERNEL(256, 4, logprob_forward_block_bf16, ForwardArgs) { reduce_by_blocks<false>(Forward<bf16>(args)); }
+KERNEL(1024, 1, logprob_forward_wide_f32, ForwardArgs) { reduce_by_blocks<true>(Forward<float>(args)); }
+KERNEL(1024, 1, logprob_forward_wide_f16, ForwardArgs) { reduce_by_blocks<true>(Forward<f16>(args)); }
+KERNEL(1024, 1, logprob_forward_wide_bf16, ForwardArgs) { reduce_by_blocks<true>(Forward<bf16>(args)); }
 KERNEL(256, 3, logprob_backward_f32, BackwardArgs) { backward<float>(args); }
 KERNEL(256, 3, logprob_backward_f16, BackwardArgs) { backward<f16>(args); }
 KERNEL(256, 3, logprob_backward_bf16, BackwardArgs) { backward<bf16>(args); }

@@ -7,7 +7,7 @@ mod common;
 
 use approx::abs_diff_eq;
 use common::device::{
-    blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, ORDERS,
+    blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, FEW, MANY, ORDERS,
 };
 use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, ROWS};
 use common::*;
@@ -110,7 +110,7 @@ fn tokens_agree_with_the_reference(planted_bug: &'static str, orders: &[Order]) 
             let mut first = None;
             for (i, &order) in orders.iter().enumerate() {
                 let call = TokenCall {
-                    machine: Machine { planted_bug, ..machine(order, 9, 2) },
+                    machine: Machine { planted_bug, ..machine(order, MANY, 2) },
                     // Aligned, alike, and each in its own way.
                     offsets: [[0; 4], [1; 4], [1, 2, 3, 3], [3, 0, 4, 1]][(i + case) % 4],
                     logp,
@@ -151,7 +151,7 @@ fn tokens_come_out_as_on_the_cpu_at_any_size_of_the_log_ratio() {
     let up: Vec<f32> = (0..d.len()).map(|i| if i % 7 == 0 { 0.0 } else { 1.5 }).collect();
     for options in all_token_options() {
         let call = TokenCall {
-            machine: machine(Order::Fifo, 9, 1 << 20),
+            machine: machine(Order::Fifo, MANY, 1 << 20),
             offsets: [0; 4],
             logp: &d,
             ref_logp: &zeros,
@@ -221,8 +221,6 @@ impl<T: Logit> FullCall<'_, T> {
         let mask = self.mask.map(|mask| Buffer::new(mask, at_w));
         let up = Buffer::new(self.up, 0);
         let mut stats = Buffer::new(&vec![f32::NAN; STATS * rows], 0);
-        let length = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-        let mut workspace = Buffer::workspace(length, 0);
         let forward = FullForwardInputs {
             logits: z.slice(),
             ref_logits: w.slice(),
@@ -230,8 +228,7 @@ impl<T: Logit> FullCall<'_, T> {
         };
         let options = &self.options;
         let outputs = FullForwardOutputs { stats: stats.slice_mut() };
-        let workspace = workspace.slice_mut();
-        cuda::full_forward(&stream, forward, rows, vocab, options, outputs, workspace)?;
+        cuda::full_forward(&stream, forward, rows, vocab, options, outputs)?;
 
         let empty = |offset| Buffer::new(&vec![T::from_f32(1.0); len], offset);
         let (mut grad, mut grad_ref) = (empty(at_grad), empty(at_ref));
@@ -251,7 +248,7 @@ impl<T: Logit> FullCall<'_, T> {
     }
 }
 
-/// Every case against the reference, all orders, with clusters and without.
+/// Every case against the reference, all orders, parts side by side and one after the other.
 fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
     let mut rng = rng(2);
     for (round, vocab) in vocabularies::<T>().into_iter().enumerate() {
@@ -276,8 +273,8 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
             let mut first: Option<Vec<u32>> = None;
             for (i, &order) in orders.iter().enumerate() {
                 let call = FullCall {
-                    // With clusters and without.
-                    machine: Machine { planted_bug, ..machine(order, [9, 8][i % 2], blocks) },
+                    // Parts of a row side by side, and one after the other.
+                    machine: Machine { planted_bug, ..machine(order, [MANY, FEW][i % 2], blocks) },
                     // Aligned, alike, and each in its own way.
                     offsets: [[0; 4], [1; 4], [1, 3, 0, 0], [2, 1, 5, 6]][(i + case) % 4],
                     logits: &logits,
@@ -304,7 +301,7 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
                 }
                 let bits = run.bits();
                 let first = first.get_or_insert_with(|| bits.clone());
-                assert!(*first == bits, "{what}: bits depend on order, alignment or clusters");
+                assert!(*first == bits, "{what}: bits depend on order, alignment or width");
             }
         }
     }
@@ -340,8 +337,8 @@ fn call<'a>(
     FullCall { machine, offsets, logits: z, ref_logits: w, vocab, mask, up, options, in_place }
 }
 
-/// Vocabularies of a warp, a block and eight blocks, these with clusters and without.
-const MAPPINGS: [(usize, u32); 4] = [(5, 9), (3000, 9), (70_000, 9), (70_000, 8)];
+/// Vocabularies of a warp, a block and several parts, these side by side and one after the other.
+const MAPPINGS: [(usize, u32); 4] = [(5, MANY), (3000, MANY), (70_000, MANY), (70_000, FEW)];
 
 #[test]
 fn bits_do_not_depend_on_the_other_rows() {
@@ -353,7 +350,7 @@ fn bits_do_not_depend_on_the_other_rows() {
         let up = uniform(&mut rng, rows, 1.0);
         let run = |from: usize, to: usize| {
             let call = FullCall {
-                machine: machine(Order::Fifo, 9, 1 << 20),
+                machine: machine(Order::Fifo, MANY, 1 << 20),
                 offsets: [0; 4],
                 logits: &z[from * vocab..to * vocab],
                 ref_logits: &w[from * vocab..to * vocab],
@@ -380,7 +377,7 @@ fn bits_do_not_depend_on_the_other_rows() {
 
 #[test]
 fn special_rows_come_out_as_on_the_cpu() {
-    for (vocab, major) in MAPPINGS {
+    for (vocab, multiprocessors) in MAPPINGS {
         for options in all_full_options() {
             let rows = 10;
             let mut z = uniform(&mut rng(4), rows * vocab, 2.0);
@@ -399,7 +396,7 @@ fn special_rows_come_out_as_on_the_cpu() {
             mask[4] = 0;
             let mut up = vec![0.5; rows];
             up[5] = 0.0;
-            let machine = machine(Order::Random(3), major, 1 << 20);
+            let machine = machine(Order::Random(3), multiprocessors, 1 << 20);
             let run = FullCall {
                 mask: Some(&mask),
                 in_place: true,
@@ -441,7 +438,7 @@ fn special_values_anywhere_give_what_the_reference_gives() {
             let pairs: Vec<_> = (0..rows).map(|_| special_row(&mut rng, vocab)).collect();
             let (z, w): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
             let (z, w, up) = (z.concat(), w.concat(), vec![1.0; rows]);
-            let run = call(machine(Order::Lifo, 9, 3), &z, &w, vocab, &up, options);
+            let run = call(machine(Order::Lifo, MANY, 3), &z, &w, vocab, &up, options);
             let run = run.run().unwrap();
             let (z, w, up) = (wide(&z), wide(&w), wide(&up));
             let kl = reference::full_kl(&z, &w, vocab, None, &options);
@@ -470,13 +467,13 @@ fn special_values_anywhere_give_what_the_reference_gives() {
 
 #[test]
 fn a_token_the_reference_excludes_makes_the_kl_infinite() {
-    for (vocab, major) in MAPPINGS {
+    for (vocab, multiprocessors) in MAPPINGS {
         let (mut z, mut w) = (vec![0.0; vocab], vec![1.0; vocab]);
         w[0] = f32::NEG_INFINITY;
         // Columns after it are larger by more than any exp can carry, and p[0] is nothing in f32.
         z[vocab - 1] = 2000.0;
         for options in all_full_options() {
-            let machine = machine(Order::Fifo, major, 1 << 20);
+            let machine = machine(Order::Fifo, multiprocessors, 1 << 20);
             let run = call(machine, &z, &w, vocab, &[0.5], options).run().unwrap();
             let (z64, w64) = (wide(&z), wide(&w));
             let kl = reference::full_kl(&z64, &w64, vocab, None, &options);
@@ -487,7 +484,7 @@ fn a_token_the_reference_excludes_makes_the_kl_infinite() {
             assert_close("reference", &wide(&run.grad_ref), &grads.1, REL, ABS);
         }
         z[0] = f32::NEG_INFINITY;
-        let machine = machine(Order::Fifo, major, 1 << 20);
+        let machine = machine(Order::Fifo, multiprocessors, 1 << 20);
         let run = call(machine, &z, &w, vocab, &[0.5], FullKlOptions::default()).run().unwrap();
         assert!(run.kl()[0].is_finite());
     }
@@ -495,7 +492,7 @@ fn a_token_the_reference_excludes_makes_the_kl_infinite() {
 
 #[test]
 fn the_lowest_float_serves_as_a_mask() {
-    for (vocab, major) in MAPPINGS {
+    for (vocab, multiprocessors) in MAPPINGS {
         // What the reference leaves out, the policy leaves out as well; and a row of nothing else.
         let (mut z, mut w) = (vec![f32::MIN; 2 * vocab], vec![f32::MIN; 2 * vocab]);
         for column in 0..vocab {
@@ -504,7 +501,7 @@ fn the_lowest_float_serves_as_a_mask() {
         }
         for temperature in [1.0, 0.7, 2.5] {
             let options = FullKlOptions { temperature, ..Default::default() };
-            let machine = machine(Order::Fifo, major, 1 << 20);
+            let machine = machine(Order::Fifo, multiprocessors, 1 << 20);
             let run = call(machine, &z, &w, vocab, &[1.0; 2], options).run().unwrap();
             let (z, w, up) = (wide(&z), wide(&w), [1.0; 2]);
             let kl = reference::full_kl(&z, &w, vocab, None, &options);
@@ -525,7 +522,7 @@ fn any_legal_temperature_is_taken() {
     for temperature in [1e-30, 1e-4, 1e4, 1e30] {
         for (z, w) in [(&z, &w), (&z, &z)] {
             let options = FullKlOptions { temperature, ..Default::default() };
-            let run = call(machine(Order::Fifo, 9, 1 << 20), z, w, vocab, &[1.0], options);
+            let run = call(machine(Order::Fifo, MANY, 1 << 20), z, w, vocab, &[1.0], options);
             let got = f64::from(run.run().unwrap().kl()[0]);
             let want = reference::full_kl(&wide(z), &wide(w), vocab, None, &options)[0];
             // With one column left, e^x of the others is as far off as x is large.
@@ -546,7 +543,7 @@ fn nearly_equal_models_keep_their_digits() {
         let shift = uniform(&mut rng, vocab, nudge);
         let w: Vec<f32> = z.iter().zip(&shift).map(|(z, shift)| z + shift).collect();
         for options in all_full_options() {
-            let machine = machine(Order::Fifo, 9, 1 << 20);
+            let machine = machine(Order::Fifo, MANY, 1 << 20);
             let run = call(machine, &z, &w, vocab, &[1.0], options).run().unwrap();
             let kl = f64::from(run.kl()[0]);
             let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
@@ -560,7 +557,7 @@ fn nearly_equal_models_keep_their_digits() {
     // And none of it is lost to an offset between the two.
     let z: Vec<f32> = z.iter().map(|z| (z * 64.0).round() / 64.0).collect();
     let w: Vec<f32> = z.iter().map(|z| z + 1e4).collect();
-    let machine = machine(Order::Fifo, 9, 1 << 20);
+    let machine = machine(Order::Fifo, MANY, 1 << 20);
     let run = call(machine, &z, &w, vocab, &[1.0], FullKlOptions::default()).run().unwrap();
     assert_eq!(run.kl(), [0.0]);
     assert!(run.grad.iter().chain(&run.grad_ref).all(|&g| g == 0.0));
@@ -574,7 +571,7 @@ fn maxima_that_grow_along_the_rows_cost_no_digits() {
     for (i, (a, b)) in slopes.into_iter().flat_map(|a| slopes.map(|b| (a, b))).enumerate() {
         let (z, w) = (ramp(a), ramp(b));
         let options = all_full_options()[(i + i / 4) % 4];
-        let machine = machine(Order::Fifo, 8, 1 << 20);
+        let machine = machine(Order::Fifo, FEW, 1 << 20);
         let run = call(machine, &z, &w, vocab, &[1.0], options).run().unwrap();
         let kl = f64::from(run.kl()[0]);
         let want = reference::full_kl(&wide(&z), &wide(&w), vocab, None, &options)[0];
@@ -591,7 +588,7 @@ fn a_vocabulary_of_a_million_and_nothing_at_all_work() {
     let options = FullKlOptions::default();
     let run = |z: &[bf16], w: &[bf16], up: &[f32]| {
         let call = FullCall {
-            machine: machine(Order::Fifo, 9, 1 << 20),
+            machine: machine(Order::Fifo, MANY, 1 << 20),
             offsets: [0; 4],
             logits: z,
             ref_logits: w,
@@ -608,7 +605,7 @@ fn a_vocabulary_of_a_million_and_nothing_at_all_work() {
     assert_close("kl", &wide(one.kl()), &want, REL, ABS);
     assert!(run(&[], &[], &[]).kl().is_empty());
     let none = TokenCall {
-        machine: machine(Order::Fifo, 9, 1 << 20),
+        machine: machine(Order::Fifo, MANY, 1 << 20),
         offsets: [0; 4],
         logp: &[],
         ref_logp: &[],
@@ -622,7 +619,7 @@ fn a_vocabulary_of_a_million_and_nothing_at_all_work() {
 
 #[test]
 fn bad_token_input_is_refused_by_name() {
-    let stream = stream(machine(Order::Fifo, 9, 1 << 20));
+    let stream = stream(machine(Order::Fifo, MANY, 1 << 20));
     let ok = KlOptions { estimator: KlEstimator::K3, ..Default::default() };
     let buffer = |len: usize| Buffer::new(&vec![0.0_f32; len], 0);
     let forward = |base: usize, mask: usize, kl: usize, options: KlOptions| {
@@ -662,19 +659,17 @@ fn bad_token_input_is_refused_by_name() {
 
 #[test]
 fn bad_full_input_is_refused_by_name() {
-    // Without clusters, so that long rows need a workspace.
-    let stream = stream(machine(Order::Fifo, 8, 1 << 20));
+    let stream = stream(machine(Order::Fifo, FEW, 1 << 20));
     let ok = FullKlOptions::default();
     let buffer = |len: usize| Buffer::new(&vec![0.0_f32; len], 0);
-    let forward = |lens: [usize; 5], vocab: usize, options: FullKlOptions| {
-        let [z, w, mask, stats, workspace] = lens;
+    let forward = |lens: [usize; 4], vocab: usize, options: FullKlOptions| {
+        let [z, w, mask, stats] = lens;
         let (z, w, mask) = (buffer(z), buffer(w), Buffer::new(&vec![1_u8; mask], 0));
         let (logits, ref_logits, mask) = (z.slice(), w.slice(), Some(mask.slice()));
         let inputs = FullForwardInputs { logits, ref_logits, mask };
-        let (mut stats, mut workspace) = (buffer(stats), buffer(workspace));
+        let mut stats = buffer(stats);
         let outputs = FullForwardOutputs { stats: stats.slice_mut() };
-        let workspace = workspace.slice_mut();
-        cuda::full_forward(&stream, inputs, 2, vocab, &options, outputs, workspace).unwrap_err()
+        cuda::full_forward(&stream, inputs, 2, vocab, &options, outputs).unwrap_err()
     };
     let backward = |stats: usize, up: usize, a: usize, b: usize| {
         let six = buffer(6);
@@ -687,25 +682,21 @@ fn bad_full_input_is_refused_by_name() {
         cuda::full_backward(&stream, inputs, 2, 3, &ok, outputs).unwrap_err()
     };
     for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40, 1e300] {
-        let error = forward([6, 6, 2, 12, 0], 3, FullKlOptions { temperature, ..ok });
+        let error = forward([6, 6, 2, 12], 3, FullKlOptions { temperature, ..ok });
         assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
     }
     for (error, text) in [
         (
-            forward([5, 6, 2, 12, 0], 3, ok),
+            forward([5, 6, 2, 12], 3, ok),
             "`logits` has shape [5] for a vocabulary of 3, expected [2, 3]",
         ),
         (
-            forward([6, 6, 2, 12, 0], 0, ok),
+            forward([6, 6, 2, 12], 0, ok),
             "`logits` has shape [6] for a vocabulary of 0, expected [2, 1]",
         ),
-        (forward([6, 5, 2, 12, 0], 3, ok), "`ref_logits` has shape [5], expected [6]"),
-        (forward([6, 6, 1, 12, 0], 3, ok), "`mask` has shape [1], expected [2]"),
-        (forward([6, 6, 2, 11, 0], 3, ok), "`stats` has shape [11], expected [12]"),
-        (
-            forward([80_000, 80_000, 2, 12, 39], 40_000, ok),
-            "`workspace` has shape [39], expected [40] or more",
-        ),
+        (forward([6, 5, 2, 12], 3, ok), "`ref_logits` has shape [5], expected [6]"),
+        (forward([6, 6, 1, 12], 3, ok), "`mask` has shape [1], expected [2]"),
+        (forward([6, 6, 2, 11], 3, ok), "`stats` has shape [11], expected [12]"),
         (backward(11, 2, 6, 6), "`stats` has shape [11], expected [12]"),
         (backward(12, 3, 6, 6), "`grad_kl` has shape [3], expected [2]"),
         (backward(12, 2, 5, 6), "`grad_logits` has shape [5], expected [6]"),

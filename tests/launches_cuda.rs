@@ -1,12 +1,12 @@
-//! Launches of the CUDA kernels, whatever the op: the number of blocks that share a row, and the
-//! handles of the default stream. On a GPU or on the CPU stand-in; the streams of a GPU only there.
+//! Launches of the CUDA kernels, whatever the op: parts of a row side by side or one after the
+//! other, and the handles of the default stream. On a GPU or on the CPU stand-in; the streams of a GPU only there.
 #![cfg(any(feature = "simt", feature = "cuda"))]
 
 mod common;
 
-use common::device::{machine, stream, Buffer, Order};
+use common::device::{machine, stream, Buffer, Order, FEW, MANY};
 use common::*;
-use ppo_kernels::cuda::{force_parts, Stream};
+use ppo_kernels::cuda::{force_wide, Stream};
 use ppo_kernels::logprob::cuda::{self, ForwardInputs, ForwardOutputs};
 use ppo_kernels::logprob::{reference, LogprobOptions};
 use ppo_kernels::tolerance::{self, Tolerance};
@@ -38,14 +38,11 @@ impl Case {
         let options = LogprobOptions::default();
         let (logits, targets) = (Buffer::new(&self.logits, 0), Buffer::new(&self.targets, 0));
         let mut logp = Buffer::new(&[f32::NAN; ROWS], 0);
-        let len = cuda::workspace_len::<f32>(stream.device(), ROWS, self.vocab);
-        let mut workspace = Buffer::<f32>::workspace(len, 0);
         let inputs = ForwardInputs { logits: logits.slice(), targets: targets.slice() };
         let logp_out = logp.slice_mut();
         let outputs = ForwardOutputs { logp: logp_out, entropy: None, max: None, log_sum: None };
-        let workspace = workspace.slice_mut();
         before();
-        cuda::forward(stream, inputs, ROWS, self.vocab, &options, outputs, workspace).expect(what);
+        cuda::forward(stream, inputs, ROWS, self.vocab, &options, outputs).expect(what);
         after();
         let got = logp.read();
         let (want, _) =
@@ -57,19 +54,22 @@ impl Case {
 }
 
 #[test]
-fn a_row_may_be_split_into_any_number_of_parts() {
-    // The first leaves some of eight blocks nothing; the last is split by itself.
-    for vocab in [1030, 5003, 17 * 1024 + 1, 33 * 1024 + 3] {
+fn parts_of_a_row_have_the_same_bits_side_by_side_and_one_after_the_other() {
+    // The first two have one part.
+    for vocab in [1030, 16 * 1024, 17 * 1024 + 1, 33 * 1024 + 3] {
         let case = Case::new(vocab);
-        for parts in [0, 1, 2, 4, 8] {
-            force_parts(parts);
-            let [with, without] = [9, 8].map(|major| {
-                let what = format!("V={vocab}, {parts} parts, {major}.0");
-                case.agrees(&what, &stream(machine(Order::Fifo, major, 8)), || (), || ())
-            });
-            assert_eq!(with, without, "V={vocab}, {parts} parts: with clusters and without");
+        let run = |wide, multiprocessors| {
+            force_wide(wide);
+            let what = format!("V={vocab}, {wide:?}, {multiprocessors} multiprocessors");
+            let stream = stream(machine(Order::Fifo, multiprocessors, 8));
+            let bits = case.agrees(&what, &stream, || (), || ());
+            force_wide(None);
+            bits
+        };
+        let narrow = run(None, FEW);
+        for (wide, multiprocessors) in [(None, MANY), (Some(false), MANY), (Some(true), FEW)] {
+            assert_eq!(run(wide, multiprocessors), narrow, "V={vocab}, {wide:?}");
         }
-        force_parts(0);
     }
 }
 

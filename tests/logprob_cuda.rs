@@ -5,7 +5,7 @@
 mod common;
 
 use common::device::{
-    blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, ORDERS,
+    blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, FEW, MANY, ORDERS,
 };
 use common::*;
 use half::{bf16, f16};
@@ -60,8 +60,6 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
         let targets = Buffer::new(self.targets, 0);
         let mut out = [(); 4].map(|()| Buffer::new(&vec![f32::NAN; rows], 0));
         let [logp, entropy, max, log_sum] = &mut out;
-        let length = cuda::workspace_len::<T>(stream.device(), rows, vocab);
-        let mut workspace = Buffer::workspace(length, 0);
         let outputs = ForwardOutputs {
             logp: logp.slice_mut(),
             entropy: Some(entropy.slice_mut()),
@@ -70,11 +68,11 @@ impl<T: Logit, I: TokenId> Call<'_, T, I> {
         };
         let inputs = ForwardInputs { logits: logits.slice(), targets: targets.slice() };
         let options = &self.options;
-        cuda::forward(&stream, inputs, rows, vocab, options, outputs, workspace.slice_mut())?;
+        cuda::forward(&stream, inputs, rows, vocab, options, outputs)?;
 
         let mut alone = Buffer::new(&vec![f32::NAN; rows], 0);
         let outputs = only(&mut alone);
-        cuda::forward(&stream, inputs, rows, vocab, options, outputs, workspace.slice_mut())?;
+        cuda::forward(&stream, inputs, rows, vocab, options, outputs)?;
         let same = alone.read().iter().zip(&logp.read()).all(|(a, b)| a.to_bits() == b.to_bits());
         assert!(same, "with and without entropy");
 
@@ -112,7 +110,7 @@ fn narrow<T: Logit>(values: &[f32]) -> Vec<T> {
     values.iter().map(|&x| T::from_f32(x)).collect()
 }
 
-/// Every case against the reference, all orders, with clusters and without.
+/// Every case against the reference, all orders, parts side by side and one after the other.
 fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
     let mut rng = rng(1);
     for vocab in vocabularies::<T>() {
@@ -128,8 +126,8 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
             let mut first: Option<Vec<u32>> = None;
             for (i, &order) in orders.iter().enumerate() {
                 let call = Call {
-                    // With clusters and without.
-                    machine: Machine { planted_bug, ..machine(order, [9, 8][i % 2], blocks) },
+                    // Parts of a row side by side, and one after the other.
+                    machine: Machine { planted_bug, ..machine(order, [MANY, FEW][i % 2], blocks) },
                     offset: i,
                     logits: &logits,
                     targets: &targets,
@@ -154,7 +152,7 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
                 assert_close(&format!("{what} grad"), &wide(&run.grad), &grad, rel, abs);
                 let bits = run.bits();
                 let first = first.get_or_insert_with(|| bits.clone());
-                assert!(*first == bits, "{what}: bits depend on order, alignment or clusters");
+                assert!(*first == bits, "{what}: bits depend on order, alignment or width");
             }
         }
     }
@@ -185,14 +183,11 @@ fn rows_begin_beyond_two_to_the_31st_element() {
     ids[rows - 1] = target as i64;
     let ids = Buffer::new(&ids, 0);
     let mut logp = Buffer::new(&vec![f32::NAN; rows], 0);
-    let stream = stream(machine(Order::Fifo, 9, 8));
+    let stream = stream(machine(Order::Fifo, MANY, 8));
     let options = LogprobOptions { ignore_index: Some(-100), ..Default::default() };
     let outputs = only(&mut logp);
-    let length = cuda::workspace_len::<bf16>(stream.device(), rows, vocab);
-    let mut workspace = Buffer::workspace(length, 0);
     let inputs = ForwardInputs { logits: logits.slice(), targets: ids.slice() };
-    let workspace = workspace.slice_mut();
-    cuda::forward(&stream, inputs, rows, vocab, &options, outputs, workspace).unwrap();
+    cuda::forward(&stream, inputs, rows, vocab, &options, outputs).unwrap();
     let expected = 10.0 - (vocab as f64 - 1.0 + 10f64.exp()).ln();
     let logp = wide(&logp.read());
     assert!(logp[..rows - 1].iter().all(|&logp| logp == 0.0));
@@ -209,7 +204,7 @@ fn bits_do_not_depend_on_the_other_rows() {
         let up = uniform(&mut rng, rows, 1.0);
         let call = |from: usize, to: usize| {
             let call = Call {
-                machine: machine(Order::Fifo, 9, 1 << 20),
+                machine: machine(Order::Fifo, MANY, 1 << 20),
                 offset: 0,
                 logits: &logits[from * vocab..to * vocab],
                 targets: &targets[from..to],
@@ -233,7 +228,7 @@ fn bits_do_not_depend_on_the_other_rows() {
 
 #[test]
 fn special_rows_come_out_as_on_the_cpu() {
-    for (vocab, major) in [(5, 9), (3000, 9), (40_000, 9), (40_000, 8)] {
+    for (vocab, multiprocessors) in [(5, MANY), (3000, MANY), (40_000, MANY), (40_000, FEW)] {
         let rows = 7;
         let mut logits = vec![0.5_f32; rows * vocab];
         let row = |i: usize| i * vocab..(i + 1) * vocab;
@@ -249,7 +244,7 @@ fn special_rows_come_out_as_on_the_cpu() {
         let up_logp = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0];
         let up_entropy = [0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 0.5];
         let options = LogprobOptions { ignore_index: Some(-100), ..Default::default() };
-        let machine = machine(Order::Random(3), major, 1 << 20);
+        let machine = machine(Order::Random(3), multiprocessors, 1 << 20);
         let call = Call {
             machine,
             offset: 1,
@@ -298,11 +293,11 @@ fn special_rows_come_out_as_on_the_cpu() {
 
 #[test]
 fn a_target_outside_the_vocabulary_makes_its_row_nan() {
-    for (vocab, major) in [(5, 9), (3000, 9), (40_000, 9), (40_000, 8)] {
+    for (vocab, multiprocessors) in [(5, MANY), (3000, MANY), (40_000, MANY), (40_000, FEW)] {
         let logits = vec![0.5_f32; 4 * vocab];
         let targets = [0, vocab as i64, i64::MIN, 1];
         let call = Call {
-            machine: machine(Order::Lifo, major, 1 << 20),
+            machine: machine(Order::Lifo, multiprocessors, 1 << 20),
             offset: 0,
             logits: &logits,
             targets: &targets,
@@ -329,7 +324,7 @@ fn a_vocabulary_of_a_million_and_no_rows_at_all_work() {
     let z: Vec<f64> = logits.iter().map(|z| f64::from(z.to_f32())).collect();
     let run = |logits: &[bf16], targets: &[u32], up: &[f32]| {
         let call = Call {
-            machine: machine(Order::Fifo, 9, 1 << 20),
+            machine: machine(Order::Fifo, MANY, 1 << 20),
             offset: 0,
             logits,
             targets,
@@ -350,27 +345,22 @@ fn a_vocabulary_of_a_million_and_no_rows_at_all_work() {
 
 #[test]
 fn bad_input_is_refused_by_name() {
-    let stream = stream(machine(Order::Fifo, 8, 1 << 20));
+    let stream = stream(machine(Order::Fifo, FEW, 1 << 20));
     let (logits, targets) = (Buffer::new(&[0.0_f32; 6], 0), Buffer::new(&[0_u32; 2], 0));
-    let forward = |logits, targets, vocab, temperature, logp: usize, workspace: usize| {
+    let forward = |logits, targets, vocab, temperature, logp: usize| {
         let inputs = ForwardInputs::<f32, u32> { logits, targets };
-        let (mut logp, mut workspace) =
-            (Buffer::new(&vec![0.0; logp], 0), Buffer::new(&vec![0.0; workspace], 0));
+        let mut logp = Buffer::new(&vec![0.0; logp], 0);
         let options = LogprobOptions { temperature, ..Default::default() };
-        let workspace = workspace.slice_mut();
-        cuda::forward(&stream, inputs, 2, vocab, &options, only(&mut logp), workspace)
+        cuda::forward(&stream, inputs, 2, vocab, &options, only(&mut logp))
     };
-    let error = forward(logits.slice(), targets.slice(), 3, 0.0, 2, 0).unwrap_err();
+    let error = forward(logits.slice(), targets.slice(), 3, 0.0, 2).unwrap_err();
     assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
-    let error = forward(logits.slice(), targets.slice(), 4, 1.0, 2, 0).unwrap_err();
+    let error = forward(logits.slice(), targets.slice(), 4, 1.0, 2).unwrap_err();
     assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
-    let error = forward(logits.slice(), targets.slice(), 0, 1.0, 2, 0).unwrap_err();
+    let error = forward(logits.slice(), targets.slice(), 0, 1.0, 2).unwrap_err();
     assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
-    let error = forward(logits.slice(), targets.slice(), 3, 1.0, 1, 0).unwrap_err();
+    let error = forward(logits.slice(), targets.slice(), 3, 1.0, 1).unwrap_err();
     assert!(matches!(error, Error::Shape { arg: "logp", .. }), "{error}");
-    let long = Buffer::new(&vec![0.0_f32; 2 * 40_000], 0);
-    let error = forward(long.slice(), targets.slice(), 40_000, 1.0, 2, 23).unwrap_err();
-    assert_eq!(error.to_string(), "logprob: `workspace` has shape [23], expected [24] or more");
 }
 
 #[cfg(feature = "simt")]
@@ -396,7 +386,7 @@ mod planted {
     fn planted_races_are_seen_in_one_of_the_orders() {
         let seeds: Vec<Order> = (0..4).map(Order::Random).collect();
         let orders = [&ORDERS[..2], &seeds].concat();
-        for bug in ["missing_barrier", "missing_cluster_barrier", "shared_memory_race"] {
+        for bug in ["missing_barrier", "missing_barrier_of_parts", "shared_memory_race"] {
             assert!(!unseen(bug, &orders), "{bug}");
         }
     }
@@ -406,10 +396,15 @@ mod planted {
     #[ignore = "ends the process under a sanitizer"]
     fn a_planted_bug_for_a_sanitizer() {
         let bug = std::env::var("PLANTED_BUG").unwrap();
-        let name = ["read_past_the_row", "missing_barrier", "shared_memory_race"]
-            .into_iter()
-            .find(|name| *name == bug)
-            .unwrap();
+        let name = [
+            "read_past_the_row",
+            "missing_barrier",
+            "missing_barrier_of_parts",
+            "shared_memory_race",
+        ]
+        .into_iter()
+        .find(|name| *name == bug)
+        .unwrap();
         // An order that hides the bug from the results, where there is one.
         let _ = agrees_with_the_reference::<bf16>(name, &[Order::Lifo]);
     }

@@ -15,10 +15,10 @@
 #   benches/gpu/run.sh second         230 s: smoke peers counters table
 #   benches/gpu/run.sh third [ARGS]   570 s: smoke candle train; ARGS as of `train`
 #   benches/gpu/run.sh STEP..         these steps, in 570 s:
-#       smoke      the machine, one test with clusters, one backward pass of PyTorch
+#       smoke      the machine, one test, one backward pass of PyTorch
 #       test       every test; what fails runs once more, alone and without launches beside it
 #       table      time, GB/s and share of a copy of every pass: bf16, then f32 and the ops on tokens
-#       parts      the forward passes with 1, 2 and 8 parts a row, and without clusters
+#       parts      the forward passes with the parts of a row side by side, and one after the other
 #       python     the PyTorch ops' tests on CUDA
 #       sanitize   five tests under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
 #       peers      the PyTorch ops beside eager, torch.compile and the packages of `build peers`
@@ -260,7 +260,7 @@ smoke() {
         went "no GPU that can be used: $(tail -n 1 "$OUT/env.txt")"
         exit 4
     fi
-    step 20 tests "smoke: clusters" "$bin/test" --exact "$SMOKE"
+    step 20 tests "smoke: a test" "$bin/test" --exact "$SMOKE"
     # The backward pass runs in a thread that has made no CUDA call.
     step 40 pytorch "smoke: a backward pass of PyTorch" python3 -c '
 import torch, ppo_kernels
@@ -294,11 +294,8 @@ table() {
 }
 
 parts() {
-    local parts
-    for parts in 1 2 8; do
-        step 15 table "forward passes, $parts parts" "$bin/time" --bf16 --parts "$parts" forward
-    done
-    step 15 table "forward passes, without clusters" "$bin/time" --bf16 --no-clusters forward
+    step 15 table "forward passes, wide" "$bin/time" --bf16 --wide forward
+    step 15 table "forward passes, narrow" "$bin/time" --bf16 --narrow forward
 }
 
 python() {

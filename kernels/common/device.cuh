@@ -165,34 +165,3 @@ static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b, f16) {
     return v;
 }
 #endif
-
-// Thread-block clusters: several blocks that run together and read each other's shared memory.
-// Chips before sm_90 have none, and no launch there asks for one.
-
-// Waits for every thread of the cluster; what they wrote before is seen after.
-static __device__ __forceinline__ void cluster_sync() {
-#ifdef SIMT
-    simt::cluster_sync();
-#elif __CUDA_ARCH__ >= 900
-    // Not `.aligned`: lanes of a warp come here apart after what only one of them does.
-    asm volatile("barrier.cluster.arrive.release;\n"
-                 "barrier.cluster.wait.acquire;" ::: "memory");
-#else
-    // A launch that is mistaken about the code it runs must not end in a wrong sum.
-    __trap();
-#endif
-}
-
-// What `mine` is in the block of that rank.
-template <class T>
-static __device__ __forceinline__ T* in_cluster_block(T* mine, unsigned rank) {
-#ifdef SIMT
-    return static_cast<T*>(simt::in_cluster_block(mine, rank));
-#elif __CUDA_ARCH__ >= 900
-    uint64_t theirs;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
-    return reinterpret_cast<T*>(theirs);
-#else
-    return mine;
-#endif
-}

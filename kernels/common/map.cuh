@@ -62,7 +62,7 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
         uint4 v[IN][VECTORS<IN>];
 #pragma unroll
         for (int k = 0; k < IN; k++) {
-            const Row<T> row(in[k] + split.head, columns - split.head);
+            const Row<T> row(in[k] + split.head, columns - split.head, 0, 0);
             row.load(tile, thread, threads, split.vectors, v[k]);
         }
         uint32_t keep[VECTORS<IN>];
@@ -97,7 +97,8 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
             }
         }
     }
-    const int rank = share.chunk * threads + thread;
+    // Columns that are no vectors fall to the last threads, which have the fewest of those.
+    const int rank = (share.chunks - share.chunk) * threads - 1 - thread;
     const auto one = [&](int64_t column) {
         float x[IN][1], y[OUT][1];
 #pragma unroll

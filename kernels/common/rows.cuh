@@ -1,21 +1,44 @@
-// Sums over rows: of a warp a row, of a block a row, or of several blocks a row, each of which
-// takes a part of the columns. What a thread takes, and the order in which sums are merged, depends
-// on the row's length alone; so the bits are the same with clusters and without.
+// Sums over rows: of a warp a row, or of a block a row. A long row has several parts, ranges of whole
+// tiles of columns. A block takes one after the other, or, where rows are too few to fill the device,
+// a wide block takes all at once, with as many threads for each. What a thread adds up of a part, and
+// the order in which sums are merged, depends on the row's length alone; so the bits are the same
+// either way.
 //
-// What is summed is said by a reduction R. Its `args` hold `rows`, `parts`, and `partials` for
-// [rows, parts] sums, or null where the parts of a row are the blocks of a cluster. And it has:
+// Nothing but the columns is spread over multiprocessors: a barrier of a cluster costs more than it
+// gains (on an H200 a row in 8 blocks took 1.75 times the time of a row in one, and of 64 rows each in
+// 8 blocks did no better than in 2).
 //
-//     item(row)                           what has to be known of a row before it is read
-//     reads(item)                         whether it is read at all
-//     none()                              the sums over no columns
-//     sum(row, part, thread, threads)     those over the columns of a part that fall to one thread
-//     merge(a, b)                         of both
-//     warp_merge(a)                       of all lanes, in every lane
-//     write(row, item, sums)              what comes of them
-//     write_unread(row, item)             what comes of a row that is not read
+// What is summed is said by a reduction R. Its `args` hold `rows` and `parts`. And it has:
+//
+//     MOST_PARTS                                 of a row: what a wide block has threads for
+//     item(row)                                  what has to be known of a row before it is read
+//     reads(item)                                whether it is read at all
+//     none()                                     the sums over no columns
+//     sum(row, part, thread, threads)            those over the columns of a part that fall to one
+//                                                thread
+//     merge(a, b)                                of both
+//     warp_merge(a)                              of all lanes, in every lane
+//     write(row, item, sums)                     what comes of them
+//     write_unread(row, item)                    what comes of a row that is not read
 #pragma once
 
 #include "reduce.cuh"
+
+// Threads for a part of a row that has several.
+constexpr int PART_THREADS = 256;
+
+// A range of a row's groups.
+struct Range {
+    int first, end;
+};
+
+// The groups of a part: whole tiles, but for the row's last.
+static __device__ __forceinline__ Range part_of_row(int groups, int part, int parts, int tile) {
+    if (parts == 1) return {0, groups};
+    const int tiles = (groups + tile - 1) / tile;
+    const int first = tiles * part / parts * tile;
+    return {first, min(tiles * (part + 1) / parts * tile, groups)};
+}
 
 // Block [warps x 32], a row a warp.
 template <class R>
@@ -50,53 +73,33 @@ static __device__ __forceinline__ Sums block_merge(const R& reduction, Sums sums
     return sums;
 }
 
-// Block [threads], a part of a row a block; the grid is a multiple of the parts.
-template <class R>
+// Block [threads], a row a block, its parts one after the other; or, WIDE, block
+// [parts x PART_THREADS], a row a block, its parts side by side.
+template <bool WIDE, class R>
 static __device__ __forceinline__ void reduce_by_blocks(const R& reduction) {
     using Sums = decltype(reduction.none());
     SHARED(Sums, warps, WARP);
-    SHARED(Sums, part_sums, 1);
+    // Of every thread and part. Not in registers, of which there are none left.
+    SHARED(Sums, part_sums, R::MOST_PARTS * PART_THREADS);
     const auto& args = reduction.args;
-    const int part = blockIdx.x % args.parts;
-    const int64_t step = gridDim.x / args.parts;
-    for (int64_t row = blockIdx.x / args.parts; row < args.rows; row += step) {
+    const int threads = WIDE ? PART_THREADS : blockDim.x;
+    const int thread = threadIdx.x % threads;
+    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
         const auto item = reduction.item(row);
         if (!reduction.reads(item)) {
-            if (part == 0 && threadIdx.x == 0) reduction.write_unread(row, item);
+            if (threadIdx.x == 0) reduction.write_unread(row, item);
             continue;
         }
-        Sums sums = reduction.sum(row, part, threadIdx.x, blockDim.x);
-        sums = block_merge(reduction, sums, warps);
-        if (args.parts == 1) {
-            if (threadIdx.x == 0) reduction.write(row, item, sums);
-        } else if (args.partials) {
-            if (threadIdx.x == 0) args.partials[row * args.parts + part] = sums;
-        } else {
-            if (threadIdx.x == 0) *part_sums = sums;
-            cluster_sync();
-            if (part == 0 && threadIdx.x == 0) {
-                for (int other = 1; other < args.parts; other++) {
-                    sums = reduction.merge(sums, *in_cluster_block(part_sums, other));
-                }
-                reduction.write(row, item, sums);
-            }
-            // Until they were read, the other blocks must neither leave nor take their next row.
-            cluster_sync();
+        for (int part = threadIdx.x / threads; part < args.parts; part += blockDim.x / threads) {
+            part_sums[part * threads + thread] = reduction.sum(row, part, thread, threads);
         }
-    }
-}
-
-// Block [threads], a row a thread: what rank 0 of a cluster does, where there are no clusters.
-template <class R>
-static __device__ __forceinline__ void merge_parts(const R& reduction) {
-    const auto& args = reduction.args;
-    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-    for (int64_t row = first; row < args.rows; row += int64_t(gridDim.x) * blockDim.x) {
-        const auto item = reduction.item(row);
-        if (!reduction.reads(item)) continue;
-        const auto* parts = args.partials + row * args.parts;
-        auto sums = parts[0];
-        for (int part = 1; part < args.parts; part++) sums = reduction.merge(sums, parts[part]);
-        reduction.write(row, item, sums);
+        if (WIDE) __syncthreads();
+        Sums sums = reduction.none();
+        // The threads of other parts have nothing left to add.
+        for (int part = 0; part < args.parts && threadIdx.x < threads; part++) {
+            sums = reduction.merge(sums, part_sums[part * threads + thread]);
+        }
+        sums = block_merge(reduction, sums, warps);
+        if (threadIdx.x == 0) reduction.write(row, item, sums);
     }
 }

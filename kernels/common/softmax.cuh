@@ -5,6 +5,7 @@
 #pragma once
 
 #include "reduce.cuh"
+#include "vector.cuh"
 
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LN_2 = 0.693147181f;
@@ -32,23 +33,27 @@ static __device__ __forceinline__ SoftmaxSums rebase(SoftmaxSums s, float max, f
     return {max, s.sum * factor, fmaf(shift, s.sum, s.weighted) * factor};
 }
 
-// Adds a vector of logits.
-template <bool WEIGHTED, int N>
-static __device__ __forceinline__ void add(SoftmaxSums& s, const float (&z)[N], float scale) {
-    float max = s.max;
-#pragma unroll
-    for (int i = 0; i < N; i++) max = fmaxf(max, z[i]);
-    s = rebase(s, max, scale);
-
-    float sum[N], weighted[N];
+// Adds the first `vectors` vectors of logits, the same number for all lanes; the others hold -inf. The
+// maximum of all is found first, so that sums are rebased once.
+template <bool WEIGHTED, class T, int N>
+static __device__ __forceinline__ void add(SoftmaxSums& s, const uint4 (&v)[N], int vectors,
+                                           float scale, T type) {
+    s = rebase(s, fmaxf(s.max, highest(v, type)), scale);
+    const float base = origin(s.max);
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        const float y = (z[i] - origin(max)) * scale;
-        sum[i] = exp2_fast(y);
-        if (WEIGHTED) weighted[i] = sum[i] * fmaxf(y, FLOOR);
+        if (i >= vectors) break;
+        float z[WIDTH<T>], weighted[WIDTH<T>];
+        unpack(v[i], z, type);
+#pragma unroll
+        for (int j = 0; j < WIDTH<T>; j++) {
+            const float y = (z[j] - base) * scale;
+            z[j] = exp2_fast(y);
+            if (WEIGHTED) weighted[j] = z[j] * fmaxf(y, FLOOR);
+        }
+        s.sum += tree_sum(z);
+        if (WEIGHTED) s.weighted += tree_sum(weighted);
     }
-    s.sum += tree_sum(sum);
-    if (WEIGHTED) s.weighted += tree_sum(weighted);
 }
 
 static __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b, float scale) {

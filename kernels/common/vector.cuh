@@ -91,6 +91,24 @@ static __device__ __forceinline__ uint4 extract(uint4 low, uint4 high, unsigned 
                       __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
 }
 
+// The same of several, for a `skip` that all lanes have: which words they are is a branch and costs
+// nothing for each.
+template <int N>
+static __device__ __forceinline__ void extract(const uint4 (&low)[N], const uint4 (&high)[N],
+                                               unsigned skip, uint4 (&v)[N]) {
+    const unsigned in_word = skip & 3;
+    const auto all = [&](unsigned skip) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
+    };
+    switch (skip / 4) {
+        case 0: return all(in_word);
+        case 1: return all(4 | in_word);
+        case 2: return all(8 | in_word);
+        default: return all(12 | in_word);
+    }
+}
+
 // A row for reading, as groups of WIDTH columns counted from column 0. Which columns make a group
 // does not depend on the row's alignment, so neither do the bits of a sum over groups: a misaligned
 // group is put together from the two aligned vectors that it straddles. The second of them is the
@@ -102,15 +120,26 @@ struct Row {
     int64_t columns;
     // Bytes from an aligned address up to the row.
     unsigned skip;
-    // The groups whose vectors lie in the row: the first group of a misaligned row does not, since
-    // what stands before the row is not ours to read.
+    // The groups that are columns throughout, and whose vectors are ours to read.
     int first_inside, end_inside;
 
-    __device__ __forceinline__ Row(const T* data, int64_t columns) : data(data), columns(columns) {
+    // What stands before and after the row is read too, in vectors that hold columns of it, if so many
+    // elements there stay as they are while the kernel runs.
+    __device__ __forceinline__ Row(const T* data, int64_t columns, int64_t before, int64_t after)
+        : data(data), columns(columns) {
         skip = unsigned(reinterpret_cast<uintptr_t>(data) & 15);
-        const int vectors = int((columns * sizeof(T) + skip) / 16);
-        first_inside = skip ? 1 : 0;
-        end_inside = skip ? vectors - 1 : vectors;
+        first_inside = skip && before < WIDTH<T> ? 1 : 0;
+        const int64_t end = columns + min(after, int64_t(WIDTH<T>));
+        const int vectors = int((end * int64_t(sizeof(T)) + skip) / 16);
+        end_inside = min(skip ? vectors - 1 : vectors, int(columns / WIDTH<T>));
+    }
+
+    // A row of a tensor [rows, columns].
+    static __device__ __forceinline__ Row of(const void* tensor, int64_t row, int64_t rows,
+                                             int64_t columns) {
+        const int64_t before = row * columns;
+        return Row(static_cast<const T*>(tensor) + before, columns, before,
+                   (rows - 1 - row) * columns);
     }
 
     __device__ __forceinline__ const T* at(int group) const {
@@ -138,25 +167,35 @@ struct Row {
 #pragma unroll
                 for (int i = 0; i < N; i++) v[i] = load_once(at(mine + i * threads));
             } else {
-                uint4 low[N], high[N];
 #pragma unroll
-                for (int i = 0; i < N; i++) {
-                    load_straddled(mine + i * threads, low[i], high[i]);
+                for (int i = 0; i < N; i++) v[i] = load_shared_by_neighbours(low_of(mine + i * threads));
+                // Half of the others at a time: they come from L1, and registers are few.
+                constexpr int HALF = (N + 1) / 2;
+#pragma unroll
+                for (int first = 0; first < N; first += HALF) {
+                    uint4 low[HALF], high[HALF];
+#pragma unroll
+                    for (int i = 0; i < HALF; i++) {
+                        low[i] = v[first + i];
+                        high[i] = load_shared_by_neighbours(low_of(mine + (first + i) * threads) + 16);
+                    }
+                    extract(low, high, skip, low);
+#pragma unroll
+                    for (int i = 0; i < HALF; i++) v[first + i] = low[i];
                 }
-#pragma unroll
-                for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
             }
             return;
         }
-        uint4 low[N], high[N];
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const int group = mine + i * threads;
-            low[i] = high[i] = nothing();
-            if (group < end && inside(group, group + 1)) load_straddled(group, low[i], high[i]);
+            uint4 low = nothing(), high = low;
+            if (group < end && inside(group, group + 1)) {
+                low = load_shared_by_neighbours(low_of(group));
+                if (skip) high = load_shared_by_neighbours(low_of(group) + 16);
+            }
+            v[i] = extract(low, high, skip);
         }
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
         if (inside(tile, min(tile_end, end))) return;
 #pragma unroll 1
         for (int i = 0; i < N; i++) {
@@ -175,11 +214,9 @@ struct Row {
         return make_uint4(NOTHING<T>, NOTHING<T>, NOTHING<T>, NOTHING<T>);
     }
 
-    // The two vectors in which the group lies; of an aligned row it is the first.
-    __device__ __forceinline__ void load_straddled(int group, uint4& low, uint4& high) const {
-        const char* address = reinterpret_cast<const char*>(at(group)) - skip;
-        low = load_shared_by_neighbours(address);
-        if (skip) high = load_shared_by_neighbours(address + 16);
+    // The first of the two aligned vectors in which a group lies, which of an aligned row is the group.
+    __device__ __forceinline__ const char* low_of(int group) const {
+        return reinterpret_cast<const char*>(at(group)) - skip;
     }
 
     // A group at an end of the row, one element at a time.

@@ -21,7 +21,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 
 use self::arguments::{check_pointer, initialise, read, Growing, Memory, Options, Workspace};
 use crate::cpu::{num_threads, use_team};
-use crate::cuda::{Device, Stream};
+use crate::cuda::Stream;
 use crate::error::Error;
 
 /// The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
@@ -264,7 +264,7 @@ pub(crate) unsafe trait Pass: Copy {
 
     /// The bytes of workspace that the pass needs on CUDA, by sizes and options, and by which pointers
     /// are null.
-    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+    fn workspace_size(&self, _: &Memory) -> Result<usize> {
         Ok(0)
     }
 }
@@ -346,7 +346,7 @@ pub(crate) unsafe fn cuda<A: Pass>(
             check_cuda(A::OP)?;
             (read(A::OP, "args", args)?, stream(handle)?, Memory::new::<A>())
         };
-        let needed = args.workspace_size(&memory, stream.device())?;
+        let needed = args.workspace_size(&memory)?;
         let workspace = Workspace { address: workspace, bytes, needed };
         args.run(&mut memory, On::Cuda(stream, workspace))
     })
@@ -367,8 +367,10 @@ pub(crate) unsafe fn workspace_size<A: Pass>(
         check_pointer(A::OP, "size", size)?;
         // SAFETY: the caller's.
         unsafe {
-            let (args, stream) = (read(A::OP, "args", args)?, stream(handle)?);
-            size.write(args.workspace_size(&Memory::new::<A>(), stream.device())?);
+            let args = read(A::OP, "args", args)?;
+            // Only looked at: a later version may ask the device.
+            stream(handle)?;
+            size.write(args.workspace_size(&Memory::new::<A>())?);
         }
         Ok(())
     })
@@ -398,7 +400,9 @@ unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
 #[cfg(feature = "simt")]
 unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
     use crate::cuda::simt::{Machine, Order};
-    let device = Device { compute_capability: (9, 0), max_blocks: i32::MAX as u32, clusters: true };
+    use crate::cuda::Device;
+    let (compute_capability, max_blocks) = ((9, 0), i32::MAX as u32);
+    let device = Device { compute_capability, max_blocks, multiprocessors: 132 };
     let machine = Machine { order: Order::Fifo, device, planted_bug: "" };
     // SAFETY: the caller's.
     let given = unsafe { handle.cast::<Machine>().as_ref() };

@@ -10,7 +10,7 @@ use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::DriverError;
 
-use super::{has_clusters, Device, Kernel, Launch};
+use super::{Device, Kernel, Launch};
 use crate::error::{Error, Result};
 
 /// A compiled file of kernels. The driver reads its header as words.
@@ -19,9 +19,6 @@ struct Image<Bytes: ?Sized>(Bytes);
 
 /// The image of every op.
 static IMAGES: &[(&str, &Image<[u8]>)] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
-
-/// What build.rs compiled them for. The PTX is that of the lowest.
-static ARCHITECTURES: &[u32] = include!(concat!(env!("OUT_DIR"), "/architectures.rs"));
 
 /// What has been loaded, by the context's number, which the driver never uses again for another.
 /// Handles are kept as integers; they are the driver's to look into, and go with their context.
@@ -53,19 +50,20 @@ impl Stream {
                 let context = context_of(stream)?;
                 sys::cuCtxGetId(context, &mut context_id).result()?;
                 let _current = Current::set(context)?;
-                let (mut device, mut numbers) = (0, [0; 3]);
+                let (mut device, mut numbers) = (0, [0; 4]);
                 sys::cuCtxGetDevice(&mut device).result()?;
                 let attributes = [
                     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
                     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
                     sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X,
+                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
                 ];
                 for (number, attribute) in numbers.iter_mut().zip(attributes) {
                     sys::cuDeviceGetAttribute(number, attribute, device).result()?;
                 }
-                let [major, minor, max_blocks] = numbers.map(i32::unsigned_abs);
-                let clusters = has_clusters(ARCHITECTURES, (major, minor));
-                let device = Device { compute_capability: (major, minor), max_blocks, clusters };
+                let [major, minor, max_blocks, multiprocessors] = numbers.map(i32::unsigned_abs);
+                let compute_capability = (major, minor);
+                let device = Device { compute_capability, max_blocks, multiprocessors };
                 Ok((Self { stream, context, context_id }, device))
             }
         });
@@ -89,27 +87,21 @@ impl Stream {
         let function = self.function(kernel).map_err(failed)?;
 
         let mut parameters = [args.cast_mut()];
-        // SAFETY: an attribute is plain data for which zero is a value.
-        let mut cluster: sys::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        cluster.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        cluster.value.clusterDim.x = launch.cluster;
-        cluster.value.clusterDim.y = 1;
-        cluster.value.clusterDim.z = 1;
-        let config = sys::CUlaunchConfig {
-            gridDimX: launch.blocks,
-            gridDimY: 1,
-            gridDimZ: 1,
-            blockDimX: launch.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: 0,
-            hStream: self.stream,
-            attrs: &mut cluster,
-            numAttrs: u32::from(launch.cluster > 1),
-        };
         // SAFETY: the function is of this context, and `args` leads to the struct it takes.
         let launched = unsafe {
-            sys::cuLaunchKernelEx(&config, function, parameters.as_mut_ptr(), std::ptr::null_mut())
+            sys::cuLaunchKernel(
+                function,
+                launch.blocks,
+                1,
+                1,
+                launch.threads,
+                1,
+                1,
+                0,
+                self.stream,
+                parameters.as_mut_ptr(),
+                std::ptr::null_mut(),
+            )
         };
         launched.result().map_err(failed)
     }

@@ -30,7 +30,7 @@ use crate::error::Result;
 #[cfg(all(feature = "cuda", feature = "candle"))]
 pub(crate) use driver::{allocation_error, device_error};
 #[doc(hidden)]
-pub use rows::force_parts;
+pub use rows::force_wide;
 
 /// How many CUDA devices there are.
 ///
@@ -48,19 +48,8 @@ pub struct Device {
     pub compute_capability: (u32, u32),
     /// The most blocks of a grid; kernels loop over what is left.
     pub max_blocks: u32,
-    /// Whether blocks can run as clusters that read each other's shared memory: from 9.0 on, if the
-    /// kernels that the device runs were compiled for that.
-    pub clusters: bool,
-}
-
-/// Tells whether the code that the driver takes for a device knows of clusters: code for the same
-/// major number and no later minor one, or else the PTX, in which they are missing if it is for less
-/// than 90, whatever the device has.
-#[cfg(any(feature = "cuda", test))]
-fn has_clusters(architectures: &[u32], (major, minor): (u32, u32)) -> bool {
-    let compiled = architectures.iter().any(|arch| arch / 10 == major && arch % 10 <= minor);
-    let ptx = architectures.iter().min().is_some_and(|&arch| arch >= 90);
-    major >= 9 && (compiled || ptx)
+    /// How many multiprocessors it has.
+    pub multiprocessors: u32,
 }
 
 /// A stream to launch on.
@@ -118,7 +107,7 @@ impl Stream<'_> {
         let device = Device {
             compute_capability: device.compute_capability.min(self.device.compute_capability),
             max_blocks: device.max_blocks.min(self.device.max_blocks),
-            clusters: device.clusters && self.device.clusters,
+            multiprocessors: device.multiprocessors.min(self.device.multiprocessors),
         };
         Self { device, ..self }
     }
@@ -150,7 +139,7 @@ impl Stream<'_> {
         threads: usize,
         args: &A,
     ) -> Result<()> {
-        let launch = Launch::new(self.device, blocks, 1, threads as u32);
+        let launch = Launch::new(self.device, blocks, threads);
         self.launch(&Kernel { op, pass, dtype: "f32" }, launch, args)
     }
 }
@@ -178,21 +167,13 @@ impl Kernel {
 pub(crate) struct Launch {
     blocks: u32,
     threads: u32,
-    cluster: u32,
 }
 
 impl Launch {
-    /// So many clusters of blocks of threads, or as many as the device's grid takes: the kernel loops
-    /// over the rest.
-    pub(crate) fn new(device: Device, clusters: usize, cluster: u32, threads: u32) -> Self {
-        let most = device.max_blocks / cluster;
-        let clusters = u32::try_from(clusters).map_or(most, |clusters| clusters.min(most));
-        Self { blocks: clusters * cluster, threads, cluster }
-    }
-
-    /// The same launch without clusters.
-    pub(crate) fn without_clusters(self) -> Self {
-        Self { cluster: 1, ..self }
+    /// So many blocks of threads, or as many as the device's grid takes: the kernel loops over the rest.
+    pub(crate) fn new(device: Device, blocks: usize, threads: usize) -> Self {
+        let blocks = u32::try_from(blocks).map_or(device.max_blocks, |n| n.min(device.max_blocks));
+        Self { blocks, threads: threads as u32 }
     }
 }
 
@@ -272,25 +253,5 @@ impl<T> SliceMut<'_, T> {
             let address = self.address.wrapping_add(index * width);
             Self { address, len: width, lifetime: PhantomData }
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::has_clusters;
-
-    #[test]
-    fn ptx_for_chips_without_clusters_is_launched_without_them() {
-        let all = [80, 86, 89, 90, 100, 120];
-        for device in [(9, 0), (10, 0), (10, 3), (12, 1)] {
-            assert!(has_clusters(&all, device));
-        }
-        for device in [(8, 0), (8, 9), (11, 0), (13, 0)] {
-            assert!(!has_clusters(&all, device), "{device:?}");
-        }
-        assert!(!has_clusters(&[80], (9, 0)));
-        assert!(!has_clusters(&[89, 103], (10, 0)));
-        assert!(has_clusters(&[90], (11, 0)));
-        assert!(!has_clusters(&[], (9, 0)));
     }
 }

@@ -6,30 +6,29 @@ use std::cell::Cell;
 use super::{Args, Device, Kernel, Launch, Stream};
 use crate::error::{Error, Result};
 
-/// How rows of up to so many bytes are shared out. It must not depend on the number of rows, nor on
-/// the device: it decides the order of additions.
+/// Threads that share a row of up to so many bytes, or a range of its columns.
 struct RowGeometry {
     max_row_bytes: usize,
-    /// Threads for each part of a row: a warp, or all of a block.
+    /// A warp, or all of a block.
     threads: usize,
-    /// Blocks for a row.
-    parts: usize,
 }
 
-const REDUCTION: [RowGeometry; 6] = [
-    RowGeometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
-    RowGeometry { max_row_bytes: 16 << 10, threads: 128, parts: 1 },
-    RowGeometry { max_row_bytes: 64 << 10, threads: 256, parts: 1 },
-    RowGeometry { max_row_bytes: 128 << 10, threads: 256, parts: 2 },
-    RowGeometry { max_row_bytes: 256 << 10, threads: 256, parts: 4 },
-    RowGeometry { max_row_bytes: usize::MAX, threads: 256, parts: 8 },
+/// Threads that share a row, by its bytes. It must not depend on the number of rows, nor on the device:
+/// it decides the order of additions.
+const REDUCTION: [RowGeometry; 3] = [
+    RowGeometry { max_row_bytes: 2 << 10, threads: WARP },
+    RowGeometry { max_row_bytes: 16 << 10, threads: 128 },
+    RowGeometry { max_row_bytes: usize::MAX, threads: BLOCK_THREADS },
 ];
+
+/// The longest row, in bytes, of one part: the columns that 256 threads have in flight, four times over.
+const ONE_PART: usize = 64 << 10;
 
 /// Threads that share a range of columns, by the row's bytes; no sum depends on it.
 const MAP: [RowGeometry; 3] = [
-    RowGeometry { max_row_bytes: 2 << 10, threads: WARP, parts: 1 },
-    RowGeometry { max_row_bytes: 8 << 10, threads: 128, parts: 1 },
-    RowGeometry { max_row_bytes: usize::MAX, threads: BLOCK_THREADS, parts: 1 },
+    RowGeometry { max_row_bytes: 2 << 10, threads: WARP },
+    RowGeometry { max_row_bytes: 8 << 10, threads: 128 },
+    RowGeometry { max_row_bytes: usize::MAX, threads: BLOCK_THREADS },
 ];
 
 const WARP: usize = 32;
@@ -41,15 +40,14 @@ const BLOCK_THREADS: usize = 256;
 const VECTOR_BYTES: usize = 16;
 
 thread_local! {
-    /// See [`force_parts`].
-    static FORCED_PARTS: Cell<usize> = const { Cell::new(0) };
+    static FORCED_WIDE: Cell<Option<bool>> = const { Cell::new(None) };
 }
 
-/// Splits every row that blocks take over so many of them (8 at most), whatever its length; 0 leaves
-/// that to the length again. For this thread's calls, and for measuring only: it changes the order of
-/// additions, and with it the last bits.
-pub fn force_parts(parts: usize) {
-    FORCED_PARTS.set(parts.min(8));
+/// Takes the parts of every row that has several side by side, or one after the other; `None` leaves
+/// that to the number of rows again. For this thread's calls, and for measuring and tests: the results
+/// are the same.
+pub fn force_wide(wide: Option<bool>) {
+    FORCED_WIDE.set(wide);
 }
 
 fn geometry<T>(table: &'static [RowGeometry], vocab: usize) -> &'static RowGeometry {
@@ -63,53 +61,27 @@ fn geometry<T>(table: &'static [RowGeometry], vocab: usize) -> &'static RowGeome
 pub(crate) struct Reduction {
     rows: usize,
     threads: usize,
-    /// Blocks that share a row.
+    /// Ranges of the columns of a row.
     pub parts: i32,
-    /// Vectors of columns that a block takes of it.
-    pub part_groups: i32,
-    /// Whether the parts' sums pass through the workspace, since blocks cannot read each other's
-    /// shared memory.
-    pub through_workspace: bool,
 }
 
 /// The kernels of a reduction.
 pub(crate) struct Passes {
     /// A warp takes a row.
     pub warp: Kernel,
-    /// A block takes a row, or a part of it.
+    /// A block takes a row, its parts one after the other.
     pub block: Kernel,
-    /// Merges what parts left in the workspace.
-    pub merge: Kernel,
+    /// A block of as many threads for each part takes a row, its parts side by side.
+    pub wide: Kernel,
 }
 
 impl Reduction {
-    /// The reduction of `rows` rows of `vocab` columns.
-    pub fn new<T>(device: Device, rows: usize, vocab: usize) -> Self {
-        let &RowGeometry { threads, parts, .. } = geometry::<T>(&REDUCTION, vocab);
-        let parts = match FORCED_PARTS.get() {
-            forced if forced > 0 && threads > WARP => forced,
-            _ => parts,
-        };
-        let groups = vocab.div_ceil(VECTOR_BYTES / size_of::<T>());
-        Self {
-            rows,
-            threads,
-            parts: parts as i32,
-            // A warp's load is whole in one part.
-            part_groups: groups.div_ceil(parts).next_multiple_of(WARP) as i32,
-            through_workspace: parts > 1 && !device.clusters,
-        }
-    }
-
-    /// The least length in f32 of a workspace for the sums `S` of every part.
-    pub fn workspace_len<S>(&self) -> usize {
-        let parts = if self.through_workspace { self.parts as usize } else { 0 };
-        self.rows.saturating_mul(parts * size_of::<S>() / size_of::<f32>())
-    }
-
-    /// `Ok` when a workspace of `got` f32 is large enough for the sums `S`.
-    pub fn check_workspace<S>(&self, op: &'static str, got: usize) -> Result<()> {
-        Error::check_workspace(op, got, self.workspace_len::<S>())
+    /// The reduction of `rows` rows of `vocab` columns; long ones have `parts` parts, the kernels'
+    /// `MOST_PARTS`.
+    pub fn new<T>(rows: usize, vocab: usize, parts: i32) -> Self {
+        let threads = geometry::<T>(&REDUCTION, vocab).threads;
+        let one = vocab.saturating_mul(size_of::<T>()) <= ONE_PART;
+        Self { rows, threads, parts: if one { 1 } else { parts } }
     }
 
     /// Launches what the geometry asks for.
@@ -117,21 +89,19 @@ impl Reduction {
         let device = stream.device();
         if self.threads == WARP {
             let blocks = self.rows.div_ceil(BLOCK_THREADS / WARP);
-            return stream.launch(
-                &passes.warp,
-                Launch::new(device, blocks, 1, BLOCK_THREADS as u32),
-                args,
-            );
+            let launch = Launch::new(device, blocks, BLOCK_THREADS);
+            return stream.launch(&passes.warp, launch, args);
         }
-        let launch = Launch::new(device, self.rows, self.parts as u32, self.threads as u32);
-        if !self.through_workspace {
-            return stream.launch(&passes.block, launch, args);
-        }
-        // Without clusters: the same blocks, and a second launch that merges what they left.
-        stream.launch(&passes.block, launch.without_clusters(), args)?;
-        let launch =
-            Launch::new(device, self.rows.div_ceil(BLOCK_THREADS), 1, BLOCK_THREADS as u32);
-        stream.launch(&passes.merge, launch, args)
+        // A multiprocessor has room for one wide block or for several others. These have enough loads in
+        // flight when there are two or more of them.
+        let few = self.rows < 2 * device.multiprocessors as usize;
+        let wide = FORCED_WIDE.get().unwrap_or(few) && self.parts > 1;
+        let (kernel, threads) = if wide {
+            (&passes.wide, self.threads * self.parts as usize)
+        } else {
+            (&passes.block, self.threads)
+        };
+        stream.launch(kernel, Launch::new(device, self.rows, threads), args)
     }
 }
 
@@ -145,19 +115,25 @@ pub(crate) struct Map {
     pub threads: i32,
 }
 
+/// Ranges that a multiprocessor gets of a map, if there are as many: enough that all end at about the
+/// same time, and few, since each begins with what has to be known of its row.
+const RANGES: usize = 96;
+
 impl Map {
     /// The map over `rows` rows of `vocab` columns, from `inputs` tensors.
-    pub fn new<T>(rows: usize, vocab: usize, inputs: usize) -> Self {
+    pub fn new<T>(device: Device, rows: usize, vocab: usize, inputs: usize) -> Self {
         let threads = geometry::<T>(&MAP, vocab).threads;
-        let columns = threads * vectors(inputs) * VECTOR_BYTES / size_of::<T>();
-        Self { rows, chunks: vocab.div_ceil(columns) as i32, threads: threads as i32 }
+        let tile = threads * vectors(inputs) * VECTOR_BYTES / size_of::<T>();
+        let wanted = (RANGES * device.multiprocessors as usize).div_ceil(rows.max(1));
+        let chunks = vocab.div_ceil(tile).min(wanted.max(1));
+        Self { rows, chunks: chunks as i32, threads: threads as i32 }
     }
 
     /// Launches a unit of threads for every range of every row.
     pub fn launch<A: Args>(&self, stream: &Stream, kernel: &Kernel, args: &A) -> Result<()> {
         let units = self.rows.saturating_mul(self.chunks as usize);
         let blocks = units.div_ceil(BLOCK_THREADS / self.threads as usize);
-        stream.launch(kernel, Launch::new(stream.device(), blocks, 1, BLOCK_THREADS as u32), args)
+        stream.launch(kernel, Launch::new(stream.device(), blocks, BLOCK_THREADS), args)
     }
 }
 

@@ -6,7 +6,6 @@ use super::{
 };
 use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory};
 use crate::capi::{self, run, On, Pass, Result};
-use crate::cuda::Device;
 use crate::moments::Moments;
 
 /// A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
@@ -175,7 +174,7 @@ unsafe impl Pass for ppok_gae_args {
         )
     }
 
-    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+    fn workspace_size(&self, _: &Memory) -> Result<usize> {
         Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.batch, self.seq_len)))
     }
 }

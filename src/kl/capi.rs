@@ -10,7 +10,6 @@ use super::{
 use crate::capi::arguments::{check_reserved, choices, list_of, options, with_logits, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::Logit;
-use crate::cuda::Device;
 
 /// d = logp - ref_logp: unbiased, may be negative. What goes into the reward everywhere.
 pub const PPOK_KL_K1: i32 = 0;
@@ -180,7 +179,7 @@ impl ppok_kl_full_forward_args {
             [inputs, (&[rows], vocab)],
             [list_of!(self, FullForwardOutputs, [stats], []), &[rows]],
             |i, o| cpu::full_forward(i, rows, vocab, &options, o),
-            |stream, w| cuda::full_forward(stream, i, rows, vocab, &options, o, w),
+            |stream| cuda::full_forward(stream, i, rows, vocab, &options, o),
         )
     }
 }
@@ -191,13 +190,6 @@ unsafe impl Pass for ppok_kl_full_forward_args {
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         with_logits!(FULL_OP, self.logits_type, T => self.typed::<T>(memory, on))
-    }
-
-    fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
-        with_logits!(FULL_OP, self.logits_type, T => {
-            let len = cuda::full_workspace_len::<T>(device, self.rows, self.vocab);
-            Ok(size_of::<f32>().saturating_mul(len))
-        })
     }
 }
 

@@ -3,17 +3,18 @@
 //!
 //! Refuses what [`cpu`](super::cpu) refuses. A vocabulary may have up to 2^32 - 1 columns.
 
-use std::ptr::null_mut;
-
 use super::{limit, FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::cuda::rows::{check_logits, launch_over_tokens, Map, Passes, Reduction};
-use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
+use crate::cuda::{Args, Kernel, Stream};
 use crate::error::Result;
 use crate::memory::{in_space, Element, Lengths, Pointers, Space};
 
 /// The name of the kernels' file.
 const FILE: &str = "kl";
+
+/// Parts of a long row, as in the kernels.
+const MOST_PARTS: i32 = 2;
 
 in_space!(
     Device:
@@ -65,15 +66,8 @@ pub fn token_backward(
     launch_over_tokens(stream, [FILE, "token_backward"], tokens, 3, &args)
 }
 
-/// The least length of the workspace of [`full_forward`]: 0 where blocks can read each other's
-/// shared memory, and else 20 bytes for every 32 KiB of logits or less in each tensor.
-pub fn full_workspace_len<T: Logit>(device: cuda::Device, rows: usize, vocab: usize) -> usize {
-    Reduction::new::<T>(device, rows, vocab).workspace_len::<PairSums>()
-}
-
 /// Exact KL of every one of `rows` rows, with what the backward pass needs to know of them. Reads both
-/// logits once. `workspace` has [`full_workspace_len`] elements or more, of any content, and can be
-/// used again for the next call on the same stream.
+/// logits once.
 ///
 /// # Errors
 /// As [`token_forward`].
@@ -84,36 +78,30 @@ pub fn full_forward<T: Logit>(
     vocab: usize,
     options: &FullKlOptions,
     mut outputs: FullForwardOutputs,
-    workspace: SliceMut<f32>,
 ) -> Result<()> {
     options.validate(FULL_OP)?;
     check_logits(FULL_OP, inputs.logits.len(), rows, vocab)?;
     let inputs = inputs.try_map((&[rows], vocab), &mut Lengths(FULL_OP))?;
     let outputs = outputs.try_map(&[rows], &mut Lengths(FULL_OP))?;
-    let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
-    reduction.check_workspace::<PairSums>(FULL_OP, workspace.len())?;
     if rows == 0 {
         return Ok(());
     }
     let (z, w) = options.order(inputs.logits, inputs.ref_logits);
-    let partials = if reduction.through_workspace { workspace.as_mut_ptr() } else { null_mut() };
+    let reduction = Reduction::new::<T>(rows, vocab, MOST_PARTS);
     let args = FullForwardArgs::<Pointers, T> {
         z,
         w,
         mask: inputs.mask,
         stats: outputs.stats,
-        partials: partials.cast(),
         rows: rows as i64,
         vocab: vocab as i64,
-        part_groups: reduction.part_groups,
         parts: reduction.parts,
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
     let passes = Passes {
         warp: Kernel { op: FILE, pass: "full_forward_warp", dtype: T::NAME },
         block: Kernel { op: FILE, pass: "full_forward_block", dtype: T::NAME },
-        // Of sums, whatever the logits were.
-        merge: Kernel { op: FILE, pass: "full_forward_merge", dtype: "f32" },
+        wide: Kernel { op: FILE, pass: "full_forward_wide", dtype: T::NAME },
     };
     reduction.launch(stream, &passes, &args)
 }
@@ -140,7 +128,7 @@ pub fn full_backward<T: Logit>(
     }
     let (z, w) = options.order(inputs.forward.logits, inputs.forward.ref_logits);
     let (grad_z, grad_w) = options.order(outputs.grad_logits, outputs.grad_ref_logits);
-    let map = Map::new::<T>(rows, vocab, 2);
+    let map = Map::new::<T>(stream.device(), rows, vocab, 2);
     let args = FullBackwardArgs::<Pointers, T> {
         z,
         w,
@@ -196,17 +184,6 @@ struct TokenBackwardArgs<'a> {
     options: TokenKl,
 }
 
-/// What a part of a row leaves for the merge.
-#[allow(dead_code)] // only its size is looked at here
-#[repr(C)]
-struct PairSums {
-    max_z: f32,
-    max_w: f32,
-    sum_z: f32,
-    sum_w: f32,
-    weighted: f32,
-}
-
 /// Without the op's own list: the kernels know no direction, and z is the policy's logits or the
 /// reference's. The same holds for the next one.
 #[repr(C)]
@@ -216,10 +193,8 @@ struct FullForwardArgs<'a, S: Space, T: Element> {
     w: S::In<'a, T>,
     mask: Option<S::In<'a, u8>>,
     stats: S::Out<'a, f32>,
-    partials: *mut PairSums,
     rows: i64,
     vocab: i64,
-    part_groups: i32,
     parts: i32,
     inverse_temperature: f32,
 }

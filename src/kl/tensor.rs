@@ -149,9 +149,7 @@ fn full_stats<T: Logit>(
         [inputs, (&[rows], vocab)],
         [buffers, &[rows]],
         |i, o| cpu::full_forward(i, rows, vocab, options, o),
-        |stream, w = [cuda::full_workspace_len::<T>(stream.device(), rows, vocab)]| {
-            cuda::full_forward(stream, i, rows, vocab, options, o, w)
-        },
+        |stream| cuda::full_forward(stream, i, rows, vocab, options, o),
     );
     let (options, wanted) = (*options, [logits.track_op(), ref_logits.track_op()]);
     let (args, stats) = ([logits, ref_logits], buffers.stats);

@@ -10,7 +10,6 @@ use crate::capi::arguments::{
 };
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::{Logit, TokenId};
-use crate::cuda::Device;
 
 /// Options of ppok_logprob_forward_* and ppok_logprob_backward_*.
 #[derive(Debug, Clone, Copy)]
@@ -81,7 +80,7 @@ impl ppok_logprob_forward_args {
             [inputs, (&[rows], vocab)],
             [list_of!(self, ForwardOutputs, [logp], [entropy, max, log_sum]), &[rows]],
             |i, o| cpu::forward(i, rows, vocab, &options, o),
-            |stream, w| cuda::forward(stream, i, rows, vocab, &options, o, w),
+            |stream| cuda::forward(stream, i, rows, vocab, &options, o),
         )
     }
 }
@@ -93,13 +92,6 @@ unsafe impl Pass for ppok_logprob_forward_args {
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         with_logits!(OP, self.logits_type, T => {
             with_targets!(OP, self.targets_type, I => self.typed::<T, I>(memory, on))
-        })
-    }
-
-    fn workspace_size(&self, _: &Memory, device: Device) -> Result<usize> {
-        with_logits!(OP, self.logits_type, T => {
-            let len = cuda::workspace_len::<T>(device, self.rows, self.vocab);
-            Ok(size_of::<f32>().saturating_mul(len))
         })
     }
 }

@@ -5,26 +5,20 @@
 //! The row of a target that is neither in the vocabulary nor `ignore_index` comes out as NaN. A
 //! vocabulary may have up to 2^32 - 1 columns.
 
-use std::ptr::null_mut;
-
 use super::{LogprobOptions, OP};
 use crate::cpu::{Logit, TokenId};
 use crate::cuda::rows::{check_logits, Map, Passes, Reduction};
-use crate::cuda::{self, Args, Kernel, SliceMut, Stream};
+use crate::cuda::{Args, Kernel, Stream};
 use crate::error::Result;
 use crate::memory::{in_space, Element, Lengths, Pointers};
 
+/// Parts of a long row, as in the kernels.
+const MOST_PARTS: i32 = 4;
+
 in_space!(Device: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
 
-/// The least length of the workspace of [`forward`]: 0 where blocks can read each other's shared
-/// memory, and else 12 bytes for every 32 KiB of logits or less.
-pub fn workspace_len<T: Logit>(device: cuda::Device, rows: usize, vocab: usize) -> usize {
-    Reduction::new::<T>(device, rows, vocab).workspace_len::<SoftmaxSums>()
-}
-
 /// Log-probabilities of the targets of `rows` rows, and the entropies if asked for. Reads the logits
-/// once. `workspace` has [`workspace_len`] elements or more, of any content, and can be used again for
-/// the next call on the same stream.
+/// once.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, one of `max` and `log_sum` is missing, or a
@@ -36,28 +30,23 @@ pub fn forward<T: Logit, I: TokenId>(
     vocab: usize,
     options: &LogprobOptions,
     mut outputs: ForwardOutputs,
-    workspace: SliceMut<f32>,
 ) -> Result<()> {
     options.validate()?;
     check_logits(OP, inputs.logits.len(), rows, vocab)?;
     let inputs = inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
     let outputs = outputs.try_map(&[rows], &mut Lengths(OP))?;
     outputs.check_pair()?;
-    let reduction = Reduction::new::<T>(stream.device(), rows, vocab);
-    reduction.check_workspace::<SoftmaxSums>(OP, workspace.len())?;
     if rows == 0 {
         return Ok(());
     }
 
+    let reduction = Reduction::new::<T>(rows, vocab, MOST_PARTS);
     let args = ForwardArgs {
         inputs,
         outputs,
-        partials: if reduction.through_workspace { workspace.as_mut_ptr() } else { null_mut() }
-            .cast(),
         target_format: TargetFormat::new::<I>(options),
         rows: rows as i64,
         vocab: vocab as i64,
-        part_groups: reduction.part_groups,
         parts: reduction.parts,
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
@@ -65,7 +54,7 @@ pub fn forward<T: Logit, I: TokenId>(
     let passes = Passes {
         warp: kernel("forward_warp"),
         block: kernel("forward_block"),
-        merge: kernel("forward_merge"),
+        wide: kernel("forward_wide"),
     };
     reduction.launch(stream, &passes, &args)
 }
@@ -92,7 +81,7 @@ pub fn backward<T: Logit, I: TokenId>(
         return Ok(());
     }
 
-    let map = Map::new::<T>(rows, vocab, 1);
+    let map = Map::new::<T>(stream.device(), rows, vocab, 1);
     let args = BackwardArgs {
         inputs,
         outputs,
@@ -125,25 +114,14 @@ impl TargetFormat {
     }
 }
 
-/// What a part of a row leaves for the merge.
-#[allow(dead_code)] // only its size is looked at here
-#[repr(C)]
-struct SoftmaxSums {
-    max: f32,
-    sum: f32,
-    weighted: f32,
-}
-
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct ForwardArgs<'a, T: Element, I: Element> {
     inputs: super::ForwardInputs<'a, Pointers, T, I>,
     outputs: super::ForwardOutputs<'a, Pointers>,
-    partials: *mut SoftmaxSums,
     target_format: TargetFormat,
     rows: i64,
     vocab: i64,
-    part_groups: i32,
     parts: i32,
     inverse_temperature: f32,
 }

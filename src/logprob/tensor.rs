@@ -134,10 +134,7 @@ impl Pass {
                 let (max, log_sum) = (Some(max), Some(log_sum));
                 let outputs = ForwardOutputs { logp, entropy, max, log_sum };
                 let stream = backend.stream()?;
-                let len = cuda::workspace_len::<T>(stream.device(), rows, vocab);
-                let mut workspace = backend.buffer(len)?;
-                let workspace = workspace.slice();
-                cuda::forward(&stream, inputs, rows, vocab, options, outputs, workspace)?;
+                cuda::forward(&stream, inputs, rows, vocab, options, outputs)?;
             }
         }
         Ok(buffer)

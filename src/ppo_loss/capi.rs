@@ -6,7 +6,6 @@ use super::{
 };
 use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
-use crate::cuda::Device;
 
 /// sum m L / sum m: every token counts the same.
 pub const PPOK_PPO_LOSS_TOKEN_MEAN: i32 = 0;
@@ -180,7 +179,7 @@ unsafe impl Pass for ppok_ppo_loss_args {
         )
     }
 
-    fn workspace_size(&self, memory: &Memory, _: Device) -> Result<usize> {
+    fn workspace_size(&self, memory: &Memory) -> Result<usize> {
         let options = memory.options(self.options)?;
         let len = cuda::workspace_len(self.batch, self.seq_len, &options);
         Ok(size_of::<f32>().saturating_mul(len))

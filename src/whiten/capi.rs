@@ -6,7 +6,6 @@ use super::{
 };
 use crate::capi::arguments::{choices, list_of, options, Memory, Raw};
 use crate::capi::{self, call, run, On, Pass, Result};
-use crate::cuda::Device;
 use crate::error::Error;
 use crate::memory::{Array, Host, Reads, Writes};
 use crate::moments::Moments;
@@ -87,7 +86,7 @@ unsafe impl Pass for ppok_whiten_moments_args {
         )
     }
 
-    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+    fn workspace_size(&self, _: &Memory) -> Result<usize> {
         Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.elements)))
     }
 }
@@ -168,7 +167,7 @@ unsafe impl Pass for ppok_whiten_backward_args {
         )
     }
 
-    fn workspace_size(&self, _: &Memory, _: Device) -> Result<usize> {
+    fn workspace_size(&self, _: &Memory) -> Result<usize> {
         Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.elements)))
     }
 }

@@ -256,11 +256,7 @@ mod on_the_stand_in {
                 cuda::FullForwardInputs { logits: slice(&z), ref_logits: slice(&w), mask: None };
             let mut want = vec![0.0; PPOK_KL_FULL_STATS * rows];
             let outputs = cuda::FullForwardOutputs { stats: out(&mut want) };
-            let len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
-            let workspace = &mut vec![f32::NAN; len][..];
-            let workspace = out(workspace);
-            cuda::full_forward(&stream, forward, rows, vocab, &options, outputs, workspace)
-                .unwrap();
+            cuda::full_forward(&stream, forward, rows, vocab, &options, outputs).unwrap();
             let (stats, grad_kl) = (slice(&want), slice(&up));
             let inputs = cuda::FullBackwardInputs { forward, stats, grad_kl };
             let mut want_grads = [(); 2].map(|()| vec![T::ZERO; rows * vocab]);

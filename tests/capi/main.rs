@@ -101,11 +101,10 @@ mod on_the_stand_in {
 
     use super::ok;
 
-    /// With clusters and without, where sums of a row's parts go through the workspace.
+    /// With many multiprocessors and few: parts of a row side by side, and one after the other.
     pub fn machines() -> [Machine; 2] {
-        [9, 8].map(|major| {
-            let device =
-                Device { compute_capability: (major, 0), max_blocks: 64, clusters: major >= 9 };
+        [132, 0].map(|multiprocessors| {
+            let device = Device { compute_capability: (9, 0), max_blocks: 64, multiprocessors };
             Machine { order: Order::Lifo, device, planted_bug: "" }
         })
     }

@@ -22,10 +22,14 @@ pub struct Machine {
     pub planted_bug: &'static str,
 }
 
-/// A device of that major compute capability (clusters from 9 on) whose grids have that many blocks.
+/// As many multiprocessors that rows of several parts get wide blocks, and so few that none do.
+pub const MANY: u32 = 1 << 16;
+pub const FEW: u32 = 0;
+
+/// A device of so many multiprocessors whose grids have so many blocks.
 /// A GPU that is older or smaller stays so.
-pub fn machine(order: Order, major: u32, max_blocks: u32) -> Machine {
-    let device = Device { compute_capability: (major, 0), max_blocks, clusters: major >= 9 };
+pub fn machine(order: Order, multiprocessors: u32, max_blocks: u32) -> Machine {
+    let device = Device { compute_capability: (9, 0), max_blocks, multiprocessors };
     Machine { order, device, planted_bug: "" }
 }
 
@@ -34,8 +38,8 @@ pub fn stream(machine: Machine) -> Stream<'static> {
     backend::stream(machine)
 }
 
-/// Vocabularies for every mapping of rows: a warp a row, blocks of both sizes, and 2, 4 and 8 parts, all
-/// with rows that are not aligned.
+/// Vocabularies for every mapping of rows: a warp a row, blocks of both sizes, and rows of several parts,
+/// of which some have few tiles or none, all with rows that are not aligned.
 pub fn vocabularies<T>() -> Vec<usize> {
     let kib = 1024 / size_of::<T>();
     let parts = [65 * kib + 5, 129 * kib + 3, 257 * kib + 1];

@@ -10,8 +10,8 @@ NAME            part of a pass's name, such as `KL forward`: no others are measu
 --bf16          logits of this type; several may be given, and without any all are measured
 --f16           likewise
 --f32           likewise, and the ops on tokens, whose values are f32
---parts N       splits each row of logits over so many blocks: 1, 2, 4 or 8
---no-clusters   merges the parts of a row by a launch of its own, as on chips without clusters
+--wide          takes the parts of a long row of logits side by side, however many rows there are
+--narrow        takes them one after the other
 --device        only says which device this is, and how fast it copies
 --help          prints this";
 
@@ -21,10 +21,8 @@ pub struct Arguments {
     pub name: String,
     /// The types that are measured: all of them if none is here.
     pub dtypes: Vec<&'static str>,
-    /// Blocks that share a row, or 0: as many as its length asks for.
-    pub parts: usize,
-    /// Whether the parts of a row are merged by a launch of its own, as on chips without clusters.
-    pub no_clusters: bool,
+    /// Whether the parts of a long row are taken side by side; by the number of rows if not said.
+    pub wide: Option<bool>,
     /// Whether nothing but the device is looked at.
     pub device_only: bool,
     /// Whether usage is asked for.
@@ -36,23 +34,14 @@ impl Arguments {
     /// Says what is not understood.
     pub fn parse(given: impl IntoIterator<Item = String>) -> Result<Self, String> {
         let mut arguments = Self::default();
-        let mut given = given.into_iter();
-        while let Some(argument) = given.next() {
-            let (option, value) = match argument.split_once('=') {
-                Some((option, value)) if option.starts_with("--") => (option, Some(value)),
-                _ => (argument.as_str(), None),
-            };
+        for argument in given {
+            let option = argument.as_str();
             match option {
-                "--parts" => {
-                    let value = value.map(String::from).or_else(|| given.next());
-                    arguments.parts = parts(value.as_deref().unwrap_or_default())?;
-                    continue;
-                }
-                _ if value.is_some() => return Err(format!("{option} takes no value")),
                 "--bf16" => arguments.dtypes.push("bf16"),
                 "--f16" => arguments.dtypes.push("f16"),
                 "--f32" => arguments.dtypes.push("f32"),
-                "--no-clusters" => arguments.no_clusters = true,
+                "--wide" => arguments.wide = Some(true),
+                "--narrow" => arguments.wide = Some(false),
                 "--device" => arguments.device_only = true,
                 "--help" | "-h" => arguments.help = true,
                 _ if option.starts_with('-') => return Err(format!("there is no option {option}")),
@@ -72,13 +61,6 @@ impl Arguments {
     pub fn wants(&self, pass: &str, dtype: &str) -> bool {
         let typed = self.dtypes.is_empty() || self.dtypes.contains(&dtype);
         !self.device_only && typed && pass.contains(&self.name)
-    }
-}
-
-fn parts(value: &str) -> Result<usize, String> {
-    match value.parse() {
-        Ok(parts @ (1 | 2 | 4 | 8)) => Ok(parts),
-        _ => Err(format!("--parts is 1, 2, 4 or 8, not `{value}`")),
     }
 }
 
@@ -120,23 +102,11 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_what_a_cluster_can_have() {
-        for (line, parts) in
-            [("--parts 1", 1), ("--parts 2", 2), ("--parts=4", 4), ("--parts=8", 8), ("", 0)]
-        {
-            assert_eq!(parse(line).unwrap().parts, parts, "{line}");
-        }
-        for line in ["--parts", "--parts 3", "--parts 16", "--parts 0", "--parts=-1", "--parts x"] {
-            let error = parse(line).unwrap_err();
-            assert!(error.contains("1, 2, 4 or 8"), "{line}: {error}");
-        }
-    }
-
-    #[test]
     fn switches_are_off_unless_given() {
         let plain = parse("--bf16").unwrap();
-        assert!(!plain.no_clusters && !plain.device_only && !plain.help);
-        assert!(parse("--no-clusters").unwrap().no_clusters);
+        assert!(plain.wide.is_none() && !plain.device_only && !plain.help);
+        assert_eq!(parse("--wide").unwrap().wide, Some(true));
+        assert_eq!(parse("--narrow").unwrap().wide, Some(false));
         assert!(parse("--help").unwrap().help && parse("-h").unwrap().help);
         let device = parse("--device").unwrap();
         assert!(device.device_only && !device.wants("GAE", "f32"));
@@ -144,10 +114,9 @@ mod tests {
 
     #[test]
     fn what_is_unknown_is_named() {
-        for line in ["--fp32", "-x", "--no-cluster"] {
+        for line in ["--fp32", "-x", "--wider", "--bf16=1"] {
             let error = parse(line).unwrap_err();
             assert!(error.contains(line), "{line}: {error}");
         }
-        assert_eq!(parse("--bf16=1").unwrap_err(), "--bf16 takes no value");
     }
 }

@@ -31,7 +31,6 @@ struct Full<T> {
     policy: Buffer<T>,
     reference: Buffer<T>,
     stats: Buffer<f32>,
-    workspace: Buffer<f32>,
     grad: Buffer<T>,
 }
 
@@ -41,7 +40,6 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     }
     let stream = table.stream();
     let options = FullKlOptions::default();
-    let workspace_len = cuda::full_workspace_len::<T>(stream.device(), rows, vocab);
     let up = Buffer::new(&vec![1.0_f32; rows], 0);
     let inputs = |set: &Full<T>| FullForwardInputs {
         logits: set.policy.slice(),
@@ -51,8 +49,7 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     let forward = |set: &mut Full<T>| {
         let inputs = inputs(set);
         let outputs = FullForwardOutputs { stats: set.stats.slice_mut() };
-        let workspace = set.workspace.slice_mut();
-        cuda::full_forward(&stream, inputs, rows, vocab, &options, outputs, workspace).unwrap();
+        cuda::full_forward(&stream, inputs, rows, vocab, &options, outputs).unwrap();
     };
 
     let shape = Shape { dtype: T::NAME, rows, columns: vocab };
@@ -62,7 +59,6 @@ fn time_full<T: Logit>(table: &Table, rows: usize, vocab: usize) {
             policy: logits(0, rows * vocab),
             reference: logits(1, rows * vocab),
             stats: Buffer::uninit(STATS * rows, 0),
-            workspace: Buffer::uninit(workspace_len, 0),
             grad: Buffer::uninit(rows * vocab, 0),
         };
         // What the backward pass reads.

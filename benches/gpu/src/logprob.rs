@@ -35,14 +35,12 @@ struct Op<T> {
     entropy: Buffer<f32>,
     max: Buffer<f32>,
     log_sum: Buffer<f32>,
-    workspace: Buffer<f32>,
     grad: Buffer<T>,
 }
 
 impl<T: Logit> Op<T> {
     fn new(stream: Stream<'static>, rows: usize, vocab: usize) -> Self {
         let targets: Vec<i64> = (0..rows).map(|row| ((row * 7919) % vocab) as i64).collect();
-        let workspace = cuda::workspace_len::<T>(stream.device(), rows, vocab);
         Self {
             stream,
             rows,
@@ -55,7 +53,6 @@ impl<T: Logit> Op<T> {
             entropy: Buffer::uninit(rows, 0),
             max: Buffer::uninit(rows, 0),
             log_sum: Buffer::uninit(rows, 0),
-            workspace: Buffer::uninit(workspace, 0),
             grad: Buffer::uninit(rows * vocab, 0),
         }
     }
@@ -69,8 +66,7 @@ impl<T: Logit> Op<T> {
             log_sum: Some(self.log_sum.slice_mut()),
         };
         let (stream, options) = (&self.stream, &self.options);
-        let workspace = self.workspace.slice_mut();
-        cuda::forward(stream, inputs, self.rows, self.vocab, options, outputs, workspace).unwrap();
+        cuda::forward(stream, inputs, self.rows, self.vocab, options, outputs).unwrap();
     }
 
     fn backward(&mut self, entropy: bool) {

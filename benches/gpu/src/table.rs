@@ -1,7 +1,7 @@
 //! The table, and the device's own clock.
 
 use cudarc::driver::{result, sys, CudaGraph, DriverError};
-use ppo_kernels::cuda::{force_parts, Device, Stream};
+use ppo_kernels::cuda::{force_wide, Stream};
 
 use crate::arguments::Arguments;
 use crate::gpu::{Buffer, Gpu};
@@ -65,13 +65,11 @@ impl Table {
     /// Prints what stands above the rows.
     pub fn new(gpu: &'static Gpu, arguments: Arguments) -> Self {
         println!("{}", describe(gpu));
-        if arguments.parts > 0 {
-            println!("{} parts a row", arguments.parts);
+        if let Some(wide) = arguments.wide {
+            let how = if wide { "side by side" } else { "one after the other" };
+            println!("parts of a row {how}");
         }
-        if arguments.no_clusters {
-            println!("without clusters");
-        }
-        force_parts(arguments.parts);
+        force_wide(arguments.wide);
         let copy = copy_bandwidth(gpu);
         println!("copy, read + written: {copy:.0} GB/s");
         if !arguments.device_only {
@@ -83,9 +81,7 @@ impl Table {
 
     /// What to launch on.
     pub fn stream(&self) -> Stream<'static> {
-        let stream = self.gpu.stream();
-        let clusters = !self.arguments.no_clusters;
-        stream.limited_to(Device { clusters, ..stream.device() })
+        self.gpu.stream()
     }
 
     /// Whether one of the passes is to be measured: for others no inputs are made.

@@ -1,7 +1,6 @@
 // The scheduler of the CPU stand-in. Every CUDA thread is a fiber with a stack of its own; one fiber
-// runs until it waits for others (a warp operation, a barrier of its block or its cluster) or ends,
-// and the schedule says which of those that can go on is next. The blocks of a cluster run together,
-// clusters one after the other.
+// runs until it waits for others (a warp operation, a barrier of its block) or ends, and the schedule
+// says which of those that can go on is next. Blocks run one after the other.
 //
 // Never compiled with a sanitizer: the kernels are, and the scheduler tells the sanitizers' runtimes
 // of its fibers through weak symbols. ThreadSanitizer is told that switching orders nothing and that
@@ -50,7 +49,7 @@ constexpr size_t GUARD = 4096;
 constexpr size_t SHARED = 228 * 1024;
 constexpr size_t RED_ZONE = 64;
 
-enum class State { READY, AT_WARP_OP, AT_BLOCK_BARRIER, AT_CLUSTER_BARRIER, ENDED };
+enum class State { READY, AT_WARP_OP, AT_BLOCK_BARRIER, ENDED };
 
 struct Block;
 
@@ -94,7 +93,6 @@ struct SharedVariable {
 
 struct Block {
     uint3 index;
-    unsigned rank;
     unsigned alive, waiting;
     Round round;
     Fiber* fibers;
@@ -113,17 +111,15 @@ struct Scheduler {
     uint64_t random;
     unsigned threads;
 
-    std::vector<Block> blocks;  // of the running cluster
+    Block block;  // the running one
     std::vector<Fiber> fibers;
-    unsigned alive, waiting;  // in the cluster
-    Round round;
 
     std::vector<Fiber*> ready;  // a ring
     size_t head, tail;
 
     Fiber host;
     Fiber* current;
-    // The sanitizers' token for launch and end of a cluster.
+    // The sanitizers' token for start and end of a block.
     char start, end;
 
     char* report;
@@ -263,22 +259,19 @@ void append_line(const Here& here) {
 
 [[noreturn]] void deadlock() {
     append("deadlock, no thread can go on:");
-    const char* waiting[] = {"ready", "in a warp operation", "at __syncthreads",
-                             "at the cluster's barrier", "ended"};
-    for (const Block& block : S.blocks) {
-        // Threads that wait at the same place are one line.
-        for (unsigned first = 0, t = 0; t < S.threads; t = first) {
-            const Fiber& fiber = block.fibers[t];
-            const auto same = [&](const Fiber& o) {
-                return o.state == fiber.state
-                    && (o.state == State::ENDED || o.here.line() == fiber.here.line());
-            };
-            while (first < S.threads && same(block.fibers[first])) first++;
-            append("\n  %u thread(s) from ", first - t);
-            append_thread(fiber);
-            append(" %s", waiting[int(fiber.state)]);
-            if (fiber.state != State::ENDED) append_line(fiber.here);
-        }
+    const char* waiting[] = {"ready", "in a warp operation", "at __syncthreads", "ended"};
+    // Threads that wait at the same place are one line.
+    for (unsigned first = 0, t = 0; t < S.threads; t = first) {
+        const Fiber& fiber = S.fibers[t];
+        const auto same = [&](const Fiber& o) {
+            return o.state == fiber.state
+                && (o.state == State::ENDED || o.here.line() == fiber.here.line());
+        };
+        while (first < S.threads && same(S.fibers[first])) first++;
+        append("\n  %u thread(s) from ", first - t);
+        append_thread(fiber);
+        append(" %s", waiting[int(fiber.state)]);
+        if (fiber.state != State::ENDED) append_line(fiber.here);
     }
     abandon();
 }
@@ -302,7 +295,7 @@ Fiber* take_ready() {
 
 void run_next() {
     if (Fiber* next = take_ready()) return switch_to(next);
-    if (S.alive) deadlock();
+    if (S.block.alive) deadlock();
     switch_to(&S.host);
 }
 
@@ -311,14 +304,6 @@ void finish_block_barrier(Block& block) {
     block.round.number++;
     for (unsigned t = 0; t < S.threads; t++) {
         if (block.fibers[t].state == State::AT_BLOCK_BARRIER) make_ready(&block.fibers[t]);
-    }
-}
-
-void finish_cluster_barrier() {
-    S.waiting = 0;
-    S.round.number++;
-    for (Fiber& fiber : S.fibers) {
-        if (fiber.state == State::AT_CLUSTER_BARRIER) make_ready(&fiber);
     }
 }
 
@@ -364,10 +349,8 @@ void end_thread(Fiber& fiber) {
     fiber.state = State::ENDED;
     block.warps[fiber.thread / WARP].alive &= ~(1u << fiber.thread % WARP);
     block.alive--;
-    S.alive--;
     // As on the device, a barrier waits for the threads that are left.
     if (block.alive && block.waiting == block.alive) finish_block_barrier(block);
-    if (S.alive && S.waiting == S.alive) finish_cluster_barrier();
     run_next();
     abort();
 }
@@ -395,37 +378,29 @@ char* pooled(std::vector<char*>& pool, size_t index, size_t bytes) {
     return pool[index];
 }
 
-void start_cluster(unsigned first_block) {
+void start_block(unsigned index) {
+    Block& block = S.block;
     S.head = S.tail = 0;
-    S.alive = unsigned(S.fibers.size());
-    S.waiting = 0;
-    for (unsigned rank = 0; rank < S.blocks.size(); rank++) {
-        Block& block = S.blocks[rank];
-        block.index = {first_block + rank, 0, 0};
-        block.rank = rank;
-        block.alive = S.threads;
-        block.waiting = 0;
-        block.fibers = &S.fibers[size_t(rank) * S.threads];
-        block.warps.assign((S.threads + WARP - 1) / WARP, Warp{});
-        block.variables.clear();
-        block.shared = pooled(shared_memories, rank, SHARED);
-        block.shared_used = 0;
-        if (__asan_poison_memory_region) __asan_poison_memory_region(block.shared, SHARED);
-        for (unsigned t = 0; t < S.threads; t++) {
-            Fiber& fiber = block.fibers[t];
-            const size_t index = size_t(rank) * S.threads + t;
-            fiber = Fiber{};
-            fiber.block = &block;
-            fiber.thread = t;
-            fiber.stack = pooled(stacks, index, STACK);
-            block.warps[t / WARP].alive |= 1u << t % WARP;
-            if (__tsan_create_fiber) {
-                while (tsan_fibers.size() <= index) tsan_fibers.push_back(__tsan_create_fiber(0));
-                fiber.tsan = tsan_fibers[index];
-            }
-            prepare(fiber);
-            make_ready(&fiber);
+    block = Block{};
+    block.index = {index, 0, 0};
+    block.alive = S.threads;
+    block.fibers = S.fibers.data();
+    block.warps.assign((S.threads + WARP - 1) / WARP, Warp{});
+    block.shared = pooled(shared_memories, 0, SHARED);
+    if (__asan_poison_memory_region) __asan_poison_memory_region(block.shared, SHARED);
+    for (unsigned t = 0; t < S.threads; t++) {
+        Fiber& fiber = block.fibers[t];
+        fiber = Fiber{};
+        fiber.block = &block;
+        fiber.thread = t;
+        fiber.stack = pooled(stacks, t, STACK);
+        block.warps[t / WARP].alive |= 1u << t % WARP;
+        if (__tsan_create_fiber) {
+            while (tsan_fibers.size() <= t) tsan_fibers.push_back(__tsan_create_fiber(0));
+            fiber.tsan = tsan_fibers[t];
         }
+        prepare(fiber);
+        make_ready(&fiber);
     }
 }
 
@@ -486,17 +461,6 @@ void simt::block_sync(const Here& here) {
     acquire(token);
 }
 
-void simt::cluster_sync(Here here) {
-    Fiber& self = *S.current;
-    self.here = here;
-    self.state = State::AT_CLUSTER_BARRIER;
-    void* token = S.round.token();
-    release(token);
-    if (++S.waiting == S.alive) finish_cluster_barrier();
-    run_next();
-    acquire(token);
-}
-
 void* simt::shared(const void* key, size_t bytes) {
     Block& block = *S.current->block;
     for (const SharedVariable& variable : block.variables) {
@@ -513,17 +477,6 @@ void* simt::shared(const void* key, size_t bytes) {
     return memory;
 }
 
-void* simt::in_cluster_block(void* mine, unsigned rank, Here here) {
-    Fiber& self = *S.current;
-    self.here = here;
-    if (rank >= S.blocks.size()) ::fail("no such block in the cluster", self);
-    const Block& theirs = S.blocks[rank];
-    const size_t offset = size_t(static_cast<char*>(mine) - self.block->shared);
-    if (offset >= SHARED) ::fail("not an address in shared memory", self);
-    if (theirs.alive < S.threads) ::fail("threads of the other block have ended", self);
-    return theirs.shared + offset;
-}
-
 void simt::fail(const char* what, const Here& here) {
     S.current->here = here;
     ::fail(what, *S.current);
@@ -531,8 +484,8 @@ void simt::fail(const char* what, const Here& here) {
 
 // Runs a kernel to its end. Returns 0, or 1 with a text in `report`. One launch at a time.
 extern "C" int simt_launch(const char* variant, const char* name, unsigned grid, unsigned threads,
-                           unsigned cluster, const void* args, size_t args_bytes, int order,
-                           uint64_t seed, char* report, size_t report_bytes) {
+                           const void* args, size_t args_bytes, int order, uint64_t seed,
+                           char* report, size_t report_bytes) {
     S.report = report;
     S.report_bytes = report_bytes;
     *report = 0;
@@ -545,9 +498,7 @@ extern "C" int simt_launch(const char* variant, const char* name, unsigned grid,
     if (threads == 0 || threads > S.kernel->max_threads) {
         return append("blocks of %u threads, at most %u", threads, S.kernel->max_threads), 1;
     }
-    if (grid == 0 || cluster == 0 || cluster > 8 || grid % cluster) {
-        return append("a grid of %u blocks in clusters of %u", grid, cluster), 1;
-    }
+    if (grid == 0) return append("a grid of no blocks"), 1;
 
     if (S.failed && __asan_unpoison_memory_region) {
         // The frames of abandoned fibers were never left.
@@ -558,8 +509,7 @@ extern "C" int simt_launch(const char* variant, const char* name, unsigned grid,
     S.order = Order(order);
     S.random = seed * 2 + 0x9e3779b97f4a7c15;
     S.threads = threads;
-    S.blocks.assign(cluster, Block{});
-    S.fibers.assign(size_t(threads) * cluster, Fiber{});
+    S.fibers.assign(threads, Fiber{});
     S.ready.assign(S.fibers.size(), nullptr);
     S.host = Fiber{};
     S.host.tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
@@ -567,16 +517,14 @@ extern "C" int simt_launch(const char* variant, const char* name, unsigned grid,
     gridDim = {grid, 1, 1};
     blockDim = {threads, 1, 1};
 
-    std::vector<unsigned> clusters(grid / cluster);
-    std::iota(clusters.begin(), clusters.end(), 0u);
-    if (S.order == LIFO) std::reverse(clusters.begin(), clusters.end());
+    std::vector<unsigned> blocks(grid);
+    std::iota(blocks.begin(), blocks.end(), 0u);
+    if (S.order == LIFO) std::reverse(blocks.begin(), blocks.end());
     if (S.order == RANDOM) {
-        for (size_t i = clusters.size(); i > 1; i--) {
-            std::swap(clusters[i - 1], clusters[next_random() % i]);
-        }
+        for (size_t i = blocks.size(); i > 1; i--) std::swap(blocks[i - 1], blocks[next_random() % i]);
     }
-    for (unsigned index : clusters) {
-        start_cluster(index * cluster);
+    for (unsigned index : blocks) {
+        start_block(index);
         release(&S.start);
         run_next();
         acquire(&S.end);

@@ -50,12 +50,9 @@ enum class WarpOp { SHUFFLE, SHUFFLE_UP, SHUFFLE_DOWN, SHUFFLE_XOR, BALLOT, SYNC
 uint64_t warp_op(WarpOp op, uint32_t mask, uint64_t value, unsigned argument,
                  const std::source_location& here);
 void block_sync(const std::source_location& here);
-void cluster_sync(SIMT_HERE);
 
 // The running block's memory under that key, made on first use and filled with NaN.
 void* shared(const void* key, size_t bytes);
-// The place of `mine` in the shared memory of another block of the cluster.
-void* in_cluster_block(void* mine, unsigned rank, SIMT_HERE);
 
 // Ends the launch with a report.
 [[noreturn]] void fail(const char* what, const std::source_location& here);
