@@ -203,6 +203,9 @@ struct FullForward {
             uint4 from_z[IN_FLIGHT], from_w[IN_FLIGHT];
             z.load(tile, thread, threads, range.end, from_z);
             w.load(tile, thread, threads, range.end, from_w);
+            const int next = tile + IN_FLIGHT * threads;
+            z.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+            w.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
             add<T>(s, from_z, from_w, (range.end - tile + threads - 1) / threads, scale);
         }
         return s;

@@ -96,6 +96,8 @@ static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Rang
     for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
         uint4 v[IN_FLIGHT];
         row.load(tile, thread, threads, range.end, v);
+        const int next = tile + IN_FLIGHT * threads;
+        row.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
         const int vectors = (range.end - tile + threads - 1) / threads;
         add<WEIGHTED>(s, v, vectors, scale, T{});
     }
@@ -169,6 +171,21 @@ struct Forward {
     }
 };
 
+// What the backward pass has to know of a row. All loads are on their way together.
+struct RowOfBackward {
+    Target target;
+    float grad_logp, grad_entropy, max, log_sum, entropy;
+
+    __device__ __forceinline__ RowOfBackward(const BackwardArgs& args, int64_t row)
+        : target(target_of(args, row)), grad_logp(args.grad_logp ? args.grad_logp[row] : 0.0f),
+          grad_entropy(args.grad_entropy ? args.grad_entropy[row] : 0.0f), max(args.max[row]),
+          log_sum(args.log_sum[row]), entropy(args.entropy[row]) {}
+
+    __device__ __forceinline__ bool is_zero() const {
+        return target.kind == Kind::IGNORED || (grad_logp == 0.0f && grad_entropy == 0.0f);
+    }
+};
+
 // The gradient of one row as a function of the logit, with that of the entropy or without.
 template <bool ENTROPY>
 struct Slope {
@@ -179,14 +196,12 @@ struct Slope {
     float at_target;  // what the target's has besides
     int64_t target;
 
-    __device__ __forceinline__ Slope(const BackwardArgs& args, int64_t row, Target target, float g,
-                                     float h)
-        : max(args.max[row]), scale(args.inverse_temperature * LOG2_E), target(target.column) {
-        const float log_sum = target.kind == Kind::BAD ? NAN : args.log_sum[row];
-        shift = log_sum * LOG2_E;
-        at_target = g * args.inverse_temperature;
-        h *= args.inverse_temperature;
-        constant = ENTROPY ? -fmaf(h, args.entropy[row], at_target) : -at_target;
+    __device__ __forceinline__ Slope(const RowOfBackward& row, float inverse_temperature)
+        : max(row.max), scale(inverse_temperature * LOG2_E), target(row.target.column) {
+        shift = (row.target.kind == Kind::BAD ? NAN : row.log_sum) * LOG2_E;
+        at_target = row.grad_logp * inverse_temperature;
+        const float h = row.grad_entropy * inverse_temperature;
+        constant = ENTROPY ? -fmaf(h, row.entropy, at_target) : -at_target;
         slope = -h * LN_2;
     }
 
@@ -218,15 +233,16 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
     for_each_share(args, [&](int64_t row, Share share) {
         const T* const in[1] = {static_cast<const T*>(args.logits) + row * args.vocab};
         T* const out[1] = {static_cast<T*>(args.grad_logits) + row * args.vocab};
-        const Target target = target_of(args, row);
-        const float g = args.grad_logp ? args.grad_logp[row] : 0.0f;
-        const float h = args.grad_entropy ? args.grad_entropy[row] : 0.0f;
-        if (target.kind == Kind::IGNORED || (g == 0.0f && h == 0.0f)) {
+        const RowOfBackward known(args, row);
+        const float inverse_temperature = args.inverse_temperature;
+        if (known.is_zero()) {
             fill_columns(out[0], 0.0f, args.vocab, share);
-        } else if (h == 0.0f) {
-            map_columns(in, out, nullptr, args.vocab, share, Slope<false>(args, row, target, g, h));
+        } else if (known.grad_entropy == 0.0f) {
+            const Slope<false> slope(known, inverse_temperature);
+            map_columns(in, out, nullptr, args.vocab, share, slope);
         } else {
-            map_columns(in, out, nullptr, args.vocab, share, Slope<true>(args, row, target, g, h));
+            const Slope<true> slope(known, inverse_temperature);
+            map_columns(in, out, nullptr, args.vocab, share, slope);
         }
     });
 }

@@ -64,6 +64,7 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
         for (int k = 0; k < IN; k++) {
             const Row<T> row(in[k] + split.head, columns - split.head, 0, 0);
             row.load(tile, thread, threads, split.vectors, v[k]);
+            row.template prefetch_tile<VECTORS<IN>>(tile + step, thread, threads, split.vectors);
         }
         uint32_t keep[VECTORS<IN>];
         if constexpr (MASKED) {

@@ -154,6 +154,15 @@ struct Row {
         return first >= first_inside && end <= end_inside;
     }
 
+    // Begins to bring the tile of N groups a thread into L2, as far as they are below `end`: it takes no
+    // registers, unlike loads.
+    template <int N>
+    __device__ __forceinline__ void prefetch_tile(int tile, int thread, int threads, int end) const {
+        constexpr int GROUPS_IN_LINE = 8;
+        const int group = tile + thread * GROUPS_IN_LINE;
+        if (thread * GROUPS_IN_LINE < N * threads && group < end) prefetch(at(group));
+    }
+
     // N groups, from tile + thread on every `threads`-th, as far as they are below `end`; beyond
     // it, as in columns past the end of the row, -inf.
     template <int N>
