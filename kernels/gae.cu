@@ -19,7 +19,9 @@
 // so that no power is rounded more than once. Returns with a lambda of their own take a second u.
 //
 // A thread makes one map of four tokens; shuffles make maps of the tokens from a lane to the end of
-// its segment of 128 tokens; from segment to segment u goes on in order, the last first. All
+// its segment of 128 tokens; from segment to segment u goes on in order, the last first. Most warps
+// have no token that is masked or done, and so powers that are known beforehand: they do the same
+// sums without asking what each token is. All
 // kernels do just this, and so give the same bits, which depend on nothing but the row up to its
 // last unmasked token: neither on padding, alignment and batch, nor on the kernel. Which is:
 //     warp    a warp takes a short row
@@ -27,8 +29,8 @@
 //             segments go through shared memory
 //     last, totals, carry, apply: few long rows. Where a row's last unmasked token is, is found
 //             first (last). A block takes a tile of a row and leaves the maps of its segments
-//             (totals); a warp goes through those of a row (carry); a block takes a tile again, and
-//             knows u where its segments end (apply)
+//             (totals); a thread goes through those of a row (carry); a block takes a tile again,
+//             and knows u where its segments end (apply)
 //     merge   puts together the moments that every block left
 //
 // Bytes a token: 4 for each of values, rewards and kl, and 1 for each of mask and dones, read once
@@ -82,6 +84,17 @@ struct Map {
     State add;
 };
 
+// The map of a segment with its power looked up: factor u + add, or just add if that is JUST_ADD.
+struct Total {
+    State factor;
+    State add;
+};
+
+constexpr float JUST_ADD = -1.0f;
+
+// In the place of a token's index, so far before the first that no score falls behind it.
+constexpr int NO_TOKEN = -2;
+
 struct GaeArgs {
     const float* values;      // [rows, tokens]
     const float* rewards;     // [rows, tokens], or null: zeros
@@ -96,8 +109,8 @@ struct GaeArgs {
     float* shaped_rewards;    // [rows, tokens], or null
     Moments* moments;         // not looked at: the merge's
     Moments* partials;        // a block's work; or null
-    int64_t* last;            // a row: its last unmasked token, or -1
-    Map* totals;              // a segment
+    int64_t* last;            // a row: its last unmasked token, or NO_TOKEN
+    Total* totals;            // a segment
     State* carries;           // a segment: u after it
     int64_t rows;
     int64_t tokens;
@@ -113,10 +126,29 @@ struct GaeArgs {
     Decay returns_decay;
 };
 
+// The maps of many segments, to be gone through from the last to the first; once for u and once for
+// that of the returns.
+template <int N>
+struct Chain {
+    alignas(16) float factors[2][N];
+    alignas(16) float adds[2][N];
+
+    __device__ __forceinline__ void set(int k, const Total& total) {
+        factors[0][k] = total.factor.u;
+        factors[1][k] = total.factor.of_returns;
+        adds[0][k] = total.add.u;
+        adds[1][k] = total.add.of_returns;
+    }
+};
+
+constexpr int BLOCK_SEGMENTS = MAX_WARPS * WARP_SEGMENTS;
+constexpr int CARRY_SEGMENTS = 1024;
+
 struct Shared {
+    Chain<BLOCK_SEGMENTS> chain;
     float powers[2][SEGMENT + 1];
-    Map totals[MAX_WARPS * WARP_SEGMENTS];
-    int64_t last[MAX_WARPS];
+    int last[MAX_WARPS];              // a warp: its last unmasked token in the tile, or NO_TOKEN
+    float score;                      // of the row
     Deviations warps[MAX_WARPS];
     Deviations threads[MAX_THREADS];  // of the advantages that a thread wrote
 };
@@ -124,23 +156,44 @@ struct Shared {
 // What a token can be. OUTPUT is what is kept, and the step of the score.
 enum Flag { KEPT, DONE, STEP, OUTPUT };
 
+// What a warp's tokens are: NONE has no flag; ALL are kept, so steps and outputs, and none is done;
+// of SOME the flags must be looked at. What is known of all tokens costs no instructions, and gives
+// the bits that SOME would give.
+enum Content { NONE, SOME, ALL };
+
+template <Content CONTENT>
+struct Known { static constexpr Content value = CONTENT; };
+
 // Some segments of a row: four tokens of each a lane. Eight bits for each flag say what they are,
 // all in one register.
 struct Tokens {
     float value[WARP_SEGMENTS][QUAD], reward[WARP_SEGMENTS][QUAD];
     uint32_t flags;
+    Content content;  // the same in all lanes
 
     static_assert(THREAD_TOKENS <= 8, "a flag has eight bits");
 
     __device__ __forceinline__ void set(Flag flag, unsigned bits) { flags |= bits << 8 * flag; }
 
-    __device__ __forceinline__ bool is(Flag flag, int segment, int token) const {
-        return flags >> (8 * flag + QUAD * segment + token) & 1;
+    // The bits of a segment.
+    template <Content CONTENT = SOME>
+    __device__ __forceinline__ unsigned bits(Flag flag, int segment) const {
+        if (CONTENT == NONE) return 0;
+        if (CONTENT == ALL) return flag == DONE ? 0 : 15;
+        return flags >> (8 * flag + QUAD * segment) & 15;
     }
 
-    // The bits of a segment.
-    __device__ __forceinline__ unsigned bits(Flag flag, int segment) const {
-        return flags >> (8 * flag + QUAD * segment) & 15;
+    template <Content CONTENT = SOME>
+    __device__ __forceinline__ bool is(Flag flag, int segment, int token) const {
+        return bits<CONTENT>(flag, segment) >> token & 1;
+    }
+
+    // Calls work(the content in its type).
+    template <class Work>
+    __device__ __forceinline__ void with_content(Work work) const {
+        if (content == ALL) work(Known<ALL>{});
+        else if (content == NONE) work(Known<NONE>{});
+        else work(Known<SOME>{});
     }
 };
 
@@ -162,6 +215,19 @@ static __device__ __forceinline__ State apply(const Map& map, State s, const Sha
     return s;
 }
 
+template <bool TWO>
+static __device__ __forceinline__ Total total_of(const Map& map, const Shared* shared) {
+    if (map.steps >= ENDED) return {{JUST_ADD, JUST_ADD}, map.add};
+    const float of_returns = TWO ? shared->powers[1][map.steps] : 0.0f;
+    return {{shared->powers[0][map.steps], of_returns}, map.add};
+}
+
+// u before a segment. Where there are no dones, no segment has ENDS.
+template <bool ENDS>
+static __device__ __forceinline__ float follow(float factor, float add, float u) {
+    return ENDS && factor == JUST_ADD ? add : fmaf(factor, u, add);
+}
+
 // One step of a token that ends no episode.
 static __device__ __forceinline__ float step(const Decay& decay, float value, float reward,
                                              float u) {
@@ -175,14 +241,16 @@ static __device__ __forceinline__ State end_of_row(const GaeArgs& args, int64_t 
     return {u, u};
 }
 
+// The reward that a row's score becomes; 0 if there are no scores.
 static __device__ __forceinline__ float score_of(const GaeArgs& args, int64_t row) {
+    if (!args.scores) return 0.0f;
     const Shaping& s = args.shaping;
     const auto clipped = [&](double x) { return x < -s.clip ? -s.clip : x > s.clip ? s.clip : x; };
     double x = args.scores[row];
+    const bool has_eos = !args.has_eos || args.has_eos[row];
     if (s.clips_first) x = clipped(x);
     x = (x - s.mean) * s.inverse_std;
     if (!s.clips_first) x = clipped(x);
-    const bool has_eos = !args.has_eos || args.has_eos[row];
     return float(has_eos ? x : s.replaces ? s.missing : x - s.missing);
 }
 
@@ -190,7 +258,15 @@ static __device__ __forceinline__ float score_of(const GaeArgs& args, int64_t ro
 static __device__ __forceinline__ void load(const GaeArgs& args, const Place& place, Tokens& t) {
     float kl[WARP_SEGMENTS][QUAD];
     load_tokens(args.values, place, t.value);
-    if (args.rewards) load_tokens(args.rewards, place, t.reward);
+    if (args.rewards) {
+        load_tokens(args.rewards, place, t.reward);
+    } else {
+#pragma unroll
+        for (int j = 0; j < WARP_SEGMENTS; j++) {
+#pragma unroll
+            for (int i = 0; i < QUAD; i++) t.reward[j][i] = 0.0f;
+        }
+    }
     if (args.kl) load_tokens(args.kl, place, kl);
     uint32_t mask[WARP_SEGMENTS], dones[WARP_SEGMENTS];
 #pragma unroll
@@ -205,10 +281,11 @@ static __device__ __forceinline__ void load(const GaeArgs& args, const Place& pl
             args.mask ? flag_bits(mask[j]) : lowest_bits(place.left - first_of_lane(j));
         t.set(KEPT, kept << QUAD * j);
         if (args.dones) t.set(DONE, (flag_bits(dones[j]) & kept) << QUAD * j);
+        if (args.kl) {
 #pragma unroll
-        for (int i = 0; i < QUAD; i++) {
-            const float dense = args.rewards ? t.reward[j][i] : 0.0f;
-            t.reward[j][i] = args.kl ? fmaf(args.minus_kl_coef, kl[j][i], dense) : dense;
+            for (int i = 0; i < QUAD; i++) {
+                t.reward[j][i] = fmaf(args.minus_kl_coef, kl[j][i], t.reward[j][i]);
+            }
         }
     }
 }
@@ -222,48 +299,61 @@ static __device__ __forceinline__ int64_t highest_in_warp(int64_t x) {
     return x;
 }
 
-// The last unmasked token of a warp's segments; -1 if there is none.
-static __device__ __forceinline__ int64_t last_kept(const Tokens& t, int64_t first) {
-    int64_t last = -1;
+// The last unmasked token of a warp's segments, counted from their first, or NO_TOKEN.
+static __device__ __forceinline__ int last_kept(const Tokens& t) {
 #pragma unroll
-    for (int j = 0; j < WARP_SEGMENTS; j++) {
+    for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
         const unsigned kept = t.bits(KEPT, j);
-        if (kept) last = first + first_of_lane(j) + 31 - __clz(kept);
+        const unsigned lanes = __ballot_sync(ALL_LANES, kept != 0);
+        if (lanes) {
+            const int lane = WARP - 1 - __clz(lanes);
+            const unsigned of_lane = __shfl_sync(ALL_LANES, kept, lane);
+            return j * SEGMENT + lane * QUAD + 31 - __clz(of_lane);
+        }
     }
-    return highest_in_warp(last);
+    return NO_TOKEN;
 }
 
-// Says of every token what it is, given the row's last unmasked one, and clears what is masked.
-static __device__ __forceinline__ void classify(const GaeArgs& args, int64_t row, int64_t first,
-                                                int64_t last, Tokens& t) {
-    const bool has_score = args.scores && last >= 0;
-    const int64_t score = args.after_last && last + 1 < args.tokens ? last + 1 : last;
-    // Counted from the warp's first token; far outside its segments is as good as just outside.
-    const auto here = [&](int64_t token) {
-        return int(max(int64_t(-1), min(token - first, int64_t(WARP_SEGMENTS * SEGMENT))));
-    };
-    const int last_here = here(last), score_here = has_score ? here(score) : -1;
-    float score_value = 0.0f;
+// Says of every token what it is, clears what is masked, and adds the score. `last` is the row's
+// last unmasked token, counted from the warp's first.
+static __device__ __forceinline__ void classify(const GaeArgs& args, const Place& place, int last,
+                                                const float& score, Tokens& t) {
+    const int score_here = last + (args.after_last && last + 1 < place.left);
+    const bool has_score =
+        args.scores && score_here >= 0 && score_here < WARP_SEGMENTS * SEGMENT;
+    constexpr unsigned ALL_KEPT = (1u << THREAD_TOKENS) - 1;
+    if (__ballot_sync(ALL_LANES, t.flags == ALL_KEPT << 8 * KEPT) == ALL_LANES) {
+        t.content = ALL;
+    } else {
+#pragma unroll
+        for (int j = 0; j < WARP_SEGMENTS; j++) {
+            const int score_at = score_here - first_of_lane(j);
+            const unsigned scored =
+                has_score && score_at >= 0 && score_at < QUAD ? 1u << score_at : 0;
+            const unsigned output = t.bits(KEPT, j) | scored;
+            const unsigned before_end = lowest_bits(last - first_of_lane(j) + 1);
+            t.set(OUTPUT, output << QUAD * j);
+            t.set(STEP, (args.multiply ? before_end | scored : output) << QUAD * j);
+#pragma unroll
+            for (int i = 0; i < QUAD; i++) {
+                if (!t.is(OUTPUT, j, i)) t.value[j][i] = 0.0f;
+                if (!t.is(KEPT, j, i)) t.reward[j][i] = 0.0f;
+            }
+        }
+        t.content = __ballot_sync(ALL_LANES, t.flags != 0) ? SOME : NONE;
+    }
+    if (!has_score) return;
 #pragma unroll
     for (int j = 0; j < WARP_SEGMENTS; j++) {
-        const int score_at = score_here - first_of_lane(j);
-        const unsigned scored = score_at >= 0 && score_at < QUAD ? 1u << score_at : 0;
-        const unsigned output = t.bits(KEPT, j) | scored;
-        const unsigned before_end = lowest_bits(last_here - first_of_lane(j) + 1);
-        t.set(OUTPUT, output << QUAD * j);
-        t.set(STEP, (args.multiply ? before_end | scored : output) << QUAD * j);
-        if (scored) score_value = score_of(args, row);
 #pragma unroll
         for (int i = 0; i < QUAD; i++) {
-            if (!t.is(OUTPUT, j, i)) t.value[j][i] = 0.0f;
-            if (!t.is(KEPT, j, i)) t.reward[j][i] = 0.0f;
-            if (i == score_at) t.reward[j][i] += score_value;
+            if (first_of_lane(j) + i == score_here) t.reward[j][i] += score;
         }
     }
 }
 
 // For each segment the map of the tokens from the lane's first on.
-template <bool TWO>
+template <bool TWO, Content CONTENT>
 static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t,
                                             const Shared* shared, Map (&maps)[WARP_SEGMENTS]) {
 #pragma unroll
@@ -272,8 +362,8 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
         map = {0, {0.0f, 0.0f}};
 #pragma unroll
         for (int i = QUAD - 1; i >= 0; i--) {
-            if (t.is(DONE, j, i)) map = {ENDED, {0.0f, 0.0f}};
-            if (t.is(STEP, j, i)) {
+            if (t.is<CONTENT>(DONE, j, i)) map = {ENDED, {0.0f, 0.0f}};
+            if (t.is<CONTENT>(STEP, j, i)) {
                 const float value = t.value[j][i], reward = t.reward[j][i];
                 map.add.u = step(args.decay, value, reward, map.add.u);
                 if (TWO) {
@@ -284,22 +374,44 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
             }
         }
     }
+    if (CONTENT == NONE) return;
 #pragma unroll
     for (int distance = 1; distance < WARP; distance *= 2) {
+        const bool inside = lane_of_thread() + distance < WARP;
 #pragma unroll
         for (int j = 0; j < WARP_SEGMENTS; j++) {
-            Map later = {__shfl_down_sync(ALL_LANES, maps[j].steps, distance),
-                         {__shfl_down_sync(ALL_LANES, maps[j].add.u, distance), 0.0f}};
-            if (TWO) {
-                const float of_returns = maps[j].add.of_returns;
-                later.add.of_returns = __shfl_down_sync(ALL_LANES, of_returns, distance);
-            }
-            if (lane_of_thread() + distance < WARP) {
-                maps[j].add = apply<TWO>(maps[j], later.add, shared);
-                maps[j].steps += later.steps;
+            Map& map = maps[j];
+            State later = {__shfl_down_sync(ALL_LANES, map.add.u, distance), 0.0f};
+            if (TWO) later.of_returns = __shfl_down_sync(ALL_LANES, map.add.of_returns, distance);
+            if (CONTENT == ALL) {
+                // All that a lane adds to are as many steps.
+                const int steps = QUAD * distance;
+                if (inside) {
+                    map.add = {
+                        fmaf(args.decay.powers[steps], later.u, map.add.u),
+                        TWO ? fmaf(args.returns_decay.powers[steps], later.of_returns,
+                                   map.add.of_returns)
+                            : 0.0f};
+                }
+            } else {
+                const int steps = __shfl_down_sync(ALL_LANES, map.steps, distance);
+                if (inside) {
+                    map.add = apply<TWO>(map, later, shared);
+                    map.steps += steps;
+                }
             }
         }
     }
+    if (CONTENT == ALL) {
+#pragma unroll
+        for (int j = 0; j < WARP_SEGMENTS; j++) maps[j].steps = SEGMENT - first_of_lane(0);
+    }
+}
+
+template <bool TWO>
+static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t,
+                                            const Shared* shared, Map (&maps)[WARP_SEGMENTS]) {
+    t.with_content([&](auto content) { scan<TWO, content.value>(args, t, shared, maps); });
 }
 
 // The map of a whole segment, from its first lane.
@@ -312,45 +424,69 @@ static __device__ __forceinline__ Map of_segment(const Map& map) {
 
 // u after each of the lane's tokens of a segment, 0 where an episode ends; `u` is that after the
 // last.
+template <Content CONTENT>
 static __device__ __forceinline__ void unroll(const Decay& decay, const Tokens& t, int j, float u,
                                               float (&after)[QUAD]) {
 #pragma unroll
     for (int i = QUAD - 1; i >= 0; i--) {
-        if (t.is(DONE, j, i)) u = 0.0f;
+        if (t.is<CONTENT>(DONE, j, i)) u = 0.0f;
         after[i] = u;
-        if (t.is(STEP, j, i)) u = step(decay, t.value[j][i], t.reward[j][i], u);
+        if (t.is<CONTENT>(STEP, j, i)) u = step(decay, t.value[j][i], t.reward[j][i], u);
     }
 }
 
-// Writes what came of a segment; `s` is u after it.
-template <bool TWO>
-static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& place, Tokens& t,
-                                              int j, const Map& map, State s, Shared* shared) {
-    // Flags cost an instruction each; kept in registers since the scan they would crowd out others.
-    t.flags = afresh(t.flags);
-    // The tokens from the next lane's first on.
-    Map later = {__shfl_down_sync(ALL_LANES, map.steps, 1),
-                 {__shfl_down_sync(ALL_LANES, map.add.u, 1), 0.0f}};
-    if (TWO) later.add.of_returns = __shfl_down_sync(ALL_LANES, map.add.of_returns, 1);
-    if (lane_of_thread() < WARP - 1) s = apply<TWO>(later, s, shared);
-
-    float after[QUAD], x[QUAD];
-    unroll(args.decay, t, j, s.u, after);
+// What comes of a segment; `s` is u after it. The advantages are added to those of the thread.
+template <bool TWO, Content CONTENT>
+static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens& t, int j,
+                                               const Map& map, State s, Shared* shared,
+                                               float (&advantages)[QUAD],
+                                               float (&returns)[QUAD]) {
+    if (CONTENT != NONE) {
+        // The tokens from the next lane's first on.
+        Map later = {CONTENT == ALL ? map.steps - QUAD : __shfl_down_sync(ALL_LANES, map.steps, 1),
+                     {__shfl_down_sync(ALL_LANES, map.add.u, 1), 0.0f}};
+        if (TWO) later.add.of_returns = __shfl_down_sync(ALL_LANES, map.add.of_returns, 1);
+        if (lane_of_thread() < WARP - 1) s = apply<TWO>(later, s, shared);
+    }
+    float after[QUAD];
+    unroll<CONTENT>(args.decay, t, j, s.u, after);
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
-        x[i] = t.is(KEPT, j, i) ? t.reward[j][i] + (after[i] - t.value[j][i]) : 0.0f;
+        const bool kept = t.is<CONTENT>(KEPT, j, i);
+        advantages[i] = kept ? t.reward[j][i] + (after[i] - t.value[j][i]) : 0.0f;
     }
-    store_tokens(args.advantages, place, j, x);
-    if (args.partials) {
+    if (args.partials && CONTENT != NONE) {
         Deviations d = shared->threads[threadIdx.x];
-        add(d, x, t.bits(KEPT, j));
+        add(d, advantages, t.bits<CONTENT>(KEPT, j));
         shared->threads[threadIdx.x] = d;
     }
-    if (TWO) unroll(args.returns_decay, t, j, s.of_returns, after);
+    if (TWO) unroll<CONTENT>(args.returns_decay, t, j, s.of_returns, after);
 #pragma unroll
-    for (int i = 0; i < QUAD; i++) x[i] = t.is(OUTPUT, j, i) ? t.reward[j][i] + after[i] : 0.0f;
-    store_tokens(args.returns, place, j, x);
-    if (args.shaped_rewards) store_tokens(args.shaped_rewards, place, j, t.reward[j]);
+    for (int i = 0; i < QUAD; i++) {
+        returns[i] = t.is<CONTENT>(OUTPUT, j, i) ? t.reward[j][i] + after[i] : 0.0f;
+    }
+}
+
+// Writes what came of a warp's segments; `after` is u after each.
+template <bool TWO>
+static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& place, Tokens& t,
+                                              const Map (&maps)[WARP_SEGMENTS],
+                                              const State (&after)[WARP_SEGMENTS],
+                                              Shared* shared) {
+    // Flags cost an instruction each; kept in registers since the scan they would crowd out others.
+    t.flags = afresh(t.flags);
+#pragma unroll
+    for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
+        if (j * SEGMENT >= place.left) continue;
+        float advantages[QUAD], returns[QUAD];
+        t.with_content([&](auto content) {
+            outputs<TWO, content.value>(args, t, j, maps[j], after[j], shared, advantages,
+                                        returns);
+        });
+        store_tokens(args.advantages, place, j, advantages);
+        store_tokens(args.returns, place, j, returns);
+        if (args.shaped_rewards) store_tokens(args.shaped_rewards, place, j, t.reward[j]);
+    }
 }
 
 // Leaves the moments of what all threads of the block wrote.
@@ -373,19 +509,41 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
             const Place place(row, args.tokens, 0);
             Tokens t;
             load(args, place, t);
-            const int64_t last = args.mask ? last_kept(t, 0) : args.tokens - 1;
-            classify(args, row, 0, last, t);
+            const float score = score_of(args, row);
+            classify(args, place, args.mask ? last_kept(t) : place.left - 1, score, t);
             Map maps[WARP_SEGMENTS];
             scan<TWO>(args, t, shared, maps);
-            State s = end_of_row(args, row);
+            State s = end_of_row(args, row), after[WARP_SEGMENTS];
 #pragma unroll
             for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
-                const Map segment = of_segment<TWO>(maps[j]);
-                if (j * SEGMENT < place.left) finish<TWO>(args, place, t, j, maps[j], s, shared);
-                s = apply<TWO>(segment, s, shared);
+                after[j] = s;
+                s = apply<TWO>(of_segment<TWO>(maps[j]), s, shared);
             }
+            finish<TWO>(args, place, t, maps, after, shared);
         }
         write_partial(args, first / warps, shared);
+    }
+}
+
+// From u after a row's tile to u before it. Takes a copy of what it is for the warp's segments.
+template <bool TWO, bool ENDS>
+static __device__ __forceinline__ void follow(const Shared* shared, State& s,
+                                              State (&after)[WARP_SEGMENTS]) {
+    const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const auto& chain = shared->chain;
+#pragma unroll
+    for (int other = MAX_WARPS - 1; other >= 0; other--) {
+        if (other >= warps) continue;
+#pragma unroll
+        for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
+            const int k = other * WARP_SEGMENTS + j;
+            if (other == warp) after[j] = s;
+            s.u = follow<ENDS>(chain.factors[0][k], chain.adds[0][k], s.u);
+            if (TWO) {
+                s.of_returns =
+                    follow<ENDS>(chain.factors[1][k], chain.adds[1][k], s.of_returns);
+            }
+        }
     }
 }
 
@@ -393,51 +551,61 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
 template <bool TWO>
 static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* shared) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const int mine = warp * WARP_SEGMENTS, segments = warps * WARP_SEGMENTS;
-    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-        shared->threads[threadIdx.x] = no_deviations();
-        State s = end_of_row(args, row);
-        bool found = !args.mask;  // the row's last unmasked token
+    const int mine = warp * WARP_SEGMENTS, tile_tokens = warps * WARP_SEGMENTS * SEGMENT;
+    // So long rows that more of them would not fit into memory are counted in 32 bits.
+    const unsigned rows = unsigned(args.rows);
+    for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
+        State s = {0.0f, 0.0f};
+        int last = NO_TOKEN;  // the row's last unmasked one, counted from the tile's first
         for (int tile = args.tiles - 1; tile >= 0; tile--) {
-            const int64_t first = (int64_t(tile) * segments + mine) * SEGMENT;
-            const Place place(row, args.tokens, first);
+            const Place place(row, args.tokens, int64_t(tile) * tile_tokens + mine * SEGMENT);
             Tokens t;
             load(args, place, t);
-            if (!found) {
-                int64_t kept = last_kept(t, first);
+            // While the tokens are under way.
+            if (tile == args.tiles - 1) {
+                if (row == blockIdx.x) load_powers(args, shared);
+                if (args.partials) shared->threads[threadIdx.x] = no_deviations();
+                if (threadIdx.x == 0) shared->score = score_of(args, row);
+                s = end_of_row(args, row);
+            }
+            const bool find = args.mask && last == NO_TOKEN;
+            if (find) {
+                int kept = last_kept(t);
+                if (kept >= 0) kept += mine * SEGMENT;
                 // If that is the last token before the tile, its score may be in the tile.
-                if (mine == 0 && kept < 0 && first > 0) {
-                    kept = args.mask[row * args.tokens + first - 1] ? first - 1 : -1;
+                if (mine == 0 && kept < 0 && place.inner) {
+                    kept = args.mask[place.offset - 1] ? -1 : NO_TOKEN;
                 }
                 if (lane_of_thread() == 0) shared->last[warp] = kept;
             }
-            // The table of powers and shared->last are there; what shared->totals had was read.
+            // The table of powers, the score and shared->last are there; what shared->chain had was
+            // read.
             __syncthreads();
-            int64_t last = args.tokens - 1;
-            if (args.mask) {
-                last = -1;
-                for (int other = 0; other < warps; other++) last = max(last, shared->last[other]);
-                found = last >= 0;
+            if (find) {
+                const int lane = lane_of_thread();
+                const unsigned some = __ballot_sync(
+                    ALL_LANES, lane < warps && shared->last[lane] != NO_TOKEN);
+                if (some) last = shared->last[WARP - 1 - __clz(some)];
             }
-            classify(args, row, first, last, t);
+            const int last_here = args.mask ? last - mine * SEGMENT : place.left - 1;
+            classify(args, place, last_here, shared->score, t);
+            // Counted from the next tile's first; so far away is as good as endless.
+            if (last != NO_TOKEN) last = min(last, 1 << 30) + tile_tokens;
             Map maps[WARP_SEGMENTS];
             scan<TWO>(args, t, shared, maps);
             if (lane_of_thread() == 0) {
 #pragma unroll
-                for (int j = 0; j < WARP_SEGMENTS; j++) shared->totals[mine + j] = maps[j];
+                for (int j = 0; j < WARP_SEGMENTS; j++) {
+                    const Total total = total_of<TWO>(maps[j], shared);
+                    shared->chain.set(mine + j, total);
+                }
             }
             __syncthreads();
-            for (int k = segments - 1; k >= mine + WARP_SEGMENTS; k--) {
-                s = apply<TWO>(shared->totals[k], s, shared);
-            }
-#pragma unroll
-            for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
-                finish<TWO>(args, place, t, j, maps[j], s, shared);
-                s = apply<TWO>(shared->totals[mine + j], s, shared);
-            }
-            for (int k = mine - 1; k >= 0 && tile > 0; k--) {
-                s = apply<TWO>(shared->totals[k], s, shared);
-            }
+            State after[WARP_SEGMENTS];
+            // Returns with a lambda of their own are rare, and one way is enough for them.
+            TWO || args.dones ? follow<TWO, true>(shared, s, after)
+                              : follow<TWO, false>(shared, s, after);
+            finish<TWO>(args, place, t, maps, after, shared);
         }
         write_partial(args, row, shared);
     }
@@ -445,14 +613,14 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
 
 // Block [threads], a row a block: the last unmasked token, from the end, 64 bytes a thread at a
 // time.
-static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared* shared) {
+static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, int64_t* of_warps) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
         const uint8_t* mask = args.mask + row * args.tokens;
         // Vectors are counted from the aligned address at or before the row.
         const unsigned skip = misalignment(mask, 16);
         const int64_t vectors = (args.tokens + skip + 15) / 16;
-        int64_t last = -1;
+        int64_t last = NO_TOKEN;
         for (int64_t end = vectors; end > 0 && last < 0; end -= IN_FLIGHT * blockDim.x) {
             uint4 v[IN_FLIGHT];
             int64_t first[IN_FLIGHT];  // token of a vector
@@ -463,7 +631,7 @@ static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared*
                 const bool inside = first[i] >= 0 && first[i] + 16 <= args.tokens;
                 if (inside) v[i] = load_once(mask + first[i]);
             }
-            int64_t kept = -1;
+            int64_t kept = NO_TOKEN;
 #pragma unroll
             for (int i = IN_FLIGHT - 1; i >= 0; i--) {
                 const uint32_t words[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
@@ -480,97 +648,123 @@ static __device__ __forceinline__ void last_of_rows(const GaeArgs& args, Shared*
             kept = highest_in_warp(kept);
             // What was there was read.
             __syncthreads();
-            if (lane_of_thread() == 0) shared->last[warp] = kept;
+            if (lane_of_thread() == 0) of_warps[warp] = kept;
             __syncthreads();
             for (int other = 0; other < warps; other++) {
-                if (shared->last[other] > last) last = shared->last[other];
+                if (of_warps[other] > last) last = of_warps[other];
             }
         }
         if (threadIdx.x == 0) args.last[row] = last;
     }
 }
 
-// Block [threads], a tile of a row a block: calls work(tile counted over rows, the place of the
-// warp's segments, the index of the first of those, its tokens, their maps).
-template <bool TWO, class Work>
-static __device__ __forceinline__ void for_tiles(const GaeArgs& args, const Shared* shared,
-                                                 Work work) {
+// Block [threads], a tile of a row a block: leaves the maps of the segments, or knows u after each
+// and writes what comes of them.
+template <bool TWO, bool KNOWN>
+static __device__ __forceinline__ void for_tiles(const GaeArgs& args, Shared* shared) {
     const int segments = blockDim.x / WARP * WARP_SEGMENTS;
     // Rows are few, so that tiles are counted in 32 bits.
     const unsigned tiles = unsigned(args.rows) * args.tiles;
     for (unsigned index = blockIdx.x; index < tiles; index += gridDim.x) {
         const unsigned row = index / args.tiles, tile = index % args.tiles;
         const int64_t segment = int64_t(tile) * segments + threadIdx.x / WARP * WARP_SEGMENTS;
-        const int64_t first = segment * SEGMENT;
+        const int64_t first = segment * SEGMENT, of_segments = row * args.segments + segment;
         const Place place(row, args.tokens, first);
+        const int64_t last = args.mask ? args.last[row] : args.tokens - 1;
+        State after[WARP_SEGMENTS];
+        if (KNOWN) {
+#pragma unroll
+            for (int j = 0; j < WARP_SEGMENTS; j++) {
+                if (j * SEGMENT < place.left) after[j] = args.carries[of_segments + j];
+            }
+        }
         Tokens t;
         load(args, place, t);
-        classify(args, row, first, args.mask ? args.last[row] : args.tokens - 1, t);
+        // While the tokens are under way.
+        const float score = score_of(args, row);
+        if (index == blockIdx.x) {
+            load_powers(args, shared);
+            __syncthreads();
+        }
+        // Far outside the warp's segments is as good as just outside.
+        const int last_here =
+            int(max(int64_t(NO_TOKEN), min(last - first, int64_t(WARP_SEGMENTS * SEGMENT))));
+        classify(args, place, last_here, score, t);
         Map maps[WARP_SEGMENTS];
         scan<TWO>(args, t, shared, maps);
-        work(index, place, row * args.segments + segment, t, maps);
-    }
-}
-
-template <bool TWO>
-static __device__ __forceinline__ void totals(const GaeArgs& args, const Shared* shared) {
-    for_tiles<TWO>(args, shared, [&](int64_t, const Place& place, int64_t segment, Tokens&,
-                                     const Map (&maps)[WARP_SEGMENTS]) {
+        if (KNOWN) {
+            if (args.partials) shared->threads[threadIdx.x] = no_deviations();
+            finish<TWO>(args, place, t, maps, after, shared);
+            write_partial(args, index, shared);
+        } else if (lane_of_thread() == 0) {
 #pragma unroll
-        for (int j = 0; j < WARP_SEGMENTS; j++) {
-            if (lane_of_thread() == 0 && j * SEGMENT < place.left) {
-                args.totals[segment + j] = maps[j];
+            for (int j = 0; j < WARP_SEGMENTS; j++) {
+                if (j * SEGMENT < place.left) {
+                    args.totals[of_segments + j] = total_of<TWO>(maps[j], shared);
+                }
             }
-        }
-    });
-}
-
-// Block [warps x 32], a row a warp: u after each segment, from the last one on.
-template <bool TWO>
-static __device__ __forceinline__ void carry(const GaeArgs& args, const Shared* shared) {
-    const int lane = lane_of_thread();
-    const int64_t segments = args.segments;
-    const int64_t step = int64_t(gridDim.x) * (blockDim.x / WARP);
-    const int64_t begin = int64_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
-    for (int64_t row = begin; row < args.rows; row += step) {
-        const Map* totals = args.totals + row * segments;
-        const auto map_at = [&](int64_t segment) {
-            return segment >= 0 && segment < segments ? totals[segment] : Map{0, {0.0f, 0.0f}};
-        };
-        State s = end_of_row(args, row);
-        int64_t first = (segments - 1) / WARP * WARP;
-        Map next = map_at(first + lane);
-        for (; first >= 0; first -= WARP) {
-            const Map map = next;
-            // Under way while this one is worked on.
-            next = map_at(first - WARP + lane);
-            State mine = s;
-#pragma unroll
-            for (int i = WARP - 1; i >= 0; i--) {
-                if (i == lane) mine = s;
-                const Map other = {__shfl_sync(ALL_LANES, map.steps, i),
-                                   {__shfl_sync(ALL_LANES, map.add.u, i),
-                                    TWO ? __shfl_sync(ALL_LANES, map.add.of_returns, i) : 0.0f}};
-                s = apply<TWO>(other, s, shared);
-            }
-            if (first + lane < segments) args.carries[row * segments + first + lane] = mine;
         }
     }
 }
 
-template <bool TWO>
-static __device__ __forceinline__ void apply_carries(const GaeArgs& args, Shared* shared) {
-    for_tiles<TWO>(args, shared, [&](int64_t index, const Place& place, int64_t segment,
-                                     Tokens& t, const Map (&maps)[WARP_SEGMENTS]) {
-        shared->threads[threadIdx.x] = no_deviations();
+// A thread: puts u after each segment in the place of the segment's map, from the last one on.
+// Returns u before the first.
+template <bool ENDS, int N>
+static __device__ __forceinline__ float follow(const float* factors, float (&adds)[N], int count,
+                                               float u) {
+    const auto next = [&](int k, float factor, float add) {
+        const float before = follow<ENDS>(factor, add, u);
+        adds[k] = u;
+        u = before;
+    };
+    constexpr int AHEAD = 32;  // maps that are read before the first of them is needed
+    while (count % AHEAD) {
+        count--;
+        next(count, factors[count], adds[count]);
+    }
+    for (int first = count - AHEAD; first >= 0; first -= AHEAD) {
+        float f[AHEAD], a[AHEAD];
 #pragma unroll
-        for (int j = 0; j < WARP_SEGMENTS; j++) {
-            if (j * SEGMENT < place.left) {
-                finish<TWO>(args, place, t, j, maps[j], args.carries[segment + j], shared);
-            }
+        for (int i = 0; i < AHEAD; i++) {
+            f[i] = factors[first + i];
+            a[i] = adds[first + i];
         }
-        write_partial(args, index, shared);
-    });
+#pragma unroll
+        for (int i = AHEAD - 1; i >= 0; i--) next(first + i, f[i], a[i]);
+    }
+    return u;
+}
+
+// Block [threads], a row a block: u after each segment, from the last one on. One thread goes
+// through the maps of many segments, and another for the returns.
+static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SEGMENTS>* chain) {
+    const int lane = lane_of_thread(), warp = threadIdx.x / WARP;
+    const int states = args.two ? 2 : 1;
+    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+        const Total* totals = args.totals + row * args.segments;
+        State* carries = args.carries + row * args.segments;
+        float u = end_of_row(args, row).u;
+        int64_t first = (args.segments - 1) / CARRY_SEGMENTS * CARRY_SEGMENTS;
+        for (; first >= 0; first -= CARRY_SEGMENTS) {
+            const int count = int(min(args.segments - first, int64_t(CARRY_SEGMENTS)));
+#pragma unroll 4
+            for (int k = threadIdx.x; k < count; k += blockDim.x) {
+                chain->set(k, totals[first + k]);
+            }
+            __syncthreads();
+            if (lane == 0 && warp < states) {
+                float(&adds)[CARRY_SEGMENTS] = chain->adds[warp];
+                u = args.dones ? follow<true>(chain->factors[warp], adds, count, u)
+                               : follow<false>(chain->factors[warp], adds, count, u);
+            }
+            __syncthreads();
+            for (int k = threadIdx.x; k < count; k += blockDim.x) {
+                carries[first + k] = {chain->adds[0][k], chain->adds[1][k]};
+            }
+            // What is there was read before the next maps come.
+            __syncthreads();
+        }
+    }
 }
 
 KERNEL(256, 3, gae_warp_f32, GaeArgs) {
@@ -582,34 +776,27 @@ KERNEL(256, 3, gae_warp_f32, GaeArgs) {
 
 KERNEL(256, 3, gae_block_f32, GaeArgs) {
     SHARED(Shared, shared, 1);
-    load_powers(args, shared);
     args.two ? block_rows<true>(args, shared) : block_rows<false>(args, shared);
 }
 
-KERNEL(256, 3, gae_last_f32, GaeArgs) {
-    SHARED(Shared, shared, 1);
-    last_of_rows(args, shared);
+KERNEL(256, 4, gae_last_f32, GaeArgs) {
+    SHARED(int64_t, of_warps, MAX_WARPS);
+    last_of_rows(args, of_warps);
 }
 
 KERNEL(256, 3, gae_totals_f32, GaeArgs) {
     SHARED(Shared, shared, 1);
-    load_powers(args, shared);
-    __syncthreads();
-    args.two ? totals<true>(args, shared) : totals<false>(args, shared);
+    args.two ? for_tiles<true, false>(args, shared) : for_tiles<false, false>(args, shared);
 }
 
-KERNEL(256, 3, gae_carry_f32, GaeArgs) {
-    SHARED(Shared, shared, 1);
-    load_powers(args, shared);
-    __syncthreads();
-    args.two ? carry<true>(args, shared) : carry<false>(args, shared);
+KERNEL(256, 4, gae_carry_f32, GaeArgs) {
+    SHARED(Chain<CARRY_SEGMENTS>, chain, 1);
+    carry(args, chain);
 }
 
 KERNEL(256, 3, gae_apply_f32, GaeArgs) {
     SHARED(Shared, shared, 1);
-    load_powers(args, shared);
-    __syncthreads();
-    args.two ? apply_carries<true>(args, shared) : apply_carries<false>(args, shared);
+    args.two ? for_tiles<true, true>(args, shared) : for_tiles<false, true>(args, shared);
 }
 
 KERNEL(512, 1, gae_merge_f32, MergeArgs) { merge_moments(args); }

@@ -250,6 +250,28 @@ fn rows_that_are_split_over_blocks_have_the_same_bits_as_others() {
     }
 }
 
+#[test]
+fn tokens_of_which_none_is_masked_or_done_have_the_bits_of_others() {
+    let mut rng = rng(10);
+    for options in &all_options() {
+        // Warps of which the last has a done, and none has. It says what the row's end says.
+        for seq_len in [256, 512, 2048, 4096, 16_640] {
+            let mut sample = Sample::new(&mut rng, 1, seq_len, Masked::Nothing);
+            sample.dones.fill(0);
+            sample.bootstrap.fill(0.0);
+            let run = |dones: &[u8]| {
+                let inputs = Inputs { dones: Some(dones), ..sample.inputs(false, false) };
+                let machine = machine(Order::Fifo, 9, 1 << 20);
+                let call = Call { machine, offset: 0, inputs, batch: 1, seq_len, options };
+                bits(&call.run_with(true).unwrap())
+            };
+            let mut last_is_done = sample.dones.clone();
+            last_is_done[seq_len - 1] = 1;
+            assert!(run(&sample.dones) == run(&last_is_done), "{seq_len} {options:?}");
+        }
+    }
+}
+
 /// Scores past a last token that is the last of its vector, segment or tile.
 fn scores_past_the_last_token(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
     let mut rng = rng(6);

@@ -303,7 +303,7 @@ fn the_kernels_arguments_are_those_of_rust() {
     for name in [
         "GaeArgs",
         "Shaping",
-        "Map",
+        "Total",
         "State",
         "Decay",
         "Moments",

@@ -48,7 +48,7 @@ const SPLIT_TOKENS: usize = 8 * TILE;
 
 /// Values of f64 that hold the maps of so many segments.
 fn maps_len(segments: usize) -> usize {
-    segments.saturating_mul(size_of::<Map>()).div_ceil(size_of::<f64>())
+    segments.saturating_mul(size_of::<Total>()).div_ceil(size_of::<f64>())
 }
 
 /// How the kernels share out a batch.
@@ -157,7 +157,7 @@ pub fn gae(
                 launch("last", batch, MAX_THREADS, &args)?;
             }
             launch("totals", blocks, MAX_THREADS, &args)?;
-            launch("carry", batch, WARP, &args)?;
+            launch("carry", batch, MAX_THREADS, &args)?;
             launch("apply", blocks, MAX_THREADS, &args)?;
         }
     }
@@ -172,11 +172,11 @@ struct State {
     of_returns: f32,
 }
 
-/// What some steps make of a state.
+/// What a segment makes of a state.
 #[allow(dead_code)] // only its size is looked at here
 #[repr(C)]
-struct Map {
-    steps: i32,
+struct Total {
+    factor: State,
     add: State,
 }
 
@@ -234,7 +234,7 @@ struct GaeArgs<'a> {
     outputs: super::Outputs<'a, Pointers>,
     partials: *mut Moments,
     last: *mut i64,
-    totals: *mut Map,
+    totals: *mut Total,
     carries: *mut State,
     rows: i64,
     tokens: i64,
