@@ -121,7 +121,7 @@ struct GaeArgs {
     float minus_kl_coef;
     int32_t multiply;         // gaps are steps
     int32_t after_last;       // the score is a step of its own, if there is room
-    int32_t two;              // returns have a decay of their own
+    int32_t two;              // returns have a decay of their own; looked at by the carry alone
     Decay decay;
     Decay returns_decay;
 };
@@ -254,8 +254,11 @@ static __device__ __forceinline__ float score_of(const GaeArgs& args, int64_t ro
     return float(has_eos ? x : s.replaces ? s.missing : x - s.missing);
 }
 
-// Reads a warp's segments. The rewards are dense rewards less the KL penalty.
-static __device__ __forceinline__ void load(const GaeArgs& args, const Place& place, Tokens& t) {
+// Reads a warp's segments, and does `meanwhile` what does not need them. The rewards are dense
+// rewards less the KL penalty.
+template <class Work>
+static __device__ __forceinline__ void load(const GaeArgs& args, const Place& place, Tokens& t,
+                                            Work meanwhile) {
     float kl[WARP_SEGMENTS][QUAD];
     load_tokens(args.values, place, t.value);
     if (args.rewards) {
@@ -274,6 +277,7 @@ static __device__ __forceinline__ void load(const GaeArgs& args, const Place& pl
         if (args.mask) mask[j] = load_flags(args.mask, place, j);
         if (args.dones) dones[j] = load_flags(args.dones, place, j);
     }
+    meanwhile();
     t.flags = 0;
 #pragma unroll
     for (int j = 0; j < WARP_SEGMENTS; j++) {
@@ -500,6 +504,8 @@ static __device__ __forceinline__ void write_partial(const GaeArgs& args, int64_
 // Block [warps x 32], a row a warp; the moments are those of as many rows as there are warps.
 template <bool TWO>
 static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* shared) {
+    load_powers(args, shared);
+    __syncthreads();
     const int warps = blockDim.x / WARP;
     for (int64_t first = int64_t(blockIdx.x) * warps; first < args.rows;
          first += int64_t(gridDim.x) * warps) {
@@ -508,8 +514,8 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
         if (row < args.rows) {
             const Place place(row, args.tokens, 0);
             Tokens t;
-            load(args, place, t);
-            const float score = score_of(args, row);
+            float score;
+            load(args, place, t, [&] { score = score_of(args, row); });
             classify(args, place, args.mask ? last_kept(t) : place.left - 1, score, t);
             Map maps[WARP_SEGMENTS];
             scan<TWO>(args, t, shared, maps);
@@ -525,26 +531,42 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
     }
 }
 
-// From u after a row's tile to u before it. Takes a copy of what it is for the warp's segments.
-template <bool TWO, bool ENDS>
-static __device__ __forceinline__ void follow(const Shared* shared, State& s,
-                                              State (&after)[WARP_SEGMENTS]) {
+// From u after a row's tile to u before it; takes a copy of what it is after each of the warp's
+// segments.
+template <bool ENDS>
+static __device__ __forceinline__ void follow(const float (&factors)[BLOCK_SEGMENTS],
+                                              const float (&adds)[BLOCK_SEGMENTS], float& u,
+                                              float (&after)[WARP_SEGMENTS]) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    const auto& chain = shared->chain;
+    constexpr int AHEAD = 4;  // warps whose maps are read before the first of them is needed
 #pragma unroll
-    for (int other = MAX_WARPS - 1; other >= 0; other--) {
-        if (other >= warps) continue;
+    for (int end = MAX_WARPS; end > 0; end -= AHEAD) {
+        // What warps that are missing have is not used.
+        const int first = (end - AHEAD) * WARP_SEGMENTS;
+        float factor[AHEAD * WARP_SEGMENTS], add[AHEAD * WARP_SEGMENTS];
 #pragma unroll
-        for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
-            const int k = other * WARP_SEGMENTS + j;
-            if (other == warp) after[j] = s;
-            s.u = follow<ENDS>(chain.factors[0][k], chain.adds[0][k], s.u);
-            if (TWO) {
-                s.of_returns =
-                    follow<ENDS>(chain.factors[1][k], chain.adds[1][k], s.of_returns);
-            }
+        for (int k = 0; k < AHEAD * WARP_SEGMENTS; k++) {
+            factor[k] = factors[first + k];
+            add[k] = adds[first + k];
+        }
+#pragma unroll
+        for (int k = AHEAD * WARP_SEGMENTS - 1; k >= 0; k--) {
+            const int of_warp = (first + k) / WARP_SEGMENTS;
+            if (of_warp >= warps) continue;
+            if (of_warp == warp) after[k % WARP_SEGMENTS] = u;
+            u = follow<ENDS>(factor[k], add[k], u);
         }
     }
+}
+
+template <bool TWO, bool ENDS>
+static __device__ __forceinline__ void follow(const Chain<BLOCK_SEGMENTS>& chain, State& s,
+                                              State (&after)[WARP_SEGMENTS]) {
+    float u[WARP_SEGMENTS], of_returns[WARP_SEGMENTS] = {};
+    follow<ENDS>(chain.factors[0], chain.adds[0], s.u, u);
+    if (TWO) follow<ENDS>(chain.factors[1], chain.adds[1], s.of_returns, of_returns);
+#pragma unroll
+    for (int j = 0; j < WARP_SEGMENTS; j++) after[j] = {u[j], of_returns[j]};
 }
 
 // Block [threads], a row a block.
@@ -560,14 +582,13 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
         for (int tile = args.tiles - 1; tile >= 0; tile--) {
             const Place place(row, args.tokens, int64_t(tile) * tile_tokens + mine * SEGMENT);
             Tokens t;
-            load(args, place, t);
-            // While the tokens are under way.
-            if (tile == args.tiles - 1) {
+            load(args, place, t, [&] {
+                if (tile < args.tiles - 1) return;
                 if (row == blockIdx.x) load_powers(args, shared);
                 if (args.partials) shared->threads[threadIdx.x] = no_deviations();
                 if (threadIdx.x == 0) shared->score = score_of(args, row);
                 s = end_of_row(args, row);
-            }
+            });
             const bool find = args.mask && last == NO_TOKEN;
             if (find) {
                 int kept = last_kept(t);
@@ -602,9 +623,8 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
             }
             __syncthreads();
             State after[WARP_SEGMENTS];
-            // Returns with a lambda of their own are rare, and one way is enough for them.
-            TWO || args.dones ? follow<TWO, true>(shared, s, after)
-                              : follow<TWO, false>(shared, s, after);
+            args.dones ? follow<TWO, true>(shared->chain, s, after)
+                       : follow<TWO, false>(shared->chain, s, after);
             finish<TWO>(args, place, t, maps, after, shared);
         }
         write_partial(args, row, shared);
@@ -679,13 +699,14 @@ static __device__ __forceinline__ void for_tiles(const GaeArgs& args, Shared* sh
             }
         }
         Tokens t;
-        load(args, place, t);
-        // While the tokens are under way.
-        const float score = score_of(args, row);
-        if (index == blockIdx.x) {
-            load_powers(args, shared);
-            __syncthreads();
-        }
+        float score;
+        load(args, place, t, [&] {
+            score = score_of(args, row);
+            if (index == blockIdx.x) {
+                load_powers(args, shared);
+                __syncthreads();
+            }
+        });
         // Far outside the warp's segments is as good as just outside.
         const int last_here =
             int(max(int64_t(NO_TOKEN), min(last - first, int64_t(WARP_SEGMENTS * SEGMENT))));
@@ -767,36 +788,37 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
     }
 }
 
-KERNEL(256, 3, gae_warp_f32, GaeArgs) {
-    SHARED(Shared, shared, 1);
-    load_powers(args, shared);
-    __syncthreads();
-    args.two ? warp_rows<true>(args, shared) : warp_rows<false>(args, shared);
-}
+// Returns with a lambda of their own are rare, and have kernels of their own: in the same they would
+// cost all others registers.
+#define KERNELS(two, name)                                                                        \
+    KERNEL(256, two ? 2 : 3, gae_warp##name, GaeArgs) {                                           \
+        SHARED(Shared, shared, 1);                                                                \
+        warp_rows<two>(args, shared);                                                             \
+    }                                                                                             \
+    KERNEL(256, two ? 2 : 3, gae_block##name, GaeArgs) {                                          \
+        SHARED(Shared, shared, 1);                                                                \
+        block_rows<two>(args, shared);                                                            \
+    }                                                                                             \
+    KERNEL(256, two ? 2 : 4, gae_totals##name, GaeArgs) {                                         \
+        SHARED(Shared, shared, 1);                                                                \
+        for_tiles<two, false>(args, shared);                                                      \
+    }                                                                                             \
+    KERNEL(256, two ? 2 : 3, gae_apply##name, GaeArgs) {                                          \
+        SHARED(Shared, shared, 1);                                                                \
+        for_tiles<two, true>(args, shared);                                                       \
+    }
 
-KERNEL(256, 3, gae_block_f32, GaeArgs) {
-    SHARED(Shared, shared, 1);
-    args.two ? block_rows<true>(args, shared) : block_rows<false>(args, shared);
-}
+KERNELS(false, _f32)
+KERNELS(true, _two_f32)
 
 KERNEL(256, 4, gae_last_f32, GaeArgs) {
     SHARED(int64_t, of_warps, MAX_WARPS);
     last_of_rows(args, of_warps);
 }
 
-KERNEL(256, 3, gae_totals_f32, GaeArgs) {
-    SHARED(Shared, shared, 1);
-    args.two ? for_tiles<true, false>(args, shared) : for_tiles<false, false>(args, shared);
-}
-
 KERNEL(256, 4, gae_carry_f32, GaeArgs) {
     SHARED(Chain<CARRY_SEGMENTS>, chain, 1);
     carry(args, chain);
-}
-
-KERNEL(256, 3, gae_apply_f32, GaeArgs) {
-    SHARED(Shared, shared, 1);
-    args.two ? for_tiles<true, true>(args, shared) : for_tiles<false, true>(args, shared);
 }
 
 KERNEL(512, 1, gae_merge_f32, MergeArgs) { merge_moments(args); }

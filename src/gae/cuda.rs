@@ -140,11 +140,15 @@ pub fn gae(
     let launch = |pass, blocks, threads, args: &GaeArgs| {
         stream.launch_f32([OP, pass], blocks, threads, args)
     };
+    // The kernels that know the decay in their types, for one and for two.
+    let either = |one, two| if args.two != 0 { two } else { one };
+    let [warp, block] = [either("warp", "warp_two"), either("block", "block_two")];
+    let [totals, apply] = [either("totals", "totals_two"), either("apply", "apply_two")];
     match mapping {
-        Mapping::Warp => launch("warp", blocks, MAX_THREADS, &args)?,
+        Mapping::Warp => launch(warp, blocks, MAX_THREADS, &args)?,
         Mapping::Block(threads) => {
             args.tiles = seq_len.div_ceil(threads * THREAD_TOKENS) as i32;
-            launch("block", blocks, threads, &args)?;
+            launch(block, blocks, threads, &args)?;
         }
         Mapping::Split => {
             let segments = seq_len.div_ceil(SEGMENT);
@@ -156,9 +160,9 @@ pub fn gae(
             if args.inputs.mask.is_some() {
                 launch("last", batch, MAX_THREADS, &args)?;
             }
-            launch("totals", blocks, MAX_THREADS, &args)?;
+            launch(totals, blocks, MAX_THREADS, &args)?;
             launch("carry", batch, MAX_THREADS, &args)?;
-            launch("apply", blocks, MAX_THREADS, &args)?;
+            launch(apply, blocks, MAX_THREADS, &args)?;
         }
     }
     moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, blocks, moments))
