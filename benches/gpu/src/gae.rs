@@ -12,7 +12,7 @@ use crate::gpu::Buffer;
 use crate::inputs::{mask, tokens};
 use crate::table::{Pass, Shape, Table};
 
-const SHAPES: [(usize, usize); 4] = [(8192, 2048), (512, 1024), (64, 2048), (16, 131_072)];
+const SHAPES: [(usize, usize); 5] = [(8192, 2048), (4096, 2048), (512, 1024), (64, 2048), (16, 131_072)];
 
 pub fn time(table: &Table) {
     for (batch, seq_len) in SHAPES {
