@@ -141,6 +141,11 @@ struct Chain {
     }
 };
 
+struct Score {
+    float value;
+    int32_t has_eos;
+};
+
 constexpr int BLOCK_SEGMENTS = MAX_WARPS * WARP_SEGMENTS;
 constexpr int CARRY_SEGMENTS = 1024;
 
@@ -148,7 +153,7 @@ struct Shared {
     Chain<BLOCK_SEGMENTS> chain;
     float powers[2][SEGMENT + 1];
     int last[MAX_WARPS];              // a warp: its last unmasked token in the tile, or NO_TOKEN
-    float score;                      // of the row
+    Score score;                      // of the row
     Deviations warps[MAX_WARPS];
     Deviations threads[MAX_THREADS];  // of the advantages that a thread wrote
 };
@@ -200,16 +205,17 @@ struct Tokens {
 static __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % WARP; }
 
 // To be followed by a barrier.
+template <bool TWO>
 static __device__ __forceinline__ void load_powers(const GaeArgs& args, Shared* shared) {
     for (int i = threadIdx.x; i <= SEGMENT; i += blockDim.x) {
         shared->powers[0][i] = args.decay.powers[i];
-        shared->powers[1][i] = args.returns_decay.powers[i];
+        if (TWO) shared->powers[1][i] = args.returns_decay.powers[i];
     }
 }
 
-template <bool TWO>
+template <bool TWO, bool ENDS = true>
 static __device__ __forceinline__ State apply(const Map& map, State s, const Shared* shared) {
-    if (map.steps >= ENDED) return map.add;
+    if (ENDS && map.steps >= ENDED) return map.add;
     s.u = fmaf(shared->powers[0][map.steps], s.u, map.add.u);
     if (TWO) s.of_returns = fmaf(shared->powers[1][map.steps], s.of_returns, map.add.of_returns);
     return s;
@@ -241,17 +247,18 @@ static __device__ __forceinline__ State end_of_row(const GaeArgs& args, int64_t 
     return {u, u};
 }
 
-// The reward that a row's score becomes; 0 if there are no scores.
-static __device__ __forceinline__ float score_of(const GaeArgs& args, int64_t row) {
-    if (!args.scores) return 0.0f;
-    const Shaping& s = args.shaping;
+static __device__ __forceinline__ Score score_of(const GaeArgs& args, int64_t row) {
+    return {args.scores ? args.scores[row] : 0.0f, !args.has_eos || args.has_eos[row]};
+}
+
+// What a row's score becomes.
+static __device__ __forceinline__ float shaped(const Shaping& s, const Score& score) {
     const auto clipped = [&](double x) { return x < -s.clip ? -s.clip : x > s.clip ? s.clip : x; };
-    double x = args.scores[row];
-    const bool has_eos = !args.has_eos || args.has_eos[row];
+    double x = score.value;
     if (s.clips_first) x = clipped(x);
     x = (x - s.mean) * s.inverse_std;
     if (!s.clips_first) x = clipped(x);
-    return float(has_eos ? x : s.replaces ? s.missing : x - s.missing);
+    return float(score.has_eos ? x : s.replaces ? s.missing : x - s.missing);
 }
 
 // Reads a warp's segments, and does `meanwhile` what does not need them. The rewards are dense
@@ -321,7 +328,7 @@ static __device__ __forceinline__ int last_kept(const Tokens& t) {
 // Says of every token what it is, clears what is masked, and adds the score. `last` is the row's
 // last unmasked token, counted from the warp's first.
 static __device__ __forceinline__ void classify(const GaeArgs& args, const Place& place, int last,
-                                                const float& score, Tokens& t) {
+                                                const Score& score, Tokens& t) {
     const int score_here = last + (args.after_last && last + 1 < place.left);
     const bool has_score =
         args.scores && score_here >= 0 && score_here < WARP_SEGMENTS * SEGMENT;
@@ -347,11 +354,12 @@ static __device__ __forceinline__ void classify(const GaeArgs& args, const Place
         t.content = __ballot_sync(ALL_LANES, t.flags != 0) ? SOME : NONE;
     }
     if (!has_score) return;
+    const float reward = shaped(args.shaping, score);
 #pragma unroll
     for (int j = 0; j < WARP_SEGMENTS; j++) {
 #pragma unroll
         for (int i = 0; i < QUAD; i++) {
-            if (first_of_lane(j) + i == score_here) t.reward[j][i] += score;
+            if (first_of_lane(j) + i == score_here) t.reward[j][i] += reward;
         }
     }
 }
@@ -450,7 +458,7 @@ static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens
         Map later = {CONTENT == ALL ? map.steps - QUAD : __shfl_down_sync(ALL_LANES, map.steps, 1),
                      {__shfl_down_sync(ALL_LANES, map.add.u, 1), 0.0f}};
         if (TWO) later.add.of_returns = __shfl_down_sync(ALL_LANES, map.add.of_returns, 1);
-        if (lane_of_thread() < WARP - 1) s = apply<TWO>(later, s, shared);
+        if (lane_of_thread() < WARP - 1) s = apply<TWO, CONTENT == SOME>(later, s, shared);
     }
     float after[QUAD];
     unroll<CONTENT>(args.decay, t, j, s.u, after);
@@ -504,7 +512,7 @@ static __device__ __forceinline__ void write_partial(const GaeArgs& args, int64_
 // Block [warps x 32], a row a warp; the moments are those of as many rows as there are warps.
 template <bool TWO>
 static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* shared) {
-    load_powers(args, shared);
+    load_powers<TWO>(args, shared);
     __syncthreads();
     const int warps = blockDim.x / WARP;
     for (int64_t first = int64_t(blockIdx.x) * warps; first < args.rows;
@@ -514,7 +522,7 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
         if (row < args.rows) {
             const Place place(row, args.tokens, 0);
             Tokens t;
-            float score;
+            Score score;
             load(args, place, t, [&] { score = score_of(args, row); });
             classify(args, place, args.mask ? last_kept(t) : place.left - 1, score, t);
             Map maps[WARP_SEGMENTS];
@@ -550,11 +558,18 @@ static __device__ __forceinline__ void follow(const float (&factors)[BLOCK_SEGME
             add[k] = adds[first + k];
         }
 #pragma unroll
-        for (int k = AHEAD * WARP_SEGMENTS - 1; k >= 0; k--) {
-            const int of_warp = (first + k) / WARP_SEGMENTS;
+        for (int of_warp = end - 1; of_warp >= end - AHEAD; of_warp--) {
             if (of_warp >= warps) continue;
-            if (of_warp == warp) after[k % WARP_SEGMENTS] = u;
-            u = follow<ENDS>(factor[k], add[k], u);
+            float here[WARP_SEGMENTS];
+#pragma unroll
+            for (int j = WARP_SEGMENTS - 1; j >= 0; j--) {
+                const int k = of_warp * WARP_SEGMENTS + j - first;
+                here[j] = u;
+                u = follow<ENDS>(factor[k], add[k], u);
+            }
+            if (of_warp != warp) continue;
+#pragma unroll
+            for (int j = 0; j < WARP_SEGMENTS; j++) after[j] = here[j];
         }
     }
 }
@@ -584,7 +599,7 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
             Tokens t;
             load(args, place, t, [&] {
                 if (tile < args.tiles - 1) return;
-                if (row == blockIdx.x) load_powers(args, shared);
+                if (row == blockIdx.x) load_powers<TWO>(args, shared);
                 if (args.partials) shared->threads[threadIdx.x] = no_deviations();
                 if (threadIdx.x == 0) shared->score = score_of(args, row);
                 s = end_of_row(args, row);
@@ -699,11 +714,11 @@ static __device__ __forceinline__ void for_tiles(const GaeArgs& args, Shared* sh
             }
         }
         Tokens t;
-        float score;
+        Score score;
         load(args, place, t, [&] {
             score = score_of(args, row);
             if (index == blockIdx.x) {
-                load_powers(args, shared);
+                load_powers<TWO>(args, shared);
                 __syncthreads();
             }
         });
