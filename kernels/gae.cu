@@ -21,9 +21,9 @@
 // A thread makes one map of four tokens; shuffles make maps of the tokens from a lane to the end of
 // its segment of 128 tokens; from segment to segment u goes on in order, the last first. Most warps
 // have no token that is masked or done, and so powers that are known beforehand: they do the same
-// sums without asking what each token is. All
-// kernels do just this, and so give the same bits, which depend on nothing but the row up to its
-// last unmasked token: neither on padding, alignment and batch, nor on the kernel. Which is:
+// sums without asking what each token is. All kernels do just this, and so give the same bits, which
+// depend on nothing but the row up to its last unmasked token: neither on padding, alignment and
+// batch, nor on the kernel. Which is:
 //     warp    a warp takes a short row
 //     block   a block takes a row, from its end, a tile of 2 segments a warp at a time; the maps of
 //             segments go through shared memory
@@ -758,7 +758,9 @@ static __device__ __forceinline__ float follow(const float* factors, float (&add
         count--;
         next(count, factors[count], adds[count]);
     }
-    for (int first = count - AHEAD; first >= 0; first -= AHEAD) {
+    // Counted so that the compiler sees that vectors are aligned.
+    for (int group = count / AHEAD - 1; group >= 0; group--) {
+        const int first = group * AHEAD;
         float f[AHEAD], a[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
@@ -771,7 +773,7 @@ static __device__ __forceinline__ float follow(const float* factors, float (&add
     return u;
 }
 
-// Block [threads], a row a block: u after each segment, from the last one on. One thread goes
+// Block [MAX_THREADS], a row a block: u after each segment, from the last one on. One thread goes
 // through the maps of many segments, and another for the returns.
 static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SEGMENTS>* chain) {
     const int lane = lane_of_thread(), warp = threadIdx.x / WARP;
@@ -783,9 +785,16 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
         int64_t first = (args.segments - 1) / CARRY_SEGMENTS * CARRY_SEGMENTS;
         for (; first >= 0; first -= CARRY_SEGMENTS) {
             const int count = int(min(args.segments - first, int64_t(CARRY_SEGMENTS)));
-#pragma unroll 4
-            for (int k = threadIdx.x; k < count; k += blockDim.x) {
-                chain->set(k, totals[first + k]);
+            Total mine[CARRY_SEGMENTS / MAX_THREADS];
+#pragma unroll
+            for (int i = 0; i < CARRY_SEGMENTS / MAX_THREADS; i++) {
+                const int k = threadIdx.x + i * MAX_THREADS;
+                if (k < count) mine[i] = totals[first + k];
+            }
+#pragma unroll
+            for (int i = 0; i < CARRY_SEGMENTS / MAX_THREADS; i++) {
+                const int k = threadIdx.x + i * MAX_THREADS;
+                if (k < count) chain->set(k, mine[i]);
             }
             __syncthreads();
             if (lane == 0 && warp < states) {
@@ -831,7 +840,7 @@ KERNEL(256, 4, gae_last_f32, GaeArgs) {
     last_of_rows(args, of_warps);
 }
 
-KERNEL(256, 4, gae_carry_f32, GaeArgs) {
+KERNEL(256, 2, gae_carry_f32, GaeArgs) {
     SHARED(Chain<CARRY_SEGMENTS>, chain, 1);
     carry(args, chain);
 }
