@@ -85,6 +85,7 @@ struct FullForwardArgs {
     int64_t rows;
     int64_t vocab;
     int32_t parts;  // of a row
+    int32_t ahead;
     float inverse_temperature;
 };
 
@@ -201,11 +202,14 @@ struct FullForward {
         PairSums s = none();
         for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
             uint4 from_z[IN_FLIGHT], from_w[IN_FLIGHT];
+            // Before the loads, as then there are registers for addresses.
+            if (args.ahead) {
+                const int next = tile + IN_FLIGHT * threads;
+                z.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+                w.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+            }
             z.load(tile, thread, threads, range.end, from_z);
             w.load(tile, thread, threads, range.end, from_w);
-            const int next = tile + IN_FLIGHT * threads;
-            z.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
-            w.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
             add<T>(s, from_z, from_w, (range.end - tile + threads - 1) / threads, scale);
         }
         return s;

@@ -50,6 +50,7 @@ struct ForwardArgs {
     int64_t rows;
     int64_t vocab;
     int32_t parts;  // of a row
+    int32_t ahead;
     float inverse_temperature;
 };
 
@@ -91,13 +92,15 @@ static __device__ __forceinline__ Target target_of(const Args& args, int64_t row
 // The sums over a range of a row's groups that fall to one thread of `threads`.
 template <class T, bool WEIGHTED>
 static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Range range, int thread,
-                                                         int threads, float scale) {
+                                                         int threads, float scale, bool ahead) {
     SoftmaxSums s = no_sums();
     for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
         uint4 v[IN_FLIGHT];
         row.load(tile, thread, threads, range.end, v);
-        const int next = tile + IN_FLIGHT * threads;
-        row.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+        if (ahead) {
+            const int next = tile + IN_FLIGHT * threads;
+            row.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+        }
         const int vectors = (range.end - tile + threads - 1) / threads;
         add<WEIGHTED>(s, v, vectors, scale, T{});
     }
@@ -136,8 +139,8 @@ struct Forward {
                                                int threads) const {
         const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.vocab);
         const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
-        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale)
-                            : sum_groups<T, false>(z, range, thread, threads, scale);
+        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead)
+                            : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead);
     }
 
     __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b) const {

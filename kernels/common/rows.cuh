@@ -24,8 +24,9 @@
 
 #include "reduce.cuh"
 
-// Threads for a part of a row that has several.
+// Threads for a part of a row.
 constexpr int PART_THREADS = 256;
+
 
 // A range of a row's groups.
 struct Range {
@@ -73,7 +74,7 @@ static __device__ __forceinline__ Sums block_merge(const R& reduction, Sums sums
     return sums;
 }
 
-// Block [threads], a row a block, its parts one after the other; or, WIDE, block
+// Block [PART_THREADS], a row a block, its parts one after the other; or, WIDE, block
 // [parts x PART_THREADS], a row a block, its parts side by side.
 template <bool WIDE, class R>
 static __device__ __forceinline__ void reduce_by_blocks(const R& reduction) {
@@ -90,7 +91,8 @@ static __device__ __forceinline__ void reduce_by_blocks(const R& reduction) {
             if (threadIdx.x == 0) reduction.write_unread(row, item);
             continue;
         }
-        for (int part = threadIdx.x / threads; part < args.parts; part += blockDim.x / threads) {
+        const int first = threadIdx.x / threads, step = blockDim.x / threads;
+        for (int part = first; part < args.parts; part += step) {
             part_sums[part * threads + thread] = reduction.sum(row, part, thread, threads);
         }
         if (WIDE) __syncthreads();

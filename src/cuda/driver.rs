@@ -5,7 +5,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::ffi::{c_void, CString};
 use std::panic::{self, catch_unwind, UnwindSafe};
-use std::sync::{LazyLock, Mutex, OnceLock, PoisonError};
+use std::sync::{LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult};
 use cudarc::driver::DriverError;
@@ -20,15 +20,20 @@ struct Image<Bytes: ?Sized>(Bytes);
 /// The image of every op.
 static IMAGES: &[(&str, &Image<[u8]>)] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What has been loaded, by the context's number, which the driver never uses again for another.
-/// Handles are kept as integers; they are the driver's to look into, and go with their context.
+/// What is known of contexts, and what has been loaded, by the context's number, which the driver never
+/// uses again for another. Handles are kept as integers; they are the driver's to look into, and go with their context.
 #[derive(Default)]
 struct Loaded {
+    devices: HashMap<u64, Device>,
     modules: HashMap<(u64, &'static str), usize>,
     functions: HashMap<(u64, Kernel), usize>,
 }
 
-static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
+fn loaded() -> MutexGuard<'static, Loaded> {
+    static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(Mutex::default);
+    // A panic elsewhere leaves the tables as they were before or after an insertion.
+    LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Stream {
@@ -49,21 +54,15 @@ impl Stream {
             unsafe {
                 let context = context_of(stream)?;
                 sys::cuCtxGetId(context, &mut context_id).result()?;
-                let _current = Current::set(context)?;
-                let (mut device, mut numbers) = (0, [0; 4]);
-                sys::cuCtxGetDevice(&mut device).result()?;
-                let attributes = [
-                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X,
-                    sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-                ];
-                for (number, attribute) in numbers.iter_mut().zip(attributes) {
-                    sys::cuDeviceGetAttribute(number, attribute, device).result()?;
-                }
-                let [major, minor, max_blocks, multiprocessors] = numbers.map(i32::unsigned_abs);
-                let compute_capability = (major, minor);
-                let device = Device { compute_capability, max_blocks, multiprocessors };
+                let known = loaded().devices.get(&context_id).copied();
+                let device = match known {
+                    Some(device) => device,
+                    None => {
+                        let device = device_of(context)?;
+                        loaded().devices.insert(context_id, device);
+                        device
+                    }
+                };
                 Ok((Self { stream, context, context_id }, device))
             }
         });
@@ -108,8 +107,7 @@ impl Stream {
 
     /// The kernel in this stream's context, which is current.
     fn function(&self, kernel: &Kernel) -> std::result::Result<sys::CUfunction, DriverError> {
-        // A panic elsewhere leaves the tables as they were before or after an insertion.
-        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut loaded = loaded();
         if let Some(&function) = loaded.functions.get(&(self.context_id, *kernel)) {
             return Ok(function as sys::CUfunction);
         }
@@ -135,6 +133,30 @@ impl Stream {
         loaded.functions.insert((self.context_id, *kernel), function as usize);
         Ok(function)
     }
+}
+
+/// The device of a context.
+///
+/// # Safety
+/// The context lives.
+unsafe fn device_of(context: sys::CUcontext) -> std::result::Result<Device, DriverError> {
+    let (mut device, mut numbers) = (0, [0; 4]);
+    let attributes = [
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X,
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+    ];
+    // SAFETY: the caller's; the driver writes what the pointers lead to.
+    unsafe {
+        let _current = Current::set(context)?;
+        sys::cuCtxGetDevice(&mut device).result()?;
+        for (number, attribute) in numbers.iter_mut().zip(attributes) {
+            sys::cuDeviceGetAttribute(number, attribute, device).result()?;
+        }
+    }
+    let [major, minor, max_blocks, multiprocessors] = numbers.map(i32::unsigned_abs);
+    Ok(Device { compute_capability: (major, minor), max_blocks, multiprocessors })
 }
 
 /// The context that a stream launches in.

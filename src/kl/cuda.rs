@@ -87,7 +87,7 @@ pub fn full_forward<T: Logit>(
         return Ok(());
     }
     let (z, w) = options.order(inputs.logits, inputs.ref_logits);
-    let reduction = Reduction::new::<T>(rows, vocab, MOST_PARTS);
+    let reduction = Reduction::new::<T>(stream.device(), rows, vocab, MOST_PARTS);
     let args = FullForwardArgs::<Pointers, T> {
         z,
         w,
@@ -96,6 +96,7 @@ pub fn full_forward<T: Logit>(
         rows: rows as i64,
         vocab: vocab as i64,
         parts: reduction.parts,
+        ahead: reduction.ahead.into(),
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
     let passes = Passes {
@@ -196,6 +197,7 @@ struct FullForwardArgs<'a, S: Space, T: Element> {
     rows: i64,
     vocab: i64,
     parts: i32,
+    ahead: i32,
     inverse_temperature: f32,
 }
 

@@ -40,7 +40,7 @@ pub fn forward<T: Logit, I: TokenId>(
         return Ok(());
     }
 
-    let reduction = Reduction::new::<T>(rows, vocab, MOST_PARTS);
+    let reduction = Reduction::new::<T>(stream.device(), rows, vocab, MOST_PARTS);
     let args = ForwardArgs {
         inputs,
         outputs,
@@ -48,6 +48,7 @@ pub fn forward<T: Logit, I: TokenId>(
         rows: rows as i64,
         vocab: vocab as i64,
         parts: reduction.parts,
+        ahead: reduction.ahead.into(),
         inverse_temperature: (1.0 / options.temperature) as f32,
     };
     let kernel = |pass| Kernel { op: OP, pass, dtype: T::NAME };
@@ -123,6 +124,7 @@ struct ForwardArgs<'a, T: Element, I: Element> {
     rows: i64,
     vocab: i64,
     parts: i32,
+    ahead: i32,
     inverse_temperature: f32,
 }
 

@@ -143,6 +143,7 @@ class Pass:
         self.cpu = function(f"{name}_cpu")
         self.cuda = function(f"{name}_cuda")
         self.workspace_size = function(f"{name}_cuda_workspace_size")
+        self.needs_workspace = False
         first = ("struct_size", "reserved", "options", *names)
         self._in_order = itemgetter(*(first.index(field) for field, _ in self.struct._fields_))
         self._size = ctypes.sizeof(self.struct)

@@ -322,8 +322,20 @@ def _call(
         _lib.fail(status, {**function.renamed, **renamed})
 
 
+# What ``torch.cuda.current_stream`` asks too, and makes an object of.
+_raw_stream = getattr(_C, "_cuda_getCurrentRawStream", None) or (
+    lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+
+
 def _call_cuda(function: Pass, device: torch.device, arguments: bytes) -> int:
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream = _raw_stream(device.index)
+    # Most passes need no workspace, and none is asked about it before it has been refused without.
+    if not function.needs_workspace:
+        status = function.cuda(arguments, 0, 0, stream)
+        if status != _header.STATUS_WORKSPACE:
+            return status
+        function.needs_workspace = True
     size = c_size_t()
     status = function.workspace_size(arguments, stream, byref(size))
     if status:
