@@ -24,17 +24,23 @@
 // merge. One block, a sum a warp: adds the partials in f64, in order, and writes the statistics. If
 // there is but one part, pass does so itself.
 //
+// from_logits. A row of logits a block: its log-probability and entropy, what the loss makes of them,
+// and the gradient of the row, which is read again while it is in L2. Then come pass and merge.
+//
 // scale. The stored gradients times an upstream gradient that is on the device.
 //
 // Bytes of a token: pass reads 12, 12 more for the value term (8 without its clip), 4 for the
 // entropy and for the KL each, 1 for the mask, and writes 4 a gradient; count reads the 1 of the
-// mask. scale reads and writes 4 a gradient; in place, by a factor of 1, nothing.
+// mask. scale reads and writes 4 a gradient; in place, by a factor of 1, nothing. from_logits reads a
+// row of logits and writes one.
 //
 // Numbers. e^x is expf, to 2 ulp. Variances are taken around a number that is among those they are
 // of, so that they keep their digits far from 0: each thread takes its first, and changes to the
 // block's before sums are added, as the parts do to the first part's. Masked tokens are selected
 // away, never multiplied: they may be NaN. D = 0 makes the loss NaN.
 
+#include "common/logprob.cuh"
+#include "common/policy.cuh"
 #include "common/reduce.cuh"
 #include "common/token_kl.cuh"
 #include "common/tokens.cuh"
@@ -137,12 +143,24 @@ struct PassArgs {
     int32_t part_tiles;        // tiles of a part
     int32_t aligned;           // all of the above that have a value a token are
     int32_t count_outside;
-    // Infinity is off.
-    float log_ratio_limit;
-    float low;
-    float high;
-    float dual_clip;
-    float value_range;
+    float value_range;  // infinity is off
+    Clip clip;
+    TokenKl kl;
+};
+
+struct LogitsArgs {
+    ForwardArgs forward;       // of rows * columns rows of logits, where parts are side by side
+    const float* old_logp;     // [rows, columns]
+    const float* advantages;   // [rows, columns]
+    const float* ref_logp;     // [rows, columns], or null
+    const uint8_t* mask;       // [rows, columns], or null: ones
+    const float* row_weights;  // [rows] of count, or null: all 1
+    void* grad_logits;         // [rows, columns, vocab]; may be the logits
+    Divisor divisor;
+    double entropy_coef;       // not 0 only where the entropy is written
+    double kl_coef;
+    int64_t columns;
+    Clip clip;
     TokenKl kl;
 };
 
@@ -247,11 +265,11 @@ KERNEL(512, 2, ppo_loss_count_f32, CountArgs) {
 }
 
 // D, in every thread of a block.
-static __device__ __forceinline__ double divisor_of(const PassArgs& args, uint32_t* warps) {
-    const Divisor& divisor = args.divisor;
+static __device__ __forceinline__ double divisor_of(const Divisor& divisor, const uint8_t* mask,
+                                                    int64_t tokens, uint32_t* warps) {
     if (divisor.given != 0.0) return divisor.given;
     if (!divisor.counts) {
-        return block_sum(count_kept(args.mask, args.tokens, threadIdx.x, blockDim.x), warps);
+        return block_sum(count_kept(mask, tokens, threadIdx.x, blockDim.x), warps);
     }
     double sum = 0.0;
     for (int part = threadIdx.x % WARP; part < divisor.parts; part += WARP) {
@@ -343,7 +361,7 @@ struct ThreadSums {
     uint32_t counts;
 };
 
-static __device__ __forceinline__ ThreadSums no_sums() {
+static __device__ __forceinline__ ThreadSums no_thread_sums() {
     ThreadSums s;
 #pragma unroll
     for (int i = 0; i < PARTIAL_SUMS; i++) s.sum[i] = 0.0f;
@@ -377,23 +395,15 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
         const float log_ratio = keep[i] ? logp[i] - old_logp[i] : 0.0f;
         const float a = keep[i] ? advantages[i] : 0.0f;
-        const float d = clamp(log_ratio, args.log_ratio_limit);
-        const bool clamped = fabsf(log_ratio) > args.log_ratio_limit;
-        const float ratio = expf(d);
+        const PolicyTerm term = policy_of_token(args.clip, log_ratio, a);
+        const float d = term.log_ratio, ratio = term.ratio;
+        // A slope of 0 stays 0, whatever the weight.
+        grad[i] = keep[i] && term.slope != 0.0f ? term.slope * w[i] * scale : 0.0f;
 
-        const float unclipped_loss = -ratio * a;
-        const float clipped_loss = -fminf(fmaxf(ratio, args.low), args.high) * a;
-        const bool is_clipped = clipped_loss > unclipped_loss;
-        const float larger = is_clipped ? clipped_loss : unclipped_loss;
-        const float bound = a < 0.0f ? -args.dual_clip * a : INFINITY;
-        const bool is_lower = larger > bound;
-        const bool flows = keep[i] && !(is_clipped || is_lower || clamped);
-        grad[i] = flows ? unclipped_loss * w[i] * scale : 0.0f;
-
-        const bool outside = keep[i] && (ratio < args.low || ratio > args.high);
-        count(s, CLIPPED, args.count_outside ? outside : is_clipped);
-        count(s, LOWER_CLIPPED, is_lower);
-        s.sum[POLICY_LOSS] = fmaf(w[i], is_lower ? bound : larger, s.sum[POLICY_LOSS]);
+        const bool outside = keep[i] && term.is_outside;
+        count(s, CLIPPED, args.count_outside ? outside : term.is_clipped);
+        count(s, LOWER_CLIPPED, term.is_lower);
+        s.sum[POLICY_LOSS] = fmaf(w[i], term.loss, s.sum[POLICY_LOSS]);
         s.sum[LOG_RATIO] += d;
         s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
         const float series = k3_series(-d);
@@ -517,7 +527,7 @@ static __device__ __forceinline__ void load_weights(const PassArgs& args, int64_
 template <bool FULL>
 static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
                                                         int64_t first, int count) {
-    ThreadSums s = no_sums();
+    ThreadSums s = no_thread_sums();
     const RowColumn step = place_of<FULL>(args, TILE);
     RowColumn place = place_of<FULL>(args, first + threadIdx.x * QUAD);
     for (int i = threadIdx.x * QUAD; i < count; i += TILE) {
@@ -690,7 +700,7 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
     SHARED(WarpSums, warps, WARPS);
     SHARED(double, totals, PARTIAL_SUMS);
     SHARED(double, divisor, 1);
-    const double counted = divisor_of(args, counts);
+    const double counted = divisor_of(args.divisor, args.mask, args.tokens, counts);
     if (threadIdx.x == 0) *divisor = counted;
     const double unit = 1.0 / counted;
     const Scales scales = {
@@ -775,10 +785,67 @@ KERNEL(PARTIAL_SUMS * WARP, 1, ppo_loss_merge_f32, PassArgs) {
     const int which = threadIdx.x / WARP;
     const double total = merge_parts(args, which);
     if (threadIdx.x % WARP == 0) totals[which] = total;
-    const double divisor = divisor_of(args, counts);
+    const double divisor = divisor_of(args.divisor, args.mask, args.tokens, counts);
     __syncthreads();
     if (threadIdx.x == 0) write_stats(args, totals, divisor);
 }
+
+// ---- from logits ----
+
+// What the loss makes of a row: by one thread.
+static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args, int64_t row,
+                                                          Target target, const RowValues& values,
+                                                          double unit) {
+    const float w = args.row_weights ? args.row_weights[row / args.columns] : 1.0f;
+    const float log_ratio = values.logp - args.old_logp[row];
+    const PolicyTerm term = policy_of_token(args.clip, log_ratio, args.advantages[row]);
+    float grad = term.slope != 0.0f ? term.slope * w * float(unit) : 0.0f;
+    if (args.ref_logp && args.kl_coef != 0.0) {
+        const float d[1] = {values.logp - args.ref_logp[row]};
+        float value[1], slope[1];
+        kl_of_tokens(args.kl, d, value, slope);
+        grad = fmaf(slope[0] * w, float(args.kl_coef * unit), grad);
+    }
+    const bool has_entropy = args.entropy_coef != 0.0;
+    const float grad_entropy = has_entropy ? w * float(-args.entropy_coef * unit) : 0.0f;
+    return {target, grad, grad_entropy, values.max, values.log_sum, values.entropy};
+}
+
+// Block as of sums_of_row, WIDE, a row a block: the logits' second reading, for their gradient, comes
+// out of L2 while there are no more blocks than run at once.
+template <class T>
+static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
+    SHARED(uint32_t, counts, WARP);
+    SHARED(KnownOfRow, shared, 1);
+    const Forward<T> forward(args.forward);
+    const int64_t vocab = args.forward.vocab;
+    const double unit = 1.0 / divisor_of(args.divisor, args.mask, args.forward.rows, counts);
+    for (int64_t row = blockIdx.x; row < args.forward.rows; row += gridDim.x) {
+        const bool kept = !args.mask || args.mask[row];
+        auto item = forward.item(row);
+        if (!kept) item.target.kind = Kind::IGNORED;
+        const bool reads = forward.reads(item);
+        SoftmaxSums sums = no_sums();
+        if (reads) sums = sums_of_row<true>(forward, row);
+        // Others may still be writing the row before this one.
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            const RowValues values =
+                reads ? forward.values(item, sums) : forward.values_unread(item);
+            forward.write(row, values);
+            *shared = known_of_row(args, row, item.target, values, unit);
+        }
+        __syncthreads();
+        const Share share = {0, 1, int(threadIdx.x), int(blockDim.x)};
+        write_gradient(static_cast<const T*>(args.forward.logits) + row * vocab,
+                       static_cast<T*>(args.grad_logits) + row * vocab, vocab, *shared,
+                       args.forward.inverse_temperature, share);
+    }
+}
+
+KERNEL(768, 1, ppo_loss_from_logits_f32, LogitsArgs) { from_logits<float>(args); }
+KERNEL(768, 1, ppo_loss_from_logits_f16, LogitsArgs) { from_logits<f16>(args); }
+KERNEL(768, 1, ppo_loss_from_logits_bf16, LogitsArgs) { from_logits<bf16>(args); }
 
 // ---- scaling ----
 

@@ -106,7 +106,14 @@ fn cuda_constants(source: &str) -> BTreeMap<String, String> {
 
 /// The Rust sources that an op's argument structs are put together from.
 fn rust_files(op: &str) -> Vec<syn::File> {
-    let shared = ["src/moments.rs", "src/moments/cuda.rs", "src/kl/cuda.rs", "src/cuda/rows.rs"];
+    let shared = [
+        "src/moments.rs",
+        "src/moments/cuda.rs",
+        "src/kl/cuda.rs",
+        "src/logprob/mod.rs",
+        "src/logprob/cuda.rs",
+        "src/cuda/rows.rs",
+    ];
     let own = [format!("src/{op}/mod.rs"), format!("src/{op}/cuda.rs")];
     // The op's own come last: of structs of one name they count.
     let paths = shared.into_iter().map(str::to_string).chain(own);

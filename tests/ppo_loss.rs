@@ -5,15 +5,21 @@ mod common;
 
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
+use common::logits_loss_cases::Case;
 use common::ppo_loss_cases::*;
 use common::*;
+use half::{bf16, f16};
+use ppo_kernels::cpu::Logit;
 use ppo_kernels::kl::reference::token_kl;
 use ppo_kernels::kl::{KlEstimator, KlOptions};
-use ppo_kernels::ppo_loss::cpu::{self, Outputs, ScaleInputs, ScaleOutputs};
+use ppo_kernels::logprob;
+use ppo_kernels::ppo_loss::cpu::{
+    self, LogitsInputs, LogitsOutputs, Outputs, ScaleInputs, ScaleOutputs,
+};
 use ppo_kernels::ppo_loss::{
     ppo_loss, reference, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions, PpoStats,
 };
-use ppo_kernels::Error;
+use ppo_kernels::{Error, Result};
 use serde_json::Value;
 
 /// The peers' arithmetic is f64 like the reference's: relative, absolute.
@@ -24,6 +30,92 @@ const EPSILON: (f64, f64) = (2.1e-8, 1e-10);
 
 /// The peer rounds this number to f32.
 const SINGLE: (f64, f64) = (1e-7, 0.0);
+
+/// The loss from logits on the CPU.
+fn from_logits<T: Logit>(case: &Case<T>) -> Result<logits_loss_cases::Found> {
+    let n = case.targets.len();
+    let (mut logp, mut entropy) = (vec![f32::NAN; n], vec![f32::NAN; n]);
+    let (mut stats, mut loss) = ([unwritten()], [f32::NAN]);
+    let mut grad = vec![T::from_f32(f32::NAN); case.logits.len()];
+    let inputs = LogitsInputs {
+        ref_logp: case.ref_logp.as_deref(),
+        mask: case.mask.as_deref(),
+        ..LogitsInputs::new(&case.logits, &case.targets, &case.old_logp, &case.advantages)
+    };
+    let outputs = LogitsOutputs {
+        entropy: Some(&mut entropy),
+        loss: Some(&mut loss),
+        ..LogitsOutputs::new(&mut logp, &mut stats, &mut grad)
+    };
+    let sizes = [case.shape[0], case.shape[1], case.vocab];
+    cpu::logits_ppo_loss(inputs, sizes, &case.logprob_options, &case.options, outputs)?;
+    assert_eq!(loss[0].to_bits(), (stats[0].loss as f32).to_bits());
+    let grad_logits = grad.iter().map(|g| g.to_f32()).collect();
+    Ok(logits_loss_cases::Found { logp, entropy, stats: stats[0], grad_logits })
+}
+
+fn from_logits_agrees_with_the_references<T: Logit>() {
+    let mut rng = rng(12);
+    for (i, (shape, vocab)) in logits_loss_cases::SHAPES.into_iter().enumerate() {
+        for number in i..i + 5 {
+            let case = Case::<T>::new(&mut rng, shape, vocab, number);
+            let found = from_logits(&case).unwrap();
+            case.check("cpu", &found);
+            // Those of the ops by themselves, to the bit, but for what is masked.
+            let n = case.targets.len();
+            let (mut logp, mut entropy) = (vec![0.0; n], vec![0.0; n]);
+            let inputs = logprob::cpu::ForwardInputs::new(&case.logits[..], &case.targets[..]);
+            let outputs = logprob::cpu::ForwardOutputs {
+                entropy: Some(&mut entropy),
+                ..logprob::cpu::ForwardOutputs::new(&mut logp)
+            };
+            logprob::cpu::forward(inputs, n, vocab, &case.logprob_options, outputs).unwrap();
+            for t in (0..n).filter(|&t| case.mask.as_ref().is_none_or(|mask| mask[t] != 0)) {
+                assert_eq!(found.logp[t].to_bits(), logp[t].to_bits(), "{vocab} {t}");
+                assert_eq!(found.entropy[t].to_bits(), entropy[t].to_bits(), "{vocab} {t}");
+            }
+        }
+    }
+}
+
+#[test]
+fn from_logits_f32_agrees_with_the_references() {
+    from_logits_agrees_with_the_references::<f32>();
+}
+
+#[test]
+fn from_logits_f16_agrees_with_the_references() {
+    from_logits_agrees_with_the_references::<f16>();
+}
+
+#[test]
+fn from_logits_bf16_agrees_with_the_references() {
+    from_logits_agrees_with_the_references::<bf16>();
+}
+
+#[test]
+fn from_logits_reads_no_masked_row_and_refuses_targets_of_others() {
+    let mut case = Case::<f32>::new(&mut rng(13), [2, 3], 300, 0);
+    let vocab = case.vocab;
+    case.mask = Some(vec![1, 0, 1, 1, 1, 0]);
+    for masked in [1, 5] {
+        case.logits[masked * vocab..][..vocab].fill(f32::NAN);
+        case.old_logp[masked] = f32::NAN;
+        case.targets[masked] = 1 << 40;
+    }
+    case.check("masked", &from_logits(&case).unwrap());
+    case.targets[2] = vocab as i64;
+    let error = from_logits(&case).map(|_| ()).unwrap_err();
+    assert!(matches!(error, Error::Target { row: 2, .. }), "{error}");
+    case.targets[2] = 0;
+    case.options.kl_coef = 1.0;
+    let error = from_logits(&case).map(|_| ()).unwrap_err();
+    assert!(matches!(error, Error::Option { option: "kl_coef", .. }), "{error}");
+    case.options.kl_coef = 0.0;
+    case.vocab = 299;
+    let error = from_logits(&case).map(|_| ()).unwrap_err();
+    assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
+}
 
 /// Stats and gradients of the raw layer; empty gradients for what is not given.
 fn run_cpu(data: &Data<f32>, options: &PpoLossOptions) -> Found {

@@ -7,7 +7,11 @@ mod common;
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::ppo_loss_cases::*;
 use common::*;
-use ppo_kernels::ppo_loss::cuda::{self, Inputs, Outputs, ScaleInputs, ScaleOutputs};
+use half::{bf16, f16};
+use ppo_kernels::cpu::Logit;
+use ppo_kernels::ppo_loss::cuda::{
+    self, Inputs, LogitsInputs, LogitsOutputs, Outputs, ScaleInputs, ScaleOutputs,
+};
 use ppo_kernels::ppo_loss::{cpu, Aggregation, PpoLossOptions, PpoStats};
 use ppo_kernels::{Error, Result};
 
@@ -560,6 +564,128 @@ fn gradients_to_scale_of_the_wrong_length_are_refused_by_name() {
     };
     assert_eq!(error_of(None, Some(3)), ("stored_values", "grad_values"));
     assert_eq!(error_of(Some(3), None), ("grad_values", "stored_values"));
+}
+
+/// The loss from logits on that machine, in place or not, the rows `offset` elements from a 16-byte
+/// boundary.
+fn from_logits<T: Logit>(
+    case: &logits_loss_cases::Case<T>,
+    machine: Machine,
+    offset: usize,
+    in_place: bool,
+) -> Result<logits_loss_cases::Found> {
+    let stream = stream(machine);
+    let n = case.targets.len();
+    let mut logits = Buffer::new(&case.logits, offset);
+    let mut separate = Buffer::new(&vec![T::ZERO; case.logits.len()], offset);
+    let (targets, old_logp) = (Buffer::new(&case.targets, 0), Buffer::new(&case.old_logp, offset));
+    let advantages = Buffer::new(&case.advantages, 0);
+    let ref_logp = case.ref_logp.as_ref().map(|x| Buffer::new(x, 0));
+    let mask = case.mask.as_ref().map(|x| Buffer::new(x, offset));
+    let [mut logp, mut entropy] = [(); 2].map(|()| Buffer::new(&vec![f32::NAN; n], 0));
+    let (mut stats, mut loss) = (Buffer::new(&[unwritten()], 0), Buffer::new(&[f32::NAN], 1));
+    let [batch, seq_len] = case.shape;
+    let mut workspace = Buffer::workspace(cuda::workspace_len(batch, seq_len, &case.options), 0);
+    let inputs = LogitsInputs {
+        ref_logp: ref_logp.as_ref().map(Buffer::slice),
+        mask: mask.as_ref().map(Buffer::slice),
+        ..LogitsInputs::new(logits.slice(), targets.slice(), old_logp.slice(), advantages.slice())
+    };
+    let grad = if in_place { logits.slice_mut() } else { separate.slice_mut() };
+    let outputs = LogitsOutputs {
+        entropy: Some(entropy.slice_mut()),
+        loss: Some(loss.slice_mut()),
+        ..LogitsOutputs::new(logp.slice_mut(), stats.slice_mut(), grad)
+    };
+    let sizes = [batch, seq_len, case.vocab];
+    let (first, second, room) = (&case.logprob_options, &case.options, workspace.slice_mut());
+    cuda::logits_ppo_loss(&stream, inputs, sizes, first, second, outputs, room)?;
+    let grad = if in_place { &logits } else { &separate };
+    let stats = stats.read()[0];
+    assert_eq!(loss.read()[0].to_bits(), (stats.loss as f32).to_bits());
+    Ok(logits_loss_cases::Found {
+        logp: logp.read(),
+        entropy: entropy.read(),
+        stats,
+        grad_logits: grad.read().iter().map(|g| g.to_f32()).collect(),
+    })
+}
+
+fn from_logits_agrees_with_the_reference<T: Logit>(
+    bug: &'static str,
+    orders: &[Order],
+) -> Result<()> {
+    let mut rng = rng(12);
+    for (i, (shape, vocab)) in logits_loss_cases::SHAPES.into_iter().enumerate() {
+        for number in i..i + 5 {
+            let case = logits_loss_cases::Case::<T>::new(&mut rng, shape, vocab, number);
+            let order = orders[number % orders.len()];
+            // A block takes several rows, or each has its own.
+            let machine = machine(order, [1, 1 << 10][number % 2], 1 << 20);
+            let machine = Machine { planted_bug: bug, ..machine };
+            let found = from_logits(&case, machine, number % 3, number % 2 == 0)?;
+            case.check(&format!("{order:?}"), &found);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn from_logits_f32_agrees_with_the_references() {
+    from_logits_agrees_with_the_reference::<f32>("", &ORDERS).unwrap();
+}
+
+#[test]
+fn from_logits_f16_agrees_with_the_references() {
+    from_logits_agrees_with_the_reference::<f16>("", &ORDERS).unwrap();
+}
+
+#[test]
+fn from_logits_bf16_agrees_with_the_references() {
+    from_logits_agrees_with_the_reference::<bf16>("", &ORDERS).unwrap();
+}
+
+#[test]
+fn from_logits_reads_no_masked_row_and_ignores_what_is_to_be_ignored() {
+    let mut rng = rng(13);
+    let mut case = logits_loss_cases::Case::<f32>::new(&mut rng, [2, 3], 300, 0);
+    let vocab = case.vocab;
+    case.mask = Some(vec![1, 0, 1, 1, 1, 0]);
+    for masked in [1, 5] {
+        case.logits[masked * vocab..][..vocab].fill(f32::NAN);
+        case.old_logp[masked] = f32::NAN;
+        case.targets[masked] = 1 << 40;
+    }
+    let machine = machine(Order::Fifo, 4, 1 << 20);
+    let found = from_logits(&case, machine, 1, false).unwrap();
+    case.check("masked", &found);
+
+    // A target outside the vocabulary spoils its row and the loss, and no other row.
+    case.targets[2] = vocab as i64;
+    let found = from_logits(&case, machine, 1, false).unwrap();
+    for row in 0..6 {
+        let spoilt = found.grad_logits[row * vocab..][..vocab].iter().all(|g| g.is_nan());
+        assert_eq!(spoilt, row == 2, "row {row}");
+        assert_eq!(found.logp[row].is_nan(), row == 2, "row {row}");
+    }
+    assert!(found.stats.loss.is_nan());
+}
+
+#[test]
+fn bad_input_from_logits_is_refused_by_name() {
+    let machine = machine(Order::Fifo, 4, 1 << 20);
+    let mut case = logits_loss_cases::Case::<f32>::new(&mut rng(14), [2, 3], 5, 0);
+    let refused = |case: &logits_loss_cases::Case<f32>| {
+        from_logits(case, machine, 0, false).map(|_| ()).unwrap_err().to_string()
+    };
+    case.vocab = 6;
+    assert!(refused(&case).contains("`logits` has shape [30]"), "{}", refused(&case));
+    case.vocab = 5;
+    case.options.kl_coef = 1.0;
+    assert!(refused(&case).contains("kl_coef"), "{}", refused(&case));
+    case.options.kl_coef = 0.0;
+    case.logprob_options.temperature = 0.0;
+    assert!(refused(&case).contains("temperature"), "{}", refused(&case));
 }
 
 #[cfg(feature = "simt")]

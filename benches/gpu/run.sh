@@ -22,7 +22,7 @@
 #       python     the PyTorch ops' tests on CUDA
 #       sanitize   five tests under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
 #       peers      the PyTorch ops beside eager, torch.compile and the packages of `build peers`
-#       counters   Nsight Compute's counters of six kernels
+#       counters   Nsight Compute's counters of seven kernels
 #       candle     after `build candle`: tests and benches of the ops through candle
 #       train      after `build candle`: checks every op, and trains with $TRAIN_ARGS
 #   benches/gpu/run.sh time [ARGS]    the table by itself, to the screen; ARGS as `time --help` says
@@ -337,6 +337,7 @@ counters() {
     count kl_full_forward_block_bf16 --bf16 "exact KL forward"
     count kl_full_backward_bf16 --bf16 "exact KL backward"
     count "gae_(warp|block)_f32" --f32 GAE
+    count ppo_loss_from_logits_bf16 --bf16 "from logits"
     count ppo_loss_pass_full_f32 --f32 "PPO loss"
 }
 

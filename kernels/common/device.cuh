@@ -91,7 +91,9 @@ static __device__ __forceinline__ uint4 load_shared_by_neighbours(const void* ad
 
 // Brings a line of 128 bytes into L2.
 static __device__ __forceinline__ void prefetch(const void* address) {
-#ifndef SIMT
+#ifdef SIMT
+    (void)address;
+#else
     asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
 #endif
 }

@@ -57,14 +57,18 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
     const T* b = out[OUT - 1] ? out[OUT - 1] : a;
     const Split<T> split(a, b, columns);
     const int thread = share.thread, threads = share.threads;
-    const int step = share.chunks * VECTORS<IN> * threads;
-    for (int tile = share.chunk * VECTORS<IN> * threads; tile < split.vectors; tile += step) {
+    // The last tile first: what a pass over the row before this one has left in L2 is its end.
+    const int tile_vectors = VECTORS<IN> * threads, step = share.chunks * tile_vectors;
+    const int tiles = (split.vectors + tile_vectors - 1) / tile_vectors;
+    for (int tile = (tiles - 1 - share.chunk) * tile_vectors; tile >= 0; tile -= step) {
         uint4 v[IN][VECTORS<IN>];
 #pragma unroll
         for (int k = 0; k < IN; k++) {
             const Row<T> row(in[k] + split.head, columns - split.head, 0, 0);
             row.load(tile, thread, threads, split.vectors, v[k]);
-            row.template prefetch_tile<VECTORS<IN>>(tile + step, thread, threads, split.vectors);
+            if (tile >= step) {
+                row.template prefetch_tile<VECTORS<IN>>(tile - step, thread, threads, split.vectors);
+            }
         }
         uint32_t keep[VECTORS<IN>];
         if constexpr (MASKED) {
@@ -98,8 +102,9 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
             }
         }
     }
-    // Columns that are no vectors fall to the last threads, which have the fewest of those.
-    const int rank = (share.chunks - share.chunk) * threads - 1 - thread;
+    // Columns that are no vectors fall to the last threads of the last tile, which have the fewest of
+    // those.
+    const int rank = (share.chunk + 1) * threads - 1 - thread;
     const auto one = [&](int64_t column) {
         float x[IN][1], y[OUT][1];
 #pragma unroll

@@ -74,34 +74,40 @@ static __device__ __forceinline__ Sums block_merge(const R& reduction, Sums sums
     return sums;
 }
 
-// Block [PART_THREADS], a row a block, its parts one after the other; or, WIDE, block
-// [parts x PART_THREADS], a row a block, its parts side by side.
+// The sums of a row, in the first warp of a block [PART_THREADS], which takes its parts one after the
+// other; or, WIDE, of a block [parts x PART_THREADS], which takes them side by side.
 template <bool WIDE, class R>
-static __device__ __forceinline__ void reduce_by_blocks(const R& reduction) {
+static __device__ __forceinline__ auto sums_of_row(const R& reduction, int64_t row) {
     using Sums = decltype(reduction.none());
     SHARED(Sums, warps, WARP);
     // Of every thread and part. Not in registers, of which there are none left.
     SHARED(Sums, part_sums, R::MOST_PARTS * PART_THREADS);
-    const auto& args = reduction.args;
-    const int threads = WIDE ? PART_THREADS : blockDim.x;
-    const int thread = threadIdx.x % threads;
-    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    const int parts = reduction.args.parts;
+    const int threads = WIDE ? PART_THREADS : int(blockDim.x);
+    const int thread = int(threadIdx.x) % threads;
+    const int first = int(threadIdx.x) / threads, step = int(blockDim.x) / threads;
+    for (int part = first; part < parts; part += step) {
+        part_sums[part * threads + thread] = reduction.sum(row, part, thread, threads);
+    }
+    if (WIDE) __syncthreads();
+    Sums sums = reduction.none();
+    // The threads of other parts have nothing left to add.
+    for (int part = 0; part < parts && int(threadIdx.x) < threads; part++) {
+        sums = reduction.merge(sums, part_sums[part * threads + thread]);
+    }
+    return block_merge(reduction, sums, warps);
+}
+
+// Block as of sums_of_row, a row a block.
+template <bool WIDE, class R>
+static __device__ __forceinline__ void reduce_by_blocks(const R& reduction) {
+    for (int64_t row = blockIdx.x; row < reduction.args.rows; row += gridDim.x) {
         const auto item = reduction.item(row);
         if (!reduction.reads(item)) {
             if (threadIdx.x == 0) reduction.write_unread(row, item);
             continue;
         }
-        const int first = threadIdx.x / threads, step = blockDim.x / threads;
-        for (int part = first; part < args.parts; part += step) {
-            part_sums[part * threads + thread] = reduction.sum(row, part, thread, threads);
-        }
-        if (WIDE) __syncthreads();
-        Sums sums = reduction.none();
-        // The threads of other parts have nothing left to add.
-        for (int part = 0; part < args.parts && threadIdx.x < threads; part++) {
-            sums = reduction.merge(sums, part_sums[part * threads + thread]);
-        }
-        sums = block_merge(reduction, sums, warps);
+        const auto sums = sums_of_row<WIDE>(reduction, row);
         if (threadIdx.x == 0) reduction.write(row, item, sums);
     }
 }

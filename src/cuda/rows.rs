@@ -6,12 +6,11 @@ use std::cell::Cell;
 use super::{Args, Device, Kernel, Launch, Stream};
 use crate::error::{Error, Result};
 
-/// The longest rows, in bytes, of a warp, of one part and of two. A part is 256 threads', and several
-/// times the 16 KiB that they have in flight. These must not depend on the number of rows, nor on the
-/// device: they decide the order of additions.
+/// The longest rows, in bytes, of a warp, and of one part. A part is 256 threads', and several times the
+/// 16 KiB that they have in flight. These must not depend on the number of rows, nor on the device: they
+/// decide the order of additions.
 const ONE_WARP: usize = 4 << 10;
 const ONE_PART: usize = 64 << 10;
-const TWO_PARTS: usize = 128 << 10;
 
 /// The longest rows, in bytes, of which a warp takes ranges of columns, and half a block; no sum depends
 /// on it.
@@ -71,16 +70,31 @@ impl Reduction {
         let (threads, parts) = match vocab.saturating_mul(size_of::<T>()) {
             ..=ONE_WARP => (WARP, 1),
             ..=ONE_PART => (BLOCK_THREADS, 1),
-            ..=TWO_PARTS => (BLOCK_THREADS, most_parts.min(2)),
             _ => (BLOCK_THREADS, most_parts),
         };
         // A multiprocessor has room for one wide block or for several others. These have enough loads in
         // flight when there are two or more of them.
         let few = rows < 2 * device.multiprocessors as usize;
         let wide = FORCED_WIDE.get().unwrap_or(few) && parts > 1;
-        let tile = threads * if wide { parts as usize } else { 1 } * vectors(1) * VECTOR_BYTES;
+        Self { rows, threads, parts, ahead: false, wide }.with_width::<T>(vocab, wide)
+    }
+
+    /// The same, with all parts of a row side by side in a block, however many rows there are.
+    pub fn side_by_side<T>(device: Device, rows: usize, vocab: usize, most_parts: i32) -> Self {
+        let found = Self::new::<T>(device, rows, vocab, most_parts);
+        found.with_width::<T>(vocab, found.parts > 1)
+    }
+
+    fn with_width<T>(self, vocab: usize, wide: bool) -> Self {
+        let tile =
+            BLOCK_THREADS * if wide { self.parts as usize } else { 1 } * vectors(1) * VECTOR_BYTES;
         let ahead = vocab.saturating_mul(size_of::<T>()) <= FEW_TILES * tile;
-        Self { rows, threads, parts, ahead, wide }
+        Self { wide, ahead, ..self }
+    }
+
+    /// Threads of a block.
+    pub fn block_threads(&self) -> usize {
+        BLOCK_THREADS * if self.wide { self.parts as usize } else { 1 }
     }
 
     /// Launches what the geometry asks for.
@@ -91,12 +105,8 @@ impl Reduction {
             let launch = Launch::new(device, blocks, BLOCK_THREADS);
             return stream.launch(&passes.warp, launch, args);
         }
-        let (kernel, threads) = if self.wide {
-            (&passes.wide, self.threads * self.parts as usize)
-        } else {
-            (&passes.block, self.threads)
-        };
-        stream.launch(kernel, Launch::new(device, self.rows, threads), args)
+        let kernel = if self.wide { &passes.wide } else { &passes.block };
+        stream.launch(kernel, Launch::new(device, self.rows, self.block_threads()), args)
     }
 }
 

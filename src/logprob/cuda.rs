@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::memory::{in_space, Element, Lengths, Pointers};
 
 /// Parts of a long row, as in the kernels.
-const MOST_PARTS: i32 = 4;
+pub(crate) const MOST_PARTS: i32 = 3;
 
 in_space!(Device: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
 
@@ -41,16 +41,7 @@ pub fn forward<T: Logit, I: TokenId>(
     }
 
     let reduction = Reduction::new::<T>(stream.device(), rows, vocab, MOST_PARTS);
-    let args = ForwardArgs {
-        inputs,
-        outputs,
-        target_format: TargetFormat::new::<I>(options),
-        rows: rows as i64,
-        vocab: vocab as i64,
-        parts: reduction.parts,
-        ahead: reduction.ahead.into(),
-        inverse_temperature: (1.0 / options.temperature) as f32,
-    };
+    let args = ForwardArgs::new(inputs, [rows, vocab], options, outputs, &reduction);
     let kernel = |pass| Kernel { op: OP, pass, dtype: T::NAME };
     let passes = Passes {
         warp: kernel("forward_warp"),
@@ -99,14 +90,14 @@ pub fn backward<T: Logit, I: TokenId>(
 /// How the kernels read targets.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct TargetFormat {
+pub(crate) struct TargetFormat {
     ignore_index: i64,
     wide: i32,
     has_ignore: i32,
 }
 
 impl TargetFormat {
-    fn new<I: TokenId>(options: &LogprobOptions) -> Self {
+    pub fn new<I: TokenId>(options: &LogprobOptions) -> Self {
         Self {
             ignore_index: options.ignore_index.unwrap_or_default(),
             wide: i32::from(I::WIDE),
@@ -117,7 +108,7 @@ impl TargetFormat {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct ForwardArgs<'a, T: Element, I: Element> {
+pub(crate) struct ForwardArgs<'a, T: Element, I: Element> {
     inputs: super::ForwardInputs<'a, Pointers, T, I>,
     outputs: super::ForwardOutputs<'a, Pointers>,
     target_format: TargetFormat,
@@ -126,6 +117,27 @@ struct ForwardArgs<'a, T: Element, I: Element> {
     parts: i32,
     ahead: i32,
     inverse_temperature: f32,
+}
+
+impl<'a, T: Logit, I: TokenId> ForwardArgs<'a, T, I> {
+    pub fn new(
+        inputs: super::ForwardInputs<'a, Pointers, T, I>,
+        [rows, vocab]: [usize; 2],
+        options: &LogprobOptions,
+        outputs: super::ForwardOutputs<'a, Pointers>,
+        reduction: &Reduction,
+    ) -> Self {
+        Self {
+            inputs,
+            outputs,
+            target_format: TargetFormat::new::<I>(options),
+            rows: rows as i64,
+            vocab: vocab as i64,
+            parts: reduction.parts,
+            ahead: reduction.ahead.into(),
+            inverse_temperature: (1.0 / options.temperature) as f32,
+        }
+    }
 }
 
 #[repr(C)]

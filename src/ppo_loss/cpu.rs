@@ -4,10 +4,13 @@
 
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
-use crate::cpu::{for_each, prefers_non_temporal, prefetch, reduce, vectorise, Split, Writer};
-use crate::error::Result;
+use crate::cpu::{
+    for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Split, TokenId, Writer,
+};
+use crate::error::{Error, Result};
 use crate::kl::cpu::{k3_and_slope, TokenKl};
 use crate::kl::limit;
+use crate::logprob::{self, LogprobOptions};
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
 
@@ -21,7 +24,9 @@ const STRETCH: usize = 512;
 /// machine does not see far enough ahead by itself.
 const AHEAD: isize = 512;
 
-in_space!(Host: Inputs, Outputs, ScaleInputs, ScaleOutputs);
+in_space!(
+    Host: Inputs, Outputs, LogitsInputs<T, I>, LogitsOutputs<T>, ScaleInputs, ScaleOutputs
+);
 
 /// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
 /// Reads the mask twice and every other input once.
@@ -89,6 +94,124 @@ pub fn ppo_loss(
         loss[0] = stats.loss as f32;
     }
     Ok(())
+}
+
+/// Bytes of logits whose gradient is written while they are in the cache.
+const CACHED_LOGITS: usize = 2 << 20;
+
+/// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
+/// tokens, from their logits over `vocab` tokens: what [`logprob`](logprob::cpu) and [`ppo_loss`] give, of
+/// which the values have a loss of their own. Some rows of logits at a time are read twice, the second
+/// time from the cache. Logits of masked tokens are not read.
+///
+/// # Errors
+/// As [`ppo_loss`], and of [`logprob`](logprob::cpu::forward). Nothing is written then.
+pub fn logits_ppo_loss<T: Logit, I: TokenId>(
+    inputs: LogitsInputs<T, I>,
+    [batch, seq_len, vocab]: [usize; 3],
+    logprob_options: &LogprobOptions,
+    options: &PpoLossOptions,
+    mut outputs: LogitsOutputs<T>,
+) -> Result<()> {
+    logprob_options.validate()?;
+    options.validate()?;
+    let (shape, tokens) = ([batch, seq_len], batch * seq_len);
+    Error::check_logits(OP, inputs.logits.len(), tokens, vocab)?;
+    inputs.try_map((shape, vocab), &mut Lengths(OP))?;
+    outputs.try_map((shape, vocab), &mut Lengths(OP))?;
+    outputs.check_entropy(options)?;
+    let LogitsInputs { logits, targets, old_logp, advantages, ref_logp, mask } = inputs;
+    let LogitsOutputs { logp, stats, grad_logits, mut entropy, loss } = outputs;
+    let (kept, rows) = count(mask, shape, options.aggregation);
+    let divisor = options.divisor(kept, rows, seq_len)?;
+    Inputs { entropy: entropy.as_deref(), ref_logp, ..Inputs::new(logp, old_logp, advantages) }
+        .check_given(options)?;
+
+    // Masked tokens are rows to ignore.
+    const IGNORED: i64 = i64::MIN;
+    let keeps = |t: usize| mask.is_none_or(|mask| mask[t] != 0);
+    let id = |(t, target): (usize, &I)| match target.id() {
+        id if keeps(t) && logprob_options.ignore_index != Some(id) => id,
+        _ => IGNORED,
+    };
+    let targets: Vec<i64> = targets.iter().enumerate().map(id).collect();
+    let logprob_options = LogprobOptions { ignore_index: Some(IGNORED), ..*logprob_options };
+    logprob::cpu::check_targets(&targets, vocab, &logprob_options)?;
+    let weights = match options.aggregation {
+        Aggregation::SeqMeanTokenMean => (0..batch)
+            .map(|row| {
+                let mask = mask.map(|mask| &mask[row * seq_len..][..seq_len]);
+                1.0 / count_kept(mask, seq_len) as f64
+            })
+            .collect(),
+        _ => Vec::new(),
+    };
+    // Of one token, before weight and denominator.
+    let plain =
+        PpoLossOptions { aggregation: Aggregation::Constant(1.0), denominator: None, ..*options };
+    let at_once = (CACHED_LOGITS / (vocab * size_of::<T>())).clamp(1, tokens.max(1));
+    let mut buffers = [(); 5].map(|()| vec![0.0; at_once]);
+    let mut first = 0;
+    while first < tokens {
+        let count = at_once.min(tokens - first);
+        let range = first..first + count;
+        let columns = first * vocab..(first + count) * vocab;
+        let [max, log_sum, spare, grad_logp, grad_entropy] =
+            buffers.each_mut().map(|buffer| &mut buffer[..count]);
+        let forward = logprob::cpu::ForwardInputs {
+            logits: &logits[columns.clone()],
+            targets: &targets[range.clone()],
+        };
+        let logp = &mut logp[range.clone()];
+        let entropy = match &mut entropy {
+            Some(entropy) => &mut entropy[range.clone()],
+            None => spare,
+        };
+        let wants_entropy = options.entropy_coef != 0.0;
+        let outputs = logprob::cpu::ForwardOutputs {
+            entropy: Some(&mut *entropy),
+            max: Some(&mut *max),
+            log_sum: Some(&mut *log_sum),
+            ..logprob::cpu::ForwardOutputs::new(&mut *logp)
+        };
+        logprob::cpu::forward(forward, count, vocab, &logprob_options, outputs)?;
+
+        let mut stats = [PpoStats::from_array([0.0; PpoStats::LEN])];
+        let part = Inputs {
+            entropy: wants_entropy.then_some(&*entropy),
+            ref_logp: ref_logp.map(|ref_logp| &ref_logp[range.clone()]),
+            mask: mask.map(|mask| &mask[range.clone()]),
+            ..Inputs::new(logp, &old_logp[range.clone()], &advantages[range.clone()])
+        };
+        let outputs = Outputs {
+            grad_logp: Some(&mut *grad_logp),
+            grad_entropy: wants_entropy.then_some(&mut *grad_entropy),
+            ..Outputs::new(&mut stats)
+        };
+        ppo_loss(part, 1, count, &plain, outputs)?;
+        for (i, t) in range.enumerate() {
+            let weight = weights.get(t / seq_len).copied().unwrap_or(1.0);
+            grad_logp[i] = scaled(grad_logp[i], (weight / divisor) as f32);
+            grad_entropy[i] = scaled(grad_entropy[i], (weight / divisor) as f32);
+        }
+
+        let inputs = logprob::cpu::BackwardInputs {
+            entropy: Some(entropy),
+            grad_logp: Some(grad_logp),
+            grad_entropy: wants_entropy.then_some(grad_entropy),
+            ..logprob::cpu::BackwardInputs::new(forward, max, log_sum)
+        };
+        let outputs = logprob::cpu::BackwardOutputs { grad_logits: &mut grad_logits[columns] };
+        logprob::cpu::backward(inputs, count, vocab, &logprob_options, outputs)?;
+        first += count;
+    }
+    let inputs = Inputs {
+        entropy: entropy.as_deref(),
+        ref_logp,
+        mask,
+        ..Inputs::new(logp, old_logp, advantages)
+    };
+    ppo_loss(inputs, batch, seq_len, options, Outputs { loss, ..Outputs::new(stats) })
 }
 
 /// Writes gradients of [`ppo_loss`] times `upstream`, the gradient of whatever came of the loss. A 0

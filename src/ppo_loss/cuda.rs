@@ -13,11 +13,17 @@ use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, OP};
-use crate::cuda::{Args, SliceMut, Stream};
+use crate::cpu::{Logit, TokenId};
+use crate::cuda::rows::{check_logits, Reduction};
+use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
 use crate::kl::limit;
-use crate::memory::{in_space, Array, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Writes};
+use crate::logprob::cuda::{ForwardArgs, MOST_PARTS};
+use crate::logprob::{ForwardInputs, ForwardOutputs, LogprobOptions};
+use crate::memory::{
+    in_space, Array, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Space, Writes,
+};
 
 /// Tokens that a block of the pass takes at a time.
 const TILE: usize = 1024;
@@ -75,7 +81,12 @@ const WARP_ROW: usize = 8 << 10;
 /// Up to so many tokens it is cheaper that every block of the pass counts them than to launch.
 const COUNT_IN_PASS: usize = 16 << 10;
 
-in_space!(Device: Inputs, Outputs, ScaleInputs, ScaleOutputs);
+/// The most threads of a block that takes a row of logits, and of those that run at once.
+const LOGITS_THREADS: usize = 768;
+
+in_space!(
+    Device: Inputs, Outputs, LogitsInputs<T, I>, LogitsOutputs<T>, ScaleInputs, ScaleOutputs
+);
 
 /// The least length of the workspace of [`ppo_loss`]: some 96 bytes for every 1024 tokens or more,
 /// 1 KiB, and with [`Aggregation::SeqMeanTokenMean`] 4 bytes a row.
@@ -108,33 +119,115 @@ pub fn ppo_loss(
 ) -> Result<()> {
     options.validate()?;
     let shape = [batch, seq_len];
-    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    inputs.try_map(shape, &mut Lengths(OP))?;
     inputs.check_given(options)?;
-    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
-    let tokens = batch * seq_len;
-    outputs.check_wanted(&inputs, tokens)?;
+    outputs.try_map(shape, &mut Lengths(OP))?;
+    outputs.check_wanted(&inputs, batch * seq_len)?;
     Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len, options))?;
-    let masked = inputs.mask.is_some() && tokens > 0;
-    let given = given_divisor(masked, shape, options)?;
+    let counted = Counted::new(stream, inputs.mask, shape, options, &workspace)?;
+    pass(stream, inputs, shape, options, outputs, &workspace, &counted)
+}
 
+/// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
+/// tokens, from their logits over `vocab` tokens: what [`logprob`](crate::logprob::cuda) and
+/// [`ppo_loss`] give, of which the values have a loss of their own. Reads the logits from memory once,
+/// and writes their gradient once, while a row for each multiprocessor fits the L2 cache. Logits of
+/// masked tokens are not read.
+///
+/// `workspace` is that of [`ppo_loss`].
+///
+/// # Errors
+/// As [`ppo_loss`], and of [`logprob`](crate::logprob::cuda::forward).
+pub fn logits_ppo_loss<T: Logit, I: TokenId>(
+    stream: &Stream,
+    inputs: LogitsInputs<T, I>,
+    [batch, seq_len, vocab]: [usize; 3],
+    logprob_options: &LogprobOptions,
+    options: &PpoLossOptions,
+    mut outputs: LogitsOutputs<T>,
+    workspace: SliceMut<f32>,
+) -> Result<()> {
+    logprob_options.validate()?;
+    options.validate()?;
+    let (shape, tokens) = ([batch, seq_len], batch * seq_len);
+    check_logits(OP, inputs.logits.len(), tokens, vocab)?;
+    let given = inputs.try_map((shape, vocab), &mut Lengths(OP))?;
+    outputs.check_entropy(options)?;
+    // SAFETY: outputs of a launch before the one that reads them as inputs, on the same stream.
+    let [logp, entropy] = [Some(&outputs.logp), outputs.entropy.as_ref()].map(|written| {
+        written.map(|written| unsafe { Slice::from_raw(written.as_mut_ptr(), written.len()) })
+    });
+    let logp = logp.expect("given");
+    let wanted = outputs.try_map((shape, vocab), &mut Lengths(OP))?;
+    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len, options))?;
+    let of_pass = Inputs {
+        entropy,
+        ref_logp: inputs.ref_logp,
+        mask: inputs.mask,
+        ..Inputs::new(logp, inputs.old_logp, inputs.advantages)
+    };
+    of_pass.check_given(options)?;
+
+    let counted = Counted::new(stream, inputs.mask, shape, options, &workspace)?;
+    if tokens > 0 {
+        let device = stream.device();
+        let rows = Reduction::side_by_side::<T>(device, tokens, vocab, MOST_PARTS);
+        let forward_inputs = ForwardInputs { logits: given.logits, targets: given.targets };
+        let forward_outputs =
+            ForwardOutputs { entropy: wanted.entropy, ..ForwardOutputs::new(wanted.logp) };
+        let args = LogitsArgs::<Pointers, T, I> {
+            forward: ForwardArgs::new(
+                forward_inputs,
+                [tokens, vocab],
+                logprob_options,
+                forward_outputs,
+                &rows,
+            ),
+            old_logp: given.old_logp,
+            advantages: given.advantages,
+            ref_logp: given.ref_logp,
+            mask: given.mask,
+            row_weights: counted.row_weights,
+            grad_logits: wanted.grad_logits,
+            divisor: counted.divisor,
+            entropy_coef: options.entropy_coef,
+            kl_coef: options.kl_coef,
+            columns: seq_len as i64,
+            clip: Clip::new(options),
+            kl: TokenKl::new(&options.kl),
+        };
+        // No more than run at once, so that a row is in L2 still when it is read again.
+        let at_once = LOGITS_THREADS / rows.block_threads() * device.multiprocessors as usize;
+        let blocks = tokens.min(at_once.max(1));
+        let launch = Launch::new(device, blocks, rows.block_threads());
+        stream.launch(&Kernel { op: OP, pass: "from_logits", dtype: T::NAME }, launch, &args)?;
+    }
+    let outputs = Outputs { loss: outputs.loss, ..Outputs::new(outputs.stats) };
+    pass(stream, of_pass, shape, options, outputs, &workspace, &counted)
+}
+
+/// The pass over the tokens, and the merge of what its blocks found.
+fn pass(
+    stream: &Stream,
+    inputs: Inputs,
+    shape: [usize; 2],
+    options: &PpoLossOptions,
+    mut outputs: Outputs,
+    workspace: &SliceMut<f32>,
+    counted: &Counted,
+) -> Result<()> {
+    let [batch, seq_len] = shape;
+    let tokens = batch * seq_len;
+    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     let (part_tiles, parts) = parts(tokens);
-    let partials = workspace.as_mut_ptr();
-    let counts = partials.wrapping_add(PARTIAL_SUMS * parts);
-    let weights = counts.wrapping_add(COUNT_PARTS);
-    let counting = Counting::new(masked, shape, options, given.is_none());
-    let (low, high) = options.ratio_bounds();
     let aligned = Aligned::all(&inputs, outputs, shape);
-    let mut args = PassArgs {
+    let args = PassArgs {
         inputs,
         outputs,
-        row_weights: null(),
-        partials,
-        divisor: Divisor {
-            given: given.unwrap_or(0.0),
-            counts: null(),
-            parts: 0,
-            needs_tokens: i32::from(needs_tokens(options)),
-        },
+        row_weights: counted.row_weights,
+        partials: workspace.as_mut_ptr(),
+        divisor: counted.divisor,
         value_coef: options.value_coef,
         entropy_coef: options.entropy_coef,
         kl_coef: options.kl_coef,
@@ -144,32 +237,10 @@ pub fn ppo_loss(
         part_tiles: part_tiles as i32,
         aligned: i32::from(aligned),
         count_outside: i32::from(options.clip_fraction == ClipFractionKind::RatioOutside),
-        log_ratio_limit: limit(options.log_ratio_clamp),
-        low: low as f32,
-        high: high as f32,
-        dual_clip: limit(options.dual_clip),
         value_range: limit(options.value_clip_range),
+        clip: Clip::new(options),
         kl: TokenKl::new(&options.kl),
     };
-
-    if let (Some(counting), Some(mask)) = (counting, inputs.mask) {
-        let count_args = CountArgs {
-            mask: mask.as_ptr(),
-            counts: counts.cast(),
-            row_weights: if counting.weights { weights } else { null_mut() },
-            tokens: args.tokens,
-            width: counting.width as i64,
-            rows: counting.rows as i64,
-            part_rows: counting.part_rows as i64,
-            parts: counting.parts as i32,
-            team: counting.team as i32,
-            count_rows: i32::from(counting.count_rows),
-        };
-        stream.launch_f32([OP, "count"], counting.parts, COUNT_THREADS, &count_args)?;
-        args.row_weights = count_args.row_weights;
-        args.divisor.counts = counts.cast();
-        args.divisor.parts = count_args.parts;
-    }
     if parts > 0 {
         let more = inputs.entropy.is_some() || inputs.ref_logp.is_some();
         let pass = if more || !args.row_weights.is_null() { "pass_full" } else { "pass" };
@@ -179,6 +250,58 @@ pub fn ppo_loss(
         stream.launch_f32([OP, "merge"], 1, MERGE_THREADS, &args)?;
     }
     Ok(())
+}
+
+/// What the mask says, for the kernels: D, and the weights of rows, if they have any.
+struct Counted {
+    divisor: Divisor,
+    row_weights: *const f32,
+}
+
+impl Counted {
+    /// Looks at the mask, if D or the weights depend on it.
+    fn new(
+        stream: &Stream,
+        mask: Option<Slice<u8>>,
+        shape: [usize; 2],
+        options: &PpoLossOptions,
+        workspace: &SliceMut<f32>,
+    ) -> Result<Self> {
+        let tokens = shape[0] * shape[1];
+        let masked = mask.is_some() && tokens > 0;
+        let given = given_divisor(masked, shape, options)?;
+        let mut counted = Self {
+            divisor: Divisor {
+                given: given.unwrap_or(0.0),
+                counts: null(),
+                parts: 0,
+                needs_tokens: i32::from(needs_tokens(options)),
+            },
+            row_weights: null(),
+        };
+        let counting = Counting::new(masked, shape, options, given.is_none());
+        if let (Some(counting), Some(mask)) = (counting, mask) {
+            let counts = workspace.as_mut_ptr().wrapping_add(PARTIAL_SUMS * parts(tokens).1);
+            let weights = counts.wrapping_add(COUNT_PARTS);
+            let args = CountArgs {
+                mask: mask.as_ptr(),
+                counts: counts.cast(),
+                row_weights: if counting.weights { weights } else { null_mut() },
+                tokens: tokens as i64,
+                width: counting.width as i64,
+                rows: counting.rows as i64,
+                part_rows: counting.part_rows as i64,
+                parts: counting.parts as i32,
+                team: counting.team as i32,
+                count_rows: i32::from(counting.count_rows),
+            };
+            stream.launch_f32([OP, "count"], counting.parts, COUNT_THREADS, &args)?;
+            counted.row_weights = args.row_weights;
+            counted.divisor.counts = counts.cast();
+            counted.divisor.parts = args.parts;
+        }
+        Ok(counted)
+    }
 }
 
 /// Writes the stored gradients, of `tokens` elements each, times `upstream`, the gradient of whatever
@@ -328,6 +451,28 @@ struct Divisor {
     needs_tokens: i32,
 }
 
+/// As in `kernels/common/policy.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Clip {
+    log_ratio_limit: f32,
+    low: f32,
+    high: f32,
+    dual_clip: f32,
+}
+
+impl Clip {
+    fn new(options: &PpoLossOptions) -> Self {
+        let (low, high) = options.ratio_bounds();
+        Self {
+            log_ratio_limit: limit(options.log_ratio_clamp),
+            low: low as f32,
+            high: high as f32,
+            dual_clip: limit(options.dual_clip),
+        }
+    }
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct PassArgs<'a> {
@@ -345,11 +490,27 @@ struct PassArgs<'a> {
     part_tiles: i32,
     aligned: i32,
     count_outside: i32,
-    log_ratio_limit: f32,
-    low: f32,
-    high: f32,
-    dual_clip: f32,
     value_range: f32,
+    clip: Clip,
+    kl: TokenKl,
+}
+
+/// Without the op's own lists: what the log-probabilities take of them is in their arguments.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
+    forward: ForwardArgs<'a, T, I>,
+    old_logp: S::In<'a, f32>,
+    advantages: S::In<'a, f32>,
+    ref_logp: Option<S::In<'a, f32>>,
+    mask: Option<S::In<'a, u8>>,
+    row_weights: *const f32,
+    grad_logits: S::Out<'a, T>,
+    divisor: Divisor,
+    entropy_coef: f64,
+    kl_coef: f64,
+    columns: i64,
+    clip: Clip,
     kl: TokenKl,
 }
 
@@ -378,5 +539,6 @@ struct ScaleArgs<'a> {
 
 // SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for PassArgs<'_> {}
+unsafe impl<T: Element, I: Element> Args for LogitsArgs<'_, Pointers, T, I> {}
 unsafe impl Args for CountArgs {}
 unsafe impl Args for ScaleArgs<'_> {}

@@ -284,6 +284,52 @@ impl<S: Space> Outputs<'_, S> {
 }
 
 list! {
+    /// The inputs of the loss from logits in some memory: a row of logits for each of the `[B, T]` tokens.
+    inputs LogitsInputs<T, I>((shape, vocab): ([usize; 2], usize)) {
+        /// Logits of the policy that is trained, which get the gradient, `[B, T, vocab]`.
+        logits: T [&shape, &[vocab]],
+        /// Ids of the tokens, `[B, T]`.
+        targets: I [&shape],
+        /// Log-probabilities under the policy that made the rollout, `[B, T]`.
+        old_logp: f32 [&shape],
+        /// Advantages, already whitened if they are to be, `[B, T]`.
+        advantages: f32 [&shape],
+    } optional {
+        /// Log-probabilities under the reference model, for the KL term, `[B, T]`.
+        ref_logp: f32 [&shape],
+        /// 0 where masked, `[B, T]`; `None` keeps all.
+        mask: u8 [&shape],
+    }
+}
+
+list! {
+    /// The outputs of the loss from logits in some memory.
+    outputs LogitsOutputs<T>((shape, vocab): ([usize; 2], usize)) {
+        /// Log-probabilities of the targets, `[B, T]`; 0 where masked.
+        logp: f32 [&shape],
+        /// The loss and the statistics, `[1]`.
+        stats: PpoStats [&[1]],
+        /// Gradient with respect to the logits, for an upstream gradient of 1, `[B, T, vocab]`; on a
+        /// device it may be the memory of the logits.
+        grad_logits: T [&shape, &[vocab]] over ["logits"],
+    } optional {
+        /// Entropies, `[B, T]`, 0 where masked; wanted where `entropy_coef` is not 0.
+        entropy: f32 [&shape],
+        /// The loss once more, rounded to f32, `[1]`, if wanted.
+        loss: f32 [&[1]],
+    }
+}
+
+impl<S: Space, T: Element> LogitsOutputs<'_, S, T> {
+    /// `Ok` when the entropy is there if it has a coefficient.
+    fn check_entropy(&self, options: &PpoLossOptions) -> Result<()> {
+        let coef = options.entropy_coef;
+        let valid = self.entropy.is_some() || coef == 0.0;
+        Error::check_option(OP, "entropy_coef", coef, valid, "0 without entropy")
+    }
+}
+
+list! {
     /// Gradients that the loss left, and the gradient of whatever came of it, in some memory.
     inputs ScaleInputs(tokens: usize) {
         /// The upstream gradient, `[1]`.

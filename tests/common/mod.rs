@@ -10,6 +10,7 @@ mod golden;
 #[cfg(all(feature = "cuda", not(feature = "simt")))]
 pub mod gpu;
 pub mod kl_cases;
+pub mod logits_loss_cases;
 pub mod logprob_cases;
 pub mod ppo_loss_cases;
 #[cfg(feature = "simt")]

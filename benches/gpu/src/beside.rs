@@ -28,7 +28,7 @@ pub fn seconds(pass: Pass, shape: Shape) -> Option<f64> {
         Pass::Gae => gae(shape),
         // Without the moments.
         Pass::GaeShaped => gae_shaped(shape),
-        Pass::Moments | Pass::Whiten => return None,
+        Pass::Moments | Pass::Whiten | Pass::LogitsPpoLoss => return None,
         Pass::WhitenBackward => whiten_backward(shape),
         Pass::PpoLoss => ppo_loss(shape),
     };

@@ -4,7 +4,7 @@ use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
 use ppo_kernels::gae::GaeOptions;
 use ppo_kernels::moments::Moments;
 use ppo_kernels::whiten::cuda::{
-    self as whiten, OwnBackwardInputs, GradOutputs, MomentsInputs, MomentsOutputs,
+    self as whiten, GradOutputs, MomentsInputs, MomentsOutputs, OwnBackwardInputs,
 };
 use ppo_kernels::whiten::WhitenOptions;
 
@@ -12,7 +12,8 @@ use crate::gpu::Buffer;
 use crate::inputs::{mask, tokens};
 use crate::table::{Pass, Shape, Table};
 
-const SHAPES: [(usize, usize); 5] = [(8192, 2048), (4096, 2048), (512, 1024), (64, 2048), (16, 131_072)];
+const SHAPES: [(usize, usize); 5] =
+    [(8192, 2048), (4096, 2048), (512, 1024), (64, 2048), (16, 131_072)];
 
 pub fn time(table: &Table) {
     for (batch, seq_len) in SHAPES {

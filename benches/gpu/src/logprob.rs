@@ -1,5 +1,7 @@
 //! The logprob op.
 
+use std::sync::LazyLock;
+
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::cuda::Stream;
@@ -7,6 +9,9 @@ use ppo_kernels::logprob::cuda::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
 use ppo_kernels::logprob::LogprobOptions;
+use ppo_kernels::ppo_loss::cuda as ppo_loss;
+use ppo_kernels::ppo_loss::cuda::{LogitsInputs, LogitsOutputs};
+use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions, PpoStats};
 
 use crate::gpu::Buffer;
 use crate::inputs::logits;
@@ -22,6 +27,12 @@ pub const SHAPES: [(usize, usize); 6] = [
     (64, 151_936),
 ];
 
+/// A denominator that is given, as where a batch is in parts.
+static LOSS: LazyLock<PpoLossOptions> = LazyLock::new(|| PpoLossOptions {
+    aggregation: Aggregation::Constant(8192.0),
+    ..PpoLossOptions::default()
+});
+
 /// Logits, targets and all outputs of both passes.
 struct Op<T> {
     stream: Stream<'static>,
@@ -36,6 +47,9 @@ struct Op<T> {
     max: Buffer<f32>,
     log_sum: Buffer<f32>,
     grad: Buffer<T>,
+    new_logp: Buffer<f32>,
+    stats: Buffer<PpoStats>,
+    workspace: Buffer<f32>,
 }
 
 impl<T: Logit> Op<T> {
@@ -54,6 +68,9 @@ impl<T: Logit> Op<T> {
             max: Buffer::uninit(rows, 0),
             log_sum: Buffer::uninit(rows, 0),
             grad: Buffer::uninit(rows * vocab, 0),
+            new_logp: Buffer::uninit(rows, 0),
+            stats: Buffer::uninit(1, 0),
+            workspace: Buffer::uninit(ppo_loss::workspace_len(1, rows, &LOSS), 0),
         }
     }
 
@@ -85,6 +102,19 @@ impl<T: Logit> Op<T> {
     }
 }
 
+impl<T: Logit> Op<T> {
+    /// At ratios of 1, so that every row has a gradient.
+    fn loss(&mut self) {
+        let (logits, targets) = (self.logits.slice(), self.targets.slice());
+        let inputs = LogitsInputs::new(logits, targets, self.logp.slice(), self.up.slice());
+        let (logp, stats) = (self.new_logp.slice_mut(), self.stats.slice_mut());
+        let outputs = LogitsOutputs::new(logp, stats, self.grad.slice_mut());
+        let sizes = [1, self.rows, self.vocab];
+        let (stream, options, room) = (&self.stream, &self.options, self.workspace.slice_mut());
+        ppo_loss::logits_ppo_loss(stream, inputs, sizes, options, &LOSS, outputs, room).unwrap();
+    }
+}
+
 pub fn time(table: &Table) {
     time_dtype::<bf16>(table);
     time_dtype::<f16>(table);
@@ -103,6 +133,7 @@ fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
         Pass::LogprobBackward,
         Pass::LogprobEntropyForward,
         Pass::LogprobEntropyBackward,
+        Pass::LogitsPpoLoss,
     ];
     if !table.wants(&passes, T::NAME) {
         return;
@@ -119,4 +150,5 @@ fn time_shape<T: Logit>(table: &Table, rows: usize, vocab: usize) {
     table.row(Pass::LogprobBackward, shape, 2 * bytes, sets, |op| op.backward(false));
     table.row(Pass::LogprobEntropyForward, shape, bytes, sets, |op| op.forward(true));
     table.row(Pass::LogprobEntropyBackward, shape, 2 * bytes, sets, |op| op.backward(true));
+    table.row(Pass::LogitsPpoLoss, shape, 2 * bytes, sets, Op::loss);
 }

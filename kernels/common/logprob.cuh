@@ -1,0 +1,216 @@
+// The logarithm of a target's probability in a row of logits, and its gradient: what kernels/logprob.cu
+// makes passes of, and kernels/ppo_loss.cu a loss.
+#pragma once
+
+#include "map.cuh"
+#include "rows.cuh"
+#include "softmax.cuh"
+
+// How targets are read.
+struct TargetFormat {
+    int64_t ignore_index;
+    int32_t wide;        // i64, else u32
+    int32_t has_ignore;  // whether ignore_index counts
+};
+
+struct ForwardArgs {
+    const void* logits;   // [rows, vocab]
+    const void* targets;  // [rows]
+    float* logp;          // [rows]
+    float* entropy;       // [rows], or null
+    float* max;           // [rows], or null
+    float* log_sum;       // [rows], or null, as max
+    TargetFormat target_format;
+    int64_t rows;
+    int64_t vocab;
+    int32_t parts;  // of a row
+    int32_t ahead;
+    float inverse_temperature;
+};
+
+enum class Kind { TOKEN, IGNORED, BAD };
+
+struct Target {
+    Kind kind;
+    int64_t column;  // of a TOKEN
+};
+
+// The target of a row, for arguments that have targets, their format and the vocabulary.
+template <class Args>
+static __device__ __forceinline__ Target target_of(const Args& args, int64_t row) {
+    const TargetFormat& format = args.target_format;
+    const int64_t id = format.wide ? static_cast<const int64_t*>(args.targets)[row]
+                                   : static_cast<const uint32_t*>(args.targets)[row];
+    if (format.has_ignore && id == format.ignore_index) return {Kind::IGNORED, 0};
+    if (id < 0 || id >= args.vocab) return {Kind::BAD, 0};
+    return {Kind::TOKEN, id};
+}
+
+// The sums over a range of a row's groups that fall to one thread of `threads`.
+template <class T, bool WEIGHTED>
+static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Range range, int thread,
+                                                         int threads, float scale, bool ahead) {
+    SoftmaxSums s = no_sums();
+    for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
+        uint4 v[IN_FLIGHT];
+        row.load(tile, thread, threads, range.end, v);
+        if (ahead) {
+            const int next = tile + IN_FLIGHT * threads;
+            row.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+        }
+        const int vectors = (range.end - tile + threads - 1) / threads;
+        add<WEIGHTED>(s, v, vectors, scale, T{});
+    }
+    return s;
+}
+
+// What the forward pass finds in a row.
+struct RowValues {
+    float logp, entropy, max, log_sum;
+};
+
+// The reduction of the forward pass, for common/rows.cuh.
+template <class T>
+struct Forward {
+    const ForwardArgs& args;
+    float scale;
+
+    __device__ __forceinline__ explicit Forward(const ForwardArgs& args)
+        : args(args), scale(args.inverse_temperature * LOG2_E) {}
+
+    static constexpr int MOST_PARTS = 3;
+
+    struct Item {
+        Target target;
+        float logit;  // of a TOKEN: on its way while the row is read
+    };
+
+    __device__ __forceinline__ Item item(int64_t row) const {
+        const Target target = target_of(args, row);
+        const T* logits = static_cast<const T*>(args.logits) + row * args.vocab;
+        return {target, target.kind == Kind::TOKEN ? to_float(logits[target.column]) : 0.0f};
+    }
+
+    __device__ __forceinline__ bool reads(Item item) const {
+        return item.target.kind == Kind::TOKEN;
+    }
+
+    __device__ __forceinline__ SoftmaxSums none() const { return no_sums(); }
+
+    __device__ __forceinline__ SoftmaxSums sum(int64_t row, int part, int thread,
+                                               int threads) const {
+        const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.vocab);
+        const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
+        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead)
+                            : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead);
+    }
+
+    __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b) const {
+        return ::merge(a, b, scale);
+    }
+
+    __device__ __forceinline__ SoftmaxSums warp_merge(SoftmaxSums s) const {
+        return ::warp_merge(s, scale);
+    }
+
+    __device__ __forceinline__ RowValues values(Item item, SoftmaxSums s) const {
+        const float log_sum = isfinite(s.max) ? logf(s.sum) : NAN;
+        const float logp = (item.logit - s.max) * args.inverse_temperature - log_sum;
+        return {logp, log_sum - LN_2 * (s.weighted / s.sum), s.max, log_sum};
+    }
+
+    // Those of a row that is not read.
+    __device__ __forceinline__ RowValues values_unread(Item item) const {
+        const float value = item.target.kind == Kind::IGNORED ? 0.0f : NAN;
+        return {value, value, -INFINITY, NAN};
+    }
+
+    __device__ __forceinline__ void write(int64_t row, Item item, SoftmaxSums s) const {
+        write(row, values(item, s));
+    }
+
+    __device__ __forceinline__ void write_unread(int64_t row, Item item) const {
+        write(row, values_unread(item));
+    }
+
+    __device__ __forceinline__ void write(int64_t row, const RowValues& values) const {
+        args.logp[row] = values.logp;
+        if (args.entropy) args.entropy[row] = values.entropy;
+        if (args.max) {
+            args.max[row] = values.max;
+            args.log_sum[row] = values.log_sum;
+        }
+    }
+};
+
+// What the gradient of a row depends on besides its logits.
+struct KnownOfRow {
+    Target target;
+    float grad_logp, grad_entropy, max, log_sum, entropy;
+};
+
+static __device__ __forceinline__ bool is_zero_gradient(const KnownOfRow& known) {
+    return known.target.kind == Kind::IGNORED
+        || (known.grad_logp == 0.0f && known.grad_entropy == 0.0f);
+}
+
+// The gradient of one row as a function of the logit, with that of the entropy or without.
+template <bool ENTROPY>
+struct Slope {
+    // (z - max) scale - shift is the logarithm of p to base 2.
+    float max, scale, shift;
+    // For every column but the target's the gradient is p (constant + slope log2 p).
+    float constant, slope;
+    float at_target;  // what the target's has besides
+    int64_t target;
+
+    __device__ __forceinline__ Slope(const KnownOfRow& row, float inverse_temperature)
+        : max(row.max), scale(inverse_temperature * LOG2_E), target(row.target.column) {
+        shift = (row.target.kind == Kind::BAD ? NAN : row.log_sum) * LOG2_E;
+        at_target = row.grad_logp * inverse_temperature;
+        const float h = row.grad_entropy * inverse_temperature;
+        constant = ENTROPY ? -fmaf(h, row.entropy, at_target) : -at_target;
+        slope = -h * LN_2;
+    }
+
+    __device__ __forceinline__ float at(float z) const {
+        const float log2_p = fmaf(z - max, scale, -shift);
+        const float p = exp2_fast(log2_p);
+        return p * (ENTROPY ? fmaf(slope, fmaxf(log2_p, FLOOR), constant) : constant);
+    }
+
+    // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the
+    // two terms cancel.
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&z)[1][N], int64_t first,
+                                               float (&grad)[1][N]) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) grad[0][i] = at(z[0][i]);
+        // A row has less than 2^32 columns.
+        const uint32_t place = uint32_t(target) - uint32_t(first);
+        if (place < uint32_t(N)) {
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                grad[0][i] = place == uint32_t(i) ? grad[0][i] + at_target : grad[0][i];
+            }
+        }
+    }
+};
+
+// The gradient of a row's logits, a range of the columns.
+template <class T>
+static __device__ __forceinline__ void write_gradient(const T* logits, T* grad_logits, int64_t vocab,
+                                                      const KnownOfRow& known,
+                                                      float inverse_temperature, Share share) {
+    const T* const in[1] = {logits};
+    T* const out[1] = {grad_logits};
+    if (is_zero_gradient(known)) {
+        fill_columns(grad_logits, 0.0f, vocab, share);
+    } else if (known.grad_entropy == 0.0f) {
+        const Slope<false> slope(known, inverse_temperature);
+        map_columns(in, out, nullptr, vocab, share, slope);
+    } else {
+        const Slope<true> slope(known, inverse_temperature);
+        map_columns(in, out, nullptr, vocab, share, slope);
+    }
+}
