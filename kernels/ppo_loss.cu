@@ -25,7 +25,8 @@
 // there is but one part, pass does so itself.
 //
 // from_logits. A row of logits a block: its log-probability and entropy, what the loss makes of them,
-// and the gradient of the row, which is read again while it is in L2. Then come pass and merge.
+// and the gradient of the row, of which 200 KB or more are in shared memory and the rest is in L2. Then
+// come pass and merge.
 //
 // scale. The stored gradients times an upstream gradient that is on the device.
 //
@@ -160,6 +161,7 @@ struct LogitsArgs {
     double entropy_coef;       // not 0 only where the entropy is written
     double kl_coef;
     int64_t columns;
+    int32_t kept_groups;       // vectors that the shared memory of the launch takes
     Clip clip;
     TokenKl kl;
 };
@@ -811,35 +813,49 @@ static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args
     return {target, grad, grad_entropy, values.max, values.log_sum, values.entropy};
 }
 
-// Block as of sums_of_row, WIDE, a row a block: the logits' second reading, for their gradient, comes
-// out of L2 while there are no more blocks than run at once.
+// Block as of sums_of_row, WIDE, a row a block. As much of a row as the shared memory takes stays there
+// for the gradient, if logits and gradient are aligned; the rest is read again, and is in L2 still while
+// there are no more blocks than run at once.
 template <class T>
 static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
     SHARED(uint32_t, counts, WARP);
     SHARED(KnownOfRow, shared, 1);
-    const Forward<T> forward(args.forward);
-    const int64_t vocab = args.forward.vocab;
-    const double unit = 1.0 / divisor_of(args.divisor, args.mask, args.forward.rows, counts);
-    for (int64_t row = blockIdx.x; row < args.forward.rows; row += gridDim.x) {
-        const bool kept = !args.mask || args.mask[row];
+    SHARED(double, unit, 1);
+    DYNAMIC_SHARED(uint4, groups);
+    const int64_t rows = args.forward.rows, vocab = args.forward.vocab;
+    const double divisor = divisor_of(args.divisor, args.mask, rows, counts);
+    // For the first thread, where it takes no register.
+    if (threadIdx.x == 0) *unit = 1.0 / divisor;
+    for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+        const T* logits = static_cast<const T*>(args.forward.logits) + row * vocab;
+        T* grad_logits = static_cast<T*>(args.grad_logits) + row * vocab;
+        const bool aligned = misalignment(logits, 16) == 0 && misalignment(grad_logits, 16) == 0;
+        const Kept kept = {aligned ? groups : nullptr, args.kept_groups};
+        const Forward<T> forward(args.forward, kept);
         auto item = forward.item(row);
-        if (!kept) item.target.kind = Kind::IGNORED;
+        if (args.mask && !args.mask[row]) item.target.kind = Kind::IGNORED;
         const bool reads = forward.reads(item);
         SoftmaxSums sums = no_sums();
-        if (reads) sums = sums_of_row<true>(forward, row);
         // Others may still be writing the row before this one.
         __syncthreads();
+        if (reads) sums = sums_of_row<true>(forward, row);
         if (threadIdx.x == 0) {
             const RowValues values =
                 reads ? forward.values(item, sums) : forward.values_unread(item);
             forward.write(row, values);
-            *shared = known_of_row(args, row, item.target, values, unit);
+            *shared = known_of_row(args, row, item.target, values, *unit);
+        }
+        // The next row begins while this one is written.
+        const int64_t next = row + gridDim.x;
+        if (next < rows && (!args.mask || args.mask[next])) {
+            constexpr int LINE = 128 / sizeof(T);
+            const int64_t column = threadIdx.x * LINE;
+            if (column < vocab) prefetch(logits + gridDim.x * vocab + column);
         }
         __syncthreads();
         const Share share = {0, 1, int(threadIdx.x), int(blockDim.x)};
-        write_gradient(static_cast<const T*>(args.forward.logits) + row * vocab,
-                       static_cast<T*>(args.grad_logits) + row * vocab, vocab, *shared,
-                       args.forward.inverse_temperature, share);
+        write_gradient(logits, grad_logits, vocab, *shared, args.forward.inverse_temperature, share,
+                       kept);
     }
 }
 

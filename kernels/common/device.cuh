@@ -38,6 +38,13 @@ constexpr float LARGEST = 3.40282347e38f;
 #define SHARED(T, name, count) __shared__ T name[count]
 #endif
 
+// As many bytes of the block's shared memory as the launch asks for, aligned to 16.
+#ifdef SIMT
+#define DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(simt::dynamic_shared())
+#else
+#define DYNAMIC_SHARED(T, name) extern __shared__ T name[]
+#endif
+
 // 2^x to 2 ulp; 0 where the result is below the normal range, NaN for NaN.
 static __device__ __forceinline__ float exp2_fast(float x) {
 #ifdef SIMT

@@ -46,10 +46,34 @@ static __device__ __forceinline__ Target target_of(const Args& args, int64_t row
     return {Kind::TOKEN, id};
 }
 
+// The first groups of a row that is aligned, in shared memory, for a second look at it.
+struct Kept {
+    uint4* groups;  // or null
+    int capacity;
+
+    // For map_columns: what is not kept is in L2, or on its way there.
+    template <class T, int N>
+    __device__ __forceinline__ void operator()(const T* in, int64_t columns, int tile, int next,
+                                               Share share, int end, uint4 (&v)[N]) const {
+        if (!groups) return LoadRows{}(in, columns, tile, next, share, end, v);
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const int group = tile + i * share.threads + share.thread;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (group < min(end, capacity)) {
+                v[i] = groups[group];
+            } else if (group < end) {
+                v[i] = load_once(in + int64_t(group) * WIDTH<T>);
+            }
+        }
+    }
+};
+
 // The sums over a range of a row's groups that fall to one thread of `threads`.
 template <class T, bool WEIGHTED>
 static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Range range, int thread,
-                                                         int threads, float scale, bool ahead) {
+                                                         int threads, float scale, bool ahead,
+                                                         Kept kept) {
     SoftmaxSums s = no_sums();
     for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
         uint4 v[IN_FLIGHT];
@@ -57,6 +81,13 @@ static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Rang
         if (ahead) {
             const int next = tile + IN_FLIGHT * threads;
             row.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
+        }
+        if (kept.groups) {
+#pragma unroll
+            for (int i = 0; i < IN_FLIGHT; i++) {
+                const int group = tile + i * threads + thread;
+                if (group < min(range.end, kept.capacity)) kept.groups[group] = v[i];
+            }
         }
         const int vectors = (range.end - tile + threads - 1) / threads;
         add<WEIGHTED>(s, v, vectors, scale, T{});
@@ -74,9 +105,10 @@ template <class T>
 struct Forward {
     const ForwardArgs& args;
     float scale;
+    Kept kept;
 
-    __device__ __forceinline__ explicit Forward(const ForwardArgs& args)
-        : args(args), scale(args.inverse_temperature * LOG2_E) {}
+    __device__ __forceinline__ explicit Forward(const ForwardArgs& args, Kept kept = {nullptr, 0})
+        : args(args), scale(args.inverse_temperature * LOG2_E), kept(kept) {}
 
     static constexpr int MOST_PARTS = 3;
 
@@ -101,8 +133,8 @@ struct Forward {
                                                int threads) const {
         const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.vocab);
         const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
-        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead)
-                            : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead);
+        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead, kept)
+                            : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead, kept);
     }
 
     __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b) const {
@@ -197,20 +229,21 @@ struct Slope {
     }
 };
 
-// The gradient of a row's logits, a range of the columns.
-template <class T>
+// The gradient of a row's logits, a range of the columns; `load` is as of map_columns.
+template <class T, class L = LoadRows>
 static __device__ __forceinline__ void write_gradient(const T* logits, T* grad_logits, int64_t vocab,
                                                       const KnownOfRow& known,
-                                                      float inverse_temperature, Share share) {
+                                                      float inverse_temperature, Share share,
+                                                      const L& load = {}) {
     const T* const in[1] = {logits};
     T* const out[1] = {grad_logits};
     if (is_zero_gradient(known)) {
         fill_columns(grad_logits, 0.0f, vocab, share);
     } else if (known.grad_entropy == 0.0f) {
         const Slope<false> slope(known, inverse_temperature);
-        map_columns(in, out, nullptr, vocab, share, slope);
+        map_columns(in, out, nullptr, vocab, share, slope, load);
     } else {
         const Slope<true> slope(known, inverse_temperature);
-        map_columns(in, out, nullptr, vocab, share, slope);
+        map_columns(in, out, nullptr, vocab, share, slope, load);
     }
 }

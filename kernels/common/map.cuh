@@ -39,19 +39,34 @@ struct Share {
 // registers are left for more threads.
 template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
 
+// Loads a tile of an input's vectors, as far as they are below `end`, and has the next one brought into
+// L2, if it is not negative.
+struct LoadRows {
+    template <class T, int N>
+    __device__ __forceinline__ void operator()(const T* in, int64_t columns, int tile, int next,
+                                               Share share, int end, uint4 (&v)[N]) const {
+        const Row<T> row(in, columns, 0, 0);
+        row.load(tile, share.thread, share.threads, end, v);
+        if (next >= 0) {
+            row.template prefetch_tile<N>(next, share.thread, share.threads, end);
+        }
+    }
+};
+
 // Writes to each of `out` what `f` makes of the columns of all `in`: f(x, first, y) reads columns
 // from `first` on, x[0] from in[0] and so on, one column or a vector, and sets y. An output may be
-// null.
+// null. `load` is LoadRows, or knows of vectors that are at hand.
 //
 // With MASKED columns are f32, and where `mask` is not null and 0, outputs are 0.
 //
 // No thread reads by vectors what another writes: an output may be the memory of an input of the
 // same column count. (If it is, it is aligned like that input; and if outputs are not all aligned
 // alike, columns go one by one.)
-template <bool MASKED = false, class T, int IN, int OUT, class F>
+template <bool MASKED = false, class T, int IN, int OUT, class F,
+          class L = LoadRows>
 static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* const (&out)[OUT],
                                                    const uint8_t* mask, int64_t columns, Share share,
-                                                   const F& f) {
+                                                   const F& f, const L& load = {}) {
     static_assert(!MASKED || WIDTH<T> == 4);
     const T* a = out[0] ? out[0] : out[OUT - 1];
     const T* b = out[OUT - 1] ? out[OUT - 1] : a;
@@ -64,11 +79,8 @@ static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* 
         uint4 v[IN][VECTORS<IN>];
 #pragma unroll
         for (int k = 0; k < IN; k++) {
-            const Row<T> row(in[k] + split.head, columns - split.head, 0, 0);
-            row.load(tile, thread, threads, split.vectors, v[k]);
-            if (tile >= step) {
-                row.template prefetch_tile<VECTORS<IN>>(tile - step, thread, threads, split.vectors);
-            }
+            load(in[k] + split.head, columns - split.head, tile, tile - step, share, split.vectors,
+                 v[k]);
         }
         uint32_t keep[VECTORS<IN>];
         if constexpr (MASKED) {

@@ -401,8 +401,12 @@ unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
 unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
     use crate::cuda::simt::{Machine, Order};
     use crate::cuda::Device;
-    let (compute_capability, max_blocks) = ((9, 0), i32::MAX as u32);
-    let device = Device { compute_capability, max_blocks, multiprocessors: 132 };
+    let device = Device {
+        compute_capability: (9, 0),
+        max_blocks: i32::MAX as u32,
+        multiprocessors: 132,
+        shared_bytes: 232_448,
+    };
     let machine = Machine { order: Order::Fifo, device, planted_bug: "" };
     // SAFETY: the caller's.
     let given = unsafe { handle.cast::<Machine>().as_ref() };

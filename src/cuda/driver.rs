@@ -85,6 +85,13 @@ impl Stream {
         let _current = unsafe { Current::set(self.context) }.map_err(failed)?;
         let function = self.function(kernel).map_err(failed)?;
 
+        if launch.shared_bytes > 0 {
+            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            // SAFETY: the function is of this context.
+            let set =
+                unsafe { sys::cuFuncSetAttribute(function, most, launch.shared_bytes as i32) };
+            set.result().map_err(failed)?;
+        }
         let mut parameters = [args.cast_mut()];
         // SAFETY: the function is of this context, and `args` leads to the struct it takes.
         let launched = unsafe {
@@ -96,7 +103,7 @@ impl Stream {
                 launch.threads,
                 1,
                 1,
-                0,
+                launch.shared_bytes,
                 self.stream,
                 parameters.as_mut_ptr(),
                 std::ptr::null_mut(),
@@ -140,12 +147,13 @@ impl Stream {
 /// # Safety
 /// The context lives.
 unsafe fn device_of(context: sys::CUcontext) -> std::result::Result<Device, DriverError> {
-    let (mut device, mut numbers) = (0, [0; 4]);
+    let (mut device, mut numbers) = (0, [0; 5]);
     let attributes = [
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X,
         sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+        sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
     ];
     // SAFETY: the caller's; the driver writes what the pointers lead to.
     unsafe {
@@ -155,8 +163,8 @@ unsafe fn device_of(context: sys::CUcontext) -> std::result::Result<Device, Driv
             sys::cuDeviceGetAttribute(number, attribute, device).result()?;
         }
     }
-    let [major, minor, max_blocks, multiprocessors] = numbers.map(i32::unsigned_abs);
-    Ok(Device { compute_capability: (major, minor), max_blocks, multiprocessors })
+    let [major, minor, max_blocks, multiprocessors, shared_bytes] = numbers.map(i32::unsigned_abs);
+    Ok(Device { compute_capability: (major, minor), max_blocks, multiprocessors, shared_bytes })
 }
 
 /// The context that a stream launches in.

@@ -50,6 +50,8 @@ pub struct Device {
     pub max_blocks: u32,
     /// How many multiprocessors it has.
     pub multiprocessors: u32,
+    /// The most shared memory that a block can have, in bytes.
+    pub shared_bytes: u32,
 }
 
 /// A stream to launch on.
@@ -108,6 +110,7 @@ impl Stream<'_> {
             compute_capability: device.compute_capability.min(self.device.compute_capability),
             max_blocks: device.max_blocks.min(self.device.max_blocks),
             multiprocessors: device.multiprocessors.min(self.device.multiprocessors),
+            shared_bytes: device.shared_bytes.min(self.device.shared_bytes),
         };
         Self { device, ..self }
     }
@@ -167,13 +170,20 @@ impl Kernel {
 pub(crate) struct Launch {
     blocks: u32,
     threads: u32,
+    /// What a block has of shared memory besides the kernel's own variables.
+    shared_bytes: u32,
 }
 
 impl Launch {
     /// So many blocks of threads, or as many as the device's grid takes: the kernel loops over the rest.
     pub(crate) fn new(device: Device, blocks: usize, threads: usize) -> Self {
         let blocks = u32::try_from(blocks).map_or(device.max_blocks, |n| n.min(device.max_blocks));
-        Self { blocks, threads: threads as u32 }
+        Self { blocks, threads: threads as u32, shared_bytes: 0 }
+    }
+
+    /// The same with so many bytes of shared memory, which the kernel knows of.
+    pub(crate) fn with_shared(self, bytes: usize) -> Self {
+        Self { shared_bytes: bytes as u32, ..self }
     }
 }
 

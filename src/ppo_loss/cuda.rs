@@ -84,6 +84,10 @@ const COUNT_IN_PASS: usize = 16 << 10;
 /// The most threads of a block that takes a row of logits, and of those that run at once.
 const LOGITS_THREADS: usize = 768;
 
+/// Bytes of shared memory that such a block has besides the row: the kernel's variables, and what the
+/// system keeps.
+const LOGITS_SHARED: usize = 11 << 10;
+
 in_space!(
     Device: Inputs, Outputs, LogitsInputs<T, I>, LogitsOutputs<T>, ScaleInputs, ScaleOutputs
 );
@@ -172,6 +176,10 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     if tokens > 0 {
         let device = stream.device();
         let rows = Reduction::side_by_side::<T>(device, tokens, vocab, MOST_PARTS);
+        let at_once = LOGITS_THREADS / rows.block_threads();
+        // The row, or what a block of so many can have.
+        let room = (device.shared_bytes as usize / at_once).saturating_sub(LOGITS_SHARED);
+        let kept = vocab.saturating_mul(size_of::<T>()).min(room) / 16 * 16;
         let forward_inputs = ForwardInputs { logits: given.logits, targets: given.targets };
         let forward_outputs =
             ForwardOutputs { entropy: wanted.entropy, ..ForwardOutputs::new(wanted.logp) };
@@ -193,13 +201,13 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             entropy_coef: options.entropy_coef,
             kl_coef: options.kl_coef,
             columns: seq_len as i64,
+            kept_groups: (kept / 16) as i32,
             clip: Clip::new(options),
             kl: TokenKl::new(&options.kl),
         };
         // No more than run at once, so that a row is in L2 still when it is read again.
-        let at_once = LOGITS_THREADS / rows.block_threads() * device.multiprocessors as usize;
-        let blocks = tokens.min(at_once.max(1));
-        let launch = Launch::new(device, blocks, rows.block_threads());
+        let blocks = tokens.min((at_once * device.multiprocessors as usize).max(1));
+        let launch = Launch::new(device, blocks, rows.block_threads()).with_shared(kept);
         stream.launch(&Kernel { op: OP, pass: "from_logits", dtype: T::NAME }, launch, &args)?;
     }
     let outputs = Outputs { loss: outputs.loss, ..Outputs::new(outputs.stats) };
@@ -510,6 +518,7 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
     entropy_coef: f64,
     kl_coef: f64,
     columns: i64,
+    kept_groups: i32,
     clip: Clip,
     kl: TokenKl,
 }

@@ -104,7 +104,12 @@ mod on_the_stand_in {
     /// With many multiprocessors and few: parts of a row side by side, and one after the other.
     pub fn machines() -> [Machine; 2] {
         [132, 0].map(|multiprocessors| {
-            let device = Device { compute_capability: (9, 0), max_blocks: 64, multiprocessors };
+            let device = Device {
+                compute_capability: (9, 0),
+                max_blocks: 64,
+                multiprocessors,
+                shared_bytes: 232_448,
+            };
             Machine { order: Order::Lifo, device, planted_bug: "" }
         })
     }

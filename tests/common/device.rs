@@ -29,7 +29,8 @@ pub const FEW: u32 = 0;
 /// A device of so many multiprocessors whose grids have so many blocks.
 /// A GPU that is older or smaller stays so.
 pub fn machine(order: Order, multiprocessors: u32, max_blocks: u32) -> Machine {
-    let device = Device { compute_capability: (9, 0), max_blocks, multiprocessors };
+    let device =
+        Device { compute_capability: (9, 0), max_blocks, multiprocessors, shared_bytes: 232_448 };
     Machine { order, device, planted_bug: "" }
 }
 

@@ -135,6 +135,15 @@ impl<T: Logit> Case<T> {
     }
 }
 
-/// The shapes: rows of a warp's length, of a block's and of several parts.
-pub const SHAPES: [([usize; 2], usize); 6] =
-    [([3, 5], 7), ([2, 3], 1), ([4, 9], 257), ([1, 6], 5003), ([2, 2], 50_257), ([3, 1], 70_001)];
+/// The shapes: rows of a warp's length, of a block's and of several parts, aligned and not; the last of
+/// f32 are longer than a block's shared memory.
+pub const SHAPES: [([usize; 2], usize); 8] = [
+    ([3, 5], 7),
+    ([2, 3], 1),
+    ([4, 9], 257),
+    ([3, 3], 4096),
+    ([1, 6], 5003),
+    ([2, 2], 50_257),
+    ([3, 1], 70_001),
+    ([2, 2], 70_016),
+];

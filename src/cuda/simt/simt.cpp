@@ -110,6 +110,7 @@ struct Scheduler {
     Order order;
     uint64_t random;
     unsigned threads;
+    size_t dynamic_shared;  // bytes
 
     Block block;  // the running one
     std::vector<Fiber> fibers;
@@ -477,6 +478,8 @@ void* simt::shared(const void* key, size_t bytes) {
     return memory;
 }
 
+void* simt::dynamic_shared() { return shared(&S.dynamic_shared, S.dynamic_shared); }
+
 void simt::fail(const char* what, const Here& here) {
     S.current->here = here;
     ::fail(what, *S.current);
@@ -484,7 +487,8 @@ void simt::fail(const char* what, const Here& here) {
 
 // Runs a kernel to its end. Returns 0, or 1 with a text in `report`. One launch at a time.
 extern "C" int simt_launch(const char* variant, const char* name, unsigned grid, unsigned threads,
-                           const void* args, size_t args_bytes, int order, uint64_t seed,
+                           size_t dynamic_shared, const void* args, size_t args_bytes, int order,
+                           uint64_t seed,
                            char* report, size_t report_bytes) {
     S.report = report;
     S.report_bytes = report_bytes;
@@ -509,6 +513,7 @@ extern "C" int simt_launch(const char* variant, const char* name, unsigned grid,
     S.order = Order(order);
     S.random = seed * 2 + 0x9e3779b97f4a7c15;
     S.threads = threads;
+    S.dynamic_shared = dynamic_shared;
     S.fibers.assign(threads, Fiber{});
     S.ready.assign(S.fibers.size(), nullptr);
     S.host = Fiber{};

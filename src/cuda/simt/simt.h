@@ -53,6 +53,8 @@ void block_sync(const std::source_location& here);
 
 // The running block's memory under that key, made on first use and filled with NaN.
 void* shared(const void* key, size_t bytes);
+// As many bytes of it as the launch asks for.
+void* dynamic_shared();
 
 // Ends the launch with a report.
 [[noreturn]] void fail(const char* what, const std::source_location& here);
