@@ -329,6 +329,7 @@ peers() {
     fi
     step 90 pytorch "peers, logits" "${bench[@]}" --only "$logits"
     step 30 pytorch "peers, tokens" "${bench[@]}" --only "$tokens" --without torch.compile
+    step 60 pytorch "peers, few rows" "${bench[@]}" --only "512 x 49152" --only "64 x 151936"
 }
 
 counters() {
