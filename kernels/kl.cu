@@ -202,14 +202,13 @@ struct FullForward {
         PairSums s = none();
         for (int tile = range.first; tile < range.end; tile += IN_FLIGHT * threads) {
             uint4 from_z[IN_FLIGHT], from_w[IN_FLIGHT];
-            // Before the loads, as then there are registers for addresses.
+            z.load(tile, thread, threads, range.end, from_z);
+            w.load(tile, thread, threads, range.end, from_w);
             if (args.ahead) {
                 const int next = tile + IN_FLIGHT * threads;
                 z.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
                 w.template prefetch_tile<IN_FLIGHT>(next, thread, threads, range.end);
             }
-            z.load(tile, thread, threads, range.end, from_z);
-            w.load(tile, thread, threads, range.end, from_w);
             add<T>(s, from_z, from_w, (range.end - tile + threads - 1) / threads, scale);
         }
         return s;
@@ -335,7 +334,7 @@ KERNEL(256, 3, kl_token_backward_f32, TokenBackwardArgs) {
     float* const out[2] = {args.grad_logp, args.grad_ref_logp};
     map_tokens(in, out, args.mask, args.tokens, TokenGradient{args.options});
 }
-KERNEL(256, 3, kl_full_forward_warp_f32, FullForwardArgs) {
+KERNEL(256, 2, kl_full_forward_warp_f32, FullForwardArgs) {
     reduce_by_warps(FullForward<float>(args));
 }
 KERNEL(256, 3, kl_full_forward_warp_f16, FullForwardArgs) {

@@ -399,10 +399,9 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
         const float a = keep[i] ? advantages[i] : 0.0f;
         const PolicyTerm term = policy_of_token(args.clip, log_ratio, a);
         const float d = term.log_ratio, ratio = term.ratio;
-        // A slope of 0 stays 0, whatever the weight.
-        grad[i] = keep[i] && term.slope != 0.0f ? term.slope * w[i] * scale : 0.0f;
+        grad[i] = keep[i] && term.flows ? term.slope * w[i] * scale : 0.0f;
 
-        const bool outside = keep[i] && term.is_outside;
+        const bool outside = keep[i] && (ratio < args.clip.low || ratio > args.clip.high);
         count(s, CLIPPED, args.count_outside ? outside : term.is_clipped);
         count(s, LOWER_CLIPPED, term.is_lower);
         s.sum[POLICY_LOSS] = fmaf(w[i], term.loss, s.sum[POLICY_LOSS]);
@@ -801,7 +800,7 @@ static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args
     const float w = args.row_weights ? args.row_weights[row / args.columns] : 1.0f;
     const float log_ratio = values.logp - args.old_logp[row];
     const PolicyTerm term = policy_of_token(args.clip, log_ratio, args.advantages[row]);
-    float grad = term.slope != 0.0f ? term.slope * w * float(unit) : 0.0f;
+    float grad = term.flows ? term.slope * w * float(unit) : 0.0f;
     if (args.ref_logp && args.kl_coef != 0.0) {
         const float d[1] = {values.logp - args.ref_logp[row]};
         float value[1], slope[1];

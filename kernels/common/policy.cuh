@@ -15,10 +15,10 @@ struct PolicyTerm {
     float log_ratio;  // clamped
     float ratio;
     float loss;
-    float slope;      // the derivative of the loss by logp
+    float slope;      // of the loss by logp, if it flows; else the gradient is 0
+    bool flows;
     bool is_clipped;  // the clipped branch is the larger one
     bool is_lower;    // the dual clip bounds it
-    bool is_outside;  // the ratio is outside low..high
 };
 
 static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip, float log_ratio,
@@ -35,8 +35,7 @@ static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip, f
     const float bound = advantage < 0.0f ? -clip.dual_clip * advantage : INFINITY;
     term.is_lower = larger > bound;
     term.loss = term.is_lower ? bound : larger;
-    const bool flows = !(term.is_clipped || term.is_lower || clamped);
-    term.slope = flows ? unclipped_loss : 0.0f;
-    term.is_outside = term.ratio < clip.low || term.ratio > clip.high;
+    term.slope = unclipped_loss;
+    term.flows = !(term.is_clipped || term.is_lower || clamped);
     return term;
 }

@@ -160,7 +160,7 @@ struct Row {
     __device__ __forceinline__ void prefetch_tile(int tile, int thread, int threads, int end) const {
         constexpr int GROUPS_IN_LINE = 8;
         const int group = tile + thread * GROUPS_IN_LINE;
-        if (thread * GROUPS_IN_LINE < N * threads && group < end) prefetch(at(group));
+        if (thread < N * threads / GROUPS_IN_LINE && group < end) prefetch(at(group));
     }
 
     // N groups, from tile + thread on every `threads`-th, as far as they are below `end`; beyond
