@@ -68,8 +68,8 @@ impl Reduction {
     /// `MOST_PARTS`, if they are long.
     pub fn new<T>(device: Device, rows: usize, vocab: usize, most_parts: i32) -> Self {
         let (threads, parts) = match vocab.saturating_mul(size_of::<T>()) {
-            ..=ONE_WARP => (WARP, 1),
-            ..=ONE_PART => (BLOCK_THREADS, 1),
+            bytes if bytes <= ONE_WARP => (WARP, 1),
+            bytes if bytes <= ONE_PART => (BLOCK_THREADS, 1),
             _ => (BLOCK_THREADS, most_parts),
         };
         // A multiprocessor has room for one wide block or for several others. These have enough loads in
@@ -128,8 +128,8 @@ impl Map {
     /// The map over `rows` rows of `vocab` columns, from `inputs` tensors.
     pub fn new<T>(device: Device, rows: usize, vocab: usize, inputs: usize) -> Self {
         let threads = match vocab.saturating_mul(size_of::<T>()) {
-            ..=WARP_RANGES => WARP,
-            ..=HALF_BLOCK_RANGES => BLOCK_THREADS / 2,
+            bytes if bytes <= WARP_RANGES => WARP,
+            bytes if bytes <= HALF_BLOCK_RANGES => BLOCK_THREADS / 2,
             _ => BLOCK_THREADS,
         };
         let tile = threads * vectors(inputs) * VECTOR_BYTES / size_of::<T>();

@@ -62,7 +62,7 @@ impl<T: Logit> Case<T> {
             Aggregation::SeqMeanTokenSumNorm,
             Aggregation::Constant(7.0),
         ][number % 5];
-        let mut mask = (number % 3 != 0).then(|| random_mask(rng, n, 0.6));
+        let mut mask = (!number.is_multiple_of(3)).then(|| random_mask(rng, n, 0.6));
         if let Some(first) = mask.as_mut().and_then(|mask| mask.first_mut()) {
             *first = 1;
         }
