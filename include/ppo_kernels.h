@@ -645,110 +645,6 @@ typedef struct ppok_logprob_options {
 } ppok_logprob_options;
 
 /**
- * Arguments of ppok_logprob_backward_*.
- */
-typedef struct ppok_logprob_backward_args {
-    size_t struct_size;
-    /**
-     * As in the forward pass, and so are the next five.
-     */
-    size_t rows;
-    /**
-     * Logits of a row.
-     */
-    size_t vocab;
-    /**
-     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
-     */
-    int32_t logits_type;
-    /**
-     * `PPOK_U32` or `PPOK_I64`.
-     */
-    int32_t targets_type;
-    /**
-     * Logits, `[rows, vocab]` of `logits_type`.
-     */
-    const void *logits;
-    /**
-     * Ids of the tokens, `[rows]` of `targets_type`.
-     */
-    const void *targets;
-    /**
-     * The row's largest logit, `[rows]`, as the forward pass wrote it, and so are the next two.
-     */
-    const float *max;
-    /**
-     * ln s, `[rows]`.
-     */
-    const float *log_sum;
-    /**
-     * Entropy of the row's distribution, `[rows]`; may be null if `grad_entropy` is.
-     */
-    const float *entropy;
-    /**
-     * Upstream gradient of the log-probabilities, `[rows]`; null stands for zeros.
-     */
-    const float *grad_logp;
-    /**
-     * Upstream gradient of the entropies, `[rows]`; null stands for zeros.
-     */
-    const float *grad_entropy;
-    const struct ppok_logprob_options *options;
-    /**
-     * Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
-     */
-    void *grad_logits;
-} ppok_logprob_backward_args;
-
-/**
- * Arguments of ppok_logprob_forward_*.
- */
-typedef struct ppok_logprob_forward_args {
-    size_t struct_size;
-    /**
-     * Rows of logits, one a token.
-     */
-    size_t rows;
-    /**
-     * Logits of a row; above 0, and for CUDA below 2^32.
-     */
-    size_t vocab;
-    /**
-     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
-     */
-    int32_t logits_type;
-    /**
-     * `PPOK_U32` or `PPOK_I64`.
-     */
-    int32_t targets_type;
-    /**
-     * Logits, `[rows, vocab]` of `logits_type`.
-     */
-    const void *logits;
-    /**
-     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
-     */
-    const void *targets;
-    const struct ppok_logprob_options *options;
-    /**
-     * Log-probability of the target, `[rows]`, written.
-     */
-    float *logp;
-    /**
-     * Entropy of the row's distribution, `[rows]`, written; null if not wanted.
-     */
-    float *entropy;
-    /**
-     * The row's largest logit, `[rows]`, written, for the backward pass; null if not wanted.
-     */
-    float *max;
-    /**
-     * ln s, `[rows]`, written, for the backward pass; null if `max` is.
-     */
-    float *log_sum;
-} ppok_logprob_forward_args;
-
-/**
  * Options of ppok_ppo_loss_*.
  */
 typedef struct ppok_ppo_loss_options {
@@ -911,6 +807,187 @@ typedef struct ppok_ppo_loss_stats {
     double tokens;
 } ppok_ppo_loss_stats;
 
+
+/**
+ * Arguments of ppok_logits_ppo_loss_*.
+ */
+typedef struct ppok_logits_ppo_loss_args {
+    size_t struct_size;
+    /**
+     * Rows.
+     */
+    size_t batch;
+    /**
+     * Tokens of a row.
+     */
+    size_t seq_len;
+    /**
+     * Logits of a token; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * Logits of the policy that is trained, which get the gradient, `[batch, seq_len, vocab]` of
+     * `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[batch, seq_len]` of `targets_type`; each in `0..vocab` or `ignore_index`,
+     * but for masked ones.
+     */
+    const void *targets;
+    /**
+     * Log-probabilities under the policy that made the rollout, `[batch, seq_len]`.
+     */
+    const float *old_logp;
+    /**
+     * Advantages, already whitened if they are to be, `[batch, seq_len]`.
+     */
+    const float *advantages;
+    /**
+     * Log-probabilities under the reference model, `[batch, seq_len]`; may be null where `kl_coef` is
+     * 0.
+     */
+    const float *ref_logp;
+    /**
+     * `[batch, seq_len]`; null if nothing is masked.
+     */
+    const uint8_t *mask;
+    const struct ppok_logprob_options *logprob_options;
+    const struct ppok_ppo_loss_options *options;
+    /**
+     * Log-probabilities of the targets, `[batch, seq_len]`, written; 0 where masked.
+     */
+    float *logp;
+    /**
+     * The loss and the statistics, one, written.
+     */
+    struct ppok_ppo_loss_stats *stats;
+    /**
+     * Gradient with respect to `logits`, for an upstream gradient of 1, `[batch, seq_len, vocab]` of
+     * `logits_type`, written; on CUDA it may be `logits`.
+     */
+    void *grad_logits;
+    /**
+     * Entropies, `[batch, seq_len]`, written, 0 where masked; may be null where `entropy_coef` is 0.
+     */
+    float *entropy;
+    /**
+     * The loss once more, one, written; null if not wanted.
+     */
+    float *loss;
+} ppok_logits_ppo_loss_args;
+
+/**
+ * Arguments of ppok_logprob_backward_*.
+ */
+typedef struct ppok_logprob_backward_args {
+    size_t struct_size;
+    /**
+     * As in the forward pass, and so are the next five.
+     */
+    size_t rows;
+    /**
+     * Logits of a row.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * Logits, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`.
+     */
+    const void *targets;
+    /**
+     * The row's largest logit, `[rows]`, as the forward pass wrote it, and so are the next two.
+     */
+    const float *max;
+    /**
+     * ln s, `[rows]`.
+     */
+    const float *log_sum;
+    /**
+     * Entropy of the row's distribution, `[rows]`; may be null if `grad_entropy` is.
+     */
+    const float *entropy;
+    /**
+     * Upstream gradient of the log-probabilities, `[rows]`; null stands for zeros.
+     */
+    const float *grad_logp;
+    /**
+     * Upstream gradient of the entropies, `[rows]`; null stands for zeros.
+     */
+    const float *grad_entropy;
+    const struct ppok_logprob_options *options;
+    /**
+     * Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
+     */
+    void *grad_logits;
+} ppok_logprob_backward_args;
+
+/**
+ * Arguments of ppok_logprob_forward_*.
+ */
+typedef struct ppok_logprob_forward_args {
+    size_t struct_size;
+    /**
+     * Rows of logits, one a token.
+     */
+    size_t rows;
+    /**
+     * Logits of a row; above 0, and for CUDA below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * Logits, `[rows, vocab]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+     */
+    const void *targets;
+    const struct ppok_logprob_options *options;
+    /**
+     * Log-probability of the target, `[rows]`, written.
+     */
+    float *logp;
+    /**
+     * Entropy of the row's distribution, `[rows]`, written; null if not wanted.
+     */
+    float *entropy;
+    /**
+     * The row's largest logit, `[rows]`, written, for the backward pass; null if not wanted.
+     */
+    float *max;
+    /**
+     * ln s, `[rows]`, written, for the backward pass; null if `max` is.
+     */
+    float *log_sum;
+} ppok_logprob_forward_args;
 
 /**
  * Arguments of ppok_ppo_loss_*.
@@ -1274,6 +1351,23 @@ int32_t ppok_kl_token_options_init(struct ppok_kl_token_options *options, size_t
  * call.
  */
 const char *ppok_last_error(void);
+
+/**
+ * The PPO loss from logits, with its statistics and the gradient of the logits, in one pass over them:
+ * what ppok_logprob_forward_cpu(), ppok_ppo_loss_cpu() without values and ppok_logprob_backward_cpu()
+ * do one after the other. Logits of masked tokens are not looked at. The gradient is for an upstream
+ * gradient of 1.
+ */
+int32_t ppok_logits_ppo_loss_cpu(const struct ppok_logits_ppo_loss_args *args);
+
+int32_t ppok_logits_ppo_loss_cuda(const struct ppok_logits_ppo_loss_args *args,
+                                  void *workspace,
+                                  size_t bytes,
+                                  void *stream);
+
+int32_t ppok_logits_ppo_loss_cuda_workspace_size(const struct ppok_logits_ppo_loss_args *args,
+                                                 void *stream,
+                                                 size_t *bytes);
 
 /**
  * Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and

@@ -589,7 +589,7 @@ template <bool TWO>
 static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* shared) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int mine = warp * WARP_SEGMENTS, tile_tokens = warps * WARP_SEGMENTS * SEGMENT;
-    // So long rows that more of them would not fit into memory are counted in 32 bits.
+    // Rows of that length are counted in 32 bits: 2^32 of them fit no memory.
     const unsigned rows = unsigned(args.rows);
     for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
         State s = {0.0f, 0.0f};

@@ -17,10 +17,11 @@
 //     dw_j = g (q_j - p_j) / temperature                        q_j = e^{y_j} / Q
 //
 // Forward writes KL, gap, max z, P, max w and Q, [6, rows] in f32, of which backward makes
-// gradients in the type of the logits. It walks the two rows once, side by side: a warp or a
-// block a row (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight. With so many at hand it looks for their maxima first, 16-bit floats two at a time, and
-// takes the sums anew for larger maxima once for all of them. Then a column of 16-bit
-// logits costs two exp and about eighteen instructions; an H200's memory leaves time for thirty.
+// gradients in the type of the logits. It walks the two rows once, side by side: a warp or a block a row
+// (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight. With so many
+// at hand it looks for their maxima first, 16-bit floats two at a time, and takes the sums anew for
+// larger maxima once for all of them. Then a column of 16-bit logits costs two exp and about eighteen
+// instructions; an H200's memory leaves time for thirty.
 // Backward takes each column by itself (common/map.cuh), two vectors of both in flight.
 //
 // Bytes, with S for each tensor of logits and N rows: forward reads 2 S and writes 24 N; backward

@@ -25,8 +25,8 @@
 // there is but one part, pass does so itself.
 //
 // from_logits. A row of logits a block: its log-probability and entropy, what the loss makes of them,
-// and the gradient of the row, of which 200 KB or more are in shared memory and the rest is in L2. Then
-// come pass and merge.
+// and the gradient of the row, of which as much as the chip has is in shared memory and the rest in L2.
+// Then come pass and merge.
 //
 // scale. The stored gradients times an upstream gradient that is on the device.
 //
@@ -831,8 +831,8 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
         const bool aligned = misalignment(logits, 16) == 0 && misalignment(grad_logits, 16) == 0;
         const Kept kept = {aligned ? groups : nullptr, args.kept_groups};
         const Forward<T> forward(args.forward, kept);
-        auto item = forward.item(row);
-        if (args.mask && !args.mask[row]) item.target.kind = Kind::IGNORED;
+        typename Forward<T>::Item item = {{Kind::IGNORED, 0}, 0.0f};
+        if (!args.mask || args.mask[row]) item = forward.item(row);
         const bool reads = forward.reads(item);
         SoftmaxSums sums = no_sums();
         // Others may still be writing the row before this one.

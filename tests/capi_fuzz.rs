@@ -14,9 +14,10 @@ use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytemuck::Pod;
-use common::{assert_close, gae_cases, ppo_loss_cases, rng, wide};
+use common::{assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, rng, wide};
 use half::{bf16, f16};
 use ppo_kernels::capi::{functions::*, *};
+use ppo_kernels::cpu::Logit;
 use ppo_kernels::gae::{self, capi::*, GaeOptions, RewardShaping, ScoreScale};
 use ppo_kernels::kl::{self, capi::*, FullKlOptions, KlEstimator, KlOptions};
 use ppo_kernels::logprob::{self, capi::*, LogprobOptions};
@@ -40,8 +41,17 @@ const SWITCH: u64 = 200;
 const UNWRITTEN: u8 = 0xfe;
 
 /// The passes; each may make several calls.
-const PASSES: [fn(&mut Fuzz); 8] =
-    [logprob, token_kl, full_kl, gae, whiten_moments, whiten_with, ppo_loss, ppo_loss_scale];
+const PASSES: [fn(&mut Fuzz); 9] = [
+    logprob,
+    token_kl,
+    full_kl,
+    gae,
+    whiten_moments,
+    whiten_with,
+    ppo_loss,
+    ppo_loss_scale,
+    logits_ppo_loss,
+];
 
 #[test]
 fn calls_are_right_or_refused() {
@@ -203,6 +213,8 @@ struct Fuzz {
     used: Vec<(usize, usize)>,
     arrays: Vec<Array>,
     options: Option<OptionsAt>,
+    /// Where all structs of options are, which the library cannot see.
+    options_at: Vec<u64>,
     /// The case, for messages.
     what: String,
     right: usize,
@@ -218,6 +230,7 @@ impl Fuzz {
             used: Vec::new(),
             arrays: Vec::new(),
             options: None,
+            options_at: Vec::new(),
             what: String::new(),
             right: 0,
             counts: BTreeMap::new(),
@@ -304,6 +317,7 @@ impl Fuzz {
         // Sometimes those of a later version.
         let bytes = size_of::<O>() + self.one(&[0, 0, 0, 8, 24]);
         let options = self.add(vec![UNWRITTEN; bytes], 8, false) as *mut O;
+        self.options_at.push(options as u64);
         // SAFETY: there is as much room.
         unsafe {
             assert_eq!(init(options, bytes), PPOK_STATUS_OK);
@@ -328,6 +342,7 @@ impl Fuzz {
             self.free.get_mut(&room).unwrap().push(start);
         }
         self.arrays.clear();
+        self.options_at.clear();
     }
 
     /// Makes a call and the same one with something wrong. Of a call that went well, as it should if that
@@ -437,7 +452,10 @@ impl Fuzz {
                     let any = words[1..=sizes].iter().all(|&size| size != 0);
                     return ("a huge size", same, any);
                 }
-                5 if name.starts_with("logprob") || name.starts_with("kl_full") => {
+                5 if ["logprob", "kl_full", "logits"]
+                    .iter()
+                    .any(|start| name.starts_with(start)) =>
+                {
                     self.spoil_choice(&mut words[1 + sizes]);
                     return ("a type", same, true);
                 }
@@ -454,10 +472,9 @@ impl Fuzz {
                     return ("no array", same, false);
                 }
                 8 => {
-                    let options = self.options.map(|options| self.arrays[options.array].at as u64);
                     let (i, bytes, _, written) = self.one(&pointers);
                     let (other, other_bytes, ..) = self.one(&pointers);
-                    let an_option = Some(words[other]) == options;
+                    let an_option = self.options_at.contains(&words[other]);
                     // Gradients may be scaled where they are.
                     let in_place = name == "ppo_loss_scale" && i == other + 3;
                     if written
@@ -1173,5 +1190,86 @@ fn ppo_loss_scale(f: &mut Fuzz) {
             let exactly = Tolerance { rel: 0.0, abs: 0.0 };
             close(what, "a gradient", grad, &wide(want), exactly);
         }
+    });
+}
+
+fn logits_ppo_loss(f: &mut Fuzz) {
+    match f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]) {
+        PPOK_F16 => logits_ppo_loss_of::<f16>(f, PPOK_F16),
+        PPOK_BF16 => logits_ppo_loss_of::<bf16>(f, PPOK_BF16),
+        _ => logits_ppo_loss_of::<f32>(f, PPOK_F32),
+    }
+}
+
+fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
+    let shape @ [batch, seq_len] = [f.rng.random_range(1..=4), f.rng.random_range(1..=9)];
+    let n = batch * seq_len;
+    let vocab = match f.rng.random_range(0..50) {
+        0 => f.rng.random_range(33_000..70_000),
+        _ => f.rng.random_range(1..=200),
+    };
+    let number = f.rng.random_range(0..60);
+    let mut case = logits_loss_cases::Case::<T>::new(&mut f.rng, shape, vocab, number);
+    let temperature = case.logprob_options.temperature;
+    case.logprob_options = LogprobOptions::default();
+    let logprob_options = f.put_options(ppok_logprob_options_init, [1, 1], |_, c| {
+        case.logprob_options.temperature = temperature;
+        c.temperature = temperature;
+    });
+    let own = std::mem::take(&mut case.options);
+    let options = f.put_options(ppok_ppo_loss_options_init, [10, 2], |_, c| {
+        (c.kl_coef, c.entropy_coef) = (own.kl_coef, own.entropy_coef);
+        c.dual_clip = own.dual_clip.unwrap_or(PPOK_NONE);
+        c.aggregation = match own.aggregation {
+            Aggregation::TokenMean => PPOK_PPO_LOSS_TOKEN_MEAN,
+            Aggregation::SeqMeanTokenSum => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM,
+            Aggregation::SeqMeanTokenMean => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN,
+            Aggregation::SeqMeanTokenSumNorm => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM,
+            Aggregation::Constant(divisor) => {
+                c.aggregation_divisor = divisor;
+                PPOK_PPO_LOSS_CONSTANT
+            }
+        };
+        case.options = own;
+    });
+    let mut expected = PPOK_STATUS_OK;
+    if f.coin(0.03) {
+        let kept = (0..n).find(|&t| case.mask.as_ref().is_none_or(|mask| mask[t] != 0));
+        case.targets[kept.expect("one is")] = vocab as i64;
+        expected = PPOK_STATUS_TARGET;
+    }
+    let (logp, stats) = (f.out(PPOK_F32, n), f.out_struct::<PpoStats>());
+    let (entropy, grad) = (f.out(PPOK_F32, n), f.out(kind, n * vocab));
+    let loss = f.some_out(PPOK_F32, 1);
+    let args = ppok_logits_ppo_loss_args {
+        struct_size: 0,
+        batch,
+        seq_len,
+        vocab,
+        logits_type: kind,
+        targets_type: PPOK_I64,
+        logits: f.put(&case.logits).cast(),
+        targets: f.put(&case.targets).cast(),
+        old_logp: f.put(&case.old_logp),
+        advantages: f.put(&case.advantages),
+        ref_logp: f.put_some(case.ref_logp.as_deref()),
+        mask: f.put_some(case.mask.as_deref()),
+        logprob_options,
+        options,
+        logp: at(logp),
+        stats: at(stats),
+        grad_logits: at(grad),
+        entropy: at(entropy),
+        loss: at(loss),
+    };
+    let function = ppok_logits_ppo_loss_cpu;
+    f.call("logits_ppo_loss", function, 3, args, expected, |_, what| {
+        let found = logits_loss_cases::Found {
+            logp: logp.read(),
+            entropy: entropy.read(),
+            stats: stats.read::<PpoStats>()[0],
+            grad_logits: grad.wide().iter().map(|&g| g as f32).collect(),
+        };
+        case.check(what, &found);
     });
 }

@@ -12,7 +12,7 @@ use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::kl::reference::token_kl;
 use ppo_kernels::kl::{KlEstimator, KlOptions};
-use ppo_kernels::logprob;
+use ppo_kernels::logprob::{self, LogprobOptions};
 use ppo_kernels::ppo_loss::cpu::{
     self, LogitsInputs, LogitsOutputs, Outputs, ScaleInputs, ScaleOutputs,
 };
@@ -104,9 +104,11 @@ fn from_logits_reads_no_masked_row_and_refuses_targets_of_others() {
         case.targets[masked] = 1 << 40;
     }
     case.check("masked", &from_logits(&case).unwrap());
-    case.targets[2] = vocab as i64;
-    let error = from_logits(&case).map(|_| ()).unwrap_err();
-    assert!(matches!(error, Error::Target { row: 2, .. }), "{error}");
+    for target in [vocab as i64, -1, i64::MIN] {
+        case.targets[2] = target;
+        let error = from_logits(&case).map(|_| ()).unwrap_err();
+        assert!(matches!(error, Error::Target { row: 2, .. }), "{error}");
+    }
     case.targets[2] = 0;
     case.options.kl_coef = 1.0;
     let error = from_logits(&case).map(|_| ()).unwrap_err();
@@ -115,6 +117,24 @@ fn from_logits_reads_no_masked_row_and_refuses_targets_of_others() {
     case.vocab = 299;
     let error = from_logits(&case).map(|_| ()).unwrap_err();
     assert!(matches!(error, Error::Shape { arg: "logits", .. }), "{error}");
+}
+
+#[test]
+fn from_logits_of_no_token_at_all_is_a_loss_of_0_where_the_denominator_is_given() {
+    let options = PpoLossOptions { denominator: Some(3.0), ..PpoLossOptions::default() };
+    for sizes in [[0, 5, 7], [5, 0, 7], [0, 1, 1 << 62], [0, 1 << 40, 1 << 40]] {
+        let mut stats = [unwritten()];
+        let inputs = LogitsInputs::<f32, i64>::new(&[], &[], &[], &[]);
+        let outputs = LogitsOutputs::new(&mut [], &mut stats, &mut []);
+        cpu::logits_ppo_loss(inputs, sizes, &LogprobOptions::default(), &options, outputs).unwrap();
+        assert_eq!((stats[0].loss, stats[0].tokens), (0.0, 0.0), "{sizes:?}");
+    }
+    let inputs = LogitsInputs::<f32, i64>::new(&[0.0], &[0], &[0.0], &[0.0]);
+    let (mut stats, mut logp, mut grad) = ([unwritten()], [0.0], [0.0]);
+    let outputs = LogitsOutputs::new(&mut logp, &mut stats, &mut grad);
+    let sizes = [1 << 32, 1 << 32, 7];
+    let error = cpu::logits_ppo_loss(inputs, sizes, &LogprobOptions::default(), &options, outputs);
+    assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
 }
 
 /// Stats and gradients of the raw layer; empty gradients for what is not given.

@@ -20,7 +20,7 @@
 #       table      time, GB/s and share of a copy of every pass: bf16, then f32 and the ops on tokens
 #       parts      the forward passes with the parts of a row side by side, and one after the other
 #       python     the PyTorch ops' tests on CUDA
-#       sanitize   five tests under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
+#       sanitize   six tests under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
 #       peers      the PyTorch ops beside eager, torch.compile and the packages of `build peers`
 #       counters   Nsight Compute's counters of seven kernels
 #       candle     after `build candle`: tests and benches of the ops through candle
@@ -41,6 +41,7 @@ SANITIZED=(
     "memcheck kl_cuda::special_rows_come_out_as_on_the_cpu"
     "racecheck logprob_cuda::bits_do_not_depend_on_the_other_rows"
     "racecheck gae_cuda::special_values_stay_where_they_belong"
+    "racecheck ppo_loss_cuda::from_logits_reads_no_masked_row_and_ignores_what_is_to_be_ignored"
     "synccheck ppo_loss_cuda::optional_terms_fall_away"
     "initcheck whiten_cuda::too_few_elements_are_nan_or_an_error_where_they_can_be_seen"
 )
@@ -328,7 +329,7 @@ peers() {
         echo "without $peers.tar.xz: beside what the machine has" | tee -a "$OUT/pytorch.txt"
     fi
     step 90 pytorch "peers, logits" "${bench[@]}" --only "$logits"
-    step 30 pytorch "peers, tokens" "${bench[@]}" --only "$tokens" --without torch.compile
+    step 45 pytorch "peers, tokens" "${bench[@]}" --only "$tokens" --without torch.compile
     step 60 pytorch "peers, few rows" "${bench[@]}" --only "512 x 49152" --only "64 x 151936"
 }
 

@@ -123,8 +123,8 @@ struct Row {
     // The groups that are columns throughout, and whose vectors are ours to read.
     int first_inside, end_inside;
 
-    // What stands before and after the row is read too, in vectors that hold columns of it, if so many
-    // elements there stay as they are while the kernel runs.
+    // So many elements before and after the row may be read too, where a vector of it holds them. They are
+    // cut off, so that they may change meanwhile.
     __device__ __forceinline__ Row(const T* data, int64_t columns, int64_t before, int64_t after)
         : data(data), columns(columns) {
         skip = unsigned(reinterpret_cast<uintptr_t>(data) & 15);

@@ -204,6 +204,25 @@ pub unsafe extern "C" fn ppok_ppo_loss_cuda_workspace_size(
 }
 
 #[no_mangle]
+pub unsafe extern "C" fn ppok_logits_ppo_loss_cuda(
+    args: *const ppok_logits_ppo_loss_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logits_ppo_loss_cuda_workspace_size(
+    args: *const ppok_logits_ppo_loss_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_scale_cuda(
     args: *const ppok_ppo_loss_scale_args,
     workspace: *mut c_void,

@@ -21,7 +21,8 @@ struct Image<Bytes: ?Sized>(Bytes);
 static IMAGES: &[(&str, &Image<[u8]>)] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// What is known of contexts, and what has been loaded, by the context's number, which the driver never
-/// uses again for another. Handles are kept as integers; they are the driver's to look into, and go with their context.
+/// uses again for another. Handles are kept as integers; they are the driver's to look into, and go with
+/// their context.
 #[derive(Default)]
 struct Loaded {
     devices: HashMap<u64, Device>,
@@ -85,13 +86,6 @@ impl Stream {
         let _current = unsafe { Current::set(self.context) }.map_err(failed)?;
         let function = self.function(kernel).map_err(failed)?;
 
-        if launch.shared_bytes > 0 {
-            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function is of this context.
-            let set =
-                unsafe { sys::cuFuncSetAttribute(function, most, launch.shared_bytes as i32) };
-            set.result().map_err(failed)?;
-        }
         let mut parameters = [args.cast_mut()];
         // SAFETY: the function is of this context, and `args` leads to the struct it takes.
         let launched = unsafe {
@@ -137,6 +131,18 @@ impl Stream {
         let mut function = std::ptr::null_mut();
         // SAFETY: the module is of the current context.
         unsafe { sys::cuModuleGetFunction(&mut function, module, name.as_ptr()).result()? };
+        // As much shared memory as a block can have. Once, as another thread may launch it meanwhile; and
+        // if that fails, so does a launch that needs it.
+        if let Some(device) = loaded.devices.get(&self.context_id) {
+            let of = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+            let most = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let mut own = 0;
+            // SAFETY: the function is of the current context; the driver writes what the pointer leads to.
+            unsafe {
+                sys::cuFuncGetAttribute(&mut own, of, function).result()?;
+                let _ = sys::cuFuncSetAttribute(function, most, device.shared_bytes as i32 - own);
+            }
+        }
         loaded.functions.insert((self.context_id, *kernel), function as usize);
         Ok(function)
     }

@@ -1,11 +1,17 @@
 //! The C entry points of the op.
 
+use std::ffi::c_void;
+
 use super::{
-    cpu, cuda, Aggregation, ClipFractionKind, Inputs, Outputs, PpoLossOptions, PpoStats,
-    ScaleInputs, ScaleOutputs, OP,
+    cpu, cuda, Aggregation, ClipFractionKind, Inputs, LogitsInputs, LogitsOutputs, Outputs,
+    PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP,
 };
-use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory, Raw};
+use crate::capi::arguments::{
+    choices, choose, list_of, options, with_logits, with_targets, Encoded, Memory, Raw,
+};
 use crate::capi::{self, run, On, Pass, Result};
+use crate::cpu::{Logit, TokenId};
+use crate::logprob::capi::ppok_logprob_options;
 
 /// sum m L / sum m: every token counts the same.
 pub const PPOK_PPO_LOSS_TOKEN_MEAN: i32 = 0;
@@ -186,6 +192,88 @@ unsafe impl Pass for ppok_ppo_loss_args {
     }
 }
 
+/// Arguments of ppok_logits_ppo_loss_*.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ppok_logits_ppo_loss_args {
+    pub struct_size: usize,
+    /// Rows.
+    pub batch: usize,
+    /// Tokens of a row.
+    pub seq_len: usize,
+    /// Logits of a token; above 0, and for CUDA below 2^32.
+    pub vocab: usize,
+    /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+    pub logits_type: i32,
+    /// `PPOK_U32` or `PPOK_I64`.
+    pub targets_type: i32,
+    /// Logits of the policy that is trained, which get the gradient, `[batch, seq_len, vocab]` of
+    /// `logits_type`.
+    pub logits: *const c_void,
+    /// Ids of the tokens, `[batch, seq_len]` of `targets_type`; each in `0..vocab` or `ignore_index`,
+    /// but for masked ones.
+    pub targets: *const c_void,
+    /// Log-probabilities under the policy that made the rollout, `[batch, seq_len]`.
+    pub old_logp: *const f32,
+    /// Advantages, already whitened if they are to be, `[batch, seq_len]`.
+    pub advantages: *const f32,
+    /// Log-probabilities under the reference model, `[batch, seq_len]`; may be null where `kl_coef` is
+    /// 0.
+    pub ref_logp: *const f32,
+    /// `[batch, seq_len]`; null if nothing is masked.
+    pub mask: *const u8,
+    pub logprob_options: *const ppok_logprob_options,
+    pub options: *const ppok_ppo_loss_options,
+    /// Log-probabilities of the targets, `[batch, seq_len]`, written; 0 where masked.
+    pub logp: *mut f32,
+    /// The loss and the statistics, one, written.
+    pub stats: *mut PpoStats,
+    /// Gradient with respect to `logits`, for an upstream gradient of 1, `[batch, seq_len, vocab]` of
+    /// `logits_type`, written; on CUDA it may be `logits`.
+    pub grad_logits: *mut c_void,
+    /// Entropies, `[batch, seq_len]`, written, 0 where masked; may be null where `entropy_coef` is 0.
+    pub entropy: *mut f32,
+    /// The loss once more, one, written; null if not wanted.
+    pub loss: *mut f32,
+}
+
+impl ppok_logits_ppo_loss_args {
+    fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let Self { batch, seq_len, vocab, .. } = *self;
+        let (sizes, shape) = ([batch, seq_len, vocab], ([batch, seq_len], vocab));
+        let logprob_options = memory.options(self.logprob_options)?;
+        let options = memory.options(self.options)?;
+        let inputs: LogitsInputs<Raw, T, I> =
+            list_of!(self, LogitsInputs, [logits, targets, old_logp, advantages], [ref_logp, mask]);
+        let outputs: LogitsOutputs<Raw, T> =
+            list_of!(self, LogitsOutputs, [logp, stats, grad_logits], [entropy, loss]);
+        run!(
+            (on, memory),
+            [inputs, shape],
+            [outputs, shape],
+            |i, o| cpu::logits_ppo_loss(i, sizes, &logprob_options, &options, o),
+            |stream, w| cuda::logits_ppo_loss(stream, i, sizes, &logprob_options, &options, o, w),
+        )
+    }
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_logits_ppo_loss_args {
+    const OP: &'static str = OP;
+
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        with_logits!(OP, self.logits_type, T => {
+            with_targets!(OP, self.targets_type, I => self.typed::<T, I>(memory, on))
+        })
+    }
+
+    fn workspace_size(&self, memory: &Memory) -> Result<usize> {
+        let options = memory.options(self.options)?;
+        let len = cuda::workspace_len(self.batch, self.seq_len, &options);
+        Ok(size_of::<f32>().saturating_mul(len))
+    }
+}
+
 /// Arguments of ppok_ppo_loss_scale_*. Where one of a stored and a written gradient is null, so is the
 /// other.
 #[derive(Debug, Clone, Copy)]
@@ -279,6 +367,15 @@ unsafe impl Pass for ppok_ppo_loss_scale_args {
 /// then, and the gradients are 0.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_cpu(args: *const ppok_ppo_loss_args) -> i32 {
+    capi::cpu(args)
+}
+
+/// The PPO loss from logits, with its statistics and the gradient of the logits, in one pass over them:
+/// what ppok_logprob_forward_cpu(), ppok_ppo_loss_cpu() without values and ppok_logprob_backward_cpu()
+/// do one after the other. Logits of masked tokens are not looked at. The gradient is for an upstream
+/// gradient of 1.
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logits_ppo_loss_cpu(args: *const ppok_logits_ppo_loss_args) -> i32 {
     capi::cpu(args)
 }
 

@@ -5,7 +5,8 @@
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{
-    for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Split, TokenId, Writer,
+    for_each, num_threads, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Split,
+    TokenId, Writer,
 };
 use crate::error::{Error, Result};
 use crate::kl::cpu::{k3_and_slope, TokenKl};
@@ -96,8 +97,8 @@ pub fn ppo_loss(
     Ok(())
 }
 
-/// Bytes of logits whose gradient is written while they are in the cache.
-const CACHED_LOGITS: usize = 2 << 20;
+/// Bytes of logits, for each thread, whose gradient is written while they are in the cache.
+const CACHED_LOGITS: usize = 1 << 20;
 
 /// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
 /// tokens, from their logits over `vocab` tokens: what [`logprob`](logprob::cpu) and [`ppo_loss`] give, of
@@ -115,7 +116,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 ) -> Result<()> {
     logprob_options.validate()?;
     options.validate()?;
-    let (shape, tokens) = ([batch, seq_len], batch * seq_len);
+    let (shape, tokens) = ([batch, seq_len], batch.saturating_mul(seq_len));
     Error::check_logits(OP, inputs.logits.len(), tokens, vocab)?;
     inputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.try_map((shape, vocab), &mut Lengths(OP))?;
@@ -127,16 +128,21 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     Inputs { entropy: entropy.as_deref(), ref_logp, ..Inputs::new(logp, old_logp, advantages) }
         .check_given(options)?;
 
-    // Masked tokens are rows to ignore.
-    const IGNORED: i64 = i64::MIN;
-    let keeps = |t: usize| mask.is_none_or(|mask| mask[t] != 0);
-    let id = |(t, target): (usize, &I)| match target.id() {
-        id if keeps(t) && logprob_options.ignore_index != Some(id) => id,
-        _ => IGNORED,
-    };
-    let targets: Vec<i64> = targets.iter().enumerate().map(id).collect();
+    // Masked tokens are rows to ignore, by an id that no other token has: the others are looked at first.
+    const IGNORED: i64 = -1;
+    let mut ids = vec![IGNORED; tokens];
+    for (row, (id, target)) in ids.iter_mut().zip(targets).enumerate() {
+        let target = target.id();
+        let masked = mask.is_some_and(|mask| mask[row] == 0);
+        if masked || logprob_options.ignore_index == Some(target) {
+            continue;
+        }
+        if !usize::try_from(target).is_ok_and(|column| column < vocab) {
+            return Err(Error::Target { op: OP, row, target, vocab });
+        }
+        *id = target;
+    }
     let logprob_options = LogprobOptions { ignore_index: Some(IGNORED), ..*logprob_options };
-    logprob::cpu::check_targets(&targets, vocab, &logprob_options)?;
     let weights = match options.aggregation {
         Aggregation::SeqMeanTokenMean => (0..batch)
             .map(|row| {
@@ -149,27 +155,26 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     // Of one token, before weight and denominator.
     let plain =
         PpoLossOptions { aggregation: Aggregation::Constant(1.0), denominator: None, ..*options };
-    let at_once = (CACHED_LOGITS / (vocab * size_of::<T>())).clamp(1, tokens.max(1));
-    let mut buffers = [(); 5].map(|()| vec![0.0; at_once]);
+    let row_bytes = vocab.saturating_mul(size_of::<T>());
+    let threads = num_threads();
+    let at_once = (threads * CACHED_LOGITS / row_bytes).max(threads).min(tokens);
+    let wants_entropy = options.entropy_coef != 0.0;
+    let mut buffers = [(); 4].map(|()| vec![0.0; at_once]);
     let mut first = 0;
     while first < tokens {
         let count = at_once.min(tokens - first);
         let range = first..first + count;
         let columns = first * vocab..(first + count) * vocab;
-        let [max, log_sum, spare, grad_logp, grad_entropy] =
+        let [max, log_sum, grad_logp, grad_entropy] =
             buffers.each_mut().map(|buffer| &mut buffer[..count]);
         let forward = logprob::cpu::ForwardInputs {
             logits: &logits[columns.clone()],
-            targets: &targets[range.clone()],
+            targets: &ids[range.clone()],
         };
         let logp = &mut logp[range.clone()];
-        let entropy = match &mut entropy {
-            Some(entropy) => &mut entropy[range.clone()],
-            None => spare,
-        };
-        let wants_entropy = options.entropy_coef != 0.0;
+        let mut entropy = entropy.as_deref_mut().map(|entropy| &mut entropy[range.clone()]);
         let outputs = logprob::cpu::ForwardOutputs {
-            entropy: Some(&mut *entropy),
+            entropy: entropy.as_deref_mut(),
             max: Some(&mut *max),
             log_sum: Some(&mut *log_sum),
             ..logprob::cpu::ForwardOutputs::new(&mut *logp)
@@ -178,7 +183,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 
         let mut stats = [PpoStats::from_array([0.0; PpoStats::LEN])];
         let part = Inputs {
-            entropy: wants_entropy.then_some(&*entropy),
+            entropy: entropy.as_deref().filter(|_| wants_entropy),
             ref_logp: ref_logp.map(|ref_logp| &ref_logp[range.clone()]),
             mask: mask.map(|mask| &mask[range.clone()]),
             ..Inputs::new(logp, &old_logp[range.clone()], &advantages[range.clone()])
@@ -196,7 +201,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         }
 
         let inputs = logprob::cpu::BackwardInputs {
-            entropy: Some(entropy),
+            entropy: entropy.as_deref(),
             grad_logp: Some(grad_logp),
             grad_entropy: wants_entropy.then_some(grad_entropy),
             ..logprob::cpu::BackwardInputs::new(forward, max, log_sum)

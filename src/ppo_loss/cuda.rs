@@ -135,8 +135,11 @@ pub fn ppo_loss(
 /// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
 /// tokens, from their logits over `vocab` tokens: what [`logprob`](crate::logprob::cuda) and
 /// [`ppo_loss`] give, of which the values have a loss of their own. Reads the logits from memory once,
-/// and writes their gradient once, while a row for each multiprocessor fits the L2 cache. Logits of
-/// masked tokens are not read.
+/// and writes their gradient once, as far as a row fits a multiprocessor's shared memory or the rows in
+/// work fit the L2 cache. Logits of masked tokens are not read.
+///
+/// The log-probabilities have the bits of [`logprob`](crate::logprob::cuda::forward)'s where a row has more
+/// than 4 KiB, and for shorter ones those of another order of additions.
 ///
 /// `workspace` is that of [`ppo_loss`].
 ///
@@ -153,7 +156,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 ) -> Result<()> {
     logprob_options.validate()?;
     options.validate()?;
-    let (shape, tokens) = ([batch, seq_len], batch * seq_len);
+    let (shape, tokens) = ([batch, seq_len], batch.saturating_mul(seq_len));
     check_logits(OP, inputs.logits.len(), tokens, vocab)?;
     let given = inputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.check_entropy(options)?;

@@ -1,11 +1,15 @@
 //! The functions of the ppo_loss op.
 
 use ppo_kernels::capi::functions::*;
+use ppo_kernels::logprob::capi::ppok_logprob_options;
 use ppo_kernels::ppo_loss::capi::*;
 use ppo_kernels::ppo_loss::cpu::{self, Outputs};
 use ppo_kernels::ppo_loss::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats};
 
 use super::*;
+#[cfg(feature = "simt")]
+use crate::common::logits_loss_cases::Found;
+use crate::common::logits_loss_cases::{Case, SHAPES};
 use crate::common::ppo_loss_cases::{option_sets, rollout, unwritten, Data};
 
 fn loss_options(options: &PpoLossOptions) -> ppok_ppo_loss_options {
@@ -143,6 +147,101 @@ fn the_loss_is_that_of_rust() {
     }
 }
 
+/// What the loss from logits writes.
+struct FromLogits<T> {
+    logp: Vec<f32>,
+    entropy: Vec<f32>,
+    stats: [PpoStats; 1],
+    loss: [f32; 1],
+    grad_logits: Vec<T>,
+}
+
+impl<T: Logit> FromLogits<T> {
+    fn unwritten(case: &Case<T>) -> Self {
+        let n = case.targets.len();
+        Self {
+            logp: vec![f32::NAN; n],
+            entropy: vec![f32::NAN; n],
+            stats: [unwritten()],
+            loss: [f32::NAN],
+            grad_logits: vec![T::ZERO; case.logits.len()],
+        }
+    }
+
+    fn bits(&self) -> [Vec<u32>; 4] {
+        let numbers = [&self.logp, &self.entropy, &wide(&self.grad_logits)].map(|x| bits(x));
+        let [logp, entropy, grad] = numbers;
+        let mut stats: Vec<u32> = bits(&self.loss);
+        stats.extend(self.stats[0].to_array().map(|x| (x as f32).to_bits()));
+        [logp, entropy, grad, stats]
+    }
+}
+
+fn from_logits_args<T: Logit>(
+    case: &Case<T>,
+    options: (&ppok_logprob_options, &ppok_ppo_loss_options),
+    written: &mut FromLogits<T>,
+) -> ppok_logits_ppo_loss_args {
+    ppok_logits_ppo_loss_args {
+        struct_size: size_of::<ppok_logits_ppo_loss_args>(),
+        batch: case.shape[0],
+        seq_len: case.shape[1],
+        vocab: case.vocab,
+        logits_type: logits_type::<T>(),
+        targets_type: PPOK_I64,
+        logits: case.logits.as_ptr().cast(),
+        targets: case.targets.as_ptr().cast(),
+        old_logp: case.old_logp.as_ptr(),
+        advantages: case.advantages.as_ptr(),
+        ref_logp: pointer(case.ref_logp.as_deref()),
+        mask: pointer(case.mask.as_deref()),
+        logprob_options: options.0,
+        options: options.1,
+        logp: written.logp.as_mut_ptr(),
+        stats: written.stats.as_mut_ptr(),
+        grad_logits: written.grad_logits.as_mut_ptr().cast(),
+        entropy: written.entropy.as_mut_ptr(),
+        loss: written.loss.as_mut_ptr(),
+    }
+}
+
+#[test]
+fn the_loss_from_logits_is_that_of_rust() {
+    fn of_type<T: Logit>() {
+        for (number, (shape, vocab)) in SHAPES.into_iter().enumerate() {
+            let case = Case::<T>::new(&mut rng(20), shape, vocab, number);
+            let mut want = FromLogits::unwritten(&case);
+            let FromLogits { logp, entropy, stats, loss, grad_logits } = &mut want;
+            let inputs = cpu::LogitsInputs {
+                ref_logp: case.ref_logp.as_deref(),
+                mask: case.mask.as_deref(),
+                ..cpu::LogitsInputs::new(
+                    &case.logits,
+                    &case.targets,
+                    &case.old_logp,
+                    &case.advantages,
+                )
+            };
+            let outputs = cpu::LogitsOutputs {
+                entropy: Some(entropy),
+                loss: Some(loss),
+                ..cpu::LogitsOutputs::new(logp, stats, grad_logits)
+            };
+            let sizes = [shape[0], shape[1], vocab];
+            let (first, second) = (&case.logprob_options, &case.options);
+            cpu::logits_ppo_loss(inputs, sizes, first, second, outputs).unwrap();
+
+            let mut got = FromLogits::unwritten(&case);
+            let options = (&super::logprob::c_options(first), &loss_options(second));
+            let args = from_logits_args(&case, options, &mut got);
+            // SAFETY: lengths as said.
+            ok(unsafe { ppok_logits_ppo_loss_cpu(&args) });
+            assert_eq!(got.bits(), want.bits(), "{shape:?} {vocab}");
+        }
+    }
+    every_type!(of_type);
+}
+
 #[test]
 fn gradients_are_scaled() {
     let stored = [0.0_f32, 1.5, -2.0, f32::MIN_POSITIVE];
@@ -215,6 +314,29 @@ mod on_the_stand_in {
             assert_same(name, &got, &want);
         }
     }
+}
+
+#[cfg(feature = "simt")]
+#[test]
+fn the_loss_from_logits_runs_on_the_stand_in() {
+    use crate::on_the_stand_in::{machines, run};
+    fn of_type<T: Logit>() {
+        for (number, (shape, vocab)) in SHAPES.into_iter().enumerate() {
+            let case = Case::<T>::new(&mut rng(21), shape, vocab, number);
+            let (first, second) =
+                (super::logprob::c_options(&case.logprob_options), loss_options(&case.options));
+            let mut got = FromLogits::unwritten(&case);
+            let args = from_logits_args(&case, (&first, &second), &mut got);
+            let (pass, size) =
+                (ppok_logits_ppo_loss_cuda, ppok_logits_ppo_loss_cuda_workspace_size);
+            // SAFETY: lengths as said.
+            unsafe { run(pass, size, &args, &machines()[number % 2]) };
+            let FromLogits { logp, entropy, stats, grad_logits, .. } = got;
+            let grad_logits = wide(&grad_logits);
+            case.check("C", &Found { logp, entropy, stats: stats[0], grad_logits });
+        }
+    }
+    every_type!(of_type);
 }
 
 #[test]

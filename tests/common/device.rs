@@ -22,7 +22,7 @@ pub struct Machine {
     pub planted_bug: &'static str,
 }
 
-/// As many multiprocessors that rows of several parts get wide blocks, and so few that none do.
+/// So many multiprocessors that rows of several parts get wide blocks, and so few that none do.
 pub const MANY: u32 = 1 << 16;
 pub const FEW: u32 = 0;
 
@@ -39,7 +39,7 @@ pub fn stream(machine: Machine) -> Stream<'static> {
     backend::stream(machine)
 }
 
-/// Vocabularies for every mapping of rows: a warp a row, blocks of both sizes, and rows of several parts,
+/// Vocabularies for every mapping of rows: a warp a row, blocks, and rows of several parts,
 /// of which some have few tiles or none, all with rows that are not aligned.
 pub fn vocabularies<T>() -> Vec<usize> {
     let kib = 1024 / size_of::<T>();

@@ -190,42 +190,6 @@ class logprob_options(Structure):
     ]
 
 
-class logprob_backward_args(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("rows", c_size_t),
-        ("vocab", c_size_t),
-        ("logits_type", c_int32),
-        ("targets_type", c_int32),
-        ("logits", c_void_p),
-        ("targets", c_void_p),
-        ("max", c_void_p),
-        ("log_sum", c_void_p),
-        ("entropy", c_void_p),
-        ("grad_logp", c_void_p),
-        ("grad_entropy", c_void_p),
-        ("options", c_void_p),
-        ("grad_logits", c_void_p),
-    ]
-
-
-class logprob_forward_args(Structure):
-    _fields_ = [
-        ("struct_size", c_size_t),
-        ("rows", c_size_t),
-        ("vocab", c_size_t),
-        ("logits_type", c_int32),
-        ("targets_type", c_int32),
-        ("logits", c_void_p),
-        ("targets", c_void_p),
-        ("options", c_void_p),
-        ("logp", c_void_p),
-        ("entropy", c_void_p),
-        ("max", c_void_p),
-        ("log_sum", c_void_p),
-    ]
-
-
 class ppo_loss_options(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -270,6 +234,66 @@ class ppo_loss_stats(Structure):
         ("value_mean", c_double),
         ("explained_variance", c_double),
         ("tokens", c_double),
+    ]
+
+
+class logits_ppo_loss_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("batch", c_size_t),
+        ("seq_len", c_size_t),
+        ("vocab", c_size_t),
+        ("logits_type", c_int32),
+        ("targets_type", c_int32),
+        ("logits", c_void_p),
+        ("targets", c_void_p),
+        ("old_logp", c_void_p),
+        ("advantages", c_void_p),
+        ("ref_logp", c_void_p),
+        ("mask", c_void_p),
+        ("logprob_options", c_void_p),
+        ("options", c_void_p),
+        ("logp", c_void_p),
+        ("stats", c_void_p),
+        ("grad_logits", c_void_p),
+        ("entropy", c_void_p),
+        ("loss", c_void_p),
+    ]
+
+
+class logprob_backward_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("vocab", c_size_t),
+        ("logits_type", c_int32),
+        ("targets_type", c_int32),
+        ("logits", c_void_p),
+        ("targets", c_void_p),
+        ("max", c_void_p),
+        ("log_sum", c_void_p),
+        ("entropy", c_void_p),
+        ("grad_logp", c_void_p),
+        ("grad_entropy", c_void_p),
+        ("options", c_void_p),
+        ("grad_logits", c_void_p),
+    ]
+
+
+class logprob_forward_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("vocab", c_size_t),
+        ("logits_type", c_int32),
+        ("targets_type", c_int32),
+        ("logits", c_void_p),
+        ("targets", c_void_p),
+        ("options", c_void_p),
+        ("logp", c_void_p),
+        ("entropy", c_void_p),
+        ("max", c_void_p),
+        ("log_sum", c_void_p),
     ]
 
 
@@ -481,6 +505,9 @@ FUNCTIONS = {
     "kl_token_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "kl_token_options_init": (c_int32, (c_void_p, c_size_t)),
     "last_error": (c_char_p, ()),
+    "logits_ppo_loss_cpu": (c_int32, (c_void_p,)),
+    "logits_ppo_loss_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "logits_ppo_loss_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "logprob_backward_cpu": (c_int32, (c_void_p,)),
     "logprob_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "logprob_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
