@@ -93,7 +93,20 @@ pub fn backward<T: Logit, I: TokenId>(
     rows: usize,
     vocab: usize,
     options: &LogprobOptions,
+    outputs: BackwardOutputs<T>,
+) -> Result<()> {
+    let non_temporal = prefers_non_temporal(size_of_val(outputs.grad_logits));
+    backward_of_part(inputs, rows, vocab, options, outputs, non_temporal)
+}
+
+/// The same for some of the rows of a gradient of which the whole is written past the caches or not.
+pub(crate) fn backward_of_part<T: Logit, I: TokenId>(
+    inputs: BackwardInputs<T, I>,
+    rows: usize,
+    vocab: usize,
+    options: &LogprobOptions,
     mut outputs: BackwardOutputs<T>,
+    non_temporal: bool,
 ) -> Result<()> {
     options.validate()?;
     Error::check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
@@ -106,7 +119,6 @@ pub fn backward<T: Logit, I: TokenId>(
     let ForwardInputs { logits, targets } = forward;
     let BackwardOutputs { grad_logits } = outputs;
     let scale = (1.0 / options.temperature) as f32;
-    let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
     let grads = RowsMut { data: grad_logits, width: vocab };
     for_each(rows, GRAIN / vocab, grads, |first, count, mut grads| {
         for i in 0..count {

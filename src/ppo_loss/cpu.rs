@@ -5,7 +5,7 @@
 use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
 use crate::cpu::math::{exp, sum_lanes, LANES};
 use crate::cpu::{
-    for_each, num_threads, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Split,
+    for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Rows, RowsMut, Split,
     TokenId, Writer,
 };
 use crate::error::{Error, Result};
@@ -97,8 +97,8 @@ pub fn ppo_loss(
     Ok(())
 }
 
-/// Bytes of logits, for each thread, whose gradient is written while they are in the cache.
-const CACHED_LOGITS: usize = 1 << 20;
+/// Bytes of logits whose gradient a thread writes while they are in its cache.
+const CACHED_LOGITS: usize = 512 << 10;
 
 /// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
 /// tokens, from their logits over `vocab` tokens: what [`logprob`](logprob::cpu) and [`ppo_loss`] give, of
@@ -155,29 +155,24 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     // Of one token, before weight and denominator.
     let plain =
         PpoLossOptions { aggregation: Aggregation::Constant(1.0), denominator: None, ..*options };
-    let row_bytes = vocab.saturating_mul(size_of::<T>());
-    let threads = num_threads();
-    let at_once = (threads * CACHED_LOGITS / row_bytes).max(threads).min(tokens);
+    let at_once = CACHED_LOGITS / vocab.saturating_mul(size_of::<T>());
     let wants_entropy = options.entropy_coef != 0.0;
-    let mut buffers = [(); 4].map(|()| vec![0.0; at_once]);
-    let mut first = 0;
-    while first < tokens {
-        let count = at_once.min(tokens - first);
+    let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
+    let logits = Rows { data: logits, width: vocab };
+    let grads = RowsMut { data: grad_logits, width: vocab };
+    let items = (logits, grads, &mut *logp, entropy.as_deref_mut());
+    let rows = |first: usize, count: usize, items: (Rows<T>, RowsMut<T>, &mut [f32], _)| {
+        let (logits, grads, logp, mut entropy): (_, _, _, Option<&mut [f32]>) = items;
         let range = first..first + count;
-        let columns = first * vocab..(first + count) * vocab;
-        let [max, log_sum, grad_logp, grad_entropy] =
-            buffers.each_mut().map(|buffer| &mut buffer[..count]);
-        let forward = logprob::cpu::ForwardInputs {
-            logits: &logits[columns.clone()],
-            targets: &ids[range.clone()],
-        };
-        let logp = &mut logp[range.clone()];
-        let mut entropy = entropy.as_deref_mut().map(|entropy| &mut entropy[range.clone()]);
+        let [mut max, mut log_sum, mut grad_logp, mut grad_entropy] =
+            [(); 4].map(|()| vec![0.0; count]);
+        let forward =
+            logprob::cpu::ForwardInputs { logits: logits.data, targets: &ids[range.clone()] };
         let outputs = logprob::cpu::ForwardOutputs {
             entropy: entropy.as_deref_mut(),
-            max: Some(&mut *max),
-            log_sum: Some(&mut *log_sum),
-            ..logprob::cpu::ForwardOutputs::new(&mut *logp)
+            max: Some(&mut max),
+            log_sum: Some(&mut log_sum),
+            ..logprob::cpu::ForwardOutputs::new(logp)
         };
         logprob::cpu::forward(forward, count, vocab, &logprob_options, outputs)?;
 
@@ -189,8 +184,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             ..Inputs::new(logp, &old_logp[range.clone()], &advantages[range.clone()])
         };
         let outputs = Outputs {
-            grad_logp: Some(&mut *grad_logp),
-            grad_entropy: wants_entropy.then_some(&mut *grad_entropy),
+            grad_logp: Some(&mut grad_logp),
+            grad_entropy: wants_entropy.then_some(&mut grad_entropy),
             ..Outputs::new(&mut stats)
         };
         ppo_loss(part, 1, count, &plain, outputs)?;
@@ -202,14 +197,22 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 
         let inputs = logprob::cpu::BackwardInputs {
             entropy: entropy.as_deref(),
-            grad_logp: Some(grad_logp),
-            grad_entropy: wants_entropy.then_some(grad_entropy),
-            ..logprob::cpu::BackwardInputs::new(forward, max, log_sum)
+            grad_logp: Some(&grad_logp),
+            grad_entropy: wants_entropy.then_some(&grad_entropy),
+            ..logprob::cpu::BackwardInputs::new(forward, &max, &log_sum)
         };
-        let outputs = logprob::cpu::BackwardOutputs { grad_logits: &mut grad_logits[columns] };
-        logprob::cpu::backward(inputs, count, vocab, &logprob_options, outputs)?;
-        first += count;
-    }
+        let outputs = logprob::cpu::BackwardOutputs { grad_logits: grads.data };
+        logprob::cpu::backward_of_part(
+            inputs,
+            count,
+            vocab,
+            &logprob_options,
+            outputs,
+            non_temporal,
+        )
+    };
+    // All is checked, and no row fails.
+    reduce(tokens, at_once, items, rows, Result::and)?;
     let inputs = Inputs {
         entropy: entropy.as_deref(),
         ref_logp,
