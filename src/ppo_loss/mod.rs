@@ -38,6 +38,14 @@
 //! Cost per token: 12 bytes read, 12 more for the value term (8 without its clip), 4 for the
 //! entropy and for the KL each, 2 for the mask (it is counted first); 4 bytes written a gradient.
 //!
+//! # From logits
+//!
+//! [`cpu::logits_ppo_loss`] and [`cuda::logits_ppo_loss`] begin a step earlier: logits `[B, T, V]` and
+//! targets in, the loss with its statistics and the logits' gradient out, for an upstream gradient of 1.
+//! They do what [`logprob`](crate::logprob), the loss without values and the backward pass of `logprob`
+//! do, but read the logits from memory once where the cache or a multiprocessor's shared memory holds
+//! them that long. Logits of masked tokens are not read.
+//!
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
 #[cfg(feature = "capi")]
