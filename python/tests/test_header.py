@@ -99,6 +99,7 @@ def test_pass(given):
 
 def test_every_pass_is_there():
     passes = {name.removesuffix("_cpu") for name in _header.FUNCTIONS if name.endswith("_cpu")}
+    passes.remove("logits_ppo_loss")  # has no op of PyTorch's yet
     assert {given.struct.__name__.removesuffix("_args") for given in PASSES.values()} == passes
 
 
