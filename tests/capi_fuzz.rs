@@ -1218,18 +1218,8 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
     });
     let own = std::mem::take(&mut case.options);
     let options = f.put_options(ppok_ppo_loss_options_init, [10, 2], |_, c| {
-        (c.kl_coef, c.entropy_coef) = (own.kl_coef, own.entropy_coef);
-        c.dual_clip = own.dual_clip.unwrap_or(PPOK_NONE);
-        c.aggregation = match own.aggregation {
-            Aggregation::TokenMean => PPOK_PPO_LOSS_TOKEN_MEAN,
-            Aggregation::SeqMeanTokenSum => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM,
-            Aggregation::SeqMeanTokenMean => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN,
-            Aggregation::SeqMeanTokenSumNorm => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM,
-            Aggregation::Constant(divisor) => {
-                c.aggregation_divisor = divisor;
-                PPOK_PPO_LOSS_CONSTANT
-            }
-        };
+        let struct_size = c.struct_size;
+        *c = ppok_ppo_loss_options { struct_size, ..ppo_loss_cases::c_options(&own) };
         case.options = own;
     });
     let mut expected = PPOK_STATUS_OK;

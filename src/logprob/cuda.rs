@@ -90,14 +90,14 @@ pub fn backward<T: Logit, I: TokenId>(
 /// How the kernels read targets.
 #[repr(C)]
 #[derive(Clone, Copy)]
-pub(crate) struct TargetFormat {
+struct TargetFormat {
     ignore_index: i64,
     wide: i32,
     has_ignore: i32,
 }
 
 impl TargetFormat {
-    pub fn new<I: TokenId>(options: &LogprobOptions) -> Self {
+    fn new<I: TokenId>(options: &LogprobOptions) -> Self {
         Self {
             ignore_index: options.ignore_index.unwrap_or_default(),
             wide: i32::from(I::WIDE),

@@ -117,6 +117,16 @@ options!(ppok_ppo_loss_options, PpoLossOptions, OP, [reserved], {
     clip_fraction => clip_fraction,
 });
 
+/// Bytes of the workspace of the loss, from logits or not.
+fn loss_workspace_size(
+    memory: &Memory,
+    options: *const ppok_ppo_loss_options,
+    [batch, seq_len]: [usize; 2],
+) -> Result<usize> {
+    let len = cuda::workspace_len(batch, seq_len, &memory.options(options)?);
+    Ok(size_of::<f32>().saturating_mul(len))
+}
+
 /// Arguments of ppok_ppo_loss_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -186,9 +196,7 @@ unsafe impl Pass for ppok_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        let options = memory.options(self.options)?;
-        let len = cuda::workspace_len(self.batch, self.seq_len, &options);
-        Ok(size_of::<f32>().saturating_mul(len))
+        loss_workspace_size(memory, self.options, [self.batch, self.seq_len])
     }
 }
 
@@ -268,9 +276,7 @@ unsafe impl Pass for ppok_logits_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        let options = memory.options(self.options)?;
-        let len = cuda::workspace_len(self.batch, self.seq_len, &options);
-        Ok(size_of::<f32>().saturating_mul(len))
+        loss_workspace_size(memory, self.options, [self.batch, self.seq_len])
     }
 }
 

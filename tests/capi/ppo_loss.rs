@@ -4,44 +4,15 @@ use ppo_kernels::capi::functions::*;
 use ppo_kernels::logprob::capi::ppok_logprob_options;
 use ppo_kernels::ppo_loss::capi::*;
 use ppo_kernels::ppo_loss::cpu::{self, Outputs};
-use ppo_kernels::ppo_loss::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats};
+use ppo_kernels::ppo_loss::PpoStats;
 
 use super::*;
 #[cfg(feature = "simt")]
 use crate::common::logits_loss_cases::Found;
 use crate::common::logits_loss_cases::{Case, SHAPES};
-use crate::common::ppo_loss_cases::{option_sets, rollout, unwritten, Data};
-
-fn loss_options(options: &PpoLossOptions) -> ppok_ppo_loss_options {
-    let mut c = defaults(ppok_ppo_loss_options_init);
-    c.clip_range = options.clip_range;
-    c.clip_range_high = or_none(options.clip_range_high);
-    c.dual_clip = or_none(options.dual_clip);
-    c.log_ratio_clamp = or_none(options.log_ratio_clamp);
-    c.value_clip_range = or_none(options.value_clip_range);
-    c.value_coef = options.value_coef;
-    c.entropy_coef = options.entropy_coef;
-    c.kl_coef = options.kl_coef;
-    c.kl_log_ratio_clamp = or_none(options.kl.log_ratio_clamp);
-    c.kl_output_clamp = or_none(options.kl.output_clamp);
-    c.kl_estimator = options.kl.estimator as i32;
-    c.aggregation = match options.aggregation {
-        Aggregation::TokenMean => PPOK_PPO_LOSS_TOKEN_MEAN,
-        Aggregation::SeqMeanTokenSum => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM,
-        Aggregation::SeqMeanTokenMean => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN,
-        Aggregation::SeqMeanTokenSumNorm => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM,
-        Aggregation::Constant(divisor) => {
-            c.aggregation_divisor = divisor;
-            PPOK_PPO_LOSS_CONSTANT
-        }
-    };
-    c.denominator = or_none(options.denominator);
-    c.clip_fraction = match options.clip_fraction {
-        ClipFractionKind::ClippedBranch => PPOK_PPO_LOSS_CLIPPED_BRANCH,
-        ClipFractionKind::RatioOutside => PPOK_PPO_LOSS_RATIO_OUTSIDE,
-    };
-    c
-}
+use crate::common::ppo_loss_cases::{
+    c_options as loss_options, option_sets, rollout, unwritten, Data,
+};
 
 /// What the pass writes: statistics, loss, and gradients.
 type Written = ([PpoStats; 1], [f32; 1], [Vec<f32>; 3]);

@@ -337,3 +337,45 @@ pub fn wrong_lengths() -> [(&'static str, Change); 9] {
         ("mask", |d| d.mask = Some(vec![1; 5])),
     ]
 }
+
+/// The options as C has them.
+#[cfg(feature = "capi")]
+pub fn c_options(options: &PpoLossOptions) -> ppo_kernels::ppo_loss::capi::ppok_ppo_loss_options {
+    use ppo_kernels::capi::{functions::ppok_ppo_loss_options_init, PPOK_NONE, PPOK_STATUS_OK};
+    use ppo_kernels::ppo_loss::capi::*;
+
+    let or_none = |option: Option<f64>| option.unwrap_or(PPOK_NONE);
+    let mut c = std::mem::MaybeUninit::<ppok_ppo_loss_options>::uninit();
+    // SAFETY: there is room, and all of it is written.
+    let mut c = unsafe {
+        assert_eq!(ppok_ppo_loss_options_init(c.as_mut_ptr(), size_of_val(&c)), PPOK_STATUS_OK);
+        c.assume_init()
+    };
+    c.clip_range = options.clip_range;
+    c.clip_range_high = or_none(options.clip_range_high);
+    c.dual_clip = or_none(options.dual_clip);
+    c.log_ratio_clamp = or_none(options.log_ratio_clamp);
+    c.value_clip_range = or_none(options.value_clip_range);
+    c.value_coef = options.value_coef;
+    c.entropy_coef = options.entropy_coef;
+    c.kl_coef = options.kl_coef;
+    c.kl_log_ratio_clamp = or_none(options.kl.log_ratio_clamp);
+    c.kl_output_clamp = or_none(options.kl.output_clamp);
+    c.kl_estimator = options.kl.estimator as i32;
+    c.aggregation = match options.aggregation {
+        Aggregation::TokenMean => PPOK_PPO_LOSS_TOKEN_MEAN,
+        Aggregation::SeqMeanTokenSum => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM,
+        Aggregation::SeqMeanTokenMean => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN,
+        Aggregation::SeqMeanTokenSumNorm => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM,
+        Aggregation::Constant(divisor) => {
+            c.aggregation_divisor = divisor;
+            PPOK_PPO_LOSS_CONSTANT
+        }
+    };
+    c.denominator = or_none(options.denominator);
+    c.clip_fraction = match options.clip_fraction {
+        ClipFractionKind::ClippedBranch => PPOK_PPO_LOSS_CLIPPED_BRANCH,
+        ClipFractionKind::RatioOutside => PPOK_PPO_LOSS_RATIO_OUTSIDE,
+    };
+    c
+}
