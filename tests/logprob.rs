@@ -413,6 +413,51 @@ fn a_maximum_that_grows_along_the_row_costs_no_digits() {
 }
 
 #[test]
+fn likely_tokens_keep_their_digits() {
+    let mut rng = rng(31);
+    for (vocab, temperature) in [(7, 1.0), (2049, 0.7), (5003, 1.0), (100_003, 0.7)] {
+        let (case, targets) = logprob_cases::confident(&mut rng, vocab);
+        let options = options(temperature);
+        let (logp, entropy, max, log_sum) = forward(&case.rows, &targets, vocab, &options);
+        let z = wide(&case.rows);
+        let want = reference::forward(&z, &targets, vocab, &options);
+        // Relative: the least of them are 1e-24.
+        let rel = tolerance::LOGPROB.backward.rel;
+        assert_close("logp", &wide(&logp), &want.0, rel, 0.0);
+        assert_close("entropy", &wide(&entropy), &want.1, rel, 0.0);
+
+        let (up, zeros) = (vec![1.0; case.count()], vec![0.0; case.count()]);
+        let mut grad = vec![f32::NAN; z.len()];
+        let forward = ForwardInputs { logits: &case.rows, targets: &targets };
+        let inputs =
+            BackwardInputs { grad_logp: Some(&up), ..BackwardInputs::new(forward, &max, &log_sum) };
+        let outputs = BackwardOutputs { grad_logits: &mut grad };
+        cpu::backward(inputs, case.count(), vocab, &options, outputs).unwrap();
+        let want = reference::backward(&z, &targets, vocab, &options, &wide(&up), &zeros);
+        assert_close("grad", &wide(&grad), &want, rel, 0.0);
+        assert!(want.iter().all(|g| g.abs() > 1e-35));
+    }
+}
+
+#[test]
+fn the_reference_keeps_the_digits_of_likely_tokens_as_unsloth_does() {
+    let mut ran = 0;
+    // The others lose them, as they say.
+    for case in golden("confident").iter().filter(|case| case.peer == "unsloth") {
+        let (logits, vocab) = (case.input("logits"), *case.shape("logits").last().unwrap());
+        let targets: Vec<i64> = case.input("targets").iter().map(|&t| t as i64).collect();
+        let zeros = vec![0.0; targets.len()];
+        let (logp, _) = reference::forward(&logits, &targets, vocab, &options(1.0));
+        assert_close(&case.id, &logp, &case.output("logp"), 2e-6, 0.0);
+        let up = case.input("grad_out");
+        let grad = reference::backward(&logits, &targets, vocab, &options(1.0), &up, &zeros);
+        assert_close(&case.id, &grad, &case.output("grad_logits"), 2e-5, 1e-37);
+        ran += 1;
+    }
+    assert_eq!(ran, 2);
+}
+
+#[test]
 fn a_bad_row_is_nan_and_spoils_no_other() {
     for vocab in [5, 3000] {
         for bad in [f32::NAN, f32::INFINITY] {

@@ -43,6 +43,17 @@ pub(crate) fn exp_factors(x: f32) -> (f32, f32) {
     Exp::NATURAL.factors(x)
 }
 
+/// e^x - 1 within 4 ulp, for x up to 0; NaN for NaN.
+#[inline(always)]
+pub(crate) fn exp_m1(x: f32) -> f32 {
+    if x > -0.34 {
+        let r = x * std::f32::consts::LOG2_E;
+        r * slope_of_exp2(r)
+    } else {
+        exp(x) - 1.0
+    }
+}
+
 /// e^(scale x), at no more cost than e^x.
 #[derive(Clone, Copy)]
 pub(crate) struct Exp {
@@ -90,15 +101,19 @@ impl Exp {
         let r = x.mul_add(self.log2, -n);
         let r = x.mul_add(self.log2_low, r);
 
-        let p = 1.559_467_8e-4_f32;
-        let p = p.mul_add(r, 1.340_664_4e-3);
-        let p = p.mul_add(r, 9.617_693e-3);
-        let p = p.mul_add(r, 5.550_310_5e-2);
-        let p = p.mul_add(r, 2.402_265_3e-1);
-        let p = p.mul_add(r, 6.931_472_2e-1);
-        let p = p.mul_add(r, 1.0);
-        (p, shifted.to_bits())
+        (slope_of_exp2(r).mul_add(r, 1.0), shifted.to_bits())
     }
+}
+
+/// (2^r - 1) / r for |r| <= 1/2, by the polynomial of [`Exp::parts`].
+#[inline(always)]
+fn slope_of_exp2(r: f32) -> f32 {
+    let p = 1.559_467_8e-4_f32;
+    let p = p.mul_add(r, 1.340_664_4e-3);
+    let p = p.mul_add(r, 9.617_693e-3);
+    let p = p.mul_add(r, 5.550_310_5e-2);
+    let p = p.mul_add(r, 2.402_265_3e-1);
+    p.mul_add(r, 6.931_472_2e-1)
 }
 
 /// `x`, or `floor` if that is larger. A comparison, not `f32::max`: NaN stays NaN.
@@ -289,6 +304,14 @@ mod tests {
         assert!(worst_error(0.9_f32.to_bits()..=1.1_f32.to_bits(), ln, |x| 1.0 + x.ln()) <= 2.0);
         let worst = worst_error(1.1_f32.to_bits()..=1e12_f32.to_bits(), f32::ln, f64::ln);
         assert!(worst <= 2.0, "worst error {worst} ulp");
+    }
+
+    #[test]
+    fn exp_m1_is_within_four_ulp() {
+        let worst = worst_error(TO_MINUS_104, exp_m1, f64::exp_m1);
+        assert!(worst <= 4.0, "worst error {worst} ulp");
+        assert!(exp_m1(f32::NAN).is_nan());
+        assert_eq!(exp_m1(f32::NEG_INFINITY), -1.0);
     }
 
     #[test]

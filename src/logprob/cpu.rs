@@ -1,11 +1,11 @@
 //! The fused CPU implementation. Rows are shared out to threads, and long rows are cut into segments
-//! that are. A segment is walked once, with a running (maximum, sum, weighted sum); those of a row's
+//! that are. A segment is walked once, with running maxima and sums; those of a row's
 //! segments are merged in an order that depends on the row's length only.
 
 use super::{LogprobOptions, OP};
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_logits, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
-    LOGIT_LANES,
+    at_least, exp, exp_factors, exp_m1, for_logits, larger, max, max_lanes, sum_lanes, Exp,
+    EXP_FLOOR, LOGIT_LANES,
 };
 use crate::cpu::{
     for_each, prefers_non_temporal, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer,
@@ -59,8 +59,8 @@ pub fn forward<T: Logit, I: TokenId>(
             let target = targets[row].id();
             let ignored = options.ignore_index == Some(target);
             let z = logits.row(row);
-            let (sums, lp) = if ignored {
-                (Sums::NONE, 0.0)
+            let (sums, ln, lp) = if ignored {
+                (Sums::NONE, f32::NAN, 0.0)
             } else {
                 let sums = if entropy.is_some() {
                     Sums::of_row::<T, true>(z, scale)
@@ -68,15 +68,16 @@ pub fn forward<T: Logit, I: TokenId>(
                     Sums::of_row::<T, false>(z, scale)
                 };
                 let x = (z[target as usize].to_f32() - sums.max) * scale;
-                (sums, x - sums.log_sum())
+                let ln = sums.log_sum();
+                (sums, ln, x - ln)
             };
             logp[row] = lp;
             if let Some(entropy) = &mut entropy {
-                entropy[row] = if ignored { 0.0 } else { sums.entropy() };
+                entropy[row] = if ignored { 0.0 } else { sums.entropy(ln) };
             }
             if let Some((max, log_sum)) = &mut stats {
                 max[row] = sums.max;
-                log_sum[row] = sums.log_sum();
+                log_sum[row] = ln;
             }
         }
     });
@@ -166,83 +167,52 @@ pub(crate) fn check_targets<I: TokenId>(
     Ok(())
 }
 
-/// Running sums over the columns of one row, with x = (z - max) * scale.
+/// Sums over some columns of a row, one occurrence of their maximum left out: where that stands far above
+/// all others, what they add up to would be rounded away beside its 1.
 #[derive(Clone, Copy)]
 struct Sums {
-    /// The largest logit so far.
+    /// The largest logit.
     max: f32,
-    /// Σ e^x.
-    sum: f32,
-    /// Σ e^x x.
+    /// Σ' e^-d over the others, with d = (max - z) * scale.
+    rest: f32,
+    /// Σ' e^-d d.
     weighted: f32,
 }
 
 impl Sums {
-    const NONE: Sums = Sums { max: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0 };
+    const NONE: Sums = Sums { max: f32::NEG_INFINITY, rest: 0.0, weighted: 0.0 };
 
     fn of_row<T: Logit, const ENTROPY: bool>(row: &[T], scale: f32) -> Sums {
         let of_segment = |_, _, segment: &[T]| {
+            if segment.len() <= BLOCK {
+                return vectorise(
+                    #[inline(always)]
+                    || Sums::of_block::<T, ENTROPY>(segment, scale),
+                );
+            }
             vectorise(
                 #[inline(always)]
                 || {
-                    let (mut sums, mut largest) = (Sums::NONE, f32::NEG_INFINITY);
+                    let mut lanes = Lanes::NONE;
                     for block in segment.chunks(BLOCK) {
-                        let max;
-                        (sums, max) = sums.add::<T, ENTROPY>(block, scale);
-                        largest = larger(max, largest);
+                        lanes = lanes.add::<T, ENTROPY>(block, scale);
                     }
-                    sums.rebase(largest, scale)
+                    lanes.total::<ENTROPY>(scale)
                 },
             )
         };
         reduce(row.len(), GRAIN, row, of_segment, |a, b| a.merge(b, scale))
     }
 
-    /// With one more block, and the block's maximum. `max` is that of a block before, unless this one
-    /// is far above it: so no block has to wait for the sums of the one before it.
+    /// The sums of few columns, from a second look at them.
     #[inline(always)]
-    fn add<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> (Sums, f32) {
-        let start = if self.max > f32::NEG_INFINITY { self } else { self.rebase(max(z), scale) };
-        let (sums, max) = start.add_below::<T, ENTROPY>(z, scale);
-        if (max - start.max) * scale > HEADROOM {
-            start.rebase(max, scale).add_below::<T, ENTROPY>(z, scale)
-        } else {
-            (sums, max)
-        }
-    }
-
-    /// The same sums with respect to a maximum that includes `other`.
-    #[inline(always)]
-    fn rebase(self, other: f32, scale: f32) -> Sums {
-        if self.max >= other {
-            return self;
-        }
-        if self.max == f32::NEG_INFINITY {
-            // Nothing finite yet: the sums are 0, or NaN and stay so.
-            return Sums { max: other, ..self };
-        }
-        let shift = (self.max - other) * scale;
-        let factor = exp(shift);
-        Sums {
-            max: other,
-            sum: self.sum * factor,
-            weighted: if factor == 0.0 { 0.0 } else { (self.weighted + shift * self.sum) * factor },
-        }
-    }
-
-    fn merge(self, other: Sums, scale: f32) -> Sums {
-        let (a, b) = (self.rebase(other.max, scale), other.rebase(self.max, scale));
-        Sums { max: a.max, sum: a.sum + b.sum, weighted: a.weighted + b.weighted }
-    }
-
-    /// With one more block whose logits are not far above the maximum, and their own maximum.
-    #[inline(always)]
-    fn add_below<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> (Sums, f32) {
-        // With -inf throughout, -inf - -inf would make NaN of legal masked columns.
-        let base = if self.max == f32::NEG_INFINITY { 0.0 } else { self.max };
+    fn of_block<T: Logit, const ENTROPY: bool>(z: &[T], scale: f32) -> Sums {
+        let largest = max(z);
+        let base = origin(largest);
         let exp = Exp::new(scale);
-        let mut max = [f32::NEG_INFINITY; LOGIT_LANES];
-        let mut sum = [0.0; LOGIT_LANES];
+        // Of those that are the largest all but one count, e^0 each.
+        let mut at_largest = [0.0; LOGIT_LANES];
+        let mut rest = [0.0; LOGIT_LANES];
         let mut weighted = [0.0; LOGIT_LANES];
         for_logits(
             z,
@@ -250,36 +220,181 @@ impl Sums {
             |z| {
                 let z = T::widen(z);
                 for lane in 0..LOGIT_LANES {
-                    let z = z[lane];
-                    max[lane] = larger(z, max[lane]);
-                    let x = exp.clamp(z - base);
+                    let equal = z[lane] == largest;
+                    let x = exp.clamp(z[lane] - base);
                     let (p, power) = exp.factors(x);
-                    sum[lane] = p.mul_add(power, sum[lane]);
+                    at_largest[lane] += if equal { 1.0 } else { 0.0 };
+                    rest[lane] += if equal { 0.0 } else { p * power };
                     if ENTROPY {
                         weighted[lane] = (p * power).mul_add(x, weighted[lane]);
                     }
                 }
             },
         );
-        let sums = Sums {
-            max: self.max,
-            sum: self.sum + sum_lanes(sum),
-            weighted: self.weighted + sum_lanes(weighted) * scale,
-        };
-        (sums, max_lanes(max))
+        if largest == f32::NEG_INFINITY {
+            // The sums are 0, or NaN and stay so.
+            return Sums { max: largest, rest: sum_lanes(rest), weighted: 0.0 };
+        }
+        let others = sum_lanes(at_largest) - 1.0;
+        let weighted = -scale * sum_lanes(weighted);
+        Sums { max: largest, rest: sum_lanes(rest) + others, weighted }
     }
 
-    /// ln Σ e^x; NaN for a row that has no distribution.
+    fn merge(self, other: Sums, scale: f32) -> Sums {
+        let (high, low) = if other.max > self.max { (other, self) } else { (self, other) };
+        if low.max == f32::NEG_INFINITY {
+            // Nothing finite: its sums are 0, or NaN and stay so.
+            return Sums { rest: high.rest + low.rest, ..high };
+        }
+        let d = (high.max - low.max) * scale;
+        let factor = exp(-d);
+        let rest = high.rest + factor * (1.0 + low.rest);
+        // Where the factor is 0 d may be infinite.
+        let weighted = if factor == 0.0 { 0.0 } else { d.mul_add(1.0 + low.rest, low.weighted) };
+        Sums { max: high.max, rest, weighted: factor.mul_add(weighted, high.weighted) }
+    }
+
+    /// ln Σ e^-d over all columns; NaN for a row that has no distribution.
     fn log_sum(&self) -> f32 {
         if self.max.is_finite() {
-            self.sum.ln()
+            ln_1p(self.rest)
         } else {
             f32::NAN
         }
     }
 
-    fn entropy(&self) -> f32 {
-        self.log_sum() - self.weighted / self.sum
+    /// The entropy, of the logarithm of the sum.
+    fn entropy(&self, log_sum: f32) -> f32 {
+        log_sum + self.weighted / (1.0 + self.rest)
+    }
+}
+
+/// Running sums in lanes, every lane's maximum left out of its own.
+#[derive(Clone, Copy)]
+struct Lanes {
+    /// What x = z - base is counted from: no less than the maxima by more than [`HEADROOM`], so that no
+    /// block has to wait for the maximum of the one before it. -inf until there is a finite logit.
+    base: f32,
+    /// The largest logits.
+    max: [f32; LOGIT_LANES],
+    /// Σ' e^(x scale).
+    rest: [f32; LOGIT_LANES],
+    /// Σ' e^(x scale) x.
+    weighted: [f32; LOGIT_LANES],
+}
+
+impl Lanes {
+    const NONE: Lanes = Lanes {
+        base: f32::NEG_INFINITY,
+        max: [f32::NEG_INFINITY; LOGIT_LANES],
+        rest: [0.0; LOGIT_LANES],
+        weighted: [0.0; LOGIT_LANES],
+    };
+
+    /// With one more block.
+    #[inline(always)]
+    fn add<T: Logit, const ENTROPY: bool>(mut self, z: &[T], scale: f32) -> Lanes {
+        if self.base == f32::NEG_INFINITY {
+            // Nothing finite yet: the sums are 0, or NaN and stay so.
+            self.base = max(z);
+        }
+        let found = self.add_below::<T, ENTROPY>(z, scale);
+        let largest = max_lanes(found.max);
+        if (largest - self.base) * scale > HEADROOM {
+            self.rebase(largest, scale).add_below::<T, ENTROPY>(z, scale)
+        } else {
+            found
+        }
+    }
+
+    /// The same sums with respect to a higher base.
+    #[inline(always)]
+    fn rebase(mut self, base: f32, scale: f32) -> Lanes {
+        let shift = self.base - base;
+        let factor = exp(shift * scale);
+        for lane in 0..LOGIT_LANES {
+            let weighted = shift.mul_add(self.rest[lane], self.weighted[lane]) * factor;
+            self.weighted[lane] = if factor == 0.0 { 0.0 } else { weighted };
+            self.rest[lane] *= factor;
+        }
+        Lanes { base, ..self }
+    }
+
+    /// With one more block whose logits are not far above the base.
+    #[inline(always)]
+    fn add_below<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> Lanes {
+        let base = origin(self.base);
+        let exp = Exp::new(scale);
+        let Lanes { mut max, mut rest, mut weighted, .. } = self;
+        for_logits(
+            z,
+            #[inline(always)]
+            |z| {
+                let z = T::widen(z);
+                for lane in 0..LOGIT_LANES {
+                    // Of the new logit and the maximum so far, the sum gets the lesser; and NaN.
+                    let lesser = if max[lane] < z[lane] { max[lane] } else { z[lane] };
+                    max[lane] = larger(z[lane], max[lane]);
+                    let x = exp.clamp(lesser - base);
+                    let (p, power) = exp.factors(x);
+                    rest[lane] = p.mul_add(power, rest[lane]);
+                    if ENTROPY {
+                        weighted[lane] = (p * power).mul_add(x, weighted[lane]);
+                    }
+                }
+            },
+        );
+        Lanes { base: self.base, max, rest, weighted }
+    }
+
+    /// The sums of all lanes, the maximum of one of them left out.
+    #[inline(always)]
+    fn total<const ENTROPY: bool>(self, scale: f32) -> Sums {
+        let (base, largest) = (origin(self.base), max_lanes(self.max));
+        let exp_scaled = Exp::new(scale);
+        let Lanes { mut rest, mut weighted, .. } = self;
+        let mut at_largest = [0.0; LOGIT_LANES];
+        for lane in 0..LOGIT_LANES {
+            let below = self.max[lane] < largest;
+            at_largest[lane] = if below { 0.0 } else { 1.0 };
+            let max = if below { self.max[lane] } else { f32::NEG_INFINITY };
+            let x = exp_scaled.clamp(max - base);
+            let (p, power) = exp_scaled.factors(x);
+            rest[lane] = p.mul_add(power, rest[lane]);
+            if ENTROPY {
+                weighted[lane] = (p * power).mul_add(x, weighted[lane]);
+            }
+        }
+        let (rest, weighted) = (sum_lanes(rest), sum_lanes(weighted));
+        let others = sum_lanes(at_largest) - 1.0;
+        if largest == f32::NEG_INFINITY {
+            return Sums { max: largest, rest, weighted };
+        }
+        // From the base to the maximum.
+        let shift = base - largest;
+        let factor = exp(shift * scale);
+        let weighted = -shift.mul_add(rest, weighted) * scale * factor;
+        Sums { max: largest, rest: rest.mul_add(factor, others), weighted }
+    }
+}
+
+/// What logits are counted from. With -inf throughout, -inf - -inf would make NaN of legal masked columns.
+#[inline(always)]
+fn origin(base: f32) -> f32 {
+    if base == f32::NEG_INFINITY {
+        0.0
+    } else {
+        base
+    }
+}
+
+/// ln (1 + x), for x not below 0.
+fn ln_1p(x: f32) -> f32 {
+    // Several times as fast, and 1 + x has all its digits.
+    if x >= 1.0 {
+        (1.0 + x).ln()
+    } else {
+        x.ln_1p()
     }
 }
 
@@ -311,15 +426,30 @@ impl Slope {
                 },
             );
         });
-        // In f32, before rounding: near p = 1 the two terms cancel.
-        grad[target] = T::from_f32(self.at(z[target].to_f32()) + self.grad_logp);
+        let at_target = vectorise(
+            #[inline(always)]
+            || self.at_target(z[target].to_f32()),
+        );
+        grad[target] = T::from_f32(at_target);
+    }
+
+    /// g (1 - p) - p h (ln p + H). Where p is near 1, 1 - p would lose its digits.
+    #[inline(always)]
+    fn at_target(self, z: f32) -> f32 {
+        let ln_p = self.ln_p(z);
+        let of_entropy = Slope { grad_logp: 0.0, ..self };
+        self.grad_logp.mul_add(-exp_m1(ln_p), of_entropy.at(z))
+    }
+
+    #[inline(always)]
+    fn ln_p(self, z: f32) -> f32 {
+        (z - self.max).mul_add(self.scale, -self.log_sum)
     }
 
     /// -p (g + h (ln p + H)), the gradient of every column but the target's.
     #[inline(always)]
     fn at(self, z: f32) -> f32 {
-        let ln_p = (z - self.max).mul_add(self.scale, -self.log_sum);
-        let ln_p = at_least(ln_p, EXP_FLOOR);
+        let ln_p = at_least(self.ln_p(z), EXP_FLOOR);
         let (p, power) = exp_factors(ln_p);
         -p * power * self.grad_entropy.mul_add(ln_p + self.entropy, self.grad_logp)
     }

@@ -52,11 +52,11 @@ pub fn backward(
         let h = entropy(&ln_p);
         for (j, &l) in ln_p.iter().enumerate() {
             let p = l.exp();
-            let onehot = if j == target as usize { 1.0 } else { 0.0 };
+            // 1 - p of a likely target would lose its digits.
+            let dlogp = if j == target as usize { -l.exp_m1() } else { -p };
             // p ln p is 0 at p = 0, though ln p is -inf.
             let dh = if p == 0.0 { 0.0 } else { -p * (l + h) };
-            grad[row * vocab + j] =
-                (grad_logp[row] * (onehot - p) + grad_entropy[row] * dh) / temperature;
+            grad[row * vocab + j] = (grad_logp[row] * dlogp + grad_entropy[row] * dh) / temperature;
         }
     }
     grad
@@ -65,8 +65,14 @@ pub fn backward(
 /// ln p of every column of one row; all NaN if the row has NaN or +inf, or is -inf throughout.
 fn log_softmax(row: &[f64], options: &LogprobOptions) -> Vec<f64> {
     let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    if !max.is_finite() {
+        return vec![f64::NAN; row.len()];
+    }
     let x = |z: &f64| (z - max) / options.temperature;
-    let log_sum = row.iter().map(|z| x(z).exp()).sum::<f64>().ln();
+    // Without one of the largest: beside its 1 the others may be rounded away.
+    let first = row.iter().position(|&z| z == max);
+    let others = row.iter().enumerate().filter(|&(j, _)| Some(j) != first);
+    let log_sum = others.map(|(_, z)| x(z).exp()).sum::<f64>().ln_1p();
     row.iter().map(|z| x(z) - log_sum).collect()
 }
 

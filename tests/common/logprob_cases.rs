@@ -48,3 +48,21 @@ pub fn rows_of(rng: &mut StdRng, vocab: usize) -> Vec<Case> {
         case("masked", masked),
     ]
 }
+
+/// A row for each of these leads of its target over everything else, and the targets. What is left to
+/// the others is down to 1e-24 at a temperature of 0.7.
+pub fn confident(rng: &mut StdRng, vocab: usize) -> (Case, Vec<i64>) {
+    let leads = [3.0, 8.0, 14.0, 20.0, 30.0, 38.0];
+    let mut rows = Vec::new();
+    let mut targets = Vec::new();
+    for lead in leads {
+        let row = uniform(rng, vocab, 1.0);
+        let target = rng.random_range(0..vocab);
+        rows.extend(row);
+        let from = rows.len() - vocab;
+        // Exact in bf16 too.
+        rows[from + target] = lead + 2.0;
+        targets.push(target as i64);
+    }
+    (Case { name: "confident", vocab, rows }, targets)
+}
