@@ -174,6 +174,48 @@ fn bf16_agrees_with_the_reference_in_every_order() {
     agrees_with_the_reference::<bf16>("", &ORDERS).unwrap();
 }
 
+fn likely_tokens_keep_their_digits_in<T: Logit>() {
+    let mut rng = rng(31);
+    for vocab in vocabularies::<T>() {
+        let (case, targets) = logprob_cases::confident(&mut rng, vocab);
+        let logits = narrow::<T>(&case.rows);
+        let z: Vec<f64> = logits.iter().map(|z| f64::from(z.to_f32())).collect();
+        let up = vec![1.0; case.count()];
+        let zeros = vec![0.0; case.count()];
+        let options = LogprobOptions { temperature: 0.7, ..Default::default() };
+        let call = Call {
+            machine: machine(Order::Fifo, FEW, 8),
+            offset: 0,
+            logits: &logits,
+            targets: &targets,
+            vocab,
+            options,
+            up_logp: &up,
+            up_entropy: &zeros,
+            in_place: false,
+        };
+        let run = call.run().unwrap();
+        // Relative: the least of them are 1e-24.
+        let rel = tolerance::LOGPROB.backward.rel;
+        let want = reference::forward(&z, &targets, vocab, &options);
+        assert_close("logp", &wide(&run.logp), &want.0, rel, 0.0);
+        assert_close("entropy", &wide(&run.entropy), &want.1, rel, 0.0);
+        let want = reference::backward(&z, &targets, vocab, &options, &wide(&up), &wide(&zeros));
+        // What f16 holds of such gradients is 0.
+        if T::NAME != "f16" {
+            let rel = if T::NAME == "bf16" { 2f64.powi(-8) } else { rel };
+            assert_close("grad", &wide(&run.grad), &want, rel, 0.0);
+        }
+    }
+}
+
+#[test]
+fn likely_tokens_keep_their_digits() {
+    likely_tokens_keep_their_digits_in::<f32>();
+    likely_tokens_keep_their_digits_in::<f16>();
+    likely_tokens_keep_their_digits_in::<bf16>();
+}
+
 #[test]
 fn rows_begin_beyond_two_to_the_31st_element() {
     let (rows, vocab, target) = ((1 << 11) + 2, 1 << 20, 5);
@@ -375,7 +417,14 @@ mod planted {
 
     #[test]
     fn planted_bugs_that_change_results_are_seen() {
-        for bug in ["read_past_the_row", "dropped_tail", "misaligned_load"] {
+        let bugs = [
+            "read_past_the_row",
+            "dropped_tail",
+            "misaligned_load",
+            "maximum_counted_twice",
+            "lost_loser",
+        ];
+        for bug in bugs {
             for order in ORDERS {
                 assert!(!unseen(bug, &[order, order]), "{bug} {order:?}");
             }

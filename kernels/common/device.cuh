@@ -157,6 +157,32 @@ static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b, float)
     return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
 }
 
+// The lesser one. Of a number and NaN, NaN.
+static __device__ __forceinline__ float lesser(float a, float b) {
+#ifdef SIMT
+    return isnan(a) || a < b ? a : b;
+#else
+    float v;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+#endif
+}
+
+// Moves the larger halves of two pairs, or the larger of two floats, to `a`, and NaN.
+static __device__ __forceinline__ void order(uint32_t& a, uint32_t& b, float) {
+    const float x = __uint_as_float(a), y = __uint_as_float(b);
+#ifdef SIMT
+    const bool stay = x >= y || isnan(x);
+    a = __float_as_uint(stay ? x : y);
+    b = __float_as_uint(stay ? y : x);
+#else
+    float most;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(x), "f"(y));
+    a = __float_as_uint(most);
+    b = __float_as_uint(fminf(x, y));
+#endif
+}
+
 #ifdef SIMT
 template <class T>
 static uint32_t larger(uint32_t a, uint32_t b, T) {
@@ -168,7 +194,34 @@ static uint32_t larger(uint32_t a, uint32_t b, T) {
     }
     return pair;
 }
+
+template <class T>
+static void order(uint32_t& a, uint32_t& b, T) {
+    for (int shift = 0; shift < 32; shift += 16) {
+        const T x{uint16_t(a >> shift)}, y{uint16_t(b >> shift)};
+        if (to_float(x) >= to_float(y) || isnan(to_float(x))) continue;
+        const uint32_t changed = (a ^ b) & 0xffffu << shift;
+        a ^= changed;
+        b ^= changed;
+    }
+}
 #else
+static __device__ __forceinline__ void order(uint32_t& a, uint32_t& b, bf16) {
+    uint32_t most, least;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    asm("min.bf16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+    a = most;
+    b = least;
+}
+
+static __device__ __forceinline__ void order(uint32_t& a, uint32_t& b, f16) {
+    uint32_t most, least;
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(most) : "r"(a), "r"(b));
+    asm("min.f16x2 %0, %1, %2;" : "=r"(least) : "r"(a), "r"(b));
+    a = most;
+    b = least;
+}
+
 static __device__ __forceinline__ uint32_t larger(uint32_t a, uint32_t b, bf16) {
     uint32_t v;
     asm("max.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));

@@ -146,9 +146,9 @@ struct Forward {
     }
 
     __device__ __forceinline__ RowValues values(Item item, SoftmaxSums s) const {
-        const float log_sum = isfinite(s.max) ? logf(s.sum) : NAN;
+        const float log_sum = isfinite(s.max) ? log1pf(s.rest) : NAN;
         const float logp = (item.logit - s.max) * args.inverse_temperature - log_sum;
-        return {logp, log_sum - LN_2 * (s.weighted / s.sum), s.max, log_sum};
+        return {logp, log_sum - LN_2 * (s.weighted / (1.0f + s.rest)), s.max, log_sum};
     }
 
     // Those of a row that is not read.
@@ -193,26 +193,33 @@ struct Slope {
     float max, scale, shift;
     // For every column but the target's the gradient is p (constant + slope log2 p).
     float constant, slope;
-    float at_target;  // what the target's has besides
+    float grad_logp, of_entropy;  // the two parts of the constant, negated
     int64_t target;
 
     __device__ __forceinline__ Slope(const KnownOfRow& row, float inverse_temperature)
         : max(row.max), scale(inverse_temperature * LOG2_E), target(row.target.column) {
         shift = (row.target.kind == Kind::BAD ? NAN : row.log_sum) * LOG2_E;
-        at_target = row.grad_logp * inverse_temperature;
+        grad_logp = row.grad_logp * inverse_temperature;
         const float h = row.grad_entropy * inverse_temperature;
-        constant = ENTROPY ? -fmaf(h, row.entropy, at_target) : -at_target;
+        of_entropy = ENTROPY ? h * row.entropy : 0.0f;
+        constant = ENTROPY ? -fmaf(h, row.entropy, grad_logp) : -grad_logp;
         slope = -h * LN_2;
     }
 
-    __device__ __forceinline__ float at(float z) const {
+    __device__ __forceinline__ float at(float z) const { return at(z, constant); }
+
+    __device__ __forceinline__ float at(float z, float constant) const {
         const float log2_p = fmaf(z - max, scale, -shift);
         const float p = exp2_fast(log2_p);
         return p * (ENTROPY ? fmaf(slope, fmaxf(log2_p, FLOOR), constant) : constant);
     }
 
-    // For common/map.cuh. The target's gradient is formed in f32 before rounding: near p = 1 the
-    // two terms cancel.
+    __device__ __forceinline__ float at_target(float z) const {
+        const float log2_p = fmaf(z - max, scale, -shift);
+        return fmaf(-grad_logp, exp2_m1(log2_p), ENTROPY ? at(z, -of_entropy) : 0.0f);
+    }
+
+    // For common/map.cuh.
     template <int N>
     __device__ __forceinline__ void operator()(const float (&z)[1][N], int64_t first,
                                                float (&grad)[1][N]) const {
@@ -221,10 +228,12 @@ struct Slope {
         // A row has less than 2^32 columns.
         const uint32_t place = uint32_t(target) - uint32_t(first);
         if (place < uint32_t(N)) {
+            float logit = z[0][0];
 #pragma unroll
-            for (int i = 0; i < N; i++) {
-                grad[0][i] = place == uint32_t(i) ? grad[0][i] + at_target : grad[0][i];
-            }
+            for (int i = 1; i < N; i++) logit = place == uint32_t(i) ? z[0][i] : logit;
+            const float at = at_target(logit);
+#pragma unroll
+            for (int i = 0; i < N; i++) grad[0][i] = place == uint32_t(i) ? at : grad[0][i];
         }
     }
 };

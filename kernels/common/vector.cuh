@@ -71,6 +71,42 @@ static __device__ __forceinline__ float highest(const uint4 (&v)[N], T type) {
     return highest(larger(larger(x, y, type), larger(z, w, type), type), type);
 }
 
+// Moves the largest columns into the first word, where a tournament among the words of all vectors ends,
+// and NaN with them; what has lost a match takes the other's place. So if the last vectors hold nothing but
+// -inf, they still do. 16-bit floats are compared two at a time, low halves with low ones.
+template <int N, class T>
+static __device__ __forceinline__ void highest_first(uint4 (&v)[N], T type) {
+    static_assert((N & (N - 1)) == 0);
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            order(v[i].x, v[i + half].x, type);
+            order(v[i].y, v[i + half].y, type);
+            order(v[i].z, v[i + half].z, type);
+            order(v[i].w, v[i + half].w, type);
+        }
+    }
+    order(v[0].x, v[0].z, type);
+    order(v[0].y, v[0].w, type);
+    order(v[0].x, v[0].y, type);
+}
+
+// The largest of the columns of a first word, and `x` in its place; of two the lesser stays. NaN is
+// skipped, and stays too.
+static __device__ __forceinline__ float exchange_highest(float (&z)[4], float x) {
+    const float most = fmaxf(z[0], x);
+    z[0] = lesser(z[0], x);
+    return most;
+}
+
+static __device__ __forceinline__ float exchange_highest(float (&z)[8], float x) {
+    const float pair = fmaxf(z[0], z[1]);
+    z[0] = lesser(z[0], z[1]);
+    z[1] = lesser(pair, x);
+    return fmaxf(pair, x);
+}
+
 // One element, rounded to nearest even.
 static __device__ __forceinline__ void store(float* address, float x) { *address = x; }
 
