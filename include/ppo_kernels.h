@@ -891,13 +891,22 @@ typedef struct ppok_logits_ppo_loss_args {
 typedef struct ppok_logprob_backward_args {
     size_t struct_size;
     /**
-     * As in the forward pass, and so are the next five.
+     * Rows of logits, one a token.
      */
     size_t rows;
     /**
-     * Logits of a row.
+     * Columns of the whole vocabulary, above 0 and below 2^32. Logits of a row, unless there are
+     * `columns`.
      */
     size_t vocab;
+    /**
+     * Logits of a row where they are a tile, and 0 where they are all.
+     */
+    size_t columns;
+    /**
+     * The id of the tile's first column; 0 where the logits are all.
+     */
+    size_t first_column;
     /**
      * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
      */
@@ -907,7 +916,7 @@ typedef struct ppok_logprob_backward_args {
      */
     int32_t targets_type;
     /**
-     * Logits, `[rows, vocab]` of `logits_type`.
+     * Logits, `[rows, vocab]` or `[rows, columns]` of `logits_type`.
      */
     const void *logits;
     /**
@@ -936,10 +945,64 @@ typedef struct ppok_logprob_backward_args {
     const float *grad_entropy;
     const struct ppok_logprob_options *options;
     /**
-     * Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
+     * Gradient of the logits, of their shape and type, written; it may be `logits`.
      */
     void *grad_logits;
 } ppok_logprob_backward_args;
+
+/**
+ * Arguments of ppok_logprob_finish_*.
+ */
+typedef struct ppok_logprob_finish_args {
+    size_t struct_size;
+    /**
+     * Rows.
+     */
+    size_t rows;
+    /**
+     * Columns of the whole vocabulary, below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    int32_t reserved;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+     */
+    const void *targets;
+    /**
+     * The running sums over all columns, as ppok_logprob_partial_* or ppok_logprob_merge_* wrote them:
+     * the largest logit, `[rows]`.
+     */
+    const float *max;
+    /**
+     * The sum, `[rows]`.
+     */
+    const float *rest;
+    /**
+     * The target's logit, `[rows]`.
+     */
+    const float *logit;
+    /**
+     * The weighted sum, `[rows]`; may be null if `entropy` is.
+     */
+    const float *weighted;
+    const struct ppok_logprob_options *options;
+    /**
+     * Log-probability of the target, `[rows]`, written.
+     */
+    float *logp;
+    /**
+     * ln s, `[rows]`, written, for the backward pass.
+     */
+    float *log_sum;
+    /**
+     * Entropy of the row's distribution, `[rows]`, written; null if not wanted.
+     */
+    float *entropy;
+} ppok_logprob_finish_args;
 
 /**
  * Arguments of ppok_logprob_forward_*.
@@ -988,6 +1051,113 @@ typedef struct ppok_logprob_forward_args {
      */
     float *log_sum;
 } ppok_logprob_forward_args;
+
+/**
+ * Arguments of ppok_logprob_merge_*. Where one of the weighted sums is null, so is the other.
+ */
+typedef struct ppok_logprob_merge_args {
+    size_t struct_size;
+    /**
+     * Rows.
+     */
+    size_t rows;
+    /**
+     * The running sums over other columns, as ppok_logprob_partial_* wrote them: the largest logit,
+     * `[rows]`.
+     */
+    const float *other_max;
+    /**
+     * The sum, `[rows]`.
+     */
+    const float *other_rest;
+    /**
+     * The target's logit, `[rows]`.
+     */
+    const float *other_logit;
+    /**
+     * The weighted sum, `[rows]`; may be null.
+     */
+    const float *other_weighted;
+    const struct ppok_logprob_options *options;
+    /**
+     * The running sums that they are added to: the largest logit, `[rows]`, read and written, and so
+     * are the next three.
+     */
+    float *max;
+    /**
+     * The sum, `[rows]`.
+     */
+    float *rest;
+    /**
+     * The target's logit, `[rows]`.
+     */
+    float *logit;
+    /**
+     * The weighted sum, `[rows]`; may be null.
+     */
+    float *weighted;
+} ppok_logprob_merge_args;
+
+/**
+ * Arguments of ppok_logprob_partial_*.
+ */
+typedef struct ppok_logprob_partial_args {
+    size_t struct_size;
+    /**
+     * Rows of logits, one a token.
+     */
+    size_t rows;
+    /**
+     * Columns of the tile: logits of a row; above 0.
+     */
+    size_t columns;
+    /**
+     * The id of the tile's first column.
+     */
+    size_t first_column;
+    /**
+     * Columns of the whole vocabulary, at least `first_column + columns` and below 2^32.
+     */
+    size_t vocab;
+    /**
+     * `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+     */
+    int32_t logits_type;
+    /**
+     * `PPOK_U32` or `PPOK_I64`.
+     */
+    int32_t targets_type;
+    /**
+     * 1 if the sums begin with this tile, and what they hold is not looked at; 0 if they go on.
+     */
+    int32_t begins;
+    int32_t reserved;
+    /**
+     * Logits of the tile, `[rows, columns]` of `logits_type`.
+     */
+    const void *logits;
+    /**
+     * Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+     */
+    const void *targets;
+    const struct ppok_logprob_options *options;
+    /**
+     * The largest logit so far, `[rows]`, read and written, and so are the next three.
+     */
+    float *max;
+    /**
+     * Sum of exp((z - max) / T) over the columns so far but one that holds the maximum, `[rows]`.
+     */
+    float *rest;
+    /**
+     * The target's logit, `[rows]`; NaN while its column is not among those so far.
+     */
+    float *logit;
+    /**
+     * The same sum weighted by (max - z) / T, `[rows]`; null if no entropy is wanted.
+     */
+    float *weighted;
+} ppok_logprob_partial_args;
 
 /**
  * Arguments of ppok_ppo_loss_*.
@@ -1370,7 +1540,7 @@ int32_t ppok_logits_ppo_loss_cuda_workspace_size(const struct ppok_logits_ppo_lo
                                                  size_t *bytes);
 
 /**
- * Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
+ * Gradient with respect to the logits, or to a tile of their columns, in their own type: with the upstream gradients g of logp and
  * h of the entropy,
  *
  * ```text
@@ -1390,6 +1560,21 @@ int32_t ppok_logprob_backward_cuda(const struct ppok_logprob_backward_args *args
 int32_t ppok_logprob_backward_cuda_workspace_size(const struct ppok_logprob_backward_args *args,
                                                   void *stream,
                                                   size_t *bytes);
+
+/**
+ * Log-probabilities, and entropies, of running sums over all columns. Of a target whose column was in
+ * none of them the log-probability is NaN.
+ */
+int32_t ppok_logprob_finish_cpu(const struct ppok_logprob_finish_args *args);
+
+int32_t ppok_logprob_finish_cuda(const struct ppok_logprob_finish_args *args,
+                                 void *workspace,
+                                 size_t bytes,
+                                 void *stream);
+
+int32_t ppok_logprob_finish_cuda_workspace_size(const struct ppok_logprob_finish_args *args,
+                                                void *stream,
+                                                size_t *bytes);
 
 /**
  * Log-probability of one token a row, and the entropy of the row's distribution, from logits: with
@@ -1418,7 +1603,40 @@ int32_t ppok_logprob_forward_cuda_workspace_size(const struct ppok_logprob_forwa
                                                  void *stream,
                                                  size_t *bytes);
 
+/**
+ * Adds the running sums over other columns to those over some.
+ */
+int32_t ppok_logprob_merge_cpu(const struct ppok_logprob_merge_args *args);
+
+int32_t ppok_logprob_merge_cuda(const struct ppok_logprob_merge_args *args,
+                                void *workspace,
+                                size_t bytes,
+                                void *stream);
+
+int32_t ppok_logprob_merge_cuda_workspace_size(const struct ppok_logprob_merge_args *args,
+                                               void *stream,
+                                               size_t *bytes);
+
 int32_t ppok_logprob_options_init(struct ppok_logprob_options *options, size_t struct_size);
+
+/**
+ * Folds a tile of columns into running sums of its rows, or begins them with it: the forward pass from
+ * logits that come in pieces. The sums may be added to those over other columns, another process's say,
+ * by ppok_logprob_merge_*, and ppok_logprob_finish_* makes log-probabilities and entropies of those over
+ * all columns.
+ *
+ * The bits depend on the widths of the tiles and their order. Targets are refused as in the forward pass.
+ */
+int32_t ppok_logprob_partial_cpu(const struct ppok_logprob_partial_args *args);
+
+int32_t ppok_logprob_partial_cuda(const struct ppok_logprob_partial_args *args,
+                                  void *workspace,
+                                  size_t bytes,
+                                  void *stream);
+
+int32_t ppok_logprob_partial_cuda_workspace_size(const struct ppok_logprob_partial_args *args,
+                                                 void *stream,
+                                                 size_t *bytes);
 
 /**
  * The moments of both sets together, for shards and data parallelism, in the process's memory.

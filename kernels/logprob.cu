@@ -31,21 +31,83 @@
 #include "common/logprob.cuh"
 
 struct BackwardArgs {
-    const void* logits;         // [rows, vocab]
+    const void* logits;         // [rows, columns]
     const void* targets;        // [rows]
     const float* max;           // [rows]
     const float* log_sum;       // [rows]
     const float* entropy;       // [rows]
     const float* grad_logp;     // [rows], or null: zeros
     const float* grad_entropy;  // [rows], or null: zeros
-    void* grad_logits;          // [rows, vocab]; may be logits
+    void* grad_logits;          // [rows, columns]; may be logits
     TargetFormat target_format;
     int64_t rows;
-    int64_t vocab;
+    int64_t columns;
     int32_t chunks;         // ranges of columns of a row
     int32_t chunk_threads;  // a warp, or the whole block
     float inverse_temperature;
 };
+
+struct MergeSumsArgs {
+    const float* other_max;       // [rows]
+    const float* other_rest;      // [rows]
+    const float* other_logit;     // [rows]
+    const float* other_weighted;  // [rows], or null
+    float* max;                   // [rows]
+    float* rest;                  // [rows]
+    float* logit;                 // [rows]
+    float* weighted;              // [rows], or null, as other_weighted
+    int64_t rows;
+    float inverse_temperature;
+};
+
+struct FinishSumsArgs {
+    const void* targets;    // [rows]
+    const float* max;       // [rows]
+    const float* rest;      // [rows]
+    const float* logit;     // [rows]
+    const float* weighted;  // [rows], or null
+    float* logp;            // [rows]
+    float* log_sum;         // [rows]
+    float* entropy;         // [rows], or null
+    TargetFormat target_format;
+    int64_t rows;
+    float inverse_temperature;
+};
+
+// Block [threads]: a row a thread.
+template <class Args, class F>
+static __device__ __forceinline__ void for_each_row(const Args& args, const F& f) {
+    const int64_t first = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int64_t row = first; row < args.rows; row += int64_t(gridDim.x) * blockDim.x) f(row);
+}
+
+KERNEL(256, 4, logprob_merge_f32, MergeSumsArgs) {
+    for_each_row(args, [&](int64_t row) {
+        const float other_weighted = args.weighted ? args.other_weighted[row] : 0.0f;
+        const float weighted = args.weighted ? args.weighted[row] : 0.0f;
+        const Seen other = {args.other_max[row], args.other_rest[row], other_weighted,
+                            args.other_logit[row]};
+        const Seen mine = {args.max[row], args.rest[row], weighted, args.logit[row]};
+        const Seen both = merge(mine, other, args.inverse_temperature);
+        args.max[row] = both.max;
+        args.rest[row] = both.rest;
+        args.logit[row] = both.logit;
+        if (args.weighted) args.weighted[row] = both.weighted;
+    });
+}
+
+KERNEL(256, 4, logprob_finish_f32, FinishSumsArgs) {
+    for_each_row(args, [&](int64_t row) {
+        const Target target = target_of(args, row);
+        const float weighted = args.weighted ? args.weighted[row] : 0.0f;
+        const Seen seen = {args.max[row], args.rest[row], weighted, args.logit[row]};
+        const RowValues values = target.kind == Kind::TOKEN
+            ? values_of(seen, args.inverse_temperature) : values_unread_of(target);
+        args.logp[row] = values.logp;
+        args.log_sum[row] = values.log_sum;
+        if (args.entropy) args.entropy[row] = values.entropy;
+    });
+}
 
 // Block [threads], a range of a row a warp or a block.
 template <class T>
@@ -60,9 +122,9 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
             args.log_sum[row],
             args.entropy[row],
         };
-        const int64_t first = row * args.vocab;
+        const int64_t first = row * args.columns;
         write_gradient(static_cast<const T*>(args.logits) + first,
-                       static_cast<T*>(args.grad_logits) + first, args.vocab, known,
+                       static_cast<T*>(args.grad_logits) + first, args.columns, known,
                        args.inverse_temperature, share);
     });
 }

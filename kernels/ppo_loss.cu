@@ -821,7 +821,7 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
     SHARED(KnownOfRow, shared, 1);
     SHARED(double, unit, 1);
     DYNAMIC_SHARED(uint4, groups);
-    const int64_t rows = args.forward.rows, vocab = args.forward.vocab;
+    const int64_t rows = args.forward.rows, vocab = args.forward.columns;
     const double divisor = divisor_of(args.divisor, args.mask, rows, counts);
     // For the first thread, where it takes no register.
     if (threadIdx.x == 0) *unit = 1.0 / divisor;
@@ -840,7 +840,7 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
         if (reads) sums = sums_of_row<true>(forward, row);
         if (threadIdx.x == 0) {
             const RowValues values =
-                reads ? forward.values(item, sums) : forward.values_unread(item);
+                reads ? forward.values(item, sums) : values_unread_of(item.target);
             forward.write(row, values);
             *shared = known_of_row(args, row, item.target, values, *unit);
         }

@@ -41,8 +41,9 @@ const SWITCH: u64 = 200;
 const UNWRITTEN: u8 = 0xfe;
 
 /// The passes; each may make several calls.
-const PASSES: [fn(&mut Fuzz); 9] = [
+const PASSES: [fn(&mut Fuzz); 10] = [
     logprob,
+    logprob_of_a_tile,
     token_kl,
     full_kl,
     gae,
@@ -475,8 +476,12 @@ impl Fuzz {
                     let (i, bytes, _, written) = self.one(&pointers);
                     let (other, other_bytes, ..) = self.one(&pointers);
                     let an_option = self.options_at.contains(&words[other]);
-                    // Gradients may be scaled where they are.
-                    let in_place = name == "ppo_loss_scale" && i == other + 3;
+                    // Gradients may be scaled where they are, and take the place of logits.
+                    let in_place = match name {
+                        "ppo_loss_scale" => i == other + 3,
+                        "logprob_backward" => other == 1 + sizes + 1,
+                        _ => false,
+                    };
                     if written
                         && !in_place
                         && !an_option
@@ -713,6 +718,8 @@ fn logprob(f: &mut Fuzz) {
         struct_size: 0,
         rows,
         vocab,
+        columns: 0,
+        first_column: 0,
         logits_type: kind,
         targets_type,
         logits,
@@ -725,11 +732,78 @@ fn logprob(f: &mut Fuzz) {
         options,
         grad_logits: at(grad),
     };
-    f.call("logprob_backward", ppok_logprob_backward_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+    f.call("logprob_backward", ppok_logprob_backward_cpu, 4, args, PPOK_STATUS_OK, |_, what| {
         let [g, h] = [up_logp, up_entropy].map(|up| up.map_or(vec![0.0; rows], wide));
         let want = logprob::reference::backward(&z, &targets, vocab, &own, &g, &h);
         let within = rounded(tolerance::LOGPROB.backward, kind);
         close(what, "grad_logits", grad, &want, within);
+    });
+}
+
+/// Running sums of all the columns there are, in a vocabulary that may have others, and what they come to.
+fn logprob_of_a_tile(f: &mut Fuzz) {
+    let [rows, columns] = f.logits_shape();
+    let kind = f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]);
+    let logits = f.logits([rows, columns]);
+    let (logits, z) = f.put_logits(kind, &logits);
+    let (own, options) = logprob_options(f, &[-100]);
+    let first_column = f.one(&[0, 0, 3, 70_000]);
+    let vocab = first_column + columns + f.one(&[0, 0, 9]);
+    let places: Vec<i64> =
+        (0..rows).map(|_| f.rng.random_range(0..columns.max(1) as i64)).collect();
+    let targets: Vec<i64> = places.iter().map(|place| place + first_column as i64).collect();
+    let targets = f.put(&targets).cast();
+    let expected = if columns == 0 { PPOK_STATUS_SHAPE } else { PPOK_STATUS_OK };
+    let [max, rest, logit] = [(); 3].map(|()| f.out(PPOK_F32, rows));
+    let weighted = f.some_out(PPOK_F32, rows);
+    let args = ppok_logprob_partial_args {
+        struct_size: 0, // the call sets it
+        rows,
+        columns,
+        first_column,
+        vocab,
+        logits_type: kind,
+        targets_type: PPOK_I64,
+        begins: 1,
+        reserved: 0,
+        logits,
+        targets,
+        options,
+        max: at(max),
+        rest: at(rest),
+        logit: at(logit),
+        weighted: at(weighted),
+    };
+    let left = f.call("logprob_partial", ppok_logprob_partial_cpu, 4, args, expected, |_, _| {
+        ([max, rest, logit].map(Out::read::<f32>), weighted.map(Out::read::<f32>))
+    });
+    let Some(([max, rest, logit], weighted)) = left else {
+        return;
+    };
+
+    let (logp, log_sum) = (f.out(PPOK_F32, rows), f.out(PPOK_F32, rows));
+    let entropy = weighted.as_ref().and_then(|_| f.some_out(PPOK_F32, rows));
+    let args = ppok_logprob_finish_args {
+        struct_size: 0,
+        rows,
+        vocab,
+        targets_type: PPOK_I64,
+        reserved: 0,
+        targets,
+        max: f.put(&max),
+        rest: f.put(&rest),
+        logit: f.put(&logit),
+        weighted: f.put_some(weighted.as_deref()),
+        options,
+        logp: at(logp),
+        log_sum: at(log_sum),
+        entropy: at(entropy),
+    };
+    f.call("logprob_finish", ppok_logprob_finish_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+        let own = LogprobOptions { ignore_index: None, ..own };
+        let want = logprob::reference::forward(&z, &places, columns, &own);
+        close(what, "logp", logp, &want.0, tolerance::LOGPROB.forward);
+        close(what, "entropy", entropy, &want.1, tolerance::LOGPROB.forward);
     });
 }
 

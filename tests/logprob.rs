@@ -8,12 +8,14 @@ use common::logprob_cases::{rows_of, Case};
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::logprob::cpu::{
-    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+    self, BackwardInputs, BackwardOutputs, FinishInputs, FinishOutputs, ForwardInputs,
+    ForwardOutputs, InPlaceInputs, MergeInputs, RunningSums,
 };
-use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, reference, LogprobOptions};
+use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, reference, Columns, LogprobOptions};
 use ppo_kernels::tolerance;
 use ppo_kernels::Error;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 use rand::Rng;
 
 const REL: f64 = tolerance::LOGPROB.tests.rel;
@@ -409,6 +411,171 @@ fn a_maximum_that_grows_along_the_row_costs_no_digits() {
             assert_close("logp", &wide(&logp), &want.0, REL, ABS);
             assert_close("entropy", &wide(&entropy), &want.1, REL, ABS);
         }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Running sums: max, rest, logit, weighted.
+type Sums = [Vec<f32>; 4];
+
+fn running(sums: &mut Sums, entropy: bool) -> RunningSums<'_> {
+    let [max, rest, logit, weighted] = sums;
+    RunningSums { max, rest, logit, weighted: entropy.then_some(weighted) }
+}
+
+/// Log-probabilities, entropies and ln s of running sums.
+fn finish(sums: &Sums, targets: &[i64], vocab: usize, options: &LogprobOptions) -> [Vec<f32>; 3] {
+    let [max, rest, logit, weighted] = sums;
+    let mut out = [(); 3].map(|()| vec![f32::NAN; targets.len()]);
+    let [logp, entropy, log_sum] = &mut out;
+    let inputs =
+        FinishInputs { weighted: Some(weighted), ..FinishInputs::new(targets, max, rest, logit) };
+    let outputs = FinishOutputs { logp, log_sum, entropy: Some(entropy) };
+    cpu::finish(inputs, targets.len(), vocab, options, outputs).unwrap();
+    out
+}
+
+#[test]
+fn tiles_give_what_whole_rows_give() {
+    let mut rng = rng(41);
+    let options = LogprobOptions { temperature: 0.7, ignore_index: Some(-100) };
+    for case in cases(&mut rng) {
+        let (rows, vocab) = (case.count(), case.vocab);
+        let mut targets: Vec<i64> = (0..rows).map(|_| rng.random_range(0..vocab as i64)).collect();
+        targets[1] = -100;
+        let tiles = logprob_cases::tiles_of(&mut rng, vocab);
+        let z = &case.rows;
+        // One after the other, and each on its own, merged in any order.
+        let mut sums = [(); 4].map(|()| vec![f32::NAN; rows]);
+        let mut merged = sums.clone();
+        let mut shards = Vec::new();
+        for (i, &columns) in tiles.iter().enumerate() {
+            let logits = &logprob_cases::tile(z, columns);
+            let inputs = ForwardInputs { logits, targets: &targets };
+            let partial = |begins, sums: &mut Sums| {
+                cpu::partial(inputs, rows, columns, &options, begins, running(sums, true)).unwrap();
+            };
+            partial(i == 0, &mut sums);
+            let mut shard = [(); 4].map(|()| vec![f32::NAN; rows]);
+            partial(true, &mut shard);
+            // Without the entropy the others are the same.
+            let mut alone = shard.clone();
+            let outputs = running(&mut alone, false);
+            cpu::partial(inputs, rows, columns, &options, true, outputs).unwrap();
+            for (alone, shard) in alone.iter().zip(&shard).take(3) {
+                assert_eq!(bits(alone), bits(shard));
+            }
+            shards.push(shard);
+        }
+        shards.shuffle(&mut rng);
+        for (i, shard) in shards.into_iter().enumerate() {
+            if i == 0 {
+                merged = shard;
+                continue;
+            }
+            let [max, rest, logit, weighted] = &shard;
+            let inputs = MergeInputs {
+                other_weighted: Some(weighted),
+                ..MergeInputs::new(max, rest, logit)
+            };
+            cpu::merge(inputs, rows, &options, running(&mut merged, true)).unwrap();
+        }
+        let (logp, entropy) = reference::forward(&wide(z), &targets, vocab, &options);
+        for sums in [&sums, &merged] {
+            let out = finish(sums, &targets, vocab, &options);
+            let what = format!("{} V={vocab}", case.name);
+            assert_close(&format!("{what} logp"), &wide(&out[0]), &logp, REL, ABS);
+            assert_close(&format!("{what} entropy"), &wide(&out[1]), &entropy, REL, ABS);
+        }
+
+        // A gradient has the bits of the whole one, also in the place of the logits.
+        let (_, entropy, max, log_sum) = forward(z, &targets, vocab, &options);
+        let up = [uniform(&mut rng, rows, 1.0), uniform(&mut rng, rows, 1.0)];
+        let parts: Vec<_> = tiles.iter().map(|&tile| logprob_cases::tile(z, tile)).collect();
+        let inputs = InPlaceInputs {
+            entropy: Some(&entropy),
+            grad_logp: Some(&up[0]),
+            grad_entropy: Some(&up[1]),
+            ..InPlaceInputs::new(&targets, &max, &log_sum)
+        };
+        let with = |logits| BackwardInputs {
+            entropy: inputs.entropy,
+            grad_logp: inputs.grad_logp,
+            grad_entropy: inputs.grad_entropy,
+            ..BackwardInputs::new(ForwardInputs { logits, targets: &targets }, &max, &log_sum)
+        };
+        let mut whole = vec![f32::NAN; z.len()];
+        let outputs = BackwardOutputs { grad_logits: &mut whole };
+        cpu::backward(with(z), rows, vocab, &options, outputs).unwrap();
+        for (&columns, tile) in tiles.iter().zip(&parts) {
+            let mut grad = vec![f32::NAN; tile.len()];
+            let outputs = BackwardOutputs { grad_logits: &mut grad };
+            cpu::backward_of_columns(with(tile), rows, columns, &options, outputs).unwrap();
+            let mut tile = tile.clone();
+            let outputs = BackwardOutputs { grad_logits: &mut tile };
+            cpu::backward_in_place(inputs, rows, columns, &options, outputs).unwrap();
+            let whole = logprob_cases::tile(&whole, columns);
+            assert_eq!((bits(&grad), bits(&tile)), (bits(&whole), bits(&whole)));
+        }
+    }
+}
+
+#[test]
+fn tiles_with_special_values_give_what_whole_rows_give() {
+    let (inf, nan) = (f32::INFINITY, f32::NAN);
+    let row = [[-inf, -inf, 1.0, -inf], [-inf; 4], [0.5, inf, 1.0, 2.0], [0.5, 1.0, 2.0, nan]];
+    let (z, targets) = (row.concat(), [2, 0, 0, 1]);
+    let options = options(1.0);
+    for width in 1..=4 {
+        let mut sums = [(); 4].map(|()| vec![f32::NAN; 4]);
+        for first in (0..4).step_by(width) {
+            let columns = Columns { first, count: width.min(4 - first), vocab: 4 };
+            let logits = &logprob_cases::tile(&z, columns);
+            let inputs = ForwardInputs { logits, targets: &targets };
+            let sums = running(&mut sums, true);
+            cpu::partial(inputs, 4, columns, &options, first == 0, sums).unwrap();
+        }
+        let [logp, entropy, _] = finish(&sums, &targets, 4, &options);
+        assert_eq!((logp[0], entropy[0]), (0.0, 0.0), "{width}");
+        assert!(logp[1..].iter().chain(&entropy[1..]).all(|x| x.is_nan()), "{width}");
+    }
+}
+
+#[test]
+fn a_target_that_no_tile_has_is_nan() {
+    let mut sums = [(); 4].map(|()| vec![f32::NAN; 2]);
+    let columns = Columns { first: 0, count: 3, vocab: 5 };
+    let inputs = ForwardInputs { logits: &[0.0f32; 6][..], targets: &[4i64, 1][..] };
+    cpu::partial(inputs, 2, columns, &options(1.0), true, running(&mut sums, true)).unwrap();
+    let [logp, ..] = finish(&sums, &[4, 1], 5, &options(1.0));
+    assert!(logp[0].is_nan() && logp[1].is_finite());
+}
+
+#[test]
+fn tiles_that_do_not_fit_are_refused_by_name() {
+    let columns = |first, count| Columns { first, count, vocab: 5 };
+    let refused = |columns: Columns, targets: &[i64], len: usize| {
+        let logits = vec![0.0f32; 2 * len];
+        let inputs = ForwardInputs { logits: &logits, targets };
+        let mut sums = [(); 4].map(|()| vec![7.0; 2]);
+        let sums_of = running(&mut sums, true);
+        let error =
+            cpu::partial(inputs, 2, columns, &options(1.0), true, sums_of).unwrap_err().to_string();
+        assert!(sums.iter().flatten().all(|&x| x == 7.0), "nothing is written");
+        error
+    };
+    for (columns, targets, len, said) in [
+        (columns(3, 3), [0, 1], 3, "columns` has shape 3..6, expected a range of 0..5"),
+        (columns(usize::MAX, 2), [0, 1], 2, "expected a range of 0..5"),
+        (columns(0, 3), [0, 1], 2, "logits"),
+        (columns(0, 0), [0, 1], 0, "logits"),
+        (columns(0, 3), [0, 5], 3, "target"),
+    ] {
+        let error = refused(columns, &targets, len);
+        assert!(error.contains(said), "{error}");
     }
 }
 

@@ -11,9 +11,10 @@ use common::*;
 use half::{bf16, f16};
 use ppo_kernels::cpu::{Logit, TokenId};
 use ppo_kernels::logprob::cuda::{
-    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+    self, BackwardInputs, BackwardOutputs, FinishInputs, FinishOutputs, ForwardInputs,
+    ForwardOutputs, MergeInputs, RunningSums,
 };
-use ppo_kernels::logprob::{cpu, reference, LogprobOptions};
+use ppo_kernels::logprob::{cpu, reference, Columns, LogprobOptions};
 use ppo_kernels::tolerance;
 use ppo_kernels::{Error, Result};
 use rand::Rng;
@@ -172,6 +173,103 @@ fn f16_agrees_with_the_reference_in_every_order() {
 #[test]
 fn bf16_agrees_with_the_reference_in_every_order() {
     agrees_with_the_reference::<bf16>("", &ORDERS).unwrap();
+}
+
+/// A pass over tiles one after the other, and over shards that are merged, with the gradient by tiles and
+/// in place.
+fn tiles_give_what_whole_rows_give_in<T: Logit>() {
+    let mut rng = rng(41);
+    let options = LogprobOptions { temperature: 0.7, ignore_index: Some(-100) };
+    for vocab in vocabularies::<T>() {
+        let (blocks, kinds) = blocks_and_kinds::<T>(vocab);
+        for case in logprob_cases::rows_of(&mut rng, vocab).into_iter().take(kinds) {
+            let rows = case.count();
+            let stream = stream(machine(Order::Fifo, FEW, blocks));
+            let z = narrow::<T>(&case.rows);
+            let mut ids: Vec<i64> = (0..rows).map(|_| rng.random_range(0..vocab as i64)).collect();
+            ids[1] = -100;
+            let targets = Buffer::new(&ids, 0);
+            let nan = || Buffer::new(&vec![f32::NAN; rows], 0);
+            let mut sums = [(); 4].map(|()| nan());
+            let mut merged = [(); 4].map(|()| nan());
+            let tiles = logprob_cases::tiles_of(&mut rng, vocab);
+            for (i, &columns) in tiles.iter().enumerate() {
+                let logits = Buffer::new(&logprob_cases::tile(&z, columns), i % 3);
+                let inputs = ForwardInputs { logits: logits.slice(), targets: targets.slice() };
+                let partial = |begins, sums: &mut [Buffer<f32>; 4]| {
+                    let sums = running(sums);
+                    cuda::partial(&stream, inputs, rows, columns, &options, begins, sums).unwrap();
+                };
+                partial(i == 0, &mut sums);
+                if i == 0 {
+                    partial(true, &mut merged);
+                    continue;
+                }
+                let mut shard = [(); 4].map(|()| nan());
+                partial(true, &mut shard);
+                let [max, rest, logit, weighted] = shard.each_ref().map(Buffer::slice);
+                let inputs = MergeInputs {
+                    other_weighted: Some(weighted),
+                    ..MergeInputs::new(max, rest, logit)
+                };
+                cuda::merge(&stream, inputs, rows, &options, running(&mut merged)).unwrap();
+            }
+            let wide_z: Vec<f64> = z.iter().map(|z| f64::from(z.to_f32())).collect();
+            let want = reference::forward(&wide_z, &ids, vocab, &options);
+            let mut log_sum = nan();
+            let mut entropy = nan();
+            for sums in [&sums, &merged] {
+                let [max, rest, logit, weighted] = sums.each_ref().map(Buffer::slice);
+                let inputs = FinishInputs {
+                    weighted: Some(weighted),
+                    ..FinishInputs::new(targets.slice(), max, rest, logit)
+                };
+                let mut logp = nan();
+                let outputs = FinishOutputs {
+                    logp: logp.slice_mut(),
+                    log_sum: log_sum.slice_mut(),
+                    entropy: Some(entropy.slice_mut()),
+                };
+                cuda::finish(&stream, inputs, rows, vocab, &options, outputs).unwrap();
+                let what = format!("{} V={vocab} {}", case.name, T::NAME);
+                assert_close(&format!("{what} logp"), &wide(&logp.read()), &want.0, REL, ABS);
+                assert_close(&what, &wide(&entropy.read()), &want.1, REL, ABS);
+            }
+
+            let up = [(); 2].map(|()| Buffer::new(&uniform(&mut rng, rows, 1.0), 0));
+            let gradient = |logits: &mut Buffer<T>, columns: Columns| {
+                let forward = ForwardInputs { logits: logits.slice(), targets: targets.slice() };
+                let inputs = BackwardInputs {
+                    entropy: Some(entropy.slice()),
+                    grad_logp: Some(up[0].slice()),
+                    grad_entropy: Some(up[1].slice()),
+                    ..BackwardInputs::new(forward, merged[0].slice(), log_sum.slice())
+                };
+                let outputs = BackwardOutputs { grad_logits: logits.slice_mut() };
+                cuda::backward_of_columns(&stream, inputs, rows, columns, &options, outputs)
+                    .unwrap();
+                logits.read().iter().map(|g| g.to_f32().to_bits()).collect::<Vec<_>>()
+            };
+            let whole = gradient(&mut Buffer::new(&z, 0), Columns::all(vocab));
+            for &columns in &tiles {
+                let mut logits = Buffer::new(&logprob_cases::tile(&z, columns), 1);
+                let found = gradient(&mut logits, columns);
+                assert!(found == logprob_cases::tile(&whole, columns), "{columns:?}");
+            }
+        }
+    }
+}
+
+fn running(sums: &mut [Buffer<f32>; 4]) -> RunningSums<'_> {
+    let [max, rest, logit, weighted] = sums.each_mut().map(Buffer::slice_mut);
+    RunningSums { max, rest, logit, weighted: Some(weighted) }
+}
+
+#[test]
+fn tiles_give_what_whole_rows_give() {
+    tiles_give_what_whole_rows_give_in::<f32>();
+    tiles_give_what_whole_rows_give_in::<f16>();
+    tiles_give_what_whole_rows_give_in::<bf16>();
 }
 
 fn likely_tokens_keep_their_digits_in<T: Logit>() {

@@ -9,41 +9,48 @@
 // How targets are read.
 struct TargetFormat {
     int64_t ignore_index;
+    int64_t first_column;  // the id of the first column
+    int64_t vocab;         // columns of the whole vocabulary
     int32_t wide;        // i64, else u32
     int32_t has_ignore;  // whether ignore_index counts
 };
 
+// What of a row's columns there is: all, or a tile of them, the first or another. Of a tile come running
+// sums, those before it included, and the arguments lead to those instead.
+enum Tile { WHOLE, BEGINS, CONTINUES };
+
 struct ForwardArgs {
-    const void* logits;   // [rows, vocab]
+    const void* logits;   // [rows, columns]
     const void* targets;  // [rows]
-    float* logp;          // [rows]
-    float* entropy;       // [rows], or null
+    float* logp;          // [rows]; of a tile the target's logit
+    float* entropy;       // [rows], or null; of a tile the weighted sum
     float* max;           // [rows], or null
-    float* log_sum;       // [rows], or null, as max
+    float* log_sum;       // [rows], or null, as max; of a tile the sum
     TargetFormat target_format;
     int64_t rows;
-    int64_t vocab;
+    int64_t columns;
     int32_t parts;  // of a row
     int32_t ahead;
     float inverse_temperature;
+    int32_t tile;
 };
 
 enum class Kind { TOKEN, IGNORED, BAD };
 
 struct Target {
     Kind kind;
-    int64_t column;  // of a TOKEN
+    int64_t column;  // of a TOKEN, counted from the first; of a tile's row perhaps none of its own
 };
 
-// The target of a row, for arguments that have targets, their format and the vocabulary.
+// The target of a row, for arguments that have targets and their format.
 template <class Args>
 static __device__ __forceinline__ Target target_of(const Args& args, int64_t row) {
     const TargetFormat& format = args.target_format;
     const int64_t id = format.wide ? static_cast<const int64_t*>(args.targets)[row]
                                    : static_cast<const uint32_t*>(args.targets)[row];
     if (format.has_ignore && id == format.ignore_index) return {Kind::IGNORED, 0};
-    if (id < 0 || id >= args.vocab) return {Kind::BAD, 0};
-    return {Kind::TOKEN, id};
+    if (id < 0 || id >= format.vocab) return {Kind::BAD, 0};
+    return {Kind::TOKEN, id - format.first_column};
 }
 
 // The first groups of a row that is aligned, in shared memory, for a second look at it.
@@ -95,10 +102,44 @@ static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Rang
     return s;
 }
 
+// What is known of a row from the columns seen so far, in the terms of src/logprob/mod.rs.
+struct Seen {
+    float max, rest, weighted, logit;
+};
+
+static __device__ __forceinline__ Seen merge(Seen a, Seen b, float inverse_temperature) {
+    const float logit = isnan(a.logit) ? b.logit : a.logit;
+    if (b.max > a.max) {
+        const Seen lower = a;
+        a = b;
+        b = lower;
+    }
+    // Of nothing finite the sums are 0, or NaN and stay so.
+    if (b.max == -INFINITY) return {a.max, a.rest + b.rest, a.weighted, logit};
+    const float d = (a.max - b.max) * inverse_temperature;
+    const float factor = exp2_fast(-d * LOG2_E);
+    // Where the factor is 0 d may be infinite.
+    const float weighted = factor == 0.0f ? 0.0f : fmaf(d, 1.0f + b.rest, b.weighted);
+    return {a.max, fmaf(factor, 1.0f + b.rest, a.rest), fmaf(factor, weighted, a.weighted), logit};
+}
+
 // What the forward pass finds in a row.
 struct RowValues {
     float logp, entropy, max, log_sum;
 };
+
+// Those of a row of which all columns have been seen.
+static __device__ __forceinline__ RowValues values_of(Seen seen, float inverse_temperature) {
+    const float log_sum = isfinite(seen.max) ? log1pf(seen.rest) : NAN;
+    const float logp = (seen.logit - seen.max) * inverse_temperature - log_sum;
+    return {logp, log_sum + seen.weighted / (1.0f + seen.rest), seen.max, log_sum};
+}
+
+// Those of a row that is not read.
+static __device__ __forceinline__ RowValues values_unread_of(Target target) {
+    const float value = target.kind == Kind::IGNORED ? 0.0f : NAN;
+    return {value, value, -INFINITY, NAN};
+}
 
 // The reduction of the forward pass, for common/rows.cuh.
 template <class T>
@@ -114,13 +155,15 @@ struct Forward {
 
     struct Item {
         Target target;
-        float logit;  // of a TOKEN: on its way while the row is read
+        float logit;  // of a TOKEN among the columns, else NaN: on its way while the row is read
     };
 
     __device__ __forceinline__ Item item(int64_t row) const {
         const Target target = target_of(args, row);
-        const T* logits = static_cast<const T*>(args.logits) + row * args.vocab;
-        return {target, target.kind == Kind::TOKEN ? to_float(logits[target.column]) : 0.0f};
+        const T* logits = static_cast<const T*>(args.logits) + row * args.columns;
+        const bool here = target.column >= 0 && target.column < args.columns;
+        const bool token = target.kind == Kind::TOKEN && here;
+        return {target, token ? to_float(logits[target.column]) : NAN};
     }
 
     __device__ __forceinline__ bool reads(Item item) const {
@@ -131,7 +174,7 @@ struct Forward {
 
     __device__ __forceinline__ SoftmaxSums sum(int64_t row, int part, int thread,
                                                int threads) const {
-        const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.vocab);
+        const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.columns);
         const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
         return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead, kept)
                             : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead, kept);
@@ -145,24 +188,34 @@ struct Forward {
         return ::warp_merge(s, scale);
     }
 
-    __device__ __forceinline__ RowValues values(Item item, SoftmaxSums s) const {
-        const float log_sum = isfinite(s.max) ? log1pf(s.rest) : NAN;
-        const float logp = (item.logit - s.max) * args.inverse_temperature - log_sum;
-        return {logp, log_sum - LN_2 * (s.weighted / (1.0f + s.rest)), s.max, log_sum};
+    __device__ __forceinline__ Seen seen(Item item, SoftmaxSums s) const {
+        return {s.max, s.rest, -LN_2 * s.weighted, item.logit};
     }
 
-    // Those of a row that is not read.
-    __device__ __forceinline__ RowValues values_unread(Item item) const {
-        const float value = item.target.kind == Kind::IGNORED ? 0.0f : NAN;
-        return {value, value, -INFINITY, NAN};
+    __device__ __forceinline__ RowValues values(Item item, SoftmaxSums s) const {
+        return values_of(seen(item, s), args.inverse_temperature);
     }
 
     __device__ __forceinline__ void write(int64_t row, Item item, SoftmaxSums s) const {
-        write(row, values(item, s));
+        if (args.tile == WHOLE) return write(row, values(item, s));
+        write_seen(row, seen(item, s));
     }
 
     __device__ __forceinline__ void write_unread(int64_t row, Item item) const {
-        write(row, values_unread(item));
+        if (args.tile == WHOLE) return write(row, values_unread_of(item.target));
+        if (args.tile == BEGINS) write_seen(row, {-INFINITY, 0.0f, 0.0f, NAN});
+    }
+
+    __device__ __forceinline__ void write_seen(int64_t row, Seen seen) const {
+        if (args.tile == CONTINUES) {
+            const float weighted = args.entropy ? args.entropy[row] : 0.0f;
+            const Seen before = {args.max[row], args.log_sum[row], weighted, args.logp[row]};
+            seen = ::merge(before, seen, args.inverse_temperature);
+        }
+        args.max[row] = seen.max;
+        args.log_sum[row] = seen.rest;
+        args.logp[row] = seen.logit;
+        if (args.entropy) args.entropy[row] = seen.weighted;
     }
 
     __device__ __forceinline__ void write(int64_t row, const RowValues& values) const {
@@ -225,7 +278,7 @@ struct Slope {
                                                float (&grad)[1][N]) const {
 #pragma unroll
         for (int i = 0; i < N; i++) grad[0][i] = at(z[0][i]);
-        // A row has less than 2^32 columns.
+        // A vocabulary has less than 2^32 columns; a target that is none of these is at no place.
         const uint32_t place = uint32_t(target) - uint32_t(first);
         if (place < uint32_t(N)) {
             float logit = z[0][0];

@@ -158,6 +158,63 @@ pub unsafe extern "C" fn ppok_logprob_forward_cuda_workspace_size(
 }
 
 #[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_partial_cuda(
+    args: *const ppok_logprob_partial_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_partial_cuda_workspace_size(
+    args: *const ppok_logprob_partial_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_merge_cuda(
+    args: *const ppok_logprob_merge_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_merge_cuda_workspace_size(
+    args: *const ppok_logprob_merge_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_finish_cuda(
+    args: *const ppok_logprob_finish_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_finish_cuda_workspace_size(
+    args: *const ppok_logprob_finish_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
 pub unsafe extern "C" fn ppok_logprob_backward_cuda(
     args: *const ppok_logprob_backward_args,
     workspace: *mut c_void,

@@ -3,10 +3,11 @@
 use std::ffi::c_void;
 
 use super::{
-    cpu, cuda, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs, LogprobOptions, OP,
+    cpu, cuda, BackwardInputs, BackwardOutputs, Columns, FinishInputs, FinishOutputs,
+    ForwardInputs, ForwardOutputs, InPlaceInputs, LogprobOptions, MergeInputs, RunningSums, OP,
 };
 use crate::capi::arguments::{
-    list_of, options, with_logits, with_targets, Encoded, Given, Memory, Raw,
+    check_reserved, list_of, options, with_logits, with_targets, Encoded, Given, Memory, Raw,
 };
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::{Logit, TokenId};
@@ -96,20 +97,200 @@ unsafe impl Pass for ppok_logprob_forward_args {
     }
 }
 
-/// Arguments of ppok_logprob_backward_*.
+/// Arguments of ppok_logprob_partial_*.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub struct ppok_logprob_backward_args {
+pub struct ppok_logprob_partial_args {
     pub struct_size: usize,
-    /// As in the forward pass, and so are the next five.
+    /// Rows of logits, one a token.
     pub rows: usize,
-    /// Logits of a row.
+    /// Columns of the tile: logits of a row; above 0.
+    pub columns: usize,
+    /// The id of the tile's first column.
+    pub first_column: usize,
+    /// Columns of the whole vocabulary, at least `first_column + columns` and below 2^32.
     pub vocab: usize,
     /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
     pub logits_type: i32,
     /// `PPOK_U32` or `PPOK_I64`.
     pub targets_type: i32,
-    /// Logits, `[rows, vocab]` of `logits_type`.
+    /// 1 if the sums begin with this tile, and what they hold is not looked at; 0 if they go on.
+    pub begins: i32,
+    pub reserved: i32,
+    /// Logits of the tile, `[rows, columns]` of `logits_type`.
+    pub logits: *const c_void,
+    /// Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+    pub targets: *const c_void,
+    pub options: *const ppok_logprob_options,
+    /// The largest logit so far, `[rows]`, read and written, and so are the next three.
+    pub max: *mut f32,
+    /// Sum of exp((z - max) / T) over the columns so far but one that holds the maximum, `[rows]`.
+    pub rest: *mut f32,
+    /// The target's logit, `[rows]`; NaN while its column is not among those so far.
+    pub logit: *mut f32,
+    /// The same sum weighted by (max - z) / T, `[rows]`; null if no entropy is wanted.
+    pub weighted: *mut f32,
+}
+
+/// The columns that a caller says a tile has.
+fn tile(first: usize, count: usize, vocab: usize) -> Columns {
+    Columns { first, count, vocab }
+}
+
+impl ppok_logprob_partial_args {
+    fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (rows, options) = (self.rows, memory.options(self.options)?);
+        let columns = tile(self.first_column, self.columns, self.vocab);
+        let begins = bool::decode(OP, "begins", self.begins)?;
+        let inputs: ForwardInputs<Raw, T, I> = list_of!(self, ForwardInputs, [logits, targets], []);
+        run!(
+            (on, memory),
+            [inputs, (&[rows], columns.count)],
+            [list_of!(self, RunningSums, [max, rest, logit], [weighted]), &[rows]],
+            |i, o| cpu::partial(i, rows, columns, &options, begins, o),
+            |stream| cuda::partial(stream, i, rows, columns, &options, begins, o),
+        )
+    }
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_logprob_partial_args {
+    const OP: &'static str = OP;
+
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        check_reserved(OP, "args", self.reserved)?;
+        with_logits!(OP, self.logits_type, T => {
+            with_targets!(OP, self.targets_type, I => self.typed::<T, I>(memory, on))
+        })
+    }
+}
+
+/// Arguments of ppok_logprob_merge_*. Where one of the weighted sums is null, so is the other.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ppok_logprob_merge_args {
+    pub struct_size: usize,
+    /// Rows.
+    pub rows: usize,
+    /// The running sums over other columns, as ppok_logprob_partial_* wrote them: the largest logit,
+    /// `[rows]`.
+    pub other_max: *const f32,
+    /// The sum, `[rows]`.
+    pub other_rest: *const f32,
+    /// The target's logit, `[rows]`.
+    pub other_logit: *const f32,
+    /// The weighted sum, `[rows]`; may be null.
+    pub other_weighted: *const f32,
+    pub options: *const ppok_logprob_options,
+    /// The running sums that they are added to: the largest logit, `[rows]`, read and written, and so
+    /// are the next three.
+    pub max: *mut f32,
+    /// The sum, `[rows]`.
+    pub rest: *mut f32,
+    /// The target's logit, `[rows]`.
+    pub logit: *mut f32,
+    /// The weighted sum, `[rows]`; may be null.
+    pub weighted: *mut f32,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_logprob_merge_args {
+    const OP: &'static str = OP;
+
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (rows, options) = (self.rows, memory.options(self.options)?);
+        let inputs = list_of!(
+            self,
+            MergeInputs::<Raw>,
+            [other_max, other_rest, other_logit],
+            [other_weighted]
+        );
+        run!(
+            (on, memory),
+            [inputs, &[rows]],
+            [list_of!(self, RunningSums::<Raw>, [max, rest, logit], [weighted]), &[rows]],
+            |i, o| cpu::merge(i, rows, &options, o),
+            |stream| cuda::merge(stream, i, rows, &options, o),
+        )
+    }
+}
+
+/// Arguments of ppok_logprob_finish_*.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ppok_logprob_finish_args {
+    pub struct_size: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Columns of the whole vocabulary, below 2^32.
+    pub vocab: usize,
+    /// `PPOK_U32` or `PPOK_I64`.
+    pub targets_type: i32,
+    pub reserved: i32,
+    /// Ids of the tokens, `[rows]` of `targets_type`; each in `0..vocab` or `ignore_index`.
+    pub targets: *const c_void,
+    /// The running sums over all columns, as ppok_logprob_partial_* or ppok_logprob_merge_* wrote them:
+    /// the largest logit, `[rows]`.
+    pub max: *const f32,
+    /// The sum, `[rows]`.
+    pub rest: *const f32,
+    /// The target's logit, `[rows]`.
+    pub logit: *const f32,
+    /// The weighted sum, `[rows]`; may be null if `entropy` is.
+    pub weighted: *const f32,
+    pub options: *const ppok_logprob_options,
+    /// Log-probability of the target, `[rows]`, written.
+    pub logp: *mut f32,
+    /// ln s, `[rows]`, written, for the backward pass.
+    pub log_sum: *mut f32,
+    /// Entropy of the row's distribution, `[rows]`, written; null if not wanted.
+    pub entropy: *mut f32,
+}
+
+impl ppok_logprob_finish_args {
+    fn typed<I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        let inputs: FinishInputs<Raw, I> =
+            list_of!(self, FinishInputs, [targets, max, rest, logit], [weighted]);
+        run!(
+            (on, memory),
+            [inputs, &[rows]],
+            [list_of!(self, FinishOutputs::<Raw>, [logp, log_sum], [entropy]), &[rows]],
+            |i, o| cpu::finish(i, rows, vocab, &options, o),
+            |stream| cuda::finish(stream, i, rows, vocab, &options, o),
+        )
+    }
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_logprob_finish_args {
+    const OP: &'static str = OP;
+
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        check_reserved(OP, "args", self.reserved)?;
+        with_targets!(OP, self.targets_type, I => self.typed::<I>(memory, on))
+    }
+}
+
+/// Arguments of ppok_logprob_backward_*.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ppok_logprob_backward_args {
+    pub struct_size: usize,
+    /// Rows of logits, one a token.
+    pub rows: usize,
+    /// Columns of the whole vocabulary, above 0 and below 2^32. Logits of a row, unless there are
+    /// `columns`.
+    pub vocab: usize,
+    /// Logits of a row where they are a tile, and 0 where they are all.
+    pub columns: usize,
+    /// The id of the tile's first column; 0 where the logits are all.
+    pub first_column: usize,
+    /// `PPOK_F32`, `PPOK_F16` or `PPOK_BF16`.
+    pub logits_type: i32,
+    /// `PPOK_U32` or `PPOK_I64`.
+    pub targets_type: i32,
+    /// Logits, `[rows, vocab]` or `[rows, columns]` of `logits_type`.
     pub logits: *const c_void,
     /// Ids of the tokens, `[rows]` of `targets_type`.
     pub targets: *const c_void,
@@ -124,13 +305,15 @@ pub struct ppok_logprob_backward_args {
     /// Upstream gradient of the entropies, `[rows]`; null stands for zeros.
     pub grad_entropy: *const f32,
     pub options: *const ppok_logprob_options,
-    /// Gradient of the logits, `[rows, vocab]` of `logits_type`, written. For CUDA it may be `logits`.
+    /// Gradient of the logits, of their shape and type, written; it may be `logits`.
     pub grad_logits: *mut c_void,
 }
 
 impl ppok_logprob_backward_args {
     fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
-        let (rows, vocab, options) = (self.rows, self.vocab, memory.options(self.options)?);
+        let (rows, options) = (self.rows, memory.options(self.options)?);
+        let count = if self.columns == 0 { self.vocab } else { self.columns };
+        let (columns, shape) = (tile(self.first_column, count, self.vocab), (&[rows][..], count));
         let forward: ForwardInputs<Raw, T, I> =
             list_of!(self, ForwardInputs, [logits, targets], []);
         let inputs = BackwardInputs {
@@ -139,12 +322,21 @@ impl ppok_logprob_backward_args {
             grad_entropy: self.grad_entropy.given(),
             ..BackwardInputs::new(forward, self.max, self.log_sum)
         };
+        let outputs: BackwardOutputs<Raw, T> = list_of!(self, BackwardOutputs, [grad_logits], []);
+        // Of the same memory there cannot be a slice to read and one to write.
+        if matches!(on, On::Cpu) && self.logits == self.grad_logits.cast_const() {
+            let mut outputs = outputs;
+            let inputs: InPlaceInputs<Raw, I> = inputs.without_logits();
+            let inputs = inputs.try_map(&[rows], memory)?;
+            let outputs = outputs.try_map(shape, memory)?;
+            return Ok(cpu::backward_in_place(inputs, rows, columns, &options, outputs)?);
+        }
         run!(
             (on, memory),
-            [inputs, (&[rows], vocab)],
-            [list_of!(self, BackwardOutputs, [grad_logits], []), (&[rows], vocab)],
-            |i, o| cpu::backward(i, rows, vocab, &options, o),
-            |stream| cuda::backward(stream, i, rows, vocab, &options, o),
+            [inputs, shape],
+            [outputs, shape],
+            |i, o| cpu::backward_of_columns(i, rows, columns, &options, o),
+            |stream| cuda::backward_of_columns(stream, i, rows, columns, &options, o),
         )
     }
 }
@@ -179,7 +371,31 @@ pub unsafe extern "C" fn ppok_logprob_forward_cpu(args: *const ppok_logprob_forw
     capi::cpu(args)
 }
 
-/// Gradient with respect to the logits, in their own type: with the upstream gradients g of logp and
+/// Folds a tile of columns into running sums of its rows, or begins them with it: the forward pass from
+/// logits that come in pieces. The sums may be added to those over other columns, another process's say,
+/// by ppok_logprob_merge_*, and ppok_logprob_finish_* makes log-probabilities and entropies of those over
+/// all columns.
+///
+/// The bits depend on the widths of the tiles and their order. Targets are refused as in the forward pass.
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_partial_cpu(args: *const ppok_logprob_partial_args) -> i32 {
+    capi::cpu(args)
+}
+
+/// Adds the running sums over other columns to those over some.
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_merge_cpu(args: *const ppok_logprob_merge_args) -> i32 {
+    capi::cpu(args)
+}
+
+/// Log-probabilities, and entropies, of running sums over all columns. Of a target whose column was in
+/// none of them the log-probability is NaN.
+#[no_mangle]
+pub unsafe extern "C" fn ppok_logprob_finish_cpu(args: *const ppok_logprob_finish_args) -> i32 {
+    capi::cpu(args)
+}
+
+/// Gradient with respect to the logits, or to a tile of their columns, in their own type: with the upstream gradients g of logp and
 /// h of the entropy,
 ///
 /// ```text

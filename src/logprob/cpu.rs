@@ -2,7 +2,7 @@
 //! that are. A segment is walked once, with running maxima and sums; those of a row's
 //! segments are merged in an order that depends on the row's length only.
 
-use super::{LogprobOptions, OP};
+use super::{Columns, LogprobOptions, OP};
 use crate::cpu::math::{
     at_least, exp, exp_factors, exp_m1, for_logits, larger, max, max_lanes, sum_lanes, Exp,
     EXP_FLOOR, LOGIT_LANES,
@@ -25,7 +25,17 @@ const GRAIN: usize = 32 * 1024;
 /// them no digits.
 const HEADROOM: f32 = 8.0;
 
-in_space!(Host: ForwardInputs<T, I>, ForwardOutputs, BackwardInputs<T, I>, BackwardOutputs<T>);
+in_space!(
+    Host: ForwardInputs<T, I>,
+    ForwardOutputs,
+    BackwardInputs<T, I>,
+    BackwardOutputs<T>,
+    InPlaceInputs<I>,
+    RunningSums,
+    MergeInputs,
+    FinishInputs<I>,
+    FinishOutputs,
+);
 
 /// Log-probabilities of the targets of `rows` rows, and the entropies if asked for. Reads the logits
 /// once.
@@ -62,14 +72,9 @@ pub fn forward<T: Logit, I: TokenId>(
             let (sums, ln, lp) = if ignored {
                 (Sums::NONE, f32::NAN, 0.0)
             } else {
-                let sums = if entropy.is_some() {
-                    Sums::of_row::<T, true>(z, scale)
-                } else {
-                    Sums::of_row::<T, false>(z, scale)
-                };
-                let x = (z[target as usize].to_f32() - sums.max) * scale;
+                let sums = Sums::of_row(z, scale, entropy.is_some());
                 let ln = sums.log_sum();
-                (sums, ln, x - ln)
+                (sums, ln, sums.logp(z[target as usize].to_f32(), scale, ln))
             };
             logp[row] = lp;
             if let Some(entropy) = &mut entropy {
@@ -81,6 +86,128 @@ pub fn forward<T: Logit, I: TokenId>(
             }
         }
     });
+    Ok(())
+}
+
+/// Folds a tile of columns into the running sums of `rows` rows, or begins them with it. Reads the logits
+/// once. The inputs' `logits` are `[rows, columns.count]`.
+///
+/// # Errors
+/// If a length does not fit, the columns are not in the vocabulary, an option is out of range, or a target
+/// is outside the vocabulary. Nothing is written then.
+pub fn partial<T: Logit, I: TokenId>(
+    inputs: ForwardInputs<T, I>,
+    rows: usize,
+    columns: Columns,
+    options: &LogprobOptions,
+    begins: bool,
+    mut sums: RunningSums,
+) -> Result<()> {
+    options.validate()?;
+    columns.check()?;
+    Error::check_logits(OP, inputs.logits.len(), rows, columns.count)?;
+    inputs.try_map((&[rows], columns.count), &mut Lengths(OP))?;
+    check_targets(inputs.targets, columns.vocab, options)?;
+    sums.try_map(&[rows], &mut Lengths(OP))?;
+
+    let ForwardInputs { logits, targets } = inputs;
+    let RunningSums { max, rest, logit, weighted } = sums;
+    let logits = Rows { data: logits, width: columns.count };
+    let scale = (1.0 / options.temperature) as f32;
+    let items = (logits, targets, max, rest, logit, weighted);
+    for_each(rows, GRAIN / columns.count, items, |_, count, items| {
+        let (logits, targets, max, rest, logit, mut weighted) = items;
+        for row in 0..count {
+            let id = targets[row].id();
+            let mut now = Seen { sums: Sums::NONE, logit: f32::NAN };
+            if options.ignore_index != Some(id) {
+                let z = logits.row(row);
+                now.sums = Sums::of_row(z, scale, weighted.is_some());
+                now.logit = columns.place(id).map_or(f32::NAN, |place| z[place].to_f32());
+            }
+            let mut seen = SeenMut {
+                max: &mut max[row],
+                rest: &mut rest[row],
+                logit: &mut logit[row],
+                weighted: weighted.as_mut().map(|weighted| &mut weighted[row]),
+            };
+            seen.write(if begins { now } else { seen.read().merge(now, scale) });
+        }
+    });
+    Ok(())
+}
+
+/// Adds the running sums over other columns of `rows` rows to those over some.
+///
+/// # Errors
+/// If a length does not fit, an option is out of range, or one of the weighted sums is missing.
+pub fn merge(
+    inputs: MergeInputs,
+    rows: usize,
+    options: &LogprobOptions,
+    mut sums: RunningSums,
+) -> Result<()> {
+    options.validate()?;
+    inputs.try_map(&[rows], &mut Lengths(OP))?;
+    sums.try_map(&[rows], &mut Lengths(OP))?;
+    sums.check_pair(&inputs)?;
+
+    let scale = (1.0 / options.temperature) as f32;
+    for row in 0..rows {
+        let other = Seen {
+            sums: Sums {
+                max: inputs.other_max[row],
+                rest: inputs.other_rest[row],
+                weighted: inputs.other_weighted.map_or(0.0, |weighted| weighted[row]),
+            },
+            logit: inputs.other_logit[row],
+        };
+        let mut seen = SeenMut {
+            max: &mut sums.max[row],
+            rest: &mut sums.rest[row],
+            logit: &mut sums.logit[row],
+            weighted: sums.weighted.as_mut().map(|weighted| &mut weighted[row]),
+        };
+        seen.write(seen.read().merge(other, scale));
+    }
+    Ok(())
+}
+
+/// Log-probabilities, and entropies if asked for, of running sums over all columns of `vocab`.
+///
+/// # Errors
+/// If a length does not fit, an option is out of range, what the entropy needs is missing, or a target is
+/// outside the vocabulary. Nothing is written then.
+pub fn finish<I: TokenId>(
+    inputs: FinishInputs<I>,
+    rows: usize,
+    vocab: usize,
+    options: &LogprobOptions,
+    mut outputs: FinishOutputs,
+) -> Result<()> {
+    options.validate()?;
+    Columns::all(vocab).check()?;
+    inputs.try_map(&[rows], &mut Lengths(OP))?;
+    check_targets(inputs.targets, vocab, options)?;
+    outputs.try_map(&[rows], &mut Lengths(OP))?;
+    outputs.check_given(&inputs)?;
+
+    let scale = (1.0 / options.temperature) as f32;
+    for row in 0..rows {
+        let ignored = options.ignore_index == Some(inputs.targets[row].id());
+        let sums = Sums {
+            max: inputs.max[row],
+            rest: inputs.rest[row],
+            weighted: inputs.weighted.map_or(0.0, |weighted| weighted[row]),
+        };
+        let ln = sums.log_sum();
+        let logp = sums.logp(inputs.logit[row], scale, ln);
+        outputs.logp[row] = if ignored { 0.0 } else { logp };
+        outputs.log_sum[row] = if ignored { f32::NAN } else { ln };
+        if let Some(entropy) = &mut outputs.entropy {
+            entropy[row] = if ignored { 0.0 } else { sums.entropy(ln) };
+        }
+    }
     Ok(())
 }
 
@@ -96,32 +223,81 @@ pub fn backward<T: Logit, I: TokenId>(
     options: &LogprobOptions,
     outputs: BackwardOutputs<T>,
 ) -> Result<()> {
-    let non_temporal = prefers_non_temporal(size_of_val(outputs.grad_logits));
-    backward_of_part(inputs, rows, vocab, options, outputs, non_temporal)
+    backward_of_columns(inputs, rows, Columns::all(vocab), options, outputs)
 }
 
-/// The same for some of the rows of a gradient of which the whole is written past the caches or not.
+/// The same for a tile of columns: logits and gradient are `[rows, columns.count]`.
+///
+/// # Errors
+/// As [`backward`], or if the columns are not in the vocabulary.
+pub fn backward_of_columns<T: Logit, I: TokenId>(
+    inputs: BackwardInputs<T, I>,
+    rows: usize,
+    columns: Columns,
+    options: &LogprobOptions,
+    outputs: BackwardOutputs<T>,
+) -> Result<()> {
+    let non_temporal = prefers_non_temporal(size_of_val(outputs.grad_logits));
+    backward_of_part(inputs, rows, columns, options, outputs, non_temporal)
+}
+
+/// The same with the gradient in the place of the logits.
+///
+/// # Errors
+/// As [`backward_of_columns`].
+pub fn backward_in_place<T: Logit, I: TokenId>(
+    inputs: InPlaceInputs<I>,
+    rows: usize,
+    columns: Columns,
+    options: &LogprobOptions,
+    mut outputs: BackwardOutputs<T>,
+) -> Result<()> {
+    Error::check_logits(OP, outputs.grad_logits.len(), rows, columns.count)?;
+    outputs.try_map((&[rows], columns.count), &mut Lengths(OP))?;
+    let grads = RowsMut { data: outputs.grad_logits, width: columns.count };
+    // It is in the caches, or on its way there.
+    write_gradients(None, inputs, rows, columns, options, grads, false)
+}
+
+/// [`backward_of_columns`] for some of the rows of a gradient of which the whole is written past the
+/// caches or not.
 pub(crate) fn backward_of_part<T: Logit, I: TokenId>(
     inputs: BackwardInputs<T, I>,
     rows: usize,
-    vocab: usize,
+    columns: Columns,
     options: &LogprobOptions,
     mut outputs: BackwardOutputs<T>,
     non_temporal: bool,
 ) -> Result<()> {
-    options.validate()?;
-    Error::check_logits(OP, inputs.forward.logits.len(), rows, vocab)?;
-    inputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
-    check_targets(inputs.forward.targets, vocab, options)?;
-    let entropy = inputs.entropy_or_any()?;
-    outputs.try_map((&[rows], vocab), &mut Lengths(OP))?;
+    let logits = inputs.forward.logits;
+    Error::check_logits(OP, logits.len(), rows, columns.count)?;
+    inputs.try_map((&[rows], columns.count), &mut Lengths(OP))?;
+    outputs.try_map((&[rows], columns.count), &mut Lengths(OP))?;
+    let inputs = inputs.without_logits();
+    let grads = RowsMut { data: outputs.grad_logits, width: columns.count };
+    write_gradients(Some(logits), inputs, rows, columns, options, grads, non_temporal)
+}
 
-    let BackwardInputs { forward, max, log_sum, grad_logp, grad_entropy, .. } = inputs;
-    let ForwardInputs { logits, targets } = forward;
-    let BackwardOutputs { grad_logits } = outputs;
+/// The gradients of logits, or of those that they take the place of.
+fn write_gradients<T: Logit, I: TokenId>(
+    logits: Option<&[T]>,
+    inputs: InPlaceInputs<I>,
+    rows: usize,
+    columns: Columns,
+    options: &LogprobOptions,
+    grads: RowsMut<T>,
+    non_temporal: bool,
+) -> Result<()> {
+    options.validate()?;
+    columns.check()?;
+    inputs.try_map(&[rows], &mut Lengths(OP))?;
+    check_targets(inputs.targets, columns.vocab, options)?;
+    let entropy = inputs.entropy_or_any()?;
+
+    let InPlaceInputs { targets, max, log_sum, grad_logp, grad_entropy, .. } = inputs;
+    let width = columns.count;
     let scale = (1.0 / options.temperature) as f32;
-    let grads = RowsMut { data: grad_logits, width: vocab };
-    for_each(rows, GRAIN / vocab, grads, |first, count, mut grads| {
+    for_each(rows, GRAIN / width, grads, |first, count, mut grads| {
         for i in 0..count {
             let row = first + i;
             let grad = grads.row(i);
@@ -140,11 +316,11 @@ pub(crate) fn backward_of_part<T: Logit, I: TokenId>(
                 grad_logp: g,
                 grad_entropy: h,
             };
-            let z = &logits[row * vocab..][..vocab];
-            if non_temporal {
-                slope.write_row::<T, true>(z, target as usize, grad);
-            } else {
-                slope.write_row::<T, false>(z, target as usize, grad);
+            let place = columns.place(target);
+            match logits.map(|logits| &logits[row * width..][..width]) {
+                None => slope.write_over(grad, place),
+                Some(z) if non_temporal => slope.write_row::<T, true>(z, place, grad),
+                Some(z) => slope.write_row::<T, false>(z, place, grad),
             }
         }
     });
@@ -182,7 +358,16 @@ struct Sums {
 impl Sums {
     const NONE: Sums = Sums { max: f32::NEG_INFINITY, rest: 0.0, weighted: 0.0 };
 
-    fn of_row<T: Logit, const ENTROPY: bool>(row: &[T], scale: f32) -> Sums {
+    /// The sums of a row, the weighted one if asked for.
+    fn of_row<T: Logit>(row: &[T], scale: f32, weighted: bool) -> Sums {
+        if weighted {
+            Sums::of_columns::<T, true>(row, scale)
+        } else {
+            Sums::of_columns::<T, false>(row, scale)
+        }
+    }
+
+    fn of_columns<T: Logit, const ENTROPY: bool>(row: &[T], scale: f32) -> Sums {
         let of_segment = |_, _, segment: &[T]| {
             if segment.len() <= BLOCK {
                 return vectorise(
@@ -263,9 +448,51 @@ impl Sums {
         }
     }
 
+    /// The log-probability of a column, of the logarithm of the sum.
+    fn logp(&self, z: f32, scale: f32, log_sum: f32) -> f32 {
+        (z - self.max) * scale - log_sum
+    }
+
     /// The entropy, of the logarithm of the sum.
     fn entropy(&self, log_sum: f32) -> f32 {
         log_sum + self.weighted / (1.0 + self.rest)
+    }
+}
+
+/// What is known of a row from the columns seen so far.
+#[derive(Clone, Copy)]
+struct Seen {
+    sums: Sums,
+    /// The target's; NaN while it has not been seen.
+    logit: f32,
+}
+
+impl Seen {
+    fn merge(self, other: Seen, scale: f32) -> Seen {
+        let logit = if self.logit.is_nan() { other.logit } else { self.logit };
+        Seen { sums: self.sums.merge(other.sums, scale), logit }
+    }
+}
+
+/// Where that is kept.
+struct SeenMut<'a> {
+    max: &'a mut f32,
+    rest: &'a mut f32,
+    logit: &'a mut f32,
+    weighted: Option<&'a mut f32>,
+}
+
+impl SeenMut<'_> {
+    fn read(&self) -> Seen {
+        let weighted = self.weighted.as_deref().copied().unwrap_or(0.0);
+        Seen { sums: Sums { max: *self.max, rest: *self.rest, weighted }, logit: *self.logit }
+    }
+
+    fn write(&mut self, seen: Seen) {
+        (*self.max, *self.rest, *self.logit) = (seen.sums.max, seen.sums.rest, seen.logit);
+        if let Some(weighted) = &mut self.weighted {
+            **weighted = seen.sums.weighted;
+        }
     }
 }
 
@@ -412,7 +639,12 @@ struct Slope {
 }
 
 impl Slope {
-    fn write_row<T: Logit, const NON_TEMPORAL: bool>(self, z: &[T], target: usize, grad: &mut [T]) {
+    fn write_row<T: Logit, const NON_TEMPORAL: bool>(
+        self,
+        z: &[T],
+        target: Option<usize>,
+        grad: &mut [T],
+    ) {
         for_each(z.len(), GRAIN, (z, &mut *grad), |_, _, (z, grad)| {
             vectorise(
                 #[inline(always)]
@@ -426,11 +658,34 @@ impl Slope {
                 },
             );
         });
-        let at_target = vectorise(
+        if let Some(target) = target {
+            grad[target] = self.target_gradient(z[target]);
+        }
+    }
+
+    /// The gradients in the place of the logits.
+    fn write_over<T: Logit>(self, z: &mut [T], target: Option<usize>) {
+        let at_target = target.map(|target| (target, self.target_gradient(z[target])));
+        for_each(z.len(), GRAIN, &mut *z, |_, _, z| {
+            vectorise(
+                #[inline(always)]
+                || {
+                    for z in z {
+                        *z = T::from_f32(self.at(z.to_f32()));
+                    }
+                },
+            );
+        });
+        if let Some((target, grad)) = at_target {
+            z[target] = grad;
+        }
+    }
+
+    fn target_gradient<T: Logit>(self, z: T) -> T {
+        vectorise(
             #[inline(always)]
-            || self.at_target(z[target].to_f32()),
-        );
-        grad[target] = T::from_f32(at_target);
+            || T::from_f32(self.at_target(z.to_f32())),
+        )
     }
 
     /// g (1 - p) - p h (ln p + H). Where p is near 1, 1 - p would lose its digits.
@@ -472,11 +727,14 @@ mod tests {
         };
         for offset in 0..3 {
             let (mut cached, mut past) = (vec![T::ZERO; 304], vec![T::ZERO; 304]);
-            slope.write_row::<T, false>(&z, 300, &mut cached[offset..][..301]);
-            slope.write_row::<T, true>(&z, 300, &mut past[offset..][..301]);
+            slope.write_row::<T, false>(&z, Some(300), &mut cached[offset..][..301]);
+            slope.write_row::<T, true>(&z, Some(300), &mut past[offset..][..301]);
             let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&cached), bits(&past));
             assert!(past[offset].to_f32() != 0.0 && past[offset + 300].to_f32() != 0.0);
+            let mut over = z.clone();
+            slope.write_over(&mut over, Some(300));
+            assert_eq!(bits(&over), bits(&past[offset..][..301]));
         }
     }
 

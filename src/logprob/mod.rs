@@ -32,6 +32,10 @@
 //! - A row whose upstream gradient is exactly 0 gets a zero gradient without being read, so what
 //!   a loss masks out may hold anything.
 //!
+//! The logits may come in tiles of columns, one after the other or each at another place (vocabulary
+//! shards): `partial` folds a tile into running sums of its rows, `merge` adds those of other columns,
+//! `finish` makes the values of them, and the backward pass takes the same tiles.
+//!
 //! Cost, with S the bytes of the logits: forward reads S once; backward reads S once and writes S
 //! once. All else is one value a row.
 
@@ -72,6 +76,43 @@ impl LogprobOptions {
         // Its inverse has to fit into f32: a scale of 0 or infinity makes NaN of legal logits.
         let valid = (1e-30..=1e30).contains(&self.temperature);
         Error::check_option(OP, "temperature", self.temperature, valid, "1e-30 to 1e30")
+    }
+}
+
+/// The columns of a vocabulary that some logits are of: all of them, a tile or a shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// The id of the first column.
+    pub first: usize,
+    /// Columns; above 0.
+    pub count: usize,
+    /// Columns of the whole vocabulary, from `first + count` to 2^32 - 1. Targets are in `0..vocab`.
+    pub vocab: usize,
+}
+
+impl Columns {
+    /// All columns of a vocabulary.
+    pub fn all(vocab: usize) -> Self {
+        Self { first: 0, count: vocab, vocab }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let Self { first, count, vocab } = *self;
+        let refused = |arg, expected, got| Err(Error::Shape { op: OP, arg, expected, got });
+        if u32::try_from(vocab).is_err() {
+            return refused("vocab", format!("{} or less", u32::MAX), vocab.to_string());
+        }
+        let end = first.saturating_add(count);
+        if end > vocab {
+            return refused("columns", format!("a range of 0..{vocab}"), format!("{first}..{end}"));
+        }
+        Ok(())
+    }
+
+    /// The place of a target in these columns, if it is there.
+    pub(crate) fn place(&self, target: i64) -> Option<usize> {
+        let place = usize::try_from(target).ok()?.checked_sub(self.first)?;
+        (place < self.count).then_some(place)
     }
 }
 
@@ -130,7 +171,119 @@ list! {
     }
 }
 
+list! {
+    /// The running sums of each row over the columns seen so far, in some memory. With `d = (max - z) /
+    /// temperature`, one occurrence of the maximum is left out of the sums. Of a row that is ignored they
+    /// mean nothing.
+    outputs RunningSums(leading: &[usize]) {
+        /// The largest logit, `[rows]`; -inf before there is one.
+        max: f32 [leading],
+        /// Σ' e^-d, `[rows]`.
+        rest: f32 [leading],
+        /// The target's logit, `[rows]`; NaN while its column has not been seen.
+        logit: f32 [leading],
+    } optional {
+        /// Σ' e^-d d, `[rows]`, which only the entropy needs.
+        weighted: f32 [leading],
+    }
+}
+
+list! {
+    /// The running sums over other columns, in some memory: as [`RunningSums`].
+    inputs MergeInputs(leading: &[usize]) {
+        /// The largest logit, `[rows]`.
+        other_max: f32 [leading],
+        /// Σ' e^-d, `[rows]`.
+        other_rest: f32 [leading],
+        /// The target's logit, or NaN, `[rows]`.
+        other_logit: f32 [leading],
+    } optional {
+        /// Σ' e^-d d, `[rows]`.
+        other_weighted: f32 [leading],
+    }
+}
+
+impl<S: Space> RunningSums<'_, S> {
+    /// `Ok` when both have what the entropy needs or neither has.
+    fn check_pair(&self, other: &MergeInputs<S>) -> Result<()> {
+        let given = [self.weighted.is_some(), other.other_weighted.is_some()];
+        Error::check_both(OP, ["weighted", "other_weighted"], given)
+    }
+}
+
+list! {
+    /// The running sums over all columns, in some memory: as [`RunningSums`].
+    inputs FinishInputs<I>(leading: &[usize]) {
+        /// Ids of the tokens, `[rows]`.
+        targets: I [leading],
+        /// The largest logit, `[rows]`.
+        max: f32 [leading],
+        /// Σ' e^-d, `[rows]`.
+        rest: f32 [leading],
+        /// The target's logit, `[rows]`.
+        logit: f32 [leading],
+    } optional {
+        /// Σ' e^-d d, `[rows]`; needed by `entropy` alone.
+        weighted: f32 [leading],
+    }
+}
+
+list! {
+    /// What running sums over all columns come to, in some memory.
+    outputs FinishOutputs(leading: &[usize]) {
+        /// Log-probability of the target, `[rows]`.
+        logp: f32 [leading],
+        /// ln Σ e^{(z - max) / temperature}, `[rows]`, which the backward pass needs.
+        log_sum: f32 [leading],
+    } optional {
+        /// Entropy of the row's distribution, `[rows]`, if wanted.
+        entropy: f32 [leading],
+    }
+}
+
+impl<S: Space> FinishOutputs<'_, S> {
+    /// `Ok` when the entropy has what it needs.
+    fn check_given<I: Element>(&self, inputs: &FinishInputs<S, I>) -> Result<()> {
+        let given = [self.entropy.is_some(), inputs.weighted.is_some()];
+        Error::check_given(OP, ["entropy", "weighted"], given)
+    }
+}
+
+list! {
+    /// The inputs of the backward pass in place, in some memory: those of [`BackwardInputs`] but for the
+    /// logits, which the gradient takes the place of.
+    inputs InPlaceInputs<I>(leading: &[usize]) {
+        /// Ids of the tokens, `[rows]`.
+        targets: I [leading],
+        /// The row's largest logit, `[rows]`.
+        max: f32 [leading],
+        /// ln Σ e^{(z - max) / temperature}, `[rows]`.
+        log_sum: f32 [leading],
+    } optional {
+        /// Entropy of the row's distribution, `[rows]`; needed by `grad_entropy` alone.
+        entropy: f32 [leading],
+        /// Upstream gradient of the log-probabilities, `[rows]`.
+        grad_logp: f32 [leading],
+        /// Upstream gradient of the entropies, `[rows]`.
+        grad_entropy: f32 [leading],
+    }
+}
+
 impl<'a, S: Space, T: Element, I: Element> BackwardInputs<'a, S, T, I> {
+    /// The same without the logits.
+    fn without_logits(self) -> InPlaceInputs<'a, S, I> {
+        InPlaceInputs {
+            targets: self.forward.targets,
+            max: self.max,
+            log_sum: self.log_sum,
+            entropy: self.entropy,
+            grad_logp: self.grad_logp,
+            grad_entropy: self.grad_entropy,
+        }
+    }
+}
+
+impl<'a, S: Space, I: Element> InPlaceInputs<'a, S, I> {
     /// The entropies, or what may stand in their place where no gradient comes from them.
     fn entropy_or_any(&self) -> Result<S::In<'a, f32>>
     where

@@ -11,7 +11,7 @@ use crate::cpu::{
 use crate::error::{Error, Result};
 use crate::kl::cpu::{k3_and_slope, TokenKl};
 use crate::kl::limit;
-use crate::logprob::{self, LogprobOptions};
+use crate::logprob::{self, Columns, LogprobOptions};
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
 
@@ -205,7 +205,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         logprob::cpu::backward_of_part(
             inputs,
             count,
-            vocab,
+            Columns::all(vocab),
             &logprob_options,
             outputs,
             non_temporal,

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
 use crate::kl::limit;
 use crate::logprob::cuda::{ForwardArgs, MOST_PARTS};
-use crate::logprob::{ForwardInputs, ForwardOutputs, LogprobOptions};
+use crate::logprob::{Columns, ForwardInputs, ForwardOutputs, LogprobOptions};
 use crate::memory::{
     in_space, Array, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Space, Writes,
 };
@@ -189,7 +189,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         let args = LogitsArgs::<Pointers, T, I> {
             forward: ForwardArgs::new(
                 forward_inputs,
-                [tokens, vocab],
+                tokens,
+                Columns::all(vocab),
                 logprob_options,
                 forward_outputs,
                 &rows,

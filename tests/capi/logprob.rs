@@ -3,12 +3,14 @@
 use ppo_kernels::capi::functions::*;
 use ppo_kernels::logprob::capi::*;
 use ppo_kernels::logprob::cpu::{
-    self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
+    self, BackwardInputs, BackwardOutputs, FinishInputs, FinishOutputs, ForwardInputs,
+    ForwardOutputs, MergeInputs, RunningSums,
 };
-use ppo_kernels::logprob::LogprobOptions;
+use ppo_kernels::logprob::{Columns, LogprobOptions};
 use rand::Rng;
 
 use super::*;
+use crate::common::logprob_cases;
 
 pub fn c_options(options: &LogprobOptions) -> ppok_logprob_options {
     ppok_logprob_options {
@@ -59,6 +61,8 @@ fn backward_args<T: Logit, I: TokenId>(
         struct_size: size_of::<ppok_logprob_backward_args>(),
         rows,
         vocab,
+        columns: 0,
+        first_column: 0,
         logits_type: logits_type::<T>(),
         targets_type: targets_type::<I>(),
         logits: inputs.forward.logits.as_ptr().cast(),
@@ -130,7 +134,119 @@ fn logprob_of<T: Logit, I: TokenId>(options: &LogprobOptions, id: fn(i64) -> I) 
         // SAFETY: lengths as said.
         ok(unsafe { ppok_logprob_backward_cpu(&args) });
         assert_eq!(bits(&wide(&got)), bits(&wide(&want)));
+        // And over the logits.
+        let mut over = logits.clone();
+        let mut args = backward_args(&inputs, shape, &c, over.as_mut_ptr());
+        args.logits = args.grad_logits;
+        // SAFETY: lengths as said.
+        ok(unsafe { ppok_logprob_backward_cpu(&args) });
+        assert_eq!(bits(&wide(&over)), bits(&wide(&want)));
     }
+}
+
+#[test]
+fn tiles_are_those_of_rust() {
+    let (rng, rows, vocab) = (&mut rng(5), 5, 300);
+    let logits = uniform(rng, rows * vocab, 6.0);
+    let mut targets: Vec<i64> = (0..rows).map(|_| rng.random_range(0..vocab as i64)).collect();
+    targets[2] = -100;
+    let options = LogprobOptions { temperature: 0.7, ignore_index: Some(-100) };
+    let c = c_options(&options);
+    let (mut want, mut got) = (unwritten(rows), unwritten(rows));
+    let mut others = unwritten(rows);
+    for (i, (first, count)) in [(0, 100), (100, 150), (250, 50)].into_iter().enumerate() {
+        let columns = Columns { first, count, vocab };
+        let tile = logprob_cases::tile(&logits, columns);
+        let inputs = ForwardInputs { logits: &tile, targets: &targets };
+        let partial = |begins: bool, written: &mut Written| {
+            let [max, rest, logit, weighted] = written;
+            let sums = RunningSums { max, rest, logit, weighted: Some(weighted) };
+            cpu::partial(inputs, rows, columns, &options, begins, sums).unwrap();
+        };
+        let partial_of_c = |begins: bool, written: &mut Written| {
+            let [max, rest, logit, weighted] = written.each_mut().map(Vec::as_mut_ptr);
+            let args = ppok_logprob_partial_args {
+                struct_size: size_of::<ppok_logprob_partial_args>(),
+                rows,
+                columns: count,
+                first_column: first,
+                vocab,
+                logits_type: PPOK_F32,
+                targets_type: PPOK_I64,
+                begins: begins.into(),
+                reserved: 0,
+                logits: tile.as_ptr().cast(),
+                targets: targets.as_ptr().cast(),
+                options: &c,
+                max,
+                rest,
+                logit,
+                weighted,
+            };
+            // SAFETY: lengths as said.
+            ok(unsafe { ppok_logprob_partial_cpu(&args) });
+        };
+        if i < 2 {
+            partial(i == 0, &mut want);
+            partial_of_c(i == 0, &mut got);
+            continue;
+        }
+        partial_of_c(true, &mut others);
+        let [max, rest, logit, weighted] = &others;
+        let inputs =
+            MergeInputs { other_weighted: Some(weighted), ..MergeInputs::new(max, rest, logit) };
+        let [max, rest, logit, weighted] = &mut want;
+        let sums = RunningSums { max, rest, logit, weighted: Some(weighted) };
+        cpu::merge(inputs, rows, &options, sums).unwrap();
+        let [max, rest, logit, weighted] = got.each_mut().map(Vec::as_mut_ptr);
+        let args = ppok_logprob_merge_args {
+            struct_size: size_of::<ppok_logprob_merge_args>(),
+            rows,
+            other_max: inputs.other_max.as_ptr(),
+            other_rest: inputs.other_rest.as_ptr(),
+            other_logit: inputs.other_logit.as_ptr(),
+            other_weighted: pointer(inputs.other_weighted),
+            options: &c,
+            max,
+            rest,
+            logit,
+            weighted,
+        };
+        // SAFETY: lengths as said.
+        ok(unsafe { ppok_logprob_merge_cpu(&args) });
+    }
+    assert_eq!(all_bits(&got), all_bits(&want));
+
+    let [max, rest, logit, weighted] = &want;
+    let inputs = FinishInputs {
+        weighted: Some(weighted),
+        ..FinishInputs::new(targets.as_slice(), max, rest, logit)
+    };
+    let mut want = [(); 3].map(|()| vec![f32::NAN; rows]);
+    let mut found = want.clone();
+    let [logp, log_sum, entropy] = &mut want;
+    let outputs = FinishOutputs { logp, log_sum, entropy: Some(entropy) };
+    cpu::finish(inputs, rows, vocab, &options, outputs).unwrap();
+    let [logp, log_sum, entropy] = found.each_mut().map(Vec::as_mut_ptr);
+    let args = ppok_logprob_finish_args {
+        struct_size: size_of::<ppok_logprob_finish_args>(),
+        rows,
+        vocab,
+        targets_type: PPOK_I64,
+        reserved: 0,
+        targets: targets.as_ptr().cast(),
+        max: inputs.max.as_ptr(),
+        rest: inputs.rest.as_ptr(),
+        logit: inputs.logit.as_ptr(),
+        weighted: pointer(inputs.weighted),
+        options: &c,
+        logp,
+        log_sum,
+        entropy,
+    };
+    // SAFETY: lengths as said.
+    ok(unsafe { ppok_logprob_finish_cpu(&args) });
+    assert_eq!(found.map(|x| bits(&x)), want.map(|x| bits(&x)));
 }
 
 #[cfg(feature = "simt")]

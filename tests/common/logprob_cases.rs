@@ -3,6 +3,8 @@
 use rand::rngs::StdRng;
 use rand::Rng;
 
+use ppo_kernels::logprob::Columns;
+
 use super::uniform;
 
 /// Rows as they are met in practice, and worse.
@@ -65,4 +67,28 @@ pub fn confident(rng: &mut StdRng, vocab: usize) -> (Case, Vec<i64>) {
         targets.push(target as i64);
     }
     (Case { name: "confident", vocab, rows }, targets)
+}
+
+/// A vocabulary cut into up to five tiles at random, in order.
+pub fn tiles_of(rng: &mut StdRng, vocab: usize) -> Vec<Columns> {
+    let mut ends: Vec<usize> = (0..4).map(|_| rng.random_range(0..=vocab)).collect();
+    ends.extend([0, vocab]);
+    ends.sort_unstable();
+    ends.dedup();
+    ends.windows(2)
+        .map(|ends| Columns { first: ends[0], count: ends[1] - ends[0], vocab })
+        .collect()
+}
+
+/// The columns of a tile of every row.
+pub fn tile<T: Copy>(rows: &[T], columns: Columns) -> Vec<T> {
+    let of_row = |row: &[T]| row[columns.first..][..columns.count].to_vec();
+    rows.chunks(columns.vocab).flat_map(of_row).collect()
+}
+
+/// Writes the columns of a tile into every row.
+pub fn put_tile<T: Copy>(rows: &mut [T], columns: Columns, tile: &[T]) {
+    for (row, tile) in rows.chunks_mut(columns.vocab).zip(tile.chunks(columns.count)) {
+        row[columns.first..][..columns.count].copy_from_slice(tile);
+    }
 }

@@ -266,6 +266,8 @@ class logprob_backward_args(Structure):
         ("struct_size", c_size_t),
         ("rows", c_size_t),
         ("vocab", c_size_t),
+        ("columns", c_size_t),
+        ("first_column", c_size_t),
         ("logits_type", c_int32),
         ("targets_type", c_int32),
         ("logits", c_void_p),
@@ -277,6 +279,25 @@ class logprob_backward_args(Structure):
         ("grad_entropy", c_void_p),
         ("options", c_void_p),
         ("grad_logits", c_void_p),
+    ]
+
+
+class logprob_finish_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("vocab", c_size_t),
+        ("targets_type", c_int32),
+        ("reserved", c_int32),
+        ("targets", c_void_p),
+        ("max", c_void_p),
+        ("rest", c_void_p),
+        ("logit", c_void_p),
+        ("weighted", c_void_p),
+        ("options", c_void_p),
+        ("logp", c_void_p),
+        ("log_sum", c_void_p),
+        ("entropy", c_void_p),
     ]
 
 
@@ -294,6 +315,43 @@ class logprob_forward_args(Structure):
         ("entropy", c_void_p),
         ("max", c_void_p),
         ("log_sum", c_void_p),
+    ]
+
+
+class logprob_merge_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("other_max", c_void_p),
+        ("other_rest", c_void_p),
+        ("other_logit", c_void_p),
+        ("other_weighted", c_void_p),
+        ("options", c_void_p),
+        ("max", c_void_p),
+        ("rest", c_void_p),
+        ("logit", c_void_p),
+        ("weighted", c_void_p),
+    ]
+
+
+class logprob_partial_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("columns", c_size_t),
+        ("first_column", c_size_t),
+        ("vocab", c_size_t),
+        ("logits_type", c_int32),
+        ("targets_type", c_int32),
+        ("begins", c_int32),
+        ("reserved", c_int32),
+        ("logits", c_void_p),
+        ("targets", c_void_p),
+        ("options", c_void_p),
+        ("max", c_void_p),
+        ("rest", c_void_p),
+        ("logit", c_void_p),
+        ("weighted", c_void_p),
     ]
 
 
@@ -511,10 +569,19 @@ FUNCTIONS = {
     "logprob_backward_cpu": (c_int32, (c_void_p,)),
     "logprob_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "logprob_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "logprob_finish_cpu": (c_int32, (c_void_p,)),
+    "logprob_finish_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "logprob_finish_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "logprob_forward_cpu": (c_int32, (c_void_p,)),
     "logprob_forward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "logprob_forward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "logprob_merge_cpu": (c_int32, (c_void_p,)),
+    "logprob_merge_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "logprob_merge_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "logprob_options_init": (c_int32, (c_void_p, c_size_t)),
+    "logprob_partial_cpu": (c_int32, (c_void_p,)),
+    "logprob_partial_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "logprob_partial_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "moments_merge": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "num_threads": (c_size_t, ()),
     "ppo_loss_cpu": (c_int32, (c_void_p,)),

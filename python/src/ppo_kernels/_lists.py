@@ -95,6 +95,7 @@ _all = f"{_sizes} targets_type max log_sum"
 _inputs = "logits targets entropy"
 logprob_forward = _pass("logprob_forward", LOGPROB, _all, "logp", _inputs)
 _inputs = f"{_inputs} grad_logp grad_entropy"
+_all = f"{_all} columns first_column"
 logprob_backward = _pass("logprob_backward", LOGPROB, _all, "grad_logits", _inputs)
 
 # --- kl ---
