@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="not in the source t
 NUMBERS = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
-def cases(file, *functions):
+def cases(file, *functions, dtype="float64"):
     """Those of a file whose function is one of these, their inputs completed. Names are as in the
     peers' own code."""
     if not GOLDEN.exists():
@@ -23,7 +23,7 @@ def cases(file, *functions):
     for name, case in every.items():
         if (
             case["function"] in functions
-            and case["dtype"] == "float64"
+            and case["dtype"] == dtype
             and "raises" not in case["outputs"]
         ):
             same = case["inputs"].get("same_inputs_as")

@@ -38,6 +38,17 @@ def samples():
     yield ops.logprobs, (leaf(2, 5, 33), several[..., :0], 0.7)
     logp, stats = ops.logprobs(torch.zeros(2, 5, 33), several, 0.7)
     yield ops.logprobs_backward, (torch.zeros(2, 5, 33), several, stats, logp, 0.7)
+    linear = (leaf(2, 5, 8), leaf(33, 8), index, leaf(33))
+    yield ops.linear_logprob, (*linear, None, True, 0.7, None, 1.0, None)
+    yield ops.linear_logprob, (*linear, 1 + rows.abs(), False, 0.7, int(index[0, 0]), 0.5, 3.0)
+    yield ops.linear_logprob, (*linear[:3], None, None, False, 1.0, None, 1.0, None)
+    _, entropy, stats = ops.linear_logprob(*linear, None, True, 0.7, None, 1.0, None)
+    linear = [x.detach() for x in (*linear, stats, entropy)]
+    linear.insert(4, None)
+    options = (0.7, None, 1.0, None)
+    yield ops.linear_logprob_backward, (*linear, rows, more, True, True, True, *options)
+    linear[3] = linear[6] = None
+    yield ops.linear_logprob_backward, (*linear, rows, None, True, False, False, *options)
     yield ops.token_kl, (leaf(2, 5), leaf(2, 5), mask, *kl)
     yield ops.token_kl_backward, (rows, more, mask, rows, True, False, *kl)
     yield ops.full_kl, (leaf(2, 5, 33), leaf(2, 5, 33), mask, 0.7, "reverse")
@@ -107,6 +118,8 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
     ref_logp = functional.selective_log_softmax(ref_logits, index, row_mask=mask)
     top = functional.selective_log_softmax(logits, torch.stack([index, index * 0], -1))
     kl = functional.token_kl(logp, ref_logp, mask, estimator="k3")
+    head = functional.linear_logprobs(logits[..., :8], values.new_ones(50, 8), index, entropy=True)
+    entropy = entropy + head.logp + head.entropy
     exact = functional.full_kl(logits, ref_logits, mask)
     out = functional.gae(values, rewards, mask, kl=kl, whiten=True)
     loss, stats = functional.ppo_loss(
@@ -160,6 +173,8 @@ def step_of_numbers(logits, ref_logits, index, mask, number, other):
     ref_logp = functional.selective_log_softmax(ref_logits, index, number + 0.1)
     top = functional.selective_log_softmax(logits, torch.stack([index, index * 0], -1), other)
     kl = functional.token_kl(logp, ref_logp, mask, log_ratio_clamp=other, output_clamp=number)
+    head = (logits[..., :8], logits.new_ones(50, 8), index, None, number)
+    logp = logp + functional.linear_logprobs(*head, logit_scale=other, softcap=number).logp
     exact = functional.full_kl(logits, ref_logits, mask, temperature=other * number)
     out = functional.gae(
         tensors,

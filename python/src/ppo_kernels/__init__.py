@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .functional import (
         GaeOutput,
+        LinearOutput,
         full_kl,
         gae,
+        linear_logprobs,
         logprobs_and_entropy,
         masked_moments,
         masked_whiten,
@@ -25,9 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GaeOutput",
+    "LinearOutput",
     "full_kl",
     "gae",
     "library_version",
+    "linear_logprobs",
     "logprobs_and_entropy",
     "masked_moments",
     "masked_whiten",

@@ -41,7 +41,7 @@ class Op(NamedTuple):
 
     name: str
     inputs: tuple[Argument, ...]
-    options: Options | None = None
+    options: Options | Choices | None = None
 
     def but(self, name: str, *more: Argument) -> Op:
         """One with another name and more inputs."""
@@ -97,6 +97,43 @@ logprob_forward = _pass("logprob_forward", LOGPROB, _all, "logp", _inputs)
 _inputs = f"{_inputs} grad_logp grad_entropy"
 _all = f"{_all} columns first_column"
 logprob_backward = _pass("logprob_backward", LOGPROB, _all, "grad_logits", _inputs)
+
+# --- linear ---
+
+
+class Choices(NamedTuple):
+    """Options that the library does not know as a struct: by name, their types."""
+
+    kinds: dict[str, str]
+
+
+_inputs = (
+    _tensor("hidden"),
+    _tensor("weight"),
+    _tensor("index"),
+    _tensor("bias?"),
+    _tensor("row_temperature?"),
+)
+_kinds = {
+    "temperature": "float",
+    "ignore_index": "int?",
+    "logit_scale": "float",
+    "softcap": "float?",
+}
+LINEAR = Op("linear_logprobs", _inputs, Choices(_kinds))
+LINEAR_BACKWARD = LINEAR.but("linear_logprobs_backward", *LOGPROB_BACKWARD.inputs[2:])
+LINEAR_BACKWARD_ROWS = Op(LINEAR_BACKWARD.name, LOGPROB_BACKWARD.inputs[2:])
+
+_TILES = Op(LINEAR.name, LOGPROB.inputs, Options("logprob", LINEAR.name))
+_sums, _tile = "max rest logit weighted", "rows columns first_column vocab logits_type targets_type"
+_more = f"{_tile} begins"
+logprob_partial = _pass("logprob_partial", _TILES, _more, _sums, "logits targets")
+_others = "other_max other_rest other_logit other_weighted"
+logprob_merge = _pass("logprob_merge", _TILES, "rows", _sums, _others)
+_more = f"{_sums} logp log_sum entropy"
+logprob_finish = _pass("logprob_finish", _TILES, "rows vocab targets_type", _more, "targets")
+_more = "logits targets max log_sum entropy grad_logp grad_entropy"
+logprob_tile_backward = _pass("logprob_backward", _TILES, _tile, "grad_logits", _more)
 
 # --- kl ---
 

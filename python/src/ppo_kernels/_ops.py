@@ -500,10 +500,12 @@ def _call_logprob(
     total = index.numel()
     rows = total // slices
     sizes = (rows, logits.shape[-1], _LOGITS[logits.dtype], _TARGETS[index.dtype])
+    # Of the backward pass: all columns.
+    tile = (0, 0) if function is _lists.logprob_backward else ()
     for number in range(slices):
         kept = stats.data_ptr() + 4 * rows * number
         addresses = _addresses(inputs, results, number)
-        _call(function, logits, options, *sizes, kept, kept + 4 * total, *addresses)
+        _call(function, logits, options, *sizes, kept, kept + 4 * total, *tile, *addresses)
 
 
 def _logprob_forward(op: Op, tensors: tuple, options: tuple) -> Results:

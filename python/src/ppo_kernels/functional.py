@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _FUNCTIONS, _lib, _lists, _ops
+from . import _FUNCTIONS, _lib, _linear, _lists, _ops
 
 __all__ = [*_FUNCTIONS]
 
@@ -144,6 +144,70 @@ def logprobs_and_entropy(
     op = "logprobs_and_entropy"
     index, ignore_index = _skip(op, logits, index, row_mask, ignore_index)
     return _ops.call(_ops.logprob_entropy, logits, index, temperature, ignore_index)[:2]
+
+
+class LinearOutput(NamedTuple):
+    """Log-probabilities and, if asked for, entropies, float32 in nats."""
+
+    logp: Tensor
+    entropy: Tensor | None
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    temperature: Number = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    entropy: bool = False,
+    ignore_index: int | None = None,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
+) -> LinearOutput:
+    """Log-probabilities of chosen tokens from hidden states and the head's weight, without the
+    logits: :func:`selective_log_softmax` of ``z``, with
+
+        y = hidden @ weight.T + bias
+        z = softcap * tanh(y * logit_scale / softcap) / temperature
+
+    The logits exist a tile at a time, and are made again for the gradient. Rows that are skipped
+    take no part in any product; what has no gradient costs none.
+
+    Args:
+        hidden: ``[..., hidden_size]``, float32, float16 or bfloat16. Differentiable. Products are
+            in its dtype, or in that of autocast.
+        weight: ``[vocab, hidden_size]``, of any of these dtypes. Differentiable.
+        index: token ids ``[...]``, int64 or int32.
+        bias: ``[vocab]``. Differentiable.
+        temperature: divides the logits; one number, or a float32 tensor ``[...]`` of one a row.
+        row_mask: ``[...]``; rows where it is 0 are skipped and give 0.
+        entropy: whether the entropy of each row's distribution is wanted too. It has a gradient.
+        ignore_index: rows with this id are skipped and give 0. On CUDA finding them waits for the
+            device.
+        logit_scale: multiplies the logits before all else.
+        softcap: limits the logits to plus or minus this (30 in Gemma 2); not without.
+
+    Returns:
+        The log-probabilities, and the entropies or None: float32 ``[...]``.
+    """
+    op = _lists.LINEAR.name
+    if row_mask is not None:
+        _lists.check_shape(op, "row_mask", row_mask.shape, index.shape)
+        _ops.check_device(op, "row_mask", row_mask, index.device)
+        ignore_index = _SKIPPED if ignore_index is None else ignore_index
+        index = index.long().masked_fill(row_mask == 0, ignore_index)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    rows = None
+    if isinstance(temperature, Tensor) and temperature.dim():
+        rows, temperature = _per_token(temperature), 1.0
+    tensors = (hidden, weight, index, bias, rows)
+    options = (temperature, ignore_index, logit_scale, softcap)
+    found = _ops.call(_linear.linear_logprob, *tensors, entropy, *options)
+    return LinearOutput(found[0], found[1] if entropy else None)
 
 
 def token_kl(

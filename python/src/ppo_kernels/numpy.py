@@ -79,22 +79,37 @@ def _logits(op: Op, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
     return logits, _lib.LOGITS[logits.dtype.name]
 
 
-def _logprobs(op: Op, given: dict[str, Any]) -> tuple[Floats, Floats | None]:
-    logits, logits_type = _logits(op, "logits", given["logits"])
-    *rows, vocab = logits.shape
-    index, row_mask = np.asarray(given["index"]), given["row_mask"]
-    check_shape(op.name, "index", index.shape, tuple(rows))
+def _index(
+    op: str,
+    index: ArrayLike,
+    row_mask: ArrayLike | None,
+    shape: tuple[int, ...],
+    vocab: int,
+    ignore_index: int | None,
+) -> tuple[NDArray, int | None]:
+    """Token ids as the library takes them, an ``ignore_index`` where the mask is 0."""
+    index = np.asarray(index)
+    check_shape(op, "index", index.shape, shape)
     if index.dtype.kind not in "iu":
-        refuse(op.name, "index", f"has dtype {index.dtype}", "integers")
+        refuse(op, "index", f"has dtype {index.dtype}", "integers")
     if index.dtype == np.uint64 and (index > np.iinfo(np.int64).max).any():
-        refuse(op.name, "index", f"has {index.max()}", f"0..{vocab}")
+        refuse(op, "index", f"has {index.max()}", f"0..{vocab}")
     index = np.require(index, np.uint32 if index.dtype.name == "uint32" else np.int64, _PLAIN)
     if row_mask is not None:
         mask = _flags(row_mask)
-        check_shape(op.name, "row_mask", mask.shape, tuple(rows))
-        if given["ignore_index"] is None:
-            given["ignore_index"] = np.iinfo(np.int64).min
-        index = np.where(mask, index.astype(np.int64), given["ignore_index"])
+        check_shape(op, "row_mask", mask.shape, shape)
+        if ignore_index is None:
+            ignore_index = int(np.iinfo(np.int64).min)
+        index = np.where(mask, index.astype(np.int64), ignore_index)
+    return index, ignore_index
+
+
+def _logprobs(op: Op, given: dict[str, Any]) -> tuple[Floats, Floats | None]:
+    logits, logits_type = _logits(op, "logits", given["logits"])
+    *rows, vocab = logits.shape
+    index, given["ignore_index"] = _index(
+        op.name, given["index"], given["row_mask"], tuple(rows), vocab, given["ignore_index"]
+    )
     logp = np.empty(rows, np.float32)
     entropy = np.empty(rows, np.float32) if op is _lists.LOGPROB_ENTROPY else None
     sizes = (index.size, vocab, logits_type, _lib.TARGETS[index.dtype.name], None, None)
@@ -124,6 +139,85 @@ def logprobs_and_entropy(
 ) -> tuple[Floats, Floats]:
     """The same, and the entropy of each row's distribution: ``[...]`` each."""
     return _logprobs(_lists.LOGPROB_ENTROPY, locals())
+
+
+class LinearOutput(NamedTuple):
+    """Log-probabilities and, if asked for, entropies."""
+
+    logp: Floats
+    entropy: Floats | None
+
+
+# Logits that there are at a time, 32 MiB.
+_TILE = 8 << 20
+
+
+def linear_logprobs(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    index: ArrayLike,
+    bias: ArrayLike | None = None,
+    temperature: float | ArrayLike = 1.0,
+    row_mask: ArrayLike | None = None,
+    *,
+    entropy: bool = False,
+    ignore_index: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> LinearOutput:
+    """Log-probabilities from hidden states ``[..., hidden_size]`` and the head's weight ``[vocab,
+    hidden_size]`` without the logits; index ``[...]``; ``[...]`` each. Products are NumPy's, in
+    float32."""
+    op = _lists.LINEAR.name
+    hidden, weight = np.asarray(hidden, np.float32), np.asarray(weight, np.float32)
+    check_rows(op, "hidden", hidden.shape, "hidden_size")
+    shape, vocab = hidden.shape[:-1], len(weight) if weight.ndim else 0
+    if not vocab or weight.shape != (vocab, hidden.shape[-1]):
+        refuse(op, "weight", f"has shape {list(weight.shape)}", f"[vocab, {hidden.shape[-1]}]")
+    index, ignore_index = _index(op, index, row_mask, shape, vocab, ignore_index)
+    kept = np.ones(index.size, bool) if ignore_index is None else index.ravel() != ignore_index
+    hidden, index = hidden.reshape(-1, weight.shape[1])[kept], index.ravel()[kept]
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is not None and not 0 < value < np.inf:
+            expected = "expected a finite number above 0"
+            raise ValueError(f"{op}: option `{name}` is {value}, {expected}")
+    divide = np.ndim(temperature) > 0
+    if divide:
+        temperature = np.asarray(temperature, np.float32)
+        check_shape(op, "temperature", temperature.shape, shape)
+        divisors, temperature = temperature.reshape(-1, 1)[kept], 1.0
+        if not (np.isfinite(divisors) & (divisors > 0)).all():
+            refuse(op, "temperature", "has others", "finite numbers above 0")
+    if bias is not None:
+        bias = np.asarray(bias, np.float32)
+        check_shape(op, "bias", bias.shape, (vocab,))
+
+    rows, targets = index.size, _lib.TARGETS[index.dtype.name]
+    given = {"temperature": temperature, "ignore_index": None}
+    sums, results = np.empty((4, rows), np.float32), np.zeros((3, rows), np.float32)
+    weighted = sums[3] if entropy else None
+    width = min(max(_TILE // max(rows, 1), 1024), vocab)
+    for first in range(0, vocab, width):
+        columns = slice(first, min(first + width, vocab))
+        logits = hidden @ weight[columns].T
+        if bias is not None:
+            logits += bias[columns]
+        logits *= np.float32(logit_scale)
+        if softcap is not None:
+            logits = np.tanh(logits / np.float32(softcap)) * np.float32(softcap)
+        if divide:
+            logits /= divisors
+        sizes = (rows, logits.shape[1], first, vocab, _lib.LOGITS["float32"], targets, first == 0)
+        arrays = (logits, index, *sums[:3], weighted)
+        _call(_lists.logprob_partial, given, *sizes, *arrays)
+    found = (*results[:2], results[2] if entropy else None)
+    arrays = (index, *sums[:3], weighted, *found)
+    _call(_lists.logprob_finish, given, rows, vocab, targets, *arrays)
+    logp, _, entropies = results
+    outputs = [logp, entropies] if entropy else [logp]
+    spread = np.zeros((len(outputs), kept.size), np.float32)
+    spread[:, kept] = outputs
+    return LinearOutput(*(values.reshape(shape) for values in spread), *([] if entropy else [None]))
 
 
 def token_kl(
