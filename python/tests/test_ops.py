@@ -38,11 +38,12 @@ def samples():
     yield ops.logprobs, (leaf(2, 5, 33), several[..., :0], 0.7)
     logp, stats = ops.logprobs(torch.zeros(2, 5, 33), several, 0.7)
     yield ops.logprobs_backward, (torch.zeros(2, 5, 33), several, stats, logp, 0.7)
-    linear = (leaf(2, 5, 8), leaf(33, 8), index, leaf(33))
-    yield ops.linear_logprob, (*linear, None, True, 0.7, None, 1.0, None)
-    yield ops.linear_logprob, (*linear, 1 + rows.abs(), False, 0.7, int(index[0, 0]), 0.5, 3.0)
-    yield ops.linear_logprob, (*linear[:3], None, None, False, 1.0, None, 1.0, None)
-    _, entropy, stats = ops.linear_logprob(*linear, None, True, 0.7, None, 1.0, None)
+    linear, nothing = (leaf(2, 5, 8), leaf(33, 8), index, leaf(33)), (False,) * 4
+    yield ops.linear_logprob, (*linear, None, True, True, True, True, 0.7, None, 1.0, None)
+    yield ops.linear_logprob, (*linear, 1 + rows.abs(), *nothing, 0.7, int(index[0, 0]), 0.5, 3.0)
+    yield ops.linear_logprob, (*linear[:3], None, None, *nothing, 1.0, None, 1.0, None)
+    options = (True, *nothing[1:], 0.7, None, 1.0, None)
+    _, entropy, stats, *_ = ops.linear_logprob(*linear, None, *options)
     linear = [x.detach() for x in (*linear, stats, entropy)]
     linear.insert(4, None)
     options = (0.7, None, 1.0, None)
@@ -118,7 +119,9 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
     ref_logp = functional.selective_log_softmax(ref_logits, index, row_mask=mask)
     top = functional.selective_log_softmax(logits, torch.stack([index, index * 0], -1))
     kl = functional.token_kl(logp, ref_logp, mask, estimator="k3")
-    head = functional.linear_logprobs(logits[..., :8], values.new_ones(50, 8), index, entropy=True)
+    head = functional.linear_logprobs(
+        logits[..., :8], values.new_ones(50, 8), index, outputs=["entropy"]
+    )
     entropy = entropy + head.logp + head.entropy
     exact = functional.full_kl(logits, ref_logits, mask)
     out = functional.gae(values, rewards, mask, kl=kl, whiten=True)

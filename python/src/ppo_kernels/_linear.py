@@ -188,14 +188,12 @@ def check(op: str, tensors: tuple, options: tuple) -> None:
             check_device(op, name, tensor, hidden.device)
 
 
-def _sums(sums: Tensor, with_entropy: bool) -> tuple[Tensor | None, ...]:
-    largest, rest, logit, weighted = sums
-    return largest, rest, logit, weighted if with_entropy else None
-
-
-def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> tuple:
-    *tensors, entropy, stats = ctx.saved_tensors
-    want_entropy, *options = ctx.options
+def _backward(
+    ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
+) -> tuple:
+    saved = ctx.saved_tensors
+    tensors, entropy, stats = saved[:5], saved[5], saved[6]
+    want_entropy, *options = ctx.options[0], *ctx.options[len(_lists.LINEAR_OUTPUTS) :]
     # After the dispatch keys, which stand first.
     hidden, weight, _, bias = ctx.needs_input_grad[1:5]
     if not want_entropy:
@@ -206,62 +204,103 @@ def _backward(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
     return grads[0], grads[1], None, grads[2]
 
 
-@_op(_lists.LINEAR, "logp entropy stats", _backward, "entropy", differentiable=2)
+_RESULTS = "logp entropy stats log_sum_sq_probs mean_logits is_top1"
+
+
+@_op(_lists.LINEAR, _RESULTS, _backward, " ".join(_lists.LINEAR_OUTPUTS), differentiable=2)
 def linear_logprob(tensors: tuple, options: tuple) -> Results:
-    want_entropy, *options = options
+    wants, options = options[: len(_lists.LINEAR_OUTPUTS)], options[len(_lists.LINEAR_OUTPUTS) :]
     hidden, _, index, *_ = tensors
     check(_lists.LINEAR.name, tensors, options)
-    f32, device = torch.float32, hidden.device
-    logp = torch.empty(index.shape, dtype=f32, device=device)
-    entropy = torch.empty_like(logp) if want_entropy else torch.empty(0, dtype=f32, device=device)
-    stats = torch.empty(2, *index.shape, dtype=f32, device=device)
-    yield logp, entropy, stats
-    with torch.autocast(device.type, enabled=False):
+
+    def result(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(index.shape if wanted else 0, dtype=dtype, device=hidden.device)
+
+    logp, stats = result(True), torch.stack([result(True)] * 2)
+    entropy, log_sum_sq_probs, mean_logits = map(result, wants[:3])
+    is_top1 = result(wants[3], torch.bool)
+    yield logp, entropy, stats, log_sum_sq_probs, mean_logits, is_top1
+    outputs = (logp, *stats, entropy, log_sum_sq_probs, mean_logits, is_top1)
+    with torch.autocast(hidden.device.type, enabled=False):
         work = Work.of(tensors, options)
-        found = torch.empty(4, len(work.index), dtype=f32, device=device)
+        found = [torch.empty(len(work.index), dtype=x.dtype, device=x.device) for x in outputs]
         for rows in work.chunks():
-            _forward(work, rows, found[:, rows], want_entropy)
-        outputs = (logp, stats[0], stats[1], *((entropy,) if want_entropy else ()))
-        for output, values in zip(outputs, found):
-            output.copy_(work.spread(values, output))
+            chunk = Chunk(work, rows, wants)
+            for output, values in zip(found, chunk.values()):
+                if values is not None:
+                    output[rows] = values
+        for output, values, wanted in zip(outputs, found, (True, True, True, *wants)):
+            if wanted:
+                output.copy_(work.spread(values, output))
 
 
-def _forward(work: Work, rows: slice, found: Tensor, want_entropy: bool) -> None:
-    """Writes log-probabilities, maxima, logarithms of sums and entropies of a chunk of rows."""
-    hidden, index = work.hidden[rows], work.index[rows]
-    count, vocab = len(index), len(work.head.weight)
-    sums = torch.empty(4, count, dtype=torch.float32, device=hidden.device)
-    addresses = _addresses((), _sums(sums, want_entropy))
-    buffer, tiles = work.tiles(count)
-    for first, end in tiles:
-        logits = work.head.logits(hidden, first, end, buffer)
-        if not work.head.plain:
-            logits = work.head.transformed(logits, rows)
-        sizes = (count, end - first, first, vocab, _LOGITS[logits.dtype], _TARGETS[index.dtype])
-        inputs = _addresses((logits, index))
-        _call(
-            _lists.logprob_partial,
-            logits,
-            work.options,
-            *sizes,
-            int(first == 0),
-            *inputs,
-            *addresses,
+class Chunk:
+    """The forward pass of some rows."""
+
+    def __init__(self, work: Work, rows: slice, wants: tuple[bool, ...]) -> None:
+        self.work, self.rows = work, rows
+        self.hidden, self.index = work.hidden[rows], work.index[rows]
+        self.entropy, self.squares, self.mean, self.top1 = wants
+        like = {"dtype": torch.float32, "device": self.hidden.device}
+        count = len(self.index)
+        self.sums = torch.empty(4, count, **like)
+        self.square_sums = torch.empty(3, count, **like)
+        self.total = torch.zeros(count, **like)
+        self.best = torch.full((count,), -inf, **like)
+        self.best_column = torch.full_like(self.index, -1, dtype=torch.int64)
+
+    def values(self) -> tuple[Tensor | None, ...]:
+        """In the order of the outputs."""
+        work, vocab = self.work, len(self.work.head.weight)
+        buffer, tiles = work.tiles(len(self.index))
+        for first, end in tiles:
+            logits = work.head.logits(self.hidden, first, end, buffer)
+            if not work.head.plain:
+                logits = work.head.transformed(logits, self.rows)
+            self._fold(logits, first)
+        logp, log_sum, entropy = torch.empty_like(self.sums[:3])
+        sums = self._addresses(self.sums, self.entropy)
+        results = _addresses((), (logp, log_sum, entropy if self.entropy else None))
+        sizes = (len(logp), vocab, _TARGETS[self.index.dtype])
+        given = (*_addresses((self.index,)), *sums, *results)
+        _call(_lists.logprob_finish, logp, work.options, *sizes, *given)
+        temperature = work.options[0]
+        return (
+            logp,
+            self.sums[0],
+            log_sum,
+            entropy if self.entropy else None,
+            self.square_sums[1].log1p() - 2 * log_sum if self.squares else None,
+            self.total / (vocab * temperature) if self.mean else None,
+            self.best_column == self.index if self.top1 else None,
         )
-    logp, log_sum, entropy = torch.empty(3, count, dtype=torch.float32, device=hidden.device)
-    results = _addresses((), (logp, log_sum, entropy if want_entropy else None))
-    sizes = (count, vocab, _TARGETS[index.dtype])
-    _call(
-        _lists.logprob_finish,
-        logp,
-        work.options,
-        *sizes,
-        *_addresses((index,)),
-        *addresses,
-        *results,
-    )
-    for row, values in zip(found, (logp, sums[0], log_sum, entropy)):
-        row.copy_(values)
+
+    def _fold(self, logits: Tensor, first: int) -> None:
+        options = self.work.options
+        self._partial(logits, first, options, self._addresses(self.sums, self.entropy))
+        if self.squares:
+            # Squares of probabilities are those at half the temperature, but for a factor.
+            halved = (options[0] / 2, options[1])
+            self._partial(logits, first, halved, self._addresses(self.square_sums, False))
+        if self.mean:
+            self.total += logits.sum(-1, dtype=torch.float32)
+        if self.top1:
+            best, column = logits.max(-1)
+            higher = best > self.best
+            self.best = torch.where(higher, best.float(), self.best)
+            self.best_column = torch.where(higher, column + first, self.best_column)
+
+    def _partial(self, logits: Tensor, first: int, options: tuple, sums: list[int]) -> None:
+        count, columns = logits.shape
+        types = (_LOGITS[logits.dtype], _TARGETS[self.index.dtype])
+        sizes = (count, columns, first, len(self.work.head.weight), *types, int(first == 0))
+        given = (*_addresses((logits, self.index)), *sums)
+        _call(_lists.logprob_partial, logits, options, *sizes, *given)
+
+    @staticmethod
+    def _addresses(sums: Tensor, weighted: bool) -> list[int]:
+        largest, rest, logit, *more = sums
+        return _addresses((), (largest, rest, logit, more[0] if weighted else None))
 
 
 @_op(_lists.LINEAR_BACKWARD, "grad_hidden grad_weight grad_bias", None, "hidden weight bias")

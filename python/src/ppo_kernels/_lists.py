@@ -7,7 +7,7 @@ in which it gets its sizes, tensors and results here, by their names in its stru
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import NamedTuple, NoReturn
 
@@ -121,8 +121,20 @@ _kinds = {
     "softcap": "float?",
 }
 LINEAR = Op("linear_logprobs", _inputs, Choices(_kinds))
+# What may be asked for besides the log-probabilities.
+LINEAR_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 LINEAR_BACKWARD = LINEAR.but("linear_logprobs_backward", *LOGPROB_BACKWARD.inputs[2:])
 LINEAR_BACKWARD_ROWS = Op(LINEAR_BACKWARD.name, LOGPROB_BACKWARD.inputs[2:])
+
+
+def wanted_of(outputs: Collection[str]) -> tuple[bool, ...]:
+    """Which of them are among these names."""
+    for name in outputs:
+        if name not in LINEAR_OUTPUTS:
+            expected = ", ".join(map(repr, LINEAR_OUTPUTS))
+            raise ValueError(f"{LINEAR.name}: `outputs` has {name!r}, expected any of {expected}")
+    return tuple(name in outputs for name in LINEAR_OUTPUTS)
+
 
 _TILES = Op(LINEAR.name, LOGPROB.inputs, Options("logprob", LINEAR.name))
 _sums, _tile = "max rest logit weighted", "rows columns first_column vocab logits_type targets_type"

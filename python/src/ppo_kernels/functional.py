@@ -28,6 +28,7 @@ The package's README and the header of the C library say more about each option.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal, NamedTuple
 
 import torch
@@ -147,10 +148,13 @@ def logprobs_and_entropy(
 
 
 class LinearOutput(NamedTuple):
-    """Log-probabilities and, if asked for, entropies, float32 in nats."""
+    """What :func:`linear_logprobs` finds in each row; what was not asked for is None."""
 
     logp: Tensor
-    entropy: Tensor | None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 def linear_logprobs(
@@ -161,7 +165,7 @@ def linear_logprobs(
     temperature: Number = 1.0,
     row_mask: Tensor | None = None,
     *,
-    entropy: bool = False,
+    outputs: Collection[str] = (),
     ignore_index: int | None = None,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
@@ -183,14 +187,17 @@ def linear_logprobs(
         bias: ``[vocab]``. Differentiable.
         temperature: divides the logits; one number, or a float32 tensor ``[...]`` of one a row.
         row_mask: ``[...]``; rows where it is 0 are skipped and give 0.
-        entropy: whether the entropy of each row's distribution is wanted too. It has a gradient.
+        outputs: what is wanted besides, by name: ``entropy`` of the row's distribution, which has a
+            gradient; as constants ``log_sum_sq_probs``, the logarithm of the sum of the squares of
+            all probabilities, ``mean_logits`` of ``z``, and ``is_top1``, whether no other token is
+            likelier, nor as likely and before it.
         ignore_index: rows with this id are skipped and give 0. On CUDA finding them waits for the
             device.
         logit_scale: multiplies the logits before all else.
         softcap: limits the logits to plus or minus this (30 in Gemma 2); not without.
 
     Returns:
-        The log-probabilities, and the entropies or None: float32 ``[...]``.
+        ``[...]`` each, float32, in nats, and ``is_top1`` in bool.
     """
     op = _lists.LINEAR.name
     if row_mask is not None:
@@ -204,10 +211,12 @@ def linear_logprobs(
     rows = None
     if isinstance(temperature, Tensor) and temperature.dim():
         rows, temperature = _per_token(temperature), 1.0
+    wants = _lists.wanted_of(outputs)
     tensors = (hidden, weight, index, bias, rows)
     options = (temperature, ignore_index, logit_scale, softcap)
-    found = _ops.call(_linear.linear_logprob, *tensors, entropy, *options)
-    return LinearOutput(found[0], found[1] if entropy else None)
+    logp, entropy, _, *more = _ops.call(_linear.linear_logprob, *tensors, *wants, *options)
+    found = (x if wanted else None for x, wanted in zip((entropy, *more), wants))
+    return LinearOutput(logp, *found)
 
 
 def token_kl(

@@ -8,7 +8,7 @@ dtype are used as they are, others are copied. Results are new float32 arrays.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,10 +142,13 @@ def logprobs_and_entropy(
 
 
 class LinearOutput(NamedTuple):
-    """Log-probabilities and, if asked for, entropies."""
+    """What :func:`linear_logprobs` finds in each row; what was not asked for is None."""
 
     logp: Floats
-    entropy: Floats | None
+    entropy: Floats | None = None
+    log_sum_sq_probs: Floats | None = None
+    mean_logits: Floats | None = None
+    is_top1: NDArray[np.bool_] | None = None
 
 
 # Logits that there are at a time, 32 MiB.
@@ -160,7 +163,7 @@ def linear_logprobs(
     temperature: float | ArrayLike = 1.0,
     row_mask: ArrayLike | None = None,
     *,
-    entropy: bool = False,
+    outputs: Collection[str] = (),
     ignore_index: int | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -192,10 +195,15 @@ def linear_logprobs(
         bias = np.asarray(bias, np.float32)
         check_shape(op, "bias", bias.shape, (vocab,))
 
+    wants = _lists.wanted_of(outputs)
+    entropy, squares, mean, top1 = wants
     rows, targets = index.size, _lib.TARGETS[index.dtype.name]
     given = {"temperature": temperature, "ignore_index": None}
-    sums, results = np.empty((4, rows), np.float32), np.zeros((3, rows), np.float32)
+    halved = {"temperature": temperature / 2, "ignore_index": None}
+    sums, square_sums = np.empty((4, rows), np.float32), np.empty((3, rows), np.float32)
     weighted = sums[3] if entropy else None
+    total, best = np.zeros(rows, np.float32), np.full(rows, -np.inf, np.float32)
+    best_column = np.full(rows, -1)
     width = min(max(_TILE // max(rows, 1), 1024), vocab)
     for first in range(0, vocab, width):
         columns = slice(first, min(first + width, vocab))
@@ -208,16 +216,35 @@ def linear_logprobs(
         if divide:
             logits /= divisors
         sizes = (rows, logits.shape[1], first, vocab, _lib.LOGITS["float32"], targets, first == 0)
-        arrays = (logits, index, *sums[:3], weighted)
-        _call(_lists.logprob_partial, given, *sizes, *arrays)
-    found = (*results[:2], results[2] if entropy else None)
-    arrays = (index, *sums[:3], weighted, *found)
+        _call(_lists.logprob_partial, given, *sizes, logits, index, *sums[:3], weighted)
+        if squares:
+            # Squares of probabilities are those at half the temperature, but for a factor.
+            _call(_lists.logprob_partial, halved, *sizes, logits, index, *square_sums, None)
+        if mean:
+            total += logits.sum(-1)
+        if top1:
+            column = logits.argmax(-1)
+            highest = np.take_along_axis(logits, column[:, None], -1)[:, 0]
+            best_column = np.where(highest > best, column + first, best_column)
+            best = np.maximum(highest, best)
+    logp, log_sum, entropies = np.empty((3, rows), np.float32)
+    arrays = (index, *sums[:3], weighted, logp, log_sum, entropies if entropy else None)
     _call(_lists.logprob_finish, given, rows, vocab, targets, *arrays)
-    logp, _, entropies = results
-    outputs = [logp, entropies] if entropy else [logp]
-    spread = np.zeros((len(outputs), kept.size), np.float32)
-    spread[:, kept] = outputs
-    return LinearOutput(*(values.reshape(shape) for values in spread), *([] if entropy else [None]))
+    found = (
+        logp,
+        entropies,
+        np.log1p(square_sums[1]) - 2 * log_sum if squares else None,
+        total / np.float32(vocab * temperature),
+        best_column == index,
+    )
+    spread = []
+    for values, wanted in zip(found, (True, *wants)):
+        spread.append(None)
+        if wanted:
+            spread[-1] = np.zeros(kept.size, values.dtype)
+            spread[-1][kept] = values
+            spread[-1] = spread[-1].reshape(shape)
+    return LinearOutput(*spread)
 
 
 def token_kl(
