@@ -64,6 +64,45 @@ def response_mask(dtype=torch.int64):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("scale", "softcap", "temperature"), [(1.0, None, 1.0), (0.5, None, 0.7), (0.5, 4.0, 0.7)]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_of_trl(dtype, scale, softcap, temperature, bias):
+    kernels = load("trl.kernels.chunked_logprob")
+    hidden, targets = torch.randn(10, 8).to(dtype), torch.randint(40, (10,))
+    weight, offset = torch.randn(40, 8).to(dtype) / 2, torch.randn(40).to(dtype)
+    for outputs in (kernels.OPTIONAL_OUTPUTS, ("log_probs", "entropy"), ()):
+        for place in range(3 if bias else 2):
+
+            def call(leaf, *others, outputs=outputs, place=place):
+                head = list(others)
+                head.insert(place, leaf)
+                head = head if bias else [*head, None]
+                options = (temperature, 16, softcap, scale, outputs)
+                return kernels.ChunkedLogProbFunction.apply(*head, targets, *options)
+
+            tensors = [hidden, weight, offset][: 3 if bias else 2]
+            leaf = tensors.pop(place)
+            compare(adapters.patch_trl, call, leaf, *tensors)
+
+
+def test_trl_has_its_own_head_for_what_is_not_ours():
+    """And where it was imported by another name, ours."""
+    kernels, utils = load("trl.kernels.chunked_logprob"), load("trl.trainer.utils")
+    theirs = kernels.ChunkedLogProbFunction
+    hidden, weight = torch.randn(3, 4).double(), torch.randn(9, 4).double().requires_grad_()
+    with adapters.patch_trl():
+        assert utils._ChunkedLogProbFunction is kernels.ChunkedLogProbFunction is not theirs
+        given = (hidden, weight, None, torch.zeros(3, dtype=torch.int64), 1.0, 4)
+        logp, *_ = kernels.ChunkedLogProbFunction.apply(*given)
+        assert type(logp.grad_fn).__name__.startswith(theirs.__name__)
+        given = (hidden.float(), weight.float(), *given[2:])
+        assert "linear_logprob" in kernels.ChunkedLogProbFunction.apply(*given)[0].grad_fn.name()
+    assert utils._ChunkedLogProbFunction is kernels.ChunkedLogProbFunction is theirs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_trl(dtype):
     utils = load("trl.trainer.utils")
     logits, index = torch.randn(2, 5, 40).to(dtype), torch.randint(40, (2, 5))

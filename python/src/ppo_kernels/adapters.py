@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional
+from . import _lists, functional
 
 __all__ = ["Patch", "patch_openrlhf", "patch_trl", "patch_verl"]
 
@@ -44,8 +44,9 @@ class Patch:
         self._undo = contextlib.ExitStack()
 
     def function(self, owner: ModuleType | type, *names: str) -> Callable[[Callable], Callable]:
-        """Decorates what takes the place of functions of a module, or methods of a class, those of
-        them that the package's version has. Theirs is called where it returns ``NotImplemented``.
+        """Decorates what takes the place of functions of a module, methods of a class, or the
+        ``apply`` of a ``torch.autograd.Function``, those of them that the package's version has.
+        Theirs is called where it returns ``NotImplemented``.
         """
 
         def replace(ours: Callable) -> Callable:
@@ -103,6 +104,9 @@ _patches: dict[Callable, int] = {}
 def _before(theirs: Callable, ours: Callable) -> Callable:
     """Ours, or theirs where ours does not know the arguments, or does not take them."""
     known = inspect.signature(ours).parameters
+    if isinstance(theirs, type):
+        both = staticmethod(_before(theirs.apply, ours))
+        return type(theirs.__name__, (theirs,), {"apply": both, "__wrapped__": theirs})
 
     @functools.wraps(theirs)
     def both(*args: Any, **kwargs: Any) -> Any:
@@ -154,11 +158,47 @@ def _entropy_in_chunks(logits: Tensor, chunk_size: int = 0) -> Tensor:
     return _entropy(logits)
 
 
+def _patch_head_of_trl(patch: Patch) -> None:
+    try:
+        kernels = importlib.import_module("trl.kernels.chunked_logprob")
+    except ImportError:  # before 1.15
+        return
+
+    @patch.function(kernels, "ChunkedLogProbFunction")
+    def linear_logprobs(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _lists.LINEAR_OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:
+        head = (weight,) if bias is None else (weight, bias)
+        wanted = [name for name in outputs if name != "log_probs"]
+        if (
+            not _supported_ids(hidden, targets)
+            or not all(each.dtype in _DTYPES and _is_plain(each) for each in head)
+            or any(each.device != hidden.device for each in head)
+            or not {*wanted} <= {*_lists.LINEAR_OUTPUTS}
+            or logit_scale <= 0
+        ):
+            return NotImplemented
+        options = {"logit_scale": logit_scale, "softcap": final_logit_softcapping}
+        return functional.linear_logprobs(
+            hidden, weight, targets, bias, temperature, outputs=wanted, **options
+        )
+
+
 def patch_trl() -> Patch:
-    """TRL's ``selective_log_softmax``, ``entropy_from_logits`` and, where it has it,
-    ``selective_log_softmax_and_entropy``, of ``trl.trainer.utils``."""
+    """TRL's ``selective_log_softmax``, ``entropy_from_logits`` and, where it has them,
+    ``selective_log_softmax_and_entropy`` of ``trl.trainer.utils`` and ``ChunkedLogProbFunction`` of
+    ``trl.kernels``, which is the head of its GRPO, RLOO, DPO, KTO and SFT trainers."""
     utils = importlib.import_module("trl.trainer.utils")
     patch = Patch("trl")
+    _patch_head_of_trl(patch)
     patch.function(utils, "entropy_from_logits")(_entropy_in_chunks)
 
     @patch.function(utils, "selective_log_softmax")
