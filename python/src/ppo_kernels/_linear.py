@@ -55,6 +55,9 @@ class Head(NamedTuple):
     softcap: float | None
     row_temperature: Tensor | None
     dtype: torch.dtype
+    # Of a shard: the id of its first column, and columns of the whole vocabulary.
+    first_column: int
+    vocab: int
 
     @property
     def plain(self) -> bool:
@@ -103,7 +106,9 @@ class Work(NamedTuple):
     options: tuple  # of the library
 
     @staticmethod
-    def of(tensors: tuple, options: tuple) -> Work:
+    def of(tensors: tuple, options: tuple, shard: tuple[int, int] | None = None) -> Work:
+        """``shard`` is of a weight that has some columns: the id of the first, and how many columns
+        there are in all."""
         hidden, weight, index, bias, row_temperature = tensors
         temperature, ignore_index, logit_scale, softcap = options
         for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
@@ -125,7 +130,8 @@ class Work(NamedTuple):
             else:
                 hidden, index = hidden[kept], index[kept]
                 temperatures = None if temperatures is None else temperatures[kept]
-        head = Head(weight, bias, logit_scale, softcap, temperatures, hidden.dtype)
+        columns = (0, len(weight)) if shard is None else shard
+        head = Head(weight, bias, logit_scale, softcap, temperatures, hidden.dtype, *columns)
         if head.plain:
             temperature = temperature / logit_scale
         elif temperature != 1.0:
@@ -165,14 +171,16 @@ class Work(NamedTuple):
         return values.contiguous() if self.kept is None else values[self.kept]
 
 
-def check(op: str, tensors: tuple, options: tuple) -> None:
+def check(op: str, tensors: tuple, options: tuple, some_columns: bool = False) -> None:
+    """With ``some_columns`` the weight is a shard, which may have none."""
     hidden, weight, index, bias, row_temperature = tensors
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype not in _LOGITS:
             _refuse_dtype(op, name, tensor, "float32, float16 or bfloat16")
     if hidden.dim() == 0:
         _lists.check_rows(op, "hidden", hidden.shape, "hidden_size")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or not len(weight):
+    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
+    if not fits or not (len(weight) or some_columns):
         refuse(op, "weight", f"has shape {list(weight.shape)}", f"[vocab, {hidden.shape[-1]}]")
     if index.dtype not in _TARGETS:
         _refuse_dtype(op, "index", index, "int64 or int32")
@@ -251,13 +259,22 @@ class Chunk:
 
     def values(self) -> tuple[Tensor | None, ...]:
         """In the order of the outputs."""
-        work, vocab = self.work, len(self.work.head.weight)
-        buffer, tiles = work.tiles(len(self.index))
+        self.fold()
+        return self.finish()
+
+    def fold(self) -> None:
+        """Makes the running sums over all columns of the head."""
+        head = self.work.head
+        buffer, tiles = self.work.tiles(len(self.index))
         for first, end in tiles:
-            logits = work.head.logits(self.hidden, first, end, buffer)
-            if not work.head.plain:
-                logits = work.head.transformed(logits, self.rows)
+            logits = head.logits(self.hidden, first, end, buffer)
+            if not head.plain:
+                logits = head.transformed(logits, self.rows)
             self._fold(logits, first)
+
+    def finish(self) -> tuple[Tensor | None, ...]:
+        """What the running sums come to."""
+        work, vocab = self.work, self.work.head.vocab
         logp, log_sum, entropy = torch.empty_like(self.sums[:3])
         sums = self._addresses(self.sums, self.entropy)
         results = _addresses((), (logp, log_sum, entropy if self.entropy else None))
@@ -293,7 +310,8 @@ class Chunk:
     def _partial(self, logits: Tensor, first: int, options: tuple, sums: list[int]) -> None:
         count, columns = logits.shape
         types = (_LOGITS[logits.dtype], _TARGETS[self.index.dtype])
-        sizes = (count, columns, first, len(self.work.head.weight), *types, int(first == 0))
+        head = self.work.head
+        sizes = (count, columns, head.first_column + first, head.vocab, *types, int(first == 0))
         given = (*_addresses((logits, self.index)), *sums)
         _call(_lists.logprob_partial, logits, options, *sizes, *given)
 
@@ -367,7 +385,7 @@ class Gradients:
             logits = head.logits(hidden, first, end, buffer)
             z = logits if head.plain else head.transformed(logits, rows)
             grad = z if head.plain else z.clone()
-            sizes = (len(index), end - first, first, len(head.weight))
+            sizes = (len(index), end - first, head.first_column + first, head.vocab)
             types = (_LOGITS[z.dtype], _TARGETS[index.dtype])
             given = _addresses((grad, index, *known), (grad,))
             _call(_lists.logprob_tile_backward, grad, work.options, *sizes, *types, *given)

@@ -74,8 +74,16 @@ def _skip(
     if row_mask is None:
         return index, ignore_index
     _ops.check_logprob(op, logits, index)
-    _lists.check_shape(op, "row_mask", row_mask.shape, logits.shape[:-1])
-    _ops.check_device(op, "row_mask", row_mask, logits.device)
+    return _skipped_index(op, index, row_mask, ignore_index)
+
+
+def _skipped_index(
+    op: str, index: Tensor, row_mask: Tensor | None, ignore_index: int | None
+) -> tuple[Tensor, int | None]:
+    if row_mask is None:
+        return index, ignore_index
+    _lists.check_shape(op, "row_mask", row_mask.shape, index.shape)
+    _ops.check_device(op, "row_mask", row_mask, index.device)
     ignore_index = _SKIPPED if ignore_index is None else ignore_index
     return index.long().masked_fill(row_mask == 0, ignore_index), ignore_index
 
@@ -199,12 +207,7 @@ def linear_logprobs(
     Returns:
         ``[...]`` each, float32, in nats, and ``is_top1`` in bool.
     """
-    op = _lists.LINEAR.name
-    if row_mask is not None:
-        _lists.check_shape(op, "row_mask", row_mask.shape, index.shape)
-        _ops.check_device(op, "row_mask", row_mask, index.device)
-        ignore_index = _SKIPPED if ignore_index is None else ignore_index
-        index = index.long().masked_fill(row_mask == 0, ignore_index)
+    index, ignore_index = _skipped_index(_lists.LINEAR.name, index, row_mask, ignore_index)
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
         hidden = hidden.to(torch.get_autocast_dtype(kind))

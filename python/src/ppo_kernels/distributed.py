@@ -1,0 +1,212 @@
+"""Log-probabilities where the vocabulary is sharded over processes, by ``torch.distributed``.
+
+Every process has some columns of the logits, or rows of the head's weight, in the order of the
+ranks; they may be unevenly many. What it gathers is four numbers a row and process, so that nothing
+of the size of the logits moves, and nothing of the size of the vocabulary exists anywhere. All
+processes call with the same ``index`` and options, and get the same values, bit for bit. Any
+backend will do that has ``all_gather`` and ``all_reduce`` for the tensors' device.
+
+With another means of communication the same takes a dozen lines: ``ppok_logprob_partial_*``, a
+gather, ``ppok_logprob_merge_*`` and ``ppok_logprob_finish_*`` of the C library.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _linear, _lists, _ops
+from ._linear import Chunk, Gradients, Work
+from ._ops import _LOGITS, _TARGETS, _addresses, _call
+from .functional import LinearOutput, _skip, _skipped_index
+
+__all__ = ["vocab_parallel_linear_logprobs", "vocab_parallel_logprobs"]
+
+Group = dist.ProcessGroup | None
+
+
+def vocab_parallel_logprobs(
+    logits: Tensor,
+    index: Tensor,
+    group: Group = None,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of chosen tokens and entropies from this process's columns of the logits.
+
+    Args:
+        logits: ``[..., columns]``, float32, float16 or bfloat16. Differentiable: the gradient of
+            these columns, of a loss that all processes have.
+        index: token ids ``[...]``, in the whole vocabulary.
+        group: the processes that have its columns; all if it is None.
+        temperature: divides the logits.
+        row_mask: ``[...]``; rows where it is 0 are not read and give 0.
+        ignore_index: rows with this id are not read and give 0.
+
+    Returns:
+        Log-probabilities and entropies in nats, float32, ``[...]`` each, with gradients.
+    """
+    index, ignore_index = _skip(_OP, logits, index, row_mask, ignore_index)
+    return _Logits.apply(logits, index, group, (float(temperature), ignore_index))
+
+
+def vocab_parallel_linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    group: Group = None,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    ignore_index: int | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> LinearOutput:
+    """:func:`ppo_kernels.linear_logprobs` with the entropy, from this process's rows of the head's
+    weight.
+
+    Args:
+        hidden: ``[..., hidden_size]``, the same in all processes. Differentiable: its gradient is
+            summed over them.
+        weight: ``[columns, hidden_size]``. Differentiable, and so is ``bias``, ``[columns]``.
+        index: token ids ``[...]``, in the whole vocabulary.
+        group: the processes that have its columns; all if it is None.
+        temperature, row_mask, ignore_index, logit_scale, softcap: as there.
+
+    Returns:
+        The log-probabilities and entropies.
+    """
+    op = _lists.LINEAR.name
+    index, ignore_index = _skipped_index(op, index, row_mask, ignore_index)
+    options = (float(temperature), ignore_index, logit_scale, softcap)
+    return LinearOutput(*_Linear.apply(hidden, weight, bias, index, group, options))
+
+
+_OP = "vocab_parallel_logprobs"
+
+
+def _shard(columns: int, like: Tensor, group: Group) -> tuple[int, int]:
+    """The id of this process's first column, and how many columns there are in all."""
+    mine = torch.tensor([columns], device=like.device)
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, mine, group=group)
+    counts = torch.cat(every).tolist()
+    return sum(counts[: dist.get_rank(group)]), sum(counts)
+
+
+def _merge(sums: Tensor, options: tuple, group: Group) -> None:
+    """Makes running sums ``[4, N]`` over a process's columns those over all, in the order of the
+    ranks."""
+    every = [torch.empty_like(sums) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, sums.contiguous(), group=group)
+    sums.copy_(every[0])
+    for other in every[1:]:
+        addresses = _addresses((*other, *sums))
+        _call(_lists.logprob_merge, sums, options, sums.shape[1], *addresses)
+
+
+def _no_columns(sums: Tensor) -> None:
+    largest, rest, logit, weighted = sums
+    largest.fill_(-torch.inf)
+    rest.zero_()
+    logit.fill_(torch.nan)
+    weighted.zero_()
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, index: Tensor, group: Group, options: tuple
+    ) -> tuple[Tensor, Tensor]:
+        _ops.check_logprob(_OP, logits, index)
+        logits, index, rows = logits.contiguous(), index.contiguous(), index.numel()
+        columns = logits.shape[-1]
+        first, vocab = _shard(columns, logits, group)
+        sums = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
+        types = (_LOGITS[logits.dtype], _TARGETS[index.dtype])
+        if columns:
+            addresses = _addresses((logits, index, *sums))
+            sizes = (rows, columns, first, vocab, *types, 1)
+            _call(_lists.logprob_partial, logits, options, *sizes, *addresses)
+        else:
+            _no_columns(sums)
+        _merge(sums, options, group)
+        logp, log_sum, entropy = torch.empty_like(sums[:3])
+        addresses = _addresses((index, *sums, logp, log_sum, entropy))
+        _call(_lists.logprob_finish, logits, options, rows, vocab, types[1], *addresses)
+        ctx.save_for_backward(logits, index, sums[0].clone(), log_sum, entropy)
+        ctx.known = ((rows, columns, first, vocab, *types), options)
+        return logp.view(index.shape), entropy.view(index.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        sizes, options = ctx.known
+        logits, index, largest, log_sum, entropy = ctx.saved_tensors
+        grad = torch.empty_like(logits)
+        if logits.numel():
+            upstream = (grad_logp.contiguous(), grad_entropy.contiguous())
+            addresses = _addresses((logits, index, largest, log_sum, entropy, *upstream, grad))
+            _call(_lists.logprob_tile_backward, logits, options, *sizes, *addresses)
+        return grad, None, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        index: Tensor,
+        group: Group,
+        options: tuple,
+    ) -> tuple[Tensor, Tensor]:
+        tensors = (hidden, weight, index, bias, None)
+        _linear.check(_lists.LINEAR.name, tensors, options, some_columns=True)
+        shard = _shard(len(weight), hidden, group)
+        work = Work.of(tensors, options, shard)
+        found = torch.empty(4, len(work.index), dtype=torch.float32, device=hidden.device)
+        for rows in work.chunks():
+            chunk = Chunk(work, rows, (True, False, False, False))
+            if len(weight):
+                chunk.fold()
+            else:
+                _no_columns(chunk.sums)
+            _merge(chunk.sums, work.options, group)
+            found[:, rows] = torch.stack(chunk.finish()[:4])
+        logp, *known = found
+        ctx.save_for_backward(*tensors[:4], *known)
+        ctx.known = (options, shard, group)
+        return work.spread(logp, index), work.spread(known[2], index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        options, shard, group = ctx.known
+        *tensors, largest, log_sum, entropy = ctx.saved_tensors
+        hidden, weight, index, bias = tensors
+        work = Work.of((*tensors, None), options, shard)
+        wants = ctx.needs_input_grad[:3]
+        grads = [
+            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+            if wanted and tensor is not None
+            else torch.empty(0, dtype=hidden.dtype, device=hidden.device)
+            for tensor, wanted in zip((hidden, weight, bias), wants)
+        ]
+        # Summed in float32 over the processes too.
+        grads[0] = grads[0].float()
+        if len(weight):
+            known = [largest, log_sum, entropy, work.gather(grad_logp), work.gather(grad_entropy)]
+            Gradients(work, wants, grads).write(known)
+        if wants[0]:
+            dist.all_reduce(grads[0], group=group)
+        grads[0] = grads[0].to(hidden.dtype)
+        found = [grad if wanted else None for grad, wanted in zip(grads, wants)]
+        return *found, None, None, None
