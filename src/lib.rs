@@ -4,6 +4,7 @@
 //! | op | what it replaces |
 //! |---|---|
 //! | [`logprob`] | a `[tokens, vocabulary]` log-softmax to read one number a row; the entropy with it |
+//! | `linear` | the logits altogether: log-probabilities from hidden states (feature `linear`) |
 //! | [`kl`] | per-token KL from log-probabilities, and exact KL over the vocabulary |
 //! | [`gae`] | a loop over time for advantages and returns, with reward shaping before it |
 //! | [`whiten`] | masked mean, variance and normalisation |
@@ -35,6 +36,8 @@ pub mod driver;
 mod error;
 pub mod gae;
 pub mod kl;
+#[cfg(feature = "linear")]
+pub mod linear;
 pub mod logprob;
 pub mod memory;
 pub mod moments;

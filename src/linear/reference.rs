@@ -1,0 +1,92 @@
+//! The oracle: plain f64 loops, and the reference of [`logprob`](crate::logprob::reference) on the logits.
+
+use super::{LinearOptions, Sizes};
+use crate::logprob::{reference, LogprobOptions};
+
+/// What the op is given, in f64; see [the op](super).
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// `[rows, hidden_size]`.
+    pub hidden: &'a [f64],
+    /// `[vocab, hidden_size]`.
+    pub weight: &'a [f64],
+    /// `[vocab]`.
+    pub bias: Option<&'a [f64]>,
+    /// `[rows]`.
+    pub targets: &'a [i64],
+}
+
+/// Gradients of hidden states, weight and bias.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Gradients {
+    /// `[rows, hidden_size]`.
+    pub hidden: Vec<f64>,
+    /// `[vocab, hidden_size]`.
+    pub weight: Vec<f64>,
+    /// `[vocab]`.
+    pub bias: Vec<f64>,
+}
+
+/// Log-probability of the target and entropy of each row.
+///
+/// # Panics
+/// If a target is outside the vocabulary and is not `ignore_index`.
+pub fn forward(inputs: Inputs, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
+    let logits = logits(inputs, sizes);
+    reference::forward(&logits, inputs.targets, sizes.vocab, &of_rows(options))
+}
+
+/// Gradients, from the upstream gradients of both outputs.
+///
+/// # Panics
+/// If a target is outside the vocabulary and is not `ignore_index`.
+pub fn backward(
+    inputs: Inputs,
+    sizes: Sizes,
+    options: &LinearOptions,
+    grad_logp: &[f64],
+    grad_entropy: &[f64],
+) -> Gradients {
+    let Sizes { hidden_size, vocab, .. } = sizes;
+    let (logits, rows) = (logits(inputs, sizes), of_rows(options));
+    let grad = reference::backward(&logits, inputs.targets, vocab, &rows, grad_logp, grad_entropy);
+    let mut found = Gradients {
+        hidden: vec![0.0; inputs.hidden.len()],
+        weight: vec![0.0; inputs.weight.len()],
+        bias: vec![0.0; vocab],
+    };
+    for (n, grad) in grad.chunks(vocab).enumerate() {
+        // What an ignored row holds counts for nothing.
+        for (v, &g) in grad.iter().enumerate().filter(|(_, &g)| g != 0.0) {
+            found.bias[v] += g;
+            for i in 0..hidden_size {
+                found.hidden[n * hidden_size + i] += g * inputs.weight[v * hidden_size + i];
+                found.weight[v * hidden_size + i] += g * inputs.hidden[n * hidden_size + i];
+            }
+        }
+    }
+    found
+}
+
+/// h Wᵀ + b, `[rows, vocab]`.
+fn logits(inputs: Inputs, sizes: Sizes) -> Vec<f64> {
+    let Sizes { rows, hidden_size, vocab } = sizes;
+    let mut logits = Vec::with_capacity(rows * vocab);
+    for n in 0..rows {
+        for v in 0..vocab {
+            let h = &inputs.hidden[n * hidden_size..][..hidden_size];
+            let w = &inputs.weight[v * hidden_size..][..hidden_size];
+            let product: f64 = h.iter().zip(w).map(|(h, w)| h * w).sum();
+            logits.push(product + inputs.bias.map_or(0.0, |bias| bias[v]));
+        }
+    }
+    logits
+}
+
+/// The scale is one of the temperature.
+fn of_rows(options: &LinearOptions) -> LogprobOptions {
+    LogprobOptions {
+        temperature: options.temperature / options.logit_scale,
+        ignore_index: options.ignore_index,
+    }
+}
