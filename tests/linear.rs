@@ -27,8 +27,8 @@ fn reference_equals_the_peers_heads() {
             case.inputs.get(key).and_then(|value| value.as_f64()).unwrap_or(default)
         };
         let given = |key: &str| case.inputs.get(key).is_some_and(|value| !value.is_null());
-        // Softcaps are not known here, and of rounded tiles only so many digits are right.
-        let other = ["final_logit_softcapping", "autocast", "labels"];
+        // Of rounded tiles only so many digits are right; the labels are those of a trainer's wrapper.
+        let other = ["autocast", "labels"];
         if case.dtype != "float32" || other.into_iter().any(given) {
             continue;
         }
@@ -44,10 +44,17 @@ fn reference_equals_the_peers_heads() {
             temperature: number("temperature", 1.0),
             logit_scale: number("logit_scale", 1.0),
             ignore_index: given("ignore_index").then_some(-100),
+            softcap: given("final_logit_softcapping")
+                .then(|| number("final_logit_softcapping", 0.0)),
             ..Default::default()
         };
-        let inputs =
-            Inputs { hidden: &hidden, weight: &weight, bias: bias.as_deref(), targets: &targets };
+        let inputs = Inputs {
+            hidden: &hidden,
+            weight: &weight,
+            bias: bias.as_deref(),
+            temperatures: None,
+            targets: &targets,
+        };
         let (mut logp, entropy) = reference::forward(inputs, sizes, &options);
         // A row that is offset by 1000 costs them three digits.
         let far = hidden.iter().any(|&h| h > 500.0);
@@ -80,7 +87,7 @@ fn reference_equals_the_peers_heads() {
             assert_close(&format!("{} {key}", case.id), &grad, &case.output(key), rel, abs);
         }
     }
-    assert_eq!(ran, 17);
+    assert_eq!(ran, 21);
 }
 
 /// Hidden states, weight and bias in `T`, and in f64.
@@ -89,6 +96,7 @@ struct Case<T> {
     hidden: Vec<T>,
     weight: Vec<T>,
     bias: Option<Vec<T>>,
+    temperatures: Option<Vec<f32>>,
     targets: Vec<i64>,
     up: [Vec<f32>; 2],
     options: LinearOptions,
@@ -118,12 +126,14 @@ impl<T: Logit> Case<T> {
         let targets = (0..rows).map(|_| rng.random_range(0..vocab as i64)).collect();
         let up = [uniform(rng, rows, 1.0), uniform(rng, rows, 1.0)];
         let sizes = Sizes { rows, hidden_size, vocab };
-        Self { sizes, hidden, weight, bias, targets, up, options: LinearOptions::default() }
+        let (temperatures, options) = (None, LinearOptions::default());
+        Self { sizes, hidden, weight, bias, temperatures, targets, up, options }
     }
 
     fn inputs(&self) -> ForwardInputs<'_, T, i64> {
         ForwardInputs {
             bias: self.bias.as_deref(),
+            temperatures: self.temperatures.as_deref(),
             ..ForwardInputs::new(&self.hidden, &self.weight, &self.targets[..])
         }
     }
@@ -158,10 +168,12 @@ impl<T: Logit> Case<T> {
     fn wanted(&self) -> (Vec<f64>, Vec<f64>, Gradients) {
         let (hidden, weight) = (f64s(&self.hidden), f64s(&self.weight));
         let bias = self.bias.as_deref().map(f64s);
+        let temperatures = self.temperatures.as_deref().map(wide);
         let inputs = Inputs {
             hidden: &hidden,
             weight: &weight,
             bias: bias.as_deref(),
+            temperatures: temperatures.as_deref(),
             targets: &self.targets,
         };
         let (logp, entropy) = reference::forward(inputs, self.sizes, &self.options);
@@ -198,6 +210,13 @@ fn agrees_with_the_reference<T: Logit>() {
                 check(&format!("{} {sizes:?} {bias} {tile_bytes}", T::NAME), &case);
                 case.options = LinearOptions { temperature: 0.7, logit_scale: 0.4, ..case.options };
                 check(&format!("{} {sizes:?} {bias} {tile_bytes} scaled", T::NAME), &case);
+                case.options.softcap = Some(1.3);
+                check(&format!("{} {sizes:?} {bias} {tile_bytes} capped", T::NAME), &case);
+                case.temperatures = Some((0..sizes[0]).map(|row| 0.5 + row as f32 / 9.0).collect());
+                check(&format!("{} {sizes:?} {bias} {tile_bytes} both", T::NAME), &case);
+                case.options.softcap = None;
+                check(&format!("{} {sizes:?} {bias} {tile_bytes} by row", T::NAME), &case);
+                case.temperatures = None;
             }
         }
     }
@@ -275,13 +294,15 @@ fn no_rows_are_legal() {
 #[test]
 fn reference_gradient_is_the_derivative_of_the_reference() {
     let case = Case::<f32>::new(7, [3, 4, 7], true);
-    let case = Case { options: LinearOptions { temperature: 0.7, ..case.options }, ..case };
+    let options = LinearOptions { temperature: 0.7, softcap: Some(2.0), ..case.options };
+    let case = Case { options, ..case };
     let (.., grads) = case.wanted();
     let (hidden, weight) = (f64s(&case.hidden), f64s(&case.weight));
     let bias = f64s(case.bias.as_deref().unwrap());
     let [a, b] = case.up.each_ref().map(|up| wide(up));
     let value = |hidden: &[f64], weight: &[f64], bias: &[f64]| {
-        let inputs = Inputs { hidden, weight, bias: Some(bias), targets: &case.targets };
+        let inputs =
+            Inputs { hidden, weight, bias: Some(bias), temperatures: None, targets: &case.targets };
         let (logp, entropy) = reference::forward(inputs, case.sizes, &case.options);
         dot(&a, &logp) + dot(&b, &entropy)
     };
@@ -367,7 +388,18 @@ fn bad_input_is_refused_by_name() {
         (said(&hidden, &weight, None, &targets, with(|o| o.temperature = 0.0)), "temperature"),
         (said(&hidden, &weight, None, &targets, with(|o| o.logit_scale = f64::NAN)), "logit_scale"),
         (said(&hidden, &weight, None, &targets, with(|o| o.logit_scale = 1e40)), "logit_scale"),
+        (said(&hidden, &weight, None, &targets, with(|o| o.softcap = Some(0.0))), "softcap"),
     ] {
         assert!(error.contains(expected), "{error}");
+    }
+    let mut case = Case::<f32>::new(9, [2, 4, 5], false);
+    for wrong in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        case.temperatures = Some(vec![1.0, wrong]);
+        let mut out = [(); 3].map(|()| vec![7.0; 2]);
+        let [logp, max, log_sum] = &mut out;
+        let outputs = ForwardOutputs { logp, max, log_sum, entropy: None };
+        let error = cpu::forward(case.inputs(), case.sizes, &case.options, outputs).unwrap_err();
+        assert!(error.to_string().contains("temperatures"), "{error}");
+        assert!(out.iter().flatten().all(|&x| x == 7.0), "nothing is written");
     }
 }

@@ -9,7 +9,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::{LinearOptions, Sizes, OP};
-use crate::cpu::{for_each, num_threads, Logit, TokenId};
+use crate::cpu::math::exp_m1;
+use crate::cpu::{for_each, num_threads, vectorise, Logit, RowsMut, TokenId};
 use crate::error::{Error, Result};
 use crate::logprob::cpu as rows;
 use crate::logprob::{Columns, LogprobOptions};
@@ -107,15 +108,21 @@ pub fn backward<T: Logit, I: TokenId>(
     };
     let BackwardOutputs { grad_hidden, mut grad_weight, mut grad_bias } = outputs;
     let mut hidden_sums = vec![0.0; if grad_hidden.is_some() { count * hidden_size } else { 0 }];
+    let mut capped = Vec::new();
     let ones = vec![1.0; if grad_bias.is_some() { count } else { 0 }];
     let mut tile = work.tile();
     for columns in work.columns() {
         let (first, width) = (columns.start, columns.len());
         work.logits(columns.clone(), &mut tile);
         let grad = &mut tile[..count * width];
+        if work.limit.is_some() {
+            capped.clear();
+            capped.extend_from_slice(grad);
+        }
         let outputs = rows::BackwardOutputs { grad_logits: &mut *grad };
         let place = work.of_vocab(columns.clone());
         rows::backward_in_place(known, count, place, &work.options, outputs)?;
+        work.gradient_of_products(grad, &capped, width);
         let grad = Matrix { data: grad, rows: count, columns: width };
         if grad_hidden.is_some() {
             grad.times(work.weight(columns.clone()).matrix(hidden_size), true, &mut hidden_sums);
@@ -179,6 +186,10 @@ struct Work<'a, T> {
     kept: Option<Vec<usize>>,
     sizes: Sizes,
     tile_bytes: usize,
+    /// What each row's products are multiplied by, where the row passes do not know it.
+    scales: Option<Vec<f32>>,
+    /// Of each row the largest number that a logit may be.
+    limit: Option<Vec<f32>>,
     options: LogprobOptions,
 }
 
@@ -189,7 +200,9 @@ impl<'a, T: Logit> Work<'a, T> {
         options: &LinearOptions,
     ) -> Result<Self> {
         let Sizes { rows, hidden_size, vocab } = sizes;
-        let of_rows = options.of_rows()?;
+        options.validate()?;
+        let of_rows =
+            options.of_rows(inputs.temperatures.is_some() || options.softcap.is_some())?;
         for (arg, size) in [("hidden", hidden_size), ("weight", vocab)] {
             if size == 0 {
                 let (expected, got) = ("sizes above 0".into(), format!("{sizes:?}"));
@@ -211,9 +224,72 @@ impl<'a, T: Logit> Work<'a, T> {
             hidden = Numbers(Cow::Owned(rows.flatten().copied().collect()));
             kept = Some(places);
         }
-        let tile_bytes = options.tile_bytes;
-        let (weight, bias) = (inputs.weight, inputs.bias);
-        Ok(Self { hidden, weight, bias, targets, kept, sizes, tile_bytes, options: of_rows })
+        let mut work = Self {
+            hidden,
+            weight: inputs.weight,
+            bias: inputs.bias,
+            targets,
+            kept,
+            sizes,
+            tile_bytes: options.tile_bytes,
+            scales: None,
+            limit: None,
+            options: of_rows,
+        };
+        if inputs.temperatures.is_some() || options.softcap.is_some() {
+            let given = inputs.temperatures.map(|given| work.gather(given));
+            let given = given.unwrap_or_else(|| vec![1.0; work.targets.len()]);
+            if let Some(&wrong) = given.iter().find(|t| !(t.is_finite() && **t > 0.0)) {
+                let (wrong, expected) = (f64::from(wrong), "finite numbers above 0");
+                Error::check_option(OP, "temperatures", wrong, false, expected)?;
+            }
+            let over = |x: f64| {
+                let of_row = |&t: &f32| (x / (options.temperature * f64::from(t))) as f32;
+                given.iter().map(of_row).collect::<Vec<f32>>()
+            };
+            work.scales = Some(over(options.logit_scale));
+            work.limit = options.softcap.map(over);
+        }
+        Ok(work)
+    }
+
+    /// Makes logits of products: c tanh(s y / c) / τ, where the row passes do not do it.
+    fn make_logits(&self, tile: &mut [f32], width: usize) {
+        let Some(scales) = &self.scales else { return };
+        self.each_row(tile, width, |row, z| {
+            let (scale, limit) = (scales[row], self.limit.as_ref().map(|limit| limit[row]));
+            match limit {
+                None => z.iter_mut().for_each(|z| *z *= scale),
+                Some(limit) => z.iter_mut().for_each(|z| *z = limit * tanh(*z * scale / limit)),
+            }
+        });
+    }
+
+    /// Makes gradients of products of those of the logits, of which `capped` has a copy if there is a limit.
+    fn gradient_of_products(&self, grad: &mut [f32], capped: &[f32], width: usize) {
+        let Some(scales) = &self.scales else { return };
+        self.each_row(grad, width, |row, grad| {
+            let scale = scales[row];
+            match self.limit.as_ref().map(|limit| limit[row]) {
+                None => grad.iter_mut().for_each(|grad| *grad *= scale),
+                Some(limit) => {
+                    for (grad, z) in grad.iter_mut().zip(&capped[row * width..]) {
+                        let tanh = z / limit;
+                        *grad *= scale * (1.0 - tanh * tanh);
+                    }
+                }
+            }
+        });
+    }
+
+    fn each_row(&self, tile: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+        let rows = RowsMut { data: tile, width };
+        for_each(self.targets.len(), GRAIN / width, rows, |first, count, mut rows| {
+            vectorise(
+                #[inline(always)]
+                || (0..count).for_each(|row| f(first + row, rows.row(row))),
+            );
+        });
     }
 
     /// Columns of a tile that is not the last.
@@ -253,6 +329,7 @@ impl<'a, T: Logit> Work<'a, T> {
         let hidden = self.hidden.matrix(self.sizes.hidden_size);
         let weight = self.weight(columns);
         hidden.times_transposed(weight.matrix(self.sizes.hidden_size), self.bias.is_some(), tile);
+        self.make_logits(tile, width);
         tile
     }
 
@@ -274,6 +351,14 @@ impl<'a, T: Logit> Work<'a, T> {
             }
         }
     }
+}
+
+/// tanh x to some ulp.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    // Of -2|x|, which does not overflow.
+    let e = exp_m1(-2.0 * x.abs());
+    -e / (2.0 + e) * if x < 0.0 { -1.0 } else { 1.0 }
 }
 
 /// An argument in f32.

@@ -1,8 +1,14 @@
 //! From a model's last hidden states to log-probabilities: the product with the head's weight by tiles,
 //! each of which is reduced before the next one is made. There is never an `[N, V]`.
 //!
-//! With hidden states `h[n, 0..H]`, the head's weight `W[0..V, 0..H]` and a bias `b`, the logits are
-//! `z = s (h Wᵀ + b)`, and log-probabilities, entropies and gradients those of [`logprob`](crate::logprob):
+//! With hidden states `h[n, 0..H]`, the head's weight `W[0..V, 0..H]`, a bias `b`, a scale `s`, a softcap `c`
+//! and a temperature `τ`, which may be one a row, the logits are, in this order,
+//!
+//! ```text
+//! y = h Wᵀ + b         z = c tanh(s y / c) / τ
+//! ```
+//!
+//! and log-probabilities, entropies and gradients those of [`logprob`](crate::logprob):
 //!
 //! ```text
 //! forward, a tile      h [N, H] W[v..v+w]ᵀ         logits [N, w]
@@ -24,6 +30,7 @@
 //! | hidden | `[.., H]` | f32, f16 or bf16 |
 //! | weight | `[V, H]` | the same |
 //! | bias | `[V]` | the same |
+//! | temperatures | `[..]` | f32, instead of one for all |
 //! | targets | `[..]` | u32 or i64, in `0..V` or `ignore_index` |
 //! | logp, entropy | `[..]` | f32, in nats |
 //!
@@ -59,23 +66,38 @@ pub struct LinearOptions {
     /// The logits are multiplied by it (`logit_scale` of Cohere's models, 1 / `logits_scaling` of
     /// Granite's); above 0.
     pub logit_scale: f64,
+    /// Limits the logits, scaled and not yet divided, to plus or minus this (30 in Gemma 2); above 0.
+    pub softcap: Option<f64>,
     /// Bytes of a tile of logits: 32 MiB, which stay in the caches of a server.
     pub tile_bytes: usize,
 }
 
 impl Default for LinearOptions {
     fn default() -> Self {
-        Self { temperature: 1.0, ignore_index: None, logit_scale: 1.0, tile_bytes: 32 << 20 }
+        Self {
+            temperature: 1.0,
+            ignore_index: None,
+            logit_scale: 1.0,
+            softcap: None,
+            tile_bytes: 32 << 20,
+        }
     }
 }
 
 impl LinearOptions {
-    /// Those of the row passes, which ignored rows do not reach.
-    pub(crate) fn of_rows(&self) -> Result<LogprobOptions> {
+    pub(crate) fn validate(&self) -> Result<()> {
         let (scale, temperature) = (self.logit_scale, self.temperature);
         Error::check_option(OP, "logit_scale", scale, scale > 0.0, "above 0")?;
         Error::check_option(OP, "temperature", temperature, temperature > 0.0, "above 0")?;
-        let options = LogprobOptions { temperature: temperature / scale, ignore_index: None };
+        let cap = self.softcap.unwrap_or(1.0);
+        Error::check_option(OP, "softcap", cap, cap > 0.0, "above 0")
+    }
+
+    /// Those of the row passes, which ignored rows do not reach, for logits that are the products, or that
+    /// have been made of them.
+    pub(crate) fn of_rows(&self, made: bool) -> Result<LogprobOptions> {
+        let temperature = if made { 1.0 } else { self.temperature / self.logit_scale };
+        let options = LogprobOptions { temperature, ignore_index: None };
         options.validate()?;
         Ok(options)
     }
@@ -104,6 +126,8 @@ list! {
     } optional {
         /// The head's bias, `[vocab]`.
         bias: T [&[vocab]],
+        /// A temperature for each row, which the one of the options multiplies, `[rows]`; above 0.
+        temperatures: f32 [leading],
     }
 }
 

@@ -13,6 +13,8 @@ pub struct Inputs<'a> {
     /// `[vocab]`.
     pub bias: Option<&'a [f64]>,
     /// `[rows]`.
+    pub temperatures: Option<&'a [f64]>,
+    /// `[rows]`.
     pub targets: &'a [i64],
 }
 
@@ -32,7 +34,7 @@ pub struct Gradients {
 /// # Panics
 /// If a target is outside the vocabulary and is not `ignore_index`.
 pub fn forward(inputs: Inputs, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
-    let logits = logits(inputs, sizes);
+    let (logits, _) = logits(inputs, sizes, options);
     reference::forward(&logits, inputs.targets, sizes.vocab, &of_rows(options))
 }
 
@@ -48,7 +50,7 @@ pub fn backward(
     grad_entropy: &[f64],
 ) -> Gradients {
     let Sizes { hidden_size, vocab, .. } = sizes;
-    let (logits, rows) = (logits(inputs, sizes), of_rows(options));
+    let ((logits, slopes), rows) = (logits(inputs, sizes, options), of_rows(options));
     let grad = reference::backward(&logits, inputs.targets, vocab, &rows, grad_logp, grad_entropy);
     let mut found = Gradients {
         hidden: vec![0.0; inputs.hidden.len()],
@@ -58,6 +60,7 @@ pub fn backward(
     for (n, grad) in grad.chunks(vocab).enumerate() {
         // What an ignored row holds counts for nothing.
         for (v, &g) in grad.iter().enumerate().filter(|(_, &g)| g != 0.0) {
+            let g = g * slopes[n * vocab + v];
             found.bias[v] += g;
             for i in 0..hidden_size {
                 found.hidden[n * hidden_size + i] += g * inputs.weight[v * hidden_size + i];
@@ -68,25 +71,33 @@ pub fn backward(
     found
 }
 
-/// h Wᵀ + b, `[rows, vocab]`.
-fn logits(inputs: Inputs, sizes: Sizes) -> Vec<f64> {
+/// z, `[rows, vocab]`, and its derivatives with respect to h Wᵀ + b.
+fn logits(inputs: Inputs, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
     let Sizes { rows, hidden_size, vocab } = sizes;
-    let mut logits = Vec::with_capacity(rows * vocab);
+    let (mut logits, mut slopes) = (Vec::new(), Vec::new());
     for n in 0..rows {
+        let temperature = options.temperature * inputs.temperatures.map_or(1.0, |t| t[n]);
         for v in 0..vocab {
             let h = &inputs.hidden[n * hidden_size..][..hidden_size];
             let w = &inputs.weight[v * hidden_size..][..hidden_size];
             let product: f64 = h.iter().zip(w).map(|(h, w)| h * w).sum();
-            logits.push(product + inputs.bias.map_or(0.0, |bias| bias[v]));
+            let y = product + inputs.bias.map_or(0.0, |bias| bias[v]);
+            let scaled = options.logit_scale * y;
+            let (capped, slope) = match options.softcap {
+                None => (scaled, 1.0),
+                Some(cap) => {
+                    let tanh = (scaled / cap).tanh();
+                    (cap * tanh, 1.0 - tanh * tanh)
+                }
+            };
+            logits.push(capped / temperature);
+            slopes.push(options.logit_scale * slope / temperature);
         }
     }
-    logits
+    (logits, slopes)
 }
 
-/// The scale is one of the temperature.
+/// The temperature has been taken care of.
 fn of_rows(options: &LinearOptions) -> LogprobOptions {
-    LogprobOptions {
-        temperature: options.temperature / options.logit_scale,
-        ignore_index: options.ignore_index,
-    }
+    LogprobOptions { temperature: 1.0, ignore_index: options.ignore_index }
 }

@@ -114,6 +114,7 @@ impl Pass {
             weight: constant(weight)?,
             targets,
             bias: bias.map(constant).transpose()?,
+            temperatures: None,
         };
         let outputs = self.forward(&inputs)?;
         let shape = (OUTPUTS, self.sizes.rows);
