@@ -157,6 +157,32 @@ def test_of_equals_the_first_is_on_top(tiles):
     assert ours.is_top1.tolist() == [True, False, False]
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_an_adapter_is_a_weight(options, tiles):
+    """Values and all gradients are those of the weight that it makes."""
+    hidden, weight, index, bias = inputs()
+    options = split(options, index)
+    a, b = (torch.randn(3, HIDDEN) / 3).requires_grad_(), torch.randn(VOCAB, 3).requires_grad_()
+    lora = (a, b, 0.6)
+    head = (hidden, weight, index, bias)
+    ours = functional.linear_logprobs(*head, outputs=["entropy"], lora=lora, **options)[:2]
+    adapted = weight.double() + 0.6 * (b.double() @ a.double())
+    expected = exact(hidden, adapted, index, bias, options)
+    for x, y in zip(ours, expected, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=4e-6, atol=8e-6)
+    upstream = torch.randn(2, *SHAPE)
+    leaves = (hidden, weight, bias, a, b)
+    found = grads(ours, [*upstream], *leaves)
+    wanted = grads(expected, [*upstream.double()], *leaves)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=1e-5, atol=2e-5)
+    # With all else frozen, as it is with adapters.
+    head = [None if x is None else x.detach() for x in head]
+    alone = functional.linear_logprobs(*head, outputs=["entropy"], lora=lora, **options)[:2]
+    for x, y in zip(grads(alone, [*upstream], a, b), found[3:]):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_mask_is_an_index_that_is_ignored(tiles):
     hidden, weight, index, bias = inputs()
     mask = torch.rand(SHAPE) > 0.4
@@ -179,22 +205,23 @@ def test_what_is_frozen_costs_nothing(monkeypatch, tiles):
     upstream = torch.ones(SHAPE)
     ours = functional.linear_logprobs(hidden, weight, index, bias)
     everything = grads(ours.logp, upstream, hidden, weight, bias)
-    products = []
-    product = _linear.Gradients._products
-    monkeypatch.setattr(
-        _linear.Gradients,
-        "_products",
-        lambda self, *given: (
-            products.append((given[-1] is not None, self.want_weight)) or product(self, *given)
-        ),
-    )
+    products = set()
+    for name, what in (("_accumulate", "hidden"), ("_add_product", "weight")):
+        owner = _linear if name == "_accumulate" else _linear.Gradients
+        theirs = getattr(owner, name)
+
+        def counted(*given, theirs=theirs, what=what):
+            products.add(what)
+            theirs(*given)
+
+        monkeypatch.setattr(owner, name, counted)
     for place in range(3):
         leaves = [hidden, weight, bias]
         frozen = [x.detach() if i != place else x for i, x in enumerate(leaves)]
         ours = functional.linear_logprobs(frozen[0], frozen[1], index, frozen[2])
         (grad,) = grads(ours.logp, upstream, leaves[place])
         torch.testing.assert_close(grad, everything[place])
-        assert {*products} == {(place == 0, place == 1)}
+        assert products == [{"hidden"}, {"weight"}, set()][place]
         products.clear()
     assert not functional.linear_logprobs(
         *(x.detach() for x in (hidden, weight)), index
@@ -282,6 +309,13 @@ BAD = [
     ({"logit_scale": -1.0}, "option `logit_scale`"),
     ({"row_mask": torch.ones(3, dtype=torch.bool)}, "`row_mask` has shape"),
 ]
+LORA = [
+    ((torch.zeros(3, 5), torch.zeros(5, 3)), r"`lora_a` has shape \[3, 5\], expected \[3, 4\]"),
+    ((torch.zeros(3, 4), torch.zeros(5, 2)), r"`lora_b` has shape \[5, 2\], expected \[5, 3\]"),
+    ((torch.zeros(3, 4), torch.zeros(4, 3)), r"`lora_b` has shape \[4, 3\], expected \[5, 3\]"),
+    ((torch.zeros(4), torch.zeros(5, 3)), "`lora_a` has shape"),
+    ((torch.zeros(3, 4).double(), torch.zeros(5, 3)), "`lora_a` has dtype float64"),
+]
 
 
 @pytest.mark.parametrize("array", [False, True], ids=["torch", "numpy"])
@@ -295,6 +329,13 @@ def test_what_does_not_fit_is_refused(change, said, array):
         module = ppo_kernels.numpy
     with pytest.raises(ValueError, match=said):
         module.linear_logprobs(**given)
+
+
+@pytest.mark.parametrize(("lora", "said"), LORA)
+def test_an_adapter_that_does_not_fit_is_refused(lora, said):
+    head = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match=said):
+        functional.linear_logprobs(*head, lora=(*lora, 1.0))
 
 
 def test_dtypes_are_refused():

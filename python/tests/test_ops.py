@@ -39,17 +39,20 @@ def samples():
     logp, stats = ops.logprobs(torch.zeros(2, 5, 33), several, 0.7)
     yield ops.logprobs_backward, (torch.zeros(2, 5, 33), several, stats, logp, 0.7)
     linear, nothing = (leaf(2, 5, 8), leaf(33, 8), index, leaf(33)), (False,) * 4
-    yield ops.linear_logprob, (*linear, None, True, True, True, True, 0.7, None, 1.0, None)
-    yield ops.linear_logprob, (*linear, 1 + rows.abs(), *nothing, 0.7, int(index[0, 0]), 0.5, 3.0)
-    yield ops.linear_logprob, (*linear[:3], None, None, *nothing, 1.0, None, 1.0, None)
-    options = (True, *nothing[1:], 0.7, None, 1.0, None)
-    _, entropy, stats, *_ = ops.linear_logprob(*linear, None, *options)
-    linear = [x.detach() for x in (*linear, stats, entropy)]
-    linear.insert(4, None)
-    options = (0.7, None, 1.0, None)
-    yield ops.linear_logprob_backward, (*linear, rows, more, True, True, True, *options)
-    linear[3] = linear[6] = None
-    yield ops.linear_logprob_backward, (*linear, rows, None, True, False, False, *options)
+    lora, none = (leaf(3, 8), leaf(33, 3)), (None,) * 3
+    options = (0.7, None, 1.0, None, 1.0)
+    yield ops.linear_logprob, (*linear, *none, True, True, True, True, *options)
+    capped = (0.7, int(index[0, 0]), 0.5, 3.0, 2.0)
+    yield ops.linear_logprob, (*linear, 1 + rows.abs(), *lora, *nothing, *capped)
+    yield ops.linear_logprob, (*linear[:3], None, *none, *nothing, *options)
+    _, entropy, stats, *_ = ops.linear_logprob(*linear, *none, True, *nothing[1:], *options)
+    linear, lora, stats, entropy = (
+        [x.detach() for x in many] for many in (linear, lora, [stats], [entropy])
+    )
+    given = (*linear, None, *lora, *stats, *entropy, rows, more)
+    yield ops.linear_logprob_backward, (*given, True, True, True, True, True, *options)
+    given = (*linear[:3], None, *none, *stats, None, rows, None)
+    yield ops.linear_logprob_backward, (*given, True, *nothing, *options)
     yield ops.token_kl, (leaf(2, 5), leaf(2, 5), mask, *kl)
     yield ops.token_kl_backward, (rows, more, mask, rows, True, False, *kl)
     yield ops.full_kl, (leaf(2, 5, 33), leaf(2, 5, 33), mask, 0.7, "reverse")

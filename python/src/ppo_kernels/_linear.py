@@ -10,9 +10,9 @@ which is reduced before the next one is made. What goes in, what comes out, and 
                          gradient.T @ hidden                    grad_weight[v : v + w]
     never                                                       [N, V]
 
-Products are torch's, in the dtype of the hidden states. Their result is float32 on CUDA; on the
-CPU, where torch has no such product, it has the dtype of the hidden states, and so is rounded once.
-Rows that are ignored take no part in any product.
+Products are torch's, in the dtype of the hidden states. Their result is float32 on CUDA, from torch
+2.8 on; on the CPU, where torch has no such product, it has the dtype of the hidden states, and so
+is rounded once. Rows that are ignored take no part in any product.
 """
 
 from __future__ import annotations
@@ -44,6 +44,16 @@ ROWS = 8192
 # A tile of logits, of which there is one at a time: on a CPU it is to stay in the caches.
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _LEAST_COLUMNS = 1024
+# Whether torch has products of 16-bit matrices whose result is float32, on CUDA.
+_WIDE = "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+class Adapter(NamedTuple):
+    """What low-rank adaptation adds to a weight: ``scale * b @ a``."""
+
+    a: Tensor  # [rank, H]
+    b: Tensor  # [vocab, rank]
+    scale: float
 
 
 class Head(NamedTuple):
@@ -58,6 +68,7 @@ class Head(NamedTuple):
     # Of a shard: the id of its first column, and columns of the whole vocabulary.
     first_column: int
     vocab: int
+    lora: Adapter | None = None
 
     @property
     def plain(self) -> bool:
@@ -67,14 +78,26 @@ class Head(NamedTuple):
     def columns(self, first: int, end: int) -> Tensor:
         return self.weight[first:end].to(self.dtype)
 
-    def logits(self, hidden: Tensor, first: int, end: int, buffer: Tensor) -> Tensor:
-        """Those of some columns, as the product has them: in the buffer where it can be there."""
+    def lowered(self, hidden: Tensor) -> Tensor | None:
+        """The hidden states in the rank of the adapter."""
+        return None if self.lora is None else torch.mm(hidden, self.lora.a.to(self.dtype).t())
+
+    def adapter_columns(self, first: int, end: int) -> Tensor:
+        """Rows of the adapter's ``b``, times its scale."""
+        return self.lora.b[first:end].to(self.dtype) * self.lora.scale
+
+    def logits(
+        self, hidden: Tensor, lowered: Tensor | None, first: int, end: int, buffer: Tensor
+    ) -> Tensor:
+        """Those of some columns, as the product has them, in the buffer."""
         tile = buffer[: len(hidden) * (end - first)].view(len(hidden), end - first)
         weight = self.columns(first, end).t()
         if buffer.dtype == hidden.dtype:
             torch.mm(hidden, weight, out=tile)
         else:
             torch.mm(hidden, weight, out_dtype=buffer.dtype, out=tile)
+        if lowered is not None:
+            tile += _product(lowered, self.adapter_columns(first, end).t())
         if self.bias is not None:
             tile += self.bias[first:end]
         return tile
@@ -109,8 +132,8 @@ class Work(NamedTuple):
     def of(tensors: tuple, options: tuple, shard: tuple[int, int] | None = None) -> Work:
         """``shard`` is of a weight that has some columns: the id of the first, and how many columns
         there are in all."""
-        hidden, weight, index, bias, row_temperature = tensors
-        temperature, ignore_index, logit_scale, softcap = options
+        hidden, weight, index, bias, row_temperature, lora_a, lora_b = tensors
+        temperature, ignore_index, logit_scale, softcap, lora_scale = options
         for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
             if value is not None and not 0 < value < inf:
                 what = f"{_lists.LINEAR.name}: option `{name}`"
@@ -131,7 +154,8 @@ class Work(NamedTuple):
                 hidden, index = hidden[kept], index[kept]
                 temperatures = None if temperatures is None else temperatures[kept]
         columns = (0, len(weight)) if shard is None else shard
-        head = Head(weight, bias, logit_scale, softcap, temperatures, hidden.dtype, *columns)
+        lora = None if lora_a is None else Adapter(lora_a, lora_b, lora_scale)
+        head = Head(weight, bias, logit_scale, softcap, temperatures, hidden.dtype, *columns, lora)
         if head.plain:
             temperature = temperature / logit_scale
         elif temperature != 1.0:
@@ -149,7 +173,7 @@ class Work(NamedTuple):
     def tiles(self, rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
         """A buffer for a tile of so many rows, and the ranges of columns."""
         hidden, vocab = self.hidden, len(self.head.weight)
-        dtype = torch.float32 if hidden.is_cuda else hidden.dtype
+        dtype = torch.float32 if hidden.is_cuda and _WIDE else hidden.dtype
         most = TILE_BYTES[hidden.device.type] // (rows * dtype.itemsize)
         width = min(max(most // 64 * 64, _LEAST_COLUMNS), vocab)
         buffer = torch.empty(rows * width, dtype=dtype, device=hidden.device)
@@ -173,8 +197,10 @@ class Work(NamedTuple):
 
 def check(op: str, tensors: tuple, options: tuple, some_columns: bool = False) -> None:
     """With ``some_columns`` the weight is a shard, which may have none."""
-    hidden, weight, index, bias, row_temperature = tensors
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+    hidden, weight, index, bias, row_temperature, lora_a, lora_b = tensors
+    numbers = {"hidden": hidden, "weight": weight, "bias": bias}
+    numbers |= {"lora_a": lora_a, "lora_b": lora_b}
+    for name, tensor in numbers.items():
         if tensor is not None and tensor.dtype not in _LOGITS:
             _refuse_dtype(op, name, tensor, "float32, float16 or bfloat16")
     if hidden.dim() == 0:
@@ -191,7 +217,11 @@ def check(op: str, tensors: tuple, options: tuple, some_columns: bool = False) -
         if row_temperature.dtype != torch.float32:
             _refuse_dtype(op, "temperature", row_temperature, torch.float32)
         _lists.check_shape(op, "temperature", row_temperature.shape, hidden.shape[:-1])
-    for name, tensor in zip(("weight", "index", "bias", "temperature"), tensors[1:]):
+    if lora_a is not None:
+        rank = lora_a.shape[0] if lora_a.dim() else 0
+        _lists.check_shape(op, "lora_a", lora_a.shape, (rank, hidden.shape[-1]))
+        _lists.check_shape(op, "lora_b", lora_b.shape, (len(weight), rank))
+    for name, tensor in {**numbers, "index": index, "temperature": row_temperature}.items():
         if tensor is not None:
             check_device(op, name, tensor, hidden.device)
 
@@ -200,18 +230,25 @@ def _backward(
     ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, *_: Tensor | None
 ) -> tuple:
     saved = ctx.saved_tensors
-    tensors, entropy, stats = saved[:5], saved[5], saved[6]
+    tensors, entropy, stats = saved[:_INPUTS], saved[_INPUTS], saved[_INPUTS + 1]
     want_entropy, *options = ctx.options[0], *ctx.options[len(_lists.LINEAR_OUTPUTS) :]
     # After the dispatch keys, which stand first.
-    hidden, weight, _, bias = ctx.needs_input_grad[1:5]
+    wants = [ctx.needs_input_grad[1 + place] for place in _DIFFERENTIABLE]
     if not want_entropy:
         entropy = grad_entropy = None
     upstream = (stats, entropy, grad_logp, grad_entropy)
-    grads = call(linear_logprob_backward, *tensors, *upstream, hidden, weight, bias, *options)
-    grads = [grad if wanted else None for grad, wanted in zip(grads, (hidden, weight, bias))]
-    return grads[0], grads[1], None, grads[2]
+    found = call(linear_logprob_backward, *tensors, *upstream, *wants, *options)
+    grads: list[Tensor | None] = [None] * _INPUTS
+    for place, grad, wanted in zip(_DIFFERENTIABLE, found, wants):
+        grads[place] = grad if wanted else None
+    return tuple(grads)
 
 
+_INPUTS = len(_lists.LINEAR.inputs)
+# Which of them have a gradient, by their places.
+_NAMES = [argument.name for argument in _lists.LINEAR.inputs]
+_GRADIENTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
+_DIFFERENTIABLE = [_NAMES.index(name) for name in _GRADIENTS]
 _RESULTS = "logp entropy stats log_sum_sq_probs mean_logits is_top1"
 
 
@@ -266,8 +303,9 @@ class Chunk:
         """Makes the running sums over all columns of the head."""
         head = self.work.head
         buffer, tiles = self.work.tiles(len(self.index))
+        lowered = head.lowered(self.hidden)
         for first, end in tiles:
-            logits = head.logits(self.hidden, first, end, buffer)
+            logits = head.logits(self.hidden, lowered, first, end, buffer)
             if not head.plain:
                 logits = head.transformed(logits, self.rows)
             self._fold(logits, first)
@@ -321,68 +359,87 @@ class Chunk:
         return _addresses((), (largest, rest, logit, more[0] if weighted else None))
 
 
-@_op(_lists.LINEAR_BACKWARD, "grad_hidden grad_weight grad_bias", None, "hidden weight bias")
+_RESULTS = " ".join(f"grad_{name}" for name in _GRADIENTS)
+
+
+@_op(_lists.LINEAR_BACKWARD, _RESULTS, None, " ".join(_GRADIENTS))
 def linear_logprob_backward(tensors: tuple, options: tuple) -> Results:
-    *wants, temperature, ignore_index, logit_scale, softcap = options
-    tensors, upstream = tensors[:5], tensors[5:]
-    hidden, weight, index, bias, _ = tensors
-    options = (temperature, ignore_index, logit_scale, softcap)
+    wants, options = options[: len(_GRADIENTS)], options[len(_GRADIENTS) :]
+    tensors, upstream = tensors[:_INPUTS], tensors[_INPUTS:]
+    hidden, index = tensors[0], tensors[2]
     check(_lists.LINEAR.name, tensors, options)
     rows = (*index.shape, 0)
     stats, *given = _checked(_lists.LINEAR_BACKWARD_ROWS, upstream, index, rows)
-    grads = [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
-        if want and tensor is not None
-        else torch.empty(0, dtype=hidden.dtype, device=hidden.device)
-        for tensor, want in zip((hidden, weight, bias), wants)
-    ]
+    places = zip(_DIFFERENTIABLE, wants)
+    grads = [gradient_of(tensors[place], wanted, hidden) for place, wanted in places]
     yield tuple(grads)
     with torch.autocast(hidden.device.type, enabled=False):
         work = Work.of(tensors, options)
         known = [work.gather(values) for values in (*stats, *given)]
-        Gradients(work, wants, grads).write(known)
+        Gradients(work, *grads).write(known)
+
+
+def gradient_of(tensor: Tensor | None, wanted: bool, like: Tensor) -> Tensor:
+    """A buffer for the gradient of an argument, of no elements if there is none."""
+    if tensor is None or not wanted:
+        return torch.empty(0, dtype=like.dtype, device=like.device)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 class Gradients:
-    """Those of hidden, weight and bias, as far as they are wanted. Sums over tiles are float32."""
+    """Those of hidden, weight, bias and adapter, of which those of no elements are not wanted. Sums
+    over tiles are float32."""
 
-    def __init__(self, work: Work, wants: list[bool], grads: list[Tensor]) -> None:
-        self.work = work
-        self.want_hidden, self.want_weight, self.want_bias = wants
-        self.grad_hidden, self.grad_weight, self.grad_bias = grads
+    def __init__(self, work: Work, *grads: Tensor) -> None:
+        self.work, self.grads = work, grads
+        self.hidden, self.weight, self.bias, self.a, self.b = (bool(x.numel()) for x in grads)
+        _, weight, bias, _, b = grads
         # One product a tile, which is rounded once, where all rows go through together.
         self.at_once = len(work.hidden) <= ROWS
-        self.weight_sums, self.bias_sums = self.grad_weight, self.grad_bias
+        self.by_columns = [weight, bias, b]
         if not self.at_once:
-            self.weight_sums = torch.zeros_like(self.grad_weight, dtype=torch.float32)
-            self.bias_sums = torch.zeros_like(self.grad_bias, dtype=torch.float32)
+            f32 = torch.float32
+            self.by_columns = [torch.zeros_like(x, dtype=f32) for x in self.by_columns]
 
     def write(self, known: list[Tensor | None]) -> None:
         work = self.work
+        hidden, weight, bias, a, b = self.grads
         f32 = torch.float32
-        hidden_sums = torch.zeros_like(work.hidden, dtype=f32) if self.want_hidden else None
+        hidden_sums = torch.zeros_like(work.hidden, dtype=f32) if self.hidden else None
+        a_sums = torch.zeros_like(a, dtype=f32)
         if not len(work.hidden):
-            self.grad_weight.zero_()
-            self.grad_bias.zero_()
+            for grad in (weight, bias, b):
+                grad.zero_()
         for rows in work.chunks():
-            sums = hidden_sums[rows] if self.want_hidden else None
-            self._chunk(rows, [None if x is None else x[rows] for x in known], sums)
+            sums = hidden_sums[rows] if self.hidden else None
+            self._chunk(rows, [None if x is None else x[rows] for x in known], sums, a_sums)
+        a.copy_(a_sums)
         if not self.at_once:
-            self.grad_weight.copy_(self.weight_sums)
-            self.grad_bias.copy_(self.bias_sums)
-        if self.want_hidden:
-            grad = self.grad_hidden.view(-1, self.grad_hidden.shape[-1])
+            for grad, sums in zip((weight, bias, b), self.by_columns):
+                grad.copy_(sums)
+        if self.hidden:
+            grad = hidden.view(-1, hidden.shape[-1])
             if work.kept is None:
                 grad.copy_(hidden_sums)
             else:
                 grad.zero_()[work.kept] = hidden_sums.to(grad.dtype)
 
-    def _chunk(self, rows: slice, known: list[Tensor | None], hidden_sums: Tensor | None) -> None:
+    def _chunk(
+        self,
+        rows: slice,
+        known: list[Tensor | None],
+        hidden_sums: Tensor | None,
+        a_sums: Tensor,
+    ) -> None:
         work, head = self.work, self.work.head
         hidden, index = work.hidden[rows], work.index[rows]
+        lowered = head.lowered(hidden)
+        through_adapter = lowered is not None and (self.hidden or self.a)
+        # What comes through the adapter, in its rank.
+        lowered_sums = torch.zeros_like(lowered, dtype=torch.float32) if through_adapter else None
         buffer, tiles = work.tiles(len(index))
         for first, end in tiles:
-            logits = head.logits(hidden, first, end, buffer)
+            logits = head.logits(hidden, lowered, first, end, buffer)
             z = logits if head.plain else head.transformed(logits, rows)
             grad = z if head.plain else z.clone()
             sizes = (len(index), end - first, head.first_column + first, head.vocab)
@@ -391,25 +448,32 @@ class Gradients:
             _call(_lists.logprob_tile_backward, grad, work.options, *sizes, *types, *given)
             if not head.plain:
                 grad = head.transform_gradient(grad, z, rows)
-            self._products(grad.to(hidden.dtype), hidden, first, end, hidden_sums)
-            if self.want_bias and head.bias is not None:
-                self._add(self.bias_sums, first, end, grad.sum(0, dtype=torch.float32))
+            weight_sums, bias_sums, b_sums = self.by_columns
+            if self.bias:
+                self._add(bias_sums, first, end, grad.sum(0, dtype=torch.float32))
+            grad = grad.to(hidden.dtype)
+            if self.hidden:
+                _accumulate(hidden_sums, grad, head.columns(first, end))
+            if self.weight:
+                self._add_product(weight_sums, first, end, grad, hidden)
+            if through_adapter:
+                _accumulate(lowered_sums, grad, head.adapter_columns(first, end))
+            if self.b:
+                self._add(b_sums, first, end, _product(grad.t(), lowered) * head.lora.scale)
+        if through_adapter:
+            lowered_grad = lowered_sums.to(hidden.dtype)
+            if self.hidden:
+                _accumulate(hidden_sums, lowered_grad, head.lora.a.to(hidden.dtype))
+            if self.a:
+                a_sums += _product(lowered_grad.t(), hidden)
 
-    def _products(
-        self, grad: Tensor, hidden: Tensor, first: int, end: int, hidden_sums: Tensor | None
+    def _add_product(
+        self, sums: Tensor, first: int, end: int, grad: Tensor, hidden: Tensor
     ) -> None:
-        if hidden_sums is not None:
-            weight = self.work.head.columns(first, end)
-            if hidden.dtype == torch.float32:
-                torch.addmm(hidden_sums, grad, weight, out=hidden_sums)
-            else:
-                hidden_sums += _product(grad, weight)
-        if self.want_weight:
-            into = self.grad_weight[first:end]
-            if self.at_once and into.dtype == hidden.dtype:
-                torch.mm(grad.t(), hidden, out=into)
-            else:
-                self._add(self.weight_sums, first, end, _product(grad.t(), hidden))
+        if self.at_once and sums.dtype == hidden.dtype:
+            torch.mm(grad.t(), hidden, out=sums[first:end])
+        else:
+            self._add(sums, first, end, _product(grad.t(), hidden))
 
     def _add(self, sums: Tensor, first: int, end: int, more: Tensor) -> None:
         if self.at_once:
@@ -418,8 +482,15 @@ class Gradients:
             sums[first:end] += more
 
 
+def _accumulate(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    if a.dtype == torch.float32:
+        torch.addmm(sums, a, b, out=sums)
+    else:
+        sums += _product(a, b)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """In float32 where torch can."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and _WIDE and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)

@@ -113,12 +113,15 @@ _inputs = (
     _tensor("index"),
     _tensor("bias?"),
     _tensor("row_temperature?"),
+    _tensor("lora_a?"),
+    _tensor("lora_b?"),
 )
 _kinds = {
     "temperature": "float",
     "ignore_index": "int?",
     "logit_scale": "float",
     "softcap": "float?",
+    "lora_scale": "float",
 }
 LINEAR = Op("linear_logprobs", _inputs, Choices(_kinds))
 # What may be asked for besides the log-probabilities.

@@ -84,7 +84,7 @@ def vocab_parallel_linear_logprobs(
     """
     op = _lists.LINEAR.name
     index, ignore_index = _skipped_index(op, index, row_mask, ignore_index)
-    options = (float(temperature), ignore_index, logit_scale, softcap)
+    options = (float(temperature), ignore_index, logit_scale, softcap, 1.0)
     return LinearOutput(*_Linear.apply(hidden, weight, bias, index, group, options))
 
 
@@ -168,7 +168,7 @@ class _Linear(torch.autograd.Function):
         group: Group,
         options: tuple,
     ) -> tuple[Tensor, Tensor]:
-        tensors = (hidden, weight, index, bias, None)
+        tensors = (hidden, weight, index, bias, None, None, None)
         _linear.check(_lists.LINEAR.name, tensors, options, some_columns=True)
         shard = _shard(len(weight), hidden, group)
         work = Work.of(tensors, options, shard)
@@ -192,19 +192,18 @@ class _Linear(torch.autograd.Function):
         options, shard, group = ctx.known
         *tensors, largest, log_sum, entropy = ctx.saved_tensors
         hidden, weight, index, bias = tensors
-        work = Work.of((*tensors, None), options, shard)
+        work = Work.of((*tensors, None, None, None), options, shard)
         wants = ctx.needs_input_grad[:3]
         grads = [
-            torch.zeros_like(tensor, memory_format=torch.contiguous_format)
-            if wanted and tensor is not None
-            else torch.empty(0, dtype=hidden.dtype, device=hidden.device)
+            _linear.gradient_of(tensor, wanted, hidden)
             for tensor, wanted in zip((hidden, weight, bias), wants)
         ]
         # Summed in float32 over the processes too.
-        grads[0] = grads[0].float()
+        grads[0] = torch.zeros_like(grads[0], dtype=torch.float32)
         if len(weight):
             known = [largest, log_sum, entropy, work.gather(grad_logp), work.gather(grad_entropy)]
-            Gradients(work, wants, grads).write(known)
+            nothing = torch.empty(0, dtype=hidden.dtype, device=hidden.device)
+            Gradients(work, *grads, nothing, nothing).write(known)
         if wants[0]:
             dist.all_reduce(grads[0], group=group)
         grads[0] = grads[0].to(hidden.dtype)

@@ -177,6 +177,7 @@ def linear_logprobs(
     ignore_index: int | None = None,
     logit_scale: Number = 1.0,
     softcap: Number | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> LinearOutput:
     """Log-probabilities of chosen tokens from hidden states and the head's weight, without the
     logits: :func:`selective_log_softmax` of ``z``, with
@@ -203,6 +204,9 @@ def linear_logprobs(
             device.
         logit_scale: multiplies the logits before all else.
         softcap: limits the logits to plus or minus this (30 in Gemma 2); not without.
+        lora: ``A`` ``[rank, hidden_size]``, ``B`` ``[vocab, rank]`` and a scale, of an adapter of
+            the head: its weight is ``weight + scale * B @ A``, which is not made. ``A`` and ``B``
+            are differentiable.
 
     Returns:
         ``[...]`` each, float32, in nats, and ``is_top1`` in bool.
@@ -215,8 +219,9 @@ def linear_logprobs(
     if isinstance(temperature, Tensor) and temperature.dim():
         rows, temperature = _per_token(temperature), 1.0
     wants = _lists.wanted_of(outputs)
-    tensors = (hidden, weight, index, bias, rows)
-    options = (temperature, ignore_index, logit_scale, softcap)
+    a, b, scale = (None, None, 1.0) if lora is None else lora
+    tensors = (hidden, weight, index, bias, rows, a, b)
+    options = (temperature, ignore_index, logit_scale, softcap, scale)
     logp, entropy, _, *more = _ops.call(_linear.linear_logprob, *tensors, *wants, *options)
     found = (x if wanted else None for x, wanted in zip((entropy, *more), wants))
     return LinearOutput(logp, *found)
