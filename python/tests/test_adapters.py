@@ -98,6 +98,11 @@ def test_trl_has_its_own_head_for_what_is_not_ours():
         logp, *_ = kernels.ChunkedLogProbFunction.apply(*given)
         assert type(logp.grad_fn).__name__.startswith(theirs.__name__)
         given = (hidden.float(), weight.float(), *given[2:])
+        # What is sharded when the backward pass comes is their function's to gather.
+        given[1].ds_id = 0
+        logp, *_ = kernels.ChunkedLogProbFunction.apply(*given)
+        assert type(logp.grad_fn).__name__.startswith(theirs.__name__)
+        del given[1].ds_id
         assert "linear_logprob" in kernels.ChunkedLogProbFunction.apply(*given)[0].grad_fn.name()
     assert utils._ChunkedLogProbFunction is kernels.ChunkedLogProbFunction is theirs
 

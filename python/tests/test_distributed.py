@@ -48,7 +48,19 @@ def run(rank, file):
                 places = [..., columns, columns]
                 agree(ours[:2], whole[:2], upstream, [own, *parts], tensors, places)
     refused(rank)
+    under_autocast()
     dist.destroy_process_group()
+
+
+def under_autocast():
+    hidden, weight = torch.randn(6, HIDDEN), torch.randn(40, HIDDEN)
+    columns = slice(0, 25) if dist.get_rank() == 0 else slice(25, 40)
+    index = torch.randint(40, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = distributed.vocab_parallel_linear_logprobs(hidden, weight[columns], index)
+        whole = functional.linear_logprobs(hidden, weight, index, outputs=["entropy"])
+    for a, b in zip(ours[:2], whole[:2]):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
 
 
 def agree(ours, whole, upstream, leaves, whole_leaves, places):
@@ -65,14 +77,39 @@ def agree(ours, whole, upstream, leaves, whole_leaves, places):
 
 
 def refused(rank):
+    """By all processes, also where the fault, or a column, is one's alone: none is left waiting."""
     logits, index = torch.zeros(2, 5 + rank), torch.tensor([0, 11])
-    with pytest.raises(ValueError, match=r"11.*0..11"):
+    with pytest.raises(ValueError, match=r"`index`\[1\] is 11, expected 0..11"):
         distributed.vocab_parallel_logprobs(logits, index)
-    index = torch.zeros(3, dtype=torch.int64)
-    with pytest.raises(ValueError, match="`index` has shape"):
-        distributed.vocab_parallel_logprobs(logits, index)
-    with pytest.raises(ValueError, match="`weight` has shape"):
-        distributed.vocab_parallel_linear_logprobs(torch.zeros(3, 4), logits, index)
+    empty = torch.zeros(2, 5 - 5 * rank)
+    with pytest.raises(ValueError, match=r"`index`\[1\] is 11, expected 0..5"):
+        distributed.vocab_parallel_logprobs(empty, index)
+    with pytest.raises(ValueError, match="option `temperature` is 0.0"):
+        distributed.vocab_parallel_logprobs(empty, index, temperature=0.0)
+    head = torch.zeros(2, 4), torch.zeros(5 - 5 * rank, 4)
+    with pytest.raises(ValueError, match=r"`index`\[1\] is 11, expected 0..5"):
+        distributed.vocab_parallel_linear_logprobs(*head, index)
+    said = ["`index` has shape", "refused by process 0"]
+    with pytest.raises(ValueError, match=said[rank]):
+        wrong = torch.zeros(3 - rank, dtype=torch.int64)
+        distributed.vocab_parallel_logprobs(logits, wrong)
+    said = ["`weight` has shape", "refused by process 0"]
+    with pytest.raises(ValueError, match=said[rank]):
+        weight = torch.zeros(5, 3 + rank)
+        distributed.vocab_parallel_linear_logprobs(torch.zeros(2, 4), weight, index)
+    # Ids of 32 bits, and results that are changed in place.
+    logits = torch.zeros(3, 5, requires_grad=True)
+    index = torch.tensor([1, -100, 2], dtype=torch.int32)
+    for ours in (
+        distributed.vocab_parallel_logprobs(logits, index, ignore_index=-100),
+        distributed.vocab_parallel_linear_logprobs(
+            logits, torch.ones(5, 5), index, ignore_index=-100
+        )[:2],
+    ):
+        logp, entropy = (x.mul_(2) for x in ours)
+        assert logp[1] == entropy[1] == 0
+        (logp + entropy).sum().backward()
+        assert (logits.grad[1] == 0).all()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="torch has no gloo")

@@ -301,7 +301,14 @@ BAD = [
     ({"index": torch.zeros(3, dtype=torch.int64)}, r"`index` has shape \[3\], expected \[2\]"),
     ({"index": torch.full((2,), 5)}, r"`index`\[0\] is 5"),
     ({"bias": torch.zeros(4)}, r"`bias` has shape \[4\], expected \[5\]"),
-    ({"temperature": 0.0}, "option `temperature`"),
+    ({"temperature": 0.0}, "option `temperature` is 0.0"),
+    ({"temperature": -1.0, "softcap": 30.0}, "option `temperature` is -1.0"),
+    ({"temperature": -1.0, "logit_scale": 2.0}, "option `temperature` is -1.0"),
+    ({"temperature": -1.0, "row_mask": torch.zeros(2)}, "option `temperature` is -1.0"),
+    ({"hidden": torch.zeros(2, 0), "weight": torch.zeros(5, 0)}, "`hidden` has shape"),
+    ({"hidden": torch.tensor(1.0)}, "`hidden` has shape"),
+    ({"index": torch.zeros(2), "row_mask": torch.ones(2)}, "`index` has dtype float32"),
+    ({"index": torch.tensor([-100, 9]), "ignore_index": -100}, r"`index`\[\d\] is 9"),
     ({"temperature": torch.tensor([1.0, 0.0])}, "`temperature` has others"),
     ({"temperature": torch.ones(3)}, r"`(row_)?temperature` has shape \[3\], expected \[2\]"),
     ({"softcap": 0.0}, "option `softcap` is 0.0, expected a finite number above 0"),
@@ -346,6 +353,49 @@ def test_dtypes_are_refused():
         functional.linear_logprobs(hidden, torch.zeros(5, 4), index, outputs=["Entropy"])
     with pytest.raises(ValueError, match="`index` has dtype float32"):
         functional.linear_logprobs(hidden, torch.zeros(5, 4), index.float())
+
+
+def test_the_row_of_a_wrong_id_is_the_caller_s():
+    head = torch.zeros(3, 4), torch.zeros(5, 4)
+    for dtype in (torch.int32, torch.int64):
+        index = torch.tensor([-100, -100, -3], dtype=dtype)
+        with pytest.raises(ValueError, match=r"`index`\[2\] is -3, expected 0..5"):
+            functional.linear_logprobs(*head, index, ignore_index=-100)
+
+
+def test_what_an_ignored_row_has_counts_for_nothing():
+    hidden, weight, index, _ = inputs()
+    index[0, 0] = -100
+    temperature = torch.ones(SHAPE)
+    expected = functional.linear_logprobs(hidden, weight, index, ignore_index=-100)
+    temperature[0, 0] = 0.0
+    options = {"temperature": temperature, "ignore_index": -100}
+    ours = functional.linear_logprobs(hidden, weight, index, **options)
+    torch.testing.assert_close(ours.logp, expected.logp)
+
+
+def test_a_row_of_nan_has_no_top(tiles):
+    hidden, weight, _, bias = inputs()
+    index = (hidden @ weight[:64].T).argmax(-1)
+    bias = torch.zeros(VOCAB)
+    bias[200] = torch.nan
+    ours = functional.linear_logprobs(hidden, weight, index, bias, outputs=EXTRAS)
+    assert ours.logp.isnan().all() and not ours.is_top1.any()
+
+
+def test_results_may_be_changed_in_place(tiles):
+    hidden, weight, index, bias = inputs()
+    ours = functional.linear_logprobs(hidden, weight, index, bias, outputs=EXTRAS)
+    for name in ("log_sum_sq_probs", "mean_logits", "is_top1"):
+        getattr(ours, name).zero_()
+    (ours.logp * 1).sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_meta_tensors_have_shapes():
+    hidden, weight, index, bias = (x.detach().to("meta") for x in inputs())
+    ours = functional.linear_logprobs(hidden, weight, index, bias, outputs=["entropy"])
+    assert ours.logp.shape == ours.entropy.shape == SHAPE and ours.logp.is_meta
 
 
 # --- what others gave ---

@@ -142,7 +142,7 @@ pub fn backward<T: Logit, I: TokenId>(
     Ok(())
 }
 
-/// Narrows the gradients of the rows that take part into their places, and writes zeros into all others.
+/// The places of the gradients of the rows that take part; zeros are written into all others.
 fn hidden_of_rows<'a, T: Logit, U: Logit>(
     work: &Work<U>,
     grad: &'a mut [T],

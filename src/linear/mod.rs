@@ -30,7 +30,7 @@
 //! | hidden | `[.., H]` | f32, f16 or bf16 |
 //! | weight | `[V, H]` | the same |
 //! | bias | `[V]` | the same |
-//! | temperatures | `[..]` | f32, instead of one for all |
+//! | temperatures | `[..]` | f32, times the one of the options |
 //! | targets | `[..]` | u32 or i64, in `0..V` or `ignore_index` |
 //! | logp, entropy | `[..]` | f32, in nats |
 //!

@@ -37,6 +37,7 @@ from ._ops import (
     _refuse_dtype,
     call,
     check_device,
+    check_ids,
 )
 
 # Rows of hidden states that go through the head together: the weight is read once for them.
@@ -46,6 +47,15 @@ TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _LEAST_COLUMNS = 1024
 # Whether torch has products of 16-bit matrices whose result is float32, on CUDA.
 _WIDE = "dtype_out" in torch.ops.aten.mm.overloads()
+
+
+def autocast(hidden: Tensor) -> Tensor:
+    """Hidden states in the dtype of products: that of autocast, if there is one."""
+    kind = hidden.device.type
+    known = kind in TILE_BYTES and hidden.dtype in _LOGITS
+    if known and torch.is_autocast_enabled(kind):
+        return hidden.to(torch.get_autocast_dtype(kind))
+    return hidden
 
 
 class Adapter(NamedTuple):
@@ -134,17 +144,16 @@ class Work(NamedTuple):
         there are in all."""
         hidden, weight, index, bias, row_temperature, lora_a, lora_b = tensors
         temperature, ignore_index, logit_scale, softcap, lora_scale = options
-        for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
-            if value is not None and not 0 < value < inf:
-                what = f"{_lists.LINEAR.name}: option `{name}`"
-                raise ValueError(f"{what} is {value}, expected a finite number above 0")
-        if row_temperature is not None and row_temperature.is_cpu:
-            legal = (row_temperature > 0) & row_temperature.isfinite()
-            if not legal.all():
-                refuse(_lists.LINEAR.name, "temperature", "has others", "finite numbers above 0")
+        op, columns = _lists.LINEAR.name, (0, len(weight)) if shard is None else shard
+        numbers = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        for name, value in numbers.items():
+            if value is not None:
+                _lists.check_positive(op, name, value)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         index = index.reshape(-1)
         temperatures = None if row_temperature is None else row_temperature.reshape(-1)
+        if index.is_cpu:
+            check_targets(op, index, columns[1], ignore_index)
         kept = None
         if ignore_index is not None:
             kept = (index != ignore_index).nonzero().squeeze(-1)
@@ -153,7 +162,10 @@ class Work(NamedTuple):
             else:
                 hidden, index = hidden[kept], index[kept]
                 temperatures = None if temperatures is None else temperatures[kept]
-        columns = (0, len(weight)) if shard is None else shard
+        if temperatures is not None and temperatures.is_cpu:
+            legal = (temperatures > 0) & temperatures.isfinite()
+            if not legal.all():
+                refuse(op, "temperature", "has others", "finite numbers above 0")
         lora = None if lora_a is None else Adapter(lora_a, lora_b, lora_scale)
         head = Head(weight, bias, logit_scale, softcap, temperatures, hidden.dtype, *columns, lora)
         if head.plain:
@@ -195,21 +207,28 @@ class Work(NamedTuple):
         return values.contiguous() if self.kept is None else values[self.kept]
 
 
-def check(op: str, tensors: tuple, options: tuple, some_columns: bool = False) -> None:
+def check_targets(op: str, index: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """As the library does for the rows that it is given, of which some may be missing."""
+    outside = (index < 0) | (index >= vocab)
+    if ignore_index is not None:
+        outside &= index != ignore_index
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        found = f"`index`[{row}] is {int(index[row])}"
+        raise ValueError(f"{op}: {found}, expected 0..{vocab}")
+
+
+def check(tensors: tuple, some_columns: bool = False) -> None:
     """With ``some_columns`` the weight is a shard, which may have none."""
+    op = _lists.LINEAR.name
     hidden, weight, index, bias, row_temperature, lora_a, lora_b = tensors
     numbers = {"hidden": hidden, "weight": weight, "bias": bias}
     numbers |= {"lora_a": lora_a, "lora_b": lora_b}
     for name, tensor in numbers.items():
         if tensor is not None and tensor.dtype not in _LOGITS:
             _refuse_dtype(op, name, tensor, "float32, float16 or bfloat16")
-    if hidden.dim() == 0:
-        _lists.check_rows(op, "hidden", hidden.shape, "hidden_size")
-    fits = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1]
-    if not fits or not (len(weight) or some_columns):
-        refuse(op, "weight", f"has shape {list(weight.shape)}", f"[vocab, {hidden.shape[-1]}]")
-    if index.dtype not in _TARGETS:
-        _refuse_dtype(op, "index", index, "int64 or int32")
+    _lists.check_head(hidden.shape, weight.shape, some_columns)
+    check_ids(op, index)
     _lists.check_shape(op, "index", index.shape, hidden.shape[:-1])
     if bias is not None:
         _lists.check_shape(op, "bias", bias.shape, weight.shape[:1])
@@ -252,16 +271,19 @@ _DIFFERENTIABLE = [_NAMES.index(name) for name in _GRADIENTS]
 _RESULTS = "logp entropy stats log_sum_sq_probs mean_logits is_top1"
 
 
-@_op(_lists.LINEAR, _RESULTS, _backward, " ".join(_lists.LINEAR_OUTPUTS), differentiable=2)
+_WANTS = " ".join(_lists.LINEAR_OUTPUTS)
+
+
+@_op(_lists.LINEAR, _RESULTS, _backward, _WANTS, differentiable=2, saved=2)
 def linear_logprob(tensors: tuple, options: tuple) -> Results:
     wants, options = options[: len(_lists.LINEAR_OUTPUTS)], options[len(_lists.LINEAR_OUTPUTS) :]
     hidden, _, index, *_ = tensors
-    check(_lists.LINEAR.name, tensors, options)
+    check(tensors)
 
     def result(wanted: bool, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(index.shape if wanted else 0, dtype=dtype, device=hidden.device)
 
-    logp, stats = result(True), torch.stack([result(True)] * 2)
+    logp, stats = result(True), torch.empty(2, *index.shape, device=hidden.device)
     entropy, log_sum_sq_probs, mean_logits = map(result, wants[:3])
     is_top1 = result(wants[3], torch.bool)
     yield logp, entropy, stats, log_sum_sq_probs, mean_logits, is_top1
@@ -327,7 +349,7 @@ class Chunk:
             entropy if self.entropy else None,
             self.square_sums[1].log1p() - 2 * log_sum if self.squares else None,
             self.total / (vocab * temperature) if self.mean else None,
-            self.best_column == self.index if self.top1 else None,
+            (self.best_column == self.index) & ~logp.isnan() if self.top1 else None,
         )
 
     def _fold(self, logits: Tensor, first: int) -> None:
@@ -367,7 +389,7 @@ def linear_logprob_backward(tensors: tuple, options: tuple) -> Results:
     wants, options = options[: len(_GRADIENTS)], options[len(_GRADIENTS) :]
     tensors, upstream = tensors[:_INPUTS], tensors[_INPUTS:]
     hidden, index = tensors[0], tensors[2]
-    check(_lists.LINEAR.name, tensors, options)
+    check(tensors)
     rows = (*index.shape, 0)
     stats, *given = _checked(_lists.LINEAR_BACKWARD_ROWS, upstream, index, rows)
     places = zip(_DIFFERENTIABLE, wants)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
+from math import inf
 from typing import NamedTuple, NoReturn
 
 from . import _header
@@ -73,6 +74,11 @@ def check_rows(op: str, name: str, shape: Sequence[int], dimension: str) -> None
         refuse(op, name, "has shape []", f"[..., {dimension}]")
 
 
+def check_positive(op: str, option: str, value: float) -> None:
+    if not 0 < value < inf:
+        raise ValueError(f"{op}: option `{option}` is {value}, expected a finite number above 0")
+
+
 # --- logprob ---
 
 _inputs = (_tensor("logits"), _tensor("index"))
@@ -128,6 +134,15 @@ LINEAR = Op("linear_logprobs", _inputs, Choices(_kinds))
 LINEAR_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 LINEAR_BACKWARD = LINEAR.but("linear_logprobs_backward", *LOGPROB_BACKWARD.inputs[2:])
 LINEAR_BACKWARD_ROWS = Op(LINEAR_BACKWARD.name, LOGPROB_BACKWARD.inputs[2:])
+
+
+def check_head(hidden: Sequence[int], weight: Sequence[int], some_columns: bool = False) -> None:
+    """With ``some_columns`` the weight is a shard, which may have none."""
+    check_rows(LINEAR.name, "hidden", hidden, "hidden_size")
+    if not hidden[-1]:
+        refuse(LINEAR.name, "hidden", f"has shape {list(hidden)}", "[..., hidden_size] above 0")
+    if len(weight) != 2 or weight[1] != hidden[-1] or not (weight[0] or some_columns):
+        refuse(LINEAR.name, "weight", f"has shape {list(weight)}", f"[vocab, {hidden[-1]}]")
 
 
 def wanted_of(outputs: Collection[str]) -> tuple[bool, ...]:

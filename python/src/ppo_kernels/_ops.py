@@ -186,11 +186,13 @@ def _differentiate(
     moves: bool = False,
     differentiable: int = 1,
     kept: Sequence[int] | None = None,
+    saved: int | None = None,
 ) -> None:
     """Gives an op its gradient, ``backward(ctx, *upstream)``, which returns those of the arguments
     that come first; without it there is none, and asking for it is an error. ``ctx`` has the
     ``tensors`` that went in, or those that are ``kept``, which are all that have a gradient at
-    least, with all results but the first, and as ``options`` the rest of the arguments. Results
+    least, with all results but the first, or so many of them as are ``saved``, and as ``options``
+    the rest of the arguments. Results
     after the first ``differentiable`` ones are constants. ``moves`` is true for the form of an op
     that takes numbers from a tensor.
 
@@ -219,7 +221,7 @@ def _differentiate(
         outputs = below(keys, inputs)
         ctx.set_materialize_grads(False)
         rest = outputs[1:] if isinstance(outputs, tuple) else ()
-        ctx.save_for_backward(*(inputs[place] for place in kept), *rest)
+        ctx.save_for_backward(*(inputs[place] for place in kept), *rest[:saved])
         ctx.options = inputs[tensors:]
         if moves:
             numbers, *options = ctx.options
@@ -467,11 +469,15 @@ def _sliced(*logits: Tensor) -> tuple[int, Sequence[Tensor]]:
 # --- logprob ---
 
 
+def check_ids(op: str, index: Tensor) -> None:
+    if index.dtype not in _TARGETS:
+        _refuse_dtype(op, "index", index, "int64 or int32")
+
+
 def check_logprob(op: str, logits: Tensor, index: Tensor, several: bool = False) -> None:
     """With several tokens a row ``index`` has a dimension more."""
     _check_logits(op, "logits", logits)
-    if index.dtype not in _TARGETS:
-        _refuse_dtype(op, "index", index, "int64 or int32")
+    check_ids(op, index)
     shape, expected = index.shape, logits.shape[:-1]
     expected = (*expected, *shape[-1:]) if several else expected
     if shape != expected:

@@ -184,6 +184,9 @@ def _patch_head_of_trl(patch: Patch) -> None:
             or any(each.device != hidden.device for each in head)
             or not {*wanted} <= {*_lists.LINEAR_OUTPUTS}
             or logit_scale <= 0
+            or (final_logit_softcapping is not None and final_logit_softcapping <= 0)
+            # DeepSpeed's, which are there in the passes of TRL's own function only.
+            or any(hasattr(each, "ds_id") for each in head)
         ):
             return NotImplemented
         options = {"logit_scale": logit_scale, "softcap": final_logit_softcapping}

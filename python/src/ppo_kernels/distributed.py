@@ -12,6 +12,8 @@ gather, ``ppok_logprob_merge_*`` and ``ppok_logprob_finish_*`` of the C library.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,7 +79,8 @@ def vocab_parallel_linear_logprobs(
         weight: ``[columns, hidden_size]``. Differentiable, and so is ``bias``, ``[columns]``.
         index: token ids ``[...]``, in the whole vocabulary.
         group: the processes that have its columns; all if it is None.
-        temperature, row_mask, ignore_index, logit_scale, softcap: as there.
+        temperature: divides the logits: one number.
+        row_mask, ignore_index, logit_scale, softcap: as there.
 
     Returns:
         The log-probabilities and entropies.
@@ -85,18 +88,29 @@ def vocab_parallel_linear_logprobs(
     op = _lists.LINEAR.name
     index, ignore_index = _skipped_index(op, index, row_mask, ignore_index)
     options = (float(temperature), ignore_index, logit_scale, softcap, 1.0)
+    hidden = _linear.autocast(hidden)
     return LinearOutput(*_Linear.apply(hidden, weight, bias, index, group, options))
 
 
 _OP = "vocab_parallel_logprobs"
 
 
-def _shard(columns: int, like: Tensor, group: Group) -> tuple[int, int]:
-    """The id of this process's first column, and how many columns there are in all."""
+def _shard(check: Callable[[], int], like: Tensor, group: Group) -> tuple[int, int]:
+    """The id of this process's first column, and how many columns there are in all, of what each
+    process's ``check`` says that it has. If one refuses, all do: none is left waiting."""
+    refused = None
+    try:
+        columns = check()
+    except ValueError as error:
+        refused, columns = error, -1
     mine = torch.tensor([columns], device=like.device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, mine, group=group)
     counts = torch.cat(every).tolist()
+    if refused is not None:
+        raise refused
+    if -1 in counts:
+        raise ValueError(f"vocab_parallel: refused by process {counts.index(-1)} of the group")
     return sum(counts[: dist.get_rank(group)]), sum(counts)
 
 
@@ -119,15 +133,37 @@ def _no_columns(sums: Tensor) -> None:
     weighted.zero_()
 
 
+def _without_autocast(function: Callable) -> Callable:
+    """A pass whose products are in the dtypes of their arguments."""
+
+    @functools.wraps(function)
+    def without(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(ctx, first, *rest)
+
+    return without
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, index: Tensor, group: Group, options: tuple
     ) -> tuple[Tensor, Tensor]:
-        _ops.check_logprob(_OP, logits, index)
-        logits, index, rows = logits.contiguous(), index.contiguous(), index.numel()
-        columns = logits.shape[-1]
-        first, vocab = _shard(columns, logits, group)
+        temperature, ignore_index = options
+
+        def check() -> int:
+            _ops.check_logprob(_OP, logits, index)
+            _lists.check_positive(_OP, "temperature", temperature)
+            return logits.shape[-1]
+
+        first, vocab = _shard(check, logits, group)
+        # What one process refuses all must, or the others would wait: so it is asked here.
+        if index.is_cpu:
+            _linear.check_targets(_OP, index.reshape(-1), vocab, ignore_index)
+        columns, rows = logits.shape[-1], index.numel()
+        # The library reads int32 as uint32.
+        index = index.contiguous() if ignore_index is None else index.long().contiguous()
+        logits = logits.contiguous()
         sums = torch.empty(4, rows, dtype=torch.float32, device=logits.device)
         types = (_LOGITS[logits.dtype], _TARGETS[index.dtype])
         if columns:
@@ -142,7 +178,7 @@ class _Logits(torch.autograd.Function):
         _call(_lists.logprob_finish, logits, options, rows, vocab, types[1], *addresses)
         ctx.save_for_backward(logits, index, sums[0].clone(), log_sum, entropy)
         ctx.known = ((rows, columns, first, vocab, *types), options)
-        return logp.view(index.shape), entropy.view(index.shape)
+        return logp.view(index.shape).clone(), entropy.view(index.shape).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -159,6 +195,7 @@ class _Logits(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -169,8 +206,12 @@ class _Linear(torch.autograd.Function):
         options: tuple,
     ) -> tuple[Tensor, Tensor]:
         tensors = (hidden, weight, index, bias, None, None, None)
-        _linear.check(_lists.LINEAR.name, tensors, options, some_columns=True)
-        shard = _shard(len(weight), hidden, group)
+
+        def check() -> int:
+            _linear.check(tensors, some_columns=True)
+            return len(weight)
+
+        shard = _shard(check, hidden, group)
         work = Work.of(tensors, options, shard)
         found = torch.empty(4, len(work.index), dtype=torch.float32, device=hidden.device)
         for rows in work.chunks():
@@ -184,10 +225,11 @@ class _Linear(torch.autograd.Function):
         logp, *known = found
         ctx.save_for_backward(*tensors[:4], *known)
         ctx.known = (options, shard, group)
-        return work.spread(logp, index), work.spread(known[2], index)
+        return work.spread(logp, index).clone(), work.spread(known[2], index).clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         options, shard, group = ctx.known
         *tensors, largest, log_sum, entropy = ctx.saved_tensors

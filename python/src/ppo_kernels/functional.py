@@ -82,6 +82,7 @@ def _skipped_index(
 ) -> tuple[Tensor, int | None]:
     if row_mask is None:
         return index, ignore_index
+    _ops.check_ids(op, index)
     _lists.check_shape(op, "row_mask", row_mask.shape, index.shape)
     _ops.check_device(op, "row_mask", row_mask, index.device)
     ignore_index = _SKIPPED if ignore_index is None else ignore_index
@@ -194,7 +195,8 @@ def linear_logprobs(
         weight: ``[vocab, hidden_size]``, of any of these dtypes. Differentiable.
         index: token ids ``[...]``, int64 or int32.
         bias: ``[vocab]``. Differentiable.
-        temperature: divides the logits; one number, or a float32 tensor ``[...]`` of one a row.
+        temperature: divides the logits; one number, or a float32 tensor ``[...]`` of one a row, as
+            a constant.
         row_mask: ``[...]``; rows where it is 0 are skipped and give 0.
         outputs: what is wanted besides, by name: ``entropy`` of the row's distribution, which has a
             gradient; as constants ``log_sum_sq_probs``, the logarithm of the sum of the squares of
@@ -212,12 +214,9 @@ def linear_logprobs(
         ``[...]`` each, float32, in nats, and ``is_top1`` in bool.
     """
     index, ignore_index = _skipped_index(_lists.LINEAR.name, index, row_mask, ignore_index)
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
-    rows = None
+    hidden, rows = _linear.autocast(hidden), None
     if isinstance(temperature, Tensor) and temperature.dim():
-        rows, temperature = _per_token(temperature), 1.0
+        rows, temperature = _per_token(temperature).detach(), 1.0
     wants = _lists.wanted_of(outputs)
     a, b, scale = (None, None, 1.0) if lora is None else lora
     tensors = (hidden, weight, index, bias, rows, a, b)

@@ -173,17 +173,14 @@ def linear_logprobs(
     float32."""
     op = _lists.LINEAR.name
     hidden, weight = np.asarray(hidden, np.float32), np.asarray(weight, np.float32)
-    check_rows(op, "hidden", hidden.shape, "hidden_size")
-    shape, vocab = hidden.shape[:-1], len(weight) if weight.ndim else 0
-    if not vocab or weight.shape != (vocab, hidden.shape[-1]):
-        refuse(op, "weight", f"has shape {list(weight.shape)}", f"[vocab, {hidden.shape[-1]}]")
+    _lists.check_head(hidden.shape, weight.shape)
+    shape, vocab = hidden.shape[:-1], len(weight)
     index, ignore_index = _index(op, index, row_mask, shape, vocab, ignore_index)
     kept = np.ones(index.size, bool) if ignore_index is None else index.ravel() != ignore_index
     hidden, index = hidden.reshape(-1, weight.shape[1])[kept], index.ravel()[kept]
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is not None and not 0 < value < np.inf:
-            expected = "expected a finite number above 0"
-            raise ValueError(f"{op}: option `{name}` is {value}, {expected}")
+        if value is not None:
+            _lists.check_positive(op, name, value)
     divide = np.ndim(temperature) > 0
     if divide:
         temperature = np.asarray(temperature, np.float32)
@@ -235,7 +232,7 @@ def linear_logprobs(
         entropies,
         np.log1p(square_sums[1]) - 2 * log_sum if squares else None,
         total / np.float32(vocab * temperature),
-        best_column == index,
+        (best_column == index) & ~np.isnan(logp),
     )
     spread = []
     for values, wanted in zip(found, (True, *wants)):
