@@ -63,6 +63,14 @@ pub const LOGPROB: Tolerances = Tolerances {
     benches: Tolerance::new(2e-5, 2e-5),
 };
 
+/// Tolerances of `linear`: those of `logprob`, and the products' sums of hundreds of terms of magnitude 1.
+pub const LINEAR: Tolerances = Tolerances {
+    tests: Tolerance::new(6e-6, 2e-6),
+    forward: Tolerance::new(1e-5, 2e-6),
+    backward: Tolerance::new(2e-5, 1e-5),
+    benches: Tolerance::new(2e-5, 2e-5),
+};
+
 /// Tolerances of the KL estimated from samples.
 pub const TOKEN_KL: Tolerances = Tolerances {
     tests: Tolerance::new(1e-6, 3e-6),

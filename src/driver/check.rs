@@ -58,6 +58,8 @@ impl Pass {
 pub enum Op {
     /// `logprobs` and `logprobs_and_entropy`.
     Logprob,
+    /// `linear_logprobs`, on the CPU.
+    Linear,
     /// `token_kl`.
     TokenKl,
     /// `full_kl`.
@@ -74,6 +76,7 @@ impl Op {
     fn name(self) -> &'static str {
         match self {
             Op::Logprob => "logprob",
+            Op::Linear => "linear",
             Op::TokenKl => "token_kl",
             Op::FullKl => "full_kl",
             Op::Gae => "gae",
@@ -87,6 +90,7 @@ impl Op {
 pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
     let tolerances = match op {
         Op::Logprob => tolerance::LOGPROB,
+        Op::Linear => tolerance::LINEAR,
         Op::TokenKl => tolerance::TOKEN_KL,
         Op::FullKl => tolerance::FULL_KL,
         Op::Gae => tolerance::GAE,

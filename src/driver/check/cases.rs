@@ -12,6 +12,7 @@ use crate::gae::{
     ScorePlacement, ScoreScale,
 };
 use crate::kl::{self, full_kl, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use crate::linear::{self, linear_logprobs, LinearOptions};
 use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
 use crate::moments::{Moments, MomentsTensor};
 use crate::ppo_loss::{
@@ -23,6 +24,9 @@ const LOGITS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Rows and vocabulary: one column, fewer columns than a vector, and more than a block of any kernel.
 const LOGIT_SHAPES: [(usize, usize); 5] = [(3, 1), (9, 7), (16, 1000), (4, 50257), (2, 151_936)];
+
+/// Rows, hidden size and vocabulary.
+const HEAD_SHAPES: [(usize, usize, usize); 3] = [(3, 1, 1), (9, 24, 1000), (17, 64, 5003)];
 
 /// Rows and tokens: one token, rows shorter and longer than a block of any kernel.
 const TOKEN_SHAPES: [(usize, usize); 4] = [(1, 2), (3, 17), (8, 700), (5, 2051)];
@@ -50,6 +54,11 @@ pub(super) fn all(device: &Device, seed: u64, bound_scale: f64) -> Result<Vec<Ro
     };
     for dtype in LOGITS {
         check(Op::Logprob, dtype, &check_logprob)?;
+    }
+    if device.is_cpu() {
+        for dtype in LOGITS {
+            check(Op::Linear, dtype, &check_linear)?;
+        }
     }
     check(Op::TokenKl, DType::F32, &check_token_kl)?;
     for dtype in LOGITS {
@@ -189,6 +198,62 @@ fn check_logprob(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
         let both = (weighted(&logp, up_logp)? + weighted(&entropy, up_entropy)?)?;
         let grads = both.sum_all()?.backward()?;
         pair.backward.compare(&gradient(&grads, &logits)?, &want)?;
+    }
+    Ok(())
+}
+
+fn check_linear(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
+    for (rows, hidden_size, vocab) in HEAD_SHAPES {
+        let options = LinearOptions {
+            temperature: draw.pick(&[1.0, 0.7, 1.6]),
+            ignore_index: Some(IGNORE),
+            logit_scale: draw.pick(&[1.0, 0.3]),
+            softcap: draw.pick(&[None, Some(3.0)]),
+            tile_bytes: draw.pick(&[0, 32 << 20]),
+        };
+        let device = draw.device;
+        let var = |values: &[f32], shape: &[usize]| {
+            Var::from_tensor(&Tensor::from_slice(values, shape, device)?.to_dtype(dtype)?)
+        };
+        let spread = (hidden_size as f32).powf(-0.5);
+        let values = [
+            draw.values(rows * hidden_size, 0.0, 3.0),
+            draw.values(vocab * hidden_size, 0.0, 3.0 * spread),
+            draw.values(vocab, 0.0, 1.0),
+        ];
+        let hidden = var(&values[0], &[rows, hidden_size])?;
+        let weight = var(&values[1], &[vocab, hidden_size])?;
+        let bias = var(&values[2], &[vocab])?;
+        let mut targets: Vec<i64> =
+            (0..rows).map(|_| draw.rng.random_range(0..vocab) as i64).collect();
+        targets[1] = IGNORE;
+        let ids = Tensor::new(targets.as_slice(), draw.device)?;
+        let ups = [draw.values(rows, 0.0, 1.0), draw.values(rows, 0.0, 1.0)];
+
+        let (h, w, b) = (wide(&hidden)?, wide(&weight)?, wide(&bias)?);
+        let inputs = linear::reference::Inputs {
+            hidden: &h,
+            weight: &w,
+            bias: Some(&b),
+            temperatures: None,
+            targets: &targets,
+        };
+        let sizes = linear::Sizes { rows, hidden_size, vocab };
+        let (want_logp, want_entropy) = linear::reference::forward(inputs, sizes, &options);
+        let output = linear_logprobs(&hidden, &weight, Some(&bias), &ids, &options, true)?;
+        let entropy = output.entropy.context("it was asked for")?;
+        pair.forward.compare(&wide(&output.logp)?, &want_logp)?;
+        pair.forward.compare(&wide(&entropy)?, &want_entropy)?;
+
+        let [a, b] = ups.each_ref().map(|up| widen(up));
+        let want = linear::reference::backward(inputs, sizes, &options, &a, &b);
+        let weighted =
+            |output: &Tensor, up: &[f32]| anyhow::Ok(output.mul(&draw.tensor(up, &[rows])?)?);
+        let both = (weighted(&output.logp, &ups[0])? + weighted(&entropy, &ups[1])?)?;
+        let grads = both.sum_all()?.backward()?;
+        pair.backward.compare(&gradient(&grads, &hidden)?, &want.hidden)?;
+        pair.backward.compare(&gradient(&grads, &weight)?, &want.weight)?;
+        pair.backward.compare(&gradient(&grads, &bias)?, &want.bias)?;
     }
     Ok(())
 }
