@@ -207,6 +207,48 @@ def logprob_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
     yield Group(f"{name} forward + backward {shape}", gradients, 3 * size)
 
 
+def eager_head(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return eager_entropy(F.linear(hidden, weight), index)
+
+
+def head_groups(
+    rows: int, hidden_size: int, vocab: int, dtype: torch.dtype, device: str
+) -> Iterator[Group]:
+    """From hidden states, with the entropy: the gradients of hidden states and weight."""
+    hidden = torch.randn(rows, hidden_size, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, hidden_size, device=device).mul_(hidden_size**-0.5)
+    weight = weight.to(dtype).requires_grad_()
+    index = torch.randint(vocab, (rows,), device=device)
+    upstream = torch.randn(2, rows, device=device).unbind()
+    trl = function_of("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+    verl = function_of("verl.utils.experimental.torch_functional", "FusedLinearForPPOFunction")
+
+    def of_trl(hidden: Tensor, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        options = (1.0, 32768, None, 1.0, ("entropy",))
+        return trl.apply(hidden, weight, None, index, *options)[:2]
+
+    functions = {
+        "ours": lambda *given: ppo_kernels.linear_logprobs(*given, outputs=["entropy"])[:2],
+        "eager": eager_head,
+        "TRL": trl and of_trl,
+        "verl": verl and (lambda h, w, i: verl.apply(h[None], w, i[None], 1.0, 512)),
+    }
+
+    def gradients(function: Callable) -> Callable[[], tuple]:
+        def call() -> tuple:
+            hidden.grad = weight.grad = None
+            found = function(hidden, weight, index)
+            upstreams = [g.view_as(part).to(part.dtype) for g, part in zip(upstream, found)]
+            torch.autograd.backward(found, upstreams)
+            return hidden.grad, weight.grad
+
+        return call
+
+    candidates = {name: gradients(call) for name, call in present(functions).items()}
+    shape = f"{str(dtype).removeprefix('torch.')} {rows} x {hidden_size} x {vocab}"
+    yield Group(f"head forward + backward {shape}", candidates, 0)
+
+
 def cross_entropy_group(logits: Tensor, index: Tensor, shape: str) -> Group:
     """The gradient of the negated log-probabilities, each taken once: QuACK's forward pass can give
     it too, and then reads the logits once."""
@@ -408,12 +450,15 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
         for dtype in (torch.float32, torch.bfloat16):
             yield lambda dtype=dtype: logprob_groups(512, 49152, dtype, device)
             yield lambda dtype=dtype: full_kl_groups(512, 49152, dtype, device)
+            yield lambda dtype=dtype: head_groups(2048, 576, 49152, dtype, device)
         yield lambda: gae_groups(64, 2048, device)
         yield lambda: gae_groups(64, COMPILED_STEPS, device)
     else:
         for rows, vocab in CUDA_LOGITS:
             yield lambda r=rows, v=vocab: logprob_groups(r, v, torch.bfloat16, device)
             yield lambda r=rows, v=vocab: full_kl_groups(r, v, torch.bfloat16, device)
+        for size in ((8192, 4096, 131072), (2048, 3584, 152064)):
+            yield lambda size=size: head_groups(*size, torch.bfloat16, device)
         for batch, seq_len in ((8192, 2048), (512, 1024), (16, 131072), (8192, COMPILED_STEPS)):
             yield lambda b=batch, s=seq_len: gae_groups(b, s, device)
     batch = 64 if device == "cpu" else 8192

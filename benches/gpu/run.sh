@@ -303,6 +303,8 @@ python() {
     # In names or parameters: what runs on a GPU.
     step 60 pytorch "pytest on CUDA" python3 -m pytest -q --maxfail 5 -p no:cacheprovider \
         -k "cuda or stream or graph" python/tests/test_torch.py
+    step 60 pytorch "pytest on CUDA, from hidden states" python3 -m pytest -q --maxfail 5 \
+        -p no:cacheprovider -k cuda python/tests/test_linear.py
 }
 
 sanitize() {
@@ -329,6 +331,7 @@ peers() {
         echo "without $peers.tar.xz: beside what the machine has" | tee -a "$OUT/pytorch.txt"
     fi
     step 90 pytorch "peers, logits" "${bench[@]}" --only "$logits"
+    step 45 pytorch "peers, from hidden states" "${bench[@]}" --only head
     step 45 pytorch "peers, tokens" "${bench[@]}" --only "$tokens" --without torch.compile
     step 60 pytorch "peers, few rows" "${bench[@]}" --only "512 x 49152" --only "64 x 151936"
 }

@@ -22,6 +22,16 @@ OPTIONS = [
     {"ignore_index": 2, "temperature": 0.7, "rows": True},
 ]
 SHAPE, VOCAB, HIDDEN = (3, 7), 301, 16
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request):
+    """What all tensors are made on."""
+    if request.param == "cuda" and "numpy" in request.node.name:
+        pytest.skip("arrays are on the CPU")
+    with torch.device(request.param):
+        yield request.param
 
 
 @pytest.fixture(params=["one tile", "many tiles"])
@@ -252,9 +262,9 @@ def test_only_one_gradient_comes(tiles):
             torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_autocast():
+def test_autocast(device):
     hidden, weight, index, _ = inputs()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         ours = functional.linear_logprobs(hidden, weight, index, temperature=0.9).logp
         found = grads(ours.sum(), None, hidden, weight)
     halves = hidden.bfloat16(), weight.bfloat16()
