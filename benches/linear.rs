@@ -7,7 +7,7 @@ mod common;
 use candle_core::{DType, Tensor, Var};
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
-use ppo_kernels::linear::{linear_logprobs, LinearOptions};
+use ppo_kernels::linear::{linear_logprobs, LinearInputs, LinearOptions};
 use ppo_kernels::tolerance;
 
 #[derive(Clone, Copy)]
@@ -49,7 +49,8 @@ fn forward_backward(criterion: &mut Criterion, size: Size) {
         let (h, w, t) = (hidden.clone(), weight.clone(), targets.clone());
         let fused = move || {
             let options = LinearOptions::default();
-            gradient(linear_logprobs(&h, &w, None, &t, &options, false).unwrap().logp, &w)
+            let inputs = LinearInputs::new(&h, &w, &t);
+            gradient(linear_logprobs(&inputs, &options, false).unwrap().logp, &w)
         };
         let candle = move || {
             let logits = hidden.matmul(&weight.t().unwrap()).unwrap();

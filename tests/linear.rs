@@ -11,7 +11,7 @@ use ppo_kernels::linear::cpu::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
 use ppo_kernels::linear::reference::{self, Gradients, Inputs};
-use ppo_kernels::linear::{linear_logprobs, LinearOptions, Sizes};
+use ppo_kernels::linear::{linear_logprobs, LinearInputs, LinearOptions, Sizes};
 use ppo_kernels::tolerance;
 use rand::Rng;
 
@@ -330,7 +330,8 @@ fn tensors_give_what_slices_give_with_gradients_to_those_that_are_tracked() {
         let [h, w, b] =
             [0, 1, 2]
                 .map(|i| if tracked[i] { vars[i].as_tensor().clone() } else { vars[i].detach() });
-        let output = linear_logprobs(&h, &w, Some(&b), &targets, &case.options, true).unwrap();
+        let inputs = LinearInputs { bias: Some(&b), ..LinearInputs::new(&h, &w, &targets) };
+        let output = linear_logprobs(&inputs, &case.options, true).unwrap();
         let entropy = output.entropy.unwrap();
         assert_eq!(output.logp.flatten_all().unwrap().to_vec1::<f32>().unwrap(), all.logp);
         assert_eq!(entropy.flatten_all().unwrap().to_vec1::<f32>().unwrap(), all.entropy);
@@ -344,11 +345,21 @@ fn tensors_give_what_slices_give_with_gradients_to_those_that_are_tracked() {
         }
     }
     // Without bias and entropy, and of 16-bit floats.
-    let output = linear_logprobs(&hidden, &weight, None, &targets, &case.options, false).unwrap();
+    let inputs = LinearInputs::new(&hidden, &weight, &targets);
+    let output = linear_logprobs(&inputs, &case.options, false).unwrap();
+    // One temperature for each row is that of the options.
+    let halves = Tensor::full(0.5f32, (2, 3), cpu).unwrap();
+    let by_row = LinearInputs { temperatures: Some(&halves), ..inputs };
+    let by_row = linear_logprobs(&by_row, &case.options, false).unwrap().logp;
+    let options = LinearOptions { temperature: 0.5, ..case.options };
+    let of_all = linear_logprobs(&inputs, &options, false).unwrap().logp;
+    let [by_row, of_all] = [by_row, of_all].map(|x| x.flatten_all().unwrap().to_vec1().unwrap());
+    assert_close("temperatures", &wide(&by_row), &wide(&of_all), REL, ABS);
     assert!(output.entropy.is_none());
     let [h, w] =
         [&hidden, &weight].map(|x| Var::from_tensor(&x.to_dtype(DType::BF16).unwrap()).unwrap());
-    let output = linear_logprobs(&h, &w, None, &targets, &case.options, false).unwrap();
+    let inputs = LinearInputs::new(&h, &w, &targets);
+    let output = linear_logprobs(&inputs, &case.options, false).unwrap();
     let grads = output.logp.sum_all().unwrap().backward().unwrap();
     assert_eq!(grads.get(&h).unwrap().dtype(), DType::BF16);
     assert_eq!(grads.get(&w).unwrap().dims(), [300, 16]);
@@ -363,7 +374,8 @@ fn bad_input_is_refused_by_name() {
     let options = LinearOptions::default();
     let said =
         |hidden: &Tensor, weight: &Tensor, bias: Option<&Tensor>, targets: &Tensor, options| {
-            linear_logprobs(hidden, weight, bias, targets, &options, true).unwrap_err().to_string()
+            let inputs = LinearInputs { bias, ..LinearInputs::new(hidden, weight, targets) };
+            linear_logprobs(&inputs, &options, true).unwrap_err().to_string()
         };
     let with = |change: fn(&mut LinearOptions)| {
         let mut options = options;

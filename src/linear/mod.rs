@@ -48,7 +48,7 @@ pub mod reference;
 mod tensor;
 
 #[cfg(feature = "candle")]
-pub use tensor::{linear_logprobs, LinearOutput};
+pub use tensor::{linear_logprobs, LinearInputs, LinearOutput};
 
 use crate::error::{Error, Result};
 use crate::logprob::LogprobOptions;

@@ -7,6 +7,7 @@ use super::{
 };
 use crate::cpu::{Logit, RowsMut};
 use crate::error::{Error, Result};
+use crate::memory::Tensors;
 use crate::tensor::{
     check_arg, check_dtype, node, row, with_logits, Backend, Buffer, Held, OnCpu, Owned,
 };
@@ -17,6 +18,9 @@ const ENTROPY: usize = 1;
 const MAX: usize = 2;
 const LOG_SUM: usize = 3;
 const OUTPUTS: usize = 4;
+
+/// The inputs of [`linear_logprobs`] as tensors.
+pub type LinearInputs<'a> = ForwardInputs<'a, Tensors, f32, i64>;
 
 /// Log-probabilities and entropies, f32 of the targets' shape, with gradients to hidden states, weight and
 /// bias.
@@ -32,7 +36,7 @@ pub struct LinearOutput {
 /// weight, without the logits.
 ///
 /// `hidden` is `[.., H]` in f32, f16 or bf16, `weight` `[V, H]` and `bias` `[V]` in the same, and all three
-/// take a gradient; `targets` is `[..]` in u32 or i64. See [the module](super).
+/// take a gradient; `targets` is `[..]` in u32 or i64, `temperatures` in f32. See [the module](super).
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, an option is out of range, a target is outside the vocabulary,
@@ -40,14 +44,14 @@ pub struct LinearOutput {
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
-/// use ppo_kernels::linear::{linear_logprobs, LinearOptions};
+/// use ppo_kernels::linear::{linear_logprobs, LinearInputs, LinearOptions};
 ///
 /// # fn main() -> ppo_kernels::Result<()> {
 /// let hidden = Tensor::new(&[[1f32, 2.0]], &Device::Cpu)?;
 /// let weight = Var::new(&[[0f32, 0.0], [1.0, -0.5], [0.0, 0.0]], &Device::Cpu)?;
 /// let targets = Tensor::new(&[2u32], &Device::Cpu)?;
-/// let options = LinearOptions::default();
-/// let output = linear_logprobs(&hidden, &weight, None, &targets, &options, false)?;
+/// let inputs = LinearInputs::new(&hidden, &weight, &targets);
+/// let output = linear_logprobs(&inputs, &LinearOptions::default(), false)?;
 /// assert!((output.logp.to_vec1::<f32>()?[0] - (1f32 / 3.0).ln()).abs() < 1e-6);
 /// let grads = output.logp.sum_all()?.backward()?;
 /// assert_eq!(grads.get(&weight).unwrap().dims(), [3, 2]);
@@ -55,13 +59,11 @@ pub struct LinearOutput {
 /// # }
 /// ```
 pub fn linear_logprobs(
-    hidden: &Tensor,
-    weight: &Tensor,
-    bias: Option<&Tensor>,
-    targets: &Tensor,
+    inputs: &LinearInputs,
     options: &LinearOptions,
     with_entropy: bool,
 ) -> Result<LinearOutput> {
+    let LinearInputs { hidden, weight, targets, bias, temperatures } = *inputs;
     check_dtype(OP, "hidden", hidden, &[DType::F32, DType::F16, DType::BF16])?;
     let [leading @ .., hidden_size] = hidden.dims() else {
         let expected = "[.., H]".to_string();
@@ -82,11 +84,14 @@ pub fn linear_logprobs(
         check_arg(OP, "bias", bias, &[vocab], &[hidden.dtype()], device)?;
     }
     check_arg(OP, "targets", targets, leading, &[DType::U32, DType::I64], device)?;
+    if let Some(temperatures) = temperatures {
+        check_arg(OP, "temperatures", temperatures, leading, &[DType::F32], device)?;
+    }
 
     let ids = targets.detach().to_dtype(DType::I64)?.contiguous()?;
     let sizes = Sizes { rows: ids.elem_count(), hidden_size: *hidden_size, vocab };
     let pass = Pass { sizes, options: *options, with_entropy };
-    let outputs = with_logits!(hidden, T => pass.apply::<T>(hidden, weight, bias, ids))?;
+    let outputs = with_logits!(hidden, T => pass.apply::<T>(inputs, ids))?;
     let output = |i| row(&outputs, i)?.reshape(targets.dims());
     let entropy = with_entropy.then(|| output(ENTROPY)).transpose()?;
     Ok(LinearOutput { logp: output(LOGP)?, entropy })
@@ -101,20 +106,15 @@ struct Pass {
 
 impl Pass {
     /// `[OUTPUTS, N]`, a function of hidden states, weight and bias.
-    fn apply<T: Logit>(
-        self,
-        hidden: &Tensor,
-        weight: &Tensor,
-        bias: Option<&Tensor>,
-        targets: Tensor,
-    ) -> Result<Tensor> {
+    fn apply<T: Logit>(self, given: &LinearInputs, targets: Tensor) -> Result<Tensor> {
+        let LinearInputs { hidden, weight, bias, temperatures, .. } = *given;
         let constant = |tensor: &Tensor| tensor.detach().contiguous();
         let inputs = ForwardInputs::<Owned, T, i64> {
             hidden: constant(hidden)?,
             weight: constant(weight)?,
             targets,
             bias: bias.map(constant).transpose()?,
-            temperatures: None,
+            temperatures: temperatures.map(constant).transpose()?,
         };
         let outputs = self.forward(&inputs)?;
         let shape = (OUTPUTS, self.sizes.rows);

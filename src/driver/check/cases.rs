@@ -12,7 +12,7 @@ use crate::gae::{
     ScorePlacement, ScoreScale,
 };
 use crate::kl::{self, full_kl, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions};
-use crate::linear::{self, linear_logprobs, LinearOptions};
+use crate::linear::{self, linear_logprobs, LinearInputs, LinearOptions};
 use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
 use crate::moments::{Moments, MomentsTensor};
 use crate::ppo_loss::{
@@ -240,7 +240,8 @@ fn check_linear(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
         };
         let sizes = linear::Sizes { rows, hidden_size, vocab };
         let (want_logp, want_entropy) = linear::reference::forward(inputs, sizes, &options);
-        let output = linear_logprobs(&hidden, &weight, Some(&bias), &ids, &options, true)?;
+        let given = LinearInputs::new(&hidden, &weight, &ids);
+        let output = linear_logprobs(&LinearInputs { bias: Some(&bias), ..given }, &options, true)?;
         let entropy = output.entropy.context("it was asked for")?;
         pair.forward.compare(&wide(&output.logp)?, &want_logp)?;
         pair.forward.compare(&wide(&entropy)?, &want_entropy)?;
