@@ -245,6 +245,28 @@ def test_distributed_tensors_are_theirs():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(10,), (2, 5)])
+def test_head_of_verl(dtype, shape):
+    fused = load("verl.utils.experimental.torch_functional")
+    hidden, index = torch.randn(*shape, 8).to(dtype), torch.randint(40, shape)
+    weight = torch.randn(40, 8).to(dtype) / 2
+    head = fused.FusedLinearForPPO(chunk_size=4)
+
+    def of_hidden(hidden, weight):
+        return head(hidden, weight, index, 0.7)
+
+    def of_weight(weight, hidden):
+        return head(hidden, weight, index, temperature=0.7)
+
+    # Their entropy is rounded to the hidden states' dtype, and their weight's gradient a chunk.
+    compare(adapters.patch_verl, of_hidden, hidden, weight)
+    compare(adapters.patch_verl, of_weight, weight, hidden)
+    with adapters.patch_verl():
+        logp, _ = head(hidden.float(), weight.float().requires_grad_(), index)
+        assert "linear_logprob" in str(logp.grad_fn) or "linear_logprob" in logp.grad_fn.name()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_verl_on_logits(dtype):
     functions = load("verl.utils.torch_functional")
     logits, labels = torch.randn(6, 40).to(dtype), torch.randint(40, (6,))

@@ -147,6 +147,23 @@ def _supported_ids(logits: Tensor, index: Tensor, row_mask: Tensor | None = None
     return alike and index.dtype in _IDS and _supported(logits) and all(map(_is_plain, rows))
 
 
+def _supported_head(
+    hidden: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> bool:
+    """Whether hidden states, an id for each, and a head are what the kernels are for. DeepSpeed's
+    sharded weights are there in the passes of the packages' own functions only."""
+    if not hidden.dim() or not _supported_ids(hidden, index):
+        return False
+    head = (weight,) if bias is None else (weight, bias)
+    return all(
+        each.dtype in _DTYPES
+        and _is_plain(each)
+        and each.device == hidden.device
+        and not hasattr(each, "ds_id")
+        for each in head
+    )
+
+
 def _entropy(logits: Tensor) -> Tensor:
     if not _supported(logits) or not logits.dim():
         return NotImplemented
@@ -176,17 +193,12 @@ def _patch_head_of_trl(patch: Patch) -> None:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = _lists.LINEAR_OUTPUTS,
     ) -> tuple[Tensor | None, ...]:
-        head = (weight,) if bias is None else (weight, bias)
         wanted = [name for name in outputs if name != "log_probs"]
         if (
-            not _supported_ids(hidden, targets)
-            or not all(each.dtype in _DTYPES and _is_plain(each) for each in head)
-            or any(each.device != hidden.device for each in head)
+            not _supported_head(hidden, targets, weight, bias)
             or not {*wanted} <= {*_lists.LINEAR_OUTPUTS}
             or logit_scale <= 0
             or (final_logit_softcapping is not None and final_logit_softcapping <= 0)
-            # DeepSpeed's, which are there in the passes of TRL's own function only.
-            or any(hasattr(each, "ds_id") for each in head)
         ):
             return NotImplemented
         options = {"logit_scale": logit_scale, "softcap": final_logit_softcapping}
@@ -241,14 +253,39 @@ _VERL_AGGREGATION = {
 }
 
 
+def _patch_head_of_verl(patch: Patch) -> None:
+    try:
+        fused = importlib.import_module("verl.utils.experimental.torch_functional")
+    except ImportError:
+        return
+
+    @patch.function(fused, "FusedLinearForPPOFunction")
+    def linear_logprobs(
+        hidden_states: Tensor,
+        vocab_weights: Tensor,
+        input_ids: Tensor,
+        temperature: float = 1.0,
+        chunk_size: int = 512,
+    ) -> tuple[Tensor, Tensor]:
+        if not _supported_head(hidden_states, input_ids, vocab_weights):
+            return NotImplemented
+        if isinstance(temperature, Tensor):
+            return NotImplemented
+        given = (hidden_states, vocab_weights, input_ids, None, temperature)
+        found = functional.linear_logprobs(*given, outputs=["entropy"])
+        return found.logp, found.entropy
+
+
 def patch_verl() -> Patch:
     """verl's ``logprobs_from_logits``, ``logprobs_from_logits_v2``, ``entropy_from_logits``,
     ``entropy_from_logits_with_chunking`` and ``masked_whiten`` of ``verl.utils.torch_functional``;
+    where it has it, ``FusedLinearForPPOFunction``, the head of its models with fused kernels;
     ``compute_gae_advantage_return``, ``kl_penalty`` and ``compute_policy_loss_vanilla`` of
     ``verl.trainer.ppo.core_algos``, in its registries too."""
     torch_functional = importlib.import_module("verl.utils.torch_functional")
     core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
     patch = Patch("verl")
+    _patch_head_of_verl(patch)
     patch.function(torch_functional, "entropy_from_logits")(_entropy)
     patch.function(torch_functional, "entropy_from_logits_with_chunking")(_entropy_in_chunks)
 
