@@ -10,7 +10,7 @@ use ppo_kernels::cpu::Logit;
 use ppo_kernels::linear::cpu::{
     self, BackwardInputs, BackwardOutputs, ForwardInputs, ForwardOutputs,
 };
-use ppo_kernels::linear::reference::{self, Gradients, Inputs};
+use ppo_kernels::linear::reference::{self, Arguments, Gradients};
 use ppo_kernels::linear::{linear_logprobs, LinearInputs, LinearOptions, Sizes};
 use ppo_kernels::tolerance;
 use rand::Rng;
@@ -49,7 +49,7 @@ fn reference_equals_the_peers_heads() {
                 .then(|| number("final_logit_softcapping", 0.0)),
             ..Default::default()
         };
-        let inputs = Inputs {
+        let inputs = Arguments {
             hidden: &hidden,
             weight: &weight,
             bias: bias.as_deref(),
@@ -170,7 +170,7 @@ impl<T: Logit> Case<T> {
         let (hidden, weight) = (f64s(&self.hidden), f64s(&self.weight));
         let bias = self.bias.as_deref().map(f64s);
         let temperatures = self.temperatures.as_deref().map(wide);
-        let inputs = Inputs {
+        let inputs = Arguments {
             hidden: &hidden,
             weight: &weight,
             bias: bias.as_deref(),
@@ -301,8 +301,13 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
     let bias = f64s(case.bias.as_deref().unwrap());
     let [a, b] = case.up.each_ref().map(|up| wide(up));
     let value = |hidden: &[f64], weight: &[f64], bias: &[f64]| {
-        let inputs =
-            Inputs { hidden, weight, bias: Some(bias), temperatures: None, targets: &case.targets };
+        let inputs = Arguments {
+            hidden,
+            weight,
+            bias: Some(bias),
+            temperatures: None,
+            targets: &case.targets,
+        };
         let (logp, entropy) = reference::forward(inputs, case.sizes, &case.options);
         dot(&a, &logp) + dot(&b, &entropy)
     };

@@ -5,7 +5,7 @@ use crate::logprob::{reference, LogprobOptions};
 
 /// What the op is given, in f64; see [the op](super).
 #[derive(Debug, Clone, Copy)]
-pub struct Inputs<'a> {
+pub struct Arguments<'a> {
     /// `[rows, hidden_size]`.
     pub hidden: &'a [f64],
     /// `[vocab, hidden_size]`.
@@ -33,7 +33,7 @@ pub struct Gradients {
 ///
 /// # Panics
 /// If a target is outside the vocabulary and is not `ignore_index`.
-pub fn forward(inputs: Inputs, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
+pub fn forward(inputs: Arguments, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
     let (logits, _) = logits(inputs, sizes, options);
     reference::forward(&logits, inputs.targets, sizes.vocab, &of_rows(options))
 }
@@ -43,7 +43,7 @@ pub fn forward(inputs: Inputs, sizes: Sizes, options: &LinearOptions) -> (Vec<f6
 /// # Panics
 /// If a target is outside the vocabulary and is not `ignore_index`.
 pub fn backward(
-    inputs: Inputs,
+    inputs: Arguments,
     sizes: Sizes,
     options: &LinearOptions,
     grad_logp: &[f64],
@@ -72,7 +72,7 @@ pub fn backward(
 }
 
 /// z, `[rows, vocab]`, and its derivatives with respect to h Wᵀ + b.
-fn logits(inputs: Inputs, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
+fn logits(inputs: Arguments, sizes: Sizes, options: &LinearOptions) -> (Vec<f64>, Vec<f64>) {
     let Sizes { rows, hidden_size, vocab } = sizes;
     let (mut logits, mut slopes) = (Vec::new(), Vec::new());
     for n in 0..rows {

@@ -231,7 +231,7 @@ fn check_linear(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
         let ups = [draw.values(rows, 0.0, 1.0), draw.values(rows, 0.0, 1.0)];
 
         let (h, w, b) = (wide(&hidden)?, wide(&weight)?, wide(&bias)?);
-        let inputs = linear::reference::Inputs {
+        let inputs = linear::reference::Arguments {
             hidden: &h,
             weight: &w,
             bias: Some(&b),
