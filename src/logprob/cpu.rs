@@ -186,7 +186,7 @@ pub fn finish<I: TokenId>(
     mut outputs: FinishOutputs,
 ) -> Result<()> {
     options.validate()?;
-    Columns::all(vocab).check()?;
+    Columns::check_vocab(vocab)?;
     inputs.try_map(&[rows], &mut Lengths(OP))?;
     check_targets(inputs.targets, vocab, options)?;
     outputs.try_map(&[rows], &mut Lengths(OP))?;

@@ -152,7 +152,7 @@ pub fn finish<I: TokenId>(
     mut outputs: FinishOutputs,
 ) -> Result<()> {
     options.validate()?;
-    Columns::all(vocab).check()?;
+    Columns::check_vocab(vocab)?;
     let inputs = inputs.try_map(&[rows], &mut Lengths(OP))?;
     let outputs = outputs.try_map(&[rows], &mut Lengths(OP))?;
     outputs.check_given(&inputs)?;

@@ -98,15 +98,25 @@ impl Columns {
 
     pub(crate) fn check(&self) -> Result<()> {
         let Self { first, count, vocab } = *self;
-        let refused = |arg, expected, got| Err(Error::Shape { op: OP, arg, expected, got });
-        if u32::try_from(vocab).is_err() {
-            return refused("vocab", format!("{} or less", u32::MAX), vocab.to_string());
+        if *self == Self::all(vocab) {
+            return Ok(());
         }
+        Self::check_vocab(vocab)?;
         let end = first.saturating_add(count);
         if end > vocab {
-            return refused("columns", format!("a range of 0..{vocab}"), format!("{first}..{end}"));
+            let (expected, got) = (format!("a range of 0..{vocab}"), format!("{first}..{end}"));
+            return Err(Error::Shape { op: OP, arg: "columns", expected, got });
         }
         Ok(())
+    }
+
+    /// `Ok` when a vocabulary of which no array has all columns is one that tiles can be of.
+    pub(crate) fn check_vocab(vocab: usize) -> Result<()> {
+        if u32::try_from(vocab).is_ok() {
+            return Ok(());
+        }
+        let (expected, got) = (format!("{} or less", u32::MAX), vocab.to_string());
+        Err(Error::Shape { op: OP, arg: "vocab", expected, got })
     }
 
     /// The place of a target in these columns, if it is there.
