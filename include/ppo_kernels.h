@@ -1540,8 +1540,8 @@ int32_t ppok_logits_ppo_loss_cuda_workspace_size(const struct ppok_logits_ppo_lo
                                                  size_t *bytes);
 
 /**
- * Gradient with respect to the logits, or to a tile of their columns, in their own type: with the upstream gradients g of logp and
- * h of the entropy,
+ * Gradient with respect to the logits, or to a tile of their columns, in their own type: with the
+ * upstream gradients g of logp and h of the entropy,
  *
  * ```text
  * d/dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + entropy)) / T

@@ -11,8 +11,8 @@ struct TargetFormat {
     int64_t ignore_index;
     int64_t first_column;  // the id of the first column
     int64_t vocab;         // columns of the whole vocabulary
-    int32_t wide;        // i64, else u32
-    int32_t has_ignore;  // whether ignore_index counts
+    int32_t wide;          // i64, else u32
+    int32_t has_ignore;    // whether ignore_index counts
 };
 
 // What of a row's columns there is: all, or a tile of them, the first or another. Of a tile come running

@@ -136,36 +136,18 @@ pub fn backward<T: Logit, I: TokenId>(
             grad.transposed_times(ones, &mut grad_bias[first..][..width]);
         }
     }
-    if let Some(grad_hidden) = grad_hidden {
-        narrow(&hidden_sums, &mut hidden_of_rows(&work, grad_hidden, hidden_size));
-    }
-    Ok(())
-}
-
-/// The places of the gradients of the rows that take part; zeros are written into all others.
-fn hidden_of_rows<'a, T: Logit, U: Logit>(
-    work: &Work<U>,
-    grad: &'a mut [T],
-    hidden_size: usize,
-) -> Vec<&'a mut [T]> {
-    let mut places = Vec::with_capacity(work.targets.len());
-    let mut kept = work.kept.iter().flatten().copied().peekable();
-    for (row, grad) in grad.chunks_mut(hidden_size).enumerate() {
-        if work.kept.is_none() || kept.next_if_eq(&row).is_some() {
-            places.push(grad);
-        } else {
-            grad.fill(T::ZERO);
+    if let Some(grad) = grad_hidden {
+        match &work.kept {
+            None => round(&hidden_sums, grad),
+            Some(kept) => {
+                grad.fill(T::ZERO);
+                for (&row, sums) in kept.iter().zip(hidden_sums.chunks(hidden_size)) {
+                    round(sums, &mut grad[row * hidden_size..][..hidden_size]);
+                }
+            }
         }
     }
-    places
-}
-
-/// Rows of f32, rounded.
-fn narrow<T: Logit>(from: &[f32], to: &mut [&mut [T]]) {
-    let width = to.first().map_or(0, |row| row.len());
-    for (row, to) in to.iter_mut().enumerate() {
-        round(&from[row * width..][..width], to);
-    }
+    Ok(())
 }
 
 fn round<T: Logit>(from: &[f32], to: &mut [T]) {
@@ -201,8 +183,8 @@ impl<'a, T: Logit> Work<'a, T> {
     ) -> Result<Self> {
         let Sizes { rows, hidden_size, vocab } = sizes;
         options.validate()?;
-        let of_rows =
-            options.of_rows(inputs.temperatures.is_some() || options.softcap.is_some())?;
+        let made = inputs.temperatures.is_some() || options.softcap.is_some();
+        let of_rows = options.of_rows(made)?;
         for (arg, size) in [("hidden", hidden_size), ("weight", vocab)] {
             if size == 0 {
                 let (expected, got) = ("sizes above 0".into(), format!("{sizes:?}"));
@@ -216,14 +198,15 @@ impl<'a, T: Logit> Work<'a, T> {
         let counts = |id: i64| options.ignore_index != Some(id);
         let ids = inputs.targets.iter().map(|target| target.id());
         let targets: Vec<i64> = ids.clone().filter(|&id| counts(id)).collect();
-        let (mut kept, mut hidden) = (None, Numbers::of(inputs.hidden));
-        if targets.len() < rows {
+        let (kept, hidden) = if targets.len() == rows {
+            (None, Numbers::of(inputs.hidden))
+        } else {
             let places: Vec<usize> =
                 ids.enumerate().filter(|&(_, id)| counts(id)).map(|(row, _)| row).collect();
-            let rows = places.iter().map(|row| &hidden[row * hidden_size..][..hidden_size]);
-            hidden = Numbers(Cow::Owned(rows.flatten().copied().collect()));
-            kept = Some(places);
-        }
+            let rows = places.iter().map(|row| &inputs.hidden[row * hidden_size..][..hidden_size]);
+            let numbers = rows.flatten().map(|x| x.to_f32()).collect();
+            (Some(places), Numbers(Cow::Owned(numbers)))
+        };
         let mut work = Self {
             hidden,
             weight: inputs.weight,
@@ -236,7 +219,7 @@ impl<'a, T: Logit> Work<'a, T> {
             limit: None,
             options: of_rows,
         };
-        if inputs.temperatures.is_some() || options.softcap.is_some() {
+        if made {
             let given = inputs.temperatures.map(|given| work.gather(given));
             let given = given.unwrap_or_else(|| vec![1.0; work.targets.len()]);
             if let Some(&wrong) = given.iter().find(|t| !(t.is_finite() && **t > 0.0)) {

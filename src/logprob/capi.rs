@@ -132,15 +132,10 @@ pub struct ppok_logprob_partial_args {
     pub weighted: *mut f32,
 }
 
-/// The columns that a caller says a tile has.
-fn tile(first: usize, count: usize, vocab: usize) -> Columns {
-    Columns { first, count, vocab }
-}
-
 impl ppok_logprob_partial_args {
     fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (rows, options) = (self.rows, memory.options(self.options)?);
-        let columns = tile(self.first_column, self.columns, self.vocab);
+        let columns = Columns { first: self.first_column, count: self.columns, vocab: self.vocab };
         let begins = bool::decode(OP, "begins", self.begins)?;
         let inputs: ForwardInputs<Raw, T, I> = list_of!(self, ForwardInputs, [logits, targets], []);
         run!(
@@ -313,7 +308,8 @@ impl ppok_logprob_backward_args {
     fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (rows, options) = (self.rows, memory.options(self.options)?);
         let count = if self.columns == 0 { self.vocab } else { self.columns };
-        let (columns, shape) = (tile(self.first_column, count, self.vocab), (&[rows][..], count));
+        let columns = Columns { first: self.first_column, count, vocab: self.vocab };
+        let shape = (&[rows][..], count);
         let forward: ForwardInputs<Raw, T, I> =
             list_of!(self, ForwardInputs, [logits, targets], []);
         let inputs = BackwardInputs {
@@ -395,8 +391,8 @@ pub unsafe extern "C" fn ppok_logprob_finish_cpu(args: *const ppok_logprob_finis
     capi::cpu(args)
 }
 
-/// Gradient with respect to the logits, or to a tile of their columns, in their own type: with the upstream gradients g of logp and
-/// h of the entropy,
+/// Gradient with respect to the logits, or to a tile of their columns, in their own type: with the
+/// upstream gradients g of logp and h of the entropy,
 ///
 /// ```text
 /// d/dz_j = (g (1[j = t] - p_j) - h p_j (ln p_j + entropy)) / T

@@ -115,23 +115,19 @@ pub fn partial<T: Logit, I: TokenId>(
     let logits = Rows { data: logits, width: columns.count };
     let scale = (1.0 / options.temperature) as f32;
     let items = (logits, targets, max, rest, logit, weighted);
-    for_each(rows, GRAIN / columns.count, items, |_, count, items| {
-        let (logits, targets, max, rest, logit, mut weighted) = items;
-        for row in 0..count {
-            let id = targets[row].id();
+    for_each(rows, GRAIN / columns.count, items, |_, _, items| {
+        let (logits, targets, max, rest, logit, weighted) = items;
+        let mut sums = RunningSums { max, rest, logit, weighted };
+        for (row, target) in targets.iter().enumerate() {
+            let id = target.id();
             let mut now = Seen { sums: Sums::NONE, logit: f32::NAN };
             if options.ignore_index != Some(id) {
                 let z = logits.row(row);
-                now.sums = Sums::of_row(z, scale, weighted.is_some());
+                now.sums = Sums::of_row(z, scale, sums.weighted.is_some());
                 now.logit = columns.place(id).map_or(f32::NAN, |place| z[place].to_f32());
             }
-            let mut seen = SeenMut {
-                max: &mut max[row],
-                rest: &mut rest[row],
-                logit: &mut logit[row],
-                weighted: weighted.as_mut().map(|weighted| &mut weighted[row]),
-            };
-            seen.write(if begins { now } else { seen.read().merge(now, scale) });
+            let seen = if begins { now } else { Seen::read(&sums, row).merge(now, scale) };
+            seen.write(&mut sums, row);
         }
     });
     Ok(())
@@ -162,13 +158,7 @@ pub fn merge(
             },
             logit: inputs.other_logit[row],
         };
-        let mut seen = SeenMut {
-            max: &mut sums.max[row],
-            rest: &mut sums.rest[row],
-            logit: &mut sums.logit[row],
-            weighted: sums.weighted.as_mut().map(|weighted| &mut weighted[row]),
-        };
-        seen.write(seen.read().merge(other, scale));
+        Seen::read(&sums, row).merge(other, scale).write(&mut sums, row);
     }
     Ok(())
 }
@@ -468,31 +458,25 @@ struct Seen {
 }
 
 impl Seen {
+    /// What is kept of a row.
+    fn read(sums: &RunningSums, row: usize) -> Seen {
+        let weighted = sums.weighted.as_ref().map_or(0.0, |weighted| weighted[row]);
+        let logit = sums.logit[row];
+        Seen { sums: Sums { max: sums.max[row], rest: sums.rest[row], weighted }, logit }
+    }
+
+    fn write(self, sums: &mut RunningSums, row: usize) {
+        sums.max[row] = self.sums.max;
+        sums.rest[row] = self.sums.rest;
+        sums.logit[row] = self.logit;
+        if let Some(weighted) = &mut sums.weighted {
+            weighted[row] = self.sums.weighted;
+        }
+    }
+
     fn merge(self, other: Seen, scale: f32) -> Seen {
         let logit = if self.logit.is_nan() { other.logit } else { self.logit };
         Seen { sums: self.sums.merge(other.sums, scale), logit }
-    }
-}
-
-/// Where that is kept.
-struct SeenMut<'a> {
-    max: &'a mut f32,
-    rest: &'a mut f32,
-    logit: &'a mut f32,
-    weighted: Option<&'a mut f32>,
-}
-
-impl SeenMut<'_> {
-    fn read(&self) -> Seen {
-        let weighted = self.weighted.as_deref().copied().unwrap_or(0.0);
-        Seen { sums: Sums { max: *self.max, rest: *self.rest, weighted }, logit: *self.logit }
-    }
-
-    fn write(&mut self, seen: Seen) {
-        (*self.max, *self.rest, *self.logit) = (seen.sums.max, seen.sums.rest, seen.logit);
-        if let Some(weighted) = &mut self.weighted {
-            **weighted = seen.sums.weighted;
-        }
     }
 }
 

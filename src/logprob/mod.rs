@@ -14,8 +14,8 @@
 //! The maximum is subtracted before anything is scaled, so a large offset common to a row costs no
 //! digits. One occurrence of it is left out of the sum: `ln s = ln(1 + Σ' e^{x_j})`, and at the target
 //! the gradient has `1 - p_t = -expm1(logp)`. So of a token that the model is sure of, log-probability,
-//! entropy and gradient keep their digits, where a sum that holds its 1 rounds them to 0. This is `selective_log_softmax` of TRL and `logprobs_from_logits` of verl, with
-//! `entropy_from_logits` of both.
+//! entropy and gradient keep their digits, where a sum that holds its 1 rounds them to 0. This is
+//! `selective_log_softmax` of TRL and `logprobs_from_logits` of verl, with `entropy_from_logits` of both.
 //!
 //! | argument | shape | type |
 //! |---|---|---|

@@ -269,8 +269,6 @@ _NAMES = [argument.name for argument in _lists.LINEAR.inputs]
 _GRADIENTS = ("hidden", "weight", "bias", "lora_a", "lora_b")
 _DIFFERENTIABLE = [_NAMES.index(name) for name in _GRADIENTS]
 _RESULTS = "logp entropy stats log_sum_sq_probs mean_logits is_top1"
-
-
 _WANTS = " ".join(_lists.LINEAR_OUTPUTS)
 
 
@@ -335,30 +333,31 @@ class Chunk:
     def finish(self) -> tuple[Tensor | None, ...]:
         """What the running sums come to."""
         work, vocab = self.work, self.work.head.vocab
-        logp, log_sum, entropy = torch.empty_like(self.sums[:3])
-        sums = self._addresses(self.sums, self.entropy)
-        results = _addresses((), (logp, log_sum, entropy if self.entropy else None))
-        sizes = (len(logp), vocab, _TARGETS[self.index.dtype])
-        given = (*_addresses((self.index,)), *sums, *results)
-        _call(_lists.logprob_finish, logp, work.options, *sizes, *given)
+        logp, log_sum, entropy = finish(self.index, self.running(), vocab, work.options)
         temperature = work.options[0]
         return (
             logp,
             self.sums[0],
             log_sum,
-            entropy if self.entropy else None,
+            entropy,
             self.square_sums[1].log1p() - 2 * log_sum if self.squares else None,
             self.total / (vocab * temperature) if self.mean else None,
             (self.best_column == self.index) & ~logp.isnan() if self.top1 else None,
         )
 
+    def running(self) -> tuple[Tensor | None, ...]:
+        """The sums, the weighted one if the entropy is wanted."""
+        largest, rest, logit, weighted = self.sums
+        return largest, rest, logit, weighted if self.entropy else None
+
     def _fold(self, logits: Tensor, first: int) -> None:
-        options = self.work.options
-        self._partial(logits, first, options, self._addresses(self.sums, self.entropy))
+        head, options = self.work.head, self.work.options
+        columns = (head.first_column + first, head.vocab)
+        fold(logits, self.index, self.running(), columns, first == 0, options)
         if self.squares:
             # Squares of probabilities are those at half the temperature, but for a factor.
             halved = (options[0] / 2, options[1])
-            self._partial(logits, first, halved, self._addresses(self.square_sums, False))
+            fold(logits, self.index, (*self.square_sums, None), columns, first == 0, halved)
         if self.mean:
             self.total += logits.sum(-1, dtype=torch.float32)
         if self.top1:
@@ -367,24 +366,39 @@ class Chunk:
             self.best = torch.where(higher, best.float(), self.best)
             self.best_column = torch.where(higher, column + first, self.best_column)
 
-    def _partial(self, logits: Tensor, first: int, options: tuple, sums: list[int]) -> None:
-        count, columns = logits.shape
-        types = (_LOGITS[logits.dtype], _TARGETS[self.index.dtype])
-        head = self.work.head
-        sizes = (count, columns, head.first_column + first, head.vocab, *types, int(first == 0))
-        given = (*_addresses((logits, self.index)), *sums)
-        _call(_lists.logprob_partial, logits, options, *sizes, *given)
 
-    @staticmethod
-    def _addresses(sums: Tensor, weighted: bool) -> list[int]:
-        largest, rest, logit, *more = sums
-        return _addresses((), (largest, rest, logit, more[0] if weighted else None))
+def fold(
+    logits: Tensor,
+    index: Tensor,
+    sums: tuple[Tensor | None, ...],
+    columns: tuple[int, int],
+    begins: bool,
+    options: tuple,
+) -> None:
+    """Folds logits ``[rows, columns]`` into the running sums of their rows: the largest, the sum,
+    the target's logit, and the weighted sum or None. ``columns`` are the id of the first one and
+    how many there are in all."""
+    types = (_LOGITS[logits.dtype], _TARGETS[index.dtype])
+    sizes = (*logits.shape, *columns, *types, int(begins))
+    _call(_lists.logprob_partial, logits, options, *sizes, *_addresses((logits, index, *sums)))
 
 
-_RESULTS = " ".join(f"grad_{name}" for name in _GRADIENTS)
+def finish(
+    index: Tensor, sums: tuple[Tensor | None, ...], vocab: int, options: tuple
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities, logarithms of sums, and entropies where there is a weighted sum."""
+    logp, log_sum = torch.empty_like(sums[0]), torch.empty_like(sums[0])
+    entropy = None if sums[3] is None else torch.empty_like(logp)
+    sizes = (len(logp), vocab, _TARGETS[index.dtype])
+    addresses = _addresses((index, *sums, logp, log_sum, entropy))
+    _call(_lists.logprob_finish, logp, options, *sizes, *addresses)
+    return logp, log_sum, entropy
 
 
-@_op(_lists.LINEAR_BACKWARD, _RESULTS, None, " ".join(_GRADIENTS))
+_GRADIENT_RESULTS = " ".join(f"grad_{name}" for name in _GRADIENTS)
+
+
+@_op(_lists.LINEAR_BACKWARD, _GRADIENT_RESULTS, None, " ".join(_GRADIENTS))
 def linear_logprob_backward(tensors: tuple, options: tuple) -> Results:
     wants, options = options[: len(_GRADIENTS)], options[len(_GRADIENTS) :]
     tensors, upstream = tensors[:_INPUTS], tensors[_INPUTS:]

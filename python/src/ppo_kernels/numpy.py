@@ -234,14 +234,14 @@ def linear_logprobs(
         total / np.float32(vocab * temperature),
         (best_column == index) & ~np.isnan(logp),
     )
-    spread = []
-    for values, wanted in zip(found, (True, *wants)):
-        spread.append(None)
-        if wanted:
-            spread[-1] = np.zeros(kept.size, values.dtype)
-            spread[-1][kept] = values
-            spread[-1] = spread[-1].reshape(shape)
-    return LinearOutput(*spread)
+
+    def spread(values: NDArray) -> NDArray:
+        rows = np.zeros(kept.size, values.dtype)
+        rows[kept] = values
+        return rows.reshape(shape)
+
+    wanted = zip(found, (True, *wants))
+    return LinearOutput(*(spread(values) if want else None for values, want in wanted))
 
 
 def token_kl(
