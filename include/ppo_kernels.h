@@ -299,6 +299,146 @@
 #define PPOK_PPO_LOSS_CONSTANT 4
 
 /**
+ * sum m L / batch (TRL's luspo).
+ */
+#define PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_SUM 5
+
+/**
+ * The mean of the rows' means over all rows, those without an unmasked token too (TRL's grpo).
+ */
+#define PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_MEAN 6
+
+/**
+ * sum m L / (rows with an unmasked token times seq_len) (verl's seq-mean-token-sum-norm from 0.9 on).
+ */
+#define PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS 7
+
+/**
+ * max(-r A, -clip(r, 1 - low, 1 + high) A), with dual clip and ratio cap (PPO, DAPO, GRPO, GSPO).
+ */
+#define PPOK_SURROGATE_CLIP 0
+
+/**
+ * -r A of a row's ratio, made of log-ratios that are clipped by the sign of A (GMPO).
+ */
+#define PPOK_SURROGATE_LOG_CLIP 1
+
+/**
+ * -A logp (REINFORCE, GPG, DRO).
+ */
+#define PPOK_SURROGATE_REINFORCE 2
+
+/**
+ * -clip(r, 1 - low, 1 + high) A logp, the clipped ratio a constant (CISPO, DPPO).
+ */
+#define PPOK_SURROGATE_CLIPPED_WEIGHT 3
+
+/**
+ * -w A logp with the constant w = exp(lambda) r^k exp(-lambda r) (VESPO).
+ */
+#define PPOK_SURROGATE_GAMMA_WEIGHT 4
+
+/**
+ * -(4 / tau) sigmoid(tau (r - 1)) A (SAPO).
+ */
+#define PPOK_SURROGATE_SOFT_GATE 5
+
+/**
+ * A ratio a token.
+ */
+#define PPOK_RATIO_TOKEN 0
+
+/**
+ * A ratio a row: exp of the mean of its log-ratios (GSPO).
+ */
+#define PPOK_RATIO_SEQUENCE_MEAN 1
+
+/**
+ * A ratio a row: exp of the sum of its log-ratios (RLOO, VESPO).
+ */
+#define PPOK_RATIO_SEQUENCE_SUM 2
+
+/**
+ * The gradient of a row's ratio goes through the mean or the sum, the same to every token.
+ */
+#define PPOK_RATIO_GRADIENT_SPREAD 0
+
+/**
+ * Each token gets that of its own term (GSPO-token).
+ */
+#define PPOK_RATIO_GRADIENT_OWN_TOKEN 1
+
+/**
+ * All tokens have a policy term.
+ */
+#define PPOK_TRUST_REGION_NONE 0
+
+/**
+ * Those with p - p_old within the bounds (DPPO-TV).
+ */
+#define PPOK_TRUST_REGION_TOTAL_VARIATION 1
+
+/**
+ * Those with the KL of (p_old, 1 - p_old) from (p, 1 - p) within the bounds (DPPO-KL).
+ */
+#define PPOK_TRUST_REGION_BINARY_KL 2
+
+/**
+ * Those with the token's r within 1 - low and 1 + high (IcePop).
+ */
+#define PPOK_TRUST_REGION_RATIO 3
+
+/**
+ * The upper bound holds where A > 0, else the lower one.
+ */
+#define PPOK_TRUST_REGION_SIDES_BY_ADVANTAGE 0
+
+/**
+ * Both bounds hold.
+ */
+#define PPOK_TRUST_REGION_SIDES_BOTH 1
+
+/**
+ * The KL term is against `ref_logp`.
+ */
+#define PPOK_KL_AGAINST_REFERENCE 0
+
+/**
+ * Against `old_logp` (DRO).
+ */
+#define PPOK_KL_AGAINST_OLD 1
+
+/**
+ * Against `rollout_logp`.
+ */
+#define PPOK_KL_AGAINST_ROLLOUT 2
+
+/**
+ * The KL term has its estimator's gradient.
+ */
+#define PPOK_KL_GRADIENT_OWN 0
+
+/**
+ * Its gradient is the log-ratio, which no clamp stops.
+ */
+#define PPOK_KL_GRADIENT_REVERSE 1
+
+/**
+ * The ratio is no factor of the KL term.
+ */
+#define PPOK_KL_RATIO_NONE 0
+
+/**
+ * The token's ratio is a factor of its gradient (OpenRLHF).
+ */
+#define PPOK_KL_RATIO_GRADIENT 1
+
+/**
+ * It is a factor of value and gradient (TRL's use_bias_correction_kl).
+ */
+#define PPOK_KL_RATIO_TERM 2
+
+/**
  * The clip fraction counts tokens whose clipped branch is the larger one (TRL, verl).
  */
 #define PPOK_PPO_LOSS_CLIPPED_BRANCH 0
@@ -651,11 +791,13 @@ typedef struct ppok_ppo_loss_options {
     size_t struct_size;
     /**
      * The ratio is clipped from below at 1 - this, and from above at 1 + this unless
-     * `clip_range_high` is given; 0 or above, 0.2 by default.
+     * `clip_range_high` is given; 0 or above, infinity for no clip, 0.2 by default. Of
+     * `PPOK_SURROGATE_LOG_CLIP` the bounds of the log-ratio.
      */
     double clip_range;
     /**
-     * The ratio is clipped from above at 1 + this; 0 or above, or `PPOK_NONE`, which is the default.
+     * The ratio is clipped from above at 1 + this; 0 or above, or `PPOK_NONE`, which is the default. Of
+     * `PPOK_SURROGATE_CLIPPED_WEIGHT` it may be below 0.
      */
     double clip_range_high;
     /**
@@ -702,7 +844,54 @@ typedef struct ppok_ppo_loss_options {
      */
     double denominator;
     /**
-     * `PPOK_PPO_LOSS_TOKEN_MEAN`, the default, to `PPOK_PPO_LOSS_CONSTANT`.
+     * Bounds the ratio from above in the unclipped branch of `PPOK_SURROGATE_CLIP` (TRL's delta); above
+     * 0, or `PPOK_NONE`, which is the default.
+     */
+    double ratio_cap;
+    /**
+     * tau of `PPOK_SURROGATE_SOFT_GATE` where A > 0; above 0, 1 by default.
+     */
+    double soft_gate_tau_pos;
+    /**
+     * tau of `PPOK_SURROGATE_SOFT_GATE` elsewhere; above 0, 1.05 by default.
+     */
+    double soft_gate_tau_neg;
+    /**
+     * k of `PPOK_SURROGATE_GAMMA_WEIGHT` where A >= 0; 0 or above, 2 by default.
+     */
+    double gamma_k_pos;
+    /**
+     * lambda of `PPOK_SURROGATE_GAMMA_WEIGHT` where A >= 0; 0 or above, 3 by default.
+     */
+    double gamma_lambda_pos;
+    /**
+     * k of `PPOK_SURROGATE_GAMMA_WEIGHT` where A < 0; 0 or above, 3 by default.
+     */
+    double gamma_k_neg;
+    /**
+     * lambda of `PPOK_SURROGATE_GAMMA_WEIGHT` where A < 0; 0 or above, 2 by default.
+     */
+    double gamma_lambda_neg;
+    /**
+     * The lower bound of the trust region; 0 or above, 0.2 by default.
+     */
+    double trust_region_low;
+    /**
+     * The upper bound of the trust region; 0 or above, 0.2 by default.
+     */
+    double trust_region_high;
+    /**
+     * Drops the policy term of tokens with A < 0 in rows whose mean of rollout_logp - logp is above this;
+     * without `rollout_logp` `old_logp` is taken. `PPOK_NONE` by default.
+     */
+    double off_policy_threshold;
+    /**
+     * Bounds the ratio as a factor of the KL term from above; above 0, or `PPOK_NONE`, which is the
+     * default.
+     */
+    double kl_ratio_cap;
+    /**
+     * `PPOK_PPO_LOSS_TOKEN_MEAN`, the default, to `PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS`.
      */
     int32_t aggregation;
     /**
@@ -713,15 +902,51 @@ typedef struct ppok_ppo_loss_options {
      * `PPOK_KL_K3`, the default, or another of `PPOK_KL_K1` to `PPOK_KL_K3_STRAIGHT_THROUGH`.
      */
     int32_t kl_estimator;
-    int32_t reserved;
+    /**
+     * `PPOK_SURROGATE_CLIP`, the default, to `PPOK_SURROGATE_SOFT_GATE`.
+     */
+    int32_t surrogate;
+    /**
+     * `PPOK_RATIO_TOKEN`, the default, `PPOK_RATIO_SEQUENCE_MEAN` or `PPOK_RATIO_SEQUENCE_SUM`.
+     */
+    int32_t ratio;
+    /**
+     * `PPOK_RATIO_GRADIENT_SPREAD`, the default, or `PPOK_RATIO_GRADIENT_OWN_TOKEN`.
+     */
+    int32_t ratio_gradient;
+    /**
+     * `PPOK_TRUST_REGION_NONE`, the default, to `PPOK_TRUST_REGION_RATIO`.
+     */
+    int32_t trust_region;
+    /**
+     * `PPOK_TRUST_REGION_SIDES_BY_ADVANTAGE`, the default, or `PPOK_TRUST_REGION_SIDES_BOTH`.
+     */
+    int32_t trust_region_sides;
+    /**
+     * `PPOK_KL_AGAINST_REFERENCE`, the default, to `PPOK_KL_AGAINST_ROLLOUT`.
+     */
+    int32_t kl_against;
+    /**
+     * `PPOK_KL_GRADIENT_OWN`, the default, or `PPOK_KL_GRADIENT_REVERSE`.
+     */
+    int32_t kl_gradient;
+    /**
+     * `PPOK_KL_RATIO_NONE`, the default, to `PPOK_KL_RATIO_TERM`.
+     */
+    int32_t kl_ratio;
+    /**
+     * Whether `weights` are a factor of the KL term too (DRO); 0 by default, or 1.
+     */
+    int32_t kl_weighted;
 } ppok_ppo_loss_options;
 
 /**
  * The loss and what else the pass over the tokens found.
  *
  * Means, fractions and variances are over the unmasked tokens, each counting the same, whatever
- * the aggregation. NaN stands for what is not defined: the input was not given, or there is no
- * unmasked token. The ratio and d = logp - old_logp are those of the loss, after the clamp.
+ * the aggregation; those of weight 0, and those that an option takes away, count too. NaN stands for
+ * what is not defined: the input was not given, or there is no unmasked token. The ratio is that of the
+ * loss, and d = logp - old_logp the token's, both after the clamp.
  */
 typedef struct ppok_ppo_loss_stats {
     /**
@@ -744,6 +969,22 @@ typedef struct ppok_ppo_loss_stats {
      * Share of tokens bounded by the dual clip.
      */
     double lower_clip_fraction;
+    /**
+     * Share of tokens that are clipped, as above, and have A > 0.
+     */
+    double clip_high_fraction;
+    /**
+     * Share of tokens that are clipped, as above, and do not have A > 0.
+     */
+    double clip_low_fraction;
+    /**
+     * Share of tokens outside the trust region.
+     */
+    double outside_fraction;
+    /**
+     * Share of tokens with A < 0 in rows that are too far off the policy.
+     */
+    double off_policy_fraction;
     /**
      * Share of tokens whose clipped value has the larger error.
      */
@@ -856,6 +1097,14 @@ typedef struct ppok_logits_ppo_loss_args {
      * 0.
      */
     const float *ref_logp;
+    /**
+     * Log-probabilities of the rollout as its engine computed them, `[batch, seq_len]`; may be null.
+     */
+    const float *rollout_logp;
+    /**
+     * Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+     */
+    const float *weights;
     /**
      * `[batch, seq_len]`; null if nothing is masked.
      */
@@ -1207,6 +1456,14 @@ typedef struct ppok_ppo_loss_args {
      * 0.
      */
     const float *ref_logp;
+    /**
+     * Log-probabilities of the rollout as its engine computed them, `[batch, seq_len]`; may be null.
+     */
+    const float *rollout_logp;
+    /**
+     * Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+     */
+    const float *weights;
     /**
      * `[batch, seq_len]`; null if nothing is masked.
      */
@@ -1659,8 +1916,11 @@ size_t ppok_num_threads(void);
  * ```text
  * policy = max(-r A, -clip(r, 1 - low, 1 + high) A), at most -c A where A < 0 with dual clip c
  * value  = max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2) / 2
- * loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+ * loss   = agg(weights policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
  * ```
+ *
+ * The options have other policy terms than this clipped surrogate, ratios of whole rows, and trust
+ * regions; ppok_ppo_loss_options_named() knows the losses that have names.
  *
  * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN
  * then, and the gradients are 0.
@@ -1677,6 +1937,15 @@ int32_t ppok_ppo_loss_cuda_workspace_size(const struct ppok_ppo_loss_args *args,
                                           size_t *bytes);
 
 int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t struct_size);
+
+/**
+ * Gives options those of the loss of that name: "ppo", "dapo", "grpo", "dr_grpo", "bnpo", "luspo", "rloo",
+ * "gspo", "gspo_token", "gmpo", "cispo", "dppo", "sapo", "vespo" or "reinforce", as their papers or the systems
+ * that have them do. `struct_size` is as of ppok_ppo_loss_options_init().
+ */
+int32_t ppok_ppo_loss_options_named(struct ppok_ppo_loss_options *options,
+                                    size_t struct_size,
+                                    const char *name);
 
 /**
  * Multiplies stored gradients of ppok_ppo_loss_cpu() by the gradient of whatever came of the loss. A 0

@@ -18,8 +18,12 @@
 // one. Sums are kept in f32 in a thread, of at most 128 tokens, and over a warp in a fixed tree;
 // those of the warps are added in f64, and `partials [PARTIAL_SUMS, parts]` keeps them for merge.
 // How many parts there are depends on the number of tokens alone. Row weights, the entropy and the
-// KL take registers, which leaves fewer threads in flight, so there is a kernel without them (pass)
-// and one with (pass_full).
+// KL take registers, which leaves fewer threads in flight, so there is a kernel without them (pass),
+// one with (pass_full), and one for all surrogates, trust regions, weights and KL terms (pass_family).
+//
+// rows. Before it, where the ratio is that of a row or rows may be dropped: a block a row reads what
+// makes the log-ratios and adds them up in f64. Where all tokens of the row get the gradient of its
+// ratio, it then reads advantages and weights, and adds up what the gradient would be of each token.
 //
 // merge. One block, a sum a warp: adds the partials in f64, in order, and writes the statistics. If
 // there is but one part, pass does so itself.
@@ -53,6 +57,9 @@ enum Sum {
     CLIPPED,
     LOWER_CLIPPED,
     VALUE_CLIPPED,
+    CLIPPED_HIGH,
+    OUTSIDE,
+    OFF_POLICY,
     POLICY_LOSS,
     VALUE_LOSS,
     ENTROPY_LOSS,
@@ -88,6 +95,7 @@ constexpr int TILE = THREADS * QUAD;
 // Where D comes from.
 struct Divisor {
     double given;            // or 0: it is counted
+    double factor;           // of what is counted
     const uint32_t* counts;  // [parts] of count, with the sum D; or null: the unmasked tokens
     int32_t parts;
     int32_t needs_tokens;  // D is 0 where no token is unmasked, although it is given
@@ -100,6 +108,10 @@ struct PpoStats {
     double value_loss;
     double clip_fraction;
     double lower_clip_fraction;
+    double clip_high_fraction;
+    double clip_low_fraction;
+    double outside_fraction;
+    double off_policy_fraction;
     double value_clip_fraction;
     double approx_kl_k1;
     double approx_kl_k2;
@@ -117,6 +129,13 @@ struct PpoStats {
     double tokens;
 };
 
+// What the tokens of a row share.
+struct RowTerms {
+    float log_ratio;   // the logarithm of the row's ratio, before the clamp
+    float spread;      // the gradient that all tokens get of it, times D
+    float off_policy;  // 1 where tokens with A < 0 are dropped, else 0
+};
+
 struct PassArgs {
     const float* logp;         // [rows, columns]
     const float* old_logp;     // [rows, columns]
@@ -125,7 +144,9 @@ struct PassArgs {
     const float* old_values;   // [rows, columns], or null: no clip
     const float* returns;      // [rows, columns], or null as values
     const float* entropy;      // [rows, columns], or null
-    const float* ref_logp;     // [rows, columns], or null
+    const float* ref_logp;     // [rows, columns], what the KL term is against, or null
+    const float* rollout_logp;  // not looked at
+    const float* weights;      // [rows, columns], or null: ones
     const uint8_t* mask;       // [rows, columns], or null: ones
     PpoStats* stats;           // [1]
     float* loss;               // [1], or null
@@ -133,6 +154,7 @@ struct PassArgs {
     float* grad_values;        // [rows, columns], or null
     float* grad_entropy;       // [rows, columns], or null
     const float* row_weights;  // [rows] of count, or null: all 1
+    const RowTerms* row_terms;  // [rows] of rows, or null
     float* partials;           // [PARTIAL_SUMS, parts]
     Divisor divisor;
     double value_coef;
@@ -147,13 +169,33 @@ struct PassArgs {
     float value_range;  // infinity is off
     Clip clip;
     TokenKl kl;
+    Family family;
+};
+
+struct RowsArgs {
+    const float* logp;          // [rows, columns]
+    const float* old_logp;      // [rows, columns]
+    const float* advantages;    // [rows, columns]
+    const float* rollout_logp;  // [rows, columns]; old_logp where there is none
+    const float* weights;       // [rows, columns], or null: ones
+    const uint8_t* mask;        // [rows, columns], or null: ones
+    const float* row_weights;   // [rows] of count, or null: all 1
+    RowTerms* row_terms;        // [rows]
+    double off_policy_threshold;  // infinity is off
+    int64_t rows;
+    int64_t columns;
+    int32_t aligned;            // all of the above with a value a token, in every row
+    int32_t of_mean;            // a row's ratio is of the mean of log-ratios, not of their sum
+    Clip clip;
+    Family family;
 };
 
 struct LogitsArgs {
     ForwardArgs forward;       // of rows * columns rows of logits, where parts are side by side
     const float* old_logp;     // [rows, columns]
     const float* advantages;   // [rows, columns]
-    const float* ref_logp;     // [rows, columns], or null
+    const float* ref_logp;     // [rows, columns], what the KL term is against, or null
+    const float* weights;      // [rows, columns], or null: ones
     const uint8_t* mask;       // [rows, columns], or null: ones
     const float* row_weights;  // [rows] of count, or null: all 1
     void* grad_logits;         // [rows, columns, vocab]; may be the logits
@@ -164,6 +206,7 @@ struct LogitsArgs {
     int32_t kept_groups;       // vectors that the shared memory of the launch takes
     Clip clip;
     TokenKl kl;
+    Family family;
 };
 
 struct CountArgs {
@@ -224,13 +267,14 @@ static __device__ __forceinline__ uint32_t count_kept(const uint8_t* mask, int64
 }
 
 // The sum over all threads, in every thread. `warps` is shared memory for one value a warp.
-static __device__ __forceinline__ uint32_t block_sum(uint32_t x, uint32_t* warps) {
+template <class T>
+static __device__ __forceinline__ T block_sum(T x, T* warps) {
     x = warp_sum(x);
     // Others may still be reading what an earlier call left.
     __syncthreads();
     if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = x;
     __syncthreads();
-    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? warps[threadIdx.x % WARP] : 0u);
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? warps[threadIdx.x % WARP] : T(0));
 }
 
 // Block [threads], a part of the rows a block.
@@ -271,20 +315,27 @@ static __device__ __forceinline__ double divisor_of(const Divisor& divisor, cons
                                                     int64_t tokens, uint32_t* warps) {
     if (divisor.given != 0.0) return divisor.given;
     if (!divisor.counts) {
-        return block_sum(count_kept(mask, tokens, threadIdx.x, blockDim.x), warps);
+        return divisor.factor * block_sum(count_kept(mask, tokens, threadIdx.x, blockDim.x), warps);
     }
     double sum = 0.0;
     for (int part = threadIdx.x % WARP; part < divisor.parts; part += WARP) {
         sum += divisor.counts[part];
     }
-    return warp_sum(sum);
+    return divisor.factor * warp_sum(sum);
 }
 
 // ---- loading and storing four tokens ----
 
+// What a pass has in it, apart from the clipped surrogate and the value term.
+enum class Has {
+    NOTHING,
+    MORE_TERMS,  // row weights, entropy and KL
+    FAMILY,      // those, and everything else
+};
+
 // Four tokens of every input; zeros for what is not given.
 struct Group {
-    uint4 logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp;
+    uint4 logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp, weights;
     uint32_t mask;  // a byte a token
 };
 
@@ -311,11 +362,12 @@ static __device__ __forceinline__ uint32_t load_mask_edge(const uint8_t* mask, i
     return bytes;
 }
 
-template <bool FULL>
+template <Has HAS>
 static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t at) {
     Group g;
-    const float* entropy = FULL ? args.entropy : nullptr;
-    const float* ref_logp = FULL ? args.ref_logp : nullptr;
+    const float* entropy = HAS != Has::NOTHING ? args.entropy : nullptr;
+    const float* ref_logp = HAS != Has::NOTHING ? args.ref_logp : nullptr;
+    const float* weights = HAS == Has::FAMILY ? args.weights : nullptr;
     if (args.aligned && at + QUAD <= args.tokens) {
         g.logp = load_group(args.logp, at);
         g.old_logp = load_group(args.old_logp, at);
@@ -325,6 +377,7 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
         g.returns = load_group(args.returns, at);
         g.entropy = load_group(entropy, at);
         g.ref_logp = load_group(ref_logp, at);
+        g.weights = load_group(weights, at);
         g.mask = 0x01010101;
         if (args.mask) g.mask = *reinterpret_cast<const uint32_t*>(args.mask + at);
     } else {
@@ -337,6 +390,7 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
         g.returns = load_edge(args.returns, at, end);
         g.entropy = load_edge(entropy, at, end);
         g.ref_logp = load_edge(ref_logp, at, end);
+        g.weights = load_edge(weights, at, end);
         g.mask = load_mask_edge(args.mask, at, end);
     }
     return g;
@@ -359,8 +413,8 @@ static __device__ __forceinline__ void store_group(const PassArgs& args, float* 
 // The sums of one thread.
 struct ThreadSums {
     float sum[PARTIAL_SUMS];
-    // The first four of them, a byte each: a thread has at most 128 tokens of a part.
-    uint32_t counts;
+    // The first seven of them, a byte each: a thread has at most 128 tokens of a part.
+    uint32_t counts[2];
 };
 
 static __device__ __forceinline__ ThreadSums no_thread_sums() {
@@ -369,12 +423,12 @@ static __device__ __forceinline__ ThreadSums no_thread_sums() {
     for (int i = 0; i < PARTIAL_SUMS; i++) s.sum[i] = 0.0f;
     s.sum[RATIO_MIN] = INFINITY;
     s.sum[RATIO_MAX] = -INFINITY;
-    s.counts = 0;
+    s.counts[0] = s.counts[1] = 0;
     return s;
 }
 
 static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool counts) {
-    s.counts += uint32_t(counts) << 8 * which;
+    s.counts[which / 4] += uint32_t(counts) << 8 * (which % 4);
 }
 
 // The factors of the terms' gradients.
@@ -382,7 +436,33 @@ struct Scales {
     float policy, value, entropy, kl;
 };
 
-// The policy term, and its gradient.
+// The statistics of a token's policy term; of a masked one only ratio 1 and advantage 0 are seen.
+static __device__ __forceinline__ void add_policy_stats(const PassArgs& args, ThreadSums& s,
+                                                        const PolicyTerm& term, bool keep, float d,
+                                                        float a) {
+    const float ratio = term.ratio;
+    const bool outside = keep && (ratio < args.clip.low || ratio > args.clip.high);
+    const bool clipped = args.count_outside ? outside : term.is_clipped;
+    count(s, CLIPPED, clipped);
+    count(s, CLIPPED_HIGH, clipped && a > 0.0f);
+    count(s, LOWER_CLIPPED, term.is_lower);
+    s.sum[LOG_RATIO] += d;
+    s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
+    const float excess = ratio - 1.0f;
+    s.sum[EXCESS] += excess;
+    s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
+    s.sum[RATIO_MIN] = keep ? fminf(s.sum[RATIO_MIN], ratio) : s.sum[RATIO_MIN];
+    s.sum[RATIO_MAX] = keep ? fmaxf(s.sum[RATIO_MAX], ratio) : s.sum[RATIO_MAX];
+    s.sum[ADVANTAGE] += a;
+}
+
+// e^d - 1 - d, whose exponential is at hand.
+static __device__ __forceinline__ float k3_of_ratio(float d, float ratio) {
+    const float series = k3_series(-d);
+    return fabsf(d) < 1.0f ? series : ratio - 1.0f - d;
+}
+
+// The clipped surrogate, and its gradient.
 static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSums& s,
                                                   const Group& g, const bool (&keep)[QUAD],
                                                   const float (&w)[QUAD], float scale,
@@ -391,40 +471,71 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
     unpack(g.logp, logp, float{});
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
-    s.counts += count_nonzero(g.mask) << 8 * TOKENS;
+    s.counts[0] += count_nonzero(g.mask) << 8 * TOKENS;
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
         const float log_ratio = keep[i] ? logp[i] - old_logp[i] : 0.0f;
         const float a = keep[i] ? advantages[i] : 0.0f;
         const PolicyTerm term = policy_of_token(args.clip, log_ratio, a);
-        const float d = term.log_ratio, ratio = term.ratio;
         grad[i] = keep[i] && term.flows ? term.slope * w[i] * scale : 0.0f;
-
-        const bool outside = keep[i] && (ratio < args.clip.low || ratio > args.clip.high);
-        count(s, CLIPPED, args.count_outside ? outside : term.is_clipped);
-        count(s, LOWER_CLIPPED, term.is_lower);
         s.sum[POLICY_LOSS] = fmaf(w[i], term.loss, s.sum[POLICY_LOSS]);
-        s.sum[LOG_RATIO] += d;
-        s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
-        const float series = k3_series(-d);
-        s.sum[LOG_RATIO_K3] += fabsf(d) < 1.0f ? series : ratio - 1.0f - d;
-        const float excess = ratio - 1.0f;
-        s.sum[EXCESS] += excess;
-        s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
-        s.sum[RATIO_MIN] = keep[i] ? fminf(s.sum[RATIO_MIN], ratio) : s.sum[RATIO_MIN];
-        s.sum[RATIO_MAX] = keep[i] ? fmaxf(s.sum[RATIO_MAX], ratio) : s.sum[RATIO_MAX];
-        s.sum[ADVANTAGE] += a;
+        add_policy_stats(args, s, term, keep[i], term.log_ratio, a);
+        s.sum[LOG_RATIO_K3] += k3_of_ratio(term.log_ratio, term.ratio);
+    }
+}
+
+// Any policy term, and its gradient. `rows` are of the tokens' rows.
+static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSums& s,
+                                                  const Group& g, const bool (&keep)[QUAD],
+                                                  const float (&w)[QUAD],
+                                                  const RowTerms (&rows)[QUAD], float scale,
+                                                  float (&grad)[QUAD]) {
+    const Clip& clip = args.clip;
+    const Family& family = args.family;
+    float logp[QUAD], old_logp[QUAD], advantages[QUAD], weights[QUAD];
+    unpack(g.logp, logp, float{});
+    unpack(g.old_logp, old_logp, float{});
+    unpack(g.advantages, advantages, float{});
+    unpack(g.weights, weights, float{});
+    s.counts[0] += count_nonzero(g.mask) << 8 * TOKENS;
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) {
+        const float d = keep[i] ? logp[i] - old_logp[i] : 0.0f;
+        const float a = keep[i] ? advantages[i] : 0.0f;
+        const float log_ratio = keep[i] && family.of_rows ? rows[i].log_ratio : d;
+        PolicyTerm term = policy_of_token(clip, family, log_ratio, logp[i], a);
+        const bool log_clipped = keep[i] && is_log_clipped(clip, family, d, a);
+        term.is_clipped = keep[i] && (term.is_clipped || log_clipped);
+        const bool outside =
+            keep[i] && outside_trust_region(clip, family, old_logp[i], d, a);
+        const bool off_policy = keep[i] && rows[i].off_policy != 0.0f && a < 0.0f;
+        const float given = args.weights ? weights[i] : 1.0f;
+        // 0 drops even NaN.
+        const bool drops = !keep[i] || outside || off_policy || given == 0.0f;
+        const float product = drops ? 0.0f : w[i] * given;
+        grad[i] = !drops && term.flows ? term.slope * product * scale : 0.0f;
+        if (family.spreads) grad[i] = keep[i] && !log_clipped ? rows[i].spread * scale : 0.0f;
+        s.sum[POLICY_LOSS] += drops ? 0.0f : product * term.loss;
+        count(s, OUTSIDE, outside);
+        count(s, OFF_POLICY, off_policy);
+        const float clamped = clamp(d, clip.log_ratio_limit);
+        add_policy_stats(args, s, term, keep[i], clamped, a);
+        s.sum[LOG_RATIO_K3] +=
+            k3_of_ratio(clamped, family.of_rows ? expf(clamped) : term.ratio);
     }
 }
 
 // The KL term; adds its gradient to the policy term's.
+template <Has HAS>
 static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& s, const Group& g,
                                               const bool (&keep)[QUAD], const float (&w)[QUAD],
                                               float scale, float (&grad)[QUAD]) {
-    float logp[QUAD], ref_logp[QUAD];
+    float logp[QUAD], old_logp[QUAD], ref_logp[QUAD], weights[QUAD];
     unpack(g.logp, logp, float{});
     unpack(g.ref_logp, ref_logp, float{});
+    unpack(g.old_logp, old_logp, float{});
+    unpack(g.weights, weights, float{});
     float d[QUAD], value[QUAD], slope[QUAD];
     // Every estimate of d = 0 is 0.
 #pragma unroll
@@ -432,10 +543,21 @@ static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& 
     kl_of_tokens(args.kl, d, value, slope);
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
-        s.sum[KL_LOSS] = fmaf(w[i], value[i], s.sum[KL_LOSS]);
+        bool drops = false;
+        float weight = w[i];
+        if (HAS == Has::FAMILY) {
+            const float log_ratio = keep[i] ? logp[i] - old_logp[i] : 0.0f;
+            change_kl(args.clip, args.family, log_ratio, d[i], value[i], slope[i]);
+            if (args.family.kl_weighted && args.weights) {
+                drops = !keep[i] || weights[i] == 0.0f;
+                weight *= weights[i];
+            }
+        }
+        s.sum[KL_LOSS] = drops ? s.sum[KL_LOSS] : fmaf(weight, value[i], s.sum[KL_LOSS]);
         s.sum[KL] += value[i];
         // Without a coefficient the slope, which may be infinite, is not wanted.
-        if (keep[i] && scale != 0.0f) grad[i] = fmaf(slope[i] * w[i], scale, grad[i]);
+        const bool flows = keep[i] && !drops && scale != 0.0f;
+        if (flows) grad[i] = fmaf(slope[i] * weight, scale, grad[i]);
     }
 }
 
@@ -504,61 +626,80 @@ struct RowColumn {
     int64_t row, column;
 };
 
-template <bool FULL>
+// Whether anything depends on the row of a token.
+template <Has HAS>
+static __device__ __forceinline__ bool needs_rows(const PassArgs& args) {
+    return HAS != Has::NOTHING && (args.row_weights || (HAS == Has::FAMILY && args.row_terms));
+}
+
+template <Has HAS>
 static __device__ __forceinline__ RowColumn place_of(const PassArgs& args, int64_t token) {
-    if (!FULL || !args.row_weights) return {0, 0};
+    if (!needs_rows<HAS>(args)) return {0, 0};
     return {token / args.columns, token % args.columns};
 }
 
-// The weights of four tokens in a row; those past the end are not needed.
-template <bool FULL>
-static __device__ __forceinline__ void load_weights(const PassArgs& args, int64_t at,
-                                                    RowColumn place, float (&w)[QUAD]) {
+// The weights of four tokens in a row, and what they share with that; those past the end are not needed.
+template <Has HAS>
+static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t at, RowColumn place,
+                                                 float (&w)[QUAD], RowTerms (&rows)[QUAD]) {
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         w[i] = 1.0f;
-        if (!FULL || !args.row_weights) continue;
-        if (at + i < args.tokens) w[i] = args.row_weights[place.row];
+        rows[i] = {0.0f, 0.0f, 0.0f};
+        if (!needs_rows<HAS>(args)) continue;
+        if (at + i < args.tokens) {
+            if (args.row_weights) w[i] = args.row_weights[place.row];
+            if (HAS == Has::FAMILY && args.row_terms) rows[i] = args.row_terms[place.row];
+        }
         place.column++;
         if (place.column == args.columns) place = {place.row + 1, 0};
     }
 }
 
 // What one thread finds in `count` tokens, whose gradients it writes.
-template <bool FULL>
+template <Has HAS>
 static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
                                                         int64_t first, int count) {
     ThreadSums s = no_thread_sums();
-    const RowColumn step = place_of<FULL>(args, TILE);
-    RowColumn place = place_of<FULL>(args, first + threadIdx.x * QUAD);
+    const RowColumn step = place_of<HAS>(args, TILE);
+    RowColumn place = place_of<HAS>(args, first + threadIdx.x * QUAD);
     for (int i = threadIdx.x * QUAD; i < count; i += TILE) {
         const int64_t at = first + i;
-        const Group g = load_group<FULL>(args, at);
+        const Group g = load_group<HAS>(args, at);
         bool keep[QUAD];
 #pragma unroll
         for (int i = 0; i < QUAD; i++) keep[i] = g.mask & 0xffu << 8 * i;
         float w[QUAD], grad[QUAD];
-        load_weights<FULL>(args, at, place, w);
+        RowTerms rows[QUAD];
+        load_rows<HAS>(args, at, place, w, rows);
 
-        const bool is_first = s.counts == 0;
-        add_policy(args, s, g, keep, w, scales.policy, grad);
-        if (FULL && args.ref_logp) add_kl(args, s, g, keep, w, scales.kl, grad);
+        const bool is_first = s.counts[0] == 0;
+        if (HAS == Has::FAMILY) {
+            add_family(args, s, g, keep, w, rows, scales.policy, grad);
+        } else {
+            add_policy(args, s, g, keep, w, scales.policy, grad);
+        }
+        if (HAS != Has::NOTHING && args.ref_logp) {
+            add_kl<HAS>(args, s, g, keep, w, scales.kl, grad);
+        }
         if (args.grad_logp) store_group(args, args.grad_logp, at, grad);
         if (args.values) {
             add_value(args, s, g, is_first, keep, w, scales.value, grad);
             if (args.grad_values) store_group(args, args.grad_values, at, grad);
         }
-        if (FULL && args.entropy) {
+        if (HAS != Has::NOTHING && args.entropy) {
             add_entropy(s, g, keep, w, scales.entropy, grad);
             if (args.grad_entropy) store_group(args, args.grad_entropy, at, grad);
         }
 
-        if (!FULL) continue;
+        if (HAS == Has::NOTHING) continue;
         place = {place.row + step.row, place.column + step.column};
         if (place.column >= args.columns) place = {place.row + 1, place.column - args.columns};
     }
 #pragma unroll
-    for (int i = TOKENS; i <= VALUE_CLIPPED; i++) s.sum[i] = float(s.counts >> 8 * i & 0xff);
+    for (int i = TOKENS; i <= OFF_POLICY; i++) {
+        s.sum[i] = float(s.counts[i / 4] >> 8 * (i % 4) & 0xff);
+    }
     return s;
 }
 
@@ -672,6 +813,10 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     stats.value_loss = has_value ? value_loss : nan;
     stats.clip_fraction = sum[CLIPPED] * share;
     stats.lower_clip_fraction = sum[LOWER_CLIPPED] * share;
+    stats.clip_high_fraction = sum[CLIPPED_HIGH] * share;
+    stats.clip_low_fraction = (sum[CLIPPED] - sum[CLIPPED_HIGH]) * share;
+    stats.outside_fraction = sum[OUTSIDE] * share;
+    stats.off_policy_fraction = sum[OFF_POLICY] * share;
     stats.value_clip_fraction = has_value ? sum[VALUE_CLIPPED] * share : nan;
     stats.approx_kl_k1 = -sum[LOG_RATIO] * share;
     stats.approx_kl_k2 = 0.5 * sum[LOG_RATIO_SQUARES] * share;
@@ -695,7 +840,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
 }
 
 // Block [THREADS], a part of the tokens a block.
-template <bool FULL>
+template <Has HAS>
 static __device__ __forceinline__ void pass(const PassArgs& args) {
     SHARED(uint32_t, counts, WARP);
     SHARED(WarpSums, warps, WARPS);
@@ -714,7 +859,7 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
         const int part_tokens = args.part_tiles * TILE;
         const int64_t first = int64_t(part) * part_tokens;
         const int count = int(min(int64_t(part_tokens), args.tokens - first));
-        ThreadSums s = sum_tokens<FULL>(args, scales, first, count);
+        ThreadSums s = sum_tokens<HAS>(args, scales, first, count);
         const double total = block_sums(s, warps);
         if (threadIdx.x >= PARTIAL_SUMS) continue;
         if (args.parts > 1) {
@@ -727,8 +872,102 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
     }
 }
 
-KERNEL(256, 3, ppo_loss_pass_f32, PassArgs) { pass<false>(args); }
-KERNEL(256, 2, ppo_loss_pass_full_f32, PassArgs) { pass<true>(args); }
+KERNEL(256, 3, ppo_loss_pass_f32, PassArgs) { pass<Has::NOTHING>(args); }
+KERNEL(256, 2, ppo_loss_pass_full_f32, PassArgs) { pass<Has::MORE_TERMS>(args); }
+KERNEL(256, 2, ppo_loss_pass_family_f32, PassArgs) { pass<Has::FAMILY>(args); }
+
+// ---- what the tokens of a row share ----
+
+// Four tokens of a row, of what makes the log-ratios.
+struct RowGroup {
+    float logp[QUAD], old_logp[QUAD], advantages[QUAD], other[QUAD];
+    bool keep[QUAD];
+};
+
+// `other` is rollout_logp or the weights, or null.
+static __device__ __forceinline__ RowGroup load_row_group(const RowsArgs& args, const float* other,
+                                                          int64_t at, int64_t end) {
+    uint4 logp, old_logp, advantages, more;
+    uint32_t mask = 0x01010101;
+    if (args.aligned && at + QUAD <= end) {
+        logp = load_shared_by_neighbours(args.logp + at);
+        old_logp = load_shared_by_neighbours(args.old_logp + at);
+        advantages = load_shared_by_neighbours(args.advantages + at);
+        more = make_uint4(0, 0, 0, 0);
+        if (other) more = load_shared_by_neighbours(other + at);
+        if (args.mask) mask = *reinterpret_cast<const uint32_t*>(args.mask + at);
+    } else {
+        logp = load_edge(args.logp, at, end);
+        old_logp = load_edge(args.old_logp, at, end);
+        advantages = load_edge(args.advantages, at, end);
+        more = load_edge(other, at, end);
+        mask = load_mask_edge(args.mask, at, end);
+    }
+    RowGroup g;
+    unpack(logp, g.logp, float{});
+    unpack(old_logp, g.old_logp, float{});
+    unpack(advantages, g.advantages, float{});
+    unpack(more, g.other, float{});
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) g.keep[i] = mask & 0xffu << 8 * i;
+    return g;
+}
+
+// Block [THREADS], a row a block. Sums in f64: thousands of log-ratios may go into one exponential.
+KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
+    SHARED(double, warps, WARP);
+    const Clip& clip = args.clip;
+    const Family& family = args.family;
+    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+        const int64_t first = row * args.columns, end = first + args.columns;
+        double kept = 0.0, total = 0.0, excess = 0.0;
+        for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
+            const RowGroup g = load_row_group(args, args.rollout_logp, at, end);
+#pragma unroll
+            for (int i = 0; i < QUAD; i++) {
+                if (!g.keep[i]) continue;
+                const float d = g.logp[i] - g.old_logp[i], a = g.advantages[i];
+                const bool clipped = is_log_clipped(clip, family, d, a);
+                const double exact = double(g.logp[i]) - double(g.old_logp[i]);
+                kept += 1.0;
+                total += clipped ? double(a > 0.0f ? clip.high : clip.low) : exact;
+                const double over = double(g.other[i]) - double(g.logp[i]);
+                excess += g.other[i] != g.other[i] ? 0.0 : over;
+            }
+        }
+        kept = block_sum(kept, warps);
+        total = block_sum(total, warps);
+        excess = block_sum(excess, warps);
+        const double log_ratio = args.of_mean ? total / kept : total;
+        const bool off_policy = excess / kept > args.off_policy_threshold;
+        double spread = 0.0;
+        if (family.spreads) {
+            // Without row_weights all rows have the same one, which is in D.
+            const float w = args.row_weights ? args.row_weights[row] : 1.0f;
+            for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
+                const RowGroup g = load_row_group(args, args.weights, at, end);
+#pragma unroll
+                for (int i = 0; i < QUAD; i++) {
+                    const float d = g.logp[i] - g.old_logp[i], a = g.advantages[i];
+                    const float given = args.weights ? g.other[i] : 1.0f;
+                    const bool drops =
+                        !g.keep[i] || given == 0.0f || (off_policy && a < 0.0f) ||
+                        outside_trust_region(clip, family, g.old_logp[i], d, a);
+                    if (drops) continue;
+                    const PolicyTerm term =
+                        policy_of_token(clip, family, float(log_ratio), g.logp[i], a);
+                    if (term.flows) spread += term.slope * (w * given);
+                }
+            }
+            spread = block_sum(spread, warps);
+            if (args.of_mean) spread /= kept;
+        }
+        if (threadIdx.x == 0) {
+            args.row_terms[row] = {float(log_ratio), kept > 0.0 ? float(spread) : 0.0f,
+                                   off_policy ? 1.0f : 0.0f};
+        }
+    }
+}
 
 // The first part that has tokens, or 0.
 static __device__ __forceinline__ int first_part(const PassArgs& args) {
@@ -798,14 +1037,22 @@ static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args
                                                           Target target, const RowValues& values,
                                                           double unit) {
     const float w = args.row_weights ? args.row_weights[row / args.columns] : 1.0f;
-    const float log_ratio = values.logp - args.old_logp[row];
-    const PolicyTerm term = policy_of_token(args.clip, log_ratio, args.advantages[row]);
-    float grad = term.flows ? term.slope * w * float(unit) : 0.0f;
+    const Family& family = args.family;
+    const float logp = values.logp, old_logp = args.old_logp[row], a = args.advantages[row];
+    const float d = logp - old_logp, given = args.weights ? args.weights[row] : 1.0f;
+    const PolicyTerm term = policy_of_token(args.clip, family, d, logp, a);
+    const bool drops =
+        given == 0.0f || outside_trust_region(args.clip, family, old_logp, d, a);
+    float grad = !drops && term.flows ? term.slope * (w * given) * float(unit) : 0.0f;
     if (args.ref_logp && args.kl_coef != 0.0) {
-        const float d[1] = {values.logp - args.ref_logp[row]};
+        const float against[1] = {logp - args.ref_logp[row]};
         float value[1], slope[1];
-        kl_of_tokens(args.kl, d, value, slope);
-        grad = fmaf(slope[0] * w, float(args.kl_coef * unit), grad);
+        kl_of_tokens(args.kl, against, value, slope);
+        change_kl(args.clip, family, d, against[0], value[0], slope[0]);
+        const float weight = family.kl_weighted ? w * given : w;
+        if (!family.kl_weighted || given != 0.0f) {
+            grad = fmaf(slope[0] * weight, float(args.kl_coef * unit), grad);
+        }
     }
     const bool has_entropy = args.entropy_coef != 0.0;
     const float grad_entropy = has_entropy ? w * float(-args.entropy_coef * unit) : 0.0f;

@@ -941,6 +941,8 @@ static void check_ppo_loss(void) {
                      {"old_values", (void **)&args->old_values, TOKENS * 4, 4, OPTIONAL, READ},
                      {"returns", (void **)&args->returns, TOKENS * 4, 4, PAIRED, READ},
                      {"ref_logp", (void **)&args->ref_logp, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"rollout_logp", (void **)&args->rollout_logp, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"weights", (void **)&args->weights, TOKENS * 4, 4, OPTIONAL, READ},
                      {"mask", (void **)&args->mask, TOKENS, 1, OPTIONAL, READ},
                      {"stats", (void **)&args->stats, sizeof *args->stats, 8, NEEDED, WRITTEN},
                      {"loss", (void **)&args->loss, 4, 4, OPTIONAL, WRITTEN},
@@ -950,10 +952,18 @@ static void check_ppo_loss(void) {
                       WRITTEN}},
         .sizes = {{"batch", &args->batch, PPOK_STATUS_MASK},
                   {"seq_len", &args->seq_len, PPOK_STATUS_MASK}},
-        .numbers = {{"aggregation", &pl.settings.aggregation, 4, PPOK_STATUS_OPTION},
+        .numbers = {{"aggregation", &pl.settings.aggregation, 7, PPOK_STATUS_OPTION},
                     {"clip_fraction", &pl.settings.clip_fraction, 1, PPOK_STATUS_OPTION},
                     {"kl_estimator", &pl.settings.kl_estimator, 4, PPOK_STATUS_OPTION},
-                    {"reserved", &pl.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},
+                    {"surrogate", &pl.settings.surrogate, 5, PPOK_STATUS_OPTION},
+                    {"ratio", &pl.settings.ratio, 2, PPOK_STATUS_OPTION},
+                    {"ratio_gradient", &pl.settings.ratio_gradient, 1, PPOK_STATUS_OPTION},
+                    {"trust_region", &pl.settings.trust_region, 3, PPOK_STATUS_OPTION},
+                    {"trust_region_sides", &pl.settings.trust_region_sides, 1, PPOK_STATUS_OPTION},
+                    {"kl_against", &pl.settings.kl_against, 2, PPOK_STATUS_OPTION},
+                    {"kl_gradient", &pl.settings.kl_gradient, 1, PPOK_STATUS_OPTION},
+                    {"kl_ratio", &pl.settings.kl_ratio, 2, PPOK_STATUS_OPTION},
+                    {"kl_weighted", &pl.settings.kl_weighted, 1, PPOK_STATUS_OPTION}},
         .options = {{"clip_range", &pl.settings.clip_range, -1.0},
                     {"clip_range_high", &pl.settings.clip_range_high, -0.1},
                     {"dual_clip", &pl.settings.dual_clip, 1.0},
@@ -961,7 +971,16 @@ static void check_ppo_loss(void) {
                     {"value_clip_range", &pl.settings.value_clip_range, -2.0},
                     {"kl_log_ratio_clamp", &pl.settings.kl_log_ratio_clamp, 0.0},
                     {"kl_output_clamp", &pl.settings.kl_output_clamp, 0.0},
-                    {"denominator", &pl.settings.denominator, 0.0}},
+                    {"denominator", &pl.settings.denominator, 0.0},
+                    {"ratio_cap", &pl.settings.ratio_cap, 0.0},
+                    {"soft_gate_tau_pos", &pl.settings.soft_gate_tau_pos, 0.0},
+                    {"soft_gate_tau_neg", &pl.settings.soft_gate_tau_neg, -1.0},
+                    {"gamma_k_pos", &pl.settings.gamma_k_pos, -1.0},
+                    {"gamma_lambda_pos", &pl.settings.gamma_lambda_pos, -1.0},
+                    {"gamma_k_neg", &pl.settings.gamma_k_neg, -1.0},
+                    {"gamma_lambda_neg", &pl.settings.gamma_lambda_neg, -1.0},
+                    {"trust_region_low", &pl.settings.trust_region_low, -0.1},
+                    {"trust_region_high", &pl.settings.trust_region_high, -0.1}},
         .structs = {{"args", &pl.at, sizeof *args},
                     {"options", (void **)&args->options, sizeof pl.settings}},
     };
@@ -971,6 +990,14 @@ static void check_ppo_loss(void) {
     CHECK(isfinite(args->stats->loss), "loss %g", args->stats->loss);
     CHECK(*args->loss == (float)args->stats->loss, "loss %g", *args->loss);
     CHECK(args->grad_logp[1] == 0.0f, "a masked token");
+
+    ppok_ppo_loss_options gspo;
+    CHECK(ppok_ppo_loss_options_named(&gspo, sizeof gspo, "gspo") == PPOK_STATUS_OK, "gspo");
+    CHECK(gspo.ratio == PPOK_RATIO_SEQUENCE_MEAN && gspo.clip_range == 3e-4, "gspo");
+    CHECK(gspo.struct_size == sizeof gspo, "gspo");
+    CHECK(ppok_ppo_loss_options_named(&gspo, sizeof gspo, "gpso") == PPOK_STATUS_OPTION, "gpso");
+    CHECK(strstr(ppok_last_error(), "sapo") != NULL, "%s", ppok_last_error());
+    CHECK(ppok_ppo_loss_options_named(&gspo, sizeof gspo, NULL) == PPOK_STATUS_NULL_POINTER, "no name");
 
     pl.settings.entropy_coef = 0.01;
     const float *entropy = args->entropy;

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_int, c_uint, c_void, CStr};
 use std::fmt::Debug;
 use std::io::Write;
+use std::ops::RangeInclusive;
 use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -23,7 +24,8 @@ use ppo_kernels::kl::{self, capi::*, FullKlOptions, KlEstimator, KlOptions};
 use ppo_kernels::logprob::{self, capi::*, LogprobOptions};
 use ppo_kernels::moments::Moments;
 use ppo_kernels::ppo_loss::{
-    self, capi::*, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats,
+    self, capi::*, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions,
+    PpoStats, RatioGradient, Surrogate, TrustRegion, TrustRegionSides,
 };
 use ppo_kernels::tolerance::{self, Tolerance};
 use ppo_kernels::whiten::{self, capi::*, EpsPlacement, WhitenOptions};
@@ -164,13 +166,13 @@ impl Array {
 }
 
 /// The last struct of options: which of the arrays it is, its 8-byte words in this version, how many
-/// numbers from the first on must be finite whatever else is given, and how many words at the end are
+/// of its words must be finite numbers whatever else is given, and how many words at the end are
 /// pairs of choices.
 #[derive(Clone, Copy)]
 struct OptionsAt {
     array: usize,
     words: usize,
-    finite: usize,
+    finite: (usize, usize),
     pairs: usize,
 }
 
@@ -308,7 +310,7 @@ impl Fuzz {
     fn put_options<O>(
         &mut self,
         init: unsafe extern "C" fn(*mut O, usize) -> i32,
-        [finite, pairs]: [usize; 2],
+        (finite, pairs): (RangeInclusive<usize>, usize),
         set: impl FnOnce(&mut Self, &mut O),
     ) -> *const O {
         self.options = None;
@@ -327,7 +329,8 @@ impl Fuzz {
         let array = self.arrays.iter().position(|array| array.at == options as usize).unwrap();
         self.arrays[array].before = self.arrays[array].now().to_vec();
         let words = size_of::<O>() / 8;
-        self.options = Some(OptionsAt { array, words, finite, pairs });
+        self.options =
+            Some(OptionsAt { array, words, finite: (*finite.start(), *finite.end()), pairs });
         options
     }
 }
@@ -499,7 +502,7 @@ impl Fuzz {
                     };
                     let (how, i) = match choice {
                         9 => ("struct_size of options", 0),
-                        10 => ("an option not finite", self.rng.random_range(1..=finite)),
+                        10 => ("an option not finite", self.rng.random_range(finite.0..=finite.1)),
                         _ => ("an option's choice", self.rng.random_range(words - pairs..words)),
                     };
                     let not_finite = self.one(&[f64::NAN, f64::INFINITY, f64::NEG_INFINITY]);
@@ -519,7 +522,7 @@ impl Fuzz {
 
     /// Makes one of a pair of choices one that there is not.
     fn spoil_choice(&mut self, pair: &mut u64) {
-        let wrong = self.one(&[-1, 7, i32::MIN, i32::MAX]) as u32;
+        let wrong = self.one(&[-1, 8, i32::MIN, i32::MAX]) as u32;
         let shift = self.one(&[0, 32]);
         *pair = *pair & !(0xffff_ffff << shift) | u64::from(wrong) << shift;
     }
@@ -651,7 +654,7 @@ impl Fuzz {
 /// The op's options, and those for C.
 fn logprob_options(f: &mut Fuzz, ignored: &[i64]) -> (LogprobOptions, *const ppok_logprob_options) {
     let mut own = LogprobOptions::default();
-    let c = f.put_options(ppok_logprob_options_init, [1, 1], |f, c| {
+    let c = f.put_options(ppok_logprob_options_init, (1..=1, 1), |f, c| {
         own.temperature = f.one(&[1.0, 0.7, 1.6]);
         own.ignore_index = f.coin(0.5).then(|| f.one(ignored));
         c.temperature = own.temperature;
@@ -813,7 +816,7 @@ fn token_kl(f: &mut Fuzz) {
     let shape = f.shape();
     let tokens = shape[0] * shape[1];
     let mut own = KlOptions::default();
-    let options = f.put_options(ppok_kl_token_options_init, [2, 1], |f, c| {
+    let options = f.put_options(ppok_kl_token_options_init, (1..=2, 1), |f, c| {
         (c.estimator, own.estimator) = f.choice(&ESTIMATORS);
         (c.log_ratio_clamp, own.log_ratio_clamp) = f.maybe(&[0.7, 2.3]);
         (c.output_clamp, own.output_clamp) = f.maybe(&[0.33, 1.7]);
@@ -863,7 +866,7 @@ fn full_kl(f: &mut Fuzz) {
     let [rows, vocab] = f.logits_shape();
     let kind = f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]);
     let mut own = FullKlOptions::default();
-    let options = f.put_options(ppok_kl_full_options_init, [1, 1], |f, c| {
+    let options = f.put_options(ppok_kl_full_options_init, (1..=1, 1), |f, c| {
         (c.direction, own.direction) =
             f.choice(&[kl::KlDirection::Forward, kl::KlDirection::Reverse]);
         own.temperature = f.one(&[1.0, 0.7, 1.6]);
@@ -938,7 +941,7 @@ fn gae(f: &mut Fuzz) {
     inputs.dones = inputs.dones.filter(|_| f.coin(0.7));
     inputs.bootstrap = inputs.bootstrap.filter(|_| f.coin(0.7));
     let mut own = GaeOptions::default();
-    let options = f.put_options(ppok_gae_options_init, [4, 2], |f, c| {
+    let options = f.put_options(ppok_gae_options_init, (1..=4, 2), |f, c| {
         own.gamma = f.one(&[1.0, 0.99, 0.9, 0.0]);
         // Of long rows the errors would add up.
         own.lambda = if seq_len > 2500 { 0.95 } else { f.one(&[1.0, 0.95, 0.5, 0.0]) };
@@ -1050,7 +1053,7 @@ fn whiten_with(f: &mut Fuzz) {
     let moments = whiten::reference::masked_moments(&wide_x, mask);
     let other = Moments { count: 100.0, mean: 0.2, m2: 150.0 };
     let mut own = WhitenOptions::default();
-    let options = f.put_options(ppok_whiten_options_init, [1, 2], |f, c| {
+    let options = f.put_options(ppok_whiten_options_init, (1..=1, 2), |f, c| {
         own.eps = f.one(&[1e-8, 0.1]);
         c.eps = own.eps;
         (c.eps_placement, own.eps_placement) =
@@ -1119,11 +1122,45 @@ fn whiten_with(f: &mut Fuzz) {
     );
 }
 
+/// Other policy terms than the clipped surrogate of tokens, and other KL terms.
+fn a_member_of_the_family(f: &mut Fuzz, own: &mut PpoLossOptions) {
+    let name = f.one(&PpoLossOptions::NAMES);
+    let member = PpoLossOptions::of(name).unwrap();
+    *own = PpoLossOptions {
+        clip_range: f.one(&[member.clip_range, own.clip_range]),
+        clip_range_high: f.one(&[member.clip_range_high, own.clip_range_high]),
+        surrogate: member.surrogate,
+        ratio: member.ratio,
+        ratio_gradient: f.one(&[RatioGradient::Spread, RatioGradient::OwnToken]),
+        trust_region: f.one(&[
+            TrustRegion::None,
+            TrustRegion::TotalVariation,
+            TrustRegion::BinaryKl,
+            TrustRegion::Ratio,
+        ]),
+        trust_region_low: f.one(&[0.2, 0.05]),
+        trust_region_high: f.one(&[0.2, 0.03]),
+        trust_region_sides: f.one(&[TrustRegionSides::ByAdvantage, TrustRegionSides::Both]),
+        off_policy_threshold: f.one(&[None, Some(0.05)]),
+        kl_against: f.one(&[KlAgainst::Reference, KlAgainst::Old, KlAgainst::Rollout]),
+        kl_gradient: f.one(&[KlGradient::Own, KlGradient::Reverse]),
+        kl_ratio: f.one(&[KlRatio::Gradient, KlRatio::Term]),
+        kl_ratio_cap: f.one(&[None, Some(1.5)]),
+        kl_weighted: f.coin(0.5),
+        dual_clip: own.dual_clip.filter(|_| member.surrogate == Surrogate::Clip),
+        clip_fraction: match member.surrogate {
+            Surrogate::LogClip => ClipFractionKind::ClippedBranch,
+            _ => own.clip_fraction,
+        },
+        ..*own
+    };
+}
+
 fn ppo_loss(f: &mut Fuzz) {
     let [batch, seq_len] = f.shape();
     let n = batch * seq_len;
     let mut own = PpoLossOptions::default();
-    let options = f.put_options(ppok_ppo_loss_options_init, [10, 2], |f, c| {
+    let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 6), |f, c| {
         own.clip_range = f.one(&[0.2, 0.1, 0.0]);
         c.clip_range = own.clip_range;
         (c.clip_range_high, own.clip_range_high) = f.maybe(&[0.3]);
@@ -1143,12 +1180,20 @@ fn ppo_loss(f: &mut Fuzz) {
             Aggregation::SeqMeanTokenMean,
             Aggregation::SeqMeanTokenSumNorm,
             Aggregation::Constant(c.aggregation_divisor),
+            Aggregation::BatchMeanTokenSum,
+            Aggregation::BatchMeanTokenMean,
+            Aggregation::SeqMeanTokenSumNormRows,
         ]);
         if own.aggregation != Aggregation::Constant(c.aggregation_divisor) {
             (c.denominator, own.denominator) = f.maybe(&[123.0]);
         }
         (c.clip_fraction, own.clip_fraction) =
             f.choice(&[ClipFractionKind::ClippedBranch, ClipFractionKind::RatioOutside]);
+        if f.coin(0.5) {
+            a_member_of_the_family(f, &mut own);
+            let struct_size = c.struct_size;
+            *c = ppok_ppo_loss_options { struct_size, ..ppo_loss_cases::c_options(&own) };
+        }
     });
     let logp = f.numbers(n, -2.0, 1.5);
     let mut near = |x: &[f32], spread| -> Vec<f32> {
@@ -1159,18 +1204,22 @@ fn ppo_loss(f: &mut Fuzz) {
         seq_len,
         old_logp: near(&logp, 0.8),
         ref_logp: Some(near(&logp, 0.9)),
+        rollout_logp: Some(near(&logp, 0.9)),
         logp,
         advantages: f.numbers(n, 0.1, 1.5),
         values: Some(f.numbers(n, 0.5, 1.0)),
         old_values: Some(f.numbers(n, 0.5, 1.0)),
         returns: Some(f.numbers(n, 0.5, 1.5)),
         entropy: Some(f.numbers(n, 1.5, 1.4)),
+        weights: Some(ppo_loss_cases::some_weights(&mut f.rng, n)),
         mask: f.mask([batch, seq_len]),
     };
     if data.mask.is_some() {
         data = ppo_loss_cases::with_nan_under_the_mask(&data);
     }
     data.ref_logp = data.ref_logp.filter(|_| own.kl_coef != 0.0 || f.coin(0.7));
+    data.rollout_logp = data.rollout_logp.filter(|_| own.kl_coef != 0.0 || f.coin(0.7));
+    data.weights = data.weights.filter(|_| f.coin(0.4));
     data.entropy = data.entropy.filter(|_| own.entropy_coef != 0.0 || f.coin(0.7));
     data.old_values = data.old_values.filter(|_| own.value_clip_range.is_some() || f.coin(0.7));
     data.values = data.values.filter(|_| f.coin(0.7));
@@ -1191,6 +1240,8 @@ fn ppo_loss(f: &mut Fuzz) {
         returns: f.put_some(given.returns),
         entropy: f.put_some(given.entropy),
         ref_logp: f.put_some(given.ref_logp),
+        rollout_logp: f.put_some(given.rollout_logp),
+        weights: f.put_some(given.weights),
         mask: f.put_some(given.mask),
         options,
         stats: at(stats),
@@ -1286,12 +1337,12 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
     let mut case = logits_loss_cases::Case::<T>::new(&mut f.rng, shape, vocab, number);
     let temperature = case.logprob_options.temperature;
     case.logprob_options = LogprobOptions::default();
-    let logprob_options = f.put_options(ppok_logprob_options_init, [1, 1], |_, c| {
+    let logprob_options = f.put_options(ppok_logprob_options_init, (1..=1, 1), |_, c| {
         case.logprob_options.temperature = temperature;
         c.temperature = temperature;
     });
     let own = std::mem::take(&mut case.options);
-    let options = f.put_options(ppok_ppo_loss_options_init, [10, 2], |_, c| {
+    let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 6), |_, c| {
         let struct_size = c.struct_size;
         *c = ppok_ppo_loss_options { struct_size, ..ppo_loss_cases::c_options(&own) };
         case.options = own;
@@ -1317,6 +1368,8 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
         old_logp: f.put(&case.old_logp),
         advantages: f.put(&case.advantages),
         ref_logp: f.put_some(case.ref_logp.as_deref()),
+        rollout_logp: f.put_some(case.rollout_logp.as_deref()),
+        weights: f.put_some(case.weights.as_deref()),
         mask: f.put_some(case.mask.as_deref()),
         logprob_options,
         options,

@@ -400,8 +400,12 @@ fn enums_of_one_name_have_the_same_values() {
         let source = cuda_source(&format!("kernels/{op}.cu"));
         for found in declared.captures_iter(&source) {
             let theirs: Vec<String> = found[2].split(',').map(plain).collect();
-            let ours = ops().iter().find_map(|op| {
-                let file = syn::parse_file(&read(&format!("src/{op}/mod.rs"))).expect("Rust");
+            // An op with many options has them in a file of their own.
+            let files = ops()
+                .into_iter()
+                .flat_map(|op| ["mod", "options"].map(|file| format!("src/{op}/{file}.rs")));
+            let ours = files.filter(|file| fs::exists(file).unwrap()).find_map(|file| {
+                let file = syn::parse_file(&read(&file)).expect("Rust");
                 file.items.into_iter().find_map(|item| match item {
                     Item::Enum(item) if item.ident == found[1] => Some(item),
                     _ => None,

@@ -6,6 +6,7 @@ mod common;
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
 use common::logits_loss_cases::Case;
+use common::loss_golden::*;
 use common::ppo_loss_cases::*;
 use common::*;
 use half::{bf16, f16};
@@ -17,19 +18,11 @@ use ppo_kernels::ppo_loss::cpu::{
     self, LogitsInputs, LogitsOutputs, Outputs, ScaleInputs, ScaleOutputs,
 };
 use ppo_kernels::ppo_loss::{
-    ppo_loss, reference, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions, PpoStats,
+    ppo_loss, reference, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio,
+    PpoLossInputs, PpoLossOptions, PpoStats, RatioGradient, Surrogate,
 };
 use ppo_kernels::{Error, Result};
 use serde_json::Value;
-
-/// The peers' arithmetic is f64 like the reference's: relative, absolute.
-const EXACT: (f64, f64) = (1e-9, 1e-10);
-
-/// The peer adds 1e-8 to a divisor of 1 or more, once or twice.
-const EPSILON: (f64, f64) = (2.1e-8, 1e-10);
-
-/// The peer rounds this number to f32.
-const SINGLE: (f64, f64) = (1e-7, 0.0);
 
 /// The loss from logits on the CPU.
 fn from_logits<T: Logit>(case: &Case<T>) -> Result<logits_loss_cases::Found> {
@@ -39,6 +32,8 @@ fn from_logits<T: Logit>(case: &Case<T>) -> Result<logits_loss_cases::Found> {
     let mut grad = vec![T::from_f32(f32::NAN); case.logits.len()];
     let inputs = LogitsInputs {
         ref_logp: case.ref_logp.as_deref(),
+        rollout_logp: case.rollout_logp.as_deref(),
+        weights: case.weights.as_deref(),
         mask: case.mask.as_deref(),
         ..LogitsInputs::new(&case.logits, &case.targets, &case.old_logp, &case.advantages)
     };
@@ -177,108 +172,6 @@ fn reference_refuses(data: &Data<f32>, options: &PpoLossOptions) -> Error {
 
 // ---- other projects' vectors ----
 
-/// Everything off that not every project has: no clamp, no value clip, no coefficients.
-fn plain() -> PpoLossOptions {
-    PpoLossOptions {
-        log_ratio_clamp: None,
-        value_clip_range: None,
-        value_coef: 1.0,
-        ..Default::default()
-    }
-}
-
-/// A policy-only batch of a case, by the names of its inputs.
-fn policy_data(case: &Golden, logp: &str, old: &str, mask: Option<&str>) -> Data<f64> {
-    let shape = case.shape(logp);
-    // CleanRL's batches are flat.
-    let (batch, seq_len) = if shape.len() == 1 { (1, shape[0]) } else { (shape[0], shape[1]) };
-    Data {
-        batch,
-        seq_len,
-        logp: case.input(logp),
-        old_logp: case.input(old),
-        advantages: case.input("advantages"),
-        mask: mask.map(|key| case.mask(key)),
-        ..Default::default()
-    }
-}
-
-/// A batch for the value term alone: ratio 1 and advantage 0 make the policy term 0.
-fn value_data(case: &Golden, values: &str, old: &str, mask: Option<&str>) -> Data<f64> {
-    let shape = case.shape(values);
-    let zeros = vec![0.0; shape[0] * shape[1]];
-    Data {
-        batch: shape[0],
-        seq_len: shape[1],
-        logp: zeros.clone(),
-        old_logp: zeros.clone(),
-        advantages: zeros,
-        values: Some(case.input(values)),
-        old_values: Some(case.input(old)),
-        returns: Some(case.input("returns")),
-        mask: mask.map(|key| case.mask(key)),
-        ..Default::default()
-    }
-}
-
-/// A number in a case's nested settings; `None` if it or the settings are missing.
-fn setting(case: &Golden, group: &str, key: &str) -> Option<f64> {
-    case.inputs.get(group)?.get(key)?.as_f64()
-}
-
-/// verl's aggregation by name, with the sizes of the whole batch if given.
-fn verl_aggregation(mode: &str, size: impl Fn(&str) -> Option<f64>) -> PpoLossOptions {
-    let per_rank = |key| size(key).map(|whole: f64| whole / size("dp_size").unwrap_or(1.0));
-    let (aggregation, denominator) = match mode {
-        "token-mean" => (Aggregation::TokenMean, per_rank("batch_num_tokens")),
-        "seq-mean-token-sum" => (Aggregation::SeqMeanTokenSum, per_rank("global_batch_size")),
-        "seq-mean-token-mean" => (Aggregation::SeqMeanTokenMean, per_rank("global_batch_size")),
-        "seq-mean-token-sum-norm" => (Aggregation::SeqMeanTokenSumNorm, size("loss_scale_factor")),
-        other => panic!("{other}"),
-    };
-    PpoLossOptions { aggregation, denominator, ..plain() }
-}
-
-/// OpenRLHF's: by token, or by sequence.
-fn openrlhf_aggregation(case: &Golden, by_token: bool) -> PpoLossOptions {
-    let mode = if by_token { "token-mean" } else { "seq-mean-token-mean" };
-    verl_aggregation(mode, |key| case.optional(key))
-}
-
-/// verl, OpenRLHF and ours divide a row by its length; theirs adds 1e-8 to it.
-fn tolerance_of(aggregation: Aggregation) -> (f64, f64) {
-    if aggregation == Aggregation::SeqMeanTokenMean {
-        EPSILON
-    } else {
-        EXACT
-    }
-}
-
-fn is_true(case: &Golden, key: &str) -> bool {
-    case.inputs[key].as_bool().unwrap()
-}
-
-/// Asserts that ours is the case's output of that name.
-#[track_caller]
-fn expect(case: &Golden, key: &str, ours: &[f64], (rel, abs): (f64, f64)) {
-    assert_close(&format!("{} {key}", case.id), ours, &case.output(key), rel, abs);
-}
-
-/// The gradient of an output whose upstream gradient is in `grad_out`.
-#[track_caller]
-fn expect_grad(case: &Golden, key: &str, ours: &[f64], tolerance: (f64, f64)) {
-    let upstream = case.optional("grad_out").unwrap_or(1.0);
-    let scaled: Vec<f64> = ours.iter().map(|g| g * upstream).collect();
-    expect(case, key, &scaled, tolerance);
-}
-
-/// Asserts that ours is an entry of a case's nested output.
-#[track_caller]
-fn expect_stat(case: &Golden, group: &str, key: &str, ours: f64, (rel, abs): (f64, f64)) {
-    let want = flatten(&case.outputs[group][key]);
-    assert_close(&format!("{} {group} {key}", case.id), &[ours], &want, rel, abs);
-}
-
 #[test]
 fn aggregation_equals_verl_and_openrlhf() {
     let mut ran = 0;
@@ -305,48 +198,6 @@ fn aggregation_equals_verl_and_openrlhf() {
         ran += 1;
     }
     assert_eq!(ran, 48);
-}
-
-#[test]
-fn reference_equals_verl_policy_losses() {
-    let (mut ran, mut skipped) = (0, 0);
-    for case in golden("policy_loss_verl") {
-        let function = case.function.rsplit('.').next().unwrap();
-        let prefix = match function {
-            "compute_policy_loss_vanilla" => "clip_ratio",
-            "compute_policy_loss" => "cliprange",
-            // Other objectives than the clipped surrogate: gspo, sapo, cispo, geo_mean, gpg,
-            // clip_cov, kl_cov, reinforce.
-            _ => {
-                skipped += 1;
-                continue;
-            }
-        };
-        // Importance weights for the rollout engine's log-probabilities are no part of this loss.
-        if case.inputs.contains_key("rollout_is_weights") {
-            skipped += 1;
-            continue;
-        }
-        let data = policy_data(&case, "log_prob", "old_log_prob", Some("response_mask"));
-        let both = case.number(prefix);
-        let size = |key: &str| setting(&case, "global_batch_info", key);
-        let options = PpoLossOptions {
-            clip_range: case.optional(&format!("{prefix}_low")).unwrap_or(both),
-            clip_range_high: Some(case.optional(&format!("{prefix}_high")).unwrap_or(both)),
-            dual_clip: Some(case.optional("clip_ratio_c").unwrap_or(3.0)),
-            log_ratio_clamp: Some(20.0),
-            ..verl_aggregation(case.text("loss_agg_mode"), size)
-        };
-        let ours = run(&data, &options);
-        let tolerance = tolerance_of(options.aggregation);
-        expect(&case, "loss", &[ours.stats.loss], tolerance);
-        expect_grad(&case, "grad_log_prob", &ours.grad_logp, tolerance);
-        expect(&case, "pg_clipfrac", &[ours.stats.clip_fraction], EPSILON);
-        expect(&case, "pg_clipfrac_lower", &[ours.stats.lower_clip_fraction], EPSILON);
-        expect(&case, "ppo_kl", &[ours.stats.approx_kl_k1], EPSILON);
-        ran += 1;
-    }
-    assert_eq!((ran, skipped), (20, 33));
 }
 
 #[test]
@@ -684,10 +535,19 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
         let (batch, seq_len) = (4, 6);
         let mut data = rollout(&mut rng, batch, seq_len).map(f64::from);
         data.mask = Some(random_mask(&mut rng, batch * seq_len, 0.7));
+        data.weights = Some(wide(&some_weights(&mut rng, batch * seq_len)));
+        // By design no derivatives: what is a constant to the gradient, and one estimate's value with
+        // another one's gradient.
+        let surrogate = options.surrogate;
+        let is_weight = matches!(surrogate, Surrogate::ClippedWeight | Surrogate::GammaWeight);
+        if is_weight || options.ratio_gradient == RatioGradient::OwnToken {
+            continue;
+        }
         if options.kl.estimator == KlEstimator::K3StraightThrough {
-            // Its gradient is by design not the derivative of its value.
             options.kl.estimator = KlEstimator::K3;
         }
+        (options.kl_gradient, options.kl_ratio) = (KlGradient::Own, KlRatio::None);
+        options.kl_ratio_cap = None;
         let upstream = f64::from(uniform(&mut rng, 1, 2.0)[0]);
         let x = [&data.logp, data.values.as_ref().unwrap(), data.entropy.as_ref().unwrap()];
         let x: Vec<f64> = x.into_iter().flatten().copied().collect();
@@ -821,6 +681,8 @@ fn cpu_agrees_with_the_reference_for_every_option_and_shape() {
             check_cpu(&what, &data, &options);
             data.mask = Some(padded_mask(&mut rng, batch, seq_len));
             check_cpu(&format!("{what} masked"), &data, &options);
+            data.weights = Some(some_weights(&mut rng, batch * seq_len));
+            check_cpu(&format!("{what} weighted"), &data, &options);
         }
     }
 }
@@ -1032,6 +894,8 @@ struct Tensors {
     old_values: Option<Tensor>,
     returns: Option<Tensor>,
     ref_logp: Option<Tensor>,
+    rollout_logp: Option<Tensor>,
+    weights: Option<Tensor>,
     mask: Option<Tensor>,
 }
 
@@ -1049,6 +913,8 @@ impl Tensors {
             old_values: data.old_values.as_ref().map(tensor),
             returns: data.returns.as_ref().map(tensor),
             ref_logp: data.ref_logp.as_ref().map(tensor),
+            rollout_logp: data.rollout_logp.as_ref().map(tensor),
+            weights: data.weights.as_ref().map(tensor),
             mask: data.mask.as_ref().map(|m| Tensor::from_slice(m, shape, device).unwrap()),
         }
     }
@@ -1064,6 +930,8 @@ impl Tensors {
             returns: self.returns.as_ref().filter(|_| has_values),
             entropy: self.entropy.as_deref(),
             ref_logp: self.ref_logp.as_ref(),
+            rollout_logp: self.rollout_logp.as_ref(),
+            weights: self.weights.as_ref(),
             mask: self.mask.as_ref(),
         }
     }
@@ -1076,13 +944,14 @@ fn tensors_agree_with_the_reference() {
         for (name, options) in option_sets() {
             let mut data = rollout(&mut rng, 5, 23);
             data.mask = Some(random_mask(&mut rng, 5 * 23, 0.7));
+            data.weights = name.contains("k").then(|| some_weights(&mut rng, 5 * 23));
             let want = run(&data.map(f64::from), &options);
             let tensors = Tensors::new(&with_nan_under_the_mask(&data), &device);
             let output = ppo_loss(&tensors.inputs(), &options).unwrap();
             assert!(output.loss.dims().is_empty() && output.loss.dtype() == DType::F32);
             assert_eq!(output.stats.tensor().dims(), [PpoStats::LEN]);
             let stats = output.stats.to_host().unwrap();
-            assert_eq!(to_vec(&output.loss)[0], stats.loss);
+            assert_eq!(to_vec(&output.loss)[0], stats.loss, "{name}");
             let weights = reference::weights(data.mask.as_deref(), 5, 23, &options).unwrap();
             assert_stats_close(name, &stats, &want.stats, weights.iter().sum());
 
@@ -1146,13 +1015,20 @@ fn every_combination_of_tracked_tensors_gets_its_gradients() {
 fn strided_and_offset_tensors_give_the_same() {
     let mut data = rollout(&mut rng(15), 4, 9);
     data.mask = Some(random_mask(&mut rng(16), 36, 0.7));
+    data.weights = Some(some_weights(&mut rng(17), 36));
     for device in devices() {
         let t = Tensors::new(&data, &device);
-        let options = PpoLossOptions { entropy_coef: 0.1, kl_coef: 0.1, ..Default::default() };
+        let options = PpoLossOptions {
+            entropy_coef: 0.1,
+            kl_coef: 0.1,
+            kl_against: KlAgainst::Rollout,
+            ..Default::default()
+        };
         let plain = ppo_loss(&t.inputs(), &options).unwrap();
         let optional = |x: &Option<Tensor>| x.as_ref().map(strided);
         let (old_values, returns) = (optional(&t.old_values), optional(&t.returns));
         let (ref_logp, mask) = (optional(&t.ref_logp), optional(&t.mask));
+        let (rollout_logp, weights) = (optional(&t.rollout_logp), optional(&t.weights));
         let [logp, values, entropy, old_logp, advantages] = [
             &t.logp,
             t.values.as_deref().unwrap(),
@@ -1170,6 +1046,8 @@ fn strided_and_offset_tensors_give_the_same() {
             returns: returns.as_ref(),
             entropy: Some(&entropy),
             ref_logp: ref_logp.as_ref(),
+            rollout_logp: rollout_logp.as_ref(),
+            weights: weights.as_ref(),
             mask: mask.as_ref(),
         };
         let other = ppo_loss(&inputs, &options).unwrap();

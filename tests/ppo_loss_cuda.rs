@@ -74,6 +74,8 @@ struct DeviceData {
     returns: Option<Buffer<f32>>,
     entropy: Option<Buffer<f32>>,
     ref_logp: Option<Buffer<f32>>,
+    rollout_logp: Option<Buffer<f32>>,
+    weights: Option<Buffer<f32>>,
     mask: Option<Buffer<u8>>,
 }
 
@@ -90,6 +92,8 @@ impl DeviceData {
             returns: optional(&data.returns, 6),
             entropy: optional(&data.entropy, 7),
             ref_logp: optional(&data.ref_logp, 8),
+            rollout_logp: optional(&data.rollout_logp, 9),
+            weights: optional(&data.weights, 10),
             mask: data.mask.as_ref().map(|mask| Buffer::new(mask, offset)),
         }
     }
@@ -106,6 +110,8 @@ impl DeviceData {
             returns: optional(&self.returns).filter(|_| has_values),
             entropy: optional(&self.entropy),
             ref_logp: optional(&self.ref_logp),
+            rollout_logp: optional(&self.rollout_logp),
+            weights: optional(&self.weights),
             mask: self.mask.as_ref().map(Buffer::slice),
         }
     }
@@ -133,6 +139,9 @@ fn agrees_with_the_reference_for_every_option() {
             data.mask = Some(padded_mask(&mut rng, batch, seq_len));
             let found = call.run(&data, &options).unwrap();
             check(&format!("{what} masked"), &data, &options, &found);
+            data.weights = Some(some_weights(&mut rng, batch * seq_len));
+            let found = call.run(&data, &options).unwrap();
+            check(&format!("{what} weighted"), &data, &options, &found);
         }
     }
 }
@@ -165,18 +174,32 @@ fn aggregated(aggregation: Aggregation) -> PpoLossOptions {
 fn agrees_for_every_shape(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
     let mut rng = rng(2);
     for (batch, seq_len) in SHAPES {
-        for aggregation in
-            [Aggregation::SeqMeanTokenMean, Aggregation::TokenMean, Aggregation::SeqMeanTokenSum]
-        {
-            let options = aggregated(aggregation);
+        let of_rows = PpoLossOptions {
+            clip_range: 0.02,
+            off_policy_threshold: Some(0.01),
+            kl_coef: 0.2,
+            ..PpoLossOptions::gspo()
+        };
+        for options in [
+            aggregated(Aggregation::SeqMeanTokenMean),
+            aggregated(Aggregation::TokenMean),
+            aggregated(Aggregation::SeqMeanTokenSum),
+            of_rows,
+        ] {
             let mut data = rollout(&mut rng, batch, seq_len);
             data.mask = Some(padded_mask(&mut rng, batch, seq_len));
+            if options == of_rows {
+                data.weights = Some(some_weights(&mut rng, batch * seq_len));
+            }
             let mut first = None;
             for (i, &order) in orders.iter().enumerate() {
                 let machine = machine(order, 9, [3, 1 << 20, 1][i % 3]);
                 let call = Call { machine: Machine { planted_bug, ..machine }, offset: i % 3 };
                 let found = call.run(&data, &options)?;
-                let what = format!("{:?} [{batch}, {seq_len}] {order:?}", options.aggregation);
+                let what = format!(
+                    "{:?} {:?} [{batch}, {seq_len}] {order:?}",
+                    options.aggregation, options.ratio
+                );
                 check(&what, &data, &options, &found);
                 let bits = bits(&found);
                 let first = first.get_or_insert_with(|| bits.clone());
@@ -580,7 +603,8 @@ fn from_logits<T: Logit>(
     let mut separate = Buffer::new(&vec![T::ZERO; case.logits.len()], offset);
     let (targets, old_logp) = (Buffer::new(&case.targets, 0), Buffer::new(&case.old_logp, offset));
     let advantages = Buffer::new(&case.advantages, 0);
-    let ref_logp = case.ref_logp.as_ref().map(|x| Buffer::new(x, 0));
+    let [ref_logp, rollout_logp, weights] = [&case.ref_logp, &case.rollout_logp, &case.weights]
+        .map(|x| x.as_ref().map(|x| Buffer::new(x, 0)));
     let mask = case.mask.as_ref().map(|x| Buffer::new(x, offset));
     let [mut logp, mut entropy] = [(); 2].map(|()| Buffer::new(&vec![f32::NAN; n], 0));
     let (mut stats, mut loss) = (Buffer::new(&[unwritten()], 0), Buffer::new(&[f32::NAN], 1));
@@ -588,6 +612,8 @@ fn from_logits<T: Logit>(
     let mut workspace = Buffer::workspace(cuda::workspace_len(batch, seq_len, &case.options), 0);
     let inputs = LogitsInputs {
         ref_logp: ref_logp.as_ref().map(Buffer::slice),
+        rollout_logp: rollout_logp.as_ref().map(Buffer::slice),
+        weights: weights.as_ref().map(Buffer::slice),
         mask: mask.as_ref().map(Buffer::slice),
         ..LogitsInputs::new(logits.slice(), targets.slice(), old_logp.slice(), advantages.slice())
     };
@@ -705,7 +731,7 @@ mod planted {
 
     #[test]
     fn planted_bugs_that_change_results_are_seen() {
-        for bug in ["loss_wrong_centre", "loss_wrong_row"] {
+        for bug in ["loss_wrong_centre", "loss_wrong_row", "loss_wrong_row_terms"] {
             for order in ORDERS {
                 assert!(!unseen(bug, &[order]), "{bug} {order:?}");
             }
@@ -716,7 +742,7 @@ mod planted {
     fn a_planted_race_is_seen_in_one_of_the_orders() {
         let seeds: Vec<Order> = (0..4).map(Order::Random).collect();
         let orders = [&ORDERS[..2], &seeds].concat();
-        for bug in ["loss_missing_barrier", "loss_row_kept_too_short"] {
+        for bug in ["loss_missing_barrier", "loss_rows_race", "loss_row_kept_too_short"] {
             assert!(!unseen(bug, &orders), "{bug}");
         }
     }
@@ -730,6 +756,7 @@ mod planted {
             "loss_read_past_the_end",
             "loss_missing_barrier",
             "loss_shared_memory_race",
+            "loss_rows_race",
             "loss_row_kept_too_short",
         ]
         .into_iter()

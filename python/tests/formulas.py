@@ -109,3 +109,52 @@ def ppo_loss(
     if ref_logp is not None:
         loss = loss + kl_coef * agg(token_kl(logp, ref_logp, "k3", 20.0))
     return loss
+
+
+def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
+    """The losses that have names, by the defaults of their papers."""
+    m, n = mask.to(logp.dtype), mask.sum(-1, keepdim=True).clamp(min=1)
+    d = torch.where(mask, logp - old_logp, 0.0)
+    logp, a = torch.where(mask, logp, 0.0), torch.where(mask, advantages, 0.0)
+    weights = m * torch.where(mask, weights, 0.0)
+    low, high = {
+        "dapo": (0.2, 0.28),
+        "gspo": (3e-4, 4e-4),
+        "gspo_token": (3e-4, 4e-4),
+        "luspo": (3e-4, 4e-4),
+        "gmpo": (0.4, 0.4),
+    }.get(name, (0.2, 0.2))
+    if name in ("gspo", "luspo"):
+        d = d.sum(-1, keepdim=True) / n
+    elif name == "gspo_token":
+        d = (d.sum(-1, keepdim=True) / n).detach() + d - d.detach()
+    elif name == "gmpo":
+        d = torch.where(a > 0, d.clamp(max=high), d.clamp(min=-low))
+        d = (d * m).sum(-1, keepdim=True) / n
+    elif name in ("rloo", "vespo"):
+        d = d.sum(-1, keepdim=True)
+    ratio = d.exp()
+    if name == "reinforce":
+        loss = -a * logp
+    elif name == "gmpo":
+        loss = -ratio * a
+    elif name in ("cispo", "dppo"):
+        loss = -ratio.clamp(max=5.0 if name == "cispo" else 20.0).detach() * a * logp
+    elif name == "vespo":
+        k, lam = torch.where(a >= 0, 2.0, 3.0), torch.where(a >= 0, 3.0, 2.0)
+        d = d.clamp(-18.420680743952367, 20.0)
+        loss = -(lam + k * d - lam * d.exp()).exp().detach() * a * logp
+    elif name == "sapo":
+        tau = torch.where(a > 0, 1.0, 1.05)
+        loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * a
+    else:
+        loss = torch.maximum(-ratio * a, -ratio.clamp(1 - low, 1 + high) * a)
+    if name == "dppo":
+        moved = torch.where(mask, (logp.exp() - old_logp.exp()).detach(), 0.0)
+        weights = weights * torch.where(a > 0, moved <= 0.2, moved >= -0.2)
+    loss = loss * weights
+    if name in ("grpo", "gspo", "gspo_token", "gmpo", "sapo", "rloo"):
+        return (loss.sum(-1) / n.squeeze(-1)).sum() / len(loss)
+    if name == "dr_grpo":
+        return loss.sum() / (mask.any(-1).sum() * loss.shape[-1])
+    return loss.sum() / (len(loss) if name == "luspo" else m.sum())

@@ -1,18 +1,27 @@
 """The ops as PyTorch's own machinery sees them: opcheck, and torch.compile without graph breaks."""
 
 import functools
+import inspect
 import shutil
 
 import pytest
 import torch
 
-from ppo_kernels import _ops, functional
+import ppo_kernels
+from ppo_kernels import _lists, _ops, functional
 
 ops = torch.ops.ppo_kernels
 
 
 def leaf(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+def options_of_loss(**changed):
+    """Those of ppo_loss in the order of its op."""
+    parameters = inspect.signature(functional.ppo_loss).parameters
+    kinds = _lists.PPO_LOSS.options.kinds
+    return tuple(changed.get(name, parameters[name].default) for name in kinds)
 
 
 def samples():
@@ -24,7 +33,6 @@ def samples():
     whiten = (1e-8, "variance", True, True)
     kl = (20.0, 10.0, "k3")
     gae = (1.0, 0.95, None, 0.05, 0.0, None, None, 0.0, "carry", "last", "scale_then_clip", "keep")
-    ppo = (0.2, None, 3.0, 20.0, 0.2, 0.1, 0.01, 0.1, 20.0, None, 0.0, None, "token_mean")
     yield ops.logprob, (leaf(2, 5, 33), index, 0.7, None)
     yield ops.logprob, (leaf(2, 5, 33, dtype=torch.bfloat16), index.int(), 1.0, -100)
     yield ops.logprob, (leaf(2, 5, 33), index, 0.7, int(index[0, 0]))
@@ -77,12 +85,14 @@ def samples():
         returns,
         leaf(2, 5),
         ref_logp,
+        old_logp,
+        torch.rand(2, 5),
     )
-    yield ops.ppo_loss, (*tensors, mask, True, True, True, *ppo, "clipped_branch", "k3")
-    nothing_else = (None,) * 6
+    terms = options_of_loss(clip_range=0.1, dual_clip=3.0, entropy_coef=0.01, kl_coef=0.1)
+    yield ops.ppo_loss, (*tensors, mask, True, True, True, *terms)
+    nothing_else = (None,) * 8
     only = (leaf(2, 5), old_logp, advantages, *nothing_else, True, False, False)
-    terms = (*ppo[:6], 0.0, 0.0, *ppo[8:])
-    yield ops.ppo_loss, (*only, *terms, "clipped_branch", "k3")
+    yield ops.ppo_loss, (*only, *options_of_loss(**ppo_kernels.named_loss("gspo")))
     yield ops.ppo_loss_backward, (torch.tensor(2.0), rows, torch.empty(0), more)
 
 

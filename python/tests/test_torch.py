@@ -410,6 +410,62 @@ def test_ppo_loss(options, device):
     assert not stats["loss"].requires_grad
 
 
+NAMED = "ppo dapo grpo dr_grpo bnpo luspo rloo gspo gspo_token gmpo cispo dppo sapo vespo reinforce"
+
+
+@pytest.mark.parametrize("name", NAMED.split())
+@pytest.mark.parametrize("kind", ["plain", "tokens", "rows"])
+def test_losses_with_names(name, kind, device):
+    """The advantages and the weights may be of tokens or of rows."""
+    logp, old_logp, more = torch.randn(3, 5, 30, device=device).unbind()
+    old_logp = logp - 0.1 * old_logp
+    logp, old_logp = logp - 3.0, old_logp - 3.0
+    mask = torch.rand(5, 30, device=device) > 0.3
+    mask[2] = False
+    of_rows, options = kind == "rows", {}
+    advantages = more[:, 0] if of_rows else more
+    if kind != "plain":
+        options["weights"] = (1 + more[:, 1] if of_rows else 1 + more).clamp(min=0)
+    ours = leaf(torch.where(mask, logp, torch.nan))
+    loss, stats = functional.ppo_loss(
+        ours, old_logp, advantages, mask, **options, **ppo_kernels.named_loss(name)
+    )
+    exact = leaf(logp.double())
+    as_tokens = [x.double()[:, None] if of_rows else x.double() for x in (advantages,)]
+    weights = options.get("weights", torch.ones((), device=device)).double()
+    expected = formulas.named_loss(
+        name,
+        exact,
+        old_logp.double(),
+        as_tokens[0].expand(5, 30),
+        mask,
+        weights[:, None] if of_rows else weights,
+    )
+    check(loss, expected, [ours], [exact])
+    assert stats["tokens"] == mask.sum()
+
+
+def test_named_losses_are_known_by_name():
+    assert ppo_kernels.named_loss("ppo") == {}
+    assert ppo_kernels.named_loss("dapo") == {"clip_range_high": 0.28}
+    assert ppo_kernels.named_loss("gspo") == {
+        "clip_range": 3e-4,
+        "clip_range_high": 4e-4,
+        "aggregation": "batch_mean_token_mean",
+        "ratio": "sequence_mean",
+    }
+    with pytest.raises(ValueError, match=r"option `name` is \"gpso\", expected ppo, dapo"):
+        ppo_kernels.named_loss("gpso")
+
+
+def test_without_an_old_policy_the_ratio_is_one(device):
+    logp, advantages = leaf(torch.randn(3, 4, device=device)), torch.randn(3, 4, device=device)
+    loss, stats = functional.ppo_loss(logp, None, advantages)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, -advantages / 12)
+    assert stats["ratio_mean"] == 1.0
+
+
 def test_ppo_loss_of_the_policy_alone(device):
     logp = torch.randn(3, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
     old_logp, advantages = torch.randn(2, 3, 8, device=device)

@@ -320,19 +320,22 @@ macro_rules! options {
         // SAFETY: as said above.
         unsafe impl $crate::capi::arguments::Growing for $Options {
             fn initial() -> Self {
-                use $crate::capi::arguments::Encoded;
-                let own = <$Own>::default();
-                // SAFETY: of numbers only.
-                let mut options: Self = unsafe { std::mem::zeroed() };
-                options.struct_size = size_of::<Self>();
-                $((options.$field $(, options.$second)?) = own.$($own).+.encode();)+
-                options
+                $crate::capi::arguments::Options::encoded(<$Own>::default())
             }
         }
 
         impl $crate::capi::arguments::Options for $Options {
             const OP: &'static str = $op;
             type Options = $Own;
+
+            fn encoded(own: $Own) -> Self {
+                use $crate::capi::arguments::Encoded;
+                // SAFETY: of numbers only.
+                let mut options: Self = unsafe { std::mem::zeroed() };
+                options.struct_size = size_of::<Self>();
+                $((options.$field $(, options.$second)?) = own.$($own).+.encode();)+
+                options
+            }
 
             fn options(&self) -> Result<$Own> {
                 use $crate::capi::arguments::Encoded;
@@ -398,6 +401,9 @@ pub(crate) trait Options: Growing {
     type Options;
 
     fn options(&self) -> Result<Self::Options>;
+
+    /// Those options as the header has them.
+    fn encoded(options: Self::Options) -> Self;
 }
 
 /// No struct will ever be as large, and what says so was not initialised.
@@ -445,7 +451,7 @@ pub(crate) unsafe fn read_or_default<T: Growing>(
     unsafe { read(op, arg, from) }
 }
 
-/// Gives the caller's struct, of `size` bytes, its initial values.
+/// Gives the caller's struct, of `size` bytes, this value.
 ///
 /// # Safety
 /// The address is null, or misaligned, or leads to as many bytes.
@@ -454,10 +460,10 @@ pub(crate) unsafe fn initialise<T: Growing>(
     arg: &'static str,
     to: *mut T,
     size: usize,
+    value: T,
 ) -> Result<()> {
     check_pointer(op, arg, to)?;
     check_size::<T>(op, arg, size)?;
-    let value = T::initial();
     let known = size.min(size_of::<T>());
     let bytes = to.cast::<u8>();
     // SAFETY: both have so many bytes; the caller's has `size`; the first field is the size.
@@ -590,7 +596,8 @@ mod tests {
         let mut third = Third { struct_size: 1, a: 1, b: 1.0, c: 1 };
         // SAFETY: it is as long as each of these.
         let initialise = |to: &mut Third, size| unsafe {
-            initialise::<Second>("op", "x", std::ptr::from_mut(to).cast(), size)
+            let to = std::ptr::from_mut(to).cast();
+            initialise::<Second>("op", "x", to, size, Second::initial())
         };
         initialise(&mut third, size_of::<First>()).unwrap();
         assert_eq!(third, Third { struct_size: size_of::<First>(), a: 7, b: 1.0, c: 1 });

@@ -314,7 +314,27 @@ pub(crate) use run;
 /// The pointer is null or misaligned, or leads to as many bytes.
 pub(crate) unsafe fn init<T: Options>(options: *mut T, size: usize) -> i32 {
     // SAFETY: the caller's.
-    call(|| unsafe { initialise(T::OP, "options", options, size) })
+    call(|| unsafe { initialise(T::OP, "options", options, size, T::initial()) })
+}
+
+/// Gives options, of `size` bytes, what `of` makes of a name.
+///
+/// # Safety
+/// As of [`init`]; the name is null, or a string that ends.
+pub(crate) unsafe fn init_named<T: Options>(
+    options: *mut T,
+    size: usize,
+    name: *const c_char,
+    of: impl FnOnce(&str) -> crate::Result<T::Options>,
+) -> i32 {
+    call(|| {
+        check_pointer(T::OP, "name", name)?;
+        // SAFETY: the caller's.
+        let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+        let value = T::encoded(of(&name)?);
+        // SAFETY: the caller's.
+        unsafe { initialise(T::OP, "options", options, size, value) }
+    })
 }
 
 /// Runs a pass on the CPU.

@@ -54,6 +54,55 @@ pub(crate) fn exp_m1(x: f32) -> f32 {
     }
 }
 
+/// ln(1 + x) within 3 ulp, for x from -1 up; -inf where 1 + x is below 2^-126, NaN for less and NaN.
+#[inline(always)]
+pub(crate) fn ln_1p(x: f32) -> f32 {
+    let y = 1.0 + x;
+    // What the sum has lost of x, as a share of it.
+    let lost = (x - (y - 1.0)) / y;
+    ln(y) + select(y > 0.0 && y < f32::INFINITY, lost, 0.0)
+}
+
+/// ln x within 2 ulp; -inf below 2^-126, NaN below 0 and for NaN.
+#[inline(always)]
+fn ln(x: f32) -> f32 {
+    // x = 2^n (1 + f) with 1 + f in sqrt(1/2)..sqrt(2).
+    const SQRT_HALF: u32 = 0x3f35_04f3;
+    let shifted = x.to_bits().wrapping_sub(SQRT_HALF);
+    let n = (shifted as i32 >> 23) as f32;
+    let f = f32::from_bits((shifted & 0x007f_ffff) + SQRT_HALF) - 1.0;
+    // (ln(1 + f) - f + f²/2) / f³: Cephes' polynomial.
+    let p = 7.037_683_6e-2_f32;
+    let p = p.mul_add(f, -1.151_461e-1);
+    let p = p.mul_add(f, 1.167_699_9e-1);
+    let p = p.mul_add(f, -1.242_014_1e-1);
+    let p = p.mul_add(f, 1.424_932_3e-1);
+    let p = p.mul_add(f, -1.666_805_8e-1);
+    let p = p.mul_add(f, 2.000_071_5e-1);
+    let p = p.mul_add(f, -2.499_999_4e-1);
+    let p = p.mul_add(f, 3.333_333e-1);
+    // ln 2 in two parts, the first of which has a few bits only.
+    let tail = (p * f).mul_add(f * f, n * -2.121_944_4e-4);
+    let y = n.mul_add(0.693_359_4, f + (-0.5 * f).mul_add(f, tail));
+    let y = select(x < f32::MIN_POSITIVE, f32::NEG_INFINITY, y);
+    let y = select(x < 0.0, f32::NAN, y);
+    // Of infinity and NaN themselves.
+    select(x < f32::INFINITY, y, x)
+}
+
+/// Of an `if` the compiler may make two ways through a loop, which it does not vectorise well.
+#[inline(always)]
+pub(crate) fn select(condition: bool, yes: f32, no: f32) -> f32 {
+    std::hint::select_unpredictable(condition, yes, no)
+}
+
+/// `x` within the bounds. Comparisons, so that NaN stays NaN and a NaN bound is none.
+#[inline(always)]
+pub(crate) fn clip(x: f32, low: f32, high: f32) -> f32 {
+    let x = select(x < low, low, x);
+    select(x > high, high, x)
+}
+
 /// e^(scale x), at no more cost than e^x.
 #[derive(Clone, Copy)]
 pub(crate) struct Exp {
@@ -312,6 +361,20 @@ mod tests {
         assert!(worst <= 4.0, "worst error {worst} ulp");
         assert!(exp_m1(f32::NAN).is_nan());
         assert_eq!(exp_m1(f32::NEG_INFINITY), -1.0);
+    }
+
+    #[test]
+    fn ln_1p_is_within_three_ulp() {
+        // From the least normal number up, and from there down to -1.
+        for bits in [0x0080_0000..=f32::MAX.to_bits(), 0x8080_0000..=0xbf7f_ffff] {
+            let worst = worst_error(bits, ln_1p, f64::ln_1p);
+            assert!(worst <= 3.0, "worst error {worst} ulp");
+        }
+        assert_eq!(ln_1p(0.0), 0.0);
+        assert_eq!(ln_1p(-1.0), f32::NEG_INFINITY);
+        assert_eq!(ln_1p(f32::INFINITY), f32::INFINITY);
+        assert!(ln_1p(-1.5).is_nan() && ln_1p(f32::NAN).is_nan());
+        assert!(ln_1p(f32::NEG_INFINITY).is_nan());
     }
 
     #[test]

@@ -118,11 +118,14 @@ pub enum RewardKind {
 }
 
 /// The names of the aggregations, but for the one with a number.
-const AGGREGATIONS: [(&str, Aggregation); 4] = [
+const AGGREGATIONS: [(&str, Aggregation); 7] = [
     ("token-mean", Aggregation::TokenMean),
     ("seq-mean-token-sum", Aggregation::SeqMeanTokenSum),
     ("seq-mean-token-mean", Aggregation::SeqMeanTokenMean),
     ("seq-mean-token-sum-norm", Aggregation::SeqMeanTokenSumNorm),
+    ("batch-mean-token-sum", Aggregation::BatchMeanTokenSum),
+    ("batch-mean-token-mean", Aggregation::BatchMeanTokenMean),
+    ("seq-mean-token-sum-norm-rows", Aggregation::SeqMeanTokenSumNormRows),
 ];
 
 impl Display for Aggregation {

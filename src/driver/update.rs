@@ -139,6 +139,8 @@ impl Learner {
             returns: Some(&select_rows(&experience.returns, rows)?),
             entropy: Some(&entropy),
             ref_logp: None,
+            rollout_logp: None,
+            weights: None,
             mask: Some(&sequences.mask),
         };
         Ok(ppo_loss(&inputs, &self.options)?)

@@ -137,7 +137,7 @@ fn keeps(mask: Option<&[u8]>, i: usize) -> bool {
 }
 
 /// `x` within ± the limit, and whether that changed it. NaN stays NaN.
-fn clamp(x: f64, limit: Option<f64>) -> (f64, bool) {
+pub(crate) fn clamp(x: f64, limit: Option<f64>) -> (f64, bool) {
     match limit {
         Some(limit) if x.abs() > limit => (limit.copysign(x), true),
         _ => (x, false),

@@ -1,10 +1,11 @@
 //! The C entry points of the op.
 
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 
 use super::{
-    cpu, cuda, Aggregation, ClipFractionKind, Inputs, LogitsInputs, LogitsOutputs, Outputs,
-    PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP,
+    cpu, cuda, Aggregation, ClipFractionKind, Inputs, KlAgainst, KlGradient, KlRatio, LogitsInputs,
+    LogitsOutputs, Outputs, PpoLossOptions, PpoStats, RatioGradient, RatioLevel, ScaleInputs,
+    ScaleOutputs, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::capi::arguments::{
     choices, choose, list_of, options, with_logits, with_targets, Encoded, Memory, Raw,
@@ -23,6 +24,70 @@ pub const PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN: i32 = 2;
 pub const PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM: i32 = 3;
 /// sum m L / aggregation_divisor (Dr. GRPO).
 pub const PPOK_PPO_LOSS_CONSTANT: i32 = 4;
+/// sum m L / batch (TRL's luspo).
+pub const PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_SUM: i32 = 5;
+/// The mean of the rows' means over all rows, those without an unmasked token too (TRL's grpo).
+pub const PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_MEAN: i32 = 6;
+/// sum m L / (rows with an unmasked token times seq_len) (verl's seq-mean-token-sum-norm from 0.9 on).
+pub const PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS: i32 = 7;
+
+/// max(-r A, -clip(r, 1 - low, 1 + high) A), with dual clip and ratio cap (PPO, DAPO, GRPO, GSPO).
+pub const PPOK_SURROGATE_CLIP: i32 = 0;
+/// -r A of a row's ratio, made of log-ratios that are clipped by the sign of A (GMPO).
+pub const PPOK_SURROGATE_LOG_CLIP: i32 = 1;
+/// -A logp (REINFORCE, GPG, DRO).
+pub const PPOK_SURROGATE_REINFORCE: i32 = 2;
+/// -clip(r, 1 - low, 1 + high) A logp, the clipped ratio a constant (CISPO, DPPO).
+pub const PPOK_SURROGATE_CLIPPED_WEIGHT: i32 = 3;
+/// -w A logp with the constant w = exp(lambda) r^k exp(-lambda r) (VESPO).
+pub const PPOK_SURROGATE_GAMMA_WEIGHT: i32 = 4;
+/// -(4 / tau) sigmoid(tau (r - 1)) A (SAPO).
+pub const PPOK_SURROGATE_SOFT_GATE: i32 = 5;
+
+/// A ratio a token.
+pub const PPOK_RATIO_TOKEN: i32 = 0;
+/// A ratio a row: exp of the mean of its log-ratios (GSPO).
+pub const PPOK_RATIO_SEQUENCE_MEAN: i32 = 1;
+/// A ratio a row: exp of the sum of its log-ratios (RLOO, VESPO).
+pub const PPOK_RATIO_SEQUENCE_SUM: i32 = 2;
+
+/// The gradient of a row's ratio goes through the mean or the sum, the same to every token.
+pub const PPOK_RATIO_GRADIENT_SPREAD: i32 = 0;
+/// Each token gets that of its own term (GSPO-token).
+pub const PPOK_RATIO_GRADIENT_OWN_TOKEN: i32 = 1;
+
+/// All tokens have a policy term.
+pub const PPOK_TRUST_REGION_NONE: i32 = 0;
+/// Those with p - p_old within the bounds (DPPO-TV).
+pub const PPOK_TRUST_REGION_TOTAL_VARIATION: i32 = 1;
+/// Those with the KL of (p_old, 1 - p_old) from (p, 1 - p) within the bounds (DPPO-KL).
+pub const PPOK_TRUST_REGION_BINARY_KL: i32 = 2;
+/// Those with the token's r within 1 - low and 1 + high (IcePop).
+pub const PPOK_TRUST_REGION_RATIO: i32 = 3;
+
+/// The upper bound holds where A > 0, else the lower one.
+pub const PPOK_TRUST_REGION_SIDES_BY_ADVANTAGE: i32 = 0;
+/// Both bounds hold.
+pub const PPOK_TRUST_REGION_SIDES_BOTH: i32 = 1;
+
+/// The KL term is against `ref_logp`.
+pub const PPOK_KL_AGAINST_REFERENCE: i32 = 0;
+/// Against `old_logp` (DRO).
+pub const PPOK_KL_AGAINST_OLD: i32 = 1;
+/// Against `rollout_logp`.
+pub const PPOK_KL_AGAINST_ROLLOUT: i32 = 2;
+
+/// The KL term has its estimator's gradient.
+pub const PPOK_KL_GRADIENT_OWN: i32 = 0;
+/// Its gradient is the log-ratio, which no clamp stops.
+pub const PPOK_KL_GRADIENT_REVERSE: i32 = 1;
+
+/// The ratio is no factor of the KL term.
+pub const PPOK_KL_RATIO_NONE: i32 = 0;
+/// The token's ratio is a factor of its gradient (OpenRLHF).
+pub const PPOK_KL_RATIO_GRADIENT: i32 = 1;
+/// It is a factor of value and gradient (TRL's use_bias_correction_kl).
+pub const PPOK_KL_RATIO_TERM: i32 = 2;
 
 /// The clip fraction counts tokens whose clipped branch is the larger one (TRL, verl).
 pub const PPOK_PPO_LOSS_CLIPPED_BRANCH: i32 = 0;
@@ -35,9 +100,11 @@ pub const PPOK_PPO_LOSS_RATIO_OUTSIDE: i32 = 1;
 pub struct ppok_ppo_loss_options {
     pub struct_size: usize,
     /// The ratio is clipped from below at 1 - this, and from above at 1 + this unless
-    /// `clip_range_high` is given; 0 or above, 0.2 by default.
+    /// `clip_range_high` is given; 0 or above, infinity for no clip, 0.2 by default. Of
+    /// `PPOK_SURROGATE_LOG_CLIP` the bounds of the log-ratio.
     pub clip_range: f64,
-    /// The ratio is clipped from above at 1 + this; 0 or above, or `PPOK_NONE`, which is the default.
+    /// The ratio is clipped from above at 1 + this; 0 or above, or `PPOK_NONE`, which is the default. Of
+    /// `PPOK_SURROGATE_CLIPPED_WEIGHT` it may be below 0.
     pub clip_range_high: f64,
     /// Bounds the policy term at -c A where A < 0; above 1 (3 in verl), or `PPOK_NONE`, which is the
     /// default.
@@ -62,17 +129,67 @@ pub struct ppok_ppo_loss_options {
     /// Replaces the denominator of the aggregation, above 0, for gradient accumulation and data
     /// parallelism; not with `PPOK_PPO_LOSS_CONSTANT`. `PPOK_NONE` by default.
     pub denominator: f64,
-    /// `PPOK_PPO_LOSS_TOKEN_MEAN`, the default, to `PPOK_PPO_LOSS_CONSTANT`.
+    /// Bounds the ratio from above in the unclipped branch of `PPOK_SURROGATE_CLIP` (TRL's delta); above
+    /// 0, or `PPOK_NONE`, which is the default.
+    pub ratio_cap: f64,
+    /// tau of `PPOK_SURROGATE_SOFT_GATE` where A > 0; above 0, 1 by default.
+    pub soft_gate_tau_pos: f64,
+    /// tau of `PPOK_SURROGATE_SOFT_GATE` elsewhere; above 0, 1.05 by default.
+    pub soft_gate_tau_neg: f64,
+    /// k of `PPOK_SURROGATE_GAMMA_WEIGHT` where A >= 0; 0 or above, 2 by default.
+    pub gamma_k_pos: f64,
+    /// lambda of `PPOK_SURROGATE_GAMMA_WEIGHT` where A >= 0; 0 or above, 3 by default.
+    pub gamma_lambda_pos: f64,
+    /// k of `PPOK_SURROGATE_GAMMA_WEIGHT` where A < 0; 0 or above, 3 by default.
+    pub gamma_k_neg: f64,
+    /// lambda of `PPOK_SURROGATE_GAMMA_WEIGHT` where A < 0; 0 or above, 2 by default.
+    pub gamma_lambda_neg: f64,
+    /// The lower bound of the trust region; 0 or above, 0.2 by default.
+    pub trust_region_low: f64,
+    /// The upper bound of the trust region; 0 or above, 0.2 by default.
+    pub trust_region_high: f64,
+    /// Drops the policy term of tokens with A < 0 in rows whose mean of rollout_logp - logp is above this;
+    /// without `rollout_logp` `old_logp` is taken. `PPOK_NONE` by default.
+    pub off_policy_threshold: f64,
+    /// Bounds the ratio as a factor of the KL term from above; above 0, or `PPOK_NONE`, which is the
+    /// default.
+    pub kl_ratio_cap: f64,
+    /// `PPOK_PPO_LOSS_TOKEN_MEAN`, the default, to `PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS`.
     pub aggregation: i32,
     /// `PPOK_PPO_LOSS_CLIPPED_BRANCH`, the default, or `PPOK_PPO_LOSS_RATIO_OUTSIDE`.
     pub clip_fraction: i32,
     /// `PPOK_KL_K3`, the default, or another of `PPOK_KL_K1` to `PPOK_KL_K3_STRAIGHT_THROUGH`.
     pub kl_estimator: i32,
-    pub reserved: i32,
+    /// `PPOK_SURROGATE_CLIP`, the default, to `PPOK_SURROGATE_SOFT_GATE`.
+    pub surrogate: i32,
+    /// `PPOK_RATIO_TOKEN`, the default, `PPOK_RATIO_SEQUENCE_MEAN` or `PPOK_RATIO_SEQUENCE_SUM`.
+    pub ratio: i32,
+    /// `PPOK_RATIO_GRADIENT_SPREAD`, the default, or `PPOK_RATIO_GRADIENT_OWN_TOKEN`.
+    pub ratio_gradient: i32,
+    /// `PPOK_TRUST_REGION_NONE`, the default, to `PPOK_TRUST_REGION_RATIO`.
+    pub trust_region: i32,
+    /// `PPOK_TRUST_REGION_SIDES_BY_ADVANTAGE`, the default, or `PPOK_TRUST_REGION_SIDES_BOTH`.
+    pub trust_region_sides: i32,
+    /// `PPOK_KL_AGAINST_REFERENCE`, the default, to `PPOK_KL_AGAINST_ROLLOUT`.
+    pub kl_against: i32,
+    /// `PPOK_KL_GRADIENT_OWN`, the default, or `PPOK_KL_GRADIENT_REVERSE`.
+    pub kl_gradient: i32,
+    /// `PPOK_KL_RATIO_NONE`, the default, to `PPOK_KL_RATIO_TERM`.
+    pub kl_ratio: i32,
+    /// Whether `weights` are a factor of the KL term too (DRO); 0 by default, or 1.
+    pub kl_weighted: i32,
 }
 
 choices! {
     ClipFractionKind { ClippedBranch, RatioOutside }
+    Surrogate { Clip, LogClip, Reinforce, ClippedWeight, GammaWeight, SoftGate }
+    RatioLevel { Token, SequenceMean, SequenceSum }
+    RatioGradient { Spread, OwnToken }
+    TrustRegion { None, TotalVariation, BinaryKl, Ratio }
+    TrustRegionSides { ByAdvantage, Both }
+    KlAgainst { Reference, Old, Rollout }
+    KlGradient { Own, Reverse }
+    KlRatio { None, Gradient, Term }
 }
 
 impl Encoded for Aggregation {
@@ -85,6 +202,11 @@ impl Encoded for Aggregation {
             Aggregation::SeqMeanTokenMean => (PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_MEAN, 0.0),
             Aggregation::SeqMeanTokenSumNorm => (PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM, 0.0),
             Aggregation::Constant(divisor) => (PPOK_PPO_LOSS_CONSTANT, divisor),
+            Aggregation::BatchMeanTokenSum => (PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_SUM, 0.0),
+            Aggregation::BatchMeanTokenMean => (PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_MEAN, 0.0),
+            Aggregation::SeqMeanTokenSumNormRows => {
+                (PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS, 0.0)
+            }
         }
     }
 
@@ -95,12 +217,15 @@ impl Encoded for Aggregation {
             Aggregation::SeqMeanTokenMean,
             Aggregation::SeqMeanTokenSumNorm,
             Aggregation::Constant(divisor),
+            Aggregation::BatchMeanTokenSum,
+            Aggregation::BatchMeanTokenMean,
+            Aggregation::SeqMeanTokenSumNormRows,
         ];
         choose(op, option, kind, &kinds)
     }
 }
 
-options!(ppok_ppo_loss_options, PpoLossOptions, OP, [reserved], {
+options!(ppok_ppo_loss_options, PpoLossOptions, OP, [], {
     clip_range => clip_range,
     clip_range_high => clip_range_high,
     dual_clip => dual_clip,
@@ -115,6 +240,26 @@ options!(ppok_ppo_loss_options, PpoLossOptions, OP, [reserved], {
     aggregation & aggregation_divisor => aggregation,
     denominator => denominator,
     clip_fraction => clip_fraction,
+    ratio_cap => ratio_cap,
+    soft_gate_tau_pos => soft_gate_tau_pos,
+    soft_gate_tau_neg => soft_gate_tau_neg,
+    gamma_k_pos => gamma_k_pos,
+    gamma_lambda_pos => gamma_lambda_pos,
+    gamma_k_neg => gamma_k_neg,
+    gamma_lambda_neg => gamma_lambda_neg,
+    trust_region_low => trust_region_low,
+    trust_region_high => trust_region_high,
+    off_policy_threshold => off_policy_threshold,
+    kl_ratio_cap => kl_ratio_cap,
+    surrogate => surrogate,
+    ratio => ratio,
+    ratio_gradient => ratio_gradient,
+    trust_region => trust_region,
+    trust_region_sides => trust_region_sides,
+    kl_against => kl_against,
+    kl_gradient => kl_gradient,
+    kl_ratio => kl_ratio,
+    kl_weighted => kl_weighted,
 });
 
 /// Bytes of the workspace of the loss, from logits or not.
@@ -155,6 +300,10 @@ pub struct ppok_ppo_loss_args {
     /// Log-probabilities under the reference model, `[batch, seq_len]`; may be null where `kl_coef` is
     /// 0.
     pub ref_logp: *const f32,
+    /// Log-probabilities of the rollout as its engine computed them, `[batch, seq_len]`; may be null.
+    pub rollout_logp: *const f32,
+    /// Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+    pub weights: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
     pub options: *const ppok_ppo_loss_options,
@@ -182,7 +331,7 @@ unsafe impl Pass for ppok_ppo_loss_args {
             self,
             Inputs,
             [logp, old_logp, advantages],
-            [values, old_values, returns, entropy, ref_logp, mask]
+            [values, old_values, returns, entropy, ref_logp, rollout_logp, weights, mask]
         );
         let outputs =
             list_of!(self, Outputs, [stats], [loss, grad_logp, grad_values, grad_entropy]);
@@ -228,6 +377,10 @@ pub struct ppok_logits_ppo_loss_args {
     /// Log-probabilities under the reference model, `[batch, seq_len]`; may be null where `kl_coef` is
     /// 0.
     pub ref_logp: *const f32,
+    /// Log-probabilities of the rollout as its engine computed them, `[batch, seq_len]`; may be null.
+    pub rollout_logp: *const f32,
+    /// Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+    pub weights: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
     pub logprob_options: *const ppok_logprob_options,
@@ -251,8 +404,12 @@ impl ppok_logits_ppo_loss_args {
         let (sizes, shape) = ([batch, seq_len, vocab], ([batch, seq_len], vocab));
         let logprob_options = memory.options(self.logprob_options)?;
         let options = memory.options(self.options)?;
-        let inputs: LogitsInputs<Raw, T, I> =
-            list_of!(self, LogitsInputs, [logits, targets, old_logp, advantages], [ref_logp, mask]);
+        let inputs: LogitsInputs<Raw, T, I> = list_of!(
+            self,
+            LogitsInputs,
+            [logits, targets, old_logp, advantages],
+            [ref_logp, rollout_logp, weights, mask]
+        );
         let outputs: LogitsOutputs<Raw, T> =
             list_of!(self, LogitsOutputs, [logp, stats, grad_logits], [entropy, loss]);
         run!(
@@ -359,6 +516,18 @@ unsafe impl Pass for ppok_ppo_loss_scale_args {
     }
 }
 
+/// Gives options those of the loss of that name: "ppo", "dapo", "grpo", "dr_grpo", "bnpo", "luspo", "rloo",
+/// "gspo", "gspo_token", "gmpo", "cispo", "dppo", "sapo", "vespo" or "reinforce", as their papers or the systems
+/// that have them do. `struct_size` is as of ppok_ppo_loss_options_init().
+#[no_mangle]
+pub unsafe extern "C" fn ppok_ppo_loss_options_named(
+    options: *mut ppok_ppo_loss_options,
+    struct_size: usize,
+    name: *const c_char,
+) -> i32 {
+    capi::init_named(options, struct_size, name, PpoLossOptions::of)
+}
+
 /// The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their
 /// gradients and statistics, from one pass over the tokens. With d = logp - old_logp, clamped, ratio
 /// r = exp(d) and advantage A,
@@ -366,8 +535,11 @@ unsafe impl Pass for ppok_ppo_loss_scale_args {
 /// ```text
 /// policy = max(-r A, -clip(r, 1 - low, 1 + high) A), at most -c A where A < 0 with dual clip c
 /// value  = max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2) / 2
-/// loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+/// loss   = agg(weights policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
 /// ```
+///
+/// The options have other policy terms than this clipped surrogate, ratios of whole rows, and trust
+/// regions; ppok_ppo_loss_options_named() knows the losses that have names.
 ///
 /// If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN
 /// then, and the gradients are 0.

@@ -2,8 +2,14 @@
 //! walks its own inputs of a block once, for its loss, its gradient and its statistics. Sums are
 //! kept in lanes of f32 within a block and in f64, over a fixed tree, between blocks.
 
-use super::{Aggregation, ClipFractionKind, PpoLossOptions, PpoStats, OP};
-use crate::cpu::math::{exp, sum_lanes, LANES};
+use std::ops::Range;
+
+use super::surrogate::{with_surrogate, Clip, Of, Token};
+use super::{
+    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, PpoStats,
+    RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
+};
+use crate::cpu::math::{clip, exp, exp_m1, ln_1p, select, sum_lanes, LANES};
 use crate::cpu::{
     for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Rows, RowsMut, Split,
     TokenId, Writer,
@@ -30,11 +36,13 @@ in_space!(
 );
 
 /// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
-/// Reads the mask twice and every other input once.
+/// Reads the mask twice and every other input once; where something of a whole row is needed, what makes
+/// it once more. Allocates some numbers a row then, and nothing otherwise.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, an input is missing that another one or an
-/// option needs, or no token is unmasked and the denominator is not given. Nothing is written then.
+/// option needs, a weight is negative, or no token is unmasked and the denominator is not given. Nothing is
+/// written then.
 pub fn ppo_loss(
     inputs: Inputs,
     batch: usize,
@@ -48,46 +56,55 @@ pub fn ppo_loss(
     outputs.try_map([batch, seq_len], &mut Lengths(OP))?;
     let n = inputs.logp.len();
     outputs.check_wanted(&inputs, n)?;
+    check_weights(inputs.weights, inputs.mask)?;
     let (kept, rows) = count(inputs.mask, [batch, seq_len], options.aggregation);
-    let divisor = options.divisor(kept, rows, seq_len)?;
+    let divisor = options.divisor(kept, rows, [batch, seq_len])?;
 
     let terms = Terms::new(options, divisor);
+    let rows = match options.needs_rows() {
+        true => terms.rows(&inputs, [batch, seq_len], options),
+        false => Vec::new(),
+    };
     let gradients = [&outputs.grad_logp, &outputs.grad_values, &outputs.grad_entropy];
     let bytes = |gradient: &Option<&mut [f32]>| gradient.as_deref().map_or(0, size_of_val);
     let non_temporal = prefers_non_temporal(gradients.map(bytes).iter().sum());
-    let sum = |block: Tokens, weight| match non_temporal {
-        false => terms.sum::<false>(block, weight),
-        true => terms.sum::<true>(block, weight),
+    // The rows that a block has tokens of, by their numbers if those are needed.
+    let sum = |first: usize, block: Tokens, weight| {
+        let rows = RowsOf { rows: &rows, first, seq_len };
+        match non_temporal {
+            false => terms.sum::<false>(block, weight, rows, options),
+            true => terms.sum::<true>(block, weight, rows, options),
+        }
     };
     let value = inputs.values.zip(inputs.returns);
     let tokens = Tokens {
         policy: (inputs.logp, inputs.old_logp, inputs.advantages),
         value: value.map(|(values, returns)| (values, inputs.old_values, returns)),
         entropy: inputs.entropy,
-        ref_logp: inputs.ref_logp,
+        against: against(&inputs, options),
+        weights: inputs.weights,
         mask: inputs.mask,
         grad_logp: outputs.grad_logp,
         grad_values: outputs.grad_values,
         grad_entropy: outputs.grad_entropy,
     };
-    let blocks = |tokens: Tokens, weight: f32| {
-        let leaf = |_, _, block: Tokens| sum(block, RowWeight::Given(weight));
+    let blocks = |from: usize, tokens: Tokens, weight: f32| {
+        let leaf = |first, _, block: Tokens| sum(from + first, block, RowWeight::Given(weight));
         reduce(tokens.len(), BLOCK_TOKENS, tokens, leaf, Sums::merge)
     };
-    let sums = match options.aggregation {
-        Aggregation::SeqMeanTokenMean if seq_len > BLOCK_TOKENS => {
-            let row = |_, len, row: Tokens| {
-                let weight = 1.0 / count_kept(row.mask, len) as f32;
-                blocks(row, weight)
-            };
-            reduce(n, seq_len, tokens, row, Sums::merge)
-        }
-        Aggregation::SeqMeanTokenMean if seq_len > 0 => {
-            let whole_rows = BLOCK_TOKENS / seq_len * seq_len;
-            let leaf = |_, _, block: Tokens| sum(block, RowWeight::OneOverLength(seq_len));
-            reduce(n, whole_rows, tokens, leaf, Sums::merge)
-        }
-        _ => blocks(tokens, 1.0),
+    let has_row_weights = options.aggregation.has_row_weights();
+    let sums = if has_row_weights && seq_len > BLOCK_TOKENS {
+        let row = |first, len, row: Tokens| {
+            let weight = 1.0 / count_kept(row.mask, len) as f32;
+            blocks(first, row, weight)
+        };
+        reduce(n, seq_len, tokens, row, Sums::merge)
+    } else if has_row_weights && seq_len > 0 {
+        let whole_rows = BLOCK_TOKENS / seq_len * seq_len;
+        let leaf = |first, _, block: Tokens| sum(first, block, RowWeight::OneOverLength(seq_len));
+        reduce(n, whole_rows, tokens, leaf, Sums::merge)
+    } else {
+        blocks(0, tokens, 1.0)
     };
     let stats = sums.stats(&inputs, options, divisor);
     outputs.stats[0] = stats;
@@ -121,12 +138,29 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     inputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.check_entropy(options)?;
-    let LogitsInputs { logits, targets, old_logp, advantages, ref_logp, mask } = inputs;
+    options.check_by_token()?;
+    let LogitsInputs {
+        logits,
+        targets,
+        old_logp,
+        advantages,
+        ref_logp,
+        rollout_logp,
+        weights,
+        mask,
+    } = inputs;
     let LogitsOutputs { logp, stats, grad_logits, mut entropy, loss } = outputs;
+    check_weights(weights, mask)?;
     let (kept, rows) = count(mask, shape, options.aggregation);
-    let divisor = options.divisor(kept, rows, seq_len)?;
-    Inputs { entropy: entropy.as_deref(), ref_logp, ..Inputs::new(logp, old_logp, advantages) }
-        .check_given(options)?;
+    let divisor = options.divisor(kept, rows, shape)?;
+    let given = Inputs {
+        entropy: entropy.as_deref(),
+        ref_logp,
+        rollout_logp,
+        weights,
+        ..Inputs::new(logp, old_logp, advantages)
+    };
+    given.check_given(options)?;
 
     // Masked tokens are rows to ignore, by an id that no other token has: the others are looked at first.
     const IGNORED: i64 = -1;
@@ -143,14 +177,14 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         *id = target;
     }
     let logprob_options = LogprobOptions { ignore_index: Some(IGNORED), ..*logprob_options };
-    let weights = match options.aggregation {
-        Aggregation::SeqMeanTokenMean => (0..batch)
+    let row_weights: Vec<f64> = match options.aggregation.has_row_weights() {
+        true => (0..batch)
             .map(|row| {
                 let mask = mask.map(|mask| &mask[row * seq_len..][..seq_len]);
                 1.0 / count_kept(mask, seq_len) as f64
             })
             .collect(),
-        _ => Vec::new(),
+        false => Vec::new(),
     };
     // Of one token, before weight and denominator.
     let plain =
@@ -180,6 +214,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         let part = Inputs {
             entropy: entropy.as_deref().filter(|_| wants_entropy),
             ref_logp: ref_logp.map(|ref_logp| &ref_logp[range.clone()]),
+            rollout_logp: rollout_logp.map(|rollout_logp| &rollout_logp[range.clone()]),
+            weights: weights.map(|weights| &weights[range.clone()]),
             mask: mask.map(|mask| &mask[range.clone()]),
             ..Inputs::new(logp, &old_logp[range.clone()], &advantages[range.clone()])
         };
@@ -190,7 +226,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         };
         ppo_loss(part, 1, count, &plain, outputs)?;
         for (i, t) in range.enumerate() {
-            let weight = weights.get(t / seq_len).copied().unwrap_or(1.0);
+            let weight = row_weights.get(t / seq_len).copied().unwrap_or(1.0);
             grad_logp[i] = scaled(grad_logp[i], (weight / divisor) as f32);
             grad_entropy[i] = scaled(grad_entropy[i], (weight / divisor) as f32);
         }
@@ -216,6 +252,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let inputs = Inputs {
         entropy: entropy.as_deref(),
         ref_logp,
+        rollout_logp,
+        weights,
         mask,
         ..Inputs::new(logp, old_logp, advantages)
     };
@@ -281,6 +319,41 @@ fn scaled(gradient: f32, upstream: f32) -> f32 {
     select(gradient == 0.0, 0.0, gradient * upstream)
 }
 
+/// The log-probabilities that the KL term is against, if there are any.
+fn against<'a>(inputs: &Inputs<'a>, options: &PpoLossOptions) -> Option<&'a [f32]> {
+    match options.kl_against {
+        KlAgainst::Reference => inputs.ref_logp,
+        KlAgainst::Old => Some(inputs.old_logp),
+        KlAgainst::Rollout => inputs.rollout_logp,
+    }
+}
+
+/// `Ok` when no unmasked token's weight is negative.
+fn check_weights(weights: Option<&[f32]>, mask: Option<&[u8]>) -> Result<()> {
+    let Some(weights) = weights else {
+        return Ok(());
+    };
+    let any = |_, _, part: &[f32]| {
+        vectorise(
+            #[inline(always)]
+            || part.iter().fold(0, |any, &weight| any | u32::from(weight < 0.0)),
+        )
+    };
+    if reduce(weights.len(), BLOCK_TOKENS, weights, any, |a, b| a | b) == 0 {
+        return Ok(());
+    }
+    let is_kept = |&t: &usize| mask.is_none_or(|mask| mask[t] != 0);
+    match (0..weights.len()).filter(is_kept).find(|&t| weights[t] < 0.0) {
+        Some(t) => Err(Error::Option {
+            op: OP,
+            option: "weights",
+            expected: "0 or more".to_string(),
+            got: format!("{} at token {t}", weights[t]),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// How many tokens are unmasked, and how many rows have one if the aggregation asks.
 fn count(
     mask: Option<&[u8]>,
@@ -295,9 +368,7 @@ fn count(
     let grain = 16 * BLOCK_TOKENS;
     let leaf = |_, len, part: &[u8]| count_kept(Some(part), len);
     let tokens = reduce(mask.len(), grain, mask, leaf, add);
-    let by_row =
-        matches!(aggregation, Aggregation::SeqMeanTokenSum | Aggregation::SeqMeanTokenMean);
-    if !by_row || seq_len == 0 {
+    if !aggregation.counts_rows() || seq_len == 0 {
         return (tokens, 0);
     }
     let grain = (grain / seq_len).max(1) * seq_len;
@@ -346,7 +417,9 @@ struct Tokens<'a> {
     policy: (&'a [f32], &'a [f32], &'a [f32]),
     value: Option<Value<'a>>,
     entropy: Option<&'a [f32]>,
-    ref_logp: Option<&'a [f32]>,
+    /// What the KL term is against.
+    against: Option<&'a [f32]>,
+    weights: Option<&'a [f32]>,
     mask: Option<&'a [u8]>,
     grad_logp: Option<&'a mut [f32]>,
     grad_values: Option<&'a mut [f32]>,
@@ -364,7 +437,8 @@ impl Split for Tokens<'_> {
         let policy = self.policy.split(mid);
         let value = self.value.split(mid);
         let entropy = self.entropy.split(mid);
-        let ref_logp = self.ref_logp.split(mid);
+        let against = self.against.split(mid);
+        let weights = self.weights.split(mid);
         let mask = self.mask.split(mid);
         let grad_logp = self.grad_logp.split(mid);
         let grad_values = self.grad_values.split(mid);
@@ -374,7 +448,8 @@ impl Split for Tokens<'_> {
                 policy: policy.0,
                 value: value.0,
                 entropy: entropy.0,
-                ref_logp: ref_logp.0,
+                against: against.0,
+                weights: weights.0,
                 mask: mask.0,
                 grad_logp: grad_logp.0,
                 grad_values: grad_values.0,
@@ -384,7 +459,8 @@ impl Split for Tokens<'_> {
                 policy: policy.1,
                 value: value.1,
                 entropy: entropy.1,
-                ref_logp: ref_logp.1,
+                against: against.1,
+                weights: weights.1,
                 mask: mask.1,
                 grad_logp: grad_logp.1,
                 grad_values: grad_values.1,
@@ -484,22 +560,31 @@ fn store<const NON_TEMPORAL: bool>(
     }
 }
 
-/// Of an `if` the compiler may make two ways through a loop, which it does not vectorise well.
-#[inline(always)]
-fn select(condition: bool, yes: f32, no: f32) -> f32 {
-    std::hint::select_unpredictable(condition, yes, no)
-}
-
-/// `x` within the bounds. Comparisons, so that NaN stays NaN and a NaN bound is none.
-#[inline(always)]
-fn clip(x: f32, low: f32, high: f32) -> f32 {
-    let x = select(x < low, low, x);
-    select(x > high, high, x)
-}
-
 #[inline(always)]
 fn sum(lanes: Lanes) -> f64 {
     f64::from(sum_lanes(lanes))
+}
+
+/// The sum of what `lanes(at, full)` gives for every [`LANES`] of `len` tokens.
+#[inline(always)]
+fn sum_of(len: usize, lanes: impl Fn(usize, bool) -> [f64; LANES]) -> f64 {
+    let mut total = [0.0; LANES];
+    for_lanes(
+        len,
+        #[inline(always)]
+        |at, full| {
+            for (total, x) in total.iter_mut().zip(lanes(at, full)) {
+                *total += x;
+            }
+        },
+    );
+    sum_lanes(total)
+}
+
+/// [`select`] of conditions.
+#[inline(always)]
+fn select_bool(condition: bool, yes: bool, no: bool) -> bool {
+    (condition & yes) | (!condition & no)
 }
 
 #[inline(always)]
@@ -507,17 +592,162 @@ fn count_of(lanes: [u32; LANES]) -> f64 {
     f64::from(lanes.iter().sum::<u32>())
 }
 
+/// The rows of a batch of which a block of tokens is a part, from its token `first` on.
+#[derive(Clone, Copy)]
+struct RowsOf<'a> {
+    /// None where nothing is needed of them.
+    rows: &'a [Row],
+    first: usize,
+    seq_len: usize,
+}
+
+impl<'a> RowsOf<'a> {
+    /// Runs of the block's tokens that are in one row, with what is known of that; one run where
+    /// nothing is needed of rows.
+    fn runs(self, len: usize) -> impl Iterator<Item = (Range<usize>, Row)> + use<'a> {
+        let mut at = 0;
+        std::iter::from_fn(move || {
+            let from = at;
+            if from == len {
+                return None;
+            }
+            let token = self.first + from;
+            let Some(&row) = self.rows.get(token / self.seq_len) else {
+                at = len;
+                return Some((from..len, Row::default()));
+            };
+            at = len.min(from + self.seq_len - token % self.seq_len);
+            Some((from..at, row))
+        })
+    }
+}
+
+/// What the tokens of a row share.
+#[derive(Clone, Copy, Default)]
+struct Row {
+    /// The logarithm of the row's ratio, before the clamp.
+    log_ratio: f32,
+    /// The gradient that all tokens get of it.
+    spread: f32,
+    off_policy: bool,
+}
+
+/// A run of tokens, as the policy term's loop takes it.
+#[derive(Clone, Copy)]
+struct Run<'a> {
+    logp: &'a [f32],
+    old_logp: &'a [f32],
+    advantages: &'a [f32],
+    weights: Option<&'a [f32]>,
+}
+
+impl<'a> Run<'a> {
+    fn of(inputs: &Inputs<'a>, tokens: Range<usize>) -> Self {
+        let Inputs { logp, old_logp, advantages, weights, .. } = *inputs;
+        Self { logp, old_logp, advantages, weights }.part(tokens)
+    }
+
+    fn part(self, range: Range<usize>) -> Self {
+        Run {
+            logp: &self.logp[range.clone()],
+            old_logp: &self.old_logp[range.clone()],
+            advantages: &self.advantages[range.clone()],
+            weights: self.weights.map(|weights| &weights[range]),
+        }
+    }
+}
+
+/// What the policy term's loop adds up, a lane each.
+#[derive(Clone, Copy)]
+struct PolicyLanes {
+    loss: Lanes,
+    clipped: [u32; LANES],
+    clipped_high: [u32; LANES],
+    lower_clipped: [u32; LANES],
+    outside: [u32; LANES],
+    off_policy: [u32; LANES],
+    /// d, d², and the third estimate of the KL.
+    d: Lanes,
+    d_squares: Lanes,
+    k3: Lanes,
+    /// The ratio less a number of its size.
+    excess: Lanes,
+    excess_squares: Lanes,
+    min: Lanes,
+    max: Lanes,
+    advantages: Lanes,
+}
+
+impl PolicyLanes {
+    const NONE: Self = Self {
+        loss: ZERO,
+        clipped: [0; LANES],
+        clipped_high: [0; LANES],
+        lower_clipped: [0; LANES],
+        outside: [0; LANES],
+        off_policy: [0; LANES],
+        d: ZERO,
+        d_squares: ZERO,
+        k3: ZERO,
+        excess: ZERO,
+        excess_squares: ZERO,
+        min: [f32::INFINITY; LANES],
+        max: [f32::NEG_INFINITY; LANES],
+        advantages: ZERO,
+    };
+
+    /// Of ratios less `centre`.
+    fn add_to(self, sums: &mut Sums, centre: f32) {
+        sums.policy_loss = sum(self.loss);
+        sums.clipped = count_of(self.clipped);
+        sums.clipped_high = count_of(self.clipped_high);
+        sums.lower_clipped = count_of(self.lower_clipped);
+        sums.outside = count_of(self.outside);
+        sums.off_policy = count_of(self.off_policy);
+        sums.k1 = -sum(self.d);
+        sums.k2 = 0.5 * sum(self.d_squares);
+        sums.k3 = sum(self.k3);
+        if sums.k3.is_nan() && sums.k1 == f64::NEG_INFINITY {
+            // e^d - 1 - d of d = inf, of which the exponential is the larger one.
+            sums.k3 = f64::INFINITY;
+        }
+        let (excess, squares) = (sum(self.excess), sum(self.excess_squares));
+        sums.ratio = moments(centre, sums.tokens, excess, squares);
+        sums.ratio_min = f64::from(self.min.into_iter().fold(f32::INFINITY, f32::min));
+        sums.ratio_max = f64::from(self.max.into_iter().fold(f32::NEG_INFINITY, f32::max));
+        sums.advantages = sum(self.advantages);
+    }
+}
+
+/// A pass of the policy term's loop: loss, gradient and statistics of the clipped surrogate by itself.
+const PLAIN: u8 = 0;
+/// The same of any surrogate, with all options.
+const FULL: u8 = 1;
+/// The gradient alone, each token's own.
+const OWN_GRADIENT: u8 = 2;
+
 /// The options in f32, "off" written as infinity, so that the loops over tokens have no branch.
 /// Passed by value: behind a reference they would have to be reloaded after every store.
 #[derive(Clone, Copy)]
 struct Terms {
     log_ratio_limit: f32,
+    /// Bounds of the ratio, or of the log-ratio where that is clipped.
     low: f32,
     high: f32,
-    dual_clip: f32,
     count_outside: bool,
+    /// Whether the ratio is that of the row.
+    of_rows: bool,
+    spreads: bool,
+    trust_region: TrustRegion,
+    region_low: f32,
+    region_high: f32,
+    region_by_advantage: bool,
     value_range: f32,
     kl: TokenKl,
+    kl_reverse: bool,
+    kl_ratio: KlRatio,
+    kl_ratio_cap: f32,
+    kl_weighted: bool,
     /// Factors of the gradients: coefficient over denominator.
     policy_scale: f32,
     value_scale: f32,
@@ -533,10 +763,19 @@ impl Terms {
             log_ratio_limit: limit(options.log_ratio_clamp),
             low: low as f32,
             high: high as f32,
-            dual_clip: limit(options.dual_clip),
             count_outside: options.clip_fraction == ClipFractionKind::RatioOutside,
+            of_rows: options.ratio != RatioLevel::Token,
+            spreads: options.spreads(),
+            trust_region: options.trust_region,
+            region_low: options.trust_region_low as f32,
+            region_high: options.trust_region_high as f32,
+            region_by_advantage: options.trust_region_sides == TrustRegionSides::ByAdvantage,
             value_range: limit(options.value_clip_range),
             kl: TokenKl::new(&options.kl),
+            kl_reverse: options.kl_gradient == KlGradient::Reverse,
+            kl_ratio: options.kl_ratio,
+            kl_ratio_cap: limit(options.kl_ratio_cap),
+            kl_weighted: options.kl_weighted,
             policy_scale: (1.0 / divisor) as f32,
             value_scale: (options.value_coef / divisor) as f32,
             entropy_scale: (-options.entropy_coef / divisor) as f32,
@@ -544,8 +783,130 @@ impl Terms {
         }
     }
 
+    /// What the tokens of each row share.
+    fn rows(
+        self,
+        inputs: &Inputs,
+        [batch, seq_len]: [usize; 2],
+        options: &PpoLossOptions,
+    ) -> Vec<Row> {
+        let mut rows = vec![Row::default(); batch];
+        let grain = (BLOCK_TOKENS / seq_len.max(1)).max(1);
+        for_each(batch, grain, &mut rows[..], |first, _, rows| {
+            for (b, row) in (first..).zip(rows) {
+                *row = self.row(inputs, b * seq_len..(b + 1) * seq_len, options);
+            }
+        });
+        rows
+    }
+
+    /// What the tokens of one row share.
+    fn row(self, inputs: &Inputs, tokens: Range<usize>, options: &PpoLossOptions) -> Row {
+        let kept = count_kept(inputs.mask.map(|mask| &mask[tokens.clone()]), tokens.len()) as f64;
+        let chunk = |first| first..tokens.end.min(first + BLOCK_TOKENS);
+        let chunks = tokens.clone().step_by(BLOCK_TOKENS).map(chunk);
+        let mut weights = [0.0; BLOCK_TOKENS];
+        let write_weights = |weight: f64, chunk: Range<usize>, weights: &mut [f32]| {
+            let mask = inputs.mask.map(|mask| &mask[chunk]);
+            RowWeight::Given(weight as f32).write(mask, weights);
+        };
+
+        let clips_log = options.surrogate == Surrogate::LogClip;
+        let wants_excess = options.off_policy_threshold.is_some();
+        let (mut log_ratio, mut excess) = (0.0, 0.0);
+        for chunk in chunks.clone() {
+            let weights = &mut weights[..chunk.len()];
+            write_weights(1.0, chunk.clone(), weights);
+            let run = Run::of(inputs, chunk.clone());
+            let rollout_logp = inputs.rollout_logp.unwrap_or(inputs.old_logp);
+            vectorise(
+                #[inline(always)]
+                || {
+                    log_ratio += self.log_ratios(weights, run, clips_log);
+                    if wants_excess {
+                        excess += off_policy(weights, run.logp, &rollout_logp[chunk]);
+                    }
+                },
+            );
+        }
+        let mut row = Row {
+            log_ratio: match options.ratio {
+                RatioLevel::Token => 0.0,
+                RatioLevel::SequenceMean => (log_ratio / kept) as f32,
+                RatioLevel::SequenceSum => log_ratio as f32,
+            },
+            spread: 0.0,
+            off_policy: options.off_policy_threshold.is_some_and(|limit| excess / kept > limit),
+        };
+        if !self.spreads || kept == 0.0 {
+            return row;
+        }
+
+        // Each token's own gradient, added up and given to all of them.
+        let weight = if options.aggregation.has_row_weights() { 1.0 / kept } else { 1.0 };
+        let mut spread = 0.0;
+        for chunk in chunks {
+            let weights = &mut weights[..chunk.len()];
+            write_weights(weight, chunk.clone(), weights);
+            let run = Run::of(inputs, chunk.clone());
+            let mut grad = [0.0; BLOCK_TOKENS];
+            let grad = &mut grad[..chunk.len()];
+            with_surrogate!(options, surrogate => vectorise(
+                #[inline(always)]
+                || {
+                    let (lanes, grad) = (&mut { PolicyLanes::NONE }, Some(&mut *grad));
+                    let writer = &Writer::<false>;
+                    self.policy::<_, OWN_GRADIENT, false>(
+                        surrogate, weights, run, None, row, 0.0, grad, lanes, writer,
+                    );
+                },
+            ));
+            spread += vectorise(
+                #[inline(always)]
+                || sum_of(grad.len(), |at, full| load(grad, at, full).map(f64::from)),
+            );
+        }
+        let share = if options.ratio == RatioLevel::SequenceMean { 1.0 / kept } else { 1.0 };
+        row.spread = (spread * share) as f32;
+        row
+    }
+
+    /// The sum of the log-ratios of unmasked tokens, exact differences: thousands of them may go into
+    /// one exponential.
+    #[inline(always)]
+    fn log_ratios(self, weights: &[f32], run: Run, clips_log: bool) -> f64 {
+        sum_of(
+            weights.len(),
+            #[inline(always)]
+            |at, full| {
+                let (w, a) = (load(weights, at, full), load(run.advantages, at, full));
+                let (new, old) = (load(run.logp, at, full), load(run.old_logp, at, full));
+                let mut d = [0.0; LANES];
+                for i in 0..LANES {
+                    let raw = f64::from(new[i]) - f64::from(old[i]);
+                    let is_clipped = clips_log & self.is_log_clipped(new[i] - old[i], a[i]);
+                    let bound = if a[i] > 0.0 { self.high } else { self.low };
+                    let of_token = if is_clipped { f64::from(bound) } else { raw };
+                    d[i] = if w[i] != 0.0 { of_token } else { 0.0 };
+                }
+                d
+            },
+        )
+    }
+
+    #[inline(always)]
+    fn is_log_clipped(self, d: f32, advantage: f32) -> bool {
+        select_bool(advantage > 0.0, d > self.high, d < self.low)
+    }
+
     /// Sums and gradients of at most [`BLOCK_TOKENS`] tokens.
-    fn sum<const NON_TEMPORAL: bool>(self, mut block: Tokens, row_weight: RowWeight) -> Sums {
+    fn sum<const NON_TEMPORAL: bool>(
+        self,
+        mut block: Tokens,
+        row_weight: RowWeight,
+        rows: RowsOf,
+        options: &PpoLossOptions,
+    ) -> Sums {
         let mut weights = [0.0; BLOCK_TOKENS];
         let weights = &mut weights[..block.len()];
         row_weight.write(block.mask, weights);
@@ -554,37 +915,86 @@ impl Terms {
 
         let writer = Writer::<NON_TEMPORAL>;
         let (logp, old_logp, advantages) = block.policy;
-        let (policy, grad_logp) = ([weights, logp, old_logp, advantages], &mut block.grad_logp);
+        let run = Run { logp, old_logp, advantages, weights: block.weights };
+        let grad_logp = &mut block.grad_logp;
         // Without a clip the old values are not looked at, whatever they are.
         let value = block
             .value
             .map(|(values, old_values, returns)| [values, old_values.unwrap_or(values), returns]);
-        let log_ratio = centre(samples, |t| logp[t] - old_logp[t]);
+        // The ratio's variance is taken around that of a log-ratio, so that it keeps its digits.
+        let log_ratio = centre(samples, |t| match self.of_rows {
+            true => rows.rows[(rows.first + t) / rows.seq_len].log_ratio,
+            false => logp[t] - old_logp[t],
+        });
+        let ratio = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
+        let centre_of_ratio = if ratio.is_finite() { ratio } else { 1.0 };
+        let mut lanes = PolicyLanes::NONE;
         // What the KL term is added to is to be in the cache still.
-        let again = block.ref_logp.is_some() && self.kl_scale != 0.0;
-        if again {
-            vectorise(
-                #[inline(always)]
-                || {
-                    let grad = grad_logp.as_deref_mut();
-                    self.policy(policy, value, log_ratio, grad, &mut sums, &Writer::<false>);
-                },
-            );
+        let again = block.against.is_some() && self.kl_scale != 0.0;
+        if block.weights.is_none() && options.is_clip_of_tokens() {
+            let surrogate = Clip::<false>::new(options);
+            let (row, lanes) = (Row::default(), &mut lanes);
+            let grad = grad_logp.as_deref_mut();
+            if again {
+                vectorise(
+                    #[inline(always)]
+                    || {
+                        let writer = &Writer::<false>;
+                        self.policy::<_, PLAIN, false>(
+                            surrogate,
+                            weights,
+                            run,
+                            value,
+                            row,
+                            centre_of_ratio,
+                            grad,
+                            lanes,
+                            writer,
+                        );
+                    },
+                );
+            } else {
+                vectorise(
+                    #[inline(always)]
+                    || {
+                        self.policy::<_, PLAIN, NON_TEMPORAL>(
+                            surrogate,
+                            weights,
+                            run,
+                            value,
+                            row,
+                            centre_of_ratio,
+                            grad,
+                            lanes,
+                            &writer,
+                        );
+                    },
+                );
+            }
         } else {
-            vectorise(
-                #[inline(always)]
-                || {
-                    let grad = grad_logp.as_deref_mut();
-                    self.policy(policy, value, log_ratio, grad, &mut sums, &writer);
-                },
-            );
+            for (range, row) in rows.runs(weights.len()) {
+                let (weights, run) = (&weights[range.clone()], run.part(range.clone()));
+                let value = value.map(|value| value.map(|x| &x[range.clone()]));
+                let (lanes, grad) =
+                    (&mut lanes, grad_logp.as_deref_mut().map(|grad| &mut grad[range]));
+                with_surrogate!(options, surrogate => vectorise(
+                    #[inline(always)]
+                    || {
+                        let writer = &Writer::<false>;
+                        self.policy::<_, FULL, false>(
+                            surrogate, weights, run, value, row, centre_of_ratio, grad, lanes, writer,
+                        );
+                    },
+                ));
+            }
         }
-        if let Some(ref_logp) = block.ref_logp {
+        lanes.add_to(&mut sums, centre_of_ratio);
+        if let Some(against) = block.against {
             vectorise(
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.kl(weights, (logp, ref_logp), grad, &mut sums, &writer);
+                    self.kl(weights, run, against, grad, &mut sums, &writer);
                 },
             );
         }
@@ -605,43 +1015,42 @@ impl Terms {
         sums
     }
 
+    /// The policy term of a run of tokens, which are in one row if that has something to say.
+    ///
     /// Asks for what the value loop reads: this one has so much to do for a token, and that one so
-    /// little, that memory would be idle now and waited for then. The ratio's variance is taken around
-    /// that of a log-ratio, so that it keeps its digits.
+    /// little, that memory would be idle now and waited for then.
     #[inline(always)]
-    fn policy<const NON_TEMPORAL: bool>(
+    #[allow(clippy::too_many_arguments)]
+    fn policy<S: Of, const PASS: u8, const NON_TEMPORAL: bool>(
         self,
-        [weights, logp, old_logp, advantages]: [&[f32]; 4],
+        surrogate: S,
+        weights: &[f32],
+        run: Run,
         value: Option<[&[f32]; 3]>,
-        log_ratio: f32,
+        row: Row,
+        centre_of_ratio: f32,
         mut grad: Option<&mut [f32]>,
-        sums: &mut Sums,
+        lanes: &mut PolicyLanes,
         writer: &Writer<NON_TEMPORAL>,
     ) {
-        let centre = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
-        let centre = if centre.is_finite() { centre } else { 1.0 };
-        let (mut clipped, mut lower_clipped) = ([0_u32; LANES], [0_u32; LANES]);
-        let mut loss = ZERO;
-        let (mut total, mut total_squares, mut k3) = (ZERO, ZERO, ZERO);
-        let (mut ratio_sum, mut squares, mut advantage) = (ZERO, ZERO, ZERO);
-        let (mut min, mut max) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let full_pass = PASS != PLAIN;
+        let counts = PASS != OWN_GRADIENT;
+        let limit = self.log_ratio_limit;
+        let row_ratio = exp(clip(row.log_ratio, -limit, limit));
+        let mut sums = *lanes;
         // Two loops a stretch, each of them short enough for the machine to work on several tokens
         // at once: from log-ratio to loss one operation waits for the other.
         let (mut raws, mut ratios) = ([0.0; STRETCH], [0.0; STRETCH]);
+        let mut products = [0.0; STRETCH];
         for first in (0..weights.len()).step_by(STRETCH) {
             let stretch = first..weights.len().min(first + STRETCH);
-            let (weights, logp, old_logp, advantages) = (
-                &weights[stretch.clone()],
-                &logp[stretch.clone()],
-                &old_logp[stretch.clone()],
-                &advantages[stretch.clone()],
-            );
+            let (weights, run) = (&weights[stretch.clone()], run.part(stretch.clone()));
             for_lanes(
                 weights.len(),
                 #[inline(always)]
                 |at, full| {
                     let w = load(weights, at, full);
-                    let (new, old) = (load(logp, at, full), load(old_logp, at, full));
+                    let (new, old) = (load(run.logp, at, full), load(run.old_logp, at, full));
                     for x in value.iter().flatten().filter(|_| full) {
                         prefetch(&x[first + at..][..LANES], 0);
                     }
@@ -649,53 +1058,76 @@ impl Terms {
                     for i in 0..LANES {
                         // A masked token becomes one with ratio 1, which adds nothing.
                         raw[i] = select(w[i] != 0.0, new[i] - old[i], 0.0);
-                        let d = clip(raw[i], -self.log_ratio_limit, self.log_ratio_limit);
+                        let d = clip(raw[i], -limit, limit);
                         ratio[i] = exp(d);
-                        total[i] += d;
-                        total_squares[i] = d.mul_add(d, total_squares[i]);
-                        k3[i] += k3_and_slope(-d).0;
+                        if counts {
+                            sums.d[i] += d;
+                            sums.d_squares[i] = d.mul_add(d, sums.d_squares[i]);
+                            sums.k3[i] += k3_and_slope(-d).0;
+                        }
                     }
                     raws[at..][..LANES].copy_from_slice(&raw);
                     ratios[at..][..LANES].copy_from_slice(&ratio);
                 },
             );
+            if full_pass {
+                self.weigh(weights, run, row, &raws, &mut products, &mut sums);
+            }
             let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
             for_lanes(
                 weights.len(),
                 #[inline(always)]
                 |at, full| {
-                    let (w, a) = (load(weights, at, full), load(advantages, at, full));
+                    let (w, a) = (load(weights, at, full), load(run.advantages, at, full));
+                    let logp = if full_pass { load(run.logp, at, full) } else { ZERO };
                     let (raw, ratio) = (&raws[at..][..LANES], &ratios[at..][..LANES]);
+                    let product = &products[at..][..LANES];
                     let mut g = ZERO;
                     for i in 0..LANES {
-                        let (raw, ratio) = (raw[i], ratio[i]);
                         let keep = w[i] != 0.0;
                         let a = select(keep, a[i], 0.0);
-                        let clamped = (raw < -self.log_ratio_limit) | (raw > self.log_ratio_limit);
-
-                        let unclipped_loss = -ratio * a;
-                        let clipped_loss = -clip(ratio, self.low, self.high) * a;
-                        let is_clipped = clipped_loss > unclipped_loss;
-                        let larger = select(is_clipped, clipped_loss, unclipped_loss);
-                        let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
-                        let is_lower = larger > bound;
-                        let blocked = is_clipped | is_lower | clamped | !keep;
-                        g[i] = select(blocked, 0.0, unclipped_loss * w[i] * self.policy_scale);
+                        let of_row = full_pass & self.of_rows;
+                        let log_ratio = select(of_row, row.log_ratio, raw[i]);
+                        // A masked token's ratio is 1 still.
+                        let ratio = select(of_row & keep, row_ratio, ratio[i]);
+                        let is_clamped = (log_ratio < -limit) | (log_ratio > limit);
+                        let term = surrogate.of(Token {
+                            log_ratio: clip(log_ratio, -limit, limit),
+                            ratio,
+                            logp: logp[i],
+                            advantage: a,
+                        });
+                        // A product of 0 drops even NaN.
+                        let w = if full_pass { product[i] } else { w[i] };
+                        let counted = if full_pass { w != 0.0 } else { keep };
+                        let flows = counted & (S::WEIGHS_LOGP | !is_clamped);
+                        g[i] = select(flows, term.slope * w * self.policy_scale, 0.0);
+                        let is_log_clipped = S::CLIPS_LOG & keep & self.is_log_clipped(raw[i], a);
+                        if PASS == FULL && self.spreads {
+                            g[i] = select(keep & !is_log_clipped, row.spread, 0.0);
+                        }
+                        if !counts {
+                            continue;
+                        }
+                        sums.loss[i] = match full_pass {
+                            true => sums.loss[i] + select(counted, w * term.loss, 0.0),
+                            false => w.mul_add(term.loss, sums.loss[i]),
+                        };
 
                         let is_outside = (ratio < self.low) | (ratio > self.high);
-                        let counts =
-                            (self.count_outside & is_outside) | (!self.count_outside & is_clipped);
-                        loss[i] = w[i].mul_add(select(is_lower, bound, larger), loss[i]);
-                        clipped[i] += u32::from(counts & keep);
-                        lower_clipped[i] += u32::from(is_lower);
-                        let excess = select(keep, ratio - centre, 0.0);
-                        ratio_sum[i] += excess;
-                        squares[i] = excess.mul_add(excess, squares[i]);
-                        let low = select(keep, ratio, min[i]);
-                        let high = select(keep, ratio, max[i]);
-                        min[i] = select(low < min[i], low, min[i]);
-                        max[i] = select(high > max[i], high, max[i]);
-                        advantage[i] += a;
+                        let is_clipped = (self.count_outside & is_outside)
+                            | (!self.count_outside & (term.is_clipped | is_log_clipped));
+                        sums.clipped[i] += u32::from(is_clipped & keep);
+                        sums.clipped_high[i] += u32::from(is_clipped & (a > 0.0));
+                        sums.lower_clipped[i] += u32::from(term.is_lower);
+                        let excess = select(keep, ratio - centre_of_ratio, 0.0);
+                        sums.excess[i] += excess;
+                        sums.excess_squares[i] = excess.mul_add(excess, sums.excess_squares[i]);
+                        let low = select(keep, ratio, sums.min[i]);
+                        let high = select(keep, ratio, sums.max[i]);
+                        sums.min[i] = select(low < sums.min[i], low, sums.min[i]);
+                        sums.max[i] = select(high > sums.max[i], high, sums.max[i]);
+                        sums.advantages[i] += a;
                     }
                     if let Some(grad) = &mut grad {
                         store(grad, at, full, g, writer);
@@ -703,20 +1135,124 @@ impl Terms {
                 },
             );
         }
-        sums.policy_loss = sum(loss);
-        sums.clipped = count_of(clipped);
-        sums.lower_clipped = count_of(lower_clipped);
-        sums.k1 = -sum(total);
-        sums.k2 = 0.5 * sum(total_squares);
-        sums.k3 = sum(k3);
-        if sums.k3.is_nan() && sums.k1 == f64::NEG_INFINITY {
-            // e^d - 1 - d of d = inf, of which the exponential is the larger one.
-            sums.k3 = f64::INFINITY;
+        *lanes = sums;
+    }
+
+    /// The factors of the policy terms of a stretch of tokens: that of the aggregation, the weight that is
+    /// given, and 0 where something takes the token away.
+    #[inline(always)]
+    fn weigh(
+        self,
+        aggregation: &[f32],
+        run: Run,
+        row: Row,
+        raws: &[f32; STRETCH],
+        products: &mut [f32; STRETCH],
+        sums: &mut PolicyLanes,
+    ) {
+        // One loop for each kind of region, with nothing in it of the others.
+        match self.trust_region {
+            TrustRegion::None => {
+                self.weigh_inside(
+                    aggregation,
+                    run,
+                    row,
+                    raws,
+                    products,
+                    sums,
+                    #[inline(always)]
+                    |_, _, _| [0.0; 2],
+                );
+            }
+            TrustRegion::TotalVariation => {
+                self.weigh_inside(
+                    aggregation,
+                    run,
+                    row,
+                    raws,
+                    products,
+                    sums,
+                    #[inline(always)]
+                    |logp, old_logp, d| {
+                        let moved = probability_moved(logp, old_logp, d);
+                        [moved, -moved]
+                    },
+                );
+            }
+            TrustRegion::BinaryKl => {
+                self.weigh_inside(
+                    aggregation,
+                    run,
+                    row,
+                    raws,
+                    products,
+                    sums,
+                    #[inline(always)]
+                    |logp, old_logp, d| {
+                        let kl = binary_kl(logp, old_logp, d);
+                        [select(d > 0.0, kl, 0.0), select(d < 0.0, kl, 0.0)]
+                    },
+                );
+            }
+            TrustRegion::Ratio => {
+                self.weigh_inside(
+                    aggregation,
+                    run,
+                    row,
+                    raws,
+                    products,
+                    sums,
+                    #[inline(always)]
+                    |_, _, d: f32| {
+                        let d = clip(d, -self.log_ratio_limit, self.log_ratio_limit);
+                        let m = exp_m1(-d.abs());
+                        let excess = select(d > 0.0, -m * exp(d), m);
+                        [excess, -excess]
+                    },
+                );
+            }
         }
-        sums.ratio = moments(centre, sums.tokens, sum(ratio_sum), sum(squares));
-        sums.ratio_min = f64::from(min.into_iter().fold(f32::INFINITY, f32::min));
-        sums.ratio_max = f64::from(max.into_iter().fold(f32::NEG_INFINITY, f32::max));
-        sums.advantages = sum(advantage);
+    }
+
+    /// [`Terms::weigh`], with what is compared with the upper and the lower bound from (logp, old_logp, d).
+    #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
+    fn weigh_inside(
+        self,
+        aggregation: &[f32],
+        run: Run,
+        row: Row,
+        raws: &[f32; STRETCH],
+        products: &mut [f32; STRETCH],
+        sums: &mut PolicyLanes,
+        moved: impl Fn(f32, f32, f32) -> [f32; 2],
+    ) {
+        for_lanes(
+            aggregation.len(),
+            #[inline(always)]
+            |at, full| {
+                let (w, a) = (load(aggregation, at, full), load(run.advantages, at, full));
+                let (new, old) = (load(run.logp, at, full), load(run.old_logp, at, full));
+                let given = run.weights.map_or([1.0; LANES], |given| load(given, at, full));
+                let mut product = ZERO;
+                for i in 0..LANES {
+                    let keep = w[i] != 0.0;
+                    let [above, below] = moved(new[i], old[i], raws[at + i]);
+                    let is_pos = a[i] > 0.0;
+                    let over = above > self.region_high;
+                    let under = below > self.region_low;
+                    let one = select_bool(is_pos, over, under);
+                    let is_outside =
+                        keep & select_bool(self.region_by_advantage, one, over | under);
+                    let is_off_policy = keep & row.off_policy & (a[i] < 0.0);
+                    sums.outside[i] += u32::from(is_outside);
+                    sums.off_policy[i] += u32::from(is_off_policy);
+                    let drops = is_outside | is_off_policy | !keep | (given[i] == 0.0);
+                    product[i] = select(drops, 0.0, w[i] * given[i]);
+                }
+                products[at..][..LANES].copy_from_slice(&product);
+            },
+        );
     }
 
     /// Adds its gradient to the policy term's.
@@ -724,28 +1260,48 @@ impl Terms {
     fn kl<const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
-        (logp, ref_logp): (&[f32], &[f32]),
+        run: Run,
+        against: &[f32],
         grad: Option<&mut [f32]>,
         sums: &mut Sums,
         writer: &Writer<NON_TEMPORAL>,
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
+        let given = run.weights.filter(|_| self.kl_weighted);
+        let has_ratio = self.kl_ratio != KlRatio::None;
         let (mut loss, mut total) = (ZERO, ZERO);
         for_lanes(
             weights.len(),
             #[inline(always)]
             |at, full| {
                 let (w, new, reference) =
-                    (load(weights, at, full), load(logp, at, full), load(ref_logp, at, full));
+                    (load(weights, at, full), load(run.logp, at, full), load(against, at, full));
+                let given = given.map_or([1.0; LANES], |given| load(given, at, full));
+                let mut ratio = [1.0; LANES];
+                if has_ratio {
+                    let old = load(run.old_logp, at, full);
+                    for i in 0..LANES {
+                        let d = new[i] - old[i];
+                        let r = exp(clip(d, -self.log_ratio_limit, self.log_ratio_limit));
+                        ratio[i] = select(r > self.kl_ratio_cap, self.kl_ratio_cap, r);
+                    }
+                }
                 let mut g = grad.as_ref().map_or(ZERO, |grad| load(grad, at, full));
                 for i in 0..LANES {
                     // Every estimate of d = 0 is 0.
-                    let d = select(w[i] != 0.0, new[i] - reference[i], 0.0);
-                    let (value, derivative) = self.kl.at(d);
-                    loss[i] += w[i] * value;
+                    let keep = w[i] != 0.0;
+                    let d = select(keep, new[i] - reference[i], 0.0);
+                    let (value, own) = self.kl.at(d);
+                    let derivative = select(self.kl_reverse, d, own);
+                    let ratio = select(keep, ratio[i], 1.0);
+                    let value = select(self.kl_ratio == KlRatio::Term, value * ratio, value);
+                    let drops = !keep | (given[i] == 0.0);
+                    let w = select(drops, 0.0, w[i] * given[i]);
+                    loss[i] += select(drops, 0.0, w * value);
                     total[i] += value;
-                    g[i] += derivative * w[i] * self.kl_scale;
+                    let slope = derivative * w * self.kl_scale;
+                    g[i] += select(drops, 0.0, select(has_ratio, slope * ratio, slope));
                 }
                 if let Some(grad) = &mut grad {
                     store(grad, at, full, g, writer);
@@ -849,6 +1405,44 @@ impl Terms {
     }
 }
 
+/// The sum over unmasked tokens of rollout_logp - logp; NaN of the rollout counts as 0.
+#[inline(always)]
+fn off_policy(weights: &[f32], logp: &[f32], rollout_logp: &[f32]) -> f64 {
+    sum_of(
+        weights.len(),
+        #[inline(always)]
+        |at, full| {
+            let (w, new) = (load(weights, at, full), load(logp, at, full));
+            let rollout = load(rollout_logp, at, full);
+            let mut excess = [0.0; LANES];
+            for i in 0..LANES {
+                let counts = (w[i] != 0.0) & !rollout[i].is_nan();
+                let of_token = f64::from(rollout[i]) - f64::from(new[i]);
+                excess[i] = if counts { of_token } else { 0.0 };
+            }
+            excess
+        },
+    )
+}
+
+/// p - p_old, from the logarithms and their difference d.
+#[inline(always)]
+fn probability_moved(logp: f32, old_logp: f32, d: f32) -> f32 {
+    // The larger one times 1 - e^-|d|, with the sign of d.
+    let larger = exp(select(d > 0.0, logp, old_logp));
+    let moved = larger * exp_m1(-d.abs());
+    select(d > 0.0, -moved, moved)
+}
+
+/// KL of (p_old, 1 - p_old) from (p, 1 - p).
+#[inline(always)]
+fn binary_kl(logp: f32, old_logp: f32, d: f32) -> f32 {
+    let rest_old = -exp_m1(old_logp);
+    let grown = probability_moved(logp, old_logp, d) / rest_old;
+    let of_rest = select(rest_old > 0.0, -rest_old * ln_1p(-grown), 0.0);
+    of_rest - exp(old_logp) * d
+}
+
 /// The first unmasked token, the last, and one about half way.
 fn samples(weights: &[f32]) -> Option<[usize; 3]> {
     let kept = |&token: &usize| weights[token] != 0.0;
@@ -894,7 +1488,10 @@ struct Sums {
     entropy_loss: f64,
     kl_loss: f64,
     clipped: f64,
+    clipped_high: f64,
     lower_clipped: f64,
+    outside: f64,
+    off_policy: f64,
     value_clipped: f64,
     k1: f64,
     k2: f64,
@@ -917,7 +1514,10 @@ impl Sums {
         entropy_loss: 0.0,
         kl_loss: 0.0,
         clipped: 0.0,
+        clipped_high: 0.0,
         lower_clipped: 0.0,
+        outside: 0.0,
+        off_policy: 0.0,
         value_clipped: 0.0,
         k1: 0.0,
         k2: 0.0,
@@ -940,7 +1540,10 @@ impl Sums {
             entropy_loss: self.entropy_loss + other.entropy_loss,
             kl_loss: self.kl_loss + other.kl_loss,
             clipped: self.clipped + other.clipped,
+            clipped_high: self.clipped_high + other.clipped_high,
             lower_clipped: self.lower_clipped + other.lower_clipped,
+            outside: self.outside + other.outside,
+            off_policy: self.off_policy + other.off_policy,
             value_clipped: self.value_clipped + other.value_clipped,
             k1: self.k1 + other.k1,
             k2: self.k2 + other.k2,
@@ -976,6 +1579,10 @@ impl Sums {
             value_loss: given(value, self.value_loss / divisor),
             clip_fraction: mean(self.clipped),
             lower_clip_fraction: mean(self.lower_clipped),
+            clip_high_fraction: mean(self.clipped_high),
+            clip_low_fraction: mean(self.clipped - self.clipped_high),
+            outside_fraction: mean(self.outside),
+            off_policy_fraction: mean(self.off_policy),
             value_clip_fraction: given(value, mean(self.value_clipped)),
             approx_kl_k1: mean(self.k1),
             approx_kl_k2: mean(self.k2),
@@ -985,7 +1592,7 @@ impl Sums {
             ratio_min: given(any, self.ratio_min),
             ratio_max: given(any, self.ratio_max),
             entropy_mean: given(entropy, mean(self.entropy)),
-            kl_mean: given(inputs.ref_logp.is_some(), mean(self.kl)),
+            kl_mean: given(against(inputs, options).is_some(), mean(self.kl)),
             advantage_mean: mean(self.advantages),
             return_mean: given(value && any, self.returns.mean),
             value_mean: given(value && any, self.returns.mean - self.residuals.mean),
@@ -1014,14 +1621,17 @@ mod tests {
             policy: (logp, old_logp, advantages),
             value: Some((values, Some(old_values), returns)),
             entropy: Some(entropy),
-            ref_logp: Some(ref_logp),
+            against: Some(ref_logp),
+            weights: None,
             mask: Some(&mask),
             grad_logp,
             grad_values,
             grad_entropy,
         };
         let options = PpoLossOptions { kl_coef: 0.1, entropy_coef: 0.1, ..Default::default() };
-        Terms::new(&options, 1.0).sum::<NON_TEMPORAL>(tokens, RowWeight::Given(1.0));
+        let (terms, rows) =
+            (Terms::new(&options, 1.0), RowsOf { rows: &[], first: 0, seq_len: len });
+        terms.sum::<NON_TEMPORAL>(tokens, RowWeight::Given(1.0), rows, &options);
         grads.into_iter().flatten().map(f32::to_bits).collect()
     }
 

@@ -1,18 +1,22 @@
 //! Launches of `kernels/ppo_loss.cu` on device memory and the caller's stream. Nothing is allocated
 //! and nothing waits for the device.
 //!
-//! Refuses what [`cpu`](mod@super::cpu) refuses, but for masks: to look at them here would cost a
-//! wait. Where the mask keeps no token and the denominator is not given, the loss comes out as NaN,
-//! and the gradients as 0.
+//! Refuses what [`cpu`](mod@super::cpu) refuses, but for masks and negative weights: to look at them here
+//! would cost a wait. Where the mask keeps no token and the denominator is not given, the loss comes
+//! out as NaN, and the gradients as 0.
 //!
-//! Up to three launches: a look at the mask alone, if the denominator or the weights of the rows
-//! depend on it; the pass over the tokens; and one that adds up what its blocks found. Up to 4096
-//! tokens take a single one, or two where rows are counted.
+//! Up to four launches: a look at the mask alone, if the denominator or the weights of the rows
+//! depend on it; one at the rows, where the ratio is that of a row or rows may be dropped; the pass over
+//! the tokens; and one that adds up what its blocks found. Up to 4096 tokens take a single one, and those
+//! for rows.
 
 use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
-use super::{Aggregation, ClipFractionKind, PpoLossOptions, OP};
+use super::{
+    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, RatioLevel,
+    Surrogate, TrustRegion, TrustRegionSides, OP,
+};
 use crate::cpu::{Logit, TokenId};
 use crate::cuda::rows::{check_logits, Reduction};
 use crate::cuda::{Args, Kernel, Launch, Slice, SliceMut, Stream};
@@ -56,12 +60,13 @@ fn parts(tokens: usize) -> (usize, usize) {
 }
 
 /// Values of f32 that a part leaves for the merge, which has a warp for each.
-const PARTIAL_SUMS: usize = 24;
+const PARTIAL_SUMS: usize = 27;
 
 const WARP: usize = 32;
 
 /// Threads of a block, by what it does.
 const PASS_THREADS: usize = 256;
+const ROWS_THREADS: usize = 256;
 const COUNT_THREADS: usize = 512;
 const MERGE_THREADS: usize = PARTIAL_SUMS * WARP;
 const SCALE_THREADS: usize = 256;
@@ -92,16 +97,19 @@ in_space!(
     Device: Inputs, Outputs, LogitsInputs<T, I>, LogitsOutputs<T>, ScaleInputs, ScaleOutputs
 );
 
-/// The least length of the workspace of [`ppo_loss`]: some 96 bytes for every 1024 tokens or more,
-/// 1 KiB, and with [`Aggregation::SeqMeanTokenMean`] 4 bytes a row.
+/// The least length of the workspace of [`ppo_loss`]: some 108 bytes for every 1024 tokens or more,
+/// 1 KiB, 4 bytes a row where rows have weights, and 12 a row where the ratio is that of a row or rows may be
+/// dropped.
 pub fn workspace_len(batch: usize, seq_len: usize, options: &PpoLossOptions) -> usize {
     let (_, parts) = parts(batch.saturating_mul(seq_len));
-    let weights = match options.aggregation {
-        Aggregation::SeqMeanTokenMean => batch,
-        _ => 0,
-    };
-    PARTIAL_SUMS.saturating_mul(parts).saturating_add(COUNT_PARTS).saturating_add(weights)
+    let weights = if options.aggregation.has_row_weights() { batch } else { 0 };
+    let terms = if options.needs_rows() { batch.saturating_mul(ROW_TERMS) } else { 0 };
+    let sums = PARTIAL_SUMS.saturating_mul(parts).saturating_add(COUNT_PARTS);
+    sums.saturating_add(weights).saturating_add(terms)
 }
+
+/// Elements of f32 of the workspace that a row's terms take.
+const ROW_TERMS: usize = size_of::<RowTerms>() / size_of::<f32>();
 
 /// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
 /// Reads the mask up to twice and every other input once.
@@ -170,10 +178,13 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let of_pass = Inputs {
         entropy,
         ref_logp: inputs.ref_logp,
+        rollout_logp: inputs.rollout_logp,
+        weights: inputs.weights,
         mask: inputs.mask,
         ..Inputs::new(logp, inputs.old_logp, inputs.advantages)
     };
     of_pass.check_given(options)?;
+    options.check_by_token()?;
 
     let counted = Counted::new(stream, inputs.mask, shape, options, &workspace)?;
     if tokens > 0 {
@@ -197,7 +208,12 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             ),
             old_logp: given.old_logp,
             advantages: given.advantages,
-            ref_logp: given.ref_logp,
+            ref_logp: match options.kl_against {
+                KlAgainst::Reference => given.ref_logp,
+                KlAgainst::Old => Some(given.old_logp),
+                KlAgainst::Rollout => given.rollout_logp,
+            },
+            weights: given.weights,
             mask: given.mask,
             row_weights: counted.row_weights,
             grad_logits: wanted.grad_logits,
@@ -208,6 +224,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             kept_groups: (kept / 16) as i32,
             clip: Clip::new(options),
             kl: TokenKl::new(&options.kl),
+            family: Family::new(options),
         };
         // No more than run at once, so that a row is in L2 still when it is read again.
         let blocks = tokens.min((at_once * device.multiprocessors as usize).max(1));
@@ -230,14 +247,25 @@ fn pass(
 ) -> Result<()> {
     let [batch, seq_len] = shape;
     let tokens = batch * seq_len;
-    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    let mut inputs = inputs.try_map(shape, &mut Lengths(OP))?;
     let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     let (part_tiles, parts) = parts(tokens);
     let aligned = Aligned::all(&inputs, outputs, shape);
+    let row_terms = match options.needs_rows() && tokens > 0 {
+        true => rows(stream, &inputs, shape, options, workspace, counted, aligned)?,
+        false => null(),
+    };
+    // To the kernels it is all the same what the KL is against.
+    inputs.ref_logp = match options.kl_against {
+        KlAgainst::Reference => inputs.ref_logp,
+        KlAgainst::Old => Some(inputs.old_logp),
+        KlAgainst::Rollout => inputs.rollout_logp,
+    };
     let args = PassArgs {
         inputs,
         outputs,
         row_weights: counted.row_weights,
+        row_terms,
         partials: workspace.as_mut_ptr(),
         divisor: counted.divisor,
         value_coef: options.value_coef,
@@ -252,16 +280,58 @@ fn pass(
         value_range: limit(options.value_clip_range),
         clip: Clip::new(options),
         kl: TokenKl::new(&options.kl),
+        family: Family::new(options),
     };
     if parts > 0 {
         let more = inputs.entropy.is_some() || inputs.ref_logp.is_some();
-        let pass = if more || !args.row_weights.is_null() { "pass_full" } else { "pass" };
+        let is_plain = options.is_clip_of_tokens() && options.is_plain_kl();
+        let pass = if !is_plain || inputs.weights.is_some() {
+            "pass_family"
+        } else if more || !args.row_weights.is_null() {
+            "pass_full"
+        } else {
+            "pass"
+        };
         stream.launch_f32([OP, pass], parts, PASS_THREADS, &args)?;
     }
     if parts != 1 {
         stream.launch_f32([OP, "merge"], 1, MERGE_THREADS, &args)?;
     }
     Ok(())
+}
+
+/// What the tokens of each row share, where the pass finds it.
+fn rows(
+    stream: &Stream,
+    inputs: &super::Inputs<Pointers>,
+    [batch, seq_len]: [usize; 2],
+    options: &PpoLossOptions,
+    workspace: &SliceMut<f32>,
+    counted: &Counted,
+    aligned: bool,
+) -> Result<*const RowTerms> {
+    let weights = if options.aggregation.has_row_weights() { batch } else { 0 };
+    let before = PARTIAL_SUMS * parts(batch * seq_len).1 + COUNT_PARTS + weights;
+    let row_terms: *mut RowTerms = workspace.as_mut_ptr().wrapping_add(before).cast();
+    let args = RowsArgs {
+        logp: inputs.logp,
+        old_logp: inputs.old_logp,
+        advantages: inputs.advantages,
+        rollout_logp: inputs.rollout_logp.unwrap_or(inputs.old_logp),
+        weights: inputs.weights,
+        mask: inputs.mask,
+        row_weights: counted.row_weights,
+        row_terms,
+        off_policy_threshold: options.off_policy_threshold.unwrap_or(f64::INFINITY),
+        rows: batch as i64,
+        columns: seq_len as i64,
+        aligned: i32::from(aligned && seq_len.is_multiple_of(4)),
+        of_mean: i32::from(options.ratio == RatioLevel::SequenceMean),
+        clip: Clip::new(options),
+        family: Family::new(options),
+    };
+    stream.launch_f32([OP, "rows"], batch, ROWS_THREADS, &args)?;
+    Ok(row_terms)
 }
 
 /// What the mask says, for the kernels: D, and the weights of rows, if they have any.
@@ -285,9 +355,13 @@ impl Counted {
         let mut counted = Self {
             divisor: Divisor {
                 given: given.unwrap_or(0.0),
+                factor: match options.aggregation {
+                    Aggregation::SeqMeanTokenSumNormRows => shape[1] as f64,
+                    _ => 1.0,
+                },
                 counts: null(),
                 parts: 0,
-                needs_tokens: i32::from(needs_tokens(options)),
+                needs_tokens: i32::from(options.needs_tokens()),
             },
             row_weights: null(),
         };
@@ -349,21 +423,14 @@ fn given_divisor(
     options: &PpoLossOptions,
 ) -> Result<Option<f64>> {
     let rows = if seq_len > 0 { batch } else { 0 };
-    let counted = matches!(
-        options.aggregation,
-        Aggregation::TokenMean | Aggregation::SeqMeanTokenSum | Aggregation::SeqMeanTokenMean
-    );
+    let counts_tokens = options.aggregation == Aggregation::TokenMean;
+    let counted = counts_tokens || options.aggregation.counts_rows();
     if masked && counted && options.denominator.is_none() {
         return Ok(None);
     }
-    let divisor = options.divisor(batch * seq_len, rows, seq_len)?;
-    let same_weights = !masked && options.aggregation == Aggregation::SeqMeanTokenMean;
+    let divisor = options.divisor(batch * seq_len, rows, [batch, seq_len])?;
+    let same_weights = !masked && options.aggregation.has_row_weights();
     Ok(Some(if same_weights { divisor * seq_len.max(1) as f64 } else { divisor }))
-}
-
-/// Whether the loss of no token at all is undefined, and not 0.
-fn needs_tokens(options: &PpoLossOptions) -> bool {
-    options.denominator.is_none() && !matches!(options.aggregation, Aggregation::Constant(_))
 }
 
 /// A look at the mask before the pass. A "row" of it is a row of the batch, or where only tokens
@@ -387,7 +454,7 @@ impl Counting {
         options: &PpoLossOptions,
         divisor_depends: bool,
     ) -> Option<Self> {
-        let weights = options.aggregation == Aggregation::SeqMeanTokenMean;
+        let weights = options.aggregation.has_row_weights();
         if !masked || (!weights && !divisor_depends) {
             return None;
         }
@@ -458,6 +525,7 @@ impl Writes<Pointers, Nowhere> for Aligned {
 #[derive(Clone, Copy)]
 struct Divisor {
     given: f64,
+    factor: f64,
     counts: *const u32,
     parts: i32,
     needs_tokens: i32,
@@ -485,12 +553,92 @@ impl Clip {
     }
 }
 
+/// As in `kernels/common/policy.cuh`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Family {
+    surrogate: Surrogate,
+    of_rows: i32,
+    spreads: i32,
+    trust_region: TrustRegion,
+    region_by_advantage: i32,
+    kl_reverse: i32,
+    kl_ratio: KlRatio,
+    kl_weighted: i32,
+    ratio_cap: f32,
+    tau_pos: f32,
+    tau_neg: f32,
+    gamma_k_pos: f32,
+    gamma_lambda_pos: f32,
+    gamma_k_neg: f32,
+    gamma_lambda_neg: f32,
+    region_low: f32,
+    region_high: f32,
+    kl_ratio_cap: f32,
+}
+
+impl Family {
+    fn new(options: &PpoLossOptions) -> Self {
+        let by_advantage = options.trust_region_sides == TrustRegionSides::ByAdvantage;
+        Self {
+            surrogate: options.surrogate,
+            of_rows: i32::from(options.ratio != RatioLevel::Token),
+            spreads: i32::from(options.spreads()),
+            trust_region: options.trust_region,
+            region_by_advantage: i32::from(by_advantage),
+            kl_reverse: i32::from(options.kl_gradient == KlGradient::Reverse),
+            kl_ratio: options.kl_ratio,
+            kl_weighted: i32::from(options.kl_weighted),
+            ratio_cap: limit(options.ratio_cap),
+            tau_pos: options.soft_gate_tau_pos as f32,
+            tau_neg: options.soft_gate_tau_neg as f32,
+            gamma_k_pos: options.gamma_k_pos as f32,
+            gamma_lambda_pos: options.gamma_lambda_pos as f32,
+            gamma_k_neg: options.gamma_k_neg as f32,
+            gamma_lambda_neg: options.gamma_lambda_neg as f32,
+            region_low: options.trust_region_low as f32,
+            region_high: options.trust_region_high as f32,
+            kl_ratio_cap: limit(options.kl_ratio_cap),
+        }
+    }
+}
+
+/// What the tokens of a row share.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RowTerms {
+    log_ratio: f32,
+    spread: f32,
+    off_policy: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct RowsArgs<'a, S: Space> {
+    logp: S::In<'a, f32>,
+    old_logp: S::In<'a, f32>,
+    advantages: S::In<'a, f32>,
+    rollout_logp: S::In<'a, f32>,
+    weights: Option<S::In<'a, f32>>,
+    mask: Option<S::In<'a, u8>>,
+    row_weights: *const f32,
+    row_terms: *mut RowTerms,
+    off_policy_threshold: f64,
+    rows: i64,
+    columns: i64,
+    aligned: i32,
+    of_mean: i32,
+    clip: Clip,
+    family: Family,
+}
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct PassArgs<'a> {
     inputs: super::Inputs<'a, Pointers>,
     outputs: super::Outputs<'a, Pointers>,
     row_weights: *const f32,
+    row_terms: *const RowTerms,
     partials: *mut f32,
     divisor: Divisor,
     value_coef: f64,
@@ -505,6 +653,7 @@ struct PassArgs<'a> {
     value_range: f32,
     clip: Clip,
     kl: TokenKl,
+    family: Family,
 }
 
 /// Without the op's own lists: what the log-probabilities take of them is in their arguments.
@@ -515,6 +664,7 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
     old_logp: S::In<'a, f32>,
     advantages: S::In<'a, f32>,
     ref_logp: Option<S::In<'a, f32>>,
+    weights: Option<S::In<'a, f32>>,
     mask: Option<S::In<'a, u8>>,
     row_weights: *const f32,
     grad_logits: S::Out<'a, T>,
@@ -525,6 +675,7 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
     kept_groups: i32,
     clip: Clip,
     kl: TokenKl,
+    family: Family,
 }
 
 #[repr(C)]
@@ -552,6 +703,7 @@ struct ScaleArgs<'a> {
 
 // SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for PassArgs<'_> {}
+unsafe impl Args for RowsArgs<'_, Pointers> {}
 unsafe impl<T: Element, I: Element> Args for LogitsArgs<'_, Pointers, T, I> {}
 unsafe impl Args for CountArgs {}
 unsafe impl Args for ScaleArgs<'_> {}

@@ -1,8 +1,9 @@
-//! The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their
-//! gradients and the statistics a run is watched by, from one pass over the tokens.
+//! The PPO loss and its family: a policy term of the ratio between new and old policy, clipped value
+//! loss, entropy bonus and KL penalty, with their gradients and the statistics a run is watched by, from
+//! one pass over the tokens.
 //!
-//! For every unmasked token, with d = logp - old_logp clamped to ±[`log_ratio_clamp`], ratio
-//! r = e^d and advantage A:
+//! For every unmasked token, with d = logp - old_logp, l = d clamped to ±[`log_ratio_clamp`], ratio
+//! r = e^l and advantage A:
 //!
 //! ```text
 //! policy  = max(-r A, -clip(r, 1 - low, 1 + high) A)        Schulman et al. 2017
@@ -10,7 +11,7 @@
 //! value   = max((v - R)², (clip(v, v_old - ε, v_old + ε) - R)²) / 2
 //! kl      = an estimate from logp - ref_logp, see `ppo_kernels::kl`
 //!
-//! loss = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+//! loss = agg(weights policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
 //!
 //! ∂policy/∂logp = -r A where the unclipped branch is taken and d is not clamped, else 0
 //! ∂value/∂v     = v - R where the unclipped branch is taken, else 0
@@ -21,6 +22,24 @@
 //! [`Aggregation`] says what agg is, the same for all four terms. The total is TRL's and verl's,
 //! the value loss with its factor 1/2 included.
 //!
+//! # The family
+//!
+//! Other losses are options of the policy term, each by itself; [`PpoLossOptions`] has constructors for
+//! those with names (DAPO, GRPO, GSPO, GMPO, CISPO, DPPO, SAPO, VESPO, REINFORCE, ..).
+//!
+//! | option | says |
+//! |---|---|
+//! | [`ratio`](PpoLossOptions::ratio) | whether l is a token's d, or the mean or the sum of d over its row |
+//! | [`surrogate`](PpoLossOptions::surrogate) | what is made of r, A and logp: the clip above, or another one |
+//! | [`trust_region`](PpoLossOptions::trust_region) | which tokens have a policy term at all |
+//! | [`off_policy_threshold`](PpoLossOptions::off_policy_threshold) | which rows have one |
+//! | `weights` (an input) | a factor of each token's policy term: importance weights, rejections, masks by entropy or covariance |
+//! | `kl_*` | which policy the KL term is against, its gradient, and whether the ratio weighs it |
+//!
+//! What an option takes away, or a weight of 0, still counts in the denominator. A token with weight 0
+//! may hold NaN as far as the policy term is concerned; what shows in the statistics is of all
+//! unmasked tokens.
+//!
 //! | argument | shape | type | gradient |
 //! |---|---|---|---|
 //! | logp | `[B, T]` | f32 | yes |
@@ -28,7 +47,7 @@
 //! | values | `[B, T]` | f32 | yes |
 //! | returns, old_values (for the clip) | `[B, T]` | f32 | no |
 //! | entropy | `[B, T]` | f32 | yes |
-//! | ref_logp | `[B, T]` | f32 | no |
+//! | ref_logp, rollout_logp, weights | `[B, T]` | f32 | no |
 //! | mask | `[B, T]` | u8, 0 = masked | no |
 //!
 //! Only the first three are needed; the value term falls away without values, and values, entropy and
@@ -36,7 +55,9 @@
 //! they count nowhere and get gradient 0. NaN in an unmasked token makes the loss NaN.
 //!
 //! Cost per token: 12 bytes read, 12 more for the value term (8 without its clip), 4 for the
-//! entropy and for the KL each, 2 for the mask (it is counted first); 4 bytes written a gradient.
+//! entropy, the KL, the weights and rollout_logp each, 2 for the mask (it is counted first); 4 bytes
+//! written a gradient. A ratio of rows reads the first 12, mask and weights once more, and on the CPU
+//! allocates some numbers a row.
 //!
 //! # From logits
 //!
@@ -44,7 +65,7 @@
 //! targets in, the loss with its statistics and the logits' gradient out, for an upstream gradient of 1.
 //! They do what [`logprob`](crate::logprob), the loss without values and the backward pass of `logprob`
 //! do, but read the logits from memory once where the cache or a multiprocessor's shared memory holds
-//! them that long. Logits of masked tokens are not read.
+//! them that long. Logits of masked tokens are not read. Options that look at a whole row are refused.
 //!
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 
@@ -53,164 +74,25 @@
 pub mod capi;
 pub mod cpu;
 pub mod cuda;
+mod options;
 pub mod reference;
+mod surrogate;
 #[cfg(feature = "candle")]
 mod tensor;
 
+pub use options::{
+    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, RatioGradient,
+    RatioLevel, Surrogate, TrustRegion, TrustRegionSides,
+};
 #[cfg(feature = "candle")]
 pub use tensor::{ppo_loss, PpoLossInputs, PpoLossOutput, PpoStatsTensor};
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result};
-use crate::kl::{KlEstimator, KlOptions};
 use crate::memory::{list, Element, Space};
 
 const OP: &str = "ppo_loss";
-
-/// How the terms of the tokens become one number. m is the mask, L a term.
-///
-/// Each is Σ w m L / D with a weight w of the row and a denominator D, which
-/// [`PpoLossOptions::denominator`] replaces.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-#[cfg_attr(feature = "driver", derive(serde::Serialize, serde::Deserialize))]
-#[cfg_attr(feature = "driver", serde(try_from = "String", into = "String"))]
-pub enum Aggregation {
-    /// Σ m L / Σ m: every token counts the same. w = 1, D = unmasked tokens.
-    #[default]
-    TokenMean,
-    /// The mean over rows of Σ_t m L. w = 1, D = rows with an unmasked token.
-    SeqMeanTokenSum,
-    /// The mean over rows of the row's mean. w = 1 / unmasked tokens of the row, D = rows with an
-    /// unmasked token.
-    SeqMeanTokenMean,
-    /// Σ m L / T, not divided by the batch (verl's `seq-mean-token-sum-norm`). w = 1, D = T, or
-    /// verl's `loss_scale_factor` given as the denominator.
-    SeqMeanTokenSumNorm,
-    /// Σ m L / this (Dr. GRPO: batch size times the longest response allowed).
-    Constant(f64),
-}
-
-/// What [`PpoStats::clip_fraction`] counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ClipFractionKind {
-    /// Tokens whose clipped branch is the larger one, so without gradient (TRL, verl).
-    #[default]
-    ClippedBranch,
-    /// Tokens whose ratio is outside 1 - low .. 1 + high, whatever their advantage (CleanRL).
-    RatioOutside,
-}
-
-/// Options of the loss. Default: TRL's coefficients, everything else as in most systems.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PpoLossOptions {
-    /// The ratio is clipped from below at 1 - this, and from above at 1 + this unless
-    /// `clip_range_high` is given; 0.2 by default.
-    pub clip_range: f64,
-    /// The ratio is clipped from above at 1 + this; `None`, the default, is `clip_range`.
-    pub clip_range_high: Option<f64>,
-    /// Bounds the policy term at -c A where A < 0; above 1 (3 in verl), `None` by default.
-    pub dual_clip: Option<f64>,
-    /// Clamps the log-ratio to ± this before e^x, with gradient 0 where it bites; `None` leaves it
-    /// as it is, and then a ratio above e^88 is infinite in f32. 20 by default, as in verl and
-    /// OpenRLHF: e^20 is far outside every clip range, and one stray token cannot make the loss
-    /// infinite.
-    pub log_ratio_clamp: Option<f64>,
-    /// Clips the values to the old values ± this; `None` is the plain squared error. 0.2 by
-    /// default.
-    pub value_clip_range: Option<f64>,
-    /// Factor of the value term, which is there when values are given; 0.1 by default.
-    pub value_coef: f64,
-    /// Factor of the entropy, subtracted; 0 by default.
-    pub entropy_coef: f64,
-    /// Factor of the KL term; 0 by default.
-    pub kl_coef: f64,
-    /// How the KL term is estimated: `K3` by default, its log-ratio clamped to ±20.
-    pub kl: KlOptions,
-    /// How tokens become one number; `TokenMean` by default.
-    pub aggregation: Aggregation,
-    /// Replaces the denominator of the aggregation, above 0; not with `Aggregation::Constant`.
-    ///
-    /// For gradient accumulation and data parallelism, where a call sees a part of the batch: give
-    /// every call the denominator of the whole batch, and the losses and gradients add up to the
-    /// whole batch's. Where gradients are averaged over W ranks, give 1/W of it (verl multiplies
-    /// by `dp_size`). With a denominator given, a part may be fully masked: its loss and its
-    /// gradients are 0.
-    pub denominator: Option<f64>,
-    /// What the clip fraction counts; `ClippedBranch` by default.
-    pub clip_fraction: ClipFractionKind,
-}
-
-impl Default for PpoLossOptions {
-    fn default() -> Self {
-        Self {
-            clip_range: 0.2,
-            clip_range_high: None,
-            dual_clip: None,
-            log_ratio_clamp: Some(20.0),
-            value_clip_range: Some(0.2),
-            value_coef: 0.1,
-            entropy_coef: 0.0,
-            kl_coef: 0.0,
-            kl: KlOptions {
-                estimator: KlEstimator::K3,
-                log_ratio_clamp: Some(20.0),
-                ..KlOptions::default()
-            },
-            aggregation: Aggregation::TokenMean,
-            denominator: None,
-            clip_fraction: ClipFractionKind::ClippedBranch,
-        }
-    }
-}
-
-impl PpoLossOptions {
-    pub(crate) fn validate(&self) -> Result<()> {
-        let check = |option, value, valid, expected| {
-            Error::check_option(OP, option, value, valid, expected)
-        };
-        let not_negative = |option, value: f64| check(option, value, value >= 0.0, "0 or more");
-        let positive = |option, value: f64| check(option, value, value > 0.0, "above 0");
-        let finite = |option, value| check(option, value, true, "a finite number");
-
-        not_negative("clip_range", self.clip_range)?;
-        self.clip_range_high.map_or(Ok(()), |x| not_negative("clip_range_high", x))?;
-        self.dual_clip.map_or(Ok(()), |c| check("dual_clip", c, c > 1.0, "none or above 1"))?;
-        self.log_ratio_clamp.map_or(Ok(()), |x| positive("log_ratio_clamp", x))?;
-        self.value_clip_range.map_or(Ok(()), |x| not_negative("value_clip_range", x))?;
-        finite("value_coef", self.value_coef)?;
-        finite("entropy_coef", self.entropy_coef)?;
-        finite("kl_coef", self.kl_coef)?;
-        self.kl.validate_as(OP, ["kl.log_ratio_clamp", "kl.output_clamp"])?;
-        self.denominator.map_or(Ok(()), |x| positive("denominator", x))?;
-        if let Aggregation::Constant(divisor) = self.aggregation {
-            positive("aggregation_divisor", divisor)?;
-            let expected = "none with Aggregation::Constant";
-            self.denominator.map_or(Ok(()), |x| check("denominator", x, false, expected))?;
-        }
-        Ok(())
-    }
-
-    /// The bounds of the clipped ratio.
-    pub(crate) fn ratio_bounds(&self) -> (f64, f64) {
-        (1.0 - self.clip_range, 1.0 + self.clip_range_high.unwrap_or(self.clip_range))
-    }
-
-    /// The D of the aggregation, of a batch with so many unmasked `tokens` and `rows` with one.
-    pub(crate) fn divisor(&self, tokens: usize, rows: usize, seq_len: usize) -> Result<f64> {
-        let own = match self.aggregation {
-            Aggregation::Constant(divisor) => return Ok(divisor),
-            Aggregation::TokenMean => tokens,
-            Aggregation::SeqMeanTokenSum | Aggregation::SeqMeanTokenMean => rows,
-            Aggregation::SeqMeanTokenSumNorm => seq_len,
-        };
-        match self.denominator {
-            Some(given) => Ok(given),
-            None if tokens == 0 => Err(Error::Mask { op: OP, arg: "mask", expected: 1, got: 0 }),
-            None => Ok(own as f64),
-        }
-    }
-}
 
 list! {
     /// The inputs in some memory, each `[B, T]`.
@@ -232,6 +114,10 @@ list! {
         entropy: f32 [&shape],
         /// Log-probabilities under the reference model, for the KL term.
         ref_logp: f32 [&shape],
+        /// Log-probabilities of the rollout as its engine computed them.
+        rollout_logp: f32 [&shape],
+        /// Factors of the policy term, 0 or more; 0 drops it, whatever the token holds.
+        weights: f32 [&shape],
         /// 0 where masked; `None` keeps all.
         mask: u8 [&shape],
     }
@@ -254,8 +140,12 @@ impl<S: Space> Inputs<'_, S> {
         let (entropy, kl) = (options.entropy_coef, options.kl_coef);
         let valid = self.entropy.is_some() || entropy == 0.0;
         check("entropy_coef", entropy, valid, "0 without entropy")?;
-        let valid = self.ref_logp.is_some() || kl == 0.0;
-        check("kl_coef", kl, valid, "0 without ref_logp")
+        let (valid, expected) = match options.kl_against {
+            KlAgainst::Reference => (self.ref_logp.is_some(), "0 without ref_logp"),
+            KlAgainst::Old => (true, ""),
+            KlAgainst::Rollout => (self.rollout_logp.is_some(), "0 without rollout_logp"),
+        };
+        check("kl_coef", kl, valid || kl == 0.0, expected)
     }
 }
 
@@ -305,6 +195,10 @@ list! {
     } optional {
         /// Log-probabilities under the reference model, for the KL term, `[B, T]`.
         ref_logp: f32 [&shape],
+        /// Log-probabilities of the rollout as its engine computed them, `[B, T]`.
+        rollout_logp: f32 [&shape],
+        /// Factors of the policy term, 0 or more; 0 drops it, `[B, T]`.
+        weights: f32 [&shape],
         /// 0 where masked, `[B, T]`; `None` keeps all.
         mask: u8 [&shape],
     }
@@ -387,8 +281,9 @@ list! {
 /// The loss and what else the pass over the tokens found.
 ///
 /// Means, fractions and variances are over the unmasked tokens, each counting the same, whatever
-/// the aggregation. NaN stands for what is not defined: the input was not given, or there is no
-/// unmasked token. The ratio and d = logp - old_logp are those of the loss, after the clamp.
+/// the aggregation; those of weight 0, and those that an option takes away, count too. NaN stands for
+/// what is not defined: the input was not given, or there is no unmasked token. The ratio is that of the
+/// loss, and d = logp - old_logp the token's, both after the clamp.
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 #[repr(C)]
 pub struct PpoStats {
@@ -402,6 +297,14 @@ pub struct PpoStats {
     pub clip_fraction: f64,
     /// Share of tokens bounded by the dual clip.
     pub lower_clip_fraction: f64,
+    /// Share of tokens that are clipped, as above, and have A > 0.
+    pub clip_high_fraction: f64,
+    /// Share of tokens that are clipped, as above, and do not have A > 0.
+    pub clip_low_fraction: f64,
+    /// Share of tokens outside the trust region.
+    pub outside_fraction: f64,
+    /// Share of tokens with A < 0 in rows that are too far off the policy.
+    pub off_policy_fraction: f64,
     /// Share of tokens whose clipped value has the larger error.
     pub value_clip_fraction: f64,
     /// Mean of -d, the first estimate of KL(old || new).
@@ -446,6 +349,10 @@ impl PpoStats {
         "value_loss",
         "clip_fraction",
         "lower_clip_fraction",
+        "clip_high_fraction",
+        "clip_low_fraction",
+        "outside_fraction",
+        "off_policy_fraction",
         "value_clip_fraction",
         "approx_kl_k1",
         "approx_kl_k2",

@@ -40,6 +40,8 @@ fn args(
         returns: pointer(data.returns.as_deref()),
         entropy: pointer(data.entropy.as_deref()),
         ref_logp: pointer(data.ref_logp.as_deref()),
+        rollout_logp: pointer(data.rollout_logp.as_deref()),
+        weights: pointer(data.weights.as_deref()),
         mask: pointer(data.mask.as_deref()),
         options,
         stats: stats.as_mut_ptr(),
@@ -165,6 +167,8 @@ fn from_logits_args<T: Logit>(
         old_logp: case.old_logp.as_ptr(),
         advantages: case.advantages.as_ptr(),
         ref_logp: pointer(case.ref_logp.as_deref()),
+        rollout_logp: pointer(case.rollout_logp.as_deref()),
+        weights: pointer(case.weights.as_deref()),
         mask: pointer(case.mask.as_deref()),
         logprob_options: options.0,
         options: options.1,
@@ -185,6 +189,8 @@ fn the_loss_from_logits_is_that_of_rust() {
             let FromLogits { logp, entropy, stats, loss, grad_logits } = &mut want;
             let inputs = cpu::LogitsInputs {
                 ref_logp: case.ref_logp.as_deref(),
+                rollout_logp: case.rollout_logp.as_deref(),
+                weights: case.weights.as_deref(),
                 mask: case.mask.as_deref(),
                 ..cpu::LogitsInputs::new(
                     &case.logits,
@@ -256,6 +262,8 @@ mod on_the_stand_in {
             returns: data.returns.as_deref().map(slice),
             entropy: data.entropy.as_deref().map(slice),
             ref_logp: data.ref_logp.as_deref().map(slice),
+            rollout_logp: data.rollout_logp.as_deref().map(slice),
+            weights: data.weights.as_deref().map(slice),
             mask: data.mask.as_deref().map(slice),
         };
         for (name, options) in option_sets() {

@@ -3,10 +3,13 @@
 
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::logprob::{self, LogprobOptions};
-use ppo_kernels::ppo_loss::{reference, Aggregation, PpoLossOptions, PpoStats};
+use ppo_kernels::ppo_loss::{
+    reference, Aggregation, KlGradient, KlRatio, PpoLossOptions, PpoStats, RatioLevel,
+};
 use rand::rngs::StdRng;
 use rand::Rng;
 
+use super::ppo_loss_cases::some_weights;
 use super::{assert_close, random_mask, uniform, wide};
 
 /// Sums of both ops.
@@ -25,6 +28,8 @@ pub struct Case<T> {
     pub old_logp: Vec<f32>,
     pub advantages: Vec<f32>,
     pub ref_logp: Option<Vec<f32>>,
+    pub rollout_logp: Option<Vec<f32>>,
+    pub weights: Option<Vec<f32>>,
     pub mask: Option<Vec<u8>>,
     pub logprob_options: LogprobOptions,
     pub options: PpoLossOptions,
@@ -55,6 +60,8 @@ impl<T: Logit> Case<T> {
         };
         let old_logp = near(rng);
         let ref_logp = (number % 2 == 1).then(|| near(rng));
+        let rollout_logp = (number % 6 == 1).then(|| near(rng));
+        let weights = (number % 3 == 1).then(|| some_weights(rng, n));
         let aggregation = [
             Aggregation::TokenMean,
             Aggregation::SeqMeanTokenSum,
@@ -66,12 +73,19 @@ impl<T: Logit> Case<T> {
         if let Some(first) = mask.as_mut().and_then(|mask| mask.first_mut()) {
             *first = 1;
         }
+        // Every surrogate of tokens in turn.
+        let members = ["ppo", "cispo", "sapo", "reinforce", "dppo", "ppo", "vespo"];
+        let member = PpoLossOptions::of(members[number % 7]).unwrap();
         let options = PpoLossOptions {
             aggregation,
             kl_coef: if ref_logp.is_some() { 0.1 } else { 0.0 },
             entropy_coef: if number % 4 == 2 { 0.05 } else { 0.0 },
-            dual_clip: (number % 4 == 3).then_some(1.2),
-            ..PpoLossOptions::default()
+            dual_clip: number.is_multiple_of(7).then_some(1.2),
+            ratio: RatioLevel::Token,
+            trust_region_low: 0.02,
+            kl_gradient: if number % 4 == 1 { KlGradient::Reverse } else { KlGradient::Own },
+            kl_ratio: if number % 4 == 3 { KlRatio::Term } else { KlRatio::None },
+            ..member
         };
         let advantages = uniform(rng, n, 2.0);
         Self {
@@ -82,6 +96,8 @@ impl<T: Logit> Case<T> {
             old_logp,
             advantages,
             ref_logp,
+            rollout_logp,
+            weights,
             mask,
             logprob_options,
             options,
@@ -100,11 +116,14 @@ impl<T: Logit> Case<T> {
             .collect();
         let options = LogprobOptions { ignore_index: Some(MASKED), ..self.logprob_options };
         let (logp, entropy) = logprob::reference::forward(&z, &targets, vocab, &options);
-        let ref_logp = self.ref_logp.as_deref().map(wide);
+        let [ref_logp, rollout_logp, weights] =
+            [&self.ref_logp, &self.rollout_logp, &self.weights].map(|x| x.as_deref().map(wide));
         let (old_logp, advantages) = (wide(&self.old_logp), wide(&self.advantages));
         let inputs = reference::Inputs {
             entropy: Some(&entropy),
             ref_logp: ref_logp.as_deref(),
+            rollout_logp: rollout_logp.as_deref(),
+            weights: weights.as_deref(),
             mask: self.mask.as_deref(),
             ..reference::Inputs::new(&logp, &old_logp, &advantages)
         };
@@ -120,7 +139,9 @@ impl<T: Logit> Case<T> {
         assert_close(&format!("{what}: logp"), &wide(&found.logp), &logp, REL, ABS);
         assert_close(&format!("{what}: entropy"), &wide(&found.entropy), &entropy, REL, ABS);
         let (got, want) = (found.stats.to_array(), want.stats.to_array());
-        assert_close(&format!("{what}: statistics"), &got, &want, REL, ABS);
+        // Where a loss is a weight times logp, it has the size of that.
+        let largest = logp.iter().fold(1.0, |most: f64, x| most.max(x.abs()));
+        assert_close(&format!("{what}: statistics"), &got, &want, REL, ABS * largest);
         // Half a unit in the last place of the gradient's own type.
         let rel = match T::NAME {
             "bf16" => 2f64.powi(-8),

@@ -12,6 +12,7 @@ pub mod gpu;
 pub mod kl_cases;
 pub mod logits_loss_cases;
 pub mod logprob_cases;
+pub mod loss_golden;
 pub mod ppo_loss_cases;
 #[cfg(feature = "simt")]
 mod simt;

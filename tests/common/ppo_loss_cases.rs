@@ -2,7 +2,8 @@
 
 use ppo_kernels::kl::{KlEstimator, KlOptions};
 use ppo_kernels::ppo_loss::{
-    cpu, reference, Aggregation, ClipFractionKind, PpoLossOptions, PpoStats,
+    cpu, reference, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions,
+    PpoStats, RatioGradient, RatioLevel, Surrogate, TrustRegion, TrustRegionSides,
 };
 use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
@@ -25,6 +26,8 @@ pub struct Data<T> {
     pub returns: Option<Vec<T>>,
     pub entropy: Option<Vec<T>>,
     pub ref_logp: Option<Vec<T>>,
+    pub rollout_logp: Option<Vec<T>>,
+    pub weights: Option<Vec<T>>,
     pub mask: Option<Vec<u8>>,
 }
 
@@ -42,6 +45,8 @@ impl<T: Copy> Data<T> {
             returns: self.returns.as_ref().map(all),
             entropy: self.entropy.as_ref().map(all),
             ref_logp: self.ref_logp.as_ref().map(all),
+            rollout_logp: self.rollout_logp.as_ref().map(all),
+            weights: self.weights.as_ref().map(all),
             mask: self.mask.clone(),
         }
     }
@@ -59,6 +64,8 @@ macro_rules! inputs {
                     returns: self.returns.as_deref().filter(|_| has_values),
                     entropy: self.entropy.as_deref(),
                     ref_logp: self.ref_logp.as_deref(),
+                    rollout_logp: self.rollout_logp.as_deref(),
+                    weights: self.weights.as_deref(),
                     mask: self.mask.as_deref(),
                     ..$backend::Inputs::new(&self.logp, &self.old_logp, &self.advantages)
                 }
@@ -75,7 +82,7 @@ inputs! {
 /// Something done to a batch before it is used.
 pub type Change = fn(&mut Data<f32>);
 
-/// A rollout with everything given, on the scale of real ones, all tokens unmasked.
+/// A rollout with everything given but weights, on the scale of real ones, all tokens unmasked.
 pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
     let n = batch * seq_len;
     let mut near = |x: &[f32], scale| -> Vec<f32> {
@@ -88,14 +95,22 @@ pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
         seq_len,
         old_logp: near(&logp, 0.6),
         ref_logp: Some(near(&logp, 0.9)),
+        rollout_logp: Some(near(&logp, 0.3)),
         advantages: near(&vec![0.1; n], 1.5),
         old_values: Some(near(&values, 0.4)),
         returns: Some(near(&values, 0.7)),
         entropy: Some(near(&vec![1.5; n], 1.4)),
         logp,
         values: Some(values),
+        weights: None,
         mask: None,
     }
+}
+
+/// Weights as corrections and masks leave them: some 0, the others around 1.
+pub fn some_weights(rng: &mut StdRng, n: usize) -> Vec<f32> {
+    let weights = uniform(rng, n, 1.0).into_iter().map(|x| (x + 0.8).max(0.0));
+    weights.collect()
 }
 
 /// A batch whose statistics sums in f32 lose that are not taken around a number of their own: ratios
@@ -158,9 +173,21 @@ pub fn padded_mask(rng: &mut StdRng, batch: usize, seq_len: usize) -> Vec<u8> {
 pub fn with_nan_under_the_mask(data: &Data<f32>) -> Data<f32> {
     let mut data = data.clone();
     let mask = data.mask.clone().unwrap();
-    let Data { logp, old_logp, advantages, values, old_values, returns, entropy, ref_logp, .. } =
-        &mut data;
-    let optional = [values, old_values, returns, entropy, ref_logp].into_iter().flatten();
+    let Data {
+        logp,
+        old_logp,
+        advantages,
+        values,
+        old_values,
+        returns,
+        entropy,
+        ref_logp,
+        rollout_logp,
+        weights,
+        ..
+    } = &mut data;
+    let optional = [values, old_values, returns, entropy, ref_logp, rollout_logp, weights];
+    let optional = optional.into_iter().flatten();
     for x in [logp, old_logp, advantages].into_iter().chain(optional) {
         for (x, _) in x.iter_mut().zip(&mask).filter(|(_, &m)| m == 0) {
             *x = f32::NAN;
@@ -193,6 +220,8 @@ pub fn row(data: &Data<f32>, b: usize) -> Data<f32> {
         returns: data.returns.as_ref().map(cut),
         entropy: data.entropy.as_ref().map(cut),
         ref_logp: data.ref_logp.as_ref().map(cut),
+        rollout_logp: data.rollout_logp.as_ref().map(cut),
+        weights: data.weights.as_ref().map(cut),
         mask: data.mask.as_ref().map(|mask| mask[range.clone()].to_vec()),
     }
 }
@@ -206,6 +235,19 @@ pub fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
         ..all_terms
     };
     let aggregation = |aggregation| PpoLossOptions { aggregation, ..all_terms };
+    // What random log-ratios fall on both sides of; a row's ratio is near its bounds too.
+    let member = |name: &str| PpoLossOptions {
+        entropy_coef: 0.03,
+        kl_coef: 0.2,
+        ..PpoLossOptions::of(name).unwrap()
+    };
+    let gspo = PpoLossOptions { clip_range: 0.02, clip_range_high: Some(0.03), ..member("gspo") };
+    let region = |trust_region, trust_region_low, trust_region_high| PpoLossOptions {
+        trust_region,
+        trust_region_low,
+        trust_region_high,
+        ..all_terms
+    };
     vec![
         ("default", default),
         ("all terms", all_terms),
@@ -236,14 +278,91 @@ pub fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
             "given number of rows",
             PpoLossOptions { denominator: Some(9.0), ..aggregation(Aggregation::SeqMeanTokenMean) },
         ),
+        ("batch-mean-token-sum", aggregation(Aggregation::BatchMeanTokenSum)),
+        ("batch-mean-token-mean", aggregation(Aggregation::BatchMeanTokenMean)),
+        ("seq-mean-token-sum-norm-rows", aggregation(Aggregation::SeqMeanTokenSumNormRows)),
+        ("no clip", PpoLossOptions { clip_range: f64::INFINITY, ..all_terms }),
+        ("ratio cap", PpoLossOptions { ratio_cap: Some(1.4), dual_clip: Some(1.3), ..all_terms }),
+        ("gspo", gspo),
+        ("gspo-token", PpoLossOptions { ratio_gradient: RatioGradient::OwnToken, ..gspo }),
+        ("gspo clamped", PpoLossOptions { log_ratio_clamp: Some(0.01), ..gspo }),
+        ("rloo", member("rloo")),
+        ("luspo", PpoLossOptions { clip_range: 0.02, clip_range_high: None, ..member("luspo") }),
+        ("gmpo", PpoLossOptions { clip_range: 0.3, clip_range_high: Some(0.4), ..member("gmpo") }),
+        (
+            "gmpo by token",
+            PpoLossOptions {
+                clip_range: 0.3,
+                ratio_gradient: RatioGradient::OwnToken,
+                ..member("gmpo")
+            },
+        ),
+        (
+            "cispo",
+            PpoLossOptions { clip_range: 0.3, clip_range_high: Some(0.2), ..member("cispo") },
+        ),
+        ("cispo below one", PpoLossOptions { clip_range_high: Some(-0.8), ..member("cispo") }),
+        ("sapo", member("sapo")),
+        (
+            "sapo, other temperatures",
+            PpoLossOptions { soft_gate_tau_pos: 2.0, soft_gate_tau_neg: 3.0, ..member("sapo") },
+        ),
+        // A row's sum may be far from 0.
+        ("vespo", PpoLossOptions { log_ratio_clamp: Some(3.0), ..member("vespo") }),
+        (
+            "vespo of tokens",
+            PpoLossOptions {
+                ratio: RatioLevel::Token,
+                gamma_k_pos: 1.0,
+                gamma_lambda_pos: 1.5,
+                gamma_k_neg: 2.5,
+                gamma_lambda_neg: 0.5,
+                ..member("vespo")
+            },
+        ),
+        ("reinforce", member("reinforce")),
+        ("dro", PpoLossOptions { entropy_coef: 0.1, ..PpoLossOptions::dro(0.7) }),
+        (
+            "dppo",
+            PpoLossOptions { trust_region_low: 0.02, trust_region_high: 0.03, ..member("dppo") },
+        ),
+        ("total variation", region(TrustRegion::TotalVariation, 0.05, 0.03)),
+        ("binary kl", region(TrustRegion::BinaryKl, 0.01, 0.02)),
+        ("ratio region", region(TrustRegion::Ratio, 0.2, 0.3)),
+        (
+            "both sides",
+            PpoLossOptions {
+                trust_region_sides: TrustRegionSides::Both,
+                ..region(TrustRegion::BinaryKl, 0.01, 0.02)
+            },
+        ),
+        ("off policy", PpoLossOptions { off_policy_threshold: Some(0.01), ..all_terms }),
+        ("off policy by rows", PpoLossOptions { off_policy_threshold: Some(-0.02), ..gspo }),
+        ("kl against old", PpoLossOptions { kl_against: KlAgainst::Old, ..all_terms }),
+        ("kl against rollout", PpoLossOptions { kl_against: KlAgainst::Rollout, ..all_terms }),
+        ("reverse kl", PpoLossOptions { kl_gradient: KlGradient::Reverse, ..all_terms }),
+        (
+            "kl times ratio",
+            PpoLossOptions {
+                kl_ratio: KlRatio::Term,
+                kl_gradient: KlGradient::Reverse,
+                ..all_terms
+            },
+        ),
+        (
+            "kl gradient times ratio",
+            PpoLossOptions { kl_ratio: KlRatio::Gradient, kl_ratio_cap: Some(1.1), ..all_terms },
+        ),
+        ("weighted kl", PpoLossOptions { kl_weighted: true, ..all_terms }),
     ]
 }
 
-/// Asserts closeness as a share of the largest element.
+/// Asserts closeness as a share of the largest element, and to what f32 can hold.
 #[track_caller]
 pub fn assert_close_scaled(what: &str, got: &[f32], want: &[f64]) {
     let largest = want.iter().fold(0.0_f64, |m, w| m.max(w.abs()));
-    assert_close(what, &wide(got), want, REL, ABS * largest);
+    let abs = (ABS * largest).max(f64::from(f32::MIN_POSITIVE));
+    assert_close(what, &wide(got), want, REL, abs);
 }
 
 #[track_caller]
@@ -273,6 +392,7 @@ pub fn bad_options() -> Vec<(&'static str, PpoLossOptions)> {
     let default = PpoLossOptions::default();
     let nan = f64::NAN;
     let kl = |kl| PpoLossOptions { kl, ..default };
+    let cispo = PpoLossOptions::cispo();
     vec![
         ("clip_range", PpoLossOptions { clip_range: -0.1, ..default }),
         ("clip_range", PpoLossOptions { clip_range: nan, ..default }),
@@ -298,16 +418,59 @@ pub fn bad_options() -> Vec<(&'static str, PpoLossOptions)> {
             "aggregation_divisor",
             PpoLossOptions { aggregation: Aggregation::Constant(0.0), ..default },
         ),
+        ("clip_range_high", PpoLossOptions { clip_range_high: Some(nan), ..default }),
+        (
+            "clip_range_high",
+            PpoLossOptions { clip_range: 0.5, clip_range_high: Some(-0.6), ..cispo },
+        ),
+        ("dual_clip", PpoLossOptions { dual_clip: Some(3.0), ..cispo }),
+        ("ratio_cap", PpoLossOptions { ratio_cap: Some(0.0), ..default }),
+        ("ratio_cap", PpoLossOptions { ratio_cap: Some(2.0), ..cispo }),
+        ("ratio", PpoLossOptions { surrogate: Surrogate::LogClip, ..default }),
+        (
+            "ratio",
+            PpoLossOptions {
+                surrogate: Surrogate::Reinforce,
+                ratio: RatioLevel::SequenceSum,
+                ..default
+            },
+        ),
+        (
+            "clip_fraction",
+            PpoLossOptions {
+                clip_fraction: ClipFractionKind::RatioOutside,
+                ..PpoLossOptions::gmpo()
+            },
+        ),
+        ("soft_gate_tau_pos", PpoLossOptions { soft_gate_tau_pos: 0.0, ..default }),
+        ("soft_gate_tau_neg", PpoLossOptions { soft_gate_tau_neg: -1.0, ..default }),
+        ("gamma_k_pos", PpoLossOptions { gamma_k_pos: -1.0, ..default }),
+        ("gamma_lambda_pos", PpoLossOptions { gamma_lambda_pos: nan, ..default }),
+        ("gamma_k_neg", PpoLossOptions { gamma_k_neg: -1.0, ..default }),
+        ("gamma_lambda_neg", PpoLossOptions { gamma_lambda_neg: -1.0, ..default }),
+        ("trust_region_low", PpoLossOptions { trust_region_low: -0.1, ..default }),
+        ("trust_region_high", PpoLossOptions { trust_region_high: nan, ..default }),
+        ("off_policy_threshold", PpoLossOptions { off_policy_threshold: Some(nan), ..default }),
+        ("kl_ratio_cap", PpoLossOptions { kl_ratio_cap: Some(2.0), ..default }),
+        (
+            "kl_ratio_cap",
+            PpoLossOptions { kl_ratio: KlRatio::Term, kl_ratio_cap: Some(0.0), ..default },
+        ),
     ]
 }
 
 /// Options that need an input, and how to take that away.
-pub fn missing_inputs() -> [(&'static str, PpoLossOptions, Change); 3] {
+pub fn missing_inputs() -> [(&'static str, PpoLossOptions, Change); 4] {
     let default = PpoLossOptions::default();
     [
         ("value_clip_range", default, |d| d.old_values = None),
         ("entropy_coef", PpoLossOptions { entropy_coef: 0.1, ..default }, |d| d.entropy = None),
         ("kl_coef", PpoLossOptions { kl_coef: 0.1, ..default }, |d| d.ref_logp = None),
+        (
+            "kl_coef",
+            PpoLossOptions { kl_coef: 0.1, kl_against: KlAgainst::Rollout, ..default },
+            |d| d.rollout_logp = None,
+        ),
     ]
 }
 
@@ -324,7 +487,7 @@ pub fn missing_partners() -> [(&'static str, Removal); 3] {
 }
 
 /// What makes an input too short or too long, by its name.
-pub fn wrong_lengths() -> [(&'static str, Change); 9] {
+pub fn wrong_lengths() -> [(&'static str, Change); 11] {
     [
         ("logp", |d| d.logp.truncate(5)),
         ("old_logp", |d| d.old_logp.truncate(5)),
@@ -334,6 +497,8 @@ pub fn wrong_lengths() -> [(&'static str, Change); 9] {
         ("returns", |d| d.returns.as_mut().unwrap().truncate(5)),
         ("entropy", |d| d.entropy.as_mut().unwrap().truncate(5)),
         ("ref_logp", |d| d.ref_logp.as_mut().unwrap().truncate(5)),
+        ("rollout_logp", |d| d.rollout_logp.as_mut().unwrap().truncate(5)),
+        ("weights", |d| d.weights = Some(vec![1.0; 5])),
         ("mask", |d| d.mask = Some(vec![1; 5])),
     ]
 }
@@ -371,11 +536,34 @@ pub fn c_options(options: &PpoLossOptions) -> ppo_kernels::ppo_loss::capi::ppok_
             c.aggregation_divisor = divisor;
             PPOK_PPO_LOSS_CONSTANT
         }
+        Aggregation::BatchMeanTokenSum => PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_SUM,
+        Aggregation::BatchMeanTokenMean => PPOK_PPO_LOSS_BATCH_MEAN_TOKEN_MEAN,
+        Aggregation::SeqMeanTokenSumNormRows => PPOK_PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS,
     };
     c.denominator = or_none(options.denominator);
     c.clip_fraction = match options.clip_fraction {
         ClipFractionKind::ClippedBranch => PPOK_PPO_LOSS_CLIPPED_BRANCH,
         ClipFractionKind::RatioOutside => PPOK_PPO_LOSS_RATIO_OUTSIDE,
     };
+    c.surrogate = options.surrogate as i32;
+    c.ratio = options.ratio as i32;
+    c.ratio_gradient = options.ratio_gradient as i32;
+    c.ratio_cap = or_none(options.ratio_cap);
+    c.soft_gate_tau_pos = options.soft_gate_tau_pos;
+    c.soft_gate_tau_neg = options.soft_gate_tau_neg;
+    c.gamma_k_pos = options.gamma_k_pos;
+    c.gamma_lambda_pos = options.gamma_lambda_pos;
+    c.gamma_k_neg = options.gamma_k_neg;
+    c.gamma_lambda_neg = options.gamma_lambda_neg;
+    c.trust_region = options.trust_region as i32;
+    c.trust_region_low = options.trust_region_low;
+    c.trust_region_high = options.trust_region_high;
+    c.trust_region_sides = options.trust_region_sides as i32;
+    c.off_policy_threshold = or_none(options.off_policy_threshold);
+    c.kl_against = options.kl_against as i32;
+    c.kl_gradient = options.kl_gradient as i32;
+    c.kl_ratio = options.kl_ratio as i32;
+    c.kl_ratio_cap = or_none(options.kl_ratio_cap);
+    c.kl_weighted = i32::from(options.kl_weighted);
     c
 }

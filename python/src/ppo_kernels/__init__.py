@@ -35,13 +35,15 @@ __all__ = [
     "logprobs_and_entropy",
     "masked_moments",
     "masked_whiten",
+    "named_loss",
     "num_threads",
     "ppo_loss",
     "selective_log_softmax",
     "token_kl",
 ]
 # Those on tensors, which are those on arrays too.
-_FUNCTIONS = [name for name in __all__ if name not in ("library_version", "num_threads")]
+_LIBRARY = ("library_version", "named_loss", "num_threads")
+_FUNCTIONS = [name for name in __all__ if name not in _LIBRARY]
 
 
 def library_version() -> str:
@@ -49,6 +51,23 @@ def library_version() -> str:
     from ._lib import version_string
 
     return version_string().decode()
+
+
+def named_loss(name: str) -> dict[str, Any]:
+    """Options of :func:`ppo_loss` that make it the loss of a name, as its paper or the systems that
+    have it do: ``ppo_loss(logp, old_logp, advantages, mask, **named_loss("gspo"))``.
+
+    Args:
+        name: ``ppo``, ``dapo``, ``grpo``, ``dr_grpo``, ``bnpo``, ``luspo``, ``rloo``, ``gspo``,
+            ``gspo_token``, ``gmpo``, ``cispo``, ``dppo``, ``sapo``, ``vespo`` or ``reinforce``.
+
+    Returns:
+        Those that differ from the defaults, by name, to be changed at will. The KL term is off in
+        all of them; ``kl_coef`` turns it on.
+    """
+    from . import _lists
+
+    return _lists.PPO_LOSS.options.named(name)
 
 
 def num_threads() -> int:

@@ -49,6 +49,34 @@ PPO_LOSS_SEQ_MEAN_TOKEN_SUM = 1
 PPO_LOSS_SEQ_MEAN_TOKEN_MEAN = 2
 PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM = 3
 PPO_LOSS_CONSTANT = 4
+PPO_LOSS_BATCH_MEAN_TOKEN_SUM = 5
+PPO_LOSS_BATCH_MEAN_TOKEN_MEAN = 6
+PPO_LOSS_SEQ_MEAN_TOKEN_SUM_NORM_ROWS = 7
+SURROGATE_CLIP = 0
+SURROGATE_LOG_CLIP = 1
+SURROGATE_REINFORCE = 2
+SURROGATE_CLIPPED_WEIGHT = 3
+SURROGATE_GAMMA_WEIGHT = 4
+SURROGATE_SOFT_GATE = 5
+RATIO_TOKEN = 0
+RATIO_SEQUENCE_MEAN = 1
+RATIO_SEQUENCE_SUM = 2
+RATIO_GRADIENT_SPREAD = 0
+RATIO_GRADIENT_OWN_TOKEN = 1
+TRUST_REGION_NONE = 0
+TRUST_REGION_TOTAL_VARIATION = 1
+TRUST_REGION_BINARY_KL = 2
+TRUST_REGION_RATIO = 3
+TRUST_REGION_SIDES_BY_ADVANTAGE = 0
+TRUST_REGION_SIDES_BOTH = 1
+KL_AGAINST_REFERENCE = 0
+KL_AGAINST_OLD = 1
+KL_AGAINST_ROLLOUT = 2
+KL_GRADIENT_OWN = 0
+KL_GRADIENT_REVERSE = 1
+KL_RATIO_NONE = 0
+KL_RATIO_GRADIENT = 1
+KL_RATIO_TERM = 2
 PPO_LOSS_CLIPPED_BRANCH = 0
 PPO_LOSS_RATIO_OUTSIDE = 1
 WHITEN_EPS_IN_VARIANCE = 0
@@ -205,10 +233,29 @@ class ppo_loss_options(Structure):
         ("kl_output_clamp", c_double),
         ("aggregation_divisor", c_double),
         ("denominator", c_double),
+        ("ratio_cap", c_double),
+        ("soft_gate_tau_pos", c_double),
+        ("soft_gate_tau_neg", c_double),
+        ("gamma_k_pos", c_double),
+        ("gamma_lambda_pos", c_double),
+        ("gamma_k_neg", c_double),
+        ("gamma_lambda_neg", c_double),
+        ("trust_region_low", c_double),
+        ("trust_region_high", c_double),
+        ("off_policy_threshold", c_double),
+        ("kl_ratio_cap", c_double),
         ("aggregation", c_int32),
         ("clip_fraction", c_int32),
         ("kl_estimator", c_int32),
-        ("reserved", c_int32),
+        ("surrogate", c_int32),
+        ("ratio", c_int32),
+        ("ratio_gradient", c_int32),
+        ("trust_region", c_int32),
+        ("trust_region_sides", c_int32),
+        ("kl_against", c_int32),
+        ("kl_gradient", c_int32),
+        ("kl_ratio", c_int32),
+        ("kl_weighted", c_int32),
     ]
 
 
@@ -219,6 +266,10 @@ class ppo_loss_stats(Structure):
         ("value_loss", c_double),
         ("clip_fraction", c_double),
         ("lower_clip_fraction", c_double),
+        ("clip_high_fraction", c_double),
+        ("clip_low_fraction", c_double),
+        ("outside_fraction", c_double),
+        ("off_policy_fraction", c_double),
         ("value_clip_fraction", c_double),
         ("approx_kl_k1", c_double),
         ("approx_kl_k2", c_double),
@@ -250,6 +301,8 @@ class logits_ppo_loss_args(Structure):
         ("old_logp", c_void_p),
         ("advantages", c_void_p),
         ("ref_logp", c_void_p),
+        ("rollout_logp", c_void_p),
+        ("weights", c_void_p),
         ("mask", c_void_p),
         ("logprob_options", c_void_p),
         ("options", c_void_p),
@@ -368,6 +421,8 @@ class ppo_loss_args(Structure):
         ("returns", c_void_p),
         ("entropy", c_void_p),
         ("ref_logp", c_void_p),
+        ("rollout_logp", c_void_p),
+        ("weights", c_void_p),
         ("mask", c_void_p),
         ("options", c_void_p),
         ("stats", c_void_p),
@@ -513,12 +568,26 @@ OPTIONS = {
         "kl_output_clamp": "float?",
         "aggregation_divisor": "float",
         "denominator": "float?",
+        "ratio_cap": "float?",
+        "soft_gate_tau_pos": "float",
+        "soft_gate_tau_neg": "float",
+        "gamma_k_pos": "float",
+        "gamma_lambda_pos": "float",
+        "gamma_k_neg": "float",
+        "gamma_lambda_neg": "float",
+        "trust_region_low": "float",
+        "trust_region_high": "float",
+        "off_policy_threshold": "float?",
+        "kl_ratio_cap": "float?",
         "aggregation": (
             "token_mean",
             "seq_mean_token_sum",
             "seq_mean_token_mean",
             "seq_mean_token_sum_norm",
             "constant",
+            "batch_mean_token_sum",
+            "batch_mean_token_mean",
+            "seq_mean_token_sum_norm_rows",
         ),
         "clip_fraction": (
             "clipped_branch",
@@ -531,6 +600,48 @@ OPTIONS = {
             "k3",
             "k3_straight_through",
         ),
+        "surrogate": (
+            "clip",
+            "log_clip",
+            "reinforce",
+            "clipped_weight",
+            "gamma_weight",
+            "soft_gate",
+        ),
+        "ratio": (
+            "token",
+            "sequence_mean",
+            "sequence_sum",
+        ),
+        "ratio_gradient": (
+            "spread",
+            "own_token",
+        ),
+        "trust_region": (
+            "none",
+            "total_variation",
+            "binary_kl",
+            "ratio",
+        ),
+        "trust_region_sides": (
+            "by_advantage",
+            "both",
+        ),
+        "kl_against": (
+            "reference",
+            "old",
+            "rollout",
+        ),
+        "kl_gradient": (
+            "own",
+            "reverse",
+        ),
+        "kl_ratio": (
+            "none",
+            "gradient",
+            "term",
+        ),
+        "kl_weighted": "bool",
     },
     "whiten": {
         "eps": "float",
@@ -588,6 +699,7 @@ FUNCTIONS = {
     "ppo_loss_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "ppo_loss_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "ppo_loss_options_init": (c_int32, (c_void_p, c_size_t)),
+    "ppo_loss_options_named": (c_int32, (c_void_p, c_size_t, c_char_p)),
     "ppo_loss_scale_cpu": (c_int32, (c_void_p,)),
     "ppo_loss_scale_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "ppo_loss_scale_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),

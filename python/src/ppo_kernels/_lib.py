@@ -98,6 +98,26 @@ class Options:
         """Of the values that the options have there, by their names."""
         return self.address(*map(arguments.__getitem__, self.kinds))
 
+    def named(self, name: str) -> dict[str, Any]:
+        """Those that the library has under a name, but for what is as by default."""
+        of_name, default = self.struct(), self.struct()
+        prefix, size = self.struct.__name__, ctypes.sizeof(self.struct)
+        function(f"{prefix}_init")(ctypes.addressof(default), size)
+        named = function(f"{prefix}_named")
+        if status := named(ctypes.addressof(of_name), size, name.encode()):
+            fail(status, {})
+        changed = {}
+        for option, kind in self.kinds.items():
+            value = getattr(of_name, self.fields[option])
+            if value == getattr(default, self.fields[option]):
+                continue
+            if isinstance(kind, tuple):
+                value = kind[value]
+            elif kind == "float?" and value == _ABSENT.get(option, _header.NONE):
+                value = None
+            changed[option] = value
+        return changed
+
     def _make(self, *values: Any) -> Address:
         options = self.struct(ctypes.sizeof(self.struct))
         for (name, kind), value in zip(self.kinds.items(), values):

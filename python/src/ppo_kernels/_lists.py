@@ -227,6 +227,8 @@ _inputs = (
     _numbers("returns?"),
     _numbers("entropy?"),
     _numbers("ref_logp?"),
+    _numbers("rollout_logp?"),
+    _numbers("weights?"),
     _flags("mask?"),
 )
 PPO_LOSS = Op("ppo_loss", _inputs, Options("ppo_loss", "ppo_loss"))

@@ -47,7 +47,12 @@ Aggregation = Literal[
     "seq_mean_token_mean",
     "seq_mean_token_sum_norm",
     "constant",
+    "batch_mean_token_sum",
+    "batch_mean_token_mean",
+    "seq_mean_token_sum_norm_rows",
 ]
+Surrogate = Literal["clip", "log_clip", "reinforce", "clipped_weight", "gamma_weight", "soft_gate"]
+TrustRegion = Literal["none", "total_variation", "binary_kl", "ratio"]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _SKIPPED = torch.iinfo(torch.int64).min  # a token id that nobody means
@@ -415,7 +420,7 @@ def masked_whiten(
 
 def ppo_loss(
     logp: Tensor,
-    old_logp: Tensor,
+    old_logp: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
@@ -424,6 +429,8 @@ def ppo_loss(
     returns: Tensor | None = None,
     entropy: Tensor | None = None,
     ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    weights: Tensor | None = None,
     clip_range: Number = 0.2,
     clip_range_high: Number | None = None,
     dual_clip: Number | None = None,
@@ -439,6 +446,26 @@ def ppo_loss(
     aggregation_divisor: Number | None = None,
     denominator: Number | None = None,
     clip_fraction: Literal["clipped_branch", "ratio_outside"] = "clipped_branch",
+    surrogate: Surrogate = "clip",
+    ratio: Literal["token", "sequence_mean", "sequence_sum"] = "token",
+    ratio_gradient: Literal["spread", "own_token"] = "spread",
+    ratio_cap: Number | None = None,
+    soft_gate_tau_pos: Number = 1.0,
+    soft_gate_tau_neg: Number = 1.05,
+    gamma_k_pos: Number = 2.0,
+    gamma_lambda_pos: Number = 3.0,
+    gamma_k_neg: Number = 3.0,
+    gamma_lambda_neg: Number = 2.0,
+    trust_region: TrustRegion = "none",
+    trust_region_low: Number = 0.2,
+    trust_region_high: Number = 0.2,
+    trust_region_sides: Literal["by_advantage", "both"] = "by_advantage",
+    off_policy_threshold: Number | None = None,
+    kl_against: Literal["reference", "old", "rollout"] = "reference",
+    kl_gradient: Literal["own", "reverse"] = "own",
+    kl_ratio: Literal["none", "gradient", "term"] = "none",
+    kl_ratio_cap: Number | None = None,
+    kl_weighted: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The PPO loss and its statistics, from one pass that makes the gradients too.
 
@@ -446,21 +473,30 @@ def ppo_loss(
 
         policy = max(-r A, -clip(r, 1 - low, 1 + high) A), at most -c A where A < 0 with dual clip c
         value  = max((v - R)^2, (clip(v, v_old - e, v_old + e) - R)^2) / 2
-        loss   = agg(policy) + value_coef agg(value) - entropy_coef agg(entropy) + kl_coef agg(kl)
+        loss   = agg(weights policy) + value_coef agg(value)
+                 - entropy_coef agg(entropy) + kl_coef agg(kl)
+
+    The other losses of its family are options of the policy term and of the KL term, each by
+    itself; :func:`named_loss` has those of losses with names:
+    ``ppo_loss(.., **named_loss("gspo"))``.
 
     Args:
         logp: log-probabilities under the policy that is trained, ``[..., seq_len]``.
             Differentiable.
-        old_logp: under the policy that made the rollout. Like all that is not said to be
-            differentiable, a constant.
-        advantages: already whitened, if they are to be.
+        old_logp: under the policy that made the rollout; ``None`` where that is the one that is
+            trained, and r is 1. Like all that is not said to be differentiable, a constant.
+        advantages: already whitened, if they are to be. As ``weights`` a number for each token, or
+            ``[...]``, one for each row.
         mask: ``[..., seq_len]``.
         values, old_values, returns: for the value term: the critic's predictions, differentiable;
             those at the time of the rollout, needed unless ``value_clip_range`` is ``None``; and
             their targets.
         entropy: of the policy at each token. Differentiable.
         ref_logp: log-probabilities under the reference model, for the KL term.
-        clip_range, clip_range_high: low, and high if it is another.
+        rollout_logp: of the rollout as its engine computed them.
+        weights: factors of the policy term, 0 or more: importance weights, rejections, masks. 0
+            drops a token, whatever it holds, from the sum and not from the denominator.
+        clip_range, clip_range_high: low, and high if it is another; infinity for no clip.
         dual_clip: c, above 1 (3 in verl).
         log_ratio_clamp: clamps d to plus or minus this.
         value_clip_range: e.
@@ -468,27 +504,72 @@ def ppo_loss(
         kl_estimator, kl_log_ratio_clamp, kl_output_clamp: as in :func:`token_kl`.
         aggregation: ``token_mean``; ``seq_mean_token_sum`` and ``seq_mean_token_mean``, means over
             the rows that have an unmasked token; ``seq_mean_token_sum_norm``, the sum over
-            ``seq_len``; ``constant``, the sum over ``aggregation_divisor``.
+            ``seq_len``, and ``seq_mean_token_sum_norm_rows``, over ``seq_len`` and those rows;
+            ``batch_mean_token_sum`` and ``batch_mean_token_mean``, means over all rows (TRL's
+            ``luspo`` and ``grpo``); ``constant``, the sum over ``aggregation_divisor``.
         denominator: replaces that of the aggregation, for gradient accumulation and data
             parallelism.
         clip_fraction: counts tokens whose clipped branch is larger, or whose ratio is outside.
+        surrogate: what is made of r, A and logp, where sg stops the gradient: ``clip``, the policy
+            term above; ``log_clip``, -r A of log-ratios that are clipped before their mean (GMPO);
+            ``reinforce``, -A logp; ``clipped_weight``, -sg(clip(r)) A logp (CISPO, DPPO);
+            ``gamma_weight``, -sg(exp(lambda) r^k exp(-lambda r)) A logp (VESPO); ``soft_gate``,
+            -(4 / tau) sigmoid(tau (r - 1)) A (SAPO).
+        ratio: r is of the token, or of the mean or the sum of d over the row.
+        ratio_gradient: that of a row's ratio is spread over its tokens, or each has its own term's.
+        ratio_cap: bounds r from above in the unclipped branch (TRL's ``delta``).
+        soft_gate_tau_pos, soft_gate_tau_neg: tau where A > 0, and elsewhere.
+        gamma_k_pos, gamma_lambda_pos, gamma_k_neg, gamma_lambda_neg: k and lambda where A >= 0, and
+            elsewhere.
+        trust_region: tokens outside have no policy term: by the change of their probability
+            (``total_variation``), by the KL of token or not token (``binary_kl``), or by
+            ``ratio``.
+        trust_region_low, trust_region_high, trust_region_sides: its bounds, of which the upper
+            holds where A > 0 and the lower elsewhere, or both.
+        off_policy_threshold: drops tokens with A < 0 in rows whose mean of rollout_logp - logp (of
+            old_logp - logp without it) is larger.
+        kl_against: the policy that the KL term is against.
+        kl_gradient: the estimator's own, or the log-ratio itself, which no clamp stops.
+        kl_ratio, kl_ratio_cap: what r of the token, bounded by the cap, is a factor of: the KL
+            term's gradient, or all of the ``term``.
+        kl_weighted: whether ``weights`` are factors of the KL term too.
 
     Returns:
         The loss, and the statistics, all float32 scalars on the same device: ``loss``,
         ``policy_loss``, ``value_loss``, ``clip_fraction``, ``lower_clip_fraction``,
-        ``value_clip_fraction``, ``approx_kl_k1``, ``approx_kl_k2``, ``approx_kl_k3``,
+        ``clip_high_fraction`` and ``clip_low_fraction`` (clipped with A > 0, and without),
+        ``outside_fraction``, ``off_policy_fraction``, ``value_clip_fraction``,
+        ``approx_kl_k1``, ``approx_kl_k2``, ``approx_kl_k3``,
         ``ratio_mean``, ``ratio_var``, ``ratio_min``, ``ratio_max``, ``entropy_mean``, ``kl_mean``,
         ``advantage_mean``, ``return_mean``, ``value_mean``, ``explained_variance`` and ``tokens``;
         NaN for what is not defined, where an input is not given, say.
     """
-    of_terms = (values, old_values, returns, entropy, ref_logp)
+    if old_logp is None:
+        old_logp = logp.detach()
+    advantages, weights = _of_tokens(advantages, logp), _of_tokens(weights, logp)
+    of_terms = (values, old_values, returns, entropy, ref_logp, rollout_logp, weights)
     tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask)
     clips = (clip_range, clip_range_high, dual_clip, log_ratio_clamp, value_clip_range)
     terms = (value_coef, entropy_coef, kl_coef, kl_log_ratio_clamp, kl_output_clamp)
-    means = (aggregation_divisor, denominator, aggregation, clip_fraction, kl_estimator)
+    means = (aggregation_divisor, denominator)
+    soft = (ratio_cap, soft_gate_tau_pos, soft_gate_tau_neg)
+    gamma = (gamma_k_pos, gamma_lambda_pos, gamma_k_neg, gamma_lambda_neg)
+    regions = (trust_region_low, trust_region_high, off_policy_threshold, kl_ratio_cap)
+    kinds = (aggregation, clip_fraction, kl_estimator, surrogate, ratio, ratio_gradient)
+    more = (trust_region, trust_region_sides, kl_against, kl_gradient, kl_ratio, kl_weighted)
+    options = (*clips, *terms, *means, *soft, *gamma, *regions, *kinds, *more)
     wanted = map(_wants_gradient, (logp, values, entropy))
-    loss, stats, *_ = _ops.call(_ops.ppo_loss, *tensors, *wanted, *clips, *terms, *means)
+    loss, stats, *_ = _ops.call(_ops.ppo_loss, *tensors, *wanted, *options)
     return loss, dict(zip(_lib.STATS, stats.unbind()))
+
+
+def _of_tokens(numbers: Tensor | None, logp: Tensor) -> Tensor | None:
+    """Numbers for rows as numbers for tokens."""
+    if numbers is None or not logp.dim():
+        return numbers
+    if numbers.shape == logp.shape[:-1]:
+        numbers = numbers.unsqueeze(-1)
+    return numbers.expand_as(logp) if numbers.shape == (*logp.shape[:-1], 1) else numbers
 
 
 def _wants_gradient(tensor: Tensor | None) -> bool:

@@ -363,9 +363,19 @@ def masked_whiten(
     return whitened
 
 
+def _of_tokens(numbers: ArrayLike | None, shape: tuple[int, ...]) -> ArrayLike | None:
+    """Numbers for rows as numbers for tokens."""
+    if numbers is None or not shape:
+        return numbers
+    if np.shape(numbers) == shape[:-1]:
+        numbers = np.expand_dims(numbers, -1)
+    whole = np.shape(numbers) == (*shape[:-1], 1)
+    return np.broadcast_to(numbers, shape) if whole else numbers
+
+
 def ppo_loss(
     logp: ArrayLike,
-    old_logp: ArrayLike,
+    old_logp: ArrayLike | None,
     advantages: ArrayLike,
     mask: ArrayLike | None = None,
     *,
@@ -374,6 +384,8 @@ def ppo_loss(
     returns: ArrayLike | None = None,
     entropy: ArrayLike | None = None,
     ref_logp: ArrayLike | None = None,
+    rollout_logp: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
@@ -389,10 +401,33 @@ def ppo_loss(
     aggregation_divisor: float | None = None,
     denominator: float | None = None,
     clip_fraction: str = "clipped_branch",
+    surrogate: str = "clip",
+    ratio: str = "token",
+    ratio_gradient: str = "spread",
+    ratio_cap: float | None = None,
+    soft_gate_tau_pos: float = 1.0,
+    soft_gate_tau_neg: float = 1.05,
+    gamma_k_pos: float = 2.0,
+    gamma_lambda_pos: float = 3.0,
+    gamma_k_neg: float = 3.0,
+    gamma_lambda_neg: float = 2.0,
+    trust_region: str = "none",
+    trust_region_low: float = 0.2,
+    trust_region_high: float = 0.2,
+    trust_region_sides: str = "by_advantage",
+    off_policy_threshold: float | None = None,
+    kl_against: str = "reference",
+    kl_gradient: str = "own",
+    kl_ratio: str = "none",
+    kl_ratio_cap: float | None = None,
+    kl_weighted: bool = False,
 ) -> tuple[float, dict[str, float], dict[str, Floats]]:
     """The PPO loss of ``[..., seq_len]``; its statistics; and its gradients with respect to
     ``logp``, and to ``values`` and ``entropy`` where they are given."""
-    given, shape = locals(), np.shape(logp)
+    shape = np.shape(logp)
+    old_logp = logp if old_logp is None else old_logp
+    advantages, weights = _of_tokens(advantages, shape), _of_tokens(weights, shape)
+    given = locals()
     sizes, inputs = _sizes(_lists.PPO_LOSS, logp), _checked(_lists.PPO_LOSS, given, shape)
     names = [name for name in _lists.PPO_LOSS_GRADIENTS if given[name] is not None]
     gradients = {name: np.empty(shape, np.float32) for name in names}

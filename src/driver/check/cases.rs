@@ -16,7 +16,8 @@ use crate::linear::{self, linear_logprobs, LinearInputs, LinearOptions};
 use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
 use crate::moments::{Moments, MomentsTensor};
 use crate::ppo_loss::{
-    self, ppo_loss, Aggregation, ClipFractionKind, PpoLossInputs, PpoLossOptions, PpoStats,
+    self, ppo_loss, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossInputs,
+    PpoLossOptions, PpoStats,
 };
 use crate::whiten::{self, masked_whiten, masked_whiten_with, EpsPlacement, WhitenOptions};
 
@@ -450,10 +451,17 @@ fn check_ppo_loss(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
         Aggregation::SeqMeanTokenMean,
         Aggregation::SeqMeanTokenSumNorm,
         Aggregation::Constant(100.0),
+        Aggregation::BatchMeanTokenSum,
+        Aggregation::BatchMeanTokenMean,
+        Aggregation::SeqMeanTokenSumNormRows,
     ];
     for shape in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
         for aggregation in aggregations {
             let options = draw.ppo_loss_options(aggregation);
+            ppo_loss_case(draw, pair, &options, shape)?;
+        }
+        for name in PpoLossOptions::NAMES {
+            let options = draw.named_loss(name);
             ppo_loss_case(draw, pair, &options, shape)?;
         }
     }
@@ -473,6 +481,9 @@ fn ppo_loss_case(
     let entropy = draw.masked(&mask, 2.0, 2.0);
     let ref_logp: Vec<f32> = logp.iter().map(|&logp| logp - draw.f32(1.0)).collect();
     let old_logp: Vec<f32> = logp.iter().map(|&logp| draw.old_logp(logp, options)).collect();
+    let rollout_logp: Vec<f32> = old_logp.iter().map(|&logp| logp - draw.f32(0.2)).collect();
+    let given = draw.pick(&[false, true]);
+    let token_weights: Vec<f32> = mask.iter().map(|_| (draw.f32(1.0) + 0.8).max(0.0)).collect();
     let (old_values, returns): (Vec<f32>, Vec<f32>) =
         values.iter().map(|&value| draw.value_targets(value, options)).unzip();
 
@@ -480,12 +491,15 @@ fn ppo_loss_case(
     let (x, v, h) = (var(&logp)?, var(&values)?, var(&entropy)?);
     let (old, a) = (draw.tensor(&old_logp, &shape)?, draw.tensor(&advantages, &shape)?);
     let (old_v, r) = (draw.tensor(&old_values, &shape)?, draw.tensor(&returns, &shape)?);
+    let w = draw.tensor(&token_weights, &shape)?;
     let inputs = PpoLossInputs {
         values: Some(&v),
         old_values: Some(&old_v),
         returns: Some(&r),
         entropy: Some(&h),
         ref_logp: Some(&draw.tensor(&ref_logp, &shape)?),
+        rollout_logp: Some(&draw.tensor(&rollout_logp, &shape)?),
+        weights: Some(&w).filter(|_| given),
         mask: Some(&draw.bytes(&mask, &shape)?),
         ..PpoLossInputs::new(&x, &old, &a)
     };
@@ -494,6 +508,7 @@ fn ppo_loss_case(
     let [logp, old_logp, advantages] = [logp, old_logp, advantages].map(|v| widen(&v));
     let [values, old_values, returns] = [values, old_values, returns].map(|v| widen(&v));
     let [entropy, ref_logp] = [entropy, ref_logp].map(|v| widen(&v));
+    let [rollout_logp, token_weights] = [rollout_logp, token_weights].map(|v| widen(&v));
     let inputs = ppo_loss::reference::Inputs {
         logp: &logp,
         old_logp: &old_logp,
@@ -503,6 +518,8 @@ fn ppo_loss_case(
         returns: Some(&returns),
         entropy: Some(&entropy),
         ref_logp: Some(&ref_logp),
+        rollout_logp: Some(&rollout_logp),
+        weights: Some(&token_weights[..]).filter(|_| given),
         mask: Some(&mask),
     };
     let want = ppo_loss::reference::ppo_loss(&inputs, shape[0], shape[1], options)?;
@@ -585,6 +602,18 @@ impl Draw<'_> {
                 .pick(&[ClipFractionKind::ClippedBranch, ClipFractionKind::RatioOutside]),
             aggregation,
             ..PpoLossOptions::default()
+        }
+    }
+
+    fn named_loss(&mut self, name: &str) -> PpoLossOptions {
+        PpoLossOptions {
+            entropy_coef: self.pick(&[0.0, 0.01]),
+            kl_coef: self.pick(&[0.0, 0.1]),
+            kl_against: self.pick(&[KlAgainst::Reference, KlAgainst::Old, KlAgainst::Rollout]),
+            kl_gradient: self.pick(&[KlGradient::Own, KlGradient::Reverse]),
+            kl_ratio: self.pick(&[KlRatio::None, KlRatio::Gradient, KlRatio::Term]),
+            kl_weighted: self.pick(&[false, true]),
+            ..PpoLossOptions::of(name).expect("a name of its own")
         }
     }
 
