@@ -93,6 +93,11 @@ def samples():
     nothing_else = (None,) * 8
     only = (leaf(2, 5), old_logp, advantages, *nothing_else, True, False, False)
     yield ops.ppo_loss, (*only, *options_of_loss(**ppo_kernels.named_loss("gspo")))
+    weights, *others = leaf(33, 8), None, None, None, None
+    head = (leaf(2, 5, 8), weights, index, *others)
+    tokens = (old_logp, advantages, ref_logp, None, torch.rand(2, 5), None)
+    wants = (True, True, False, False, False)
+    yield ops.linear_ppo_loss, (*head, *tokens, *wants, 0.7, None, 1.0, None, 1.0, *terms)
     yield ops.ppo_loss_backward, (torch.tensor(2.0), rows, torch.empty(0), more)
 
 

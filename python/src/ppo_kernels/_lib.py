@@ -98,25 +98,36 @@ class Options:
         """Of the values that the options have there, by their names."""
         return self.address(*map(arguments.__getitem__, self.kinds))
 
-    def named(self, name: str) -> dict[str, Any]:
-        """Those that the library has under a name, but for what is as by default."""
-        of_name, default = self.struct(), self.struct()
-        prefix, size = self.struct.__name__, ctypes.sizeof(self.struct)
-        function(f"{prefix}_init")(ctypes.addressof(default), size)
-        named = function(f"{prefix}_named")
-        if status := named(ctypes.addressof(of_name), size, name.encode()):
-            fail(status, {})
-        changed = {}
+    def defaults(self) -> dict[str, Any]:
+        """What they are where nothing is set."""
+        default = self.struct()
+        size = ctypes.sizeof(self.struct)
+        function(f"{self.struct.__name__}_init")(ctypes.addressof(default), size)
+        return self._values(default)
+
+    def _values(self, options: ctypes.Structure) -> dict[str, Any]:
+        """Those of a struct of the library's."""
+        values = {}
         for option, kind in self.kinds.items():
-            value = getattr(of_name, self.fields[option])
-            if value == getattr(default, self.fields[option]):
-                continue
+            value = getattr(options, self.fields[option])
+            absent = kind == "float?" and value == _ABSENT.get(option, _header.NONE)
             if isinstance(kind, tuple):
                 value = kind[value]
-            elif kind == "float?" and value == _ABSENT.get(option, _header.NONE):
+            elif absent or kind == "int?" and not getattr(options, f"has_{option}"):
                 value = None
-            changed[option] = value
-        return changed
+            values[option] = bool(value) if kind == "bool" else value
+        return values
+
+    def named(self, name: str) -> dict[str, Any]:
+        """Those that the library has under a name, but for what is as by default."""
+        of_name = self.struct()
+        named = function(f"{self.struct.__name__}_named")
+        size = ctypes.sizeof(self.struct)
+        if status := named(ctypes.addressof(of_name), size, name.encode()):
+            fail(status, {})
+        default = self.defaults()
+        values = self._values(of_name).items()
+        return {option: value for option, value in values if value != default[option]}
 
     def _make(self, *values: Any) -> Address:
         options = self.struct(ctypes.sizeof(self.struct))

@@ -10,6 +10,16 @@ which is reduced before the next one is made. What goes in, what comes out, and 
                          gradient.T @ hidden                    grad_weight[v : v + w]
     never                                                       [N, V]
 
+The loss itself from hidden states, where it asks for nothing of a whole row of tokens, has all
+columns of some rows in a tile, and one product less, since the logits are not made again:
+
+    a tile               hidden [n, H] @ weight.T               logits [n, V]
+                         reduced to                             logp, entropy [n]
+                         the loss of these tokens               their gradients [n]
+                         gradient in their place                [n, V]
+                         gradient @ weight                      grad_hidden [n, H]
+                         gradient.T @ hidden                    added to grad_weight [V, H], float32
+
 Products are torch's, in the dtype of the hidden states. Their result is float32 on CUDA, from torch
 2.8 on; on the CPU, where torch has no such product, it has the dtype of the hidden states, and so
 is rounded once. Rows that are ignored take no part in any product.
@@ -24,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _lists
+from . import _lib, _lists
 from ._lists import refuse
 from ._ops import (
     _LOGITS,
@@ -45,6 +55,8 @@ ROWS = 8192
 # A tile of logits, of which there is one at a time: on a CPU it is to stay in the caches.
 TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 _LEAST_COLUMNS = 1024
+# A tile of the loss, which the weight and the sums of its gradient are read for.
+LOSS_TILE_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 # Whether torch has products of 16-bit matrices whose result is float32, on CUDA.
 _WIDE = "dtype_out" in torch.ops.aten.mm.overloads()
 
@@ -178,14 +190,17 @@ class Work(NamedTuple):
             head, temperature = head._replace(row_temperature=temperatures), 1.0
         return Work(head, hidden.contiguous(), index.contiguous(), kept, (temperature, None))
 
-    def chunks(self) -> Iterator[slice]:
-        for first in range(0, len(self.hidden), ROWS):
-            yield slice(first, min(first + ROWS, len(self.hidden)))
+    def chunks(self, rows: int = ROWS) -> Iterator[slice]:
+        for first in range(0, len(self.hidden), rows):
+            yield slice(first, min(first + rows, len(self.hidden)))
+
+    @property
+    def tile_dtype(self) -> torch.dtype:
+        return torch.float32 if self.hidden.is_cuda and _WIDE else self.hidden.dtype
 
     def tiles(self, rows: int) -> tuple[Tensor, list[tuple[int, int]]]:
         """A buffer for a tile of so many rows, and the ranges of columns."""
-        hidden, vocab = self.hidden, len(self.head.weight)
-        dtype = torch.float32 if hidden.is_cuda and _WIDE else hidden.dtype
+        hidden, vocab, dtype = self.hidden, len(self.head.weight), self.tile_dtype
         most = TILE_BYTES[hidden.device.type] // (rows * dtype.itemsize)
         width = min(max(most // 64 * 64, _LEAST_COLUMNS), vocab)
         buffer = torch.empty(rows * width, dtype=dtype, device=hidden.device)
@@ -426,30 +441,32 @@ class Gradients:
     """Those of hidden, weight, bias and adapter, of which those of no elements are not wanted. Sums
     over tiles are float32."""
 
-    def __init__(self, work: Work, *grads: Tensor) -> None:
+    def __init__(self, work: Work, *grads: Tensor, chunk: int = ROWS) -> None:
         self.work, self.grads = work, grads
         self.hidden, self.weight, self.bias, self.a, self.b = (bool(x.numel()) for x in grads)
-        _, weight, bias, _, b = grads
+        _, weight, bias, a, b = grads
+        f32 = torch.float32
         # One product a tile, which is rounded once, where all rows go through together.
-        self.at_once = len(work.hidden) <= ROWS
+        self.at_once = len(work.hidden) <= chunk
         self.by_columns = [weight, bias, b]
         if not self.at_once:
-            f32 = torch.float32
             self.by_columns = [torch.zeros_like(x, dtype=f32) for x in self.by_columns]
+        self.hidden_sums = torch.zeros_like(work.hidden, dtype=f32) if self.hidden else None
+        self.a_sums = torch.zeros_like(a, dtype=f32)
 
     def write(self, known: list[Tensor | None]) -> None:
-        work = self.work
+        for rows in self.work.chunks():
+            self._chunk(rows, [None if x is None else x[rows] for x in known])
+        self.finish()
+
+    def finish(self) -> None:
+        """Writes what the chunks have added up."""
+        work, hidden_sums = self.work, self.hidden_sums
         hidden, weight, bias, a, b = self.grads
-        f32 = torch.float32
-        hidden_sums = torch.zeros_like(work.hidden, dtype=f32) if self.hidden else None
-        a_sums = torch.zeros_like(a, dtype=f32)
         if not len(work.hidden):
             for grad in (weight, bias, b):
                 grad.zero_()
-        for rows in work.chunks():
-            sums = hidden_sums[rows] if self.hidden else None
-            self._chunk(rows, [None if x is None else x[rows] for x in known], sums, a_sums)
-        a.copy_(a_sums)
+        a.copy_(self.a_sums)
         if not self.at_once:
             for grad, sums in zip((weight, bias, b), self.by_columns):
                 grad.copy_(sums)
@@ -460,54 +477,75 @@ class Gradients:
             else:
                 grad.zero_()[work.kept] = hidden_sums.to(grad.dtype)
 
-    def _chunk(
-        self,
-        rows: slice,
-        known: list[Tensor | None],
-        hidden_sums: Tensor | None,
-        a_sums: Tensor,
-    ) -> None:
+    def _chunk(self, rows: slice, known: list[Tensor | None]) -> None:
         work, head = self.work, self.work.head
-        hidden, index = work.hidden[rows], work.index[rows]
+        hidden = work.hidden[rows]
         lowered = head.lowered(hidden)
-        through_adapter = lowered is not None and (self.hidden or self.a)
-        # What comes through the adapter, in its rank.
-        lowered_sums = torch.zeros_like(lowered, dtype=torch.float32) if through_adapter else None
-        buffer, tiles = work.tiles(len(index))
+        lowered_sums = self.lowered_sums(lowered)
+        buffer, tiles = work.tiles(len(hidden))
         for first, end in tiles:
             logits = head.logits(hidden, lowered, first, end, buffer)
             z = logits if head.plain else head.transformed(logits, rows)
-            grad = z if head.plain else z.clone()
-            sizes = (len(index), end - first, head.first_column + first, head.vocab)
-            types = (_LOGITS[z.dtype], _TARGETS[index.dtype])
-            given = _addresses((grad, index, *known), (grad,))
-            _call(_lists.logprob_tile_backward, grad, work.options, *sizes, *types, *given)
-            if not head.plain:
-                grad = head.transform_gradient(grad, z, rows)
-            weight_sums, bias_sums, b_sums = self.by_columns
-            if self.bias:
-                self._add(bias_sums, first, end, grad.sum(0, dtype=torch.float32))
-            grad = grad.to(hidden.dtype)
-            if self.hidden:
-                _accumulate(hidden_sums, grad, head.columns(first, end))
-            if self.weight:
-                self._add_product(weight_sums, first, end, grad, hidden)
-            if through_adapter:
-                _accumulate(lowered_sums, grad, head.adapter_columns(first, end))
-            if self.b:
-                self._add(b_sums, first, end, _product(grad.t(), lowered) * head.lora.scale)
-        if through_adapter:
-            lowered_grad = lowered_sums.to(hidden.dtype)
-            if self.hidden:
-                _accumulate(hidden_sums, lowered_grad, head.lora.a.to(hidden.dtype))
-            if self.a:
-                a_sums += _product(lowered_grad.t(), hidden)
+            self.add(rows, (first, end), z, lowered, lowered_sums, known)
+        self.add_adapter(rows, lowered_sums)
+
+    def lowered_sums(self, lowered: Tensor | None) -> Tensor | None:
+        """For what comes through the adapter, in its rank, if that is wanted."""
+        if lowered is None or not (self.hidden or self.a):
+            return None
+        return torch.zeros_like(lowered, dtype=torch.float32)
+
+    def add(
+        self,
+        rows: slice,
+        columns: tuple[int, int],
+        z: Tensor,
+        lowered: Tensor | None,
+        lowered_sums: Tensor | None,
+        known: list[Tensor | None],
+    ) -> None:
+        """What comes of a tile of compared logits, which are overwritten."""
+        work, head = self.work, self.work.head
+        hidden, index, (first, end) = work.hidden[rows], work.index[rows], columns
+        grad = z if head.plain else z.clone()
+        sizes = (len(index), end - first, head.first_column + first, head.vocab)
+        types = (_LOGITS[z.dtype], _TARGETS[index.dtype])
+        given = _addresses((grad, index, *known), (grad,))
+        _call(_lists.logprob_tile_backward, grad, work.options, *sizes, *types, *given)
+        if not head.plain:
+            grad = head.transform_gradient(grad, z, rows)
+        weight_sums, bias_sums, b_sums = self.by_columns
+        if self.bias:
+            self._add(bias_sums, first, end, grad.sum(0, dtype=torch.float32))
+        grad = grad.to(hidden.dtype)
+        if self.hidden:
+            _accumulate(self.hidden_sums[rows], grad, head.columns(first, end))
+        if self.weight:
+            self._add_product(weight_sums, first, end, grad, hidden)
+        if lowered_sums is not None:
+            _accumulate(lowered_sums, grad, head.adapter_columns(first, end))
+        if self.b:
+            self._add(b_sums, first, end, _product(grad.t(), lowered) * head.lora.scale)
+
+    def add_adapter(self, rows: slice, lowered_sums: Tensor | None) -> None:
+        """What has come through the adapter, once all columns have."""
+        if lowered_sums is None:
+            return
+        work, lora = self.work, self.work.head.lora
+        hidden = work.hidden[rows]
+        lowered_grad = lowered_sums.to(hidden.dtype)
+        if self.hidden:
+            _accumulate(self.hidden_sums[rows], lowered_grad, lora.a.to(hidden.dtype))
+        if self.a:
+            self.a_sums += _product(lowered_grad.t(), hidden)
 
     def _add_product(
         self, sums: Tensor, first: int, end: int, grad: Tensor, hidden: Tensor
     ) -> None:
         if self.at_once and sums.dtype == hidden.dtype:
             torch.mm(grad.t(), hidden, out=sums[first:end])
+        elif not self.at_once:
+            _accumulate(sums[first:end], grad.t(), hidden)
         else:
             self._add(sums, first, end, _product(grad.t(), hidden))
 
@@ -530,3 +568,141 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and _WIDE and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+# --- the loss ---
+
+
+def _backward_of_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
+    stored = ctx.saved_tensors[len(_DIFFERENTIABLE) :]
+    # As for the loss of log-probabilities, which looks too.
+    as_stored = type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
+    as_stored = as_stored and not torch._C._autograd._get_current_graph_task_keep_graph()
+    grads: list[Tensor | None] = [None] * len(_lists.LINEAR_PPO_LOSS.inputs)
+    for place, gradient in zip(_DIFFERENTIABLE, stored):
+        if ctx.needs_input_grad[1 + place]:
+            grads[place] = gradient if as_stored else gradient * grad.to(gradient.dtype)
+    return grads
+
+
+_STATS = len(_lib.STATS)
+_LOSS_RESULTS = f"loss {_GRADIENT_RESULTS} stats logp entropy"
+_LINEAR_OPTIONS = len(_lists.LINEAR.options.kinds)
+_OPTIONS = list(_lists.PPO_LOSS.options.kinds)
+_ENTROPY_COEF = _OPTIONS.index("entropy_coef")
+_OF_LOSS = [argument.name for argument in _lists.LINEAR_PPO_LOSS_ROWS.inputs]
+
+
+@_op(
+    _lists.LINEAR_PPO_LOSS,
+    _LOSS_RESULTS,
+    _backward_of_loss,
+    " ".join(_GRADIENTS),
+    kept=_DIFFERENTIABLE,
+    saved=len(_GRADIENTS),
+)
+def linear_ppo_loss(tensors: tuple, options: tuple) -> Results:
+    wants, options = options[: len(_GRADIENTS)], options[len(_GRADIENTS) :]
+    head_tensors, of_tokens = tensors[:_INPUTS], tensors[_INPUTS:]
+    options, loss_options = options[:_LINEAR_OPTIONS], options[_LINEAR_OPTIONS:]
+    hidden, index = tensors[0], tensors[2]
+    check(head_tensors)
+    given = _checked(_lists.LINEAR_PPO_LOSS_ROWS, of_tokens, index, index.shape)
+    _lists.check_rows(_lists.LINEAR_PPO_LOSS.name, "index", index.shape, "seq_len")
+    f32 = {"dtype": torch.float32, "device": hidden.device}
+    loss, stats = torch.empty((), **f32), torch.empty(_STATS, **f32)
+    logp, entropy = torch.zeros(index.shape, **f32), torch.zeros(index.shape, **f32)
+    places = zip(_DIFFERENTIABLE, wants)
+    grads = [gradient_of(tensors[place], wanted, hidden) for place, wanted in places]
+    yield loss, *grads, stats, logp, entropy
+    given = dict(zip(_OF_LOSS, given))
+    with torch.autocast(hidden.device.type, enabled=False):
+        work = Work.of(head_tensors, options)
+        row_bytes = len(work.head.weight) * work.tile_dtype.itemsize
+        count = max(LOSS_TILE_BYTES[hidden.device.type] // row_bytes, 1)
+        of_rows = Loss(work, given, loss_options, index.shape, count)
+        gradients = Gradients(work, *grads, chunk=count)
+        found = torch.empty(2, len(work.index), **f32)
+        for rows in work.chunks(count):
+            of_rows.chunk(rows, gradients, found)
+        gradients.finish()
+        for output, values in zip((logp, entropy), found):
+            output.copy_(work.spread(values, output))
+    exact = torch.empty_like(stats, dtype=torch.float64)
+    inputs = {**given, "logp": logp, "entropy": entropy}
+    of_pass = [inputs.get(argument.name) for argument in _lists.PPO_LOSS.inputs]
+    sizes = (index.shape[:-1].numel(), index.shape[-1])
+    addresses = _addresses(of_pass, (exact, loss, None, None, None))
+    _call(_lists.ppo_loss, exact, loss_options, *sizes, *addresses)
+    stats.copy_(exact)
+
+
+class Loss:
+    """The loss of the rows that take part, as far as it is one of tokens."""
+
+    def __init__(
+        self,
+        work: Work,
+        given: dict[str, Tensor | None],
+        options: tuple,
+        shape: torch.Size,
+        rows: int,
+    ) -> None:
+        """``rows`` go through the head together."""
+        self.work = work
+        size = min(rows, len(work.hidden)) * len(work.head.weight)
+        self.buffer = torch.empty(size, dtype=work.tile_dtype, device=work.hidden.device)
+        self.of_tokens = {name: work.gather(x) for name, x in given.items() if name != "mask"}
+        settings = dict(zip(_OPTIONS, options))
+        # What the loss multiplies a token by is its gradient where the term is logp itself.
+        of_logp = _lists.PPO_LOSS.options.defaults() | {"surrogate": "reinforce"}
+        for name in ("aggregation", "aggregation_divisor", "denominator"):
+            of_logp[name] = settings[name]
+        ones = torch.ones(shape, dtype=torch.float32, device=work.hidden.device)
+        numbers = {"logp": ones, "old_logp": ones, "advantages": -ones, "mask": given["mask"]}
+        factors = torch.empty_like(ones)
+        self._pass(of_logp, numbers, shape, factors)
+        self.factors = work.gather(factors)
+        # Of a token by itself, before that.
+        self.settings = settings | {
+            "aggregation": "constant",
+            "aggregation_divisor": 1.0,
+            "denominator": None,
+        }
+        self.entropy_coef = settings["entropy_coef"]
+
+    def _pass(
+        self, settings: dict[str, Any], numbers: dict, shape: torch.Size, grad: Tensor
+    ) -> None:
+        stats = torch.empty(_STATS, dtype=torch.float64, device=grad.device)
+        inputs = [numbers.get(argument.name) for argument in _lists.PPO_LOSS.inputs]
+        sizes = (shape[:-1].numel(), shape[-1])
+        options = tuple(settings[name] for name in _OPTIONS)
+        addresses = _addresses(inputs, (stats, None, grad, None, None))
+        _call(_lists.ppo_loss, stats, options, *sizes, *addresses)
+
+    def chunk(self, rows: slice, gradients: Gradients, found: Tensor) -> None:
+        """Log-probabilities and entropies of some rows, into ``found``, and their gradients."""
+        work, head = self.work, self.work.head
+        hidden, index = work.hidden[rows], work.index[rows]
+        count, vocab = len(index), len(head.weight)
+        buffer = self.buffer[: count * vocab]
+        lowered = head.lowered(hidden)
+        logits = head.logits(hidden, lowered, 0, vocab, buffer)
+        z = logits if head.plain else head.transformed(logits, rows)
+        sums = torch.empty(4, count, dtype=torch.float32, device=hidden.device)
+        fold(z, index, tuple(sums), (0, vocab), True, work.options)
+        logp, log_sum, entropy = finish(index, tuple(sums), vocab, work.options)
+        found[0, rows], found[1, rows] = logp, entropy
+        if not any(grad.numel() for grad in gradients.grads):
+            return
+        numbers = {name: None if x is None else x[rows] for name, x in self.of_tokens.items()}
+        grad_logp, factors = torch.empty_like(logp), self.factors[rows]
+        settings = self.settings | {"entropy_coef": 0.0}
+        self._pass(settings, {**numbers, "logp": logp}, logp.shape, grad_logp)
+        grad_logp *= factors
+        grad_entropy = factors * -self.entropy_coef if self.entropy_coef else None
+        known = [sums[0], log_sum, entropy, grad_logp, grad_entropy]
+        lowered_sums = gradients.lowered_sums(lowered)
+        gradients.add(rows, (0, vocab), z, lowered, lowered_sums, known)
+        gradients.add_adapter(rows, lowered_sums)

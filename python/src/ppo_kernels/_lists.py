@@ -243,3 +243,12 @@ _stored = _results.replace("grad_", "stored_")
 ppo_loss_scale = _pass(
     "ppo_loss_scale", PPO_LOSS_BACKWARD, "tokens", _results, f"upstream {_stored}"
 )
+
+# --- the loss from hidden states ---
+
+# Apart from those of the head, each of the shape of the ids.
+_of_loss = [each for each in PPO_LOSS.inputs if each.name not in ("logp", "entropy")]
+_of_loss = tuple(each for each in _of_loss if not each.name.endswith(("values", "returns")))
+LINEAR_PPO_LOSS_ROWS = Op("linear_ppo_loss", _of_loss)
+_options = Choices({**LINEAR.options.kinds, **PPO_LOSS.options.kinds})
+LINEAR_PPO_LOSS = Op("linear_ppo_loss", (*LINEAR.inputs, *_of_loss), _options)

@@ -29,7 +29,7 @@ The package's README and the header of the C library say more about each option.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -561,6 +561,99 @@ def ppo_loss(
     wanted = map(_wants_gradient, (logp, values, entropy))
     loss, stats, *_ = _ops.call(_ops.ppo_loss, *tensors, *wanted, *options)
     return loss, dict(zip(_lib.STATS, stats.unbind()))
+
+
+class LinearPpoLossOutput(NamedTuple):
+    """What :func:`linear_ppo_loss` gives."""
+
+    loss: Tensor
+    stats: dict[str, Tensor]
+    logp: Tensor
+    entropy: Tensor
+
+
+_LOSS_DEFAULTS = _lists.PPO_LOSS.options.defaults()
+
+
+def linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: Number | Tensor = 1.0,
+    logit_scale: Number = 1.0,
+    softcap: Number | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    ref_logp: Tensor | None = None,
+    rollout_logp: Tensor | None = None,
+    weights: Tensor | None = None,
+    **options: Any,
+) -> LinearPpoLossOutput:
+    """:func:`ppo_loss` from hidden states and the head's weight, without the logits of all tokens:
+    what :func:`linear_logprobs` and :func:`ppo_loss` do one after the other, with three products
+    with the weight and not four, since the gradients are made with the loss.
+
+    Where an option looks at a whole row of tokens (``ratio``, ``off_policy_threshold``), it is
+    those two.
+
+    Args:
+        hidden: ``[..., seq_len, hidden_size]``. Differentiable, as the weight, bias and adapter.
+        weight, bias, temperature, logit_scale, softcap, lora: as in :func:`linear_logprobs`.
+        index: token ids ``[..., seq_len]``.
+        old_logp, advantages, mask, ref_logp, rollout_logp, weights: as in :func:`ppo_loss`. Masked
+            tokens take no part in any product.
+        options: those of :func:`ppo_loss`, by name.
+
+    Returns:
+        The loss, its statistics, and as constants the log-probabilities and entropies, ``[...,
+        seq_len]``, 0 where masked.
+    """
+    for name in options:
+        if name not in _LOSS_DEFAULTS:
+            raise TypeError(f"linear_ppo_loss() got an unexpected keyword argument {name!r}")
+    settings = {**_LOSS_DEFAULTS, **options}
+    head = {
+        "temperature": temperature,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "lora": lora,
+    }
+    if settings["ratio"] != "token" or settings["off_policy_threshold"] is not None:
+        found = linear_logprobs(
+            hidden, weight, index, bias, row_mask=mask, outputs=("entropy",), **head
+        )
+        loss, stats = ppo_loss(
+            found.logp,
+            old_logp,
+            advantages,
+            mask,
+            entropy=found.entropy,
+            ref_logp=ref_logp,
+            rollout_logp=rollout_logp,
+            weights=weights,
+            **options,
+        )
+        return LinearPpoLossOutput(loss, stats, found.logp.detach(), found.entropy.detach())
+    op = _lists.LINEAR_PPO_LOSS.name
+    shape_of = index.detach()
+    advantages, weights = _of_tokens(advantages, shape_of), _of_tokens(weights, shape_of)
+    index, ignore_index = _skipped_index(op, index, mask, None)
+    hidden, rows = _linear.autocast(hidden), None
+    if isinstance(temperature, Tensor) and temperature.dim():
+        rows, temperature = _per_token(temperature).detach(), 1.0
+    a, b, scale = (None, None, 1.0) if lora is None else lora
+    of_tokens = (old_logp, advantages, ref_logp, rollout_logp, weights, mask)
+    of_tokens = _taken(_lists.LINEAR_PPO_LOSS_ROWS, *of_tokens)
+    tensors = (hidden, weight, index, bias, rows, a, b, *of_tokens)
+    wanted = map(_wants_gradient, (hidden, weight, bias, a, b))
+    of_head = (temperature, ignore_index, logit_scale, softcap, scale)
+    found = _ops.call(_linear.linear_ppo_loss, *tensors, *wanted, *of_head, *settings.values())
+    loss, *_, stats, logp, entropy = found
+    return LinearPpoLossOutput(loss, dict(zip(_lib.STATS, stats.unbind())), logp, entropy)
 
 
 def _of_tokens(numbers: Tensor | None, logp: Tensor) -> Tensor | None:
