@@ -24,8 +24,8 @@
  * versions. In arguments, set struct_size to sizeof and all that is not used to zero:
  * ppok_gae_args args = {sizeof args}; args.batch = batch; and so on. Options are set to their defaults
  * by ppok_..._options_init(&options, sizeof options), and then changed; a null pointer to options
- * stands for the defaults. Fields named reserved are 0. Results that are structs, ppok_moments and
- * ppok_ppo_loss_stats, are of doubles only, on the device too.
+ * stands for the defaults. Fields named reserved are 0. Results that are structs, ppok_moments and the
+ * ppok_..._stats, are of doubles only, on the device too.
  *
  * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The structs
  * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
@@ -34,7 +34,8 @@
  * stays for the life of the process; ppok_set_team() has the program's own threads used in its place.
  * In the child of a fork(), which does not have them, and where they cannot be started, the caller's
  * thread does all the work, to the same bits. Apart from the pool with its queue, a list of a team's
- * parts of a call, kernels that are loaded, and the texts of errors, nothing is allocated.
+ * parts of a call, the order of the rows by groups in ppok_advantages_cpu(), kernels that are loaded, and
+ * the texts of errors, nothing is allocated.
  *
  * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
  * (CUstream or cudaStream_t; null is the default stream of the thread's current context, or where
@@ -57,6 +58,77 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
+/**
+ * Nothing is subtracted from a score.
+ */
+#define PPOK_ADVANTAGES_BASELINE_NONE 0
+
+/**
+ * The mean of the group (GRPO, Dr. GRPO).
+ */
+#define PPOK_ADVANTAGES_BASELINE_GROUP 1
+
+/**
+ * The mean of the others in the group (RLOO).
+ */
+#define PPOK_ADVANTAGES_BASELINE_LEAVE_ONE_OUT 2
+
+/**
+ * The mean of all rows (REINFORCE).
+ */
+#define PPOK_ADVANTAGES_BASELINE_BATCH 3
+
+/**
+ * The mean of the group, every row as often as it is long (OPO).
+ */
+#define PPOK_ADVANTAGES_BASELINE_LENGTH_WEIGHTED 4
+
+/**
+ * From the best of the group the second best; all others get 0 (pass@k).
+ */
+#define PPOK_ADVANTAGES_BASELINE_RUNNER_UP 5
+
+/**
+ * The difference is divided by nothing.
+ */
+#define PPOK_ADVANTAGES_SCALE_NONE 0
+
+/**
+ * By the standard deviation of the group (GRPO).
+ */
+#define PPOK_ADVANTAGES_SCALE_GROUP 1
+
+/**
+ * By the standard deviation of the others in the group (NeMo-RL with its leave-one-out baseline).
+ */
+#define PPOK_ADVANTAGES_SCALE_LEAVE_ONE_OUT 2
+
+/**
+ * By the standard deviation of all rows (TRL's scale_rewards="batch").
+ */
+#define PPOK_ADVANTAGES_SCALE_BATCH 3
+
+/**
+ * By the mean of the group (MaxRL), for scores of 0 and above.
+ */
+#define PPOK_ADVANTAGES_SCALE_MEAN 4
+
+/**
+ * By the share of all rows whose score is not 0 (GPG).
+ */
+#define PPOK_ADVANTAGES_SCALE_NONZERO 5
+
+/**
+ * The advantage of a row that is the only one of its group with a score is 0 (TRL, NeMo-RL, verl's
+ * vectorised forms).
+ */
+#define PPOK_ADVANTAGES_SINGLETON_ZERO 0
+
+/**
+ * Nothing is subtracted from its score, and no number of the group divides it (verl's loops).
+ */
+#define PPOK_ADVANTAGES_SINGLETON_KEEP 1
 
 /**
  * The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
@@ -457,6 +529,127 @@
  * `eps` is added to the standard deviation (CleanRL).
  */
 #define PPOK_WHITEN_EPS_IN_STD 1
+
+/**
+ * Options of ppok_advantages_*; the defaults are TRL's GRPO. Estimators by their baseline and scale: Dr. GRPO
+ * GROUP and NONE; RLOO LEAVE_ONE_OUT and NONE; OPO LENGTH_WEIGHTED and NONE; pass@k RUNNER_UP and GROUP;
+ * MaxRL GROUP and MEAN with an eps of 1e-6; GPG GROUP and NONZERO with an eps of 0; ReMax NONE and NONE with
+ * `baselines`; REINFORCE++-baseline GROUP, NONE and SINGLETON_KEEP, then ppok_whiten_* of token_advantages.
+ */
+typedef struct ppok_advantages_options {
+    size_t struct_size;
+    /**
+     * Added to the scale; finite, 0 or above; 1e-4 by default.
+     */
+    double eps;
+    /**
+     * Scores below are this; -INFINITY by default.
+     */
+    double score_min;
+    /**
+     * Scores above are this; not below `score_min`; INFINITY by default.
+     */
+    double score_max;
+    /**
+     * What is subtracted: `PPOK_ADVANTAGES_BASELINE_GROUP`, the default, or one of the others.
+     */
+    int32_t baseline;
+    /**
+     * What is divided by: `PPOK_ADVANTAGES_SCALE_GROUP`, the default, or one of the others. One that is 0, or
+     * of too few scores to have it, divides nothing.
+     */
+    int32_t scale;
+    /**
+     * What a group of one gets where the baseline is of the group: `PPOK_ADVANTAGES_SINGLETON_ZERO`, the
+     * default, or `PPOK_ADVANTAGES_SINGLETON_KEEP`.
+     */
+    int32_t singleton;
+    /**
+     * What of a standard deviation `eps` is added to: `PPOK_WHITEN_EPS_IN_STD`, the default, or
+     * `PPOK_WHITEN_EPS_IN_VARIANCE`.
+     */
+    int32_t eps_placement;
+    /**
+     * 1, the default: sums of squares are divided by n - 1; 0: by n.
+     */
+    int32_t unbiased;
+    int32_t reserved;
+} ppok_advantages_options;
+
+/**
+ * What is worth knowing of a batch's scores, after clip and `baselines`. NaN stands for what is not
+ * defined: there are too few scores, or no groups.
+ */
+typedef struct ppok_advantages_stats {
+    /**
+     * Mean of the scores that are not NaN.
+     */
+    double score_mean;
+    /**
+     * Their standard deviation, unbiased or not by the option.
+     */
+    double score_std;
+    /**
+     * Share of groups without two different scores, from which nothing is learnt; groups without any score
+     * do not count.
+     */
+    double zero_std_fraction;
+} ppok_advantages_stats;
+
+
+/**
+ * Arguments of ppok_advantages_*.
+ */
+typedef struct ppok_advantages_args {
+    size_t struct_size;
+    /**
+     * Rows: sequences.
+     */
+    size_t batch;
+    /**
+     * Tokens of a row, where `mask` or `token_advantages` is given.
+     */
+    size_t seq_len;
+    /**
+     * Rows of a group where those stand after each other; it divides `batch`. 0 where `groups` is given,
+     * or nothing is asked of groups.
+     */
+    size_t group_size;
+    /**
+     * Scores of the sequences, `[batch]`. Those that are NaN are left out, and their rows get 0.
+     */
+    const float *scores;
+    /**
+     * Ids of any values in any order, `[batch]`: rows of equal ids are a group. May be null.
+     */
+    const int64_t *groups;
+    /**
+     * Lengths of the sequences, `[batch]`: the weights of the length-weighted mean; else it may be null.
+     */
+    const float *lengths;
+    /**
+     * Subtracted from the clipped scores before all else, `[batch]`; null stands for zeros.
+     */
+    const float *baselines;
+    /**
+     * `[batch, seq_len]`; null if nothing is masked. Looked at for `token_advantages` only.
+     */
+    const uint8_t *mask;
+    const struct ppok_advantages_options *options;
+    /**
+     * Advantages of the rows, `[batch]`; written.
+     */
+    float *advantages;
+    /**
+     * The row's advantage on each of its tokens, 0 where masked, `[batch, seq_len]`; written; null if not
+     * wanted.
+     */
+    float *token_advantages;
+    /**
+     * Statistics of the scores, one, written; null if not wanted.
+     */
+    struct ppok_advantages_stats *stats;
+} ppok_advantages_args;
 
 /**
  * Options of ppok_gae_*.
@@ -1679,6 +1872,31 @@ typedef struct ppok_whiten_with_backward_args {
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
+
+/**
+ * Advantages from one score a sequence: with x_i = clip(score_i) - baselines_i,
+ *
+ * ```text
+ * A_i = (x_i - b_i) / (s_i + eps)
+ * ```
+ *
+ * where the options say which number of the row's group, or of all rows, b and s are. Equal scores give
+ * exactly 0. An infinite score makes every row NaN that is compared with it. Where the baseline is the
+ * runner-up, a group of one row is `PPOK_STATUS_OPTION`; on CUDA, by `groups`, its advantage is NaN. The
+ * function for the CPU allocates a number a row for `groups` that do not ascend.
+ */
+int32_t ppok_advantages_cpu(const struct ppok_advantages_args *args);
+
+int32_t ppok_advantages_cuda(const struct ppok_advantages_args *args,
+                             void *workspace,
+                             size_t bytes,
+                             void *stream);
+
+int32_t ppok_advantages_cuda_workspace_size(const struct ppok_advantages_args *args,
+                                            void *stream,
+                                            size_t *bytes);
+
+int32_t ppok_advantages_options_init(struct ppok_advantages_options *options, size_t struct_size);
 
 /**
  * Generalised advantage estimation, with the shaping of the rewards in the same pass: for each row,

@@ -7,6 +7,7 @@
 //! | `linear` | the logits altogether: log-probabilities from hidden states (feature `linear`) |
 //! | [`kl`] | per-token KL from log-probabilities, and exact KL over the vocabulary |
 //! | [`gae`] | a loop over time for advantages and returns, with reward shaping before it |
+//! | [`advantages`] | loops over groups of sequences: GRPO, RLOO and their relatives, from a score each |
 //! | [`whiten`] | masked mean, variance and normalisation |
 //! | [`ppo_loss`] | the dozens of elementwise steps of the clipped loss, its gradients and statistics |
 //!
@@ -27,6 +28,7 @@
 //! the argument.
 #![warn(missing_docs)]
 
+pub mod advantages;
 #[cfg(feature = "capi")]
 pub mod capi;
 pub mod cpu;

@@ -12,6 +12,7 @@
 //! - The sampled KL: the error of e^-d, and of differences of numbers of magnitude 1 to 10.
 //! - `gae`: some roundings of each delta, of magnitude up to 10, add up over the 1 / (1 - γ λ) steps
 //!   that a discounted sum sees, or over the whole row where γ λ = 1.
+//! - `advantages`: all is in f64, and one result rounded to f32: 2 u.
 //! - `whiten`: mean and variance are merged in f64, so what remains are some roundings of values of
 //!   magnitude up to 5; the gradient is a difference of three such terms.
 //! - `ppo_loss`: exp, and products of few factors; terms of opposite sign are added up.
@@ -92,6 +93,14 @@ pub const GAE: Tolerances = Tolerances {
     tests: Tolerance::new(2e-5, 1e-5),
     forward: Tolerance::new(2e-5, 1e-5),
     backward: Tolerance::new(2e-5, 1e-5),
+    benches: Tolerance::new(1e-4, 1e-4),
+};
+
+/// Tolerances of `advantages`.
+pub const ADVANTAGES: Tolerances = Tolerances {
+    tests: Tolerance::new(1e-9, 1.2e-7),
+    forward: Tolerance::new(1e-9, 1.2e-7),
+    backward: Tolerance::new(1e-9, 1.2e-7),
     benches: Tolerance::new(1e-4, 1e-4),
 };
 

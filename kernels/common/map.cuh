@@ -151,10 +151,12 @@ static __device__ __forceinline__ void map_tokens(const float* const (&in)[IN],
     }
 }
 
-// One value in all columns, shared out in the same way.
-template <class T>
-static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns,
-                                                    Share share) {
+// One value in all columns, shared out in the same way. With MASKED columns are f32, and where `mask` is
+// not null and 0, they are 0.
+template <bool MASKED = false, class T>
+static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns, Share share,
+                                                    const uint8_t* mask = nullptr) {
+    static_assert(!MASKED || WIDTH<T> == 4);
     const Split<T> split(out, out, columns);
     const int rank = share.chunk * share.threads + share.thread;
     const int step = share.chunks * share.threads;
@@ -162,10 +164,19 @@ static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t
 #pragma unroll
     for (int i = 0; i < WIDTH<T>; i++) values[i] = value;
     for (int vector = rank; vector < split.vectors; vector += step) {
-        store_once(out + split.head + int64_t(vector) * WIDTH<T>, pack(values, T{}));
+        const int64_t first = split.head + int64_t(vector) * WIDTH<T>;
+        if constexpr (MASKED) {
+            const uint32_t keep = mask ? load_bytes(mask + first) : 0x01010101;
+#pragma unroll
+            for (int i = 0; i < WIDTH<T>; i++) values[i] = keep >> 8 * i & 0xff ? value : 0.0f;
+        }
+        store_once(out + first, pack(values, T{}));
     }
-    if (rank < split.head) store(out + rank, value);
-    for (int64_t i = split.tail + rank; i < columns; i += step) store(out + i, value);
+    const auto one = [&](int64_t column) {
+        store(out + column, MASKED && mask && mask[column] == 0 ? 0.0f : value);
+    };
+    if (rank < split.head) one(rank);
+    for (int64_t i = split.tail + rank; i < columns; i += step) one(i);
 }
 
 // Block [threads]: calls f(row, share) for every row and each of its `chunks`, which are for a warp

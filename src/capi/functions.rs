@@ -4,12 +4,40 @@
 
 use std::ffi::c_void;
 
+use crate::advantages::capi::*;
 use crate::capi;
 use crate::gae::capi::*;
 use crate::kl::capi::*;
 use crate::logprob::capi::*;
 use crate::ppo_loss::capi::*;
 use crate::whiten::capi::*;
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_advantages_options_init(
+    options: *mut ppok_advantages_options,
+    struct_size: usize,
+) -> i32 {
+    capi::init(options, struct_size)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_advantages_cuda(
+    args: *const ppok_advantages_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_advantages_cuda_workspace_size(
+    args: *const ppok_advantages_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
 
 #[no_mangle]
 pub unsafe extern "C" fn ppok_gae_options_init(

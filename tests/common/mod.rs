@@ -2,6 +2,7 @@
 //! it is what the tests of the CUDA kernels need, on a GPU machine too (benches/gpu).
 #![allow(dead_code, unused_imports)] // each test binary uses its own part
 
+pub mod advantages_cases;
 #[cfg(any(feature = "simt", feature = "cuda"))]
 pub mod device;
 pub mod gae_cases;

@@ -2,6 +2,20 @@
 
 from ctypes import Structure, c_char_p, c_double, c_int32, c_int64, c_size_t, c_void_p
 
+ADVANTAGES_BASELINE_NONE = 0
+ADVANTAGES_BASELINE_GROUP = 1
+ADVANTAGES_BASELINE_LEAVE_ONE_OUT = 2
+ADVANTAGES_BASELINE_BATCH = 3
+ADVANTAGES_BASELINE_LENGTH_WEIGHTED = 4
+ADVANTAGES_BASELINE_RUNNER_UP = 5
+ADVANTAGES_SCALE_NONE = 0
+ADVANTAGES_SCALE_GROUP = 1
+ADVANTAGES_SCALE_LEAVE_ONE_OUT = 2
+ADVANTAGES_SCALE_BATCH = 3
+ADVANTAGES_SCALE_MEAN = 4
+ADVANTAGES_SCALE_NONZERO = 5
+ADVANTAGES_SINGLETON_ZERO = 0
+ADVANTAGES_SINGLETON_KEEP = 1
 VERSION = 100
 STATUS_OK = 0
 STATUS_SHAPE = 1
@@ -81,6 +95,47 @@ PPO_LOSS_CLIPPED_BRANCH = 0
 PPO_LOSS_RATIO_OUTSIDE = 1
 WHITEN_EPS_IN_VARIANCE = 0
 WHITEN_EPS_IN_STD = 1
+
+
+class advantages_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("eps", c_double),
+        ("score_min", c_double),
+        ("score_max", c_double),
+        ("baseline", c_int32),
+        ("scale", c_int32),
+        ("singleton", c_int32),
+        ("eps_placement", c_int32),
+        ("unbiased", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class advantages_stats(Structure):
+    _fields_ = [
+        ("score_mean", c_double),
+        ("score_std", c_double),
+        ("zero_std_fraction", c_double),
+    ]
+
+
+class advantages_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("batch", c_size_t),
+        ("seq_len", c_size_t),
+        ("group_size", c_size_t),
+        ("scores", c_void_p),
+        ("groups", c_void_p),
+        ("lengths", c_void_p),
+        ("baselines", c_void_p),
+        ("mask", c_void_p),
+        ("options", c_void_p),
+        ("advantages", c_void_p),
+        ("token_advantages", c_void_p),
+        ("stats", c_void_p),
+    ]
 
 
 class gae_options(Structure):
@@ -506,6 +561,36 @@ class whiten_with_backward_args(Structure):
 
 
 OPTIONS = {
+    "advantages": {
+        "eps": "float",
+        "score_min": "float",
+        "score_max": "float",
+        "baseline": (
+            "none",
+            "group",
+            "leave_one_out",
+            "batch",
+            "length_weighted",
+            "runner_up",
+        ),
+        "scale": (
+            "none",
+            "group",
+            "leave_one_out",
+            "batch",
+            "mean",
+            "nonzero",
+        ),
+        "singleton": (
+            "zero",
+            "keep",
+        ),
+        "eps_placement": (
+            "variance",
+            "std",
+        ),
+        "unbiased": "bool",
+    },
     "gae": {
         "gamma": "float",
         "lambda": "float",
@@ -655,6 +740,10 @@ OPTIONS = {
 }
 
 FUNCTIONS = {
+    "advantages_cpu": (c_int32, (c_void_p,)),
+    "advantages_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "advantages_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "advantages_options_init": (c_int32, (c_void_p, c_size_t)),
     "gae_cpu": (c_int32, (c_void_p,)),
     "gae_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "gae_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),

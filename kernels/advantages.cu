@@ -1,0 +1,429 @@
+// Advantages from one score a sequence. src/advantages/mod.rs has the formulas and src/advantages/cuda.rs
+// the launches.
+//
+//     x_i = clip(score_i) - baselines_i        A_i = (x_i - b_i) / (s_i + eps)        A_it = m_it A_i
+//
+// Scores, lengths, baselines and A are [rows] in f32, group ids [rows] in i64, the mask is [rows, tokens] in
+// u8 and what is spread over tokens [rows, tokens] in f32. Up to six kernels, of which a call needs some:
+//     sort    with group ids: a block sorts a tile of pairs of id and row
+//     merge   with group ids: doubles the length of what is sorted, as often as it takes
+//     batch   moments of all rows, and how many scores are not 0: one block
+//     rows    a warp takes a group after the other: its statistics, then the advantages of its rows
+//     finish  statistics: one warp
+//     spread  the tokens of a row, a range of them a unit of threads
+// No two pairs of id and row are equal, so there is one order to sort them into, whichever way; and a
+// group is summed in the order of its rows by one warp, so no bit depends on ids or on the grid.
+//
+// What never exists: a matrix of rows by groups, a table of ids, a mean or a standard deviation a row. What is
+// left out: a group is never spread over warps, nor the moments of the batch over blocks. A group of a
+// million rows takes milliseconds; of those that are trained on none has more than some hundred.
+//
+// Bytes: 8 a row and 4 for each of lengths and baselines, some times 16 where there are ids; a mask's 1 and 4 a
+// token. Sums are in f64, of differences from one of the scores, so that equal ones leave 0.
+
+#include "common/map.cuh"
+#include "common/moments.cuh"
+
+// Pairs that a block sorts in its shared memory.
+constexpr int TILE = 1024;
+
+// Places of which a warp takes the groups that begin there.
+constexpr int PLACES = 8;
+
+enum Baseline {
+    BASELINE_NONE,
+    BASELINE_GROUP,
+    BASELINE_LEAVE_ONE_OUT,
+    BASELINE_BATCH,
+    BASELINE_LENGTH_WEIGHTED,
+    BASELINE_RUNNER_UP,
+};
+
+enum Scale { SCALE_NONE, SCALE_GROUP, SCALE_LEAVE_ONE_OUT, SCALE_BATCH, SCALE_MEAN, SCALE_NONZERO };
+
+// A row by its group.
+struct Key {
+    int64_t id;
+    int64_t row;
+};
+
+struct AdvantageStats {
+    double score_mean;
+    double score_std;
+    double zero_std_fraction;
+};
+
+// Statistics of all rows.
+struct Batch {
+    Moments moments;
+    double nonzero;  // share of the scores that are not 0
+};
+
+// Groups with a score, and those of them in which all scores are equal.
+struct Counts {
+    double scored;
+    double zero_std;
+};
+
+struct OptionsArgs {
+    double eps;
+    double score_min;
+    double score_max;
+    int32_t baseline;
+    int32_t scale;
+    int32_t keep_singleton;
+    int32_t eps_at_std;  // it is added to the standard deviation, not to the variance
+    int32_t unbiased;
+    int32_t by_group;    // statistics of groups are looked at, by options or for statistics
+};
+
+struct SortArgs {
+    const int64_t* groups;  // [count]
+    const Key* from;        // [count], in sorted runs
+    Key* to;                // [count]
+    int64_t count;
+    int64_t run;            // pairs of a run
+};
+
+struct PassArgs {
+    const float* scores;       // [rows]
+    const int64_t* groups;     // [rows], or null
+    const float* lengths;      // [rows], or null
+    const float* baselines;    // [rows], or null: zeros
+    const uint8_t* mask;       // [rows, tokens], or null: ones
+    float* advantages;         // [rows]
+    float* token_advantages;   // [rows, tokens], or null: not wanted
+    AdvantageStats* stats;     // [1], or null: not wanted
+    const Key* keys;           // [rows], sorted, or null: the rows are in order
+    Batch* batch;              // [1]
+    Counts* counts;            // [units]
+    int64_t rows;
+    int64_t tokens;
+    int64_t group_size;        // 0: none
+    int64_t units;             // warps that count groups
+    OptionsArgs options;
+    int32_t chunks;            // ranges of the tokens of a row
+    int32_t chunk_threads;     // threads that share a range
+};
+
+// ---- the order of rows ----
+
+static __device__ __forceinline__ bool operator<(const Key& a, const Key& b) {
+    return a.id != b.id ? a.id < b.id : a.row < b.row;
+}
+
+// Where pair `i` goes when its run and the next one, or the one before, become one.
+template <class T>
+static __device__ __forceinline__ T place_in_both(const Key* keys, T i, T run, T count) {
+    const T start = i / (2 * run) * (2 * run), middle = min(start + run, count);
+    const bool in_second = i >= middle;
+    T low = in_second ? start : middle, high = in_second ? middle : min(start + 2 * run, count);
+    const T others = low;
+    // The first of the other run that is not before it.
+    const Key key = keys[i];
+    while (low < high) {
+        const T at = low + (high - low) / 2;
+        if (keys[at] < key) low = at + 1; else high = at;
+    }
+    return i - (in_second ? middle - start : 0) + (low - others);
+}
+
+// Block [threads], a tile of pairs a block.
+KERNEL(256, 4, advantages_sort_f32, SortArgs) {
+    SHARED(Key, even, TILE);
+    SHARED(Key, odd, TILE);
+    for (int64_t first = int64_t(blockIdx.x) * TILE; first < args.count;
+         first += int64_t(gridDim.x) * TILE) {
+        const int count = int(min(int64_t(TILE), args.count - first));
+        Key *from = even, *to = odd;
+        // Others may still be at the tile before.
+        __syncthreads();
+        for (int i = threadIdx.x; i < count; i += blockDim.x) {
+            from[i] = {args.groups[first + i], first + i};
+        }
+        for (int run = 1; run < TILE; run *= 2) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < count; i += blockDim.x) {
+                to[place_in_both(from, i, run, count)] = from[i];
+            }
+            Key* const merged = to;
+            to = from;
+            from = merged;
+        }
+        __syncthreads();
+        for (int i = threadIdx.x; i < count; i += blockDim.x) args.to[first + i] = from[i];
+    }
+}
+
+// Block [threads], a pair a thread.
+KERNEL(256, 4, advantages_merge_f32, SortArgs) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < args.count;
+         i += int64_t(gridDim.x) * blockDim.x) {
+        args.to[place_in_both(args.from, i, args.run, args.count)] = args.from[i];
+    }
+}
+
+// ---- scores ----
+
+// The score of a row as it counts; NaN if it does not.
+static __device__ __forceinline__ double score_of(const PassArgs& args, int64_t row) {
+    double x = args.scores[row];
+    // Comparisons, not minima: NaN stays.
+    if (x < args.options.score_min) x = args.options.score_min;
+    if (x > args.options.score_max) x = args.options.score_max;
+    return args.baselines ? x - double(args.baselines[row]) : x;
+}
+
+static __device__ __forceinline__ void add_score(Deviations& d, double x) {
+    if (isnan(x)) return;
+    if (d.count == 0.0) d.origin = x;
+    const double off = x - d.origin;
+    d.sum += off;
+    d.squares = fma(off, off, d.squares);
+    d.count += 1.0;
+}
+
+// NaN if one of the scores is infinite.
+static __device__ __forceinline__ Moments moments_of_scores(const Deviations& d) {
+    if (!isfinite(d.sum)) return {d.count, NAN, NAN};
+    return moments_of(d);
+}
+
+// How a block adds up the batch.
+struct BatchSums {
+    Deviations deviations;
+    double nonzero;
+};
+
+struct MergeBatch {
+    static __device__ __forceinline__ BatchSums none() { return {no_deviations(), 0.0}; }
+
+    static __device__ __forceinline__ BatchSums warp_merge(const BatchSums& s) {
+        return {::warp_merge(s.deviations), warp_sum(s.nonzero)};
+    }
+};
+
+// One block.
+KERNEL(512, 1, advantages_batch_f32, PassArgs) {
+    SHARED(BatchSums, warps, WARP);
+    BatchSums s = MergeBatch::none();
+    for (int64_t row = threadIdx.x; row < args.rows; row += blockDim.x) {
+        const double x = score_of(args, row);
+        add_score(s.deviations, x);
+        if (!isnan(x) && x != 0.0) s.nonzero += 1.0;
+    }
+    s = block_merge(MergeBatch{}, s, warps);
+    if (threadIdx.x == 0) {
+        *args.batch = {moments_of_scores(s.deviations), s.nonzero / s.deviations.count};
+    }
+}
+
+// ---- groups ----
+
+static __device__ __forceinline__ int64_t row_at(const PassArgs& args, int64_t place) {
+    return args.keys ? args.keys[place].row : place;
+}
+
+// Whether a group begins at a place; without groups every row is by itself.
+static __device__ __forceinline__ bool begins_group(const PassArgs& args, int64_t place) {
+    if (args.keys) return place == 0 || args.keys[place - 1].id != args.keys[place].id;
+    return args.group_size == 0 || place % args.group_size == 0;
+}
+
+// Calls work(place, whether there is one) for a place of each lane, until all from start to end were.
+template <class Work>
+static __device__ __forceinline__ void for_places(int64_t start, int64_t end, Work work) {
+    for (int64_t first = start; first < end; first += WARP) {
+        const int64_t place = first + threadIdx.x % WARP;
+        work(place, place < end);
+    }
+}
+
+// The place behind the last of the group that begins at `start`.
+static __device__ __forceinline__ int64_t end_of_group(const PassArgs& args, int64_t start) {
+    if (!args.keys) return start + max(args.group_size, int64_t(1));
+    const int64_t id = args.keys[start].id;
+    for (int64_t first = start + 1;; first += WARP) {
+        const int64_t place = first + threadIdx.x % WARP;
+        const bool other = place >= args.rows || args.keys[place].id != id;
+        const unsigned others = __ballot_sync(ALL_LANES, other);
+        if (others) return first + __ffs(others) - 1;
+    }
+}
+
+// Statistics of a group.
+struct Group {
+    int64_t start, end;  // places
+    Moments moments;
+    double weighted;     // the mean weighted by lengths, where that is the baseline
+    double best, next;   // the largest scores, where those are
+};
+
+// The moments of a group, or of all of it but one place.
+static __device__ __forceinline__ Deviations deviations_but(const PassArgs& args, int64_t start,
+                                                            int64_t end, int64_t without) {
+    Deviations d = no_deviations();
+    for_places(start, end, [&](int64_t place, bool there) {
+        if (there && place != without) add_score(d, score_of(args, row_at(args, place)));
+    });
+    return warp_merge(d);
+}
+
+static __device__ __forceinline__ Group group_from(const PassArgs& args, int64_t start) {
+    Group g = {start, end_of_group(args, start), {0.0, 0.0, 0.0}, 0.0, -INFINITY, -INFINITY};
+    if (!args.options.by_group) return g;
+    const Deviations d = deviations_but(args, g.start, g.end, -1);
+    g.moments = moments_of_scores(d);
+    if (args.options.baseline == BASELINE_LENGTH_WEIGHTED) {
+        double total = 0.0, sum = 0.0;
+        for_places(g.start, g.end, [&](int64_t place, bool there) {
+            if (!there) return;
+            const int64_t row = row_at(args, place);
+            const double x = score_of(args, row);
+            if (isnan(x)) return;
+            total += double(args.lengths[row]);
+            sum = fma(double(args.lengths[row]), x - d.origin, sum);
+        });
+        g.weighted = d.origin + warp_sum(sum) / warp_sum(total);
+    }
+    if (args.options.baseline == BASELINE_RUNNER_UP) {
+        for_places(g.start, g.end, [&](int64_t place, bool there) {
+            const double x = there ? score_of(args, row_at(args, place)) : NAN;
+            if (isnan(x)) return;
+            g.next = fmax(fmin(x, g.best), g.next);
+            g.best = fmax(x, g.best);
+        });
+#pragma unroll
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            const double best = __shfl_xor_sync(ALL_LANES, g.best, step);
+            const double next = __shfl_xor_sync(ALL_LANES, g.next, step);
+            g.next = fmax(fmin(best, g.best), fmax(next, g.next));
+            g.best = fmax(best, g.best);
+        }
+    }
+    return g;
+}
+
+// A difference, divided by the standard deviation of these.
+static __device__ __forceinline__ double divide_by_std(const OptionsArgs& o, double difference,
+                                                       const Moments& m) {
+    const double divisor = m.count - (o.unbiased ? 1.0 : 0.0);
+    if (divisor < 1.0 || m.m2 == 0.0) return difference;
+    const double variance = m.m2 / divisor;
+    return difference / (o.eps_at_std ? sqrt(variance) + o.eps : sqrt(variance + o.eps));
+}
+
+// A difference, divided by another scale.
+static __device__ __forceinline__ double divide(const OptionsArgs& o, double difference,
+                                                double scale) {
+    return scale == 0.0 ? difference : difference / (scale + o.eps);
+}
+
+// The score less its baseline.
+static __device__ __forceinline__ double difference_of(const PassArgs& args, const Group& g,
+                                                       double x) {
+    const int32_t baseline = args.options.baseline;
+    const double n = g.moments.count;
+    if (baseline == BASELINE_NONE) return x;
+    if (baseline == BASELINE_BATCH) return x - args.batch->moments.mean;
+    // Of a score that is infinite.
+    if (isnan(g.moments.mean)) return NAN;
+    if (baseline == BASELINE_RUNNER_UP && g.end == g.start + 1) return NAN;
+    if (n == 1.0) return args.options.keep_singleton ? x : 0.0;
+    switch (baseline) {
+        case BASELINE_GROUP: return x - g.moments.mean;
+        case BASELINE_LEAVE_ONE_OUT: return (x - g.moments.mean) * (n / (n - 1.0));
+        case BASELINE_LENGTH_WEIGHTED: return isnan(g.weighted) ? 0.0 : x - g.weighted;
+        default: return x == g.best ? g.best - g.next : 0.0;
+    }
+}
+
+// The moments of a group without the score of each lane, its place being there; their mean is not worked out.
+// All lanes of the warp take part.
+static __device__ __forceinline__ Moments others_of(const PassArgs& args, const Group& g,
+                                                    int64_t place, double x) {
+    const double n = g.moments.count, off = x - g.moments.mean;
+    const double share = off * off * (n / (n - 1.0));
+    Moments others = {n - 1.0, NAN, g.moments.m2 - share};
+    // Of a difference that is small beside what it is taken from few digits would be right, and where the
+    // others are equal it would not be 0. No more than three scores can make up so much.
+    unsigned anew = __ballot_sync(ALL_LANES, share > g.moments.m2 / 2.0);
+    while (anew) {
+        const int lane = __ffs(anew) - 1;
+        anew &= anew - 1;
+        const int64_t without = __shfl_sync(ALL_LANES, place, lane);
+        const Deviations d = deviations_but(args, g.start, g.end, without);
+        if (int(threadIdx.x % WARP) == lane) others = moments_of_scores(d);
+    }
+    return others;
+}
+
+// Block [warps x 32], PLACES places a warp.
+KERNEL(256, 2, advantages_rows_f32, PassArgs) {
+    const OptionsArgs& o = args.options;
+    const int lane = threadIdx.x % WARP;
+    const int64_t warps = blockDim.x / WARP;
+    const int64_t unit = int64_t(blockIdx.x) * warps + threadIdx.x / WARP;
+    Counts counts = {0.0, 0.0};
+    for (int64_t first = unit * PLACES; first < args.rows; first += gridDim.x * warps * PLACES) {
+        const int64_t place = first + lane;
+        const bool begins = lane < PLACES && place < args.rows && begins_group(args, place);
+        unsigned starts = __ballot_sync(ALL_LANES, begins);
+        while (starts) {
+            const Group g = group_from(args, first + __ffs(starts) - 1);
+            starts &= starts - 1;
+            const Moments& m = g.moments;
+            if (m.count > 0.0) {
+                counts.scored += 1.0;
+                if (m.m2 == 0.0) counts.zero_std += 1.0;
+            }
+            for_places(g.start, g.end, [&](int64_t place, bool there) {
+                const int64_t row = there ? row_at(args, place) : 0;
+                const double x = there ? score_of(args, row) : NAN;
+                double a = difference_of(args, g, x);
+                switch (o.scale) {
+                    case SCALE_GROUP: a = divide_by_std(o, a, m); break;
+                    case SCALE_LEAVE_ONE_OUT:
+                        a = divide_by_std(o, a, others_of(args, g, place, x));
+                        break;
+                    case SCALE_BATCH: a = divide_by_std(o, a, args.batch->moments); break;
+                    case SCALE_MEAN: a = m.count == 1.0 ? a : divide(o, a, m.mean); break;
+                    case SCALE_NONZERO: a = divide(o, a, args.batch->nonzero); break;
+                    default: break;
+                }
+                const bool single = o.baseline == BASELINE_RUNNER_UP && g.end == g.start + 1;
+                if (there) args.advantages[row] = isnan(x) ? single ? NAN : 0.0f : float(a);
+            });
+        }
+    }
+    if (lane == 0 && args.stats) args.counts[unit] = counts;
+}
+
+// One warp.
+KERNEL(32, 1, advantages_finish_f32, PassArgs) {
+    Counts counts = {0.0, 0.0};
+    for (int64_t unit = threadIdx.x; unit < args.units; unit += WARP) {
+        counts.scored += args.counts[unit].scored;
+        counts.zero_std += args.counts[unit].zero_std;
+    }
+    const double scored = warp_sum(counts.scored), zero_std = warp_sum(counts.zero_std);
+    if (threadIdx.x == 0) {
+        const Moments m = args.batch->moments;
+        const double divisor = m.count - (args.options.unbiased ? 1.0 : 0.0);
+        const bool grouped = args.keys || args.group_size;
+        *args.stats = {m.count > 0.0 ? m.mean : NAN, divisor < 1.0 ? NAN : sqrt(m.m2 / divisor),
+                       grouped ? zero_std / scored : NAN};
+    }
+}
+
+// ---- tokens ----
+
+// Block [threads], a range of the tokens of a row a unit of threads.
+KERNEL(256, 4, advantages_spread_f32, PassArgs) {
+    for_each_share(args, [&](int64_t row, Share share) {
+        const int64_t first = row * args.tokens;
+        const uint8_t* mask = args.mask ? args.mask + first : nullptr;
+        fill_columns<true>(args.token_advantages + first, args.advantages[row], args.tokens, share,
+                           mask);
+    });
+}

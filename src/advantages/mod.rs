@@ -1,0 +1,402 @@
+//! Advantages from one score a sequence: what GRPO, RLOO and their relatives have in the place of a value
+//! function.
+//!
+//! Rows are sequences, and a group is the rows of one prompt. With x_i = clip(score_i) - baselines_i, row
+//! i of group g, which has n rows, gets
+//!
+//! ```text
+//! A_i = (x_i - b_i) / (s_i + eps)        A_it = m_it A_i
+//! ```
+//!
+//! | [`Baseline`] | b_i | | [`Scale`] | s_i |
+//! |---|---|---|---|---|
+//! | `None` | 0 | | `None` | 1, without eps |
+//! | `Group` | mean of the group | | `Group` | standard deviation of the group |
+//! | `LeaveOneOut` | mean of the others in it | | `LeaveOneOut` | that of the others in it |
+//! | `Batch` | mean of all rows | | `Batch` | that of all rows |
+//! | `LengthWeighted` | Σ len x / Σ len in the group | | `Mean` | mean of the group |
+//! | `RunnerUp` | second best of the group, for the best; others get 0 | | `Nonzero` | share of all rows with x ≠ 0 |
+//!
+//! The estimators of the field are combinations of these, which [`AdvantageOptions`] has by name:
+//!
+//! | | baseline | scale | |
+//! |---|---|---|---|
+//! | [`grpo`](AdvantageOptions::grpo) | `Group` | `Group` | the default; arXiv 2402.03300 |
+//! | [`dr_grpo`](AdvantageOptions::dr_grpo) | `Group` | `None` | arXiv 2503.20783 |
+//! | [`rloo`](AdvantageOptions::rloo) | `LeaveOneOut` | `None` | arXiv 2402.14740 |
+//! | [`reinforce_plus_plus_baseline`](AdvantageOptions::reinforce_plus_plus_baseline) | `Group` | `None` | then [`masked_whiten`](crate::whiten) over tokens; arXiv 2501.03262 |
+//! | [`opo`](AdvantageOptions::opo) | `LengthWeighted` | `None` | arXiv 2505.23585 |
+//! | [`pass_at_k`](AdvantageOptions::pass_at_k) | `RunnerUp` | `Group` | arXiv 2503.19595 |
+//! | [`max_rl`](AdvantageOptions::max_rl) | `Group` | `Mean` | SkyRL |
+//! | [`gpg`](AdvantageOptions::gpg) | `Group` | `Nonzero` | arXiv 2504.02546 |
+//! | [`remax`](AdvantageOptions::remax) | `None` | `None` | with the scores of greedy answers as `baselines`; arXiv 2310.10505 |
+//!
+//! Several rewards, each normalised by itself before they are added up (GDPO), are a call for each and one
+//! with `Baseline::Batch` and `Scale::Batch` of their weighted sum: `gdpo`.
+//!
+//! | argument | shape | type | absent means |
+//! |---|---|---|---|
+//! | scores | `[B]` | f32 | - |
+//! | groups | `[B]` | i64, of any values in any order; equal ones are a group | `group_size` rows after each other are a group |
+//! | lengths | `[B]` | f32, 0 or above | an error where they are the weights |
+//! | baselines | `[B]` | f32 | 0 |
+//! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
+//! | advantages (out) | `[B]` | f32 | |
+//! | token_advantages (out) | `[B, T]` | f32, the row's advantage on its unmasked tokens, 0 elsewhere | |
+//! | stats (out) | `[1]` | [`AdvantageStats`] | |
+//!
+//! - **Equal scores** give exactly 0: sums are of differences from one of the scores, in f64. A naive mean
+//!   in f32 makes advantages of up to 0.8 of eight times 0.1.
+//! - **A standard deviation or another scale of 0**, or of too few scores to have one, divides nothing.
+//! - **NaN scores** are left out of everything, and their rows get 0. What a group's statistics need is
+//!   counted without them.
+//! - **A group of one**: see [`Singleton`].
+//! - **Infinite scores** make every row NaN that is compared with them; clip them.
+//! - **Gradient**: none. Advantages are constants.
+//!
+//! Cost: what comes of a row is a few dozen bytes, and `token_advantages` 1 byte read where there is a mask
+//! and 4 written a token. The rows of groups that are given by ids are sorted first, by the row's number
+//! within a group, so that no bit depends on the ids or on where a group's rows stand.
+
+#[cfg(feature = "capi")]
+#[allow(missing_docs, non_camel_case_types, clippy::missing_safety_doc)]
+pub mod capi;
+pub mod cpu;
+pub mod cuda;
+pub mod reference;
+#[cfg(feature = "candle")]
+mod tensor;
+
+use bytemuck::{Pod, Zeroable};
+#[cfg(feature = "candle")]
+pub use tensor::{
+    gdpo, outcome_advantages, AdvantageInputs, AdvantageOutput, AdvantageStatsTensor,
+};
+
+use crate::error::{Error, Result};
+use crate::memory::{list, Element, Space};
+use crate::moments::Moments;
+use crate::whiten::EpsPlacement;
+
+const OP: &str = "advantages";
+
+/// What is subtracted from a score.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(i32)]
+pub enum Baseline {
+    /// Nothing.
+    None,
+    /// The mean of the group (GRPO, Dr. GRPO).
+    #[default]
+    Group,
+    /// The mean of the others in the group (RLOO).
+    LeaveOneOut,
+    /// The mean of all rows (REINFORCE).
+    Batch,
+    /// The mean of the group, every row as often as it is long (OPO).
+    LengthWeighted,
+    /// From the best of the group the second best; all others get 0 (pass@k).
+    RunnerUp,
+}
+
+impl Baseline {
+    /// Whether it is a number of the group.
+    fn of_group(self) -> bool {
+        !matches!(self, Baseline::None | Baseline::Batch)
+    }
+}
+
+/// What the difference is divided by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(i32)]
+pub enum Scale {
+    /// Nothing.
+    None,
+    /// The standard deviation of the group (GRPO).
+    #[default]
+    Group,
+    /// The standard deviation of the others in the group (NeMo-RL with its leave-one-out baseline).
+    LeaveOneOut,
+    /// The standard deviation of all rows (TRL's `scale_rewards="batch"`).
+    Batch,
+    /// The mean of the group (MaxRL), for scores of 0 and above.
+    Mean,
+    /// The share of all rows whose score is not 0 (GPG).
+    Nonzero,
+}
+
+impl Scale {
+    /// Whether it is a number of the group.
+    fn of_group(self) -> bool {
+        matches!(self, Scale::Group | Scale::LeaveOneOut | Scale::Mean)
+    }
+}
+
+/// What becomes of a row that is the only one of its group with a score, where the baseline is a number of
+/// the group. No number of the group divides it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(i32)]
+pub enum Singleton {
+    /// Its advantage is 0 (TRL, NeMo-RL, verl's vectorised forms).
+    #[default]
+    Zero,
+    /// Nothing is subtracted from it (verl's loops).
+    Keep,
+}
+
+/// How scores become advantages; the default is TRL's GRPO.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdvantageOptions {
+    /// Added to the scale; finite, 0 or above. Default 1e-4 (TRL); verl, SkyRL and NeMo-RL have 1e-6.
+    pub eps: f64,
+    /// Scores below are this; may be -∞, the default. OpenRLHF clips to ±10.
+    pub score_min: f64,
+    /// Scores above are this; may be ∞, the default; not below `score_min`.
+    pub score_max: f64,
+    /// What is subtracted. Default [`Baseline::Group`].
+    pub baseline: Baseline,
+    /// What is divided by. Default [`Scale::Group`].
+    pub scale: Scale,
+    /// What a group of one gets. Default [`Singleton::Zero`].
+    pub singleton: Singleton,
+    /// What of a standard deviation `eps` is added to. Default the standard deviation itself.
+    pub eps_placement: EpsPlacement,
+    /// Divide sums of squares by n - 1 rather than n. Default true.
+    pub unbiased: bool,
+}
+
+impl Default for AdvantageOptions {
+    fn default() -> Self {
+        Self {
+            eps: 1e-4,
+            score_min: f64::NEG_INFINITY,
+            score_max: f64::INFINITY,
+            baseline: Baseline::Group,
+            scale: Scale::Group,
+            singleton: Singleton::Zero,
+            eps_placement: EpsPlacement::Std,
+            unbiased: true,
+        }
+    }
+}
+
+impl AdvantageOptions {
+    fn of(baseline: Baseline, scale: Scale) -> Self {
+        Self { baseline, scale, ..Self::default() }
+    }
+
+    /// GRPO: mean and standard deviation of the group.
+    pub fn grpo() -> Self {
+        Self::default()
+    }
+
+    /// Dr. GRPO: the mean of the group, and no scale.
+    pub fn dr_grpo() -> Self {
+        Self::of(Baseline::Group, Scale::None)
+    }
+
+    /// RLOO: the mean of the others in the group, and no scale.
+    pub fn rloo() -> Self {
+        Self::of(Baseline::LeaveOneOut, Scale::None)
+    }
+
+    /// The first step of REINFORCE++-baseline: the mean of the group, and a group of one as it is. The
+    /// second is [`whiten`](crate::whiten) of `token_advantages`.
+    pub fn reinforce_plus_plus_baseline() -> Self {
+        Self { singleton: Singleton::Keep, ..Self::dr_grpo() }
+    }
+
+    /// OPO: the mean of the group weighted by lengths, and no scale.
+    pub fn opo() -> Self {
+        Self::of(Baseline::LengthWeighted, Scale::None)
+    }
+
+    /// Pass@k: the lead of the group's best row over the second, in standard deviations; 0 for all others.
+    pub fn pass_at_k() -> Self {
+        Self::of(Baseline::RunnerUp, Scale::Group)
+    }
+
+    /// MaxRL: the mean of the group, subtracted and divided by; eps 1e-6.
+    pub fn max_rl() -> Self {
+        Self { eps: 1e-6, ..Self::of(Baseline::Group, Scale::Mean) }
+    }
+
+    /// GPG: the mean of the group, divided by the share of all rows whose score is not 0.
+    pub fn gpg() -> Self {
+        Self { eps: 0.0, ..Self::of(Baseline::Group, Scale::Nonzero) }
+    }
+
+    /// ReMax: the difference from the scores of greedy answers, the input `baselines`.
+    pub fn remax() -> Self {
+        Self::of(Baseline::None, Scale::None)
+    }
+
+    /// Whether groups are looked at.
+    fn by_group(&self) -> bool {
+        self.baseline.of_group() || self.scale.of_group()
+    }
+
+    /// Whether statistics of all rows are looked at.
+    fn by_batch(&self) -> bool {
+        self.baseline == Baseline::Batch || matches!(self.scale, Scale::Batch | Scale::Nonzero)
+    }
+
+    pub(crate) fn validate(&self) -> Result<()> {
+        let refuse = |option, value: f64, expected: String| {
+            Err(Error::Option { op: OP, option, expected, got: format!("{value:?}") })
+        };
+        let Self { eps, score_min, score_max, .. } = *self;
+        Error::check_option(OP, "eps", eps, eps >= 0.0, "finite and 0 or above")?;
+        if score_min.is_nan() || score_min == f64::INFINITY {
+            return refuse("score_min", score_min, "a number, or -inf".into());
+        }
+        // NaN too.
+        if !(score_max >= score_min && score_max > f64::NEG_INFINITY) {
+            let least = if score_min.is_finite() { "`score_min`, " } else { "a number, " };
+            let expected = format!("{least}{score_min:?} or above, or inf");
+            return refuse("score_max", score_max, expected);
+        }
+        Ok(())
+    }
+
+    /// `Ok` when the options are in range, and what they look at is there and fits.
+    fn check<S: Space>(&self, inputs: &Inputs<S>, sizes: Sizes) -> Result<()> {
+        self.validate()?;
+        let Sizes { batch, group_size, .. } = sizes;
+        if inputs.groups.is_some() && group_size != 0 {
+            return Err(Error::Option {
+                op: OP,
+                option: "group_size",
+                expected: "0 where `groups` is given".into(),
+                got: group_size.to_string(),
+            });
+        }
+        if group_size != 0 && !batch.is_multiple_of(group_size) {
+            return Err(Error::Shape {
+                op: OP,
+                arg: "scores",
+                expected: format!(
+                    "[k * {group_size}] for groups of {group_size}; or give `groups`"
+                ),
+                got: format!("[{batch}]"),
+            });
+        }
+        let grouped = inputs.groups.is_some() || group_size != 0;
+        let needed_by = if self.baseline.of_group() { "baseline" } else { "scale" };
+        Error::check_given(OP, [needed_by, "groups"], [self.by_group(), grouped])?;
+        let weighted = self.baseline == Baseline::LengthWeighted;
+        Error::check_given(OP, ["baseline", "lengths"], [weighted, inputs.lengths.is_some()])?;
+        if self.baseline == Baseline::RunnerUp && group_size == 1 && batch > 0 {
+            return Err(no_runner_up(0));
+        }
+        Ok(())
+    }
+
+    /// `Some(variance)` if that many scores have one.
+    fn variance(&self, moments: &Moments) -> Option<f64> {
+        let least = if self.unbiased { 2.0 } else { 1.0 };
+        (moments.count >= least).then(|| moments.variance(self.unbiased))
+    }
+
+    /// A difference, divided by a standard deviation.
+    fn divide(&self, difference: f64, variance: Option<f64>) -> f64 {
+        match variance {
+            None | Some(0.0) => difference,
+            Some(variance) => match self.eps_placement {
+                EpsPlacement::Variance => difference / (variance + self.eps).sqrt(),
+                EpsPlacement::Std => difference / (variance.sqrt() + self.eps),
+            },
+        }
+    }
+
+    /// A difference, divided by another scale.
+    fn divide_by(&self, difference: f64, scale: f64) -> f64 {
+        if scale == 0.0 {
+            return difference;
+        }
+        difference / (scale + self.eps)
+    }
+}
+
+/// The error for a row that has no other to be better than.
+fn no_runner_up(row: usize) -> Error {
+    Error::Option {
+        op: OP,
+        option: "baseline",
+        expected: format!("another where a group has a single row, as that of row {row}"),
+        got: "RunnerUp".into(),
+    }
+}
+
+/// The sizes of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Sizes {
+    /// Rows: sequences.
+    pub batch: usize,
+    /// Tokens of a row, where the mask or `token_advantages` is given.
+    pub seq_len: usize,
+    /// Rows of a group where those stand after each other; 0 where `groups` says which belong together, or
+    /// nothing is asked of groups.
+    pub group_size: usize,
+}
+
+impl Sizes {
+    fn shape(self) -> [usize; 2] {
+        [self.batch, self.seq_len]
+    }
+}
+
+list! {
+    /// The inputs in some memory; see [the module](self) for their meaning.
+    inputs Inputs(shape: [usize; 2]) {
+        /// Scores of the sequences, `[B]`.
+        scores: f32 [&shape[..1]],
+    } optional {
+        /// Which rows belong together, `[B]`: those of equal ids.
+        groups: i64 [&shape[..1]],
+        /// Lengths of the sequences, `[B]`: the weights of [`Baseline::LengthWeighted`].
+        lengths: f32 [&shape[..1]],
+        /// Subtracted from the clipped scores before all else, `[B]`.
+        baselines: f32 [&shape[..1]],
+        /// 0 where masked, `[B, T]`; looked at for `token_advantages` only.
+        mask: u8 [&shape],
+    }
+}
+
+list! {
+    /// The outputs in some memory. None may be the memory of an input.
+    outputs Outputs(shape: [usize; 2]) {
+        /// Advantages of the rows, `[B]`.
+        advantages: f32 [&shape[..1]],
+    } optional {
+        /// The row's advantage on each of its tokens, `[B, T]`, 0 where masked; if wanted.
+        token_advantages: f32 [&shape],
+        /// Statistics, `[1]`, if wanted.
+        stats: AdvantageStats [&[1]],
+    }
+}
+
+/// What is worth knowing of a batch's scores, after clip and `baselines`. NaN stands for what is not
+/// defined: there are too few scores, or no groups.
+#[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
+#[repr(C)]
+pub struct AdvantageStats {
+    /// Mean of the scores that are not NaN.
+    pub score_mean: f64,
+    /// Their standard deviation, unbiased or not by the option.
+    pub score_std: f64,
+    /// Share of groups without two different scores, from which nothing is learnt; groups without any score
+    /// do not count.
+    pub zero_std_fraction: f64,
+}
+
+impl AdvantageStats {
+    /// How many numbers these are.
+    pub const LEN: usize = size_of::<Self>() / size_of::<f64>();
+}
+
+impl Element for AdvantageStats {
+    type Wide = AdvantageStats;
+    #[cfg(feature = "candle")]
+    type Number = f64;
+}
