@@ -534,7 +534,7 @@
  * Options of ppok_advantages_*; the defaults are TRL's GRPO. Estimators by their baseline and scale: Dr. GRPO
  * GROUP and NONE; RLOO LEAVE_ONE_OUT and NONE; OPO LENGTH_WEIGHTED and NONE; pass@k RUNNER_UP and GROUP;
  * MaxRL GROUP and MEAN with an eps of 1e-6; GPG GROUP and NONZERO with an eps of 0; ReMax NONE and NONE with
- * `baselines`; REINFORCE++-baseline GROUP, NONE and SINGLETON_KEEP, then ppok_whiten_* of token_advantages.
+ * `score_baselines`; REINFORCE++-baseline GROUP, NONE and SINGLETON_KEEP, then ppok_whiten_* of token_advantages.
  */
 typedef struct ppok_advantages_options {
     size_t struct_size;
@@ -577,7 +577,7 @@ typedef struct ppok_advantages_options {
 } ppok_advantages_options;
 
 /**
- * What is worth knowing of a batch's scores, after clip and `baselines`. NaN stands for what is not
+ * What is worth knowing of a batch's scores, after clip and `score_baselines`. NaN stands for what is not
  * defined: there are too few scores, or no groups.
  */
 typedef struct ppok_advantages_stats {
@@ -630,7 +630,7 @@ typedef struct ppok_advantages_args {
     /**
      * Subtracted from the clipped scores before all else, `[batch]`; null stands for zeros.
      */
-    const float *baselines;
+    const float *score_baselines;
     /**
      * `[batch, seq_len]`; null if nothing is masked. Looked at for `token_advantages` only.
      */
@@ -1874,7 +1874,7 @@ extern "C" {
 #endif // __cplusplus
 
 /**
- * Advantages from one score a sequence: with x_i = clip(score_i) - baselines_i,
+ * Advantages from one score a sequence: with x_i = clip(score_i) - score_baselines_i,
  *
  * ```text
  * A_i = (x_i - b_i) / (s_i + eps)

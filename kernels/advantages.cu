@@ -1,9 +1,9 @@
 // Advantages from one score a sequence. src/advantages/mod.rs has the formulas and src/advantages/cuda.rs
 // the launches.
 //
-//     x_i = clip(score_i) - baselines_i        A_i = (x_i - b_i) / (s_i + eps)        A_it = m_it A_i
+//     x_i = clip(score_i) - score_baselines_i        A_i = (x_i - b_i) / (s_i + eps)        A_it = m_it A_i
 //
-// Scores, lengths, baselines and A are [rows] in f32, group ids [rows] in i64, the mask is [rows, tokens] in
+// Scores, lengths, score_baselines and A are [rows] in f32, group ids [rows] in i64, the mask is [rows, tokens] in
 // u8 and what is spread over tokens [rows, tokens] in f32. Up to six kernels, of which a call needs some:
 //     sort    with group ids: a block sorts a tile of pairs of id and row
 //     merge   with group ids: doubles the length of what is sorted, as often as it takes
@@ -18,7 +18,7 @@
 // left out: a group is never spread over warps, nor the moments of the batch over blocks. A group of a
 // million rows takes milliseconds; of those that are trained on none has more than some hundred.
 //
-// Bytes: 8 a row and 4 for each of lengths and baselines, some times 16 where there are ids; a mask's 1 and 4 a
+// Bytes: 8 a row and 4 for each of lengths and score_baselines, some times 16 where there are ids; a mask's 1 and 4 a
 // token. Sums are in f64, of differences from one of the scores, so that equal ones leave 0.
 
 #include "common/map.cuh"
@@ -89,7 +89,7 @@ struct PassArgs {
     const float* scores;       // [rows]
     const int64_t* groups;     // [rows], or null
     const float* lengths;      // [rows], or null
-    const float* baselines;    // [rows], or null: zeros
+    const float* score_baselines;    // [rows], or null: zeros
     const uint8_t* mask;       // [rows, tokens], or null: ones
     float* advantages;         // [rows]
     float* token_advantages;   // [rows, tokens], or null: not wanted
@@ -171,7 +171,7 @@ static __device__ __forceinline__ double score_of(const PassArgs& args, int64_t 
     // Comparisons, not minima: NaN stays.
     if (x < args.options.score_min) x = args.options.score_min;
     if (x > args.options.score_max) x = args.options.score_max;
-    return args.baselines ? x - double(args.baselines[row]) : x;
+    return args.score_baselines ? x - double(args.score_baselines[row]) : x;
 }
 
 static __device__ __forceinline__ void add_score(Deviations& d, double x) {

@@ -335,6 +335,54 @@ def gae_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     yield Group(f"gae, whitened {batch} x {seq_len}", present(whitened), size + 2 * values.nbytes)
 
 
+def eager_grpo(rewards: Tensor, mask: Tensor, size: int) -> Tensor:
+    """Groups of rows that stand after each other, as TRL has them."""
+    grouped = rewards.sum(-1).view(-1, size)
+    deviations = grouped - grouped.mean(1, keepdim=True)
+    advantages = deviations / (grouped.std(1, keepdim=True) + 1e-6)
+    return advantages.view(-1, 1) * mask
+
+
+def advantages_groups(batch: int, seq_len: int, size: int, device: str) -> Iterator[Group]:
+    """From token rewards, of which the last is a score, to GRPO's advantages of tokens."""
+    rewards = torch.zeros(batch, seq_len, device=device)
+    rewards[:, -1] = torch.randn(batch, device=device)
+    mask = torch.ones(batch, seq_len, device=device)
+    ids = torch.arange(batch, device=device) // size
+    shuffled = torch.randperm(batch // size, device=device).repeat(size)
+    loop = function_of("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
+    vector = function_of("verl.trainer.ppo.core_algos", "compute_grpo_vectorized_outcome_advantage")
+
+    def ours(groups: Tensor | None, group_size: int | None, flags: Tensor) -> Tensor:
+        scores = rewards.sum(-1)
+        given = {"group_size": group_size, "eps": 1e-6}
+        return ppo_kernels.outcome_advantages(scores, groups, flags, **given).advantages
+
+    def of_verl(function: Callable | None, groups: Tensor) -> Callable | None:
+        index = groups.cpu().numpy()
+        return function and (lambda: function(rewards, mask, index)[0])
+
+    shape, bytes = f"{batch} x {seq_len} in groups of {size}", rewards.nbytes * 3
+    flags = mask.bool()
+    ordered = {
+        "ours": lambda: ours(None, size, flags),
+        "eager": lambda: eager_grpo(rewards, mask, size),
+        "ours, by ids": lambda: ours(ids, None, flags),
+        "verl's loop": of_verl(loop, ids),
+        "verl, vectorised": of_verl(vector, ids),
+    }
+    yield Group(f"grpo {shape}", present(ordered), bytes)
+    order = shuffled.argsort(stable=True)
+    back = order.argsort()
+    scattered = {
+        "ours": lambda: ours(shuffled, None, flags),
+        "eager": lambda: eager_grpo(rewards[order], mask, size)[back],
+        "verl's loop": of_verl(loop, shuffled),
+        "verl, vectorised": of_verl(vector, shuffled),
+    }
+    yield Group(f"grpo, scattered {shape}", present(scattered), bytes)
+
+
 def whiten_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     """With nothing masked, as verl leaves that as it is."""
     values = torch.randn(batch, seq_len, device=device)
@@ -461,6 +509,8 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
             yield lambda size=size: head_groups(*size, torch.bfloat16, device)
         for batch, seq_len in ((8192, 2048), (512, 1024), (16, 131072), (8192, COMPILED_STEPS)):
             yield lambda b=batch, s=seq_len: gae_groups(b, s, device)
+    for seq_len in (32, 1024):
+        yield lambda s=seq_len: advantages_groups(4096, s, 8, device)
     batch = 64 if device == "cpu" else 8192
     for make in (token_kl_groups, whiten_groups, ppo_loss_groups, policy_loss_groups):
         yield lambda make=make: make(batch, 2048, device)

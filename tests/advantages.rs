@@ -30,7 +30,7 @@ struct Given {
     groups: Option<Vec<i64>>,
     group_size: usize,
     lengths: Option<Vec<f64>>,
-    baselines: Option<Vec<f64>>,
+    score_baselines: Option<Vec<f64>>,
     mask: Vec<u8>,
 }
 
@@ -42,7 +42,7 @@ impl Given {
             scores: &self.scores,
             groups: self.groups.as_deref(),
             lengths: self.lengths.as_deref(),
-            baselines: self.baselines.as_deref(),
+            score_baselines: self.score_baselines.as_deref(),
             mask: Some(&self.mask),
         };
         let sizes = Sizes { batch, seq_len, group_size: self.group_size };
@@ -114,7 +114,7 @@ fn reference_equals_verls_functions() {
             _ => options,
         };
         if function.contains("remax") {
-            given.baselines = Some(case.input("reward_baselines"));
+            given.score_baselines = Some(case.input("reward_baselines"));
         }
         let out = given.run(&options);
         let mut got = out.token_advantages;
@@ -569,10 +569,10 @@ fn bits_depend_on_neither_ids_nor_threads_nor_other_groups() {
         let rows: Vec<usize> = (0..ids.len()).filter(|&i| ids[i] == ids[20]).collect();
         let pick = |x: &[f32]| rows.iter().map(|&i| x[i]).collect::<Vec<_>>();
         let (scores, lengths) = (pick(inputs.scores), pick(inputs.lengths.unwrap()));
-        let baselines = inputs.baselines.map(pick);
+        let score_baselines = inputs.score_baselines.map(pick);
         let alone = Inputs {
             lengths: Some(&lengths),
-            baselines: baselines.as_deref(),
+            score_baselines: score_baselines.as_deref(),
             ..Inputs::new(&scores)
         };
         let got = rows_on_cpu(alone, rows.len(), &options);
@@ -617,8 +617,8 @@ fn bad_input_is_refused_by_name() {
     says(plain, sizes(3), &AdvantageOptions::opo(), &["`lengths` is missing", "`baseline`"]);
     let short = Inputs { lengths: Some(&[1.0]), ..plain };
     says(short, sizes(3), &AdvantageOptions::opo(), &["`lengths`", "[1]", "[3]"]);
-    let short = Inputs { baselines: Some(&[1.0]), ..plain };
-    says(short, sizes(3), &grpo, &["`baselines`", "[1]", "[3]"]);
+    let short = Inputs { score_baselines: Some(&[1.0]), ..plain };
+    says(short, sizes(3), &grpo, &["`score_baselines`", "[1]", "[3]"]);
     let short = Inputs { mask: Some(&[1]), ..plain };
     says(short, sizes(3), &grpo, &["`mask`", "[1]", "[0]"]);
     let pass = AdvantageOptions::pass_at_k();
@@ -682,7 +682,7 @@ fn tensors_agree_with_the_cpu_and_are_constants() {
         };
         let options = AdvantageOptions::opo();
         let got = outcome_advantages(&given, group_size, &options).unwrap();
-        let same = Inputs { mask: Some(mask), baselines: None, ..inputs };
+        let same = Inputs { mask: Some(mask), score_baselines: None, ..inputs };
         let want = on_cpu(same, sample.sizes, &options).unwrap();
         assert_eq!(got.advantages.to_vec1::<f32>().unwrap(), want.advantages);
         let tokens = got.token_advantages.unwrap();

@@ -27,7 +27,8 @@ impl Call<'_> {
         let floats = |values: &[f32]| Buffer::new(values, offset);
         let scores = floats(host.scores);
         let groups = host.groups.map(|ids| Buffer::new(ids, offset % 2));
-        let [lengths, baselines] = [host.lengths, host.baselines].map(|x| x.map(floats));
+        let [lengths, score_baselines] =
+            [host.lengths, host.score_baselines].map(|x| x.map(floats));
         let mask = host.mask.map(|mask| Buffer::new(mask, offset));
         let mut advantages = floats(&vec![7.0; batch]);
         let mut tokens = Buffer::new(&vec![7_f32; batch * seq_len], offset);
@@ -37,7 +38,7 @@ impl Call<'_> {
             scores: scores.slice(),
             groups: groups.as_ref().map(Buffer::slice),
             lengths: lengths.as_ref().map(Buffer::slice),
-            baselines: baselines.as_ref().map(Buffer::slice),
+            score_baselines: score_baselines.as_ref().map(Buffer::slice),
             mask: mask.as_ref().map(Buffer::slice),
         };
         let outputs = Outputs {
@@ -108,7 +109,7 @@ fn sample(scores: &[f32], group_size: usize, groups: Option<&[i64]>) -> Sample {
         scores: scores.to_vec(),
         groups: groups.map(<[i64]>::to_vec),
         lengths: vec![1.5; batch],
-        baselines: None,
+        score_baselines: None,
         mask: None,
     }
 }

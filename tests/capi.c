@@ -743,6 +743,111 @@ static void refuses_no_args(const function *f, void **at) {
     *at = right;
 }
 
+/* advantages */
+
+static struct {
+    ppok_advantages_args args;
+    void *at; /* where those are */
+    ppok_advantages_options settings;
+} ad;
+
+PASS(advantages, ad.at)
+
+static void check_advantages(void) {
+    unsigned char *mask = memory(TOKENS);
+    mask[1] = 0;
+    ppok_advantages_args *args = &ad.args;
+    *args = (ppok_advantages_args){
+        .struct_size = sizeof *args,
+        .batch = BATCH,
+        .seq_len = SEQ_LEN,
+        .group_size = BATCH,
+        .scores = floats(BATCH, 1.0f, 0.5f),
+        .lengths = floats(BATCH, 2.0f, 1.0f),
+        .score_baselines = floats(BATCH, 0.1f, 0.0f),
+        .mask = mask,
+        .options = &ad.settings,
+        .advantages = memory(BATCH * 4),
+        .token_advantages = memory(TOKENS * 4),
+        .stats = memory(sizeof *args->stats),
+    };
+    ad.at = args;
+    CHECK(ppok_advantages_options_init(&ad.settings, sizeof ad.settings) == PPOK_STATUS_OK, "init");
+    CHECK(ad.settings.score_min == -INFINITY && ad.settings.score_max == INFINITY, "default");
+    function f = {
+        .name = "ppok_advantages_cpu",
+        .run = advantages_cpu,
+        .pointers = {{"scores", (void **)&args->scores, BATCH * 4, 4, NEEDED, READ},
+                     {"lengths", (void **)&args->lengths, BATCH * 4, 4, OPTIONAL, READ},
+                     {"score_baselines", (void **)&args->score_baselines, BATCH * 4, 4, OPTIONAL,
+                      READ},
+                     {"mask", (void **)&args->mask, TOKENS, 1, OPTIONAL, READ},
+                     {"advantages", (void **)&args->advantages, BATCH * 4, 4, NEEDED, WRITTEN},
+                     {"token_advantages", (void **)&args->token_advantages, TOKENS * 4, 4, OPTIONAL,
+                      WRITTEN},
+                     {"stats", (void **)&args->stats, sizeof *args->stats, 8, OPTIONAL, WRITTEN}},
+        .sizes = {{"batch", &args->batch, PPOK_STATUS_OK},
+                  {"seq_len", &args->seq_len, PPOK_STATUS_OK},
+                  {"group_size", &args->group_size, PPOK_STATUS_NULL_POINTER}},
+        .numbers = {{"baseline", &ad.settings.baseline, 5, PPOK_STATUS_OPTION},
+                    {"scale", &ad.settings.scale, 5, PPOK_STATUS_OPTION},
+                    {"singleton", &ad.settings.singleton, 1, PPOK_STATUS_OPTION},
+                    {"eps_placement", &ad.settings.eps_placement, 1, PPOK_STATUS_OPTION},
+                    {"unbiased", &ad.settings.unbiased, 1, PPOK_STATUS_OPTION},
+                    {"reserved", &ad.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},
+        .options = {{"eps", &ad.settings.eps, -1.0}},
+        .structs = {{"args", &ad.at, sizeof *args},
+                    {"options", (void **)&args->options, sizeof ad.settings}},
+    };
+    check(&f);
+    refuses_no_args(&f, &ad.at);
+    CHECK(args->advantages[0] == -args->advantages[1], "two of a group");
+    CHECK(args->token_advantages[1] == 0.0f, "a masked token");
+    CHECK(args->token_advantages[2] == args->advantages[0], "a token");
+    CHECK(args->stats->zero_std_fraction == 0.0, "groups of equal scores");
+
+    ad.settings.score_min = 2.0;
+    ad.settings.score_max = 1.0;
+    refuses(&f, "score_max", "below score_min", PPOK_STATUS_OPTION);
+    ad.settings.score_max = NAN;
+    refuses(&f, "score_max", "not a number", PPOK_STATUS_OPTION);
+    ad.settings.score_max = INFINITY;
+    accepts(&f, "score_max", "infinite");
+    ad.settings.score_min = -INFINITY;
+    ad.settings.baseline = PPOK_ADVANTAGES_BASELINE_RUNNER_UP;
+    args->group_size = 1;
+    refuses(&f, "baseline", "the runner-up of one", PPOK_STATUS_OPTION);
+    ad.settings.baseline = PPOK_ADVANTAGES_BASELINE_LENGTH_WEIGHTED;
+    const float *lengths = args->lengths;
+    args->lengths = NULL;
+    refuses(&f, "lengths", "missing", PPOK_STATUS_NULL_POINTER);
+    args->lengths = lengths;
+    ad.settings.baseline = PPOK_ADVANTAGES_BASELINE_GROUP;
+
+    /* By ids. */
+    int64_t *groups = memory(BATCH * sizeof *groups);
+    groups[0] = groups[1] = -7;
+    args->groups = groups;
+    refuses(&f, "group_size", "with ids", PPOK_STATUS_OPTION);
+    args->group_size = 0;
+    function by_ids = f;
+    pointer ids = {"groups", (void **)&args->groups, BATCH * 8, 8, NEEDED, READ};
+    by_ids.pointers[1] = ids;
+    by_ids.sizes[2].name = NULL;
+    check(&by_ids);
+
+    by_ids.name = "ppok_advantages_cuda";
+    by_ids.run = advantages_cuda;
+    check_cuda(by_ids, advantages_workspace);
+    args->groups = NULL;
+    args->group_size = BATCH;
+    f.name = "ppok_advantages_cuda";
+    f.run = advantages_cuda;
+    check_cuda(f, advantages_workspace);
+    CHECK_QUERY(ppok_advantages_cuda_workspace_size(args, stream, NULL));
+    free_all();
+}
+
 /* whiten */
 
 static struct {
@@ -1137,6 +1242,7 @@ static void check_library(void) {
     CHECK_INIT(ppok_kl_token_options);
     CHECK_INIT(ppok_kl_full_options);
     CHECK_INIT(ppok_gae_options);
+    CHECK_INIT(ppok_advantages_options);
     CHECK_INIT(ppok_whiten_options);
     CHECK_INIT(ppok_ppo_loss_options);
 
@@ -1283,6 +1389,7 @@ int main(int argc, char **argv) {
     check_kl_token();
     check_kl_full();
     check_gae();
+    check_advantages();
     check_whiten();
     check_ppo_loss();
     check_ppo_loss_scale();

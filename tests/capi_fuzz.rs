@@ -15,8 +15,13 @@ use std::ptr::{null, null_mut};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytemuck::Pod;
-use common::{assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, rng, wide};
+use common::{
+    advantages_cases, assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, rng, wide,
+};
 use half::{bf16, f16};
+use ppo_kernels::advantages::{
+    capi::*, AdvantageOptions, AdvantageStats, Baseline, Singleton, Sizes,
+};
 use ppo_kernels::capi::{functions::*, *};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::gae::{self, capi::*, GaeOptions, RewardShaping, ScoreScale};
@@ -43,12 +48,13 @@ const SWITCH: u64 = 200;
 const UNWRITTEN: u8 = 0xfe;
 
 /// The passes; each may make several calls.
-const PASSES: [fn(&mut Fuzz); 10] = [
+const PASSES: [fn(&mut Fuzz); 11] = [
     logprob,
     logprob_of_a_tile,
     token_kl,
     full_kl,
     gae,
+    advantages,
     whiten_moments,
     whiten_with,
     ppo_loss,
@@ -1010,6 +1016,66 @@ fn close_moments(what: &str, got: Out, want: Moments, within: Tolerance) {
     let numbers = |of: Moments| [of.count, of.mean, of.m2 / of.count.max(1.0)];
     let (got, want) = (numbers(got.read()[0]), numbers(want));
     assert_close(&format!("{what}: moments"), &got, &want, within.rel, within.abs);
+}
+
+fn advantages(f: &mut Fuzz) {
+    let [rows, seq_len] = f.shape();
+    let grouping = f.one(&advantages_cases::GROUPINGS);
+    let mut sample = advantages_cases::Sample::new(&mut f.rng, grouping, rows, seq_len);
+    if f.coin(0.2) {
+        (sample.sizes.seq_len, sample.mask) = (0, None);
+    }
+    let mut own = AdvantageOptions::default();
+    let options = f.put_options(ppok_advantages_options_init, [1, 3], |f, c| {
+        own.eps = f.one(&[0.0, 1e-4, 0.1]);
+        own.score_min = f.one(&[f64::NEG_INFINITY, -1.5]);
+        own.score_max = f.one(&[f64::INFINITY, 1.0]);
+        (c.eps, c.score_min, c.score_max) = (own.eps, own.score_min, own.score_max);
+        (c.baseline, own.baseline) = f.choice(&advantages_cases::BASELINES);
+        (c.scale, own.scale) = f.choice(&advantages_cases::SCALES);
+        (c.singleton, own.singleton) = f.choice(&[Singleton::Zero, Singleton::Keep]);
+        (c.eps_placement, own.eps_placement) =
+            f.choice(&[EpsPlacement::Variance, EpsPlacement::Std]);
+        (c.unbiased, own.unbiased) = f.choice(&[false, true]);
+    });
+    let Sizes { batch, seq_len, group_size } = sample.sizes;
+    let mut inputs = sample.inputs();
+    let weighted = own.baseline == Baseline::LengthWeighted;
+    inputs.lengths = inputs.lengths.filter(|_| weighted || f.coin(0.5));
+    let grouped = inputs.groups.is_some() || group_size > 0;
+    let expected = match sample.fits(&own) {
+        true => PPOK_STATUS_OK,
+        false if grouped => PPOK_STATUS_OPTION,
+        false => PPOK_STATUS_NULL_POINTER,
+    };
+    let advantages = f.out(PPOK_F32, batch);
+    let tokens = f.out(PPOK_F32, batch * seq_len);
+    let stats = f.coin(0.7).then(|| f.out_struct::<AdvantageStats>());
+    let args = ppok_advantages_args {
+        struct_size: 0,
+        batch,
+        seq_len,
+        group_size,
+        scores: f.put(inputs.scores),
+        groups: f.put_some(inputs.groups),
+        lengths: f.put_some(inputs.lengths),
+        score_baselines: f.put_some(inputs.score_baselines),
+        mask: f.put_some(inputs.mask),
+        options,
+        advantages: at(advantages),
+        token_advantages: at(tokens),
+        stats: at(stats),
+    };
+    f.call("advantages", ppok_advantages_cpu, 3, args, expected, |_, what| {
+        let want = advantages_cases::run_reference(&inputs, sample.sizes, &own);
+        let within = tolerance::ADVANTAGES.forward;
+        close(what, "advantages", advantages, &want.advantages, within);
+        close(what, "token_advantages", tokens, &want.token_advantages, within);
+        if let Some(stats) = stats {
+            let [got, want] = [&stats.read()[0], &want.stats].map(advantages_cases::numbers);
+            assert_close(&format!("{what}: stats"), &got, &want, within.rel, within.abs);
+        }
+    });
 }
 
 fn whiten_moments(f: &mut Fuzz) {

@@ -145,3 +145,36 @@ def test_policy_loss_of_verl(inputs, outputs):
         close(stats[name], outputs[theirs])
     loss.backward(f32(inputs.get("grad_out", 1.0)))
     close(logp.grad, outputs["grad_log_prob"])
+
+
+CORE = "verl.trainer.ppo.core_algos.compute_"
+OF_VERL = {
+    f"{CORE}grpo_outcome_advantage": "grpo",
+    f"{CORE}grpo_passk_outcome_advantage": "pass_at_k",
+    f"{CORE}rloo_outcome_advantage": "rloo",
+    f"{CORE}opo_outcome_advantage": "opo",
+    f"{CORE}gpg_outcome_advantage": "gpg",
+    f"{CORE}reinforce_plus_plus_baseline_outcome_advantage": "reinforce_plus_plus_baseline",
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "outputs"),
+    [
+        pytest.param(function, *case.values, id=case.id)
+        for function in OF_VERL
+        for file in ("outcome_advantages", "advantages2")
+        for case in cases(file, function)
+    ],
+)
+def test_outcome_advantages_of_verl(function, inputs, outputs):
+    name, mask = OF_VERL[function], f32(inputs["response_mask"]) != 0
+    options = {"singleton": "keep", **functional.ESTIMATORS[name]}
+    if options["scale"] == "group":
+        by_std = inputs.get("norm_adv_by_std_in_grpo", True)
+        options.update({"eps": 1e-6} if by_std else {"scale": "none"})
+    scores = f32(inputs["token_level_rewards"]).sum(-1)
+    ours = functional.outcome_advantages(scores, inputs["index"], mask, **options).advantages
+    if name == "reinforce_plus_plus_baseline":
+        ours = functional.masked_whiten(ours, mask)
+    close(ours, outputs["advantages"])

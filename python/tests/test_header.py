@@ -28,6 +28,7 @@ OPTIONS = {
     "kl_token": (_lists.TOKEN_KL.options, "token_kl"),
     "kl_full": (_lists.FULL_KL.options, "full_kl"),
     "gae": (_lists.GAE.options, "gae"),
+    "advantages": (_lists.ADVANTAGES.options, "outcome_advantages"),
     "whiten": (_lists.MASKED_WHITEN.options, "masked_whiten"),
     "ppo_loss": (_lists.PPO_LOSS.options, "ppo_loss"),
 }
@@ -106,6 +107,7 @@ def test_every_pass_is_there():
 KINDS = {
     _lists.NUMBERS: "const float *",
     _lists.FLAGS: "const uint8_t *",
+    _lists.IDS: "const int64_t *",
     _lists.OTHER: "const void *",
 }
 
@@ -119,6 +121,7 @@ KINDS = {
         (_lists.FULL_KL.inputs, ("kl_full_forward", "kl_full_backward")),
         (_lists.FULL_KL_BACKWARD.inputs, ("kl_full_backward",)),
         (_lists.GAE.inputs, ("gae",)),
+        (_lists.ADVANTAGES.inputs, ("advantages",)),
         (_lists.PPO_LOSS.inputs, ("ppo_loss",)),
     ],
 )
@@ -176,6 +179,7 @@ def test_statistics_are_documented():
 
 TENSORS = {name: torch.zeros(2, 3) for name in "logits ref_logits logp ref_logp values".split()}
 TENSORS |= {name: torch.zeros(2, 3) for name in "old_logp advantages".split()}
+TENSORS["scores"] = torch.zeros(4)
 TENSORS["index"] = torch.zeros(2, dtype=torch.int64)
 
 

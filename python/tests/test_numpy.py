@@ -66,6 +66,31 @@ def test_per_token_ops():
     )
     assert ppok.masked_moments(values).tolist() == functional.masked_moments(t["values"]).tolist()
 
+    ids, lengths = np.array([3, -1, 3]), np.array([2, 3, 4])
+    for groups in (ids, ids.astype(np.int8), ["b", "a", "b"], np.array(["b", "a", "b"], object)):
+        ours, stats = ppok.outcome_advantages(scores, groups, mask64, lengths=lengths)
+        expected, tensors = functional.outcome_advantages(
+            torch.from_numpy(scores).float(), torch.from_numpy(ids), t["mask"]
+        )
+        same(ours, expected)
+        assert stats == {name: value.item() for name, value in tensors.items()}
+    opo = {**ppok.ESTIMATORS["opo"], "group_size": 3}
+    scores32 = torch.from_numpy(scores).float()
+    for options in (opo, {**opo, "lengths": lengths}):
+        ours = ppok.outcome_advantages(scores, mask=mask, **options).advantages
+        if "lengths" in options:
+            options = {**options, "lengths": torch.from_numpy(lengths).float()}
+        same(ours, functional.outcome_advantages(scores32, None, t["mask"], **options).advantages)
+    several = np.stack([scores, scores[::-1] * 2, [np.nan, 1.0, np.nan]])
+    for over in ("rows", "tokens"):
+        options = {"group_size": 3, "over": over}
+        same(
+            ppok.gdpo_advantages(several, [1.0, 0.5, 2.0], None, mask, **options),
+            functional.gdpo_advantages(
+                torch.from_numpy(several).float(), [1.0, 0.5, 2.0], None, t["mask"], **options
+            ),
+        )
+
     arguments = ("logp", "ref_logp", "rewards", "mask")
     loss, stats, gradients = ppok.ppo_loss(
         logp, ref_logp, rewards, mask, values=values, old_values=logp, returns=rewards
@@ -119,6 +144,12 @@ def test_any_layout_will_do():
             (a, b, mask, c, d[:, 0].copy(), mask[:, 1].copy(), ~mask, d[:, 1].copy()),
         ),
         (ppok.masked_moments, (a, mask.astype(np.int64))),
+        (
+            lambda s, g, m, n, b: ppok.outcome_advantages(
+                s, g, m, lengths=n, score_baselines=b, baseline="length_weighted"
+            ),
+            (d[:, 0].copy(), np.array([1, 9, 1]), mask, abs(d[:, 1]), d[:, 2].copy()),
+        ),
         (lambda v, m, n: ppok.masked_whiten(v, m, moments=n), (a, mask, moments)),
         (lambda *t: ppok.ppo_loss(*t[:4], **dict(zip(losses, t[4:]))), (a, b, c, mask, d, a, b)),
     ):

@@ -68,6 +68,11 @@ def samples():
     both = (torch.zeros(2, 5, 33), torch.ones(2, 5, 33))
     yield ops.full_kl_backward, (*both, None, stats, rows, False, True, 1.0, "forward")
     yield ops.gae, (rows, more, mask, None, rows[:, 0], None, None, None, True, *gae)
+    scores, groups = torch.randn(2), torch.tensor([7, -7])
+    grpo = (1e-4, -1.0, 2.0, "batch", "batch", "zero", "std", True)
+    none = (None,) * 3
+    yield ops.outcome_advantages, (scores, groups, scores.abs(), scores, mask, 0, *grpo)
+    yield ops.outcome_advantages, (scores, *none, None, 2, *grpo)
     yield ops.masked_moments, (rows, mask)
     yield ops.masked_whiten, (leaf(2, 5), mask, *whiten)
     moments = torch.tensor([10.0, 1.0, 5.0], dtype=torch.float64)
@@ -143,6 +148,14 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
     entropy = entropy + head.logp + head.entropy
     exact = functional.full_kl(logits, ref_logits, mask)
     out = functional.gae(values, rewards, mask, kl=kl, whiten=True)
+    scores, ids = rewards[:, 0], index[:, 0] % 2
+    by_ids, by_rank = (
+        functional.outcome_advantages(scores, ids, mask, baseline="length_weighted"),
+        functional.outcome_advantages(scores, group_size=1, singleton="keep"),
+    )
+    sums = functional.gdpo_advantages(rewards.T, [0.5] * 7, ids, mask, over="tokens")
+    more = by_ids.advantages + sums + by_ids.stats["score_mean"] + by_rank.advantages[:, None]
+    out = out._replace(advantages=out.advantages + more)
     loss, stats = functional.ppo_loss(
         logp,
         old_logp,
@@ -214,6 +227,9 @@ def step_of_numbers(logits, ref_logits, index, mask, number, other):
         missing_eos="subtract",
         missing_eos_value=number,
     )
+    numbers = {"eps": number, "score_min": -other, "score_max": number * 2}
+    more = functional.outcome_advantages(tensors[:, 0], None, mask, group_size=2, **numbers)
+    out = out._replace(advantages=out.advantages + more.advantages)
     loss, stats = functional.ppo_loss(
         logp,
         ref_logp,

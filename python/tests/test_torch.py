@@ -354,6 +354,96 @@ def test_gae_gives_constants(device):
     assert functional.gae(values[0].detach()).advantages.shape == (5,)
 
 
+ESTIMATORS = {
+    "grpo": lambda x, mean, std: (x - mean) / (std + 1e-4),
+    "dr_grpo": lambda x, mean, std: x - mean,
+    "rloo": lambda x, mean, std: (x - mean) * 4 / 3,
+    "reinforce_plus_plus_baseline": lambda x, mean, std: x - mean,
+    "pass_at_k": lambda x, mean, std: (
+        torch.where(x == x.amax(1, True), x - x.topk(2).values[:, 1:], 0.0) / (std + 1e-4)
+    ),
+    "max_rl": lambda x, mean, std: (x - mean) / (mean + 1e-6),
+    "gpg": lambda x, mean, std: (x - mean) * x.numel() / (x != 0).sum(),
+    "remax": lambda x, mean, std: x,
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outcome_advantages(name, dtype, device):
+    scores = torch.rand(6, 4, device=device).to(dtype)
+    scores[0, 1] = 0
+    exact = scores.double()
+    expected = ESTIMATORS[name](exact, exact.mean(1, True), exact.std(1, keepdim=True)).flatten()
+    order, options = torch.randperm(24, device=device), functional.ESTIMATORS[name]
+    ids, flat = torch.arange(6, device=device).repeat_interleave(4), scores.flatten()
+    ours, stats = functional.outcome_advantages(flat, group_size=4, **options)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(stats["score_mean"], exact.mean(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(stats["score_std"], exact.std(), rtol=1e-6, atol=1e-7)
+    assert stats["zero_std_fraction"] == 0
+    mask = torch.rand(24, 9, device=device) > 0.4
+    groups = -(ids[order] ** 9)
+    for given in (groups, groups.int(), groups.tolist(), [f"{i}" for i in groups.tolist()]):
+        ours, _ = functional.outcome_advantages(flat[order], given, mask, **options)
+        spread = expected[order].unsqueeze(1) * mask
+        torch.testing.assert_close(ours.double(), spread, rtol=1e-6, atol=1e-7)
+
+
+def test_outcome_advantages_of_lengths(device):
+    scores = torch.tensor([1.0, 0.0, 3.0, torch.nan], device=device, requires_grad=True)
+    mask = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 1], [1, 1, 1]], device=device)
+    ours, stats = functional.outcome_advantages(
+        scores, None, mask, group_size=4, **functional.ESTIMATORS["opo"]
+    )
+    assert not ours.requires_grad and not stats["score_std"].requires_grad
+    rows = torch.tensor([1.0, 0.0, 3.0, 7 / 6], device=device) - 7 / 6
+    torch.testing.assert_close(ours, rows.unsqueeze(1) * mask)
+    twice = functional.outcome_advantages(
+        scores, group_size=4, lengths=2 * mask.sum(-1).float(), **functional.ESTIMATORS["opo"]
+    )
+    torch.testing.assert_close(twice.advantages, rows)
+
+
+def test_outcome_advantages_of_other_shapes(device):
+    scores = torch.randn(2, 8, device=device)
+    mask = torch.ones(2, 8, 3, dtype=torch.bool, device=device)
+    ours = functional.outcome_advantages(scores, mask=mask, group_size=8).advantages
+    flat = functional.outcome_advantages(scores.flatten(), group_size=8).advantages
+    assert torch.equal(ours, flat.view(2, 8, 1).expand(2, 8, 3))
+    sliced = functional.outcome_advantages(scores.T, group_size=2).advantages
+    assert torch.equal(
+        sliced, functional.outcome_advantages(scores.T.contiguous(), group_size=2).advantages
+    )
+    none = functional.outcome_advantages(scores[:0], group_size=8, mask=mask[:0])
+    assert none.advantages.shape == (0, 8, 3) and none.stats["score_mean"].isnan()
+
+
+@pytest.mark.parametrize("over", ["rows", "tokens"])
+def test_gdpo_advantages(over, device):
+    rewards = torch.randn(3, 12, device=device)
+    rewards[1:, 2] = torch.nan
+    rewards[:, 7] = torch.nan
+    mask = torch.rand(12, 5, device=device) > 0.3
+    mask[7:9, 0] = True
+    weights, groups = [1.0, 0.5, -2.0], torch.arange(12, device=device) % 3
+    ours = functional.gdpo_advantages(rewards, weights, groups, mask, over=over)
+    total = torch.zeros(12, dtype=torch.float64, device=device)
+    for reward, weight in zip(rewards.double(), weights):
+        for group in range(3):
+            rows = (groups == group) & ~reward.isnan()
+            x = reward[rows]
+            total[rows] += weight * (x - x.mean()) / (x.std() + 1e-4)
+    there = ~rewards.isnan().all(0)
+    if over == "tokens":
+        kept = mask & there[:, None]
+        expected = formulas.masked_whiten(total[:, None].expand(12, 5), kept)
+    else:
+        x = total[there]
+        expected = torch.where(there, (total - x.mean()) / (x.std() + 1e-4), 0.0)[:, None] * mask
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shift_mean", [True, False])
 @pytest.mark.parametrize("unbiased", [True, False])
 def test_masked_whiten(shift_mean, unbiased, device):
@@ -568,6 +658,8 @@ def test_large_results_have_large_pages(monkeypatch):
     assert ask(lambda: functional.token_kl(a, b)) == 1
     assert ask(lambda: torch.autograd.grad(kl, (a, b), a)) == 2
     assert ask(lambda: functional.gae(a, whiten=True, return_rewards=True)) == 4
+    mask = torch.ones(1 << 11, 1 << 10, dtype=torch.bool)
+    assert ask(lambda: functional.outcome_advantages(ones, None, mask, group_size=8)) == 1
     whitened = functional.masked_whiten(a)
     assert ask(lambda: functional.masked_whiten(a)) == 1
     assert ask(lambda: torch.autograd.grad(whitened, a, a)) == 1

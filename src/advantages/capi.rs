@@ -42,7 +42,7 @@ pub const PPOK_ADVANTAGES_SINGLETON_KEEP: i32 = 1;
 /// Options of ppok_advantages_*; the defaults are TRL's GRPO. Estimators by their baseline and scale: Dr. GRPO
 /// GROUP and NONE; RLOO LEAVE_ONE_OUT and NONE; OPO LENGTH_WEIGHTED and NONE; pass@k RUNNER_UP and GROUP;
 /// MaxRL GROUP and MEAN with an eps of 1e-6; GPG GROUP and NONZERO with an eps of 0; ReMax NONE and NONE with
-/// `baselines`; REINFORCE++-baseline GROUP, NONE and SINGLETON_KEEP, then ppok_whiten_* of token_advantages.
+/// `score_baselines`; REINFORCE++-baseline GROUP, NONE and SINGLETON_KEEP, then ppok_whiten_* of token_advantages.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ppok_advantages_options {
@@ -105,7 +105,7 @@ pub struct ppok_advantages_args {
     /// Lengths of the sequences, `[batch]`: the weights of the length-weighted mean; else it may be null.
     pub lengths: *const f32,
     /// Subtracted from the clipped scores before all else, `[batch]`; null stands for zeros.
-    pub baselines: *const f32,
+    pub score_baselines: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked. Looked at for `token_advantages` only.
     pub mask: *const u8,
     pub options: *const ppok_advantages_options,
@@ -128,7 +128,10 @@ unsafe impl Pass for ppok_advantages_args {
             (Sizes { batch, seq_len, group_size }, memory.options(self.options)?);
         run!(
             (on, memory),
-            [list_of!(self, Inputs, [scores], [groups, lengths, baselines, mask]), sizes.shape()],
+            [
+                list_of!(self, Inputs, [scores], [groups, lengths, score_baselines, mask]),
+                sizes.shape()
+            ],
             [list_of!(self, Outputs, [advantages], [token_advantages, stats]), sizes.shape()],
             |i, o| cpu::outcome_advantages(i, sizes, &options, o),
             |stream, w| cuda::outcome_advantages(stream, i, sizes, &options, o, w),
@@ -140,7 +143,7 @@ unsafe impl Pass for ppok_advantages_args {
     }
 }
 
-/// Advantages from one score a sequence: with x_i = clip(score_i) - baselines_i,
+/// Advantages from one score a sequence: with x_i = clip(score_i) - score_baselines_i,
 ///
 /// ```text
 /// A_i = (x_i - b_i) / (s_i + eps)

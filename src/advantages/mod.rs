@@ -1,7 +1,7 @@
 //! Advantages from one score a sequence: what GRPO, RLOO and their relatives have in the place of a value
 //! function.
 //!
-//! Rows are sequences, and a group is the rows of one prompt. With x_i = clip(score_i) - baselines_i, row
+//! Rows are sequences, and a group is the rows of one prompt. With x_i = clip(score_i) - score_baselines_i, row
 //! i of group g, which has n rows, gets
 //!
 //! ```text
@@ -29,7 +29,7 @@
 //! | [`pass_at_k`](AdvantageOptions::pass_at_k) | `RunnerUp` | `Group` | arXiv 2503.19595 |
 //! | [`max_rl`](AdvantageOptions::max_rl) | `Group` | `Mean` | SkyRL |
 //! | [`gpg`](AdvantageOptions::gpg) | `Group` | `Nonzero` | arXiv 2504.02546 |
-//! | [`remax`](AdvantageOptions::remax) | `None` | `None` | with the scores of greedy answers as `baselines`; arXiv 2310.10505 |
+//! | [`remax`](AdvantageOptions::remax) | `None` | `None` | with the scores of greedy answers as `score_baselines`; arXiv 2310.10505 |
 //!
 //! Several rewards, each normalised by itself before they are added up (GDPO), are a call for each and one
 //! with `Baseline::Batch` and `Scale::Batch` of their weighted sum: `gdpo`.
@@ -39,7 +39,7 @@
 //! | scores | `[B]` | f32 | - |
 //! | groups | `[B]` | i64, of any values in any order; equal ones are a group | `group_size` rows after each other are a group |
 //! | lengths | `[B]` | f32, 0 or above | an error where they are the weights |
-//! | baselines | `[B]` | f32 | 0 |
+//! | score_baselines | `[B]` | f32 | 0 |
 //! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
 //! | advantages (out) | `[B]` | f32 | |
 //! | token_advantages (out) | `[B, T]` | f32, the row's advantage on its unmasked tokens, 0 elsewhere | |
@@ -55,8 +55,8 @@
 //! - **Gradient**: none. Advantages are constants.
 //!
 //! Cost: what comes of a row is a few dozen bytes, and `token_advantages` 1 byte read where there is a mask
-//! and 4 written a token. The rows of groups that are given by ids are sorted first, by the row's number
-//! within a group, so that no bit depends on the ids or on where a group's rows stand.
+//! and 4 written a token. Where groups are given by ids their rows are brought together first, in the
+//! order that they have, so that no bit of an advantage depends on the ids or on where those rows stand.
 
 #[cfg(feature = "capi")]
 #[allow(missing_docs, non_camel_case_types, clippy::missing_safety_doc)]
@@ -226,7 +226,7 @@ impl AdvantageOptions {
         Self { eps: 0.0, ..Self::of(Baseline::Group, Scale::Nonzero) }
     }
 
-    /// ReMax: the difference from the scores of greedy answers, the input `baselines`.
+    /// ReMax: the difference from the scores of greedy answers, the input `score_baselines`.
     pub fn remax() -> Self {
         Self::of(Baseline::None, Scale::None)
     }
@@ -298,23 +298,23 @@ impl AdvantageOptions {
         (moments.count >= least).then(|| moments.variance(self.unbiased))
     }
 
-    /// A difference, divided by a standard deviation.
-    fn divide(&self, difference: f64, variance: Option<f64>) -> f64 {
+    /// What a standard deviation divides by: 1 where there is none, or it is 0.
+    fn by_std(&self, variance: Option<f64>) -> f64 {
         match variance {
-            None | Some(0.0) => difference,
+            None | Some(0.0) => 1.0,
             Some(variance) => match self.eps_placement {
-                EpsPlacement::Variance => difference / (variance + self.eps).sqrt(),
-                EpsPlacement::Std => difference / (variance.sqrt() + self.eps),
+                EpsPlacement::Variance => (variance + self.eps).sqrt(),
+                EpsPlacement::Std => variance.sqrt() + self.eps,
             },
         }
     }
 
-    /// A difference, divided by another scale.
-    fn divide_by(&self, difference: f64, scale: f64) -> f64 {
-        if scale == 0.0 {
-            return difference;
+    /// What another scale divides by: 1 where it is 0.
+    fn by(&self, scale: f64) -> f64 {
+        match scale {
+            0.0 => 1.0,
+            scale => scale + self.eps,
         }
-        difference / (scale + self.eps)
     }
 }
 
@@ -357,7 +357,7 @@ list! {
         /// Lengths of the sequences, `[B]`: the weights of [`Baseline::LengthWeighted`].
         lengths: f32 [&shape[..1]],
         /// Subtracted from the clipped scores before all else, `[B]`.
-        baselines: f32 [&shape[..1]],
+        score_baselines: f32 [&shape[..1]],
         /// 0 where masked, `[B, T]`; looked at for `token_advantages` only.
         mask: u8 [&shape],
     }
@@ -376,7 +376,7 @@ list! {
     }
 }
 
-/// What is worth knowing of a batch's scores, after clip and `baselines`. NaN stands for what is not
+/// What is worth knowing of a batch's scores, after clip and `score_baselines`. NaN stands for what is not
 /// defined: there are too few scores, or no groups.
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 #[repr(C)]

@@ -31,7 +31,7 @@ pub fn outcome_advantages(inputs: &Inputs, sizes: Sizes, options: &AdvantageOpti
             } else {
                 score
             };
-            clipped - inputs.baselines.map_or(0.0, |baselines| baselines[i])
+            clipped - inputs.score_baselines.map_or(0.0, |score_baselines| score_baselines[i])
         })
         .collect();
     let together = |i: usize, j: usize| match inputs.groups {

@@ -66,6 +66,8 @@ pub enum Op {
     FullKl,
     /// `gae`, with its rewards and moments.
     Gae,
+    /// `outcome_advantages`, with its statistics.
+    Advantages,
     /// `masked_whiten`, `masked_whiten_with`.
     Whiten,
     /// `ppo_loss` with its statistics.
@@ -80,6 +82,7 @@ impl Op {
             Op::TokenKl => "token_kl",
             Op::FullKl => "full_kl",
             Op::Gae => "gae",
+            Op::Advantages => "advantages",
             Op::Whiten => "whiten",
             Op::PpoLoss => "ppo_loss",
         }
@@ -94,6 +97,7 @@ pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
         Op::TokenKl => tolerance::TOKEN_KL,
         Op::FullKl => tolerance::FULL_KL,
         Op::Gae => tolerance::GAE,
+        Op::Advantages => tolerance::ADVANTAGES,
         Op::Whiten => tolerance::WHITEN,
         Op::PpoLoss => tolerance::PPO_LOSS,
     };

@@ -2,6 +2,7 @@
 //! the CPU, and with the feature `simt` on the stand-in for CUDA. What they refuse is in tests/capi.c.
 #![cfg(feature = "capi")]
 
+mod advantages;
 #[path = "../common/mod.rs"]
 mod common;
 mod gae;

@@ -78,7 +78,7 @@ pub struct Sample {
     pub scores: Vec<f32>,
     pub groups: Option<Vec<i64>>,
     pub lengths: Vec<f32>,
-    pub baselines: Option<Vec<f32>>,
+    pub score_baselines: Option<Vec<f32>>,
     pub mask: Option<Vec<u8>>,
 }
 
@@ -125,10 +125,10 @@ impl Sample {
         });
         let scores = scores.collect();
         let lengths = (0..batch).map(|_| rng.random_range(0..50) as f32).collect();
-        let baselines = rng.random_bool(0.3).then(|| uniform(rng, batch, 0.5));
+        let score_baselines = rng.random_bool(0.3).then(|| uniform(rng, batch, 0.5));
         let mask = rng.random_bool(0.7).then(|| random_mask(rng, batch * seq_len, 0.6));
         let sizes = Sizes { batch, seq_len, group_size };
-        Self { sizes, scores, groups, lengths, baselines, mask }
+        Self { sizes, scores, groups, lengths, score_baselines, mask }
     }
 
     pub fn inputs(&self) -> Inputs<'_> {
@@ -136,7 +136,7 @@ impl Sample {
             scores: &self.scores,
             groups: self.groups.as_deref(),
             lengths: Some(&self.lengths),
-            baselines: self.baselines.as_deref(),
+            score_baselines: self.score_baselines.as_deref(),
             mask: self.mask.as_deref(),
         }
     }
@@ -167,12 +167,12 @@ pub fn run_reference(
     sizes: Sizes,
     options: &AdvantageOptions,
 ) -> reference::Advantages {
-    let [lengths, baselines] = [inputs.lengths, inputs.baselines].map(|x| x.map(wide));
+    let [lengths, score_baselines] = [inputs.lengths, inputs.score_baselines].map(|x| x.map(wide));
     let wide = reference::Inputs {
         scores: &wide(inputs.scores),
         groups: inputs.groups,
         lengths: lengths.as_deref(),
-        baselines: baselines.as_deref(),
+        score_baselines: score_baselines.as_deref(),
         mask: inputs.mask,
     };
     reference::outcome_advantages(&wide, sizes, options)

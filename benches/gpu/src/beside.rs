@@ -29,6 +29,7 @@ pub fn seconds(pass: Pass, shape: Shape) -> Option<f64> {
         // Without the moments.
         Pass::GaeShaped => gae_shaped(shape),
         Pass::Moments | Pass::Whiten | Pass::LogitsPpoLoss => return None,
+        Pass::Advantages | Pass::AdvantagesByIds => return None,
         Pass::WhitenBackward => whiten_backward(shape),
         Pass::PpoLoss => ppo_loss(shape),
     };

@@ -1,6 +1,7 @@
 //! The CUDA kernels measured on a GPU, beside a copy within the device and, with the feature `candle`,
 //! beside candle's own ops. `time --help` says what it takes.
 
+mod advantages;
 mod arguments;
 #[cfg(feature = "candle")]
 mod beside;
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
     logprob::time(&table);
     kl::time(&table);
     gae::time(&table);
+    advantages::time(&table);
     ppo_loss::time(&table);
     println!("\nmeasured in {:.1} s", start.elapsed().as_secs_f64());
     ExitCode::SUCCESS

@@ -12,27 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .functional import (
+        ESTIMATORS,
+        AdvantagesOutput,
         GaeOutput,
         LinearOutput,
         LinearPpoLossOutput,
         full_kl,
         gae,
+        gdpo_advantages,
         linear_logprobs,
         linear_ppo_loss,
         logprobs_and_entropy,
         masked_moments,
         masked_whiten,
+        outcome_advantages,
         ppo_loss,
         selective_log_softmax,
         token_kl,
     )
 
 __all__ = [
+    "ESTIMATORS",
+    "AdvantagesOutput",
     "GaeOutput",
     "LinearOutput",
     "LinearPpoLossOutput",
     "full_kl",
     "gae",
+    "gdpo_advantages",
     "library_version",
     "linear_logprobs",
     "linear_ppo_loss",
@@ -41,6 +48,7 @@ __all__ = [
     "masked_whiten",
     "named_loss",
     "num_threads",
+    "outcome_advantages",
     "ppo_loss",
     "selective_log_softmax",
     "token_kl",

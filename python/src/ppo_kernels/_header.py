@@ -129,7 +129,7 @@ class advantages_args(Structure):
         ("scores", c_void_p),
         ("groups", c_void_p),
         ("lengths", c_void_p),
-        ("baselines", c_void_p),
+        ("score_baselines", c_void_p),
         ("mask", c_void_p),
         ("options", c_void_p),
         ("advantages", c_void_p),

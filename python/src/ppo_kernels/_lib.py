@@ -24,6 +24,7 @@ LOGITS = {"float32": _header.F32, "float16": _header.F16, "bfloat16": _header.BF
 TARGETS = {"int32": _header.U32, "uint32": _header.U32, "int64": _header.I64}
 
 STATS = tuple(name for name, _ in _header.ppo_loss_stats._fields_)
+ADVANTAGE_STATS = tuple(name for name, _ in _header.advantages_stats._fields_)
 
 
 def _path() -> Path:

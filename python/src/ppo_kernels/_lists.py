@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from functools import partial
 from math import inf
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from . import _header
 from ._lib import Options, Pass
 
-NUMBERS, FLAGS, MOMENTS, OTHER = "numbers", "flags", "moments", "other"
+NUMBERS, FLAGS, IDS, MOMENTS, OTHER = "numbers", "flags", "ids", "moments", "other"
 
 
 class Argument(NamedTuple):
@@ -199,6 +199,44 @@ _inputs = (
 GAE = Op("gae", _inputs, Options("gae", "gae"))
 
 gae = _pass("gae", GAE, "batch seq_len", "advantages returns shaped_rewards moments")
+
+# --- advantages ---
+
+_inputs = (
+    _numbers("scores", per_row=True),
+    _tensor("groups?", IDS, per_row=True),
+    _numbers("lengths?", per_row=True),
+    _numbers("score_baselines?", per_row=True),
+    _flags("mask?"),
+)
+ADVANTAGES = Op("outcome_advantages", _inputs, Options("advantages", "outcome_advantages"))
+
+_sizes, _results = "batch seq_len group_size", "advantages token_advantages stats"
+advantages = _pass("advantages", ADVANTAGES, _sizes, _results)
+
+# The estimators that the field has names for, as arguments of outcome_advantages.
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "grpo": {"baseline": "group", "scale": "group"},
+    "dr_grpo": {"baseline": "group", "scale": "none"},
+    "rloo": {"baseline": "leave_one_out", "scale": "none"},
+    "reinforce_plus_plus_baseline": {"baseline": "group", "scale": "none", "singleton": "keep"},
+    "opo": {"baseline": "length_weighted", "scale": "none"},
+    "pass_at_k": {"baseline": "runner_up", "scale": "group"},
+    "max_rl": {"baseline": "group", "scale": "mean", "eps": 1e-6},
+    "gpg": {"baseline": "group", "scale": "nonzero", "eps": 0.0},
+    "remax": {"baseline": "none", "scale": "none"},
+}
+
+
+def check_gdpo(rewards: Sequence[int], weights: int, over: str, masked: bool) -> None:
+    check_rows("gdpo_advantages", "rewards", rewards, "rows")
+    if weights != rewards[0]:
+        refuse("gdpo_advantages", "weights", f"has {weights}", f"{rewards[0]}, one a reward")
+    if over not in ("rows", "tokens"):
+        raise ValueError(f"gdpo_advantages: `over` is {over!r}, expected one of 'rows', 'tokens'")
+    if over == "tokens" and not masked:
+        raise ValueError("gdpo_advantages: `mask` is missing, which `over` needs")
+
 
 # --- whiten ---
 

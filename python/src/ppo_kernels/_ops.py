@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from . import _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, MOMENTS, NUMBERS, OTHER, Op, check_rows, check_shape
+from ._lists import FLAGS, IDS, MOMENTS, NUMBERS, OTHER, Op, check_rows, check_shape
 
 _LOGITS = {getattr(torch, name): code for name, code in _lib.LOGITS.items()}
 _TARGETS = {getattr(torch, name): code for name, code in _lib.TARGETS.items()}
@@ -43,13 +43,20 @@ Results = Iterator[Tensor | tuple[Tensor, ...]]
 
 
 def _op(
-    takes: Op, results: str = "", backward: Callable | None = None, wants: str = "", **kept: Any
+    takes: Op,
+    results: str = "",
+    backward: Callable | None = None,
+    wants: str = "",
+    size: str = "",
+    **kept: Any,
 ) -> Callable[[Callable], Any]:
-    """Makes an op of a generator, of the same name, which gets a tuple of tensors and one of the
-    rest: whether each of ``wants`` is wanted, and options. Several results have names. For
+    """Makes an op of a generator, of the same name, which gets a tuple of tensors, behind them the
+    ``size`` that they do not say, if there is one, and a tuple of the rest: whether each of
+    ``wants`` is wanted, and options. Several results have names. For
     ``backward`` see :func:`_differentiate`. Where it has options that are numbers, there is a form
     of it, ``.._moving``, that takes those of them that are NaN from a tensor after the others."""
     tensors = [f"{argument.type} {argument.name}" for argument in takes.inputs]
+    tensors += [f"int {name}" for name in size.split()]
     kinds = takes.options.kinds.items() if takes.options else ()
     options = [f"{_schema_type(kind)} {name}" for name, kind in kinds]
     flags, count = [f"bool want_{name}" for name in wants.split()], len(tensors)
@@ -374,8 +381,9 @@ if _madvise is not None:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
-def _result(like: Tensor, wanted: bool = True) -> Tensor:
-    """A buffer for a result; if it is not wanted a tensor of no elements, whose address is null.
+def _result(like: Tensor, wanted: bool = True, shape: Sequence[int] | None = None) -> Tensor:
+    """A buffer for a result, of another shape where one is given; if it is not wanted a tensor of
+    no elements, whose address is null.
 
     Fresh memory of the CPU is handed over by the page when it is first written, which for pages of
     4 KiB takes ten times as long as the writing. So large results ask for large pages. Not fake
@@ -383,7 +391,10 @@ def _result(like: Tensor, wanted: bool = True) -> Tensor:
     """
     if not wanted:
         return torch.empty(0, dtype=like.dtype, device=like.device)
-    result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    if shape is None:
+        result = torch.empty_like(like, memory_format=torch.contiguous_format)
+    else:
+        result = like.new_empty(shape)
     large = type(result) is Tensor and result.nbytes >= _OWN_MAPPING
     if large and result.is_cpu and _madvise is not None:
         start = -(-result.data_ptr() // _LARGE_PAGE) * _LARGE_PAGE
@@ -408,6 +419,7 @@ def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str | torch.dtyp
 _DTYPES = {
     NUMBERS: ((torch.float32,), "float32"),
     FLAGS: (BYTES, "bool or uint8"),
+    IDS: ((torch.int64,), "int64"),
     MOMENTS: ((torch.float64,), "float64"),
 }
 
@@ -709,6 +721,27 @@ def gae(tensors: tuple, options: tuple) -> Results:
     outputs = (*of_tokens, _moments_like(tensors[0]))
     yield outputs
     _call(_lists.gae, inputs[0], options, *sizes, *_addresses(inputs, outputs))
+
+
+# --- advantages ---
+
+_ROWS = range(len(_lists.ADVANTAGES.inputs))
+
+
+@_op(_lists.ADVANTAGES, "advantages token_advantages stats", size="group_size", kept=_ROWS)
+def outcome_advantages(given: tuple, options: tuple) -> Results:
+    *tensors, group_size = given
+    scores, mask = tensors[0], tensors[-1]
+    if mask is not None:
+        check_rows(_lists.ADVANTAGES.name, "mask", mask.shape, "seq_len")
+    seq_len = 0 if mask is None else mask.shape[-1]
+    shape = (*scores.shape, seq_len)
+    inputs = _checked(_lists.ADVANTAGES, tuple(tensors), shape=shape)
+    stats = torch.empty(len(_lib.ADVANTAGE_STATS), dtype=torch.float64, device=scores.device)
+    outputs = (_result(scores), _result(scores, mask is not None, shape), stats)
+    yield outputs
+    sizes = (scores.numel(), seq_len, group_size)
+    _call(_lists.advantages, scores, options, *sizes, *_addresses(inputs, outputs))
 
 
 # --- whiten ---

@@ -28,7 +28,8 @@ The package's README and the header of the C library say more about each option.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable, Sequence
+from math import inf, nan
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -66,10 +67,16 @@ def _mask(mask: Tensor | None) -> Tensor | None:
     return mask if mask is None or mask.dtype in _ops.BYTES else mask != 0
 
 
+def _ids(ids: Tensor | None) -> Tensor | None:
+    return ids.long() if ids is not None and ids.dtype in (torch.int32, torch.int16) else ids
+
+
+_KINDS = {_lists.FLAGS: _mask, _lists.IDS: _ids}
+
+
 def _taken(op: _lists.Op, *tensors: Tensor | None) -> list[Tensor | None]:
     """Tensors in the dtypes that an op takes."""
-    kinds = zip(op.inputs, tensors)
-    return [_mask(x) if given.kind == _lists.FLAGS else _per_token(x) for given, x in kinds]
+    return [_KINDS.get(given.kind, _per_token)(x) for given, x in zip(op.inputs, tensors)]
 
 
 def _skip(
@@ -369,6 +376,139 @@ def gae(
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
+class AdvantagesOutput(NamedTuple):
+    """What :func:`outcome_advantages` returns: ``advantages, stats = outcome_advantages(...)``."""
+
+    advantages: Tensor
+    """``[..., seq_len]`` and 0 where masked if there is a mask, else ``[...]``."""
+    stats: dict[str, Tensor]
+    """Scalars, float64: ``score_mean`` and ``score_std`` of all scores, and ``zero_std_fraction``,
+    the share of groups without two different scores, from which nothing is learnt."""
+
+
+def outcome_advantages(
+    scores: Tensor,
+    groups: Tensor | Sequence[Hashable] | None = None,
+    mask: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    lengths: Tensor | None = None,
+    score_baselines: Tensor | None = None,
+    baseline: Literal[
+        "none", "group", "leave_one_out", "batch", "length_weighted", "runner_up"
+    ] = "group",
+    scale: Literal["none", "group", "leave_one_out", "batch", "mean", "nonzero"] = "group",
+    singleton: Literal["zero", "keep"] = "zero",
+    eps: Number = 1e-4,
+    eps_placement: Literal["variance", "std"] = "std",
+    unbiased: bool = True,
+    score_min: Number = -inf,
+    score_max: Number = inf,
+) -> AdvantagesOutput:
+    """Advantages from one score a sequence, as of GRPO and its relatives; by default TRL's GRPO.
+
+    With x = clip(score) - score_baseline of each row::
+
+        A = (x - baseline) / (scale + eps)
+
+    :data:`ESTIMATORS` has the field's estimators by name, to be used like this:
+    ``outcome_advantages(scores, groups, mask, **ESTIMATORS["rloo"])``. They are ``grpo``,
+    ``dr_grpo``, ``rloo``, ``opo``, ``pass_at_k``, ``max_rl``, ``gpg``, ``remax`` (with
+    ``score_baselines``), and ``reinforce_plus_plus_baseline``, whose second step is
+    ``masked_whiten(advantages, mask)``.
+
+    Equal scores give exactly 0. A score of NaN is left out, and its row gets 0; an infinite one
+    makes NaN of every row that is compared with it. A scale of 0, or of too few scores to have one,
+    divides nothing. Not differentiable: the results are constants.
+
+    Args:
+        scores: ``[...]``, one a sequence.
+        groups: which rows belong together, ``[...]``: integers of any value and in any order, or on
+            the CPU's side a list or array of anything hashable. Rows of equal ids are a group.
+        mask: ``[..., seq_len]``; with it the advantages are spread over the unmasked tokens.
+        group_size: in place of ``groups``: so many rows after each other are a group.
+        lengths: of the sequences, ``[...]``, for ``length_weighted``; by default those of the mask.
+        score_baselines: subtracted from the clipped scores before all else, ``[...]``: those of
+            greedy answers in ReMax.
+        baseline: what is subtracted: ``none``; the mean of the ``group``; of the others in it
+            (``leave_one_out``); of the ``batch``; of the group by lengths (``length_weighted``); or
+            from the best of the group the second best, all others getting 0 (``runner_up``).
+        scale: what is divided by: ``none``; the standard deviation of the ``group``; of the others
+            in it (``leave_one_out``); of the ``batch``; the group's ``mean``; or the share of all
+            rows whose score is not 0 (``nonzero``).
+        singleton: what a row gets that is the only one of its group: ``zero``, or its score
+            (``keep``). With ``runner_up`` it is an error on the CPU and NaN on CUDA.
+        eps: keeps the divisor from 0; added to the standard deviation, or to the variance, or to
+            another scale.
+        unbiased: whether sums of squares are divided by n - 1, or else by n.
+        score_min, score_max: bounds that scores are clipped to first.
+    """
+    if groups is not None and not isinstance(groups, Tensor):
+        groups = _numbered(groups, scores.device)
+    if baseline == "length_weighted" and lengths is None and mask is not None:
+        lengths = (mask != 0).sum(-1, dtype=torch.float32)
+    inputs = (scores, groups, lengths, score_baselines, mask)
+    options = (eps, score_min, score_max, baseline, scale, singleton, eps_placement, unbiased)
+    tensors = map(_constant, _taken(_lists.ADVANTAGES, *inputs))
+    rows, tokens, stats = _ops.call(_ops.outcome_advantages, *tensors, group_size or 0, *options)
+    advantages = rows if mask is None else tokens
+    return AdvantagesOutput(advantages, dict(zip(_lib.ADVANTAGE_STATS, stats.unbind())))
+
+
+def _numbered(groups: Sequence[Hashable], device: torch.device) -> Tensor:
+    """A number for each, the same where they are equal."""
+    numbers: dict[Hashable, int] = {}
+    values = groups.tolist() if hasattr(groups, "tolist") else groups  # of arrays
+    ids = [numbers.setdefault(value, len(numbers)) for value in values]
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+ESTIMATORS = _lists.ESTIMATORS
+
+
+def gdpo_advantages(
+    rewards: Tensor,
+    weights: Sequence[float] | None = None,
+    groups: Tensor | Sequence[Hashable] | None = None,
+    mask: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    over: Literal["rows", "tokens"] = "rows",
+    singleton: Literal["zero", "keep"] = "zero",
+    eps: Number = 1e-4,
+) -> Tensor:
+    """GDPO: advantages from several rewards, of which each is normalised by itself as in GRPO, and
+    their weighted sum once more.
+
+    A row without any reward, all being NaN, is left out of that, and gets 0.
+
+    Args:
+        rewards: ``[K, ...]``, one a sequence of each of K kinds.
+        weights: one a reward; 1 by default.
+        groups, mask, group_size, singleton, eps: as of :func:`outcome_advantages`.
+        over: what the sum is normalised over: ``rows``, by mean and standard deviation with ``eps``
+            (TRL's ``normalize_then_sum``), or ``tokens``, by :func:`masked_whiten` (verl), which
+            needs the mask.
+
+    Returns:
+        float32, ``[..., seq_len]`` and 0 where masked if there is a mask, else ``[...]``.
+    """
+    weights = [1.0] * len(rewards) if weights is None else weights
+    _lists.check_gdpo(rewards.shape, len(weights), over, mask is not None)
+    if groups is not None and not isinstance(groups, Tensor):
+        groups = _numbered(groups, rewards.device)
+    given = {"group_size": group_size, "singleton": singleton, "eps": eps}
+    total = torch.zeros(rewards.shape[1:], device=rewards.device)
+    for scores, weight in zip(rewards, weights):
+        total = total + outcome_advantages(scores, groups, **given).advantages * weight
+    missing = rewards.isnan().all(0)
+    if over == "tokens":
+        tokens = outcome_advantages(total, mask=mask, **ESTIMATORS["remax"]).advantages
+        return masked_whiten(tokens, (mask != 0) & ~missing.unsqueeze(-1))
+    total, over_batch = total.masked_fill(missing, nan), {"baseline": "batch", "scale": "batch"}
+    return outcome_advantages(total, None, mask, eps=eps, **over_batch).advantages
 
 
 def masked_moments(values: Tensor, mask: Tensor | None = None) -> Tensor:

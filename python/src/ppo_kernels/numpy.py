@@ -8,7 +8,8 @@ dtype are used as they are, others are copied. Results are new float32 arrays.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _FUNCTIONS, _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, Op, check_rows, check_shape, refuse
+from ._lists import FLAGS, IDS, Op, check_rows, check_shape, refuse
 
 __all__ = [*_FUNCTIONS]
 
@@ -57,7 +58,10 @@ def _checked(
     for name, _, kind, per_row, _ in op.inputs[first:]:
         array = given[name]
         if array is not None:
-            array = _flags(array) if kind == FLAGS else np.require(array, np.float32, _PLAIN)
+            if kind == FLAGS:
+                array = _flags(array)
+            else:
+                array = np.require(array, np.int64 if kind == IDS else np.float32, _PLAIN)
             check_shape(op.name, name, array.shape, shape[:-1] if per_row else shape)
         checked.append(array)
     return checked
@@ -329,6 +333,82 @@ def gae(
         whitened = masked_whiten(outputs.advantages, mask, moments=outputs.moments)
         return outputs._replace(advantages=whitened)
     return outputs
+
+
+class AdvantagesOutput(NamedTuple):
+    """What :func:`outcome_advantages` returns."""
+
+    advantages: Floats
+    stats: dict[str, float]
+
+
+def outcome_advantages(
+    scores: ArrayLike,
+    groups: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    group_size: int | None = None,
+    lengths: ArrayLike | None = None,
+    score_baselines: ArrayLike | None = None,
+    baseline: str = "group",
+    scale: str = "group",
+    singleton: str = "zero",
+    eps: float = 1e-4,
+    eps_placement: str = "std",
+    unbiased: bool = True,
+    score_min: float = -inf,
+    score_max: float = inf,
+) -> AdvantagesOutput:
+    """Advantages from scores ``[...]``; with a mask ``[..., seq_len]`` those of its tokens.
+    ``groups`` is of anything that can be sorted."""
+    given, shape = locals(), np.shape(scores)
+    if groups is not None and np.asarray(groups).dtype.kind not in "iu":
+        _, ids = np.unique(groups, return_inverse=True)
+        given["groups"] = ids.reshape(np.shape(groups))
+    seq_len = 0
+    if mask is not None:
+        given["mask"] = _flags(mask)
+        check_rows(_lists.ADVANTAGES.name, "mask", np.shape(mask), "seq_len")
+        seq_len = np.shape(mask)[-1]
+        if baseline == "length_weighted" and lengths is None:
+            given["lengths"] = (given["mask"] != 0).sum(-1)
+    inputs = _checked(_lists.ADVANTAGES, given, (*shape, seq_len))
+    rows, stats = np.empty(shape, np.float32), np.empty(len(_lib.ADVANTAGE_STATS), np.float64)
+    tokens = None if mask is None else np.empty((*shape, seq_len), np.float32)
+    sizes = (rows.size, seq_len, group_size or 0)
+    _call(_lists.advantages, given, *sizes, *inputs, rows, tokens, stats)
+    named = dict(zip(_lib.ADVANTAGE_STATS, stats.tolist()))
+    return AdvantagesOutput(rows if tokens is None else tokens, named)
+
+
+ESTIMATORS = _lists.ESTIMATORS
+
+
+def gdpo_advantages(
+    rewards: ArrayLike,
+    weights: Sequence[float] | None = None,
+    groups: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    group_size: int | None = None,
+    over: str = "rows",
+    singleton: str = "zero",
+    eps: float = 1e-4,
+) -> Floats:
+    """GDPO: advantages from rewards ``[K, ...]``, of which each is normalised by itself."""
+    rewards = np.asarray(rewards, np.float32)
+    weights = [1.0] * len(rewards) if weights is None else weights
+    _lists.check_gdpo(rewards.shape, len(weights), over, mask is not None)
+    given = {"group_size": group_size, "singleton": singleton, "eps": eps}
+    total = np.zeros(rewards.shape[1:], np.float32)
+    for scores, weight in zip(rewards, weights):
+        total = total + outcome_advantages(scores, groups, **given).advantages * np.float32(weight)
+    missing = np.isnan(rewards).all(0)
+    if over == "tokens":
+        tokens = outcome_advantages(total, None, mask, **ESTIMATORS["remax"]).advantages
+        return masked_whiten(tokens, (np.asarray(mask) != 0) & ~missing[..., None])
+    total, over_batch = np.where(missing, np.nan, total), {"baseline": "batch", "scale": "batch"}
+    return outcome_advantages(total, None, mask, eps=eps, **over_batch).advantages
 
 
 def masked_moments(values: ArrayLike, mask: ArrayLike | None = None) -> NDArray[np.float64]:

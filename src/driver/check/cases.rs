@@ -7,6 +7,9 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::{Op, Pass, Row};
+use crate::advantages::{
+    self, outcome_advantages, AdvantageInputs, AdvantageOptions, Baseline, Scale, Singleton, Sizes,
+};
 use crate::gae::{
     self, gae, GaeInputs, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder,
     ScorePlacement, ScoreScale,
@@ -31,6 +34,9 @@ const HEAD_SHAPES: [(usize, usize, usize); 3] = [(3, 1, 1), (9, 24, 1000), (17, 
 
 /// Rows and tokens: one token, rows shorter and longer than a block of any kernel.
 const TOKEN_SHAPES: [(usize, usize); 4] = [(1, 2), (3, 17), (8, 700), (5, 2051)];
+
+/// Rows and the most rows of a group: one group, groups of any size, and more rows than a block sorts.
+const GROUP_SHAPES: [(usize, usize); 4] = [(8, 8), (64, 8), (500, 40), (1500, 16)];
 
 /// How often the options of an op without an option list of its own are drawn anew.
 const DRAWS: usize = 4;
@@ -66,6 +72,7 @@ pub(super) fn all(device: &Device, seed: u64, bound_scale: f64) -> Result<Vec<Ro
         check(Op::FullKl, dtype, &check_full_kl)?;
     }
     check(Op::Gae, DType::F32, &check_gae)?;
+    check(Op::Advantages, DType::F32, &check_advantages)?;
     check(Op::Whiten, DType::F32, &check_whiten)?;
     check(Op::PpoLoss, DType::F32, &check_ppo_loss)?;
     Ok(rows)
@@ -398,6 +405,63 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
+fn check_advantages(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    for (batch, most) in GROUP_SHAPES {
+        for _ in 0..3 * DRAWS {
+            let (options, seq_len) = (draw.advantage_options(), draw.pick(&[1, 7, 60]));
+            let by_size = draw.rng.random_bool(0.5) && batch.is_multiple_of(most);
+            let sizes = Sizes { batch, seq_len, group_size: if by_size { most } else { 0 } };
+            // Of two rows or more each.
+            let count = (batch / most).max(1) as i64;
+            let groups: Vec<i64> = (0..batch as i64).map(|row| row % count * 7919 - 40).collect();
+            let mut scores = draw.values(batch, 0.3, 2.0);
+            for score in &mut scores {
+                *score = match draw.rng.random_range(0..8) {
+                    0 => f32::NAN,
+                    1 => 0.0,
+                    2 => 0.1,
+                    _ => *score,
+                };
+            }
+            let lengths = draw.flags(batch, 0.9);
+            let lengths: Vec<f32> = lengths.iter().map(|&x| f32::from(x) * 30.0).collect();
+            let score_baselines = draw.values(batch, 0.0, 0.5);
+            let mask = draw.mask([batch, seq_len]);
+
+            let tensor = |x: &[f32]| draw.tensor(x, &[batch]);
+            let (x, l, b) = (tensor(&scores)?, tensor(&lengths)?, tensor(&score_baselines)?);
+            let ids = Tensor::from_slice(&groups, batch, draw.device)?;
+            let inputs = AdvantageInputs {
+                groups: (!by_size).then_some(&ids),
+                lengths: Some(&l),
+                score_baselines: Some(&b),
+                mask: Some(&draw.bytes(&mask, &[batch, seq_len])?),
+                ..AdvantageInputs::new(&x)
+            };
+            let computed = outcome_advantages(&inputs, sizes.group_size, &options)?;
+
+            let [scores, lengths, score_baselines] =
+                [scores, lengths, score_baselines].map(|x| widen(&x));
+            let inputs = advantages::reference::Inputs {
+                scores: &scores,
+                groups: (!by_size).then_some(&groups),
+                lengths: Some(&lengths),
+                score_baselines: Some(&score_baselines),
+                mask: Some(&mask),
+            };
+            let want = advantages::reference::outcome_advantages(&inputs, sizes, &options);
+            let row = &mut pair.forward;
+            row.compare(&wide(&computed.advantages)?, &want.advantages)?;
+            let tokens = computed.token_advantages.expect("there is a mask");
+            row.compare(&wide(&tokens)?, &want.token_advantages)?;
+            let stats = computed.stats.to_host()?;
+            let numbers: [f64; 3] = bytemuck::cast(stats);
+            row.compare(&numbers, &bytemuck::cast::<_, [f64; 3]>(want.stats))?;
+        }
+    }
+    Ok(())
+}
+
 fn check_whiten(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
     for [batch, seq_len] in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
         for eps_placement in [EpsPlacement::Variance, EpsPlacement::Std] {
@@ -584,6 +648,23 @@ impl Draw<'_> {
                     MissingEos::Replace(-1.0),
                 ]),
             },
+        }
+    }
+
+    fn advantage_options(&mut self) -> AdvantageOptions {
+        use {Baseline as B, Scale as S};
+        let baselines =
+            [B::None, B::Group, B::LeaveOneOut, B::Batch, B::LengthWeighted, B::RunnerUp];
+        let scales = [S::None, S::Group, S::LeaveOneOut, S::Batch, S::Mean, S::Nonzero];
+        AdvantageOptions {
+            eps: self.pick(&[1e-4, 1e-6, 0.0]),
+            score_min: self.pick(&[f64::NEG_INFINITY, -1.0]),
+            score_max: self.pick(&[f64::INFINITY, 1.0]),
+            baseline: self.pick(&baselines),
+            scale: self.pick(&scales),
+            singleton: self.pick(&[Singleton::Zero, Singleton::Keep]),
+            eps_placement: self.pick(&[EpsPlacement::Variance, EpsPlacement::Std]),
+            unbiased: self.rng.random_bool(0.5),
         }
     }
 
