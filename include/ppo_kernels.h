@@ -543,11 +543,11 @@ typedef struct ppok_advantages_options {
      */
     double eps;
     /**
-     * Scores below are this; -INFINITY by default.
+     * The least that scores are clipped to; -INFINITY by default.
      */
     double score_min;
     /**
-     * Scores above are this; not below `score_min`; INFINITY by default.
+     * The most that scores are clipped to; not below `score_min`; INFINITY by default.
      */
     double score_max;
     /**

@@ -30,16 +30,11 @@ constexpr int TILE = 1024;
 // Places of which a warp takes the groups that begin there.
 constexpr int PLACES = 8;
 
-enum Baseline {
-    BASELINE_NONE,
-    BASELINE_GROUP,
-    BASELINE_LEAVE_ONE_OUT,
-    BASELINE_BATCH,
-    BASELINE_LENGTH_WEIGHTED,
-    BASELINE_RUNNER_UP,
-};
+enum class Baseline : int32_t { NONE, GROUP, LEAVE_ONE_OUT, BATCH, LENGTH_WEIGHTED, RUNNER_UP };
 
-enum Scale { SCALE_NONE, SCALE_GROUP, SCALE_LEAVE_ONE_OUT, SCALE_BATCH, SCALE_MEAN, SCALE_NONZERO };
+enum class Scale : int32_t { NONE, GROUP, LEAVE_ONE_OUT, BATCH, MEAN, NONZERO };
+
+enum class Singleton : int32_t { ZERO, KEEP };
 
 // A row by its group.
 struct Key {
@@ -69,9 +64,9 @@ struct OptionsArgs {
     double eps;
     double score_min;
     double score_max;
-    int32_t baseline;
-    int32_t scale;
-    int32_t keep_singleton;
+    Baseline baseline;
+    Scale scale;
+    Singleton singleton;
     int32_t eps_at_std;  // it is added to the standard deviation, not to the variance
     int32_t unbiased;
     int32_t by_group;    // statistics of groups are looked at, by options or for statistics
@@ -274,7 +269,7 @@ static __device__ __forceinline__ Group group_from(const PassArgs& args, int64_t
     if (!args.options.by_group) return g;
     const Deviations d = deviations_but(args, g.start, g.end, -1);
     g.moments = moments_of_scores(d);
-    if (args.options.baseline == BASELINE_LENGTH_WEIGHTED) {
+    if (args.options.baseline == Baseline::LENGTH_WEIGHTED) {
         double total = 0.0, sum = 0.0;
         for_places(g.start, g.end, [&](int64_t place, bool there) {
             if (!there) return;
@@ -286,7 +281,7 @@ static __device__ __forceinline__ Group group_from(const PassArgs& args, int64_t
         });
         g.weighted = d.origin + warp_sum(sum) / warp_sum(total);
     }
-    if (args.options.baseline == BASELINE_RUNNER_UP) {
+    if (args.options.baseline == Baseline::RUNNER_UP) {
         for_places(g.start, g.end, [&](int64_t place, bool there) {
             const double x = there ? score_of(args, row_at(args, place)) : NAN;
             if (isnan(x)) return;
@@ -322,18 +317,18 @@ static __device__ __forceinline__ double divide(const OptionsArgs& o, double dif
 // The score less its baseline.
 static __device__ __forceinline__ double difference_of(const PassArgs& args, const Group& g,
                                                        double x) {
-    const int32_t baseline = args.options.baseline;
+    const Baseline baseline = args.options.baseline;
     const double n = g.moments.count;
-    if (baseline == BASELINE_NONE) return x;
-    if (baseline == BASELINE_BATCH) return x - args.batch->moments.mean;
+    if (baseline == Baseline::NONE) return x;
+    if (baseline == Baseline::BATCH) return x - args.batch->moments.mean;
     // Of a score that is infinite.
     if (isnan(g.moments.mean)) return NAN;
-    if (baseline == BASELINE_RUNNER_UP && g.end == g.start + 1) return NAN;
-    if (n == 1.0) return args.options.keep_singleton ? x : 0.0;
+    if (baseline == Baseline::RUNNER_UP && g.end == g.start + 1) return NAN;
+    if (n == 1.0) return args.options.singleton == Singleton::KEEP ? x : 0.0;
     switch (baseline) {
-        case BASELINE_GROUP: return x - g.moments.mean;
-        case BASELINE_LEAVE_ONE_OUT: return (x - g.moments.mean) * (n / (n - 1.0));
-        case BASELINE_LENGTH_WEIGHTED: return isnan(g.weighted) ? 0.0 : x - g.weighted;
+        case Baseline::GROUP: return x - g.moments.mean;
+        case Baseline::LEAVE_ONE_OUT: return (x - g.moments.mean) * (n / (n - 1.0));
+        case Baseline::LENGTH_WEIGHTED: return isnan(g.weighted) ? 0.0 : x - g.weighted;
         default: return x == g.best ? g.best - g.next : 0.0;
     }
 }
@@ -382,16 +377,16 @@ KERNEL(256, 2, advantages_rows_f32, PassArgs) {
                 const double x = there ? score_of(args, row) : NAN;
                 double a = difference_of(args, g, x);
                 switch (o.scale) {
-                    case SCALE_GROUP: a = divide_by_std(o, a, m); break;
-                    case SCALE_LEAVE_ONE_OUT:
+                    case Scale::GROUP: a = divide_by_std(o, a, m); break;
+                    case Scale::LEAVE_ONE_OUT:
                         a = divide_by_std(o, a, others_of(args, g, place, x));
                         break;
-                    case SCALE_BATCH: a = divide_by_std(o, a, args.batch->moments); break;
-                    case SCALE_MEAN: a = m.count == 1.0 ? a : divide(o, a, m.mean); break;
-                    case SCALE_NONZERO: a = divide(o, a, args.batch->nonzero); break;
+                    case Scale::BATCH: a = divide_by_std(o, a, args.batch->moments); break;
+                    case Scale::MEAN: a = m.count == 1.0 ? a : divide(o, a, m.mean); break;
+                    case Scale::NONZERO: a = divide(o, a, args.batch->nonzero); break;
                     default: break;
                 }
-                const bool single = o.baseline == BASELINE_RUNNER_UP && g.end == g.start + 1;
+                const bool single = o.baseline == Baseline::RUNNER_UP && g.end == g.start + 1;
                 if (there) args.advantages[row] = isnan(x) ? single ? NAN : 0.0f : float(a);
             });
         }

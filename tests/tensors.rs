@@ -4,6 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::to_vec;
+use ppo_kernels::advantages::{outcome_advantages, AdvantageInputs, AdvantageOptions};
 use ppo_kernels::gae::{gae, GaeInputs, GaeOptions};
 use ppo_kernels::kl::{full_kl, token_kl, FullKlOptions, KlOptions};
 use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, LogprobOptions};
@@ -32,6 +33,10 @@ fn a_sliced_empty_batch_is_a_batch() {
     empty(full_kl(&logits, &logits, Some(&mask), &FullKlOptions::default()));
     let inputs = GaeInputs { mask: Some(&mask), ..GaeInputs::new(&x) };
     empty(gae(&inputs, &GaeOptions::default()).map(|out| out.advantages));
+    let scores = x.narrow(1, 0, 1).unwrap().squeeze(1).unwrap();
+    let inputs = AdvantageInputs { mask: Some(&mask), ..AdvantageInputs::new(&scores) };
+    let out = outcome_advantages(&inputs, 8, &AdvantageOptions::default());
+    empty(out.map(|out| out.token_advantages.unwrap()));
     let moments = masked_moments(&x, Some(&mask)).unwrap();
     assert_eq!(moments.to_host().unwrap().count, 0.0);
     let options = WhitenOptions::default();

@@ -49,9 +49,9 @@ pub struct ppok_advantages_options {
     pub struct_size: usize,
     /// Added to the scale; finite, 0 or above; 1e-4 by default.
     pub eps: f64,
-    /// Scores below are this; -INFINITY by default.
+    /// The least that scores are clipped to; -INFINITY by default.
     pub score_min: f64,
-    /// Scores above are this; not below `score_min`; INFINITY by default.
+    /// The most that scores are clipped to; not below `score_min`; INFINITY by default.
     pub score_max: f64,
     /// What is subtracted: `PPOK_ADVANTAGES_BASELINE_GROUP`, the default, or one of the others.
     pub baseline: i32,

@@ -2,9 +2,9 @@
 //! nothing waits for the device.
 //!
 //! Refuses what [`cpu`](super::cpu) refuses, but for groups of one row by their ids where the baseline is
-//! [`RunnerUp`](super::Baseline::RunnerUp): to look for them here would cost a wait. Their rows come out as NaN.
+//! [`Baseline::RunnerUp`]: to look for them here would cost a wait. Their rows come out as NaN.
 
-use super::{AdvantageOptions, Singleton, Sizes, OP};
+use super::{AdvantageOptions, Baseline, Scale, Singleton, Sizes, OP};
 use crate::cuda::rows::Map;
 use crate::cuda::{Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
@@ -131,9 +131,9 @@ struct OptionsArgs {
     eps: f64,
     score_min: f64,
     score_max: f64,
-    baseline: i32,
-    scale: i32,
-    keep_singleton: i32,
+    baseline: Baseline,
+    scale: Scale,
+    singleton: Singleton,
     eps_at_std: i32,
     unbiased: i32,
     by_group: i32,
@@ -145,9 +145,9 @@ impl OptionsArgs {
             eps: options.eps,
             score_min: options.score_min,
             score_max: options.score_max,
-            baseline: options.baseline as i32,
-            scale: options.scale as i32,
-            keep_singleton: i32::from(options.singleton == Singleton::Keep),
+            baseline: options.baseline,
+            scale: options.scale,
+            singleton: options.singleton,
             eps_at_std: i32::from(options.eps_placement == EpsPlacement::Std),
             unbiased: i32::from(options.unbiased),
             by_group: i32::from(by_group),

@@ -32,7 +32,9 @@
 //! | [`remax`](AdvantageOptions::remax) | `None` | `None` | with the scores of greedy answers as `score_baselines`; arXiv 2310.10505 |
 //!
 //! Several rewards, each normalised by itself before they are added up (GDPO), are a call for each and one
-//! with `Baseline::Batch` and `Scale::Batch` of their weighted sum: `gdpo`.
+//! with `Baseline::Batch` and `Scale::Batch` of their weighted sum: `gdpo`. REINFORCE++ is
+//! [`gae`](crate::gae) with values of 0 and λ = 1, whitened. verl's optimal token baseline, which is another
+//! number for each token of a group, is not here.
 //!
 //! | argument | shape | type | absent means |
 //! |---|---|---|---|
@@ -149,9 +151,9 @@ pub enum Singleton {
 pub struct AdvantageOptions {
     /// Added to the scale; finite, 0 or above. Default 1e-4 (TRL); verl, SkyRL and NeMo-RL have 1e-6.
     pub eps: f64,
-    /// Scores below are this; may be -∞, the default. OpenRLHF clips to ±10.
+    /// The least that scores are clipped to; may be -∞, the default. OpenRLHF clips to ±10.
     pub score_min: f64,
-    /// Scores above are this; may be ∞, the default; not below `score_min`.
+    /// The most that scores are clipped to; may be ∞, the default; not below `score_min`.
     pub score_max: f64,
     /// What is subtracted. Default [`Baseline::Group`].
     pub baseline: Baseline,
