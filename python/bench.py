@@ -30,6 +30,7 @@ THREADS = 2
 SEQUENCES = 8  # that rows of logits are divided into, as TRL and verl loop over them
 os.environ.setdefault("RAYON_NUM_THREADS", str(THREADS))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402  after the number of threads is set
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -353,32 +354,36 @@ def advantages_groups(batch: int, seq_len: int, size: int, device: str) -> Itera
     loop = function_of("verl.trainer.ppo.core_algos", "compute_grpo_outcome_advantage")
     vector = function_of("verl.trainer.ppo.core_algos", "compute_grpo_vectorized_outcome_advantage")
 
-    def ours(groups: Tensor | None, group_size: int | None, flags: Tensor) -> Tensor:
+    def ours(groups: object, group_size: int | None = None) -> Tensor:
         scores = rewards.sum(-1)
         given = {"group_size": group_size, "eps": 1e-6}
         return ppo_kernels.outcome_advantages(scores, groups, flags, **given).advantages
 
-    def of_verl(function: Callable | None, groups: Tensor) -> Callable | None:
-        index = groups.cpu().numpy()
+    def of_verl(function: Callable | None, index: object) -> Callable | None:
         return function and (lambda: function(rewards, mask, index)[0])
 
     shape, bytes = f"{batch} x {seq_len} in groups of {size}", rewards.nbytes * 3
     flags = mask.bool()
+    index = ids.cpu().numpy()
+    strings = np.array([f"prompt {i}" for i in range(batch // size)], object).repeat(size)
     ordered = {
-        "ours": lambda: ours(None, size, flags),
+        "ours": lambda: ours(None, size),
         "eager": lambda: eager_grpo(rewards, mask, size),
-        "ours, by ids": lambda: ours(ids, None, flags),
-        "verl's loop": of_verl(loop, ids),
-        "verl, vectorised": of_verl(vector, ids),
+        "ours, by ids": lambda: ours(ids),
+        "verl's loop": of_verl(loop, index),
+        "verl, vectorised": of_verl(vector, index),
+        "ours, by strings": lambda: ours(strings),
+        "verl's loop, by strings": of_verl(loop, strings),
+        "verl, vectorised, by strings": of_verl(vector, strings),
     }
     yield Group(f"grpo {shape}", present(ordered), bytes)
     order = shuffled.argsort(stable=True)
     back = order.argsort()
     scattered = {
-        "ours": lambda: ours(shuffled, None, flags),
+        "ours": lambda: ours(shuffled),
         "eager": lambda: eager_grpo(rewards[order], mask, size)[back],
-        "verl's loop": of_verl(loop, shuffled),
-        "verl, vectorised": of_verl(vector, shuffled),
+        "verl's loop": of_verl(loop, shuffled.cpu().numpy()),
+        "verl, vectorised": of_verl(vector, shuffled.cpu().numpy()),
     }
     yield Group(f"grpo, scattered {shape}", present(scattered), bytes)
 

