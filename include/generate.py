@@ -27,7 +27,6 @@ BEGINNING = """\
 
 use std::ffi::c_void;
 
-use crate::capi;
 """
 OPTIONS = """
 #[no_mangle]
@@ -62,7 +61,8 @@ pub unsafe extern "C" fn {0}_cuda_workspace_size(
 
 def functions() -> str:
     sources = sorted((ROOT / "src").glob("*/capi.rs"))
-    text = BEGINNING + "".join(f"use crate::{path.parent.name}::capi::*;\n" for path in sources)
+    uses = ["use crate::capi;\n", *(f"use crate::{path.parent.name}::capi::*;\n" for path in sources)]
+    text = BEGINNING + "".join(sorted(uses))
     for path in sources:
         source = path.read_text()
         text += "".join(OPTIONS.format(name) for name in re.findall(r"^options!\((\w+)", source, re.M))

@@ -1026,7 +1026,7 @@ fn advantages(f: &mut Fuzz) {
         (sample.sizes.seq_len, sample.mask) = (0, None);
     }
     let mut own = AdvantageOptions::default();
-    let options = f.put_options(ppok_advantages_options_init, [1, 3], |f, c| {
+    let options = f.put_options(ppok_advantages_options_init, (1..=1, 3), |f, c| {
         own.eps = f.one(&[0.0, 1e-4, 0.1]);
         own.score_min = f.one(&[f64::NEG_INFINITY, -1.5]);
         own.score_max = f.one(&[f64::INFINITY, 1.0]);

@@ -4,8 +4,8 @@
 
 use std::ffi::c_void;
 
-use crate::capi;
 use crate::advantages::capi::*;
+use crate::capi;
 use crate::gae::capi::*;
 use crate::kl::capi::*;
 use crate::logprob::capi::*;
