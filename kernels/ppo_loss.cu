@@ -15,7 +15,7 @@
 // pass. Everything else, from one read of the tokens. A block takes a part of them, in tiles of
 // four tokens a thread: a vector of 16 bytes from each input, all in flight at once. Which tokens a
 // thread takes does not depend on their alignment; inputs that are not aligned are loaded one by
-// one. Sums are kept in f32 in a thread, of at most 128 tokens, and over a warp in a fixed tree;
+// one. Sums are kept in f32 in a thread, of at most 32 tokens, and over a warp in a fixed tree;
 // those of the warps are added in f64, and `partials [PARTIAL_SUMS, parts]` keeps them for merge.
 // How many parts there are depends on the number of tokens alone. Row weights, the entropy and the
 // KL take registers, which leaves fewer threads in flight, so there is a kernel without them (pass),
@@ -413,9 +413,13 @@ static __device__ __forceinline__ void store_group(const PassArgs& args, float* 
 // The sums of one thread.
 struct ThreadSums {
     float sum[PARTIAL_SUMS];
-    // The first seven of them, a byte each: a thread has at most 128 tokens of a part.
+    // The first seven of them, some bits each: a thread has at most 32 tokens of a part. All but those of
+    // the family are in the first word, which leaves registers to the pass without it.
     uint32_t counts[2];
 };
+
+constexpr int COUNT_BITS = 6;
+constexpr int COUNTS_A_WORD = 5;
 
 static __device__ __forceinline__ ThreadSums no_thread_sums() {
     ThreadSums s;
@@ -423,12 +427,13 @@ static __device__ __forceinline__ ThreadSums no_thread_sums() {
     for (int i = 0; i < PARTIAL_SUMS; i++) s.sum[i] = 0.0f;
     s.sum[RATIO_MIN] = INFINITY;
     s.sum[RATIO_MAX] = -INFINITY;
+    s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = NAN;
     s.counts[0] = s.counts[1] = 0;
     return s;
 }
 
 static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool counts) {
-    s.counts[which / 4] += uint32_t(counts) << 8 * (which % 4);
+    s.counts[which / COUNTS_A_WORD] += uint32_t(counts) << COUNT_BITS * (which % COUNTS_A_WORD);
 }
 
 // The factors of the terms' gradients.
@@ -471,7 +476,7 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
     unpack(g.logp, logp, float{});
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
-    s.counts[0] += count_nonzero(g.mask) << 8 * TOKENS;
+    s.counts[0] += count_nonzero(g.mask) << COUNT_BITS * TOKENS;
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
@@ -498,7 +503,7 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
     unpack(g.weights, weights, float{});
-    s.counts[0] += count_nonzero(g.mask) << 8 * TOKENS;
+    s.counts[0] += count_nonzero(g.mask) << COUNT_BITS * TOKENS;
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const float d = keep[i] ? logp[i] - old_logp[i] : 0.0f;
@@ -563,7 +568,7 @@ static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& 
 
 // The value term, and its gradient.
 static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSums& s,
-                                                 const Group& g, bool first,
+                                                 const Group& g,
                                                  const bool (&keep)[QUAD],
                                                  const float (&w)[QUAD], float scale,
                                                  float (&grad)[QUAD]) {
@@ -571,7 +576,8 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
     unpack(g.values, values, float{});
     unpack(args.old_values ? g.old_values : g.values, old_values, float{});
     unpack(g.returns, returns, float{});
-    if (first) {
+    // Until a thread has seen a token its centre is NaN.
+    if (s.sum[RETURN_CENTRE] != s.sum[RETURN_CENTRE]) {
 #pragma unroll
         for (int i = QUAD - 1; i >= 0; i--) {
             if (keep[i]) {
@@ -673,7 +679,6 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         RowTerms rows[QUAD];
         load_rows<HAS>(args, at, place, w, rows);
 
-        const bool is_first = s.counts[0] == 0;
         if (HAS == Has::FAMILY) {
             add_family(args, s, g, keep, w, rows, scales.policy, grad);
         } else {
@@ -684,7 +689,7 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         }
         if (args.grad_logp) store_group(args, args.grad_logp, at, grad);
         if (args.values) {
-            add_value(args, s, g, is_first, keep, w, scales.value, grad);
+            add_value(args, s, g, keep, w, scales.value, grad);
             if (args.grad_values) store_group(args, args.grad_values, at, grad);
         }
         if (HAS != Has::NOTHING && args.entropy) {
@@ -698,8 +703,10 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
     }
 #pragma unroll
     for (int i = TOKENS; i <= OFF_POLICY; i++) {
-        s.sum[i] = float(s.counts[i / 4] >> 8 * (i % 4) & 0xff);
+        const uint32_t word = s.counts[i / COUNTS_A_WORD];
+        s.sum[i] = float(word >> COUNT_BITS * (i % COUNTS_A_WORD) & ((1 << COUNT_BITS) - 1));
     }
+    if (s.sum[TOKENS] == 0.0f) s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = 0.0f;
     return s;
 }
 

@@ -39,16 +39,14 @@ struct PartSize {
     part_tiles: usize,
 }
 
-/// A single part needs no merge; up to 1024 parts are merged in no time; and a thread adds up no
-/// more than 128 tokens in f32.
-const PARTS: [PartSize; 7] = [
+/// A single part needs no merge; up to 1024 parts are merged in no time; and a thread adds up, and counts, no
+/// more than 32 tokens.
+const PARTS: [PartSize; 5] = [
     PartSize { max_tiles: 4, part_tiles: 4 },
     PartSize { max_tiles: 1 << 10, part_tiles: 1 },
     PartSize { max_tiles: 2 << 10, part_tiles: 2 },
     PartSize { max_tiles: 4 << 10, part_tiles: 4 },
-    PartSize { max_tiles: 8 << 10, part_tiles: 8 },
-    PartSize { max_tiles: 16 << 10, part_tiles: 16 },
-    PartSize { max_tiles: usize::MAX, part_tiles: 32 },
+    PartSize { max_tiles: usize::MAX, part_tiles: 8 },
 ];
 
 /// Tiles of a part, and how many parts there are.
