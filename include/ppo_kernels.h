@@ -24,8 +24,8 @@
  * versions. In arguments, set struct_size to sizeof and all that is not used to zero:
  * ppok_gae_args args = {sizeof args}; args.batch = batch; and so on. Options are set to their defaults
  * by ppok_..._options_init(&options, sizeof options), and then changed; a null pointer to options
- * stands for the defaults. Fields named reserved are 0. Results that are structs, ppok_moments and the
- * ppok_..._stats, are of doubles only, on the device too.
+ * stands for the defaults. Fields named reserved are 0. Results that are structs, ppok_moments and those
+ * named ppok_..._stats, are of doubles only, on the device too.
  *
  * Memory. The library allocates nothing for results and keeps no pointer of the caller's. The structs
  * of arguments and options are in the process's memory, also for CUDA, and are not needed after the
@@ -34,8 +34,9 @@
  * stays for the life of the process; ppok_set_team() has the program's own threads used in its place.
  * In the child of a fork(), which does not have them, and where they cannot be started, the caller's
  * thread does all the work, to the same bits. Apart from the pool with its queue, a list of a team's
- * parts of a call, the order of the rows by groups in ppok_advantages_cpu(), kernels that are loaded, and
- * the texts of errors, nothing is allocated.
+ * parts of a call, the order of the rows by groups in ppok_advantages_cpu(), some numbers a row in the
+ * losses of pairs and from logits, kernels that are loaded, and the texts of errors, nothing is
+ * allocated.
  *
  * CUDA. ppok_OP_PASS_cuda(&args, workspace, bytes, stream) launches kernels on the caller's stream
  * (CUstream or cudaStream_t; null is the default stream of the thread's current context, or where
@@ -152,7 +153,8 @@
 #define PPOK_STATUS_DTYPE 2
 
 /**
- * An option is out of its range, not finite, or does not go with the arguments given.
+ * An option is out of its range, not finite, or does not go with the arguments given, or an array holds
+ * a label or a length that is none.
  */
 #define PPOK_STATUS_OPTION 3
 
@@ -519,6 +521,121 @@
  * It counts tokens whose ratio is outside of the bounds (CleanRL).
  */
 #define PPOK_PPO_LOSS_RATIO_OUTSIDE 1
+
+/**
+ * -(1 - e) ls(h) - e ls(-h): DPO, with label smoothing e cDPO.
+ */
+#define PPOK_PREFERENCE_SIGMOID 0
+
+/**
+ * (-(1 - e) ls(h) + e ls(-h)) / (1 - 2 e).
+ */
+#define PPOK_PREFERENCE_ROBUST 1
+
+/**
+ * max(0, 1 - h).
+ */
+#define PPOK_PREFERENCE_HINGE 2
+
+/**
+ * (x - y - 1 / (2 beta))^2. TRL averages x and y.
+ */
+#define PPOK_PREFERENCE_IPO 3
+
+/**
+ * As `PPOK_PREFERENCE_SIGMOID`, always averaged.
+ */
+#define PPOK_PREFERENCE_SIGMOID_NORM 4
+
+/**
+ * KL of (s(h), s(-h)) to (1 - e, e), e above 0.
+ */
+#define PPOK_PREFERENCE_EXO_PAIR 5
+
+/**
+ * -ls(a) - (ls(-a) + ls(-b)) / 2.
+ */
+#define PPOK_PREFERENCE_NCA_PAIR 6
+
+/**
+ * -ls(a) - ls(-b).
+ */
+#define PPOK_PREFERENCE_BCO_PAIR 7
+
+/**
+ * (x - 1 / (2 beta))^2 + (y + 1 / (2 beta))^2.
+ */
+#define PPOK_PREFERENCE_SPPO_HARD 8
+
+/**
+ * 1 - s(a) + s(b).
+ */
+#define PPOK_PREFERENCE_APO_ZERO 9
+
+/**
+ * s(a) + 1 - s(h).
+ */
+#define PPOK_PREFERENCE_APO_DOWN 10
+
+/**
+ * -ls(h) (1 - g) + exp(-h) g, g = s(h / discopop_tau).
+ */
+#define PPOK_PREFERENCE_DISCOPOP 11
+
+/**
+ * As `PPOK_PREFERENCE_SIGMOID`, of the sorted log-ratios of policy and reference.
+ */
+#define PPOK_PREFERENCE_AOT 12
+
+/**
+ * As `PPOK_PREFERENCE_SIGMOID`, of the sorted x and the sorted y.
+ */
+#define PPOK_PREFERENCE_AOT_UNPAIRED 13
+
+/**
+ * As `PPOK_PREFERENCE_SIGMOID`, without a reference, always averaged, with margin `gamma`.
+ */
+#define PPOK_PREFERENCE_SIMPO 14
+
+/**
+ * As `PPOK_PREFERENCE_SIGMOID`, without a reference.
+ */
+#define PPOK_PREFERENCE_CPO 15
+
+/**
+ * -beta ls(o(x) - o(y)), o(t) = t - ln(1 - exp(t)), without a reference, always averaged.
+ */
+#define PPOK_PREFERENCE_ORPO 16
+
+/**
+ * As `PPOK_PREFERENCE_SIMPO`, of (1 - exp(-alpha t)) / alpha.
+ */
+#define PPOK_PREFERENCE_ALPHAPO 17
+
+/**
+ * w_d (1 - s(beta (x - kl))) where desirable, w_u (1 - s(beta (kl - x))) elsewhere.
+ */
+#define PPOK_PREFERENCE_KTO 18
+
+/**
+ * The log-ratio x itself.
+ */
+#define PPOK_F_DIVERGENCE_REVERSE_KL 0
+
+/**
+ * 1 - exp(-x) in its place.
+ */
+#define PPOK_F_DIVERGENCE_FORWARD_KL 1
+
+/**
+ * ln 2 + ls(x).
+ */
+#define PPOK_F_DIVERGENCE_JENSEN_SHANNON 2
+
+/**
+ * (exp((f_alpha - 1) x) - 1) / (f_alpha - 1).
+ */
+#define PPOK_F_DIVERGENCE_ALPHA 3
 
 /**
  * `eps` is added to the variance (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
@@ -1726,6 +1843,264 @@ typedef struct ppok_ppo_loss_scale_args {
 } ppok_ppo_loss_scale_args;
 
 /**
+ * Options of ppok_preference_loss_*.
+ */
+typedef struct ppok_preference_options {
+    size_t struct_size;
+    /**
+     * Scale of the log-ratios, above 0; 0.1 by default.
+     */
+    double beta;
+    /**
+     * e, the share of labels taken to be wrong, 0 to 0.5, of losses that have it; 0 by default.
+     */
+    double label_smoothing;
+    /**
+     * Subtracted from h, of losses that are as `PPOK_PREFERENCE_SIGMOID`; 0 by default.
+     */
+    double gamma;
+    /**
+     * alpha of `PPOK_PREFERENCE_ALPHAPO`; 0 by default, and for other losses.
+     */
+    double alpha;
+    /**
+     * Above 0; 0.05 by default.
+     */
+    double discopop_tau;
+    /**
+     * alpha of `PPOK_F_DIVERGENCE_ALPHA`, other than 1; not looked at with others. 0.5 by default.
+     */
+    double f_alpha;
+    /**
+     * Weight of tokens beyond the length of the shorter response of the pair (LD-DPO), 0 to 1, or
+     * `PPOK_NONE`, which is the default.
+     */
+    double ld_alpha;
+    /**
+     * w_d of `PPOK_PREFERENCE_KTO`, 0 or above; 1 by default.
+     */
+    double desirable_weight;
+    /**
+     * w_u of `PPOK_PREFERENCE_KTO`, 0 or above; 1 by default.
+     */
+    double undesirable_weight;
+    /**
+     * Factor of the mean negative log-likelihood of the chosen responses' tokens; 0 by default, and in
+     * `PPOK_PREFERENCE_KTO`.
+     */
+    double sft_coef;
+    /**
+     * Replaces the number of pairs, or in `PPOK_PREFERENCE_KTO` of responses, above 0, for gradient
+     * accumulation and data parallelism. `PPOK_NONE` by default.
+     */
+    double denominator;
+    /**
+     * Replaces the number of tokens of the chosen responses likewise. `PPOK_NONE` by default.
+     */
+    double sft_denominator;
+    /**
+     * `PPOK_PREFERENCE_SIGMOID`, the default, to `PPOK_PREFERENCE_KTO`.
+     */
+    int32_t loss;
+    /**
+     * `PPOK_F_DIVERGENCE_REVERSE_KL`, the default, to `PPOK_F_DIVERGENCE_ALPHA`, the latter three for
+     * losses of h alone that have a reference and do not sort.
+     */
+    int32_t f_divergence;
+    /**
+     * 1: sums are divided by lengths; 0, the default: in losses that always do.
+     */
+    int32_t average_log_prob;
+    int32_t reserved;
+} ppok_preference_options;
+
+/**
+ * The loss and what else was found of the responses that count.
+ *
+ * NaN stands for what is not defined, the mean of no response. In KTO the desirable responses are the chosen
+ * ones.
+ */
+typedef struct ppok_preference_stats {
+    /**
+     * The total, as it is minimised.
+     */
+    double loss;
+    /**
+     * The loss without the likelihood term.
+     */
+    double preference_loss;
+    /**
+     * Mean negative log-likelihood of the chosen responses' tokens, before `sft_coef`; in KTO NaN.
+     */
+    double sft_loss;
+    /**
+     * Share of pairs whose chosen response has the larger reward; in KTO NaN.
+     */
+    double accuracy;
+    /**
+     * `chosen_reward` less `rejected_reward`.
+     */
+    double reward_margin;
+    /**
+     * Mean implicit reward of the chosen responses.
+     */
+    double chosen_reward;
+    /**
+     * Mean implicit reward of the rejected responses.
+     */
+    double rejected_reward;
+    /**
+     * Mean sum of the chosen responses' log-probabilities.
+     */
+    double chosen_logp;
+    /**
+     * Mean sum of the rejected responses' log-probabilities.
+     */
+    double rejected_logp;
+    /**
+     * Number of chosen responses.
+     */
+    double chosen;
+    /**
+     * Number of rejected responses.
+     */
+    double rejected;
+} ppok_preference_stats;
+
+
+/**
+ * Arguments of ppok_preference_loss_*. Units are pairs, `rows` / 2, or in KTO rows. Rows are the chosen
+ * responses of all pairs, and then the rejected ones in the same order.
+ */
+typedef struct ppok_preference_loss_args {
+    size_t struct_size;
+    /**
+     * Responses; an even number of them but in KTO.
+     */
+    size_t rows;
+    /**
+     * Tokens of a row; 1 where rows are log-probabilities of whole responses.
+     */
+    size_t seq_len;
+    /**
+     * Log-probabilities under the policy that is trained, which get the gradient, `[rows, seq_len]`.
+     */
+    const float *logp;
+    /**
+     * Log-probabilities under the reference model, `[rows, seq_len]`; null if there are none, and for
+     * losses without a reference.
+     */
+    const float *ref_logp;
+    /**
+     * Their sums over the unmasked tokens, `[rows]`, in their place, or null.
+     */
+    const float *ref_sums;
+    /**
+     * `[rows, seq_len]`; null if nothing is masked.
+     */
+    const uint8_t *mask;
+    /**
+     * What averages are divided by, `[rows]`, 0 or above; null for the number of unmasked tokens.
+     */
+    const int64_t *lengths;
+    /**
+     * Factors of the losses, `[units]`; null for ones. A unit of weight 0 is left out altogether. Not
+     * for losses that sort.
+     */
+    const float *weights;
+    /**
+     * Subtracted from h, `[units]`, or null; for losses that are as `PPOK_PREFERENCE_SIGMOID`.
+     */
+    const float *margin;
+    /**
+     * 1 for desirable responses and 0 for others, `[rows]`, in KTO; else null.
+     */
+    const uint8_t *labels;
+    /**
+     * kl of KTO, one number; null for 0.
+     */
+    const float *kl;
+    const struct ppok_preference_options *options;
+    /**
+     * The loss and the statistics, one, written.
+     */
+    struct ppok_preference_stats *stats;
+    /**
+     * The loss once more, one, written; null if not wanted.
+     */
+    float *loss;
+    /**
+     * The losses of the units, times their weights, `[units]`, written; null if not wanted.
+     */
+    float *losses;
+    /**
+     * Implicit rewards, `[rows]`, written: beta x, averaged if the loss averages; null if not wanted.
+     */
+    float *rewards;
+    /**
+     * Gradient with respect to `logp`, for an upstream gradient of 1, `[rows, seq_len]`, written; null
+     * if not wanted.
+     */
+    float *grad_logp;
+} ppok_preference_loss_args;
+
+/**
+ * Options of ppok_reward_model_loss_*.
+ */
+typedef struct ppok_reward_model_options {
+    size_t struct_size;
+    /**
+     * Factor of (chosen + rejected)^2, 0 or above; 0 by default.
+     */
+    double center_coef;
+    /**
+     * Replaces the number of pairs, above 0. `PPOK_NONE` by default.
+     */
+    double denominator;
+} ppok_reward_model_options;
+
+/**
+ * Arguments of ppok_reward_model_loss_*.
+ */
+typedef struct ppok_reward_model_loss_args {
+    size_t struct_size;
+    /**
+     * How many pairs there are.
+     */
+    size_t pairs;
+    /**
+     * Rewards of the chosen responses and of the rejected ones, which get the gradient, `[2, pairs]`.
+     */
+    const float *rewards;
+    /**
+     * How much more the chosen response is to get, `[pairs]`; null for 0.
+     */
+    const float *margin;
+    /**
+     * Factors of the losses, `[pairs]`; null for ones. A pair of weight 0 is left out altogether.
+     */
+    const float *weights;
+    const struct ppok_reward_model_options *options;
+    /**
+     * The loss and the statistics, one, written.
+     */
+    struct ppok_preference_stats *stats;
+    /**
+     * The loss once more, one, written; null if not wanted.
+     */
+    float *loss;
+    /**
+     * The losses of the pairs, times their weights, `[pairs]`, written; null if not wanted.
+     */
+    float *losses;
+    /**
+     * Gradient with respect to `rewards`, for an upstream gradient of 1, `[2, pairs]`, written; null if
+     * not wanted.
+     */
+    float *grad_rewards;
+} ppok_reward_model_loss_args;
+
+/**
  * Threads of the program's: see ppok_set_team().
  */
 typedef void (*ppok_team)(void (*work)(void *state),
@@ -2179,6 +2554,53 @@ int32_t ppok_ppo_loss_scale_cuda(const struct ppok_ppo_loss_scale_args *args,
 int32_t ppok_ppo_loss_scale_cuda_workspace_size(const struct ppok_ppo_loss_scale_args *args,
                                                 void *stream,
                                                 size_t *bytes);
+
+/**
+ * Preference losses: the DPO family on pairs of responses, and KTO on labelled ones, with their gradient,
+ * implicit rewards and statistics. With x and y the sums of log-ratios of the chosen and the rejected
+ * response over their unmasked tokens, averaged where the loss averages, s the logistic function and ls its
+ * logarithm,
+ *
+ * ```text
+ * a = beta x, b = beta y, h = a - b - gamma - margin
+ * loss = sum weight l(a, b, h) / units + sft_coef (-sum logp / tokens), the latter of chosen responses
+ * ```
+ *
+ * where the option `loss` says what l is. If no unit has a weight and no denominator is given,
+ * `PPOK_STATUS_MASK`; on CUDA the loss is NaN then, and the gradient is 0. A label other than 0 and 1, and
+ * a length below 0, are `PPOK_STATUS_OPTION`; on CUDA the loss is NaN.
+ */
+int32_t ppok_preference_loss_cpu(const struct ppok_preference_loss_args *args);
+
+int32_t ppok_preference_loss_cuda(const struct ppok_preference_loss_args *args,
+                                  void *workspace,
+                                  size_t bytes,
+                                  void *stream);
+
+int32_t ppok_preference_loss_cuda_workspace_size(const struct ppok_preference_loss_args *args,
+                                                 void *stream,
+                                                 size_t *bytes);
+
+int32_t ppok_preference_options_init(struct ppok_preference_options *options, size_t struct_size);
+
+/**
+ * The pairwise loss of a reward model, with its gradient and statistics: the mean of
+ * -ls(chosen - rejected - margin) + center_coef (chosen + rejected)^2. If no pair has a weight and no
+ * denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN then, and the gradient is 0.
+ */
+int32_t ppok_reward_model_loss_cpu(const struct ppok_reward_model_loss_args *args);
+
+int32_t ppok_reward_model_loss_cuda(const struct ppok_reward_model_loss_args *args,
+                                    void *workspace,
+                                    size_t bytes,
+                                    void *stream);
+
+int32_t ppok_reward_model_loss_cuda_workspace_size(const struct ppok_reward_model_loss_args *args,
+                                                   void *stream,
+                                                   size_t *bytes);
+
+int32_t ppok_reward_model_options_init(struct ppok_reward_model_options *options,
+                                       size_t struct_size);
 
 /**
  * From now on the functions for the CPU work with threads of the program's: `team` has as many of them

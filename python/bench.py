@@ -466,6 +466,38 @@ def policy_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]
     yield Group(f"policy loss forward + backward {batch} x {seq_len}", present(candidates), size)
 
 
+def preference_groups(device: str) -> Iterator[Group]:
+    """DPO of 4,096 pairs of 512 tokens, and of 2,048 pairs of sums: as it is written, and ours with
+    rewards and statistics."""
+    rows, seq_len, compiled = 8192, 512, torch.compile(formulas.dpo)
+    logp = torch.rand(rows, seq_len, device=device) * -3
+    mask = torch.arange(seq_len, device=device) < torch.randint(
+        1, seq_len, (rows, 1), device=device
+    )
+    ref_logp = (logp * mask).sum(-1) + torch.randn(rows, device=device)
+
+    def run(loss: Callable, leaf: Tensor, *rest: Tensor) -> Callable[[], object]:
+        return gradients_of(loss, (leaf,), leaf, *rest)
+
+    tokens, sums = logp.requires_grad_(), ref_logp[::2].clone().requires_grad_()
+    of_sums = sums.detach() + torch.randn_like(sums)
+    candidates = {
+        "ours, with statistics": run(ppo_kernels.preference_loss, tokens, ref_logp, mask),
+        "eager, without": run(formulas.dpo, tokens, ref_logp, mask),
+        "torch.compile, without": run(compiled, tokens, ref_logp, mask),
+    }
+    # The log-probabilities, the mask twice; the gradient.
+    size = 2 * logp.nbytes + 2 * mask.nbytes
+    yield Group(f"preference loss forward + backward {rows} x {seq_len}", candidates, size)
+    candidates = {
+        "ours, with statistics": run(ppo_kernels.preference_loss, sums, of_sums),
+        "eager, without": run(formulas.dpo, sums, of_sums),
+        "torch.compile, without": run(compiled, sums, of_sums),
+    }
+    name = f"preference loss forward + backward {sums.numel()} sums"
+    yield Group(name, candidates, 3 * sums.nbytes, 20)
+
+
 def overhead_groups(device: str) -> Iterator[Group]:
     logits = torch.randn(4, 32, device=device, requires_grad=True)
     index = torch.randint(32, (4,), device=device)
@@ -519,6 +551,7 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
     batch = 64 if device == "cpu" else 8192
     for make in (token_kl_groups, whiten_groups, ppo_loss_groups, policy_loss_groups):
         yield lambda make=make: make(batch, 2048, device)
+    yield lambda: preference_groups(device)
     yield lambda: overhead_groups(device)
 
 

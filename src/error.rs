@@ -53,6 +53,20 @@ pub enum Error {
         /// The value it was given.
         got: String,
     },
+    /// A number of an argument is none of those that it may hold.
+    #[error("{op}: `{arg}`[{index}] is {got}, expected {expected}")]
+    Value {
+        /// The op that refused.
+        op: &'static str,
+        /// The argument it refused.
+        arg: &'static str,
+        /// Which number of it, counted over all dimensions.
+        index: usize,
+        /// The values it would have taken.
+        expected: &'static str,
+        /// The value it was given.
+        got: i64,
+    },
     /// An argument that another one needs is not given.
     #[error("{op}: `{arg}` is missing, which `{needed_by}` needs")]
     Missing {

@@ -10,6 +10,7 @@
 //! | [`advantages`] | loops over groups of sequences: GRPO, RLOO and their relatives, from a score each |
 //! | [`whiten`] | masked mean, variance and normalisation |
 //! | [`ppo_loss`] | the dozens of elementwise steps of the clipped loss, its gradients and statistics |
+//! | [`preference`] | masked sums of log-probabilities, and the losses of the DPO family on them |
 //!
 //! Every op is one module with the same parts:
 //! - `reference`: the oracle, plain f64 loops that can be checked by eye, for inputs of the right
@@ -44,6 +45,7 @@ pub mod logprob;
 pub mod memory;
 pub mod moments;
 pub mod ppo_loss;
+pub mod preference;
 #[cfg(feature = "candle")]
 mod tensor;
 pub mod tolerance;

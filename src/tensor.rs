@@ -278,6 +278,35 @@ impl<T: Element> Buffer<T> {
     }
 }
 
+/// Statistics, a struct of doubles, where they were computed, so that nobody has to wait for them.
+#[derive(Debug, Clone)]
+pub struct StatsTensor<S> {
+    tensor: Tensor,
+    stats: PhantomData<S>,
+}
+
+impl<S: Element<Number = f64>> StatsTensor<S> {
+    /// Wraps statistics that an op has written.
+    pub(crate) fn from_buffer(buffer: Buffer<S>) -> Result<Self> {
+        let tensor = buffer.into_tensor(numbers::<S>()).to_dtype(DType::F32)?;
+        Ok(Self { tensor, stats: PhantomData })
+    }
+
+    /// f32, in the order of the statistics' `NAMES`; counts are exact up to 2^24.
+    pub fn tensor(&self) -> &Tensor {
+        &self.tensor
+    }
+
+    /// Brings them to the host, which waits for the device.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn to_host(&self) -> Result<S> {
+        let stats: Vec<f64> = self.tensor.to_vec1::<f32>()?.into_iter().map(f64::from).collect();
+        Ok(bytemuck::cast_slice(&stats)[0])
+    }
+}
+
 /// The elements of a contiguous tensor, held for reading.
 pub(crate) struct View<'a, T: Element> {
     storage: StorageRef<'a>,

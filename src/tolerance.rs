@@ -16,6 +16,8 @@
 //! - `whiten`: mean and variance are merged in f64, so what remains are some roundings of values of
 //!   magnitude up to 5; the gradient is a difference of three such terms.
 //! - `ppo_loss`: exp, and products of few factors; terms of opposite sign are added up.
+//! - `preference`: sums are in f64, so what remains is the rounding of a score of magnitude up to 20, which
+//!   an exponential makes a relative error of its result, and that of a few products.
 
 /// What an element may differ by: abs + rel |reference|.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -117,6 +119,14 @@ pub const PPO_LOSS: Tolerances = Tolerances {
     tests: Tolerance::new(1e-6, 2e-6),
     forward: Tolerance::new(2e-6, 2e-6),
     backward: Tolerance::new(1e-6, 2e-6),
+    benches: Tolerance::new(1e-4, 1e-4),
+};
+
+/// Tolerances of `preference`: the loss, rewards, statistics and gradients.
+pub const PREFERENCE: Tolerances = Tolerances {
+    tests: Tolerance::new(1e-6, 3e-6),
+    forward: Tolerance::new(2e-6, 4e-6),
+    backward: Tolerance::new(1e-6, 4e-6),
     benches: Tolerance::new(1e-4, 1e-4),
 };
 

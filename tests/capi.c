@@ -1199,6 +1199,174 @@ static void check_ppo_loss_scale(void) {
     free_all();
 }
 
+/* preference */
+
+static struct {
+    ppok_preference_loss_args args;
+    ppok_reward_model_loss_args rewards;
+    void *at, *rewards_at; /* where those are */
+    ppok_preference_options settings;
+    ppok_reward_model_options reward_settings;
+} pr;
+
+PASS(preference_loss, pr.at)
+PASS(reward_model_loss, pr.rewards_at)
+
+/* Two pairs. */
+enum { RESPONSES = 4, UNITS = 2, ALL_TOKENS = RESPONSES * SEQ_LEN };
+
+static void check_preference(void) {
+    unsigned char *mask = memory(ALL_TOKENS);
+    mask[1] = 0;
+    int64_t *lengths = memory(RESPONSES * sizeof *lengths);
+    for (int i = 0; i < RESPONSES; i++) lengths[i] = 3 + i;
+    ppok_preference_loss_args *args = &pr.args;
+    *args = (ppok_preference_loss_args){
+        .struct_size = sizeof *args,
+        .rows = RESPONSES,
+        .seq_len = SEQ_LEN,
+        .logp = floats(ALL_TOKENS, -2.0f, 0.1f),
+        .ref_logp = floats(ALL_TOKENS, -1.9f, 0.09f),
+        .mask = mask,
+        .lengths = lengths,
+        .weights = floats(UNITS, 0.5f, 0.1f),
+        .margin = floats(UNITS, 0.1f, 0.1f),
+        .options = &pr.settings,
+        .stats = memory(sizeof *args->stats),
+        .loss = memory(sizeof *args->loss),
+        .losses = memory(UNITS * 4),
+        .rewards = memory(RESPONSES * 4),
+        .grad_logp = memory(ALL_TOKENS * 4),
+    };
+    pr.at = args;
+    int32_t status = ppok_preference_options_init(&pr.settings, sizeof pr.settings);
+    CHECK(status == PPOK_STATUS_OK, "init");
+    CHECK(pr.settings.beta == 0.1, "default");
+    CHECK(pr.settings.ld_alpha == PPOK_NONE, "default");
+    function f = {
+        .name = "ppok_preference_loss_cpu",
+        .run = preference_loss_cpu,
+        .pointers = {{"logp", (void **)&args->logp, ALL_TOKENS * 4, 4, NEEDED, READ},
+                     {"ref_logp", (void **)&args->ref_logp, ALL_TOKENS * 4, 4, OPTIONAL, READ},
+                     {"mask", (void **)&args->mask, ALL_TOKENS, 1, OPTIONAL, READ},
+                     {"lengths", (void **)&args->lengths, RESPONSES * 8, 8, OPTIONAL, READ},
+                     {"weights", (void **)&args->weights, UNITS * 4, 4, OPTIONAL, READ},
+                     {"margin", (void **)&args->margin, UNITS * 4, 4, OPTIONAL, READ},
+                     {"stats", (void **)&args->stats, sizeof *args->stats, 8, NEEDED, WRITTEN},
+                     {"loss", (void **)&args->loss, 4, 4, OPTIONAL, WRITTEN},
+                     {"losses", (void **)&args->losses, UNITS * 4, 4, OPTIONAL, WRITTEN},
+                     {"rewards", (void **)&args->rewards, RESPONSES * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_logp", (void **)&args->grad_logp, ALL_TOKENS * 4, 4, OPTIONAL,
+                      WRITTEN}},
+        .sizes = {{"rows", &args->rows, PPOK_STATUS_MASK}, {"seq_len", &args->seq_len, PPOK_STATUS_OK}},
+        .numbers = {{"loss", &pr.settings.loss, PPOK_PREFERENCE_KTO, PPOK_STATUS_OPTION},
+                    {"f_divergence", &pr.settings.f_divergence, 3, PPOK_STATUS_OPTION},
+                    {"average_log_prob", &pr.settings.average_log_prob, 1, PPOK_STATUS_OPTION},
+                    {"reserved", &pr.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},
+        .options = {{"beta", &pr.settings.beta, 0.0},
+                    {"label_smoothing", &pr.settings.label_smoothing, 0.7},
+                    {"gamma", &pr.settings.gamma, NAN},
+                    {"alpha", &pr.settings.alpha, 1.0},
+                    {"discopop_tau", &pr.settings.discopop_tau, 0.0},
+                    {"ld_alpha", &pr.settings.ld_alpha, 2.0},
+                    {"desirable_weight", &pr.settings.desirable_weight, 2.0},
+                    {"undesirable_weight", &pr.settings.undesirable_weight, -2.0},
+                    {"sft_coef", &pr.settings.sft_coef, NAN},
+                    {"denominator", &pr.settings.denominator, 0.0},
+                    {"sft_denominator", &pr.settings.sft_denominator, 0.0}},
+        .structs = {{"args", &pr.at, sizeof *args},
+                    {"options", (void **)&args->options, sizeof pr.settings}},
+    };
+    check(&f);
+    refuses_no_args(&f, &pr.at);
+    CHECK(args->stats->chosen == UNITS, "%g pairs", args->stats->chosen);
+    CHECK(isfinite(args->stats->loss), "loss %g", args->stats->loss);
+    CHECK(*args->loss == (float)args->stats->loss, "loss %g", *args->loss);
+    CHECK(args->grad_logp[1] == 0.0f && args->grad_logp[2] < 0.0f, "the gradient of a chosen row");
+
+    args->rows = RESPONSES - 1;
+    refuses(&f, "rows", "odd", PPOK_STATUS_SHAPE);
+    args->rows = RESPONSES;
+    args->ref_sums = floats(RESPONSES, -9.0f, 1.0f);
+    refuses(&f, "ref_sums", "beside ref_logp", PPOK_STATUS_OPTION);
+    const float *reference = args->ref_logp;
+    args->ref_logp = NULL;
+    accepts(&f, "ref_sums", "alone");
+    pr.settings.loss = PPOK_PREFERENCE_CPO;
+    refuses(&f, "ref_sums", "of a loss without a reference", PPOK_STATUS_OPTION);
+    pr.settings.loss = PPOK_PREFERENCE_SIGMOID;
+    args->ref_sums = NULL;
+    args->ref_logp = reference;
+    unsigned char *labels = memory(RESPONSES);
+    memset(labels, 1, RESPONSES);
+    args->labels = labels;
+    refuses(&f, "labels", "of pairs", PPOK_STATUS_OPTION);
+    args->labels = NULL;
+
+    f.name = "ppok_preference_loss_cuda";
+    f.run = preference_loss_cuda;
+    check_cuda(f, preference_loss_workspace);
+    CHECK_QUERY(ppok_preference_loss_cuda_workspace_size(args, stream, NULL));
+    f.name = "ppok_preference_loss_cpu";
+    f.run = preference_loss_cpu;
+
+    /* KTO, of labelled rows, for each of which there are a loss and a weight. */
+    pr.settings.loss = PPOK_PREFERENCE_KTO;
+    args->weights = args->margin = NULL;
+    args->losses = memory(RESPONSES * 4);
+    refuses(&f, "labels", "null", PPOK_STATUS_NULL_POINTER);
+    args->labels = labels;
+    args->kl = floats(1, 0.5f, 0.0f);
+    accepts(&f, "labels", "given");
+    lengths[1] = -1;
+    refuses(&f, "lengths", "below zero", PPOK_STATUS_OPTION);
+    lengths[1] = 4;
+    labels[2] = 2;
+    refuses(&f, "labels", "of no class", PPOK_STATUS_OPTION);
+
+    pr.rewards = (ppok_reward_model_loss_args){
+        .struct_size = sizeof pr.rewards,
+        .pairs = UNITS,
+        .rewards = floats(2 * UNITS, -0.5f, 0.2f),
+        .margin = floats(UNITS, 0.1f, 0.1f),
+        .weights = floats(UNITS, 0.5f, 0.1f),
+        .options = &pr.reward_settings,
+        .stats = memory(sizeof *pr.rewards.stats),
+        .loss = memory(4),
+        .losses = memory(UNITS * 4),
+        .grad_rewards = memory(2 * UNITS * 4),
+    };
+    ppok_reward_model_loss_args *of = &pr.rewards;
+    pr.rewards_at = of;
+    status = ppok_reward_model_options_init(&pr.reward_settings, sizeof pr.reward_settings);
+    CHECK(status == PPOK_STATUS_OK, "init");
+    function model = {
+        .name = "ppok_reward_model_loss_cpu",
+        .run = reward_model_loss_cpu,
+        .pointers = {{"rewards", (void **)&of->rewards, 2 * UNITS * 4, 4, NEEDED, READ},
+                     {"margin", (void **)&of->margin, UNITS * 4, 4, OPTIONAL, READ},
+                     {"weights", (void **)&of->weights, UNITS * 4, 4, OPTIONAL, READ},
+                     {"stats", (void **)&of->stats, sizeof *of->stats, 8, NEEDED, WRITTEN},
+                     {"loss", (void **)&of->loss, 4, 4, OPTIONAL, WRITTEN},
+                     {"losses", (void **)&of->losses, UNITS * 4, 4, OPTIONAL, WRITTEN},
+                     {"grad_rewards", (void **)&of->grad_rewards, 2 * UNITS * 4, 4, OPTIONAL,
+                      WRITTEN}},
+        .sizes = {{"pairs", &of->pairs, PPOK_STATUS_MASK}},
+        .options = {{"center_coef", &pr.reward_settings.center_coef, -1.0},
+                    {"denominator", &pr.reward_settings.denominator, 0.0}},
+        .structs = {{"args", &pr.rewards_at, sizeof *of},
+                    {"options", (void **)&of->options, sizeof pr.reward_settings}},
+    };
+    check(&model);
+    refuses_no_args(&model, &pr.rewards_at);
+    CHECK(*of->loss == (float)of->stats->loss, "loss %g", *of->loss);
+    model.name = "ppok_reward_model_loss_cuda";
+    model.run = reward_model_loss_cuda;
+    check_cuda(model, reward_model_loss_workspace);
+    CHECK_QUERY(ppok_reward_model_loss_cuda_workspace_size(of, stream, NULL));
+    free_all();
+}
+
 /* What is not about one op. */
 
 /* The functions that set defaults, of a struct too small for them. */
@@ -1245,6 +1413,8 @@ static void check_library(void) {
     CHECK_INIT(ppok_advantages_options);
     CHECK_INIT(ppok_whiten_options);
     CHECK_INIT(ppok_ppo_loss_options);
+    CHECK_INIT(ppok_preference_options);
+    CHECK_INIT(ppok_reward_model_options);
 
     ppok_moments_merge(NULL, NULL, NULL);
     char before[512];
@@ -1256,7 +1426,7 @@ static void check_library(void) {
 }
 
 /* Enough for several threads. */
-enum { MANY = 64, LONG = 2048, ALL = MANY * LONG, WIDE = 4096, CALLS = 8 };
+enum { MANY = 64, LONG = 2048, ALL = MANY * LONG, WIDE = 4096, CALLS = 9 };
 
 /* What the header says that a thread needs. */
 enum { STACK = 64 * 1024 };
@@ -1272,6 +1442,8 @@ static struct {
     float of_rows[4][MANY], full_kl[MANY], grad_logits[MANY * WIDE], stats[PPOK_KL_FULL_STATS * MANY];
     ppok_moments moments;
     ppok_ppo_loss_stats loss;
+    ppok_preference_stats preference;
+    float grad_preference[ALL];
     int32_t status[CALLS];
 } results;
 
@@ -1297,6 +1469,11 @@ static void *large_calls(void *arg) {
     loss.logp = many.logp, loss.old_logp = many.old_logp, loss.advantages = many.advantages;
     loss.mask = many.mask, loss.stats = &results.loss, loss.grad_logp = results.grad_logp;
     *status++ = ppok_ppo_loss_cpu(&loss);
+    ppok_preference_loss_args preference = {sizeof preference};
+    preference.rows = MANY, preference.seq_len = LONG, preference.mask = many.mask;
+    preference.logp = many.logp, preference.ref_logp = many.old_logp;
+    preference.stats = &results.preference, preference.grad_logp = results.grad_preference;
+    *status++ = ppok_preference_loss_cpu(&preference);
     ppok_logprob_forward_args forward = {sizeof forward};
     forward.rows = MANY, forward.vocab = WIDE;
     forward.logits = many.logits, forward.targets = many.targets, forward.targets_type = PPOK_I64;
@@ -1393,6 +1570,7 @@ int main(int argc, char **argv) {
     check_whiten();
     check_ppo_loss();
     check_ppo_loss_scale();
+    check_preference();
     check_threads();
     printf("%s: %d checks, %d failures\n", device, checks, failures);
     return failures != 0;

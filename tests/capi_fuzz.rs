@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytemuck::Pod;
 use common::{
-    advantages_cases, assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, rng, wide,
+    advantages_cases, assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, preference_cases, rng,
+    wide,
 };
 use half::{bf16, f16};
 use ppo_kernels::advantages::{
@@ -31,6 +32,10 @@ use ppo_kernels::moments::Moments;
 use ppo_kernels::ppo_loss::{
     self, capi::*, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions,
     PpoStats, RatioGradient, Surrogate, TrustRegion, TrustRegionSides,
+};
+use ppo_kernels::preference::{
+    self, capi::*, FDivergence, PreferenceLoss, PreferenceOptions, PreferenceStats,
+    RewardModelOptions,
 };
 use ppo_kernels::tolerance::{self, Tolerance};
 use ppo_kernels::whiten::{self, capi::*, EpsPlacement, WhitenOptions};
@@ -48,7 +53,7 @@ const SWITCH: u64 = 200;
 const UNWRITTEN: u8 = 0xfe;
 
 /// The passes; each may make several calls.
-const PASSES: [fn(&mut Fuzz); 11] = [
+const PASSES: [fn(&mut Fuzz); 13] = [
     logprob,
     logprob_of_a_tile,
     token_kl,
@@ -60,6 +65,8 @@ const PASSES: [fn(&mut Fuzz); 11] = [
     ppo_loss,
     ppo_loss_scale,
     logits_ppo_loss,
+    preference_loss,
+    reward_model_loss,
 ];
 
 #[test]
@@ -503,7 +510,9 @@ impl Fuzz {
                     }
                 }
                 choice => {
-                    let Some(OptionsAt { array, words, finite, pairs }) = self.options else {
+                    // Options need not have a choice.
+                    let given = self.options.filter(|of| matches!(choice, 9 | 10) || of.pairs > 0);
+                    let Some(OptionsAt { array, words, finite, pairs }) = given else {
                         continue;
                     };
                     let (how, i) = match choice {
@@ -528,7 +537,7 @@ impl Fuzz {
 
     /// Makes one of a pair of choices one that there is not.
     fn spoil_choice(&mut self, pair: &mut u64) {
-        let wrong = self.one(&[-1, 8, i32::MIN, i32::MAX]) as u32;
+        let wrong = self.one(&[-1, 99, i32::MIN, i32::MAX]) as u32;
         let shift = self.one(&[0, 32]);
         *pair = *pair & !(0xffff_ffff << shift) | u64::from(wrong) << shift;
     }
@@ -1454,5 +1463,189 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
             grad_logits: grad.wide().iter().map(|&g| g as f32).collect(),
         };
         case.check(what, &found);
+    });
+}
+
+fn preference_loss(f: &mut Fuzz) {
+    let [rows, seq_len] = f.shape();
+    let loss = f.one(&PreferenceLoss::ALL);
+    let mut own = PreferenceOptions::default();
+    let options = f.put_options(ppok_preference_options_init, [5, 2], |f, c| {
+        let plain = preference_cases::plain(loss);
+        // Powers of two, so that both sides see the same h at a kink.
+        own = PreferenceOptions { beta: f.one(&[0.125, 0.5]), ..plain };
+        own.average_log_prob = f.coin(0.3);
+        own.denominator = f.coin(0.3).then_some(7.5);
+        if preference_cases::takes_margin(loss) || loss.sorts() {
+            own.label_smoothing = f.one(&[0.0, 0.25]);
+            own.gamma = f.one(&[0.0, 0.5]);
+        }
+        if matches!(loss, PreferenceLoss::Sigmoid | PreferenceLoss::ExoPair | PreferenceLoss::Ipo)
+            && seq_len < 50
+        {
+            own.f_divergence = f.one(&[
+                FDivergence::ReverseKl,
+                FDivergence::ForwardKl,
+                FDivergence::JensenShannon,
+                FDivergence::Alpha(0.75),
+            ]);
+        }
+        if loss != PreferenceLoss::Kto {
+            own.ld_alpha = f.coin(0.3).then_some(0.25);
+            own.sft_coef = f.one(&[0.0, 0.5]);
+            own.sft_denominator = f.coin(0.3).then_some(11.0);
+        } else {
+            own.desirable_weight = f.one(&[1.0, 1.5]);
+        }
+        *c = ppok_preference_options {
+            struct_size: c.struct_size,
+            ..preference_cases::c_options(&own)
+        };
+    });
+    // Null options are those of the default loss.
+    let loss = own.loss;
+    let paired = loss != PreferenceLoss::Kto;
+    let odd = paired && rows > 0 && f.coin(0.02);
+    let rows = match (paired, odd) {
+        (true, true) => rows - rows % 2 + 1,
+        (true, false) => rows.next_multiple_of(2),
+        (false, _) => rows,
+    };
+    let units = if paired { rows / 2 } else { rows };
+    let n = rows * seq_len;
+    let logp = f.numbers(n, -2.0, 1.5);
+    let noise = f.numbers(n, 0.0, 0.8);
+    let reference: Vec<f32> = logp.iter().zip(noise).map(|(x, noise)| x + noise).collect();
+    let (sums, mask) = (f.numbers(rows, -9.0, 4.0), f.mask([rows, seq_len]));
+    let has_reference = !loss.is_reference_free();
+    let of_tokens = has_reference && f.coin(0.5);
+    let of_sums = has_reference && !of_tokens && f.coin(0.5);
+    let weights = (!loss.sorts() && f.coin(0.5))
+        .then(|| (0..units).map(|_| f.one(&[1.0, 0.5, 2.0, 0.0])).collect::<Vec<_>>());
+    let margin =
+        (preference_cases::takes_margin(loss) && f.coin(0.5)).then(|| f.numbers(units, 0.0, 0.5));
+    let mut labels: Option<Vec<u8>> =
+        (!paired).then(|| (0..rows).map(|_| u8::from(f.coin(0.5))).collect());
+    let mut lengths: Option<Vec<i64>> =
+        f.coin(0.2).then(|| (0..rows).map(|_| f.rng.random_range(0..9)).collect());
+    let mut wrong = false;
+    if rows > 0 && f.coin(0.03) {
+        wrong = true;
+        match &mut labels {
+            Some(labels) => labels[rows / 2] = 2,
+            None => lengths = Some(vec![-1; rows]),
+        }
+    }
+    let mut data = preference_cases::Data {
+        rows,
+        seq_len,
+        logp,
+        ref_logp: of_tokens.then_some(reference),
+        ref_sums: of_sums.then_some(sums),
+        mask,
+        lengths,
+        weights,
+        margin,
+        labels,
+        kl: (!paired && f.coin(0.5)).then(|| vec![0.5]),
+    };
+    if !odd && n > 0 && units > 0 {
+        data = preference_cases::with_nan_where_nothing_counts(&data);
+    }
+    let given = data.inputs();
+    let stats = f.out_struct::<PreferenceStats>();
+    let (loss, losses) = (f.some_out(PPOK_F32, 1), f.some_out(PPOK_F32, units));
+    let (rewards, grad_logp) = (f.some_out(PPOK_F32, rows), f.some_out(PPOK_F32, n));
+    let args = ppok_preference_loss_args {
+        struct_size: 0,
+        rows,
+        seq_len,
+        logp: f.put(given.logp),
+        ref_logp: f.put_some(given.ref_logp),
+        ref_sums: f.put_some(given.ref_sums),
+        mask: f.put_some(given.mask),
+        lengths: f.put_some(given.lengths),
+        weights: f.put_some(given.weights),
+        margin: f.put_some(given.margin),
+        labels: f.put_some(given.labels),
+        kl: f.put_some(given.kl),
+        options,
+        stats: at(stats),
+        loss: at(loss),
+        losses: at(losses),
+        rewards: at(rewards),
+        grad_logp: at(grad_logp),
+    };
+    let wide_data = data.map(f64::from);
+    let want = preference::reference::preference_loss(&wide_data.inputs(), rows, seq_len, &own);
+    let expected = match &want {
+        Ok(_) => PPOK_STATUS_OK,
+        Err(ppo_kernels::Error::Mask { .. }) => PPOK_STATUS_MASK,
+        Err(ppo_kernels::Error::Value { .. }) if wrong => PPOK_STATUS_OPTION,
+        Err(ppo_kernels::Error::Shape { .. }) if odd => PPOK_STATUS_SHAPE,
+        Err(error) => panic!("{}: {error}", f.what),
+    };
+    f.call("preference_loss", ppok_preference_loss_cpu, 2, args, expected, |_, what| {
+        let want = want.unwrap();
+        preference_cases::assert_stats_close(what, &stats.read()[0], &want.stats);
+        if let Some(loss) = loss {
+            let Tolerance { rel, abs } = tolerance::PREFERENCE.forward;
+            let scale = want.stats.preference_loss.abs().max(1.0);
+            let abs = if scale.is_finite() { abs * scale } else { abs };
+            close(what, "loss", loss, &[want.stats.loss], Tolerance { rel, abs });
+        }
+        for (out, want) in [(losses, want.losses), (rewards, want.rewards), (grad_logp, want.grad)]
+        {
+            let Some(out) = out else { continue };
+            preference_cases::assert_close_scaled(what, &out.read(), &want);
+        }
+    });
+}
+
+fn reward_model_loss(f: &mut Fuzz) {
+    let [pairs, width] = f.shape();
+    let pairs = pairs * width;
+    let mut own = RewardModelOptions::default();
+    let options = f.put_options(ppok_reward_model_options_init, [1, 0], |f, c| {
+        own.center_coef = f.one(&[0.0, 0.01]);
+        c.center_coef = own.center_coef;
+        (c.denominator, own.denominator) = f.maybe(&[7.5]);
+    });
+    let rewards = f.numbers(2 * pairs, 0.5, 4.0);
+    let margin = f.coin(0.5).then(|| f.numbers(pairs, 0.0, 0.5));
+    let weights =
+        f.coin(0.5).then(|| (0..pairs).map(|_| f.one(&[1.0, 0.5, 2.0, 0.0])).collect::<Vec<_>>());
+    let stats = f.out_struct::<PreferenceStats>();
+    let (loss, losses) = (f.some_out(PPOK_F32, 1), f.some_out(PPOK_F32, pairs));
+    let grad_rewards = f.some_out(PPOK_F32, 2 * pairs);
+    let args = ppok_reward_model_loss_args {
+        struct_size: 0,
+        pairs,
+        rewards: f.put(&rewards),
+        margin: f.put_some(margin.as_deref()),
+        weights: f.put_some(weights.as_deref()),
+        options,
+        stats: at(stats),
+        loss: at(loss),
+        losses: at(losses),
+        grad_rewards: at(grad_rewards),
+    };
+    let wide_rewards = wide(&rewards);
+    let [margin, weights] = [margin, weights].map(|x| x.map(|x| wide(&x)));
+    let inputs = preference::reference::RewardModelInputs {
+        margin: margin.as_deref(),
+        weights: weights.as_deref(),
+        ..preference::reference::RewardModelInputs::new(&wide_rewards)
+    };
+    let want = preference::reference::reward_model_loss(&inputs, pairs, &own);
+    let expected = if want.is_ok() { PPOK_STATUS_OK } else { PPOK_STATUS_MASK };
+    f.call("reward_model_loss", ppok_reward_model_loss_cpu, 1, args, expected, |_, what| {
+        let want = want.unwrap();
+        preference_cases::assert_stats_close(what, &stats.read()[0], &want.stats);
+        close(what, "loss", loss, &[want.stats.loss], tolerance::PREFERENCE.forward);
+        for (out, want) in [(losses, want.losses), (grad_rewards, want.grad)] {
+            let Some(out) = out else { continue };
+            preference_cases::assert_close_scaled(what, &out.read(), &want);
+        }
     });
 }

@@ -40,7 +40,7 @@ fn passes(device: &str) {
             rows.extend(["forward", "backward"].map(|pass| format!("| {op} | {pass} | {dtype} |")));
         }
     }
-    for op in ["token_kl", "whiten", "ppo_loss"] {
+    for op in ["token_kl", "whiten", "ppo_loss", "preference"] {
         rows.extend(["forward", "backward"].map(|pass| format!("| {op} | {pass} | f32 |")));
     }
     rows.extend(["gae", "advantages"].map(|op| format!("| {op} | forward | f32 |")));

@@ -158,3 +158,29 @@ def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
     if name == "dr_grpo":
         return loss.sum() / (mask.any(-1).sum() * loss.shape[-1])
     return loss.sum() / (len(loss) if name == "luspo" else m.sum())
+
+
+def preference_loss(logp, ref_logp, mask, loss="sigmoid", beta=0.1, label_smoothing=0.0):
+    """Of rows [chosen..., rejected...] of tokens, and a reference of tokens or of rows."""
+    sums = torch.where(mask, logp, 0.0).sum(-1)
+    if ref_logp.dim() == 2:
+        ref_logp = torch.where(mask, ref_logp, 0.0).sum(-1)
+    x, y = (sums - ref_logp).chunk(2)
+    a, b = beta * x, beta * y
+    h, eps = a - b, label_smoothing
+    losses = {
+        "sigmoid": -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h),
+        "hinge": torch.relu(1 - h),
+        "ipo": (x - y - 1 / (2 * beta)) ** 2,
+        "nca_pair": -F.logsigmoid(a) - (F.logsigmoid(-a) + F.logsigmoid(-b)) / 2,
+        "sppo_hard": (x - 0.5 / beta) ** 2 + (y + 0.5 / beta) ** 2,
+        "apo_zero": 1 - a.sigmoid() + b.sigmoid(),
+    }[loss]
+    return losses.mean()
+
+
+def dpo(logp, ref_logp, mask=None):
+    """DPO as it is written, of rows of tokens or of sums."""
+    sums = logp if mask is None else (logp * mask).sum(-1)
+    chosen, rejected = (sums - ref_logp).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()

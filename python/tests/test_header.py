@@ -31,6 +31,8 @@ OPTIONS = {
     "advantages": (_lists.ADVANTAGES.options, "outcome_advantages"),
     "whiten": (_lists.MASKED_WHITEN.options, "masked_whiten"),
     "ppo_loss": (_lists.PPO_LOSS.options, "ppo_loss"),
+    "preference": (_lists.PREFERENCE.options, "preference_loss"),
+    "reward_model": (_lists.REWARD_MODEL.options, "reward_model_loss"),
 }
 
 
@@ -107,7 +109,7 @@ def test_every_pass_is_there():
 KINDS = {
     _lists.NUMBERS: "const float *",
     _lists.FLAGS: "const uint8_t *",
-    _lists.IDS: "const int64_t *",
+    _lists.INTEGERS: "const int64_t *",
     _lists.OTHER: "const void *",
 }
 
@@ -123,6 +125,8 @@ KINDS = {
         (_lists.GAE.inputs, ("gae",)),
         (_lists.ADVANTAGES.inputs, ("advantages",)),
         (_lists.PPO_LOSS.inputs, ("ppo_loss",)),
+        (_lists.PREFERENCE.inputs, ("preference_loss",)),
+        (_lists.REWARD_MODEL.inputs, ("reward_model_loss",)),
     ],
 )
 def test_kinds_of_inputs(inputs, passes):
@@ -180,6 +184,7 @@ def test_statistics_are_documented():
 TENSORS = {name: torch.zeros(2, 3) for name in "logits ref_logits logp ref_logp values".split()}
 TENSORS |= {name: torch.zeros(2, 3) for name in "old_logp advantages".split()}
 TENSORS["scores"] = torch.zeros(4)
+TENSORS |= {name: torch.zeros(3) for name in "chosen rejected".split()}
 TENSORS["index"] = torch.zeros(2, dtype=torch.int64)
 
 

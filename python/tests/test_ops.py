@@ -103,6 +103,32 @@ def samples():
     tokens = (old_logp, advantages, ref_logp, None, torch.rand(2, 5), None)
     wants = (True, True, False, False, False)
     yield ops.linear_ppo_loss, (*head, *tokens, *wants, 0.7, None, 1.0, None, 1.0, *terms)
+    dpo = (
+        0.1,
+        0.05,
+        0.1,
+        0.0,
+        0.05,
+        0.5,
+        None,
+        1.0,
+        1.0,
+        0.2,
+        None,
+        30.0,
+        "sigmoid",
+        "alpha",
+        False,
+    )
+    kto = (*dpo[:1], 0.0, 0.0, *dpo[3:9], 0.0, None, None, "kto", "reverse_kl", True)
+    four, labels = torch.randn(4, 5), torch.tensor([True, False, False, True])
+    of_rows = (rows[0, :4].exp() * 9).long()
+    given = (leaf(4, 5), four, None, mask.repeat(2, 1), None, None, more[0, :2].exp(), None, None)
+    yield ops.preference_loss, (*given, True, *dpo)
+    given = (leaf(4, 1), None, four[:, 0], None, of_rows, labels, None, None, rows[0, :1].exp())
+    yield ops.preference_loss, (*given, True, *kto)
+    yield ops.preference_loss, (four[:, :1], *given[1:], False, *kto)
+    yield ops.reward_model_loss, (leaf(2, 3), more[0, :3], None, True, 0.01, None)
     yield ops.ppo_loss_backward, (torch.tensor(2.0), rows, torch.empty(0), more)
 
 
@@ -167,6 +193,9 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
         entropy=entropy,
         entropy_coef=0.01,
     )
+    pairs = functional.preference_loss(logp.repeat(2, 1), ref_logp.repeat(2, 1), mask.repeat(2, 1))
+    model_loss, _ = functional.reward_model_loss(logp[:, 0], logp[:, 1])
+    loss = loss + pairs.loss + model_loss
     whitened = functional.masked_whiten(logp, mask)
     return loss + exact.mean() + kl.mean() + (whitened**3).mean() + top.mean(), stats[
         "clip_fraction"
@@ -254,6 +283,28 @@ def step_of_numbers(logits, ref_logits, index, mask, number, other):
         aggregation_divisor=other + number,
     )
     other_loss, _ = functional.ppo_loss(logp, ref_logp, out.advantages, denominator=number * 3)
+    preference = functional.preference_loss(
+        logp.repeat(2, 1),
+        ref_logp.repeat(2, 1) * other,
+        loss="sigmoid",
+        beta=number,
+        label_smoothing=number / 10,
+        gamma=other,
+        discopop_tau=number,
+        f_divergence="alpha",
+        f_alpha=other / 4,
+        ld_alpha=other / 4,
+        sft_coef=number,
+        denominator=other + number,
+        sft_denominator=other,
+    )
+    alphapo = functional.preference_loss(logp.repeat(2, 1), loss="alphapo", alpha=number)
+    labels = {"labels": mask[:, 0], "desirable_weight": number, "undesirable_weight": other}
+    kto = functional.preference_loss(logp, ref_logp, loss="kto", kl=0.5, **labels)
+    model_loss, _ = functional.reward_model_loss(
+        logp[:, 0], logp[:, 1], center_coef=number, denominator=other
+    )
+    loss = loss + preference.loss + alphapo.loss + kto.loss + model_loss
     whitened = functional.masked_whiten(logp, mask, eps=number)
     moments = functional.masked_moments(entropy, mask)
     again = functional.masked_whiten(entropy, mask, eps=other, moments=moments)

@@ -10,6 +10,7 @@ use crate::gae::capi::*;
 use crate::kl::capi::*;
 use crate::logprob::capi::*;
 use crate::ppo_loss::capi::*;
+use crate::preference::capi::*;
 use crate::whiten::capi::*;
 
 #[no_mangle]
@@ -320,6 +321,60 @@ pub unsafe extern "C" fn ppok_ppo_loss_scale_cuda(
 #[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_scale_cuda_workspace_size(
     args: *const ppok_ppo_loss_scale_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_preference_options_init(
+    options: *mut ppok_preference_options,
+    struct_size: usize,
+) -> i32 {
+    capi::init(options, struct_size)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_reward_model_options_init(
+    options: *mut ppok_reward_model_options,
+    struct_size: usize,
+) -> i32 {
+    capi::init(options, struct_size)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_preference_loss_cuda(
+    args: *const ppok_preference_loss_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_preference_loss_cuda_workspace_size(
+    args: *const ppok_preference_loss_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_reward_model_loss_cuda(
+    args: *const ppok_reward_model_loss_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_reward_model_loss_cuda_workspace_size(
+    args: *const ppok_reward_model_loss_args,
     stream: *mut c_void,
     bytes: *mut usize,
 ) -> i32 {

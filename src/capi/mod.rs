@@ -34,7 +34,8 @@ pub const PPOK_STATUS_OK: i32 = 0;
 pub const PPOK_STATUS_SHAPE: i32 = 1;
 /// An element type is none of those that the op takes.
 pub const PPOK_STATUS_DTYPE: i32 = 2;
-/// An option is out of its range, not finite, or does not go with the arguments given.
+/// An option is out of its range, not finite, or does not go with the arguments given, or an array holds
+/// a label or a length that is none.
 pub const PPOK_STATUS_OPTION: i32 = 3;
 /// A target is neither in the vocabulary nor `ignore_index`.
 pub const PPOK_STATUS_TARGET: i32 = 4;
@@ -110,7 +111,7 @@ impl Fault {
             Fault::Op(error) => match error {
                 Error::Shape { .. } => PPOK_STATUS_SHAPE,
                 Error::Dtype { .. } => PPOK_STATUS_DTYPE,
-                Error::Option { .. } => PPOK_STATUS_OPTION,
+                Error::Option { .. } | Error::Value { .. } => PPOK_STATUS_OPTION,
                 Error::Missing { .. } => PPOK_STATUS_NULL_POINTER,
                 Error::Target { .. } => PPOK_STATUS_TARGET,
                 Error::Mask { .. } => PPOK_STATUS_MASK,

@@ -103,6 +103,25 @@ pub(crate) fn clip(x: f32, low: f32, high: f32) -> f32 {
     select(x > high, high, x)
 }
 
+/// How many bytes are not 0: in lanes of a byte, which is as many as there are, emptied before they are full.
+#[inline(always)]
+pub(crate) fn count_nonzero(bytes: &[u8]) -> usize {
+    const WIDTH: usize = 64;
+    let mut count = 0;
+    for bytes in bytes.chunks(WIDTH * usize::from(u8::MAX)) {
+        let (chunks, rest) = bytes.as_chunks::<WIDTH>();
+        let mut lanes = [0_u8; WIDTH];
+        for chunk in chunks {
+            for (lane, &byte) in lanes.iter_mut().zip(chunk) {
+                *lane += u8::from(byte != 0);
+            }
+        }
+        count += lanes.iter().map(|&lane| usize::from(lane)).sum::<usize>();
+        count += rest.iter().filter(|&&byte| byte != 0).count();
+    }
+    count
+}
+
 /// e^(scale x), at no more cost than e^x.
 #[derive(Clone, Copy)]
 pub(crate) struct Exp {

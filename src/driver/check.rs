@@ -72,6 +72,8 @@ pub enum Op {
     Whiten,
     /// `ppo_loss` with its statistics.
     PpoLoss,
+    /// `preference_loss` with its statistics and rewards, and `reward_model_loss`.
+    Preference,
 }
 
 impl Op {
@@ -85,6 +87,7 @@ impl Op {
             Op::Advantages => "advantages",
             Op::Whiten => "whiten",
             Op::PpoLoss => "ppo_loss",
+            Op::Preference => "preference",
         }
     }
 }
@@ -100,6 +103,7 @@ pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
         Op::Advantages => tolerance::ADVANTAGES,
         Op::Whiten => tolerance::WHITEN,
         Op::PpoLoss => tolerance::PPO_LOSS,
+        Op::Preference => tolerance::PREFERENCE,
     };
     match (pass, dtype) {
         (Pass::Forward, _) => tolerances.forward,

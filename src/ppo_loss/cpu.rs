@@ -9,7 +9,7 @@ use super::{
     Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, PpoStats,
     RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
-use crate::cpu::math::{clip, exp, exp_m1, ln_1p, select, sum_lanes, LANES};
+use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, ln_1p, select, sum_lanes, LANES};
 use crate::cpu::{
     for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Rows, RowsMut, Split,
     TokenId, Writer,
@@ -387,25 +387,6 @@ fn count_kept(mask: Option<&[u8]>, len: usize) -> usize {
         ),
         None => len,
     }
-}
-
-/// In lanes of a byte, which is as many as there are, emptied before they are full.
-#[inline(always)]
-fn count_nonzero(bytes: &[u8]) -> usize {
-    const WIDTH: usize = 64;
-    let mut count = 0;
-    for bytes in bytes.chunks(WIDTH * usize::from(u8::MAX)) {
-        let (chunks, rest) = bytes.as_chunks::<WIDTH>();
-        let mut lanes = [0_u8; WIDTH];
-        for chunk in chunks {
-            for (lane, &byte) in lanes.iter_mut().zip(chunk) {
-                *lane += u8::from(byte != 0);
-            }
-        }
-        count += lanes.iter().map(|&lane| usize::from(lane)).sum::<usize>();
-        count += rest.iter().filter(|&&byte| byte != 0).count();
-    }
-    count
 }
 
 /// Values, old values and returns.

@@ -85,6 +85,8 @@ pub use options::{
     RatioLevel, Surrogate, TrustRegion, TrustRegionSides,
 };
 #[cfg(feature = "candle")]
+pub(crate) use tensor::scaled;
+#[cfg(feature = "candle")]
 pub use tensor::{ppo_loss, PpoLossInputs, PpoLossOutput, PpoStatsTensor};
 
 use bytemuck::{Pod, Zeroable};

@@ -8,7 +8,9 @@ use super::cuda;
 use super::{cpu, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP};
 use crate::error::Result;
 use crate::memory::Tensors;
-use crate::tensor::{batch_and_seq_len, check_dtype, node, run, Backend, Constants, Owned};
+use crate::tensor::{
+    batch_and_seq_len, check_dtype, node, run, Backend, Constants, Owned, StatsTensor,
+};
 
 /// The inputs of [`ppo_loss`] as tensors.
 pub type PpoLossInputs<'a> = Inputs<'a, Tensors>;
@@ -23,27 +25,7 @@ pub struct PpoLossOutput {
 }
 
 /// The statistics where they were computed, so that nobody has to wait for them.
-#[derive(Debug, Clone)]
-pub struct PpoStatsTensor(Tensor);
-
-impl PpoStatsTensor {
-    /// f32 `[PpoStats::LEN]`, in the order of [`PpoStats::NAMES`]; `tokens` is exact up to 2^24.
-    pub fn tensor(&self) -> &Tensor {
-        &self.0
-    }
-
-    /// Brings them to the host, which waits for the device.
-    ///
-    /// # Errors
-    /// If the device fails.
-    pub fn to_host(&self) -> Result<PpoStats> {
-        let mut array = [0.0; PpoStats::LEN];
-        for (x, stat) in array.iter_mut().zip(self.0.to_vec1::<f32>()?) {
-            *x = f64::from(stat);
-        }
-        Ok(PpoStats::from_array(array))
-    }
-}
+pub type PpoStatsTensor = StatsTensor<PpoStats>;
 
 /// The PPO loss with its statistics. See [the module](super) for the formula.
 ///
@@ -99,18 +81,17 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
         },
     );
     let Outputs { stats, loss, grad_logp, grad_values, grad_entropy } = buffers;
-    let stats = stats.into_tensor(PpoStats::LEN).to_dtype(DType::F32)?;
     let stored = [grad_logp, grad_values, grad_entropy];
     let stored = stored.map(|gradient| Some(gradient?.into_tensor(&shape)));
     let args: Vec<&Tensor> = args.into_iter().flatten().collect();
     let loss = node("ppo-loss", &args, loss.expect("asked for"), (), move |_, upstream| {
         scaled(&stored, upstream, shape)
     })?;
-    Ok(PpoLossOutput { loss, stats: PpoStatsTensor(stats) })
+    Ok(PpoLossOutput { loss, stats: StatsTensor::from_buffer(stats)? })
 }
 
 /// The gradients of this shape that are stored, times that of the loss, a scalar.
-fn scaled(
+pub(crate) fn scaled(
     [logp, values, entropy]: &[Option<Tensor>; 3],
     upstream: &Tensor,
     shape: [usize; 2],

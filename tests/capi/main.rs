@@ -9,6 +9,7 @@ mod gae;
 mod kl;
 mod logprob;
 mod ppo_loss;
+mod preference;
 mod whiten;
 
 use std::ptr::{null, null_mut};

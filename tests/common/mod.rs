@@ -15,6 +15,7 @@ pub mod logits_loss_cases;
 pub mod logprob_cases;
 pub mod loss_golden;
 pub mod ppo_loss_cases;
+pub mod preference_cases;
 #[cfg(feature = "simt")]
 mod simt;
 #[cfg(feature = "candle")]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         GaeOutput,
         LinearOutput,
         LinearPpoLossOutput,
+        PreferenceOutput,
         full_kl,
         gae,
         gdpo_advantages,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
         masked_whiten,
         outcome_advantages,
         ppo_loss,
+        preference_loss,
+        reward_model_loss,
         selective_log_softmax,
         token_kl,
     )
@@ -37,6 +40,7 @@ __all__ = [
     "GaeOutput",
     "LinearOutput",
     "LinearPpoLossOutput",
+    "PreferenceOutput",
     "full_kl",
     "gae",
     "gdpo_advantages",
@@ -50,6 +54,8 @@ __all__ = [
     "num_threads",
     "outcome_advantages",
     "ppo_loss",
+    "preference_loss",
+    "reward_model_loss",
     "selective_log_softmax",
     "token_kl",
 ]

@@ -93,6 +93,29 @@ KL_RATIO_GRADIENT = 1
 KL_RATIO_TERM = 2
 PPO_LOSS_CLIPPED_BRANCH = 0
 PPO_LOSS_RATIO_OUTSIDE = 1
+PREFERENCE_SIGMOID = 0
+PREFERENCE_ROBUST = 1
+PREFERENCE_HINGE = 2
+PREFERENCE_IPO = 3
+PREFERENCE_SIGMOID_NORM = 4
+PREFERENCE_EXO_PAIR = 5
+PREFERENCE_NCA_PAIR = 6
+PREFERENCE_BCO_PAIR = 7
+PREFERENCE_SPPO_HARD = 8
+PREFERENCE_APO_ZERO = 9
+PREFERENCE_APO_DOWN = 10
+PREFERENCE_DISCOPOP = 11
+PREFERENCE_AOT = 12
+PREFERENCE_AOT_UNPAIRED = 13
+PREFERENCE_SIMPO = 14
+PREFERENCE_CPO = 15
+PREFERENCE_ORPO = 16
+PREFERENCE_ALPHAPO = 17
+PREFERENCE_KTO = 18
+F_DIVERGENCE_REVERSE_KL = 0
+F_DIVERGENCE_FORWARD_KL = 1
+F_DIVERGENCE_JENSEN_SHANNON = 2
+F_DIVERGENCE_ALPHA = 3
 WHITEN_EPS_IN_VARIANCE = 0
 WHITEN_EPS_IN_STD = 1
 
@@ -502,6 +525,90 @@ class ppo_loss_scale_args(Structure):
     ]
 
 
+class preference_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("beta", c_double),
+        ("label_smoothing", c_double),
+        ("gamma", c_double),
+        ("alpha", c_double),
+        ("discopop_tau", c_double),
+        ("f_alpha", c_double),
+        ("ld_alpha", c_double),
+        ("desirable_weight", c_double),
+        ("undesirable_weight", c_double),
+        ("sft_coef", c_double),
+        ("denominator", c_double),
+        ("sft_denominator", c_double),
+        ("loss", c_int32),
+        ("f_divergence", c_int32),
+        ("average_log_prob", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class preference_stats(Structure):
+    _fields_ = [
+        ("loss", c_double),
+        ("preference_loss", c_double),
+        ("sft_loss", c_double),
+        ("accuracy", c_double),
+        ("reward_margin", c_double),
+        ("chosen_reward", c_double),
+        ("rejected_reward", c_double),
+        ("chosen_logp", c_double),
+        ("rejected_logp", c_double),
+        ("chosen", c_double),
+        ("rejected", c_double),
+    ]
+
+
+class preference_loss_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("rows", c_size_t),
+        ("seq_len", c_size_t),
+        ("logp", c_void_p),
+        ("ref_logp", c_void_p),
+        ("ref_sums", c_void_p),
+        ("mask", c_void_p),
+        ("lengths", c_void_p),
+        ("weights", c_void_p),
+        ("margin", c_void_p),
+        ("labels", c_void_p),
+        ("kl", c_void_p),
+        ("options", c_void_p),
+        ("stats", c_void_p),
+        ("loss", c_void_p),
+        ("losses", c_void_p),
+        ("rewards", c_void_p),
+        ("grad_logp", c_void_p),
+    ]
+
+
+class reward_model_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("center_coef", c_double),
+        ("denominator", c_double),
+    ]
+
+
+class reward_model_loss_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("pairs", c_size_t),
+        ("rewards", c_void_p),
+        ("margin", c_void_p),
+        ("weights", c_void_p),
+        ("options", c_void_p),
+        ("stats", c_void_p),
+        ("loss", c_void_p),
+        ("losses", c_void_p),
+        ("grad_rewards", c_void_p),
+    ]
+
+
 class whiten_options(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -728,6 +835,52 @@ OPTIONS = {
         ),
         "kl_weighted": "bool",
     },
+    "preference": {
+        "beta": "float",
+        "label_smoothing": "float",
+        "gamma": "float",
+        "alpha": "float",
+        "discopop_tau": "float",
+        "f_alpha": "float",
+        "ld_alpha": "float?",
+        "desirable_weight": "float",
+        "undesirable_weight": "float",
+        "sft_coef": "float",
+        "denominator": "float?",
+        "sft_denominator": "float?",
+        "loss": (
+            "sigmoid",
+            "robust",
+            "hinge",
+            "ipo",
+            "sigmoid_norm",
+            "exo_pair",
+            "nca_pair",
+            "bco_pair",
+            "sppo_hard",
+            "apo_zero",
+            "apo_down",
+            "discopop",
+            "aot",
+            "aot_unpaired",
+            "simpo",
+            "cpo",
+            "orpo",
+            "alphapo",
+            "kto",
+        ),
+        "f_divergence": (
+            "reverse_kl",
+            "forward_kl",
+            "jensen_shannon",
+            "alpha",
+        ),
+        "average_log_prob": "bool",
+    },
+    "reward_model": {
+        "center_coef": "float",
+        "denominator": "float?",
+    },
     "whiten": {
         "eps": "float",
         "eps_placement": (
@@ -792,6 +945,14 @@ FUNCTIONS = {
     "ppo_loss_scale_cpu": (c_int32, (c_void_p,)),
     "ppo_loss_scale_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "ppo_loss_scale_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "preference_loss_cpu": (c_int32, (c_void_p,)),
+    "preference_loss_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "preference_loss_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "preference_options_init": (c_int32, (c_void_p, c_size_t)),
+    "reward_model_loss_cpu": (c_int32, (c_void_p,)),
+    "reward_model_loss_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "reward_model_loss_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "reward_model_options_init": (c_int32, (c_void_p, c_size_t)),
     "set_team": (c_void_p, (c_void_p,)),
     "status_string": (c_char_p, (c_int32,)),
     "version": (c_int32, ()),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from . import _header
 from ._lib import Options, Pass
 
-NUMBERS, FLAGS, IDS, MOMENTS, OTHER = "numbers", "flags", "ids", "moments", "other"
+NUMBERS, FLAGS, INTEGERS, MOMENTS, OTHER = "numbers", "flags", "integers", "moments", "other"
 
 
 class Argument(NamedTuple):
@@ -204,7 +204,7 @@ gae = _pass("gae", GAE, "batch seq_len", "advantages returns shaped_rewards mome
 
 _inputs = (
     _numbers("scores", per_row=True),
-    _tensor("groups?", IDS, per_row=True),
+    _tensor("groups?", INTEGERS, per_row=True),
     _numbers("lengths?", per_row=True),
     _numbers("score_baselines?", per_row=True),
     _flags("mask?"),
@@ -290,3 +290,51 @@ _of_loss = tuple(each for each in _of_loss if not each.name.endswith(("values", 
 LINEAR_PPO_LOSS_ROWS = Op("linear_ppo_loss", _of_loss)
 _options = Choices({**LINEAR.options.kinds, **PPO_LOSS.options.kinds})
 LINEAR_PPO_LOSS = Op("linear_ppo_loss", (*LINEAR.inputs, *_of_loss), _options)
+
+
+# --- preference ---
+
+_inputs = (
+    _numbers("logp"),
+    _numbers("ref_logp?"),
+    _numbers("ref_sums?", per_row=True),
+    _flags("mask?"),
+    _tensor("lengths?", INTEGERS, per_row=True),
+    _flags("labels?", per_row=True),
+    _numbers("weights?"),
+    _numbers("margin?"),
+    _numbers("kl?"),
+)
+PREFERENCE = Op("preference_loss", _inputs, Options("preference", "preference_loss"))
+# The log-probabilities, what else there is of tokens and rows, of pairs, and of which there is one.
+PREFERENCE_LOGP, PREFERENCE_ROWS, PREFERENCE_UNITS, PREFERENCE_KL = (
+    Op(PREFERENCE.name, _inputs[part]) for part in (slice(1), slice(1, 6), slice(6, 8), slice(8, 9))
+)
+_results = "stats loss losses rewards grad_logp"
+preference_loss = _pass("preference_loss", PREFERENCE, "rows seq_len", _results)
+
+_inputs = (_numbers("rewards"), _numbers("margin?"), _numbers("weights?"))
+REWARD_MODEL = Op("reward_model_loss", _inputs, Options("reward_model", "reward_model_loss"))
+REWARD_MODEL_REWARDS, REWARD_MODEL_PAIRS = (
+    Op(REWARD_MODEL.name, _inputs[part]) for part in (slice(1), slice(1, 3))
+)
+_results = "stats loss losses grad_rewards"
+reward_model_loss = _pass("reward_model_loss", REWARD_MODEL, "pairs", _results)
+
+
+def responses(logp: Sequence[int]) -> tuple[int, int]:
+    """Rows, and tokens of each: one where the log-probabilities are of whole responses."""
+    if len(logp) not in (1, 2):
+        refuse(PREFERENCE.name, "logp", f"has shape {list(logp)}", "[rows] or [rows, seq_len]")
+    return (*logp, 1)[:2]
+
+
+def check_rewards(stacked: Sequence[int]) -> None:
+    if len(stacked) != 2 or stacked[0] != 2:
+        refuse(REWARD_MODEL.name, "chosen", f"has shape {list(stacked[1:])}", "[pairs]")
+
+
+def units_of(rows: int, options: Sequence) -> int:
+    """Pairs, or in KTO rows; an odd number of rows is refused later."""
+    loss = options[[*PREFERENCE.options.kinds].index("loss")]
+    return rows if loss == "kto" else rows // 2

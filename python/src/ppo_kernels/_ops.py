@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from . import _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, IDS, MOMENTS, NUMBERS, OTHER, Op, check_rows, check_shape
+from ._lists import FLAGS, INTEGERS, MOMENTS, NUMBERS, OTHER, Op, check_rows, check_shape
 
 _LOGITS = {getattr(torch, name): code for name, code in _lib.LOGITS.items()}
 _TARGETS = {getattr(torch, name): code for name, code in _lib.TARGETS.items()}
@@ -419,7 +419,7 @@ def _refuse_dtype(op: str, name: str, tensor: Tensor, expected: str | torch.dtyp
 _DTYPES = {
     NUMBERS: ((torch.float32,), "float32"),
     FLAGS: (BYTES, "bool or uint8"),
-    IDS: ((torch.int64,), "int64"),
+    INTEGERS: ((torch.int64,), "int64"),
     MOMENTS: ((torch.float64,), "float64"),
 }
 
@@ -800,15 +800,17 @@ def masked_whiten_backward(tensors: tuple, options: tuple) -> Results:
 # --- ppo_loss ---
 
 
-def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
-    *_, grad_logp, grad_values, grad_entropy = ctx.saved_tensors
-    stored = (grad_logp, grad_values, grad_entropy)
+def _scaled(grad: Tensor, *stored: Tensor) -> Sequence[Tensor]:
+    """Three stored gradients times that of the loss; those that are not there have no elements."""
     # After loss.backward() the stored ones are what is wanted, unless they may be asked for again.
     # Looking costs nothing on the CPU.
     once = not _C._autograd._get_current_graph_task_keep_graph()
     as_stored = once and type(grad) is Tensor and grad.is_cpu and grad.item() == 1.0
-    scaled = stored if as_stored else ppo_loss_backward(grad, *stored)
-    gradients = dict(zip(_lists.PPO_LOSS_GRADIENTS, scaled))
+    return stored if as_stored else ppo_loss_backward(grad, *stored)
+
+
+def _backward_of_ppo_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
+    gradients = dict(zip(_lists.PPO_LOSS_GRADIENTS, _scaled(grad, *ctx.saved_tensors[-3:])))
     # What else asks for a gradient, old_logp say, is a constant.
     needs = zip(_lists.PPO_LOSS.inputs, ctx.needs_input_grad[1:])
     return [gradients.get(argument.name) if needed else None for argument, needed in needs]
@@ -845,3 +847,67 @@ def ppo_loss_backward(tensors: tuple, _: tuple) -> Results:
     # What is not wanted is not stored either.
     addresses = _addresses(grad, (*stored, *gradients))
     _call(_lists.ppo_loss_scale, stored[0], (), tokens, *addresses)
+
+
+# --- preference ---
+
+
+def _backward_of_preference(ctx: Any, grad: Tensor, *_: None) -> tuple:
+    _, stored = ctx.saved_tensors
+    nothing = stored.new_empty(0)
+    return (_scaled(grad, stored, nothing, nothing)[0],)
+
+
+def _of_preference(like: Tensor, units: int, rows: int) -> tuple[Tensor, ...]:
+    """Buffers of the loss, of its statistics, and of losses and rewards."""
+    f32, device = torch.float32, like.device
+    sizes = ((), (len(_lib.PREFERENCE_STATS),), (units,), (rows,))
+    return tuple(torch.empty(size, dtype=f32, device=device) for size in sizes)
+
+
+@_op(
+    _lists.PREFERENCE,
+    "loss grad_logp stats losses rewards",
+    _backward_of_preference,
+    "logp",
+    kept=(0,),
+    saved=1,
+)
+def preference_loss(tensors: tuple, options: tuple) -> Results:
+    logp, (wanted, *options) = tensors[0], options
+    rows, seq_len = shape = _lists.responses(logp.shape)
+    units = _lists.units_of(rows, options)
+    inputs = _checked(_lists.PREFERENCE_LOGP, tensors[:1])
+    inputs += _checked(_lists.PREFERENCE_ROWS, tensors[1:6], logp, shape)
+    inputs += _checked(_lists.PREFERENCE_UNITS, tensors[6:8], logp, (units,))
+    inputs += _checked(_lists.PREFERENCE_KL, tensors[8:], logp, (1,))
+    grad_logp = _result(logp, wanted)
+    loss, stats, losses, rewards = _of_preference(logp, units, rows)
+    yield loss, grad_logp, stats, losses, rewards
+    exact = torch.empty_like(stats, dtype=torch.float64)
+    addresses = _addresses(inputs, (exact, loss, losses, rewards, grad_logp))
+    _call(_lists.preference_loss, exact, options, rows, seq_len, *addresses)
+    stats.copy_(exact)
+
+
+@_op(
+    _lists.REWARD_MODEL,
+    "loss grad_rewards stats losses",
+    _backward_of_preference,
+    "rewards",
+    kept=(0,),
+    saved=1,
+)
+def reward_model_loss(tensors: tuple, options: tuple) -> Results:
+    rewards, (wanted, *options) = tensors[0], options
+    _lists.check_rewards(rewards.shape)
+    pairs = rewards.shape[1]
+    inputs = _checked(_lists.REWARD_MODEL_REWARDS, tensors)
+    inputs += _checked(_lists.REWARD_MODEL_PAIRS, tensors[1:], rewards, (pairs,))
+    grad_rewards = _result(rewards, wanted)
+    loss, stats, losses, _ = _of_preference(rewards, pairs, 0)
+    yield loss, grad_rewards, stats, losses
+    exact = torch.empty_like(stats, dtype=torch.float64)
+    addresses = _addresses(inputs, (exact, loss, losses, grad_rewards))
+    _call(_lists.reward_model_loss, exact, options, pairs, *addresses)
+    stats.copy_(exact)

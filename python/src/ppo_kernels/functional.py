@@ -56,6 +56,28 @@ Aggregation = Literal[
 Surrogate = Literal["clip", "log_clip", "reinforce", "clipped_weight", "gamma_weight", "soft_gate"]
 TrustRegion = Literal["none", "total_variation", "binary_kl", "ratio"]
 
+PreferenceLoss = Literal[
+    "sigmoid",
+    "robust",
+    "hinge",
+    "ipo",
+    "sigmoid_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "aot",
+    "aot_unpaired",
+    "simpo",
+    "cpo",
+    "orpo",
+    "alphapo",
+    "kto",
+]
+
 _HALVES = (torch.float16, torch.bfloat16)
 _SKIPPED = torch.iinfo(torch.int64).min  # a token id that nobody means
 
@@ -72,7 +94,7 @@ def _ids(ids: Tensor | None) -> Tensor | None:
     return ids.long() if ids is not None and ids.dtype in (torch.int32, torch.int16) else ids
 
 
-_KINDS = {_lists.FLAGS: _mask, _lists.IDS: _ids}
+_KINDS = {_lists.FLAGS: _mask, _lists.INTEGERS: _ids}
 
 
 def _taken(op: _lists.Op, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -810,3 +832,173 @@ def _of_tokens(numbers: Tensor | None, logp: Tensor) -> Tensor | None:
 
 def _wants_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+class PreferenceOutput(NamedTuple):
+    """What :func:`preference_loss` returns."""
+
+    loss: Tensor
+    """A scalar. Differentiable."""
+    losses: Tensor
+    """``[pairs]``, or in KTO ``[rows]``: times their weights, as constants."""
+    rewards: Tensor
+    """``[rows]``: implicit rewards, ``beta`` times the log-ratio, which is averaged if the loss
+    averages, as constants."""
+    stats: dict[str, Tensor]
+    """``loss``, ``preference_loss``, ``sft_loss``, ``accuracy``, ``reward_margin``,
+    ``chosen_reward``, ``rejected_reward``, ``chosen_logp``, ``rejected_logp``, ``chosen`` and
+    ``rejected``: means over responses, and how many there are; NaN for what is not defined."""
+
+
+def preference_loss(
+    logp: Tensor,
+    ref_logp: Tensor | None = None,
+    mask: Tensor | None = None,
+    *,
+    loss: PreferenceLoss = "sigmoid",
+    beta: Number = 0.1,
+    label_smoothing: Number = 0.0,
+    average_log_prob: bool = False,
+    gamma: Number = 0.0,
+    alpha: Number = 0.0,
+    discopop_tau: Number = 0.05,
+    f_divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "reverse_kl",
+    f_alpha: Number = 0.5,
+    ld_alpha: Number | None = None,
+    desirable_weight: Number = 1.0,
+    undesirable_weight: Number = 1.0,
+    sft_coef: Number = 0.0,
+    denominator: Number | None = None,
+    sft_denominator: Number | None = None,
+    lengths: Tensor | None = None,
+    weights: Tensor | None = None,
+    margin: Tensor | None = None,
+    labels: Tensor | None = None,
+    kl: Number | None = None,
+) -> PreferenceOutput:
+    """A preference loss, the DPO family or KTO, with implicit rewards and statistics, from one pass
+    over the tokens that makes the gradient too.
+
+    Rows are the chosen responses of all pairs, and then the rejected ones in the same order, as
+    ``torch.cat((chosen, rejected))`` has them. With x and y the sums over the tokens of
+    ``logp - ref_logp`` of a pair, s the logistic function and ls its logarithm::
+
+        a = beta x, b = beta y, h = a - b - gamma - margin
+        loss = mean of weight l(a, b, h) + sft_coef (mean of -logp of the chosen tokens)
+
+    ============  =========================================================================
+    ``loss``      l
+    ============  =========================================================================
+    sigmoid       -(1 - e) ls(h) - e ls(-h), e the label smoothing: DPO, cDPO
+    robust        (-(1 - e) ls(h) + e ls(-h)) / (1 - 2 e)
+    hinge         max(0, 1 - h)
+    ipo           (x - y - 1 / (2 beta))^2; TRL averages x and y, OpenRLHF does not
+    sigmoid_norm  as sigmoid, averaged
+    exo_pair      KL of (s(h), s(-h)) to (1 - e, e), e above 0
+    nca_pair      -ls(a) - (ls(-a) + ls(-b)) / 2
+    bco_pair      -ls(a) - ls(-b)
+    sppo_hard     (x - 1 / (2 beta))^2 + (y + 1 / (2 beta))^2
+    apo_zero      1 - s(a) + s(b)
+    apo_down      s(a) + 1 - s(h)
+    discopop      -ls(h) (1 - g) + exp(-h) g, g = s(h / discopop_tau)
+    aot           as sigmoid, of the sorted log-ratios of policy and reference
+    aot_unpaired  as sigmoid, of the sorted x and the sorted y
+    simpo         as sigmoid, without a reference, averaged (beta 2, gamma 0.5 to 1.4)
+    cpo           as sigmoid, without a reference
+    orpo          -beta ls(o(x) - o(y)), o(t) = t - ln(1 - exp(t)), without a reference, averaged
+    alphapo       as simpo, of (1 - exp(-alpha t)) / alpha
+    kto           w_d (1 - s(beta (x - kl))) where desirable, else w_u (1 - s(beta (kl - x)))
+    ============  =========================================================================
+
+    Args:
+        logp: log-probabilities under the policy that is trained, ``[rows, seq_len]``, or of whole
+            responses ``[rows]``. Differentiable.
+        ref_logp: under the reference model, likewise, or of whole responses. Like all that is not
+            said to be differentiable, a constant.
+        mask: ``[rows, seq_len]``: the tokens of the response.
+        loss: one of the above.
+        beta: scale of the log-ratios.
+        label_smoothing: e, up to 0.5, of losses that have it.
+        average_log_prob: divides sums by lengths in other losses too.
+        gamma: target margin of losses that are as sigmoid.
+        alpha: of alphapo; 0 is simpo.
+        discopop_tau: of discopop.
+        f_divergence, f_alpha: what stands in place of x, of losses of h with a reference:
+            ``forward_kl`` 1 - exp(-x); ``jensen_shannon`` ln 2 + ls(x); ``alpha``
+            (exp((f_alpha - 1) x) - 1) / (f_alpha - 1).
+        ld_alpha: weight of tokens beyond the length of the pair's shorter response (LD-DPO).
+        desirable_weight, undesirable_weight: w_d and w_u.
+        sft_coef: factor of the likelihood term (RPO, CPO, ORPO).
+        denominator: replaces the number of pairs, or in kto of rows, for gradient accumulation and
+            data parallelism.
+        sft_denominator: replaces the number of the chosen responses' tokens likewise.
+        lengths: ``[rows]``, int64, of responses without tokens, to average by.
+        weights: ``[pairs]``, or in kto ``[rows]`` (WPO). Of weight 0 nothing is looked at.
+        margin: ``[pairs]``, of losses that are as sigmoid.
+        labels: ``[rows]``, of kto: 1 or ``True`` where desirable, else 0.
+        kl: of kto, ``max(0, mean)`` of the log-ratios of mismatched prompts and responses, a number
+            or a tensor of one; 0 without it, which is APO-zero unpaired.
+    """
+    lengths = None if lengths is None else lengths.long()
+    ref_sums = None
+    if ref_logp is not None and ref_logp.dim() == 1:
+        ref_logp, ref_sums = None, ref_logp
+    if mask is not None and logp.dim() == 1:
+        mask = mask.unsqueeze(-1)
+    logp = _per_token(logp)
+    of_rows = (ref_logp, ref_sums, mask, lengths, _classes(labels))
+    tensors = (*_taken(_lists.PREFERENCE_ROWS, *of_rows), _per_token(weights), _per_token(margin))
+    if kl is not None:
+        kl = kl if isinstance(kl, Tensor) else torch.full((1,), kl, device=logp.device)
+        kl = _per_token(kl).reshape(1)
+    constants = map(_constant, (*tensors, kl))
+    numbers = (beta, label_smoothing, gamma, alpha, discopop_tau, f_alpha, ld_alpha)
+    factors = (desirable_weight, undesirable_weight, sft_coef, denominator, sft_denominator)
+    options = (*numbers, *factors, loss, f_divergence, average_log_prob)
+    wanted = _wants_gradient(logp)
+    found = _ops.call(_ops.preference_loss, logp, *constants, wanted, *options)
+    total, _, stats, losses, rewards = found
+    named = dict(zip(_lib.PREFERENCE_STATS, stats.unbind()))
+    return PreferenceOutput(total, losses, rewards, named)
+
+
+def _classes(labels: Tensor | None) -> Tensor | None:
+    """Bytes, of which those that are no label are refused."""
+    if labels is None or labels.dtype in _ops.BYTES:
+        return labels
+    return (2 - 2 * (labels == 0).byte() - (labels == 1).byte()).byte()
+
+
+def reward_model_loss(
+    chosen: Tensor,
+    rejected: Tensor,
+    margin: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    center_coef: Number = 0.0,
+    denominator: Number | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The pairwise loss of a reward model and its statistics: the mean of
+    ``-ls(chosen - rejected - margin) + center_coef (chosen + rejected)^2``, with ls the logarithm
+    of the logistic function.
+
+    Args:
+        chosen, rejected: rewards of the responses, ``[pairs]``. Differentiable.
+        margin: how much more the chosen one is to get, ``[pairs]``.
+        weights: ``[pairs]``. Of weight 0 nothing is looked at.
+        center_coef: keeps rewards around 0 (0.01 in Eisenstein et al.).
+        denominator: replaces the number of pairs, for gradient accumulation and data parallelism.
+
+    Returns:
+        The loss, and the statistics of :func:`preference_loss`, of rewards.
+    """
+    op = _lists.REWARD_MODEL.name
+    chosen, rejected, margin, weights = map(_per_token, (chosen, rejected, margin, weights))
+    _lists.check_shape(op, "rejected", rejected.shape, chosen.shape)
+    _ops.check_device(op, "rejected", rejected, chosen.device)
+    rewards = torch.stack((chosen, rejected))
+    constants = map(_constant, (margin, weights))
+    wanted = _wants_gradient(rewards)
+    options = (center_coef, denominator)
+    loss, _, stats, _ = _ops.call(_ops.reward_model_loss, rewards, *constants, wanted, *options)
+    return loss, dict(zip(_lib.PREFERENCE_STATS, stats.unbind()))

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _FUNCTIONS, _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, IDS, Op, check_rows, check_shape, refuse
+from ._lists import FLAGS, INTEGERS, Op, check_rows, check_shape, refuse
 
 __all__ = [*_FUNCTIONS]
 
@@ -58,10 +58,8 @@ def _checked(
     for name, _, kind, per_row, _ in op.inputs[first:]:
         array = given[name]
         if array is not None:
-            if kind == FLAGS:
-                array = _flags(array)
-            else:
-                array = np.require(array, np.int64 if kind == IDS else np.float32, _PLAIN)
+            dtype = np.int64 if kind == INTEGERS else np.float32
+            array = _flags(array) if kind == FLAGS else np.require(array, dtype, _PLAIN)
             check_shape(op.name, name, array.shape, shape[:-1] if per_row else shape)
         checked.append(array)
     return checked
@@ -516,3 +514,90 @@ def ppo_loss(
     _call(_lists.ppo_loss, given, *sizes, *inputs, *results)
     named = dict(zip(_lib.STATS, stats.tolist()))
     return named["loss"], named, gradients
+
+
+class PreferenceOutput(NamedTuple):
+    """What :func:`preference_loss` returns."""
+
+    loss: float
+    losses: Floats
+    rewards: Floats
+    stats: dict[str, float]
+    grad_logp: Floats
+
+
+def preference_loss(
+    logp: ArrayLike,
+    ref_logp: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    loss: str = "sigmoid",
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    average_log_prob: bool = False,
+    gamma: float = 0.0,
+    alpha: float = 0.0,
+    discopop_tau: float = 0.05,
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    ld_alpha: float | None = None,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    sft_coef: float = 0.0,
+    denominator: float | None = None,
+    sft_denominator: float | None = None,
+    lengths: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    margin: ArrayLike | None = None,
+    labels: ArrayLike | None = None,
+    kl: float | None = None,
+) -> PreferenceOutput:
+    """The preference loss of ``[rows, seq_len]``, or of sums ``[rows]``, the chosen responses
+    first, with its gradient with respect to ``logp``."""
+    given = locals()
+    logp = np.asarray(logp)
+    rows, seq_len = shape = _lists.responses(logp.shape)
+    if mask is not None and logp.ndim == 1:
+        given["mask"] = np.asarray(mask)[:, None]
+    given["ref_sums"] = None
+    if ref_logp is not None and np.ndim(ref_logp) == 1:
+        given["ref_logp"], given["ref_sums"] = None, ref_logp
+    if labels is not None:
+        labels = np.asarray(labels)
+        given["labels"] = 2 - 2 * (labels == 0) - (labels == 1)
+        given["labels"] = given["labels"].astype(np.uint8)
+    given["kl"] = None if kl is None else np.reshape(kl, 1)
+    units = _lists.units_of(rows, [given[name] for name in _lists.PREFERENCE.options.kinds])
+    inputs = _checked(_lists.PREFERENCE_LOGP, given, logp.shape)
+    inputs += _checked(_lists.PREFERENCE_ROWS, given, shape)
+    inputs += _checked(_lists.PREFERENCE_UNITS, given, (units,))
+    inputs += _checked(_lists.PREFERENCE_KL, given, (1,))
+    stats = np.empty(len(_lib.PREFERENCE_STATS), np.float64)
+    arrays = [np.empty(size, np.float32) for size in (units, rows, logp.shape)]
+    _call(_lists.preference_loss, given, rows, seq_len, *inputs, stats, None, *arrays)
+    named = dict(zip(_lib.PREFERENCE_STATS, stats.tolist()))
+    losses, rewards, grad_logp = arrays
+    return PreferenceOutput(named["loss"], losses, rewards, named, grad_logp)
+
+
+def reward_model_loss(
+    chosen: ArrayLike,
+    rejected: ArrayLike,
+    margin: ArrayLike | None = None,
+    *,
+    weights: ArrayLike | None = None,
+    center_coef: float = 0.0,
+    denominator: float | None = None,
+) -> tuple[float, dict[str, float], dict[str, Floats]]:
+    """The reward model's loss of ``[pairs]``; its statistics; and its gradients with respect to
+    ``chosen`` and ``rejected``."""
+    op, given = _lists.REWARD_MODEL, locals()
+    check_shape(op.name, "rejected", np.shape(rejected), np.shape(chosen))
+    given["rewards"] = rewards = np.stack((chosen, rejected)).astype(np.float32)
+    _lists.check_rewards(rewards.shape)
+    pairs = rewards.shape[1]
+    inputs = _checked(_lists.REWARD_MODEL_PAIRS, given, (pairs,))
+    stats, grad = np.empty(len(_lib.PREFERENCE_STATS), np.float64), np.empty_like(rewards)
+    _call(_lists.reward_model_loss, given, pairs, rewards, *inputs, stats, None, None, grad)
+    named = dict(zip(_lib.PREFERENCE_STATS, stats.tolist()))
+    return named["loss"], named, dict(zip(("chosen", "rejected"), grad))

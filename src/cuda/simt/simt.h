@@ -146,6 +146,8 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes, SIMT_HERE) {
 inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 
+inline int64_t __double_as_longlong(double x) { return std::bit_cast<int64_t>(x); }
+
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
     return uint32_t((uint64_t(high) << 32 | low) >> (shift & 31));
 }

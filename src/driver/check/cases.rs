@@ -22,6 +22,10 @@ use crate::ppo_loss::{
     self, ppo_loss, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossInputs,
     PpoLossOptions, PpoStats,
 };
+use crate::preference::{
+    self, preference_loss, reward_model_loss, FDivergence, PreferenceInputs, PreferenceLoss,
+    PreferenceOptions, RewardModelOptions, RewardModelTensors,
+};
 use crate::whiten::{self, masked_whiten, masked_whiten_with, EpsPlacement, WhitenOptions};
 
 const LOGITS: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
@@ -75,6 +79,7 @@ pub(super) fn all(device: &Device, seed: u64, bound_scale: f64) -> Result<Vec<Ro
     check(Op::Advantages, DType::F32, &check_advantages)?;
     check(Op::Whiten, DType::F32, &check_whiten)?;
     check(Op::PpoLoss, DType::F32, &check_ppo_loss)?;
+    check(Op::Preference, DType::F32, &check_preference)?;
     Ok(rows)
 }
 
@@ -612,6 +617,119 @@ fn ppo_loss_case(
     Ok(())
 }
 
+fn check_preference(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    for loss in PreferenceLoss::ALL {
+        for (pairs, seq_len) in TOKEN_SHAPES {
+            preference_case(draw, pair, loss, [pairs, seq_len])
+                .with_context(|| format!("{loss:?} of {pairs} pairs of {seq_len} tokens"))?;
+        }
+    }
+    for pairs in [1, 17, 700] {
+        reward_model_case(draw, pair, pairs)?;
+    }
+    Ok(())
+}
+
+fn preference_case(
+    draw: &mut Draw,
+    pair: &mut Pair,
+    loss: PreferenceLoss,
+    [pairs, seq_len]: [usize; 2],
+) -> Result<()> {
+    let options = draw.preference_options(loss);
+    let kto = loss == PreferenceLoss::Kto;
+    let (rows, units) = (2 * pairs, if kto { 2 * pairs } else { pairs });
+    let shape = [rows, seq_len];
+    let mask = draw.mask(shape);
+    let (free, sorts) = (loss.is_reference_free(), loss.sorts());
+    let takes_margin = loss.is_sigmoid() && !sorts;
+    // Of weight 0, and NaN then, every seventh.
+    let weights: Vec<f32> =
+        (0..units).map(|i| if i % 7 == 3 { 0.0 } else { 1.0 + draw.f32(0.5) }).collect();
+    let margin = draw.values(units, 0.0, 0.3);
+    let labels = draw.flags(rows, 0.5);
+    let (logp, ref_logp, want) = loop {
+        let logp = draw.masked(&mask, -1.6, 1.5);
+        let ref_logp: Vec<f32> = logp.iter().map(|x| x + draw.f32(0.8)).collect();
+        let (wide_logp, wide_ref) = (widen(&logp), widen(&ref_logp));
+        let (wide_weights, wide_margin) = (widen(&weights), widen(&margin));
+        let inputs = preference::reference::Inputs {
+            ref_logp: (!free).then_some(&wide_ref),
+            mask: Some(&mask),
+            weights: (!sorts).then_some(&wide_weights),
+            margin: takes_margin.then_some(&wide_margin),
+            labels: kto.then_some(&labels),
+            kl: kto.then_some(&[0.25]),
+            ..preference::reference::Inputs::new(&wide_logp)
+        };
+        let want = preference::reference::preference_loss(&inputs, rows, seq_len, &options)?;
+        let kink = |i: usize| want.rewards[i] - want.rewards[i + pairs] - 1.0;
+        let near = |i: usize| !is_clear(kink(i), Some(0.0));
+        if loss != PreferenceLoss::Hinge || !(0..pairs).any(near) {
+            break (logp, ref_logp, want);
+        }
+    };
+    let var = draw.var(&logp, &shape)?;
+    let tensors = [draw.tensor(&ref_logp, &shape)?, draw.tensor(&weights, &[units])?];
+    let (margin, kl) = (draw.tensor(&margin, &[units])?, draw.tensor(&[0.25], &[1])?);
+    let (mask, labels) = (draw.bytes(&mask, &shape)?, draw.bytes(&labels, &[rows])?);
+    let inputs = PreferenceInputs {
+        ref_logp: (!free).then_some(&tensors[0]),
+        mask: Some(&mask),
+        weights: (!sorts).then_some(&tensors[1]),
+        margin: takes_margin.then_some(&margin),
+        labels: kto.then_some(&labels),
+        kl: kto.then_some(&kl),
+        ..PreferenceInputs::new(&var)
+    };
+    let computed = preference_loss(&inputs, &options)?;
+    pair.forward.compare(&computed.stats.to_host()?.to_array(), &want.stats.to_array())?;
+    pair.forward.compare(&wide(&computed.losses)?, &want.losses)?;
+    pair.forward.compare(&wide(&computed.rewards)?, &want.rewards)?;
+    // The terms of a derivative are of the order of β over D, and over the length of an average.
+    let averages = options.average_log_prob || loss.always_averages();
+    let length = if averages { seq_len as f64 } else { 1.0 };
+    let terms = options.beta / (options.denominator.unwrap_or(units as f64) * length);
+    compare_scaled(pair, &computed.loss, &var, &want.grad, terms)
+}
+
+fn reward_model_case(draw: &mut Draw, pair: &mut Pair, pairs: usize) -> Result<()> {
+    let options = RewardModelOptions {
+        center_coef: draw.pick(&[0.0, 0.01]),
+        denominator: draw.pick(&[None, Some(9.0)]),
+    };
+    let (rewards, margin) = (draw.values(2 * pairs, 0.0, 4.0), draw.values(pairs, 0.5, 0.5));
+    let var = draw.var(&rewards, &[2, pairs])?;
+    let tensor = draw.tensor(&margin, &[pairs])?;
+    let inputs = RewardModelTensors { margin: Some(&tensor), ..RewardModelTensors::new(&var) };
+    let computed = reward_model_loss(&inputs, &options)?;
+    let (rewards, margin) = (widen(&rewards), widen(&margin));
+    let inputs = preference::reference::RewardModelInputs {
+        margin: Some(&margin),
+        ..preference::reference::RewardModelInputs::new(&rewards)
+    };
+    let want = preference::reference::reward_model_loss(&inputs, pairs, &options)?;
+    pair.forward.compare(&computed.stats.to_host()?.to_array(), &want.stats.to_array())?;
+    pair.forward.compare(&wide(&computed.losses)?, &want.losses)?;
+    let terms = options.denominator.unwrap_or(pairs as f64).recip();
+    compare_scaled(pair, &computed.loss, &var, &want.grad, terms)
+}
+
+/// Compares a gradient for an upstream one that makes its largest element 1, or where that is what is left
+/// of larger `terms` of opposite sign, those.
+fn compare_scaled(
+    pair: &mut Pair,
+    loss: &Tensor,
+    var: &Var,
+    want: &[f64],
+    terms: f64,
+) -> Result<()> {
+    let scale = want.iter().fold(terms, |max, g| max.max(g.abs())).recip();
+    let grads = (loss * scale)?.backward()?;
+    let scaled: Vec<f64> = want.iter().map(|g| g * scale).collect();
+    pair.backward.compare(&gradient(&grads, var)?, &scaled)
+}
+
 /// Whether |x| is not near the limit.
 fn is_clear(x: f64, limit: Option<f64>) -> bool {
     limit.is_none_or(|limit| (x.abs() - limit).abs() > MARGIN)
@@ -696,6 +814,34 @@ impl Draw<'_> {
             kl_weighted: self.pick(&[false, true]),
             ..PpoLossOptions::of(name).expect("a name of its own")
         }
+    }
+
+    fn preference_options(&mut self, loss: PreferenceLoss) -> PreferenceOptions {
+        let mut options = PreferenceOptions {
+            loss,
+            beta: self.pick(&[0.1, 0.5]),
+            average_log_prob: self.pick(&[false, true]),
+            denominator: self.pick(&[None, Some(9.0)]),
+            ..PreferenceOptions::default()
+        };
+        match loss {
+            PreferenceLoss::Robust | PreferenceLoss::ExoPair => options.label_smoothing = 0.1,
+            PreferenceLoss::AlphaPo => options.alpha = 0.4,
+            PreferenceLoss::Kto => options.undesirable_weight = 1.5,
+            _ => {}
+        }
+        if loss.is_sigmoid() {
+            options.label_smoothing = self.pick(&[0.0, 0.2]);
+            options.gamma = self.pick(&[0.0, 0.5]);
+        }
+        if loss == PreferenceLoss::Sigmoid {
+            options.f_divergence = self.pick(&[FDivergence::ReverseKl, FDivergence::JensenShannon]);
+        }
+        if loss != PreferenceLoss::Kto {
+            options.ld_alpha = self.pick(&[None, Some(0.5)]);
+            options.sft_coef = self.pick(&[0.0, 0.3]);
+        }
+        options
     }
 
     /// Such that the ratio is not near a bound.
