@@ -1470,7 +1470,7 @@ fn preference_loss(f: &mut Fuzz) {
     let [rows, seq_len] = f.shape();
     let loss = f.one(&PreferenceLoss::ALL);
     let mut own = PreferenceOptions::default();
-    let options = f.put_options(ppok_preference_options_init, [5, 2], |f, c| {
+    let options = f.put_options(ppok_preference_options_init, (1..=5, 2), |f, c| {
         let plain = preference_cases::plain(loss);
         // Powers of two, so that both sides see the same h at a kink.
         own = PreferenceOptions { beta: f.one(&[0.125, 0.5]), ..plain };
@@ -1606,7 +1606,7 @@ fn reward_model_loss(f: &mut Fuzz) {
     let [pairs, width] = f.shape();
     let pairs = pairs * width;
     let mut own = RewardModelOptions::default();
-    let options = f.put_options(ppok_reward_model_options_init, [1, 0], |f, c| {
+    let options = f.put_options(ppok_reward_model_options_init, (1..=1, 0), |f, c| {
         own.center_coef = f.one(&[0.0, 0.01]);
         c.center_coef = own.center_coef;
         (c.denominator, own.denominator) = f.maybe(&[7.5]);

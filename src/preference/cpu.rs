@@ -236,7 +236,7 @@ fn of_row<'a>(mask: Option<Rows<'a, u8>>, row: usize) -> Option<&'a [u8]> {
 /// How many of the tokens of a row are unmasked.
 #[inline(always)]
 fn count_kept(mask: Option<&[u8]>, seq_len: usize) -> f64 {
-    mask.map_or(seq_len, |mask| count_nonzero(mask)) as f64
+    mask.map_or(seq_len, count_nonzero) as f64
 }
 
 /// Where the token is that has `count` unmasked ones before it.
@@ -297,8 +297,8 @@ fn sum_of<M: Copy>(x: &[f32], m: &[M], f: impl Fn(f32, M) -> f32) -> f64 {
         for i in 0..WIDE {
             kept.0[i] = f(x[i], m[i]);
         }
-        for i in 0..WIDE {
-            lanes[i] += f64::from(kept.0[i]);
+        for (lane, kept) in lanes.iter_mut().zip(kept.0) {
+            *lane += f64::from(kept);
         }
     }
     for (lane, (&x, &m)) in lanes.iter_mut().zip(last.iter().zip(last_m)) {
