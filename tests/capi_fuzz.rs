@@ -1474,6 +1474,8 @@ fn preference_loss(f: &mut Fuzz) {
         let plain = preference_cases::plain(loss);
         // Powers of two, so that both sides see the same h at a kink.
         own = PreferenceOptions { beta: f.one(&[0.125, 0.5]), ..plain };
+        // Its default multiplies the rounding of h by 20.
+        own.discopop_tau = 0.5;
         own.average_log_prob = f.coin(0.3);
         own.denominator = f.coin(0.3).then_some(7.5);
         if preference_cases::takes_margin(loss) || loss.sorts() {

@@ -202,41 +202,39 @@ fn sum_rows(inputs: &Inputs, [rows, seq_len]: [usize; 2], terms: &Terms, sums: &
     let logp = wide(inputs.logp);
     let items = (logp, inputs.ref_logp.map(wide), mask, inputs.ref_sums, inputs.lengths, sums);
     for_each(rows, grain, items, |_, _, (logp, ref_logp, mask, ref_sums, lengths, sums)| {
-        vectorise(
-            #[inline(always)]
-            || {
-                for (row, sums) in sums.iter_mut().enumerate() {
-                    let mask = of_row(mask, row);
-                    if !has_tails {
-                        (sums.length, sums.tail) = (count_kept(mask, seq_len), seq_len);
-                    }
-                    let parts = sum_parts(logp.row(row), mask, sums.tail);
-                    (sums.plain, sums.policy) = (parts[0] + parts[1], terms.weighted(parts));
-                    if let Some(ref_logp) = ref_logp {
-                        let parts = sum_parts(ref_logp.row(row), mask, sums.tail);
-                        sums.reference = terms.weighted(parts);
-                    }
-                    if let Some(ref_sums) = ref_sums {
-                        sums.reference = f64::from(ref_sums[row]);
-                    }
-                    if let Some(lengths) = lengths {
-                        sums.length = lengths[row] as f64;
-                    }
-                }
-            },
-        );
+        for (row, sums) in sums.iter_mut().enumerate() {
+            let mask = of_row(mask, row);
+            if !has_tails {
+                (sums.length, sums.tail) = (count_kept(mask, seq_len), seq_len);
+            }
+            let parts = sum_parts(logp.row(row), mask, sums.tail);
+            (sums.plain, sums.policy) = (parts[0] + parts[1], terms.weighted(parts));
+            if let Some(ref_logp) = ref_logp {
+                sums.reference = terms.weighted(sum_parts(ref_logp.row(row), mask, sums.tail));
+            }
+            if let Some(ref_sums) = ref_sums {
+                sums.reference = f64::from(ref_sums[row]);
+            }
+            if let Some(lengths) = lengths {
+                sums.length = lengths[row] as f64;
+            }
+        }
     });
 }
 
-#[inline(always)]
 fn of_row<'a>(mask: Option<Rows<'a, u8>>, row: usize) -> Option<&'a [u8]> {
     mask.map(|mask| mask.row(row))
 }
 
 /// How many of the tokens of a row are unmasked.
-#[inline(always)]
 fn count_kept(mask: Option<&[u8]>, seq_len: usize) -> f64 {
-    mask.map_or(seq_len, count_nonzero) as f64
+    let count = |mask| {
+        vectorise(
+            #[inline(always)]
+            || count_nonzero(mask),
+        )
+    };
+    mask.map_or(seq_len, count) as f64
 }
 
 /// Where the token is that has `count` unmasked ones before it.
@@ -249,7 +247,6 @@ fn nth_kept(mask: Option<&[u8]>, count: usize) -> Option<usize> {
 }
 
 /// The sums of what is before the tail, and of the tail.
-#[inline(always)]
 fn sum_parts(x: &[f32], mask: Option<&[u8]>, tail: usize) -> [f64; 2] {
     let (head, rest) = x.split_at(tail);
     match mask {
@@ -283,28 +280,38 @@ const WIDE: usize = 64;
 struct Aligned([f32; WIDE]);
 
 /// The sum of f(x, m), in lanes of f64.
-#[inline(always)]
 fn sum_of<M: Copy>(x: &[f32], m: &[M], f: impl Fn(f32, M) -> f32) -> f64 {
     if x.len() < LANES {
         return x.iter().zip(m).map(|(&x, &m)| f64::from(f(x, m))).sum();
     }
-    let mut lanes = [0.0_f64; WIDE];
-    let ((chunks, last), (chunks_m, last_m)) = (x.as_chunks::<WIDE>(), m.as_chunks::<WIDE>());
-    for (x, m) in chunks.iter().zip(chunks_m) {
-        prefetch(x, AHEAD);
-        // Apart: the compiler makes vectors of each, and none of both in one.
-        let mut kept = Aligned([0.0; WIDE]);
-        for i in 0..WIDE {
-            kept.0[i] = f(x[i], m[i]);
-        }
-        for (lane, kept) in lanes.iter_mut().zip(kept.0) {
-            *lane += f64::from(kept);
-        }
-    }
-    for (lane, (&x, &m)) in lanes.iter_mut().zip(last.iter().zip(last_m)) {
-        *lane += f64::from(f(x, m));
-    }
-    sum_lanes(lanes)
+    // A row by itself: of more than its loop the compiler would keep the sums in memory.
+    vectorise(
+        #[inline(always)]
+        || {
+            let mut lanes = [0.0_f64; WIDE];
+            let (chunks, last) = x.as_chunks::<WIDE>();
+            let (chunks_m, last_m) = m.as_chunks::<WIDE>();
+            // Apart: the compiler makes vectors of each loop, and none of both in one.
+            let mut kept = Aligned([0.0; WIDE]);
+            for (x, m) in chunks.iter().zip(chunks_m) {
+                prefetch(x, AHEAD);
+                for i in 0..WIDE {
+                    kept.0[i] = f(x[i], m[i]);
+                }
+                for (lane, kept) in lanes.iter_mut().zip(kept.0) {
+                    *lane += f64::from(kept);
+                }
+            }
+            let mut kept = Aligned([0.0; WIDE]);
+            for (kept, (&x, &m)) in kept.0.iter_mut().zip(last.iter().zip(last_m)) {
+                *kept = f(x, m);
+            }
+            for (lane, kept) in lanes.iter_mut().zip(kept.0) {
+                *lane += f64::from(kept);
+            }
+            sum_lanes(lanes)
+        },
+    )
 }
 
 /// The gradient of a row's tokens, but for the factors of the whole batch.
