@@ -16,8 +16,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytemuck::Pod;
 use common::{
-    advantages_cases, assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, preference_cases, rng,
-    wide,
+    advantages_cases, assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, preference_cases,
+    rng, wide,
 };
 use half::{bf16, f16};
 use ppo_kernels::advantages::{
