@@ -1,4 +1,4 @@
-//! The command line: `ppo-kernels train` trains a language model with PPO, `check` holds the kernels
+//! The command line: `ppo-kernels sft` and `train` train a language model, `check` holds the kernels
 //! against their references, `bench-table` prints what the benches measured.
 //!
 //! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error, or when a bound is exceeded;
@@ -12,9 +12,10 @@ use anyhow::{ensure, Context, Result};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use ppo_kernels::driver::bench_table::{self, BenchTableArgs};
 use ppo_kernels::driver::check::{CheckArgs, Report};
-use ppo_kernels::driver::config::TrainArgs;
+use ppo_kernels::driver::config::tuning::SftSettings;
+use ppo_kernels::driver::config::{ConfigArgs, RunSettings, TrainArgs};
 use ppo_kernels::driver::report::Progress;
-use ppo_kernels::driver::{embedded, train};
+use ppo_kernels::driver::{embedded, sft, train};
 
 const EMBEDDED: &str =
     "The defaults are for a real model. Without --model the embedded run has settings of its own; \
@@ -33,6 +34,9 @@ enum Command {
     /// Train a language model with PPO; with no option, a small embedded one
     #[command(after_help = EMBEDDED)]
     Train(Box<TrainArgs>),
+    /// Train a language model on demonstrations; with no option, the embedded one on its corpus
+    #[command(after_help = EMBEDDED)]
+    Sft(Box<ConfigArgs<SftSettings>>),
     /// Compare every op, pass and dtype with its f64 reference on random inputs
     Check(CheckArgs),
     /// Print the results of `cargo bench` as a Markdown table
@@ -54,12 +58,8 @@ fn main() -> ExitCode {
 
 fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
     match command {
-        Command::Train(args) => {
-            let matches = matches.subcommand_matches("train").context("no flags of train")?;
-            let settings = args.resolve(matches, embedded::SETTINGS)?;
-            let progress = Progress::new();
-            train::run(&settings, stop_on_ctrl_c(&progress)?, progress)
-        }
+        Command::Train(args) => go(args, matches, embedded::TRAIN, train::run),
+        Command::Sft(args) => go(args, matches, embedded::SFT, sft::run),
         Command::Check(args) => {
             let report = Report::new(args)?;
             print(&report.table());
@@ -71,6 +71,19 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
             Ok(())
         }
     }
+}
+
+/// Resolves the settings and runs with them.
+fn go<S: RunSettings>(
+    args: &ConfigArgs<S>,
+    matches: &ArgMatches,
+    embedded: &str,
+    run: impl FnOnce(&S, &AtomicBool, &Progress) -> Result<()>,
+) -> Result<()> {
+    let matches = matches.subcommand_matches(S::COMMAND).context("no flags of the command")?;
+    let settings = args.resolve(matches, embedded)?;
+    let progress = Progress::new();
+    run(&settings, stop_on_ctrl_c(&progress)?, &progress)
 }
 
 /// A flag that the first Ctrl-C sets; the second one quits.

@@ -21,7 +21,7 @@ use ppo_kernels::driver::model::Critic;
 use ppo_kernels::driver::optim::{Optimizer, Schedule};
 use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::reward::{self, Reward, Sample};
-use ppo_kernels::driver::rollout::{Prompts, Rollout, Sampler};
+use ppo_kernels::driver::rollout::{Prompts, Sampler};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::train;
 use ppo_kernels::driver::trainer::Trainer;
@@ -188,7 +188,7 @@ fn short(out: &Path) -> Settings {
 }
 
 fn go(settings: &Settings) -> anyhow::Result<()> {
-    train::run(settings, &AtomicBool::new(false), Progress::lines_to(std::io::sink()))
+    train::run(settings, &AtomicBool::new(false), &Progress::lines_to(std::io::sink()))
 }
 
 fn lines(path: PathBuf) -> Vec<Map<String, Value>> {
@@ -469,7 +469,8 @@ fn a_run_that_is_stopped_ends_after_the_step_with_everything_written() {
     let stop = AtomicBool::new(false);
     let metrics = dir.path().join("run/metrics.jsonl");
     std::thread::scope(|scope| {
-        let run = scope.spawn(|| train::run(&settings, &stop, Progress::lines_to(std::io::sink())));
+        let run =
+            scope.spawn(|| train::run(&settings, &stop, &Progress::lines_to(std::io::sink())));
         let start = Instant::now();
         while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
             assert!(start.elapsed() < Duration::from_secs(120), "no two steps in two minutes");
@@ -491,7 +492,7 @@ fn a_run_that_is_stopped_before_it_begins_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let settings = short(&dir.path().join("run"));
     let progress = Progress::lines_to(fs::File::create(dir.path().join("shown")).unwrap());
-    train::run(&settings, &AtomicBool::new(true), progress).unwrap();
+    train::run(&settings, &AtomicBool::new(true), &progress).unwrap();
     let shown = fs::read_to_string(dir.path().join("shown")).unwrap();
     assert_eq!(shown, "stopped before the first step; nothing is written\n");
     assert!(!dir.path().join("run").exists());
@@ -573,7 +574,7 @@ fn a_single_token_has_no_variance_and_is_not_whitened() {
     };
     let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 0, score: 0.0 }));
     let step = trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
-    let Rollout { generation, .. } = &step.rollout;
+    let generation = &step.rollout.answers.generation;
     assert_eq!(generation.responses[0].len(), 1);
     assert_eq!(step.skipped, 0);
 }

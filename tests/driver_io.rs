@@ -5,9 +5,9 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Command, FromArgMatches};
-use ppo_kernels::driver::config::{RewardKind, Settings, TrainArgs};
+use ppo_kernels::driver::config::{RewardKind, RunSettings, Settings, TrainArgs};
 use ppo_kernels::driver::prompts;
-use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord};
+use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord, PPO_COLUMNS};
 use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
 use ppo_kernels::kl::KlEstimator;
 use ppo_kernels::ppo_loss::Aggregation;
@@ -291,7 +291,8 @@ fn a_config_file_is_refused_with_file_line_and_key() {
 // ---------------------------------------------------------------- rewards
 
 fn samples<'a>(responses: &[&'a str]) -> Vec<Sample<'a>> {
-    responses.iter().map(|response| Sample { prompt: "Say", response }).collect()
+    let sample = |response| Sample { prompt: "Say", response, prompt_ids: &[], response_ids: &[] };
+    responses.iter().map(|response| sample(*response)).collect()
 }
 
 fn score(settings: &Settings, responses: &[&str]) -> Vec<f32> {
@@ -538,12 +539,15 @@ fn a_run_folder_holds_what_was_recorded() {
         step: 0,
         prompt: "The \"cat\"\n",
         response: "sat",
-        score: f32::INFINITY,
+        score: Some(f32::INFINITY),
         kl: None,
         finished: true,
     };
-    run.samples(&[record.clone(), SampleRecord { step: 1, kl: Some(0.25), score: 1.0, ..record }])
-        .unwrap();
+    run.samples(&[
+        record.clone(),
+        SampleRecord { step: 1, kl: Some(0.25), score: Some(1.0), ..record },
+    ])
+    .unwrap();
     assert_eq!(
         lines(&out.join("samples.jsonl")),
         [
@@ -616,7 +620,11 @@ fn step_lines_stay_in_their_columns() {
         "timing_s/rollout": 12.345,
     }));
     assert_eq!(
-        [heading(), step_line(3, 20, &values), step_line(1000, 1000, &Map::new())],
+        [
+            heading(&PPO_COLUMNS),
+            step_line(&PPO_COLUMNS, 3, 20, &values),
+            step_line(&PPO_COLUMNS, 1000, 1000, &Map::new()),
+        ],
         [
             "     step    score       kl  policy loss  value loss  clipped  entropy  tokens/s  \
              rollout s  experience s  update s   step s",

@@ -1,17 +1,20 @@
-//! The settings of a training run: one flat struct that is at once the flags of `train`, the keys
-//! of a TOML file and the `config.toml` of the run folder.
+//! The settings of a run: for each subcommand one flat struct that is at once its flags, the keys of
+//! a TOML file and the `config.toml` of the run folder. [`Settings`] are those of `train`, and
+//! [`tuning`] has those of the subcommands that learn from a file of examples.
 //!
 //! Layers, the later one wins:
 //!
-//! 1. the defaults of [`Settings`], chosen for a real model;
+//! 1. the defaults at the fields, chosen for a real model;
 //! 2. the settings of the embedded run, when neither the file nor the flags name a model;
 //! 3. the file of `--config FILE`;
 //! 4. the flags that were really given.
 //!
 //! The keys of the file are the flags with `_` for `-`: `--clip-range 0.1` is `clip_range = 0.1`.
-//! Paths are relative to the working directory, in the file too. [`Settings::to_toml`] writes every
+//! Paths are relative to the working directory, in the file too. [`RunSettings::to_toml`] writes every
 //! setting but `out`, so that `train --config OLD_RUN/config.toml` is the same run again, in a new
 //! folder.
+
+pub mod tuning;
 
 use std::fmt::{self, Display, Formatter};
 use std::path::{Path, PathBuf};
@@ -20,7 +23,8 @@ use std::str::FromStr;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
 use clap::parser::ValueSource;
-use clap::{ArgMatches, Args, FromArgMatches, ValueEnum};
+use clap::{ArgMatches, Args, ValueEnum};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
@@ -103,18 +107,59 @@ impl From<DeviceName> for String {
     }
 }
 
-/// What a response is scored by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+/// What a response is scored by: `sentiment`, `length`, `regex` or `command`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub enum RewardKind {
-    /// Positive and negative English words, in [-1, 1]
+    /// Positive and negative English words, in [-1, 1].
     Sentiment,
-    /// Nearness to --reward-length words, in [0, 1]
+    /// Nearness to --reward-length words, in [0, 1].
     Length,
-    /// 1 if --reward-pattern matches, else 0
+    /// 1 if --reward-pattern matches, else 0.
     Regex,
-    /// Whatever the program --reward-command answers
+    /// Whatever the program --reward-command answers.
     Command,
+}
+
+/// The names of the rewards, but for the one with a folder.
+const REWARDS: [(&str, RewardKind); 4] = [
+    ("sentiment", RewardKind::Sentiment),
+    ("length", RewardKind::Length),
+    ("regex", RewardKind::Regex),
+    ("command", RewardKind::Command),
+];
+
+impl Display for RewardKind {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        let named = REWARDS.iter().find(|(_, kind)| kind == self);
+        f.write_str(named.expect("all others have a name").0)
+    }
+}
+
+impl FromStr for RewardKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let named = REWARDS.into_iter().find(|(name, _)| *name == text);
+        named.map(|(_, kind)| kind).ok_or_else(|| {
+            let names = REWARDS.map(|(name, _)| name).join(", ");
+            format!("reward {text:?}: expected {names}")
+        })
+    }
+}
+
+impl TryFrom<String> for RewardKind {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<RewardKind> for String {
+    fn from(kind: RewardKind) -> String {
+        kind.to_string()
+    }
 }
 
 /// The names of the aggregations, but for the one with a number.
@@ -249,8 +294,11 @@ pub struct Settings {
     #[arg(long, value_name = "P", default_value_t = 1.0, help_heading = "Rollout")]
     pub top_p: f64,
 
-    /// What a response is scored by
-    #[arg(long, value_enum, default_value_t = RewardKind::Sentiment, help_heading = "Reward")]
+    /// What a response is scored by: sentiment, positive and negative English words, in [-1, 1];
+    /// length, nearness to --reward-length words, in [0, 1]; regex, 1 if --reward-pattern matches,
+    /// else 0; command, whatever the program --reward-command answers
+    #[arg(long, value_name = "NAME", default_value_t = RewardKind::Sentiment,
+        help_heading = "Reward")]
     pub reward: RewardKind,
 
     /// Response length that scores 1 with --reward length, in words
@@ -393,19 +441,44 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self::augment_args(clap::Command::new("train"))
-            .try_get_matches_from(["train"])
-            .and_then(|matches| Self::from_arg_matches(&matches))
-            .expect("every setting has a default or is optional")
+        defaults()
     }
 }
 
 /// Bounds what a slip of the keyboard can ask for; more would not fit any memory.
 const MAX_BATCH_SIZE: usize = 1 << 20;
 
-/// The flags of `train`: the settings and the file they start from.
+/// The settings of a subcommand that makes a run folder.
+pub trait RunSettings: Args + Clone + Default + Serialize + DeserializeOwned {
+    /// The subcommand's name. Its folders are `runs/COMMAND-N`.
+    const COMMAND: &'static str;
+
+    /// The folder of the run.
+    fn out(&mut self) -> &mut Option<PathBuf>;
+
+    /// Checks every value that can be judged without opening a file.
+    ///
+    /// # Errors
+    /// Names the flag, its value and what was expected.
+    fn validate(&self) -> Result<()>;
+
+    /// Checks that no flag was given that has no effect beside the others.
+    fn check_given(&self, _given: &dyn Fn(&str) -> bool) -> Result<()> {
+        Ok(())
+    }
+
+    /// The settings as a TOML file that `--config` reads. `out` is left out: the file lies in it,
+    /// and the same run again needs another.
+    fn to_toml(&self) -> Result<String> {
+        let mut settings = self.clone();
+        settings.out().take();
+        toml::to_string(&settings).context("cannot write the settings as TOML")
+    }
+}
+
+/// The flags of such a subcommand: the settings and the file they start from.
 #[derive(Debug, Clone, Args)]
-pub struct TrainArgs {
+pub struct ConfigArgs<S: Args> {
     /// TOML file of settings; a flag beside it overrides its value. The config.toml of a run
     /// repeats that run
     #[arg(long, value_name = "FILE", help_heading = "Run")]
@@ -413,10 +486,13 @@ pub struct TrainArgs {
 
     /// The settings as parsed, with defaults where a flag was not given.
     #[command(flatten)]
-    pub settings: Settings,
+    pub settings: S,
 }
 
-impl TrainArgs {
+/// The flags of `train`.
+pub type TrainArgs = ConfigArgs<Settings>;
+
+impl<S: RunSettings> ConfigArgs<S> {
     /// Lays the layers over each other and validates the result.
     ///
     /// `matches` is what `self` was parsed from: it knows which flags were really given. `embedded`
@@ -425,9 +501,9 @@ impl TrainArgs {
     /// # Errors
     /// A file that cannot be read, is not TOML, or has an unknown key or a value of the wrong type
     /// (the message has file, line and key); a setting out of its range (the message has the flag).
-    pub fn resolve(&self, matches: &ArgMatches, embedded: &str) -> Result<Settings> {
+    pub fn resolve(&self, matches: &ArgMatches, embedded: &str) -> Result<S> {
         let file = match &self.config {
-            Some(path) => read_config(path)?,
+            Some(path) => read_config::<S>(path)?,
             None => Table::new(),
         };
         let given = |key: &str| matches.value_source(key) == Some(ValueSource::CommandLine);
@@ -436,26 +512,13 @@ impl TrainArgs {
 
         let mut table = Table::new();
         if !file.contains_key("model") && !flags.contains_key("model") {
-            table.extend(parse_settings(embedded).context("settings of the embedded run")?);
+            table.extend(parse_settings::<S>(embedded).context("settings of the embedded run")?);
         }
         table.extend(file);
         table.extend(flags);
-        let settings: Settings = table.try_into().context("cannot put the settings together")?;
+        let settings: S = table.try_into().context("cannot put the settings together")?;
         settings.validate()?;
-
-        for (flag, needs) in [
-            ("reward_length", RewardKind::Length),
-            ("reward_pattern", RewardKind::Regex),
-            ("reward_command", RewardKind::Command),
-        ] {
-            ensure!(
-                !given(flag) || settings.reward == needs,
-                "{} has no effect with --reward {}; add --reward {}",
-                flag_of(flag),
-                value_name(settings.reward),
-                value_name(needs)
-            );
-        }
+        settings.check_given(&given)?;
         Ok(settings)
     }
 }
@@ -474,19 +537,18 @@ impl Settings {
             ..PpoLossOptions::default()
         }
     }
+}
 
-    /// Checks every value that can be judged without opening a file.
-    ///
-    /// # Errors
-    /// Names the flag, its value and what was expected.
-    pub fn validate(&self) -> Result<()> {
+impl RunSettings for Settings {
+    const COMMAND: &'static str = "train";
+
+    fn out(&mut self) -> &mut Option<PathBuf> {
+        &mut self.out
+    }
+
+    fn validate(&self) -> Result<()> {
         at_least_one("--steps", self.steps)?;
-        at_least_one("--batch-size", self.batch_size)?;
-        ensure!(
-            self.batch_size <= MAX_BATCH_SIZE,
-            "--batch-size is {}, expected at most {MAX_BATCH_SIZE}",
-            self.batch_size
-        );
+        valid_batch_size(self.batch_size)?;
         at_least_one("--minibatch-size", self.minibatch_size)?;
         at_least_one("--ppo-epochs", self.ppo_epochs)?;
         at_least_one("--max-new-tokens", self.max_new_tokens)?;
@@ -497,12 +559,7 @@ impl Settings {
             self.minibatch_size,
             self.batch_size
         );
-        ensure!(
-            i64::try_from(self.seed).is_ok(),
-            "--seed is {}, expected at most {}",
-            self.seed,
-            i64::MAX
-        );
+        valid_seed(self.seed)?;
 
         for (flag, value) in [
             ("--temperature", Some(self.temperature)),
@@ -545,49 +602,83 @@ impl Settings {
             in_range("--aggregation constant", Some(divisor), |x| x > 0.0, "above 0")?;
         }
 
-        for (flag, path) in
-            [("--model", &self.model), ("--prompts", &self.prompts), ("--out", &self.out)]
-        {
-            if let Some(path) = path {
-                ensure!(!path.as_os_str().is_empty(), "{flag} is empty");
-                ensure!(path.to_str().is_some(), "{flag} is not UTF-8: {}", path.display());
-            }
-        }
+        valid_paths(&[
+            ("--model", &self.model),
+            ("--prompts", &self.prompts),
+            ("--out", &self.out),
+        ])?;
         ensure!(
             self.model.is_none() || self.prompts.is_some(),
             "--prompts is missing: with --model, name a file of prompts"
         );
         match self.reward {
-            RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, self.reward)?,
-            RewardKind::Command => needed("--reward-command", &self.reward_command, self.reward)?,
-            RewardKind::Sentiment | RewardKind::Length => {}
+            RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, &self.reward),
+            RewardKind::Command => needed("--reward-command", &self.reward_command, &self.reward),
+            RewardKind::Sentiment | RewardKind::Length => Ok(()),
+        }
+    }
+
+    fn check_given(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
+        for (key, needs) in [
+            ("reward_length", RewardKind::Length),
+            ("reward_pattern", RewardKind::Regex),
+            ("reward_command", RewardKind::Command),
+        ] {
+            ensure!(
+                !given(key) || self.reward == needs,
+                "{} has no effect with --reward {}; add --reward {needs}",
+                flag_of(key),
+                self.reward
+            );
         }
         Ok(())
     }
-
-    /// The settings as a TOML file that `--config` reads. `out` is left out: the file lies in it,
-    /// and the same run again needs another.
-    pub fn to_toml(&self) -> Result<String> {
-        let settings = Self { out: None, ..self.clone() };
-        toml::to_string(&settings).context("cannot write the settings as TOML")
-    }
 }
 
-fn read_config(path: &Path) -> Result<Table> {
+/// The defaults that are stated at the fields.
+fn defaults<S: Args>() -> S {
+    S::augment_args(clap::Command::new("defaults"))
+        .try_get_matches_from(["defaults"])
+        .and_then(|matches| S::from_arg_matches(&matches))
+        .expect("every setting has a default or is optional")
+}
+
+fn read_config<S: RunSettings>(path: &Path) -> Result<Table> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("cannot read --config {}", path.display()))?;
-    parse_settings(&text).with_context(|| format!("--config {} is refused", path.display()))
+    parse_settings::<S>(&text).with_context(|| format!("--config {} is refused", path.display()))
 }
 
-/// The keys that `text` sets. It is read as [`Settings`] first: those errors show the line, key and
-/// value.
-fn parse_settings(text: &str) -> Result<Table> {
-    toml::from_str::<Settings>(text)?;
+/// The keys that `text` sets. It is read as `S` first: those errors show the line, key and value.
+fn parse_settings<S: RunSettings>(text: &str) -> Result<Table> {
+    toml::from_str::<S>(text)?;
     Ok(toml::from_str(text)?)
 }
 
 fn at_least_one(flag: &str, value: usize) -> Result<()> {
     ensure!(value > 0, "{flag} is {value}, expected a whole number above 0");
+    Ok(())
+}
+
+fn valid_batch_size(size: usize) -> Result<()> {
+    at_least_one("--batch-size", size)?;
+    ensure!(size <= MAX_BATCH_SIZE, "--batch-size is {size}, expected at most {MAX_BATCH_SIZE}");
+    Ok(())
+}
+
+/// TOML holds nothing above `i64::MAX`.
+fn valid_seed(seed: u64) -> Result<()> {
+    ensure!(i64::try_from(seed).is_ok(), "--seed is {seed}, expected at most {}", i64::MAX);
+    Ok(())
+}
+
+fn valid_paths(paths: &[(&str, &Option<PathBuf>)]) -> Result<()> {
+    for (flag, path) in paths {
+        if let Some(path) = path {
+            ensure!(!path.as_os_str().is_empty(), "{flag} is empty");
+            ensure!(path.to_str().is_some(), "{flag} is not UTF-8: {}", path.display());
+        }
+    }
     Ok(())
 }
 
@@ -609,21 +700,16 @@ fn in_range(
     }
 }
 
-fn needed(flag: &str, value: &Option<String>, reward: RewardKind) -> Result<()> {
+fn needed(flag: &str, value: &Option<String>, reward: &RewardKind) -> Result<()> {
     ensure!(
         value.as_ref().is_some_and(|text| !text.trim().is_empty()),
-        "{flag} is missing: --reward {} needs it",
-        value_name(reward)
+        "{flag} is missing: --reward {reward} needs it"
     );
     Ok(())
 }
 
 fn flag_of(key: &str) -> String {
     format!("--{}", key.replace('_', "-"))
-}
-
-fn value_name(value: impl ValueEnum) -> String {
-    value.to_possible_value().map_or_else(String::new, |name| name.get_name().to_owned())
 }
 
 /// A whole number; TOML holds nothing above `i64::MAX`.

@@ -7,33 +7,27 @@
 use std::collections::BTreeSet;
 
 use anyhow::{anyhow, Result};
-use candle_core::{DType, Device, Tensor};
-use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
-use rand::SeedableRng;
+use candle_core::Device;
 use serde_json::json;
 
+use super::config::tuning::{SftSettings, Tuning};
+use super::examples::{encode_demonstrations, Demonstration};
 use super::load::Loaded;
 use super::model::{Decoder, DecoderConfig};
-use super::optim::{Optimizer, Schedule};
+use super::sft::Sft;
 use super::tokenizer::Tokenizer;
-use crate::logprob::{logprobs, LogprobOptions};
+use super::tuning;
 
 const CORPUS: &str = include_str!("embedded/corpus.txt");
 const PROMPTS: &str = include_str!("embedded/prompts.txt");
 
-/// The settings of the embedded run, as TOML.
-pub const SETTINGS: &str = include_str!("embedded/config.toml");
+/// The settings of `train` without a model, as TOML.
+pub const TRAIN: &str = include_str!("embedded/train.toml");
+/// Those of `sft`.
+pub const SFT: &str = include_str!("embedded/sft.toml");
 
 const PAD: &str = "<pad>";
 const EOS: &str = "</s>";
-
-/// Sentences in a step of language modelling.
-const LM_BATCH: usize = 32;
-const LM_LEARNING_RATE: f64 = 3e-3;
-const LM_WARMUP: usize = 20;
-/// The target of what lies behind a sentence's end.
-const IGNORE: i64 = -100;
 
 /// The prompts of the embedded run.
 pub fn prompts() -> Vec<String> {
@@ -84,8 +78,14 @@ pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
     Ok(Loaded { decoder: Decoder::random(config, seed, device)?, tokenizer })
 }
 
-/// Fits the decoder to the corpus by next-token cross-entropy, in nats a token. `on_step` is told
-/// the loss of each step and answers whether to go on.
+/// The sentences of the corpus, as demonstrations that are learned as a whole.
+pub fn demonstrations() -> Vec<Demonstration> {
+    let sentence = |line: &str| Demonstration { prompt: String::new(), response: line.to_owned() };
+    CORPUS.lines().map(sentence).collect()
+}
+
+/// Fits the decoder to the corpus as `sft` does, and tells `on_step` the loss of each step, in nats a
+/// token, which answers whether to go on.
 pub fn fit(
     decoder: &Decoder,
     tokenizer: &Tokenizer,
@@ -93,54 +93,13 @@ pub fn fit(
     seed: u64,
     mut on_step: impl FnMut(f64) -> bool,
 ) -> Result<()> {
-    let eos = tokenizer.eos()[0];
-    let mut sentences = Vec::new();
-    for line in CORPUS.lines() {
-        let mut ids = tokenizer.encode(line)?;
-        ids.push(eos);
-        sentences.push(ids);
-    }
-    let schedule =
-        Schedule { peak: LM_LEARNING_RATE, warmup: LM_WARMUP, total: steps, decay: true };
-    let mut optimizer = Optimizer::new(&decoder.parameters(), 0.0, 1.0)?;
-    let mut rng = StdRng::seed_from_u64(seed);
-    let mut order = Vec::new();
-    for step in 0..steps {
-        if order.len() < LM_BATCH {
-            order = (0..sentences.len()).collect();
-            order.shuffle(&mut rng);
-        }
-        let batch: Vec<&[u32]> = order.drain(..LM_BATCH).map(|i| sentences[i].as_slice()).collect();
-        let loss = cross_entropy(decoder, &batch, tokenizer.pad())?;
-        let mut grads = loss.backward()?;
-        let norm = optimizer.grad_norm(&grads)?;
-        optimizer.apply(&mut grads, norm, schedule.at(step))?;
-        if !on_step(f64::from(loss.to_scalar::<f32>()?)) {
-            break;
-        }
-    }
-    Ok(())
-}
-
-/// The mean of -logp over all tokens but each sentence's first.
-fn cross_entropy(decoder: &Decoder, sentences: &[&[u32]], pad: u32) -> Result<Tensor> {
-    let len = sentences.iter().map(|s| s.len()).max().unwrap_or(0) - 1;
-    let (mut ids, mut targets) = (Vec::new(), Vec::new());
-    let mut count = 0;
-    for sentence in sentences {
-        let fill = len + 1 - sentence.len();
-        ids.extend(&sentence[..sentence.len() - 1]);
-        ids.extend(std::iter::repeat_n(pad, fill));
-        targets.extend(sentence[1..].iter().map(|&id| i64::from(id)));
-        targets.extend(std::iter::repeat_n(IGNORE, fill));
-        count += sentence.len() - 1;
-    }
-    let shape = (sentences.len(), len);
-    let device = decoder.device();
-    let ids = Tensor::from_vec(ids, shape, device)?;
-    let targets = Tensor::from_vec(targets, shape, device)?;
-    let logits = decoder.logits(&decoder.hidden(&ids, &vec![0; sentences.len()])?)?;
-    let options = LogprobOptions { ignore_index: Some(IGNORE), ..LogprobOptions::default() };
-    let logp = logprobs(&logits, &targets, &options)?;
-    Ok((logp.sum_all()? * (-1.0 / count as f64))?.to_dtype(DType::F32)?)
+    let context = decoder.config().max_position_embeddings;
+    let examples = encode_demonstrations(&demonstrations(), tokenizer, context)?;
+    let rows: Vec<usize> = (0..examples.len()).collect();
+    let sft = Sft { decoder, examples, pad: tokenizer.pad() };
+    let settings: SftSettings = toml::from_str(SFT)?;
+    let tuning = Tuning { steps, seed, ..settings.tuning() };
+    tuning::learn(&sft, &rows, &tuning, |learned| {
+        Ok(on_step(learned.metrics["loss"].as_f64().unwrap_or(f64::NAN)))
+    })
 }

@@ -49,7 +49,7 @@ impl Experience {
         kl_coef: f64,
         settings: &Settings,
     ) -> Result<Self> {
-        let sequences = Sequences::from(&rollout.generation);
+        let sequences = Sequences::from(&rollout.answers.generation);
         let chunk = settings.minibatch_size;
         let logp = |decoder: &Decoder| {
             in_chunks(&sequences, chunk, |some| {
@@ -103,7 +103,8 @@ fn estimate(
     settings: &Settings,
 ) -> Result<Estimate> {
     let scores = Tensor::new(rollout.scores.as_slice(), mask.device())?;
-    let has_eos: Vec<u8> = rollout.generation.finished.iter().map(|&f| u8::from(f)).collect();
+    let has_eos: Vec<u8> =
+        rollout.answers.generation.finished.iter().map(|&f| u8::from(f)).collect();
     let has_eos = Tensor::new(has_eos, mask.device())?;
     let plain = GaeInputs { mask: Some(mask), ..GaeInputs::new(values) };
     let shaped =
@@ -122,7 +123,7 @@ fn estimate(
     let rewards = out.rewards.clone();
 
     // One token alone has no variance to whiten by.
-    let tokens: usize = rollout.generation.responses.iter().map(Vec::len).sum();
+    let tokens: usize = rollout.answers.generation.responses.iter().map(Vec::len).sum();
     let can_whiten = tokens > 1;
     let GaeOutput { advantages, returns, moments, .. } = if settings.whiten_rewards && can_whiten {
         let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
@@ -140,7 +141,7 @@ fn estimate(
 }
 
 fn response_metrics(rollout: &Rollout) -> Map<String, Value> {
-    let generation = &rollout.generation;
+    let generation = &rollout.answers.generation;
     let lengths: Vec<f32> = generation.responses.iter().map(|r| r.len() as f32).collect();
     let num_eos = generation.finished.iter().filter(|&&finished| finished).count();
     let cut = 1.0 - num_eos as f64 / lengths.len() as f64;

@@ -23,7 +23,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, P
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::config::Settings;
+use super::config::RunSettings;
 
 const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
@@ -51,8 +51,9 @@ pub struct SampleRecord<'a> {
     pub prompt: &'a str,
     /// The response's text.
     pub response: &'a str,
-    /// What the reward gave.
-    pub score: f32,
+    /// What the reward gave, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score: Option<f32>,
     /// KL to the reference, in nats over the response, where it was measured.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kl: Option<f32>,
@@ -61,15 +62,15 @@ pub struct SampleRecord<'a> {
 }
 
 impl Run {
-    /// Makes the folder `--out`, or the next free `runs/train-N`, with the settings in it.
+    /// Makes the folder `--out`, or the next free `runs/COMMAND-N`, with the settings in it.
     ///
     /// # Errors
     /// A folder that holds a run already, or that cannot be made or written. Names `--out`.
-    pub fn create(settings: &Settings) -> Result<Self> {
+    pub fn create<S: RunSettings>(settings: &S) -> Result<Self> {
         let config = settings.to_toml()?;
-        let (dir, created) = match &settings.out {
+        let (dir, created) = match settings.clone().out() {
             Some(dir) => (dir.clone(), make_folder(dir)?),
-            None => make_next_free(Path::new("runs"))?,
+            None => make_next_free(Path::new("runs"), S::COMMAND)?,
         };
         let made = Self::fill(&dir, &config);
         if made.is_err() {
@@ -171,11 +172,11 @@ fn make_folder(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(created)
 }
 
-/// Makes the first of `parent/train-1`, `parent/train-2`, .. that does not exist.
-fn make_next_free(parent: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
+/// Makes the first of `parent/name-1`, `parent/name-2`, .. that does not exist.
+fn make_next_free(parent: &Path, name: &str) -> Result<(PathBuf, Vec<PathBuf>)> {
     let mut created = make_folder(parent)?;
     for n in 1_u64.. {
-        let dir = parent.join(format!("train-{n}"));
+        let dir = parent.join(format!("{name}-{n}"));
         match fs::create_dir(&dir) {
             Ok(()) => {
                 created.push(dir.clone());
@@ -189,7 +190,7 @@ fn make_next_free(parent: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
             }
         }
     }
-    bail!("--out: no runs/train-N is free")
+    bail!("--out: no runs/{name}-N is free")
 }
 
 fn remove_files(dir: &Path, names: &[&str]) {
@@ -205,27 +206,52 @@ fn remove_folders(outermost_first: &[PathBuf]) {
     }
 }
 
-/// The columns of the step line: heading, metric, width, decimals.
-const COLUMNS: [(&str, &str, usize, usize); 11] = [
-    ("score", "objective/scores", 8, 3),
-    ("kl", "objective/kl", 8, 3),
-    ("policy loss", "loss/policy_avg", 12, 4),
-    ("value loss", "loss/value_avg", 11, 4),
-    ("clipped", "policy/clipfrac_avg", 8, 3),
-    ("entropy", "objective/entropy", 8, 3),
-    ("tokens/s", "perf/throughput", 9, 0),
-    ("rollout s", "timing_s/rollout", 10, 2),
-    ("experience s", "timing_s/experience", 13, 2),
-    ("update s", "timing_s/update", 9, 2),
-    ("step s", "timing_s/step", 8, 2),
+/// A column of the step lines.
+#[derive(Debug, Clone, Copy)]
+pub struct Column {
+    /// Its heading.
+    pub heading: &'static str,
+    /// The metric in it.
+    pub metric: &'static str,
+    /// Characters.
+    pub width: usize,
+    /// Digits behind the point.
+    pub decimals: usize,
+}
+
+impl Column {
+    /// A column.
+    pub const fn new(
+        heading: &'static str,
+        metric: &'static str,
+        width: usize,
+        decimals: usize,
+    ) -> Self {
+        Self { heading, metric, width, decimals }
+    }
+}
+
+/// The columns of `train`.
+pub const PPO_COLUMNS: [Column; 11] = [
+    Column::new("score", "objective/scores", 8, 3),
+    Column::new("kl", "objective/kl", 8, 3),
+    Column::new("policy loss", "loss/policy_avg", 12, 4),
+    Column::new("value loss", "loss/value_avg", 11, 4),
+    Column::new("clipped", "policy/clipfrac_avg", 8, 3),
+    Column::new("entropy", "objective/entropy", 8, 3),
+    Column::new("tokens/s", "perf/throughput", 9, 0),
+    Column::new("rollout s", "timing_s/rollout", 10, 2),
+    Column::new("experience s", "timing_s/experience", 13, 2),
+    Column::new("update s", "timing_s/update", 9, 2),
+    Column::new("step s", "timing_s/step", 8, 2),
 ];
 /// Steps after which the heading is shown again.
 const HEADING_EVERY: usize = 25;
 
 /// The heading over the step lines.
-pub fn heading() -> String {
+pub fn heading(columns: &[Column]) -> String {
     let mut line = format!("{:>9}", "step");
-    for (heading, _, width, _) in COLUMNS {
+    for Column { heading, width, .. } in columns {
         let _ = write!(line, " {heading:>width$}");
     }
     line
@@ -233,9 +259,14 @@ pub fn heading() -> String {
 
 /// One line for a step: `step/steps`, then the columns of [`heading`]. A metric that is not finite
 /// (`null`) shows as `nan`, one that is missing as `-`.
-pub fn step_line(step: usize, steps: usize, values: &Map<String, Value>) -> String {
+pub fn step_line(
+    columns: &[Column],
+    step: usize,
+    steps: usize,
+    values: &Map<String, Value>,
+) -> String {
     let mut line = format!("{:>9}", format!("{step}/{steps}"));
-    for (_, metric, width, decimals) in COLUMNS {
+    for &Column { metric, width, decimals, .. } in columns {
         let cell = match values.get(metric) {
             None => "-".to_owned(),
             Some(value) => value.as_f64().map_or("nan".to_owned(), |x| number(x, width, decimals)),
@@ -259,7 +290,6 @@ fn number(x: f64, width: usize, decimals: usize) -> String {
 pub struct Progress {
     bars: MultiProgress,
     out: Mutex<Box<dyn Write + Send>>,
-    steps: usize,
 }
 
 impl Progress {
@@ -280,7 +310,7 @@ impl Progress {
 
     fn to(out: impl Write + Send + 'static, target: ProgressDrawTarget) -> Self {
         let bars = MultiProgress::with_draw_target(target);
-        Self { bars, out: Mutex::new(Box::new(out)), steps: 0 }
+        Self { bars, out: Mutex::new(Box::new(out)) }
     }
 
     /// A bar that shows `phase`, how many of `len` `unit`s (such as "tokens") are done, their rate
@@ -314,13 +344,27 @@ impl Progress {
         });
     }
 
-    /// Writes the line of a step, under a heading at first and every few steps.
+    /// Lines of steps, with these columns.
+    pub fn table<'a>(&'a self, columns: &'a [Column]) -> Table<'a> {
+        Table { progress: self, columns, lines: 0 }
+    }
+}
+
+/// Lines of steps, of [`Progress::table`].
+pub struct Table<'a> {
+    progress: &'a Progress,
+    columns: &'a [Column],
+    lines: usize,
+}
+
+impl Table<'_> {
+    /// Writes the line of a step, under a heading at first and every few lines.
     pub fn step(&mut self, step: usize, steps: usize, values: &Map<String, Value>) {
-        if self.steps.is_multiple_of(HEADING_EVERY) {
-            self.line(&heading());
+        if self.lines.is_multiple_of(HEADING_EVERY) {
+            self.progress.line(&heading(self.columns));
         }
-        self.steps += 1;
-        self.line(&step_line(step, steps, values));
+        self.lines += 1;
+        self.progress.line(&step_line(self.columns, step, steps, values));
     }
 }
 

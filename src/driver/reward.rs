@@ -30,6 +30,12 @@ pub struct Sample<'a> {
     pub prompt: &'a str,
     /// The response's text, without the prompt.
     pub response: &'a str,
+    /// The prompt's tokens, for a reward model; programs do not see them.
+    #[serde(skip)]
+    pub prompt_ids: &'a [u32],
+    /// The response's tokens, its end of sequence among them if it has one.
+    #[serde(skip)]
+    pub response_ids: &'a [u32],
 }
 
 /// Scores responses, one finite number each; more is better.

@@ -70,14 +70,51 @@ impl Prompts {
     }
 }
 
-/// Prompts with their responses and the scores of these.
-pub struct Rollout {
+/// Prompts with their responses.
+pub struct Answers {
     /// The prompts.
     pub prompts: Vec<Prompt>,
     /// The responses as text.
     pub responses: Vec<String>,
     /// The responses as tokens.
     pub generation: Generation,
+}
+
+impl Answers {
+    /// What a reward reads, in order.
+    pub fn samples(&self) -> Vec<Sample<'_>> {
+        (self.prompts.iter().zip(&self.responses).zip(&self.generation.responses))
+            .map(|((prompt, response), ids)| Sample {
+                prompt: &prompt.text,
+                response,
+                prompt_ids: &prompt.ids,
+                response_ids: ids,
+            })
+            .collect()
+    }
+}
+
+/// Answers the prompts. `on_token` is told after each position how many tokens it added.
+pub fn answer(
+    policy: &Decoder,
+    tokenizer: &Tokenizer,
+    sampling: &Sampling,
+    prompts: Vec<Prompt>,
+    rng: &mut StdRng,
+    on_token: &mut dyn FnMut(usize),
+) -> Result<Answers> {
+    let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
+    let (eos, pad) = (tokenizer.eos(), tokenizer.pad());
+    let generation = generate(policy, &ids, sampling, eos, pad, rng, on_token)?;
+    let responses =
+        generation.responses.iter().map(|ids| tokenizer.decode(ids)).collect::<Result<_>>()?;
+    Ok(Answers { prompts, responses, generation })
+}
+
+/// Answers with their scores.
+pub struct Rollout {
+    /// The answers.
+    pub answers: Answers,
     /// What the reward gave each response.
     pub scores: Vec<f32>,
 }
@@ -102,25 +139,22 @@ impl Sampler {
         rng: &mut StdRng,
         on_token: &mut dyn FnMut(usize),
     ) -> Result<Rollout> {
-        let tokenizer = &self.tokenizer;
-        let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
-        let (eos, pad) = (tokenizer.eos(), tokenizer.pad());
-        let generation =
-            generate(&policy.no_grad(), &ids, &self.sampling, eos, pad, rng, on_token)?;
-        let responses: Vec<String> =
-            generation.responses.iter().map(|ids| tokenizer.decode(ids)).collect::<Result<_>>()?;
-
-        let samples: Vec<Sample> = (prompts.iter().zip(&responses))
-            .map(|(prompt, response)| Sample { prompt: &prompt.text, response })
-            .collect();
-        let scores = self.reward.score(&samples)?;
-        ensure!(
-            scores.len() == samples.len(),
-            "the reward {} gave {} scores for {} responses",
-            self.reward.name(),
-            scores.len(),
-            samples.len()
-        );
-        Ok(Rollout { prompts, responses, generation, scores })
+        let answers = answer(policy, &self.tokenizer, &self.sampling, prompts, rng, on_token)?;
+        let scores = score(self.reward.as_mut(), &answers)?;
+        Ok(Rollout { answers, scores })
     }
+}
+
+/// One score a response.
+pub fn score(reward: &mut dyn Reward, answers: &Answers) -> Result<Vec<f32>> {
+    let samples = answers.samples();
+    let scores = reward.score(&samples)?;
+    ensure!(
+        scores.len() == samples.len(),
+        "the reward {} gave {} scores for {} responses",
+        reward.name(),
+        scores.len(),
+        samples.len()
+    );
+    Ok(scores)
 }

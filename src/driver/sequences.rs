@@ -5,12 +5,15 @@
 //! and the value of response token t both come from there. Logits, the largest tensor of PPO, are
 //! made for these R positions only.
 
-use anyhow::Result;
-use candle_core::{DType, Tensor};
+use std::iter::repeat_n;
 
+use anyhow::Result;
+use candle_core::{DType, Device, Tensor};
+
+use super::examples::Example;
 use super::generate::Generation;
 use super::model::{Critic, Decoder};
-use crate::logprob::{logprobs_and_entropy, LogprobOptions};
+use crate::logprob::{logprobs, logprobs_and_entropy, LogprobOptions};
 
 /// The target of what lies behind a response's end; the op does not read such rows.
 const IGNORE: i64 = -100;
@@ -39,6 +42,31 @@ impl From<&Generation> for Sequences {
 }
 
 impl Sequences {
+    /// Lays examples, at least one, out as a batch; `pad` fills it.
+    pub fn of(examples: &[&Example], pad: u32, device: &Device) -> Result<Self> {
+        let longest =
+            |len: fn(&Example) -> usize| examples.iter().map(|e| len(e)).max().unwrap_or(0);
+        let (prompt_len, response_len) =
+            (longest(|e| e.prompt.len()), longest(|e| e.response.len()));
+        let pads: Vec<usize> = examples.iter().map(|e| prompt_len - e.prompt.len()).collect();
+        let (mut ids, mut mask) = (Vec::new(), Vec::new());
+        for (example, &pads) in examples.iter().zip(&pads) {
+            let len = example.response.len();
+            ids.extend(repeat_n(pad, pads));
+            ids.extend(&example.prompt);
+            ids.extend(&example.response);
+            ids.extend(repeat_n(pad, response_len - len));
+            mask.extend((0..response_len).map(|t| u8::from(t < len)));
+        }
+        let rows = examples.len();
+        Ok(Self {
+            ids: Tensor::from_vec(ids, (rows, prompt_len + response_len), device)?,
+            pads,
+            prompt_len,
+            mask: Tensor::from_vec(mask, (rows, response_len), device)?,
+        })
+    }
+
     /// B.
     pub fn len(&self) -> usize {
         self.pads.len()
@@ -66,12 +94,21 @@ impl Sequences {
         decoder: &Decoder,
         temperature: f64,
     ) -> Result<(Tensor, Tensor)> {
-        let response_len = self.mask.dim(1)?;
-        let hidden = decoder.hidden(&self.ids, &self.pads)?;
-        let before = hidden.narrow(1, self.prompt_len - 1, response_len)?.contiguous()?;
-        let logits = decoder.logits(&before)?;
         let options = LogprobOptions { temperature, ignore_index: Some(IGNORE) };
-        Ok(logprobs_and_entropy(&logits, &self.targets()?, &options)?)
+        Ok(logprobs_and_entropy(&self.logits(decoder)?, &self.targets()?, &options)?)
+    }
+
+    /// Log-probabilities of the response's tokens: f32 `[B, R]`, 0 behind the response's end.
+    pub fn logp(&self, decoder: &Decoder) -> Result<Tensor> {
+        let options = LogprobOptions { ignore_index: Some(IGNORE), ..LogprobOptions::default() };
+        Ok(logprobs(&self.logits(decoder)?, &self.targets()?, &options)?)
+    }
+
+    /// Logits that the response's tokens were drawn from: f32 `[B, R, vocab_size]`.
+    fn logits(&self, decoder: &Decoder) -> Result<Tensor> {
+        let hidden = decoder.hidden(&self.ids, &self.pads)?;
+        let before = hidden.narrow(1, self.prompt_len - 1, self.mask.dim(1)?)?.contiguous()?;
+        decoder.logits(&before)
     }
 
     /// Values before each of the response's tokens: f32 `[B, R]`.

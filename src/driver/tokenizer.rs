@@ -70,7 +70,16 @@ impl Tokenizer {
 
     /// Token ids of a text, with the special tokens that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, true).map_err(|error| {
+        self.ids(text, true)
+    }
+
+    /// Token ids of a text that goes on from another, without special tokens around it.
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text, false)
+    }
+
+    fn ids(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let encoding = self.inner.encode(text, special).map_err(|error| {
             let start: String = text.chars().take(80).collect();
             anyhow!(error).context(format!("cannot encode {start:?}"))
         })?;
@@ -85,6 +94,11 @@ impl Tokenizer {
     /// The text of one token as the vocabulary has it.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
+    }
+
+    /// Whether both give the same ids to the same tokens.
+    pub fn has_vocabulary_of(&self, other: &Tokenizer) -> bool {
+        self.inner.get_vocab(true) == other.inner.get_vocab(true)
     }
 
     /// The ids that end a text, ascending; may be empty.

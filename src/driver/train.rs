@@ -1,27 +1,21 @@
-//! The story of one run: refuse what cannot work, fit the embedded model if no other is named, show
-//! what the policy says, train it, show what it says now, save it.
+//! The story of a run of `train`: refuse what cannot work, fit the embedded model if no other is named,
+//! show what the policy says, train it, show what it says now, save it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 
-use super::config::Settings;
+use super::config::{RunSettings, Settings};
 use super::embedded;
 use super::generate::Sampling;
-use super::load::{load, save, save_critic, Loaded};
-use super::model::Decoder;
+use super::load::{save, save_critic, Loaded};
 use super::prompts;
-use super::report::{Progress, Run, SampleRecord};
+use super::report::{Progress, PPO_COLUMNS};
 use super::reward;
-use super::rollout::{Prompts, Rollout, Sampler};
-use super::tokenizer::Tokenizer;
+use super::rollout::{Prompts, Sampler};
+use super::session::{open_model, Session, SHOWN};
 use super::trainer::{Step, Trainer};
-
-/// Responses shown before and after the training.
-const SHOWN: usize = 8;
-/// Steps of language modelling between two lines about them.
-const LM_LINE_EVERY: usize = 100;
 
 /// Trains as the settings say. Once `stop` is set, the run ends after the current step, with
 /// everything written; a run that has not begun by then leaves nothing.
@@ -29,7 +23,7 @@ const LM_LINE_EVERY: usize = 100;
 /// # Errors
 /// A setting, device, model, prompt file, reward or output folder that cannot be used, before any
 /// long work. When a later step fails, its error comes after the weights so far are written.
-pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result<()> {
+pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Result<()> {
     let start = Instant::now();
     settings.validate()?;
     let reward = reward::build(settings)?;
@@ -38,25 +32,20 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result
         None => embedded::prompts(),
     };
     let device = settings.device.open()?;
-    let Loaded { decoder: policy, tokenizer } = match &settings.model {
-        Some(path) => load(path, &device).context("--model is refused")?,
-        None => embedded::model(settings.seed, &device)?,
-    };
+    let Loaded { decoder: policy, tokenizer } =
+        open_model(settings.model.as_deref(), settings.seed, &device)?;
     let context = policy.config().max_position_embeddings;
     let prompts = Prompts::new(texts, &tokenizer, context, settings.max_new_tokens);
     let prompts = match &settings.model {
         Some(_) => prompts?,
         None => prompts.context("the embedded model knows few words; --model names another")?,
     };
-    if stop.load(Ordering::Relaxed) {
-        progress.line("stopped before the first step; nothing is written");
+    let Some(mut session) = Session::begin(settings, progress, stop, start)? else {
         return Ok(());
-    }
-    let mut run = Run::create(settings)?;
-    progress.line(&describe(&policy));
-
+    };
+    session.describe("policy", &policy);
     if settings.model.is_none() {
-        fit(&policy, &tokenizer, settings, &progress, stop)?;
+        session.fit(&policy, &tokenizer, settings.lm_steps, settings.seed)?;
     }
 
     let sampling = Sampling {
@@ -68,43 +57,29 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: Progress) -> Result
     let sampler = Sampler { tokenizer, sampling, reward };
     let mut trainer = Trainer::new(policy, sampler, prompts, settings)?;
     let before = trainer.show(SHOWN)?;
-    show("before", &before, &progress);
-    record(&mut run, 0, &before, None)?;
+    session.show("before", &before.answers, Some(&before.scores));
+    session.record(0, &before.answers, Some(&before.scores), None)?;
 
-    let trained = train(&mut trainer, settings, &mut run, progress, stop);
-
-    let weights = run.weights_dir();
-    let saved = save(&weights, &trainer.learner.policy, &trainer.sampler.tokenizer)
-        .and_then(|()| save_critic(&weights, &trainer.learner.critic))
-        .with_context(|| format!("cannot save the weights in {}", weights.display()));
-    let ended = match &saved {
-        Ok(()) => format!("the run ended early; the weights so far are in {}", weights.display()),
-        Err(error) => format!("the run ended early and left no weights ({error:#})"),
-    };
-    let progress = trained.context(ended)?;
-    saved?;
-    show("after", &trainer.show(SHOWN)?, &progress);
-    progress.line(&format!(
-        "{:.0} s in all; settings, metrics, samples and weights are in {}",
-        start.elapsed().as_secs_f64(),
-        run.dir().display()
-    ));
+    let trained = train(&mut trainer, settings, &mut session);
+    session.save(trained, |weights| {
+        save(weights, &trainer.learner.policy, &trainer.sampler.tokenizer)?;
+        save_critic(weights, &trainer.learner.critic)
+    })?;
+    let after = trainer.show(SHOWN)?;
+    session.show("after", &after.answers, Some(&after.scores));
+    session.end();
     Ok(())
 }
 
-/// All steps, or those until `stop` is set.
-fn train(
-    trainer: &mut Trainer,
-    settings: &Settings,
-    run: &mut Run,
-    mut progress: Progress,
-    stop: &AtomicBool,
-) -> Result<Progress> {
+/// All steps, or those until the run is stopped.
+fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> Result<()> {
+    let progress = session.progress;
+    let mut table = progress.table(&PPO_COLUMNS);
     let tokens = settings.batch_size * settings.max_new_tokens;
     let minibatches = trainer.learner.steps(settings.batch_size);
     let mut skipped = 0;
     for step in 0..settings.steps {
-        if stop.load(Ordering::Relaxed) {
+        if session.stopped() {
             progress.line(&format!("stopped after {step} of {} steps", settings.steps));
             break;
         }
@@ -123,9 +98,9 @@ fn train(
         drop((rollout_bar, update_bar));
         let Step { rollout, kl, metrics, skipped: now } =
             done.with_context(|| format!("step {number}"))?;
-        run.metrics(number, &metrics)?;
-        record(run, number, &rollout, Some(&kl))?;
-        progress.step(number, settings.steps, &metrics);
+        session.run.metrics(number, &metrics)?;
+        session.record(number, &rollout.answers, Some(&rollout.scores), Some(&kl))?;
+        table.step(number, settings.steps, &metrics);
         if now > 0 {
             skipped += now;
             progress.line(&format!(
@@ -134,60 +109,5 @@ fn train(
             ));
         }
     }
-    Ok(progress)
-}
-
-/// Fits the embedded model to its corpus.
-fn fit(
-    policy: &Decoder,
-    tokenizer: &Tokenizer,
-    settings: &Settings,
-    progress: &Progress,
-    stop: &AtomicBool,
-) -> Result<()> {
-    let bar = progress.bar("fitting", settings.lm_steps, "steps");
-    embedded::fit(policy, tokenizer, settings.lm_steps, settings.seed, |loss| {
-        bar.inc(1);
-        let step = bar.position();
-        if step == 1 || step == settings.lm_steps || step.is_multiple_of(LM_LINE_EVERY) {
-            let steps = settings.lm_steps;
-            progress.line(&format!("language modelling {step}/{steps}: {loss:.3} nats a token"));
-        }
-        !stop.load(Ordering::Relaxed)
-    })
-}
-
-fn describe(policy: &Decoder) -> String {
-    let parameters: usize = policy.parameters().iter().map(|(_, var)| var.elem_count()).sum();
-    let config = policy.config();
-    format!(
-        "policy: {:.1} million parameters, {} layers, {} tokens of vocabulary",
-        parameters as f64 / 1e6,
-        config.num_hidden_layers,
-        config.vocab_size
-    )
-}
-
-fn show(when: &str, rollout: &Rollout, progress: &Progress) {
-    progress.line(&format!("samples {when} training (score, prompt | response):"));
-    for ((prompt, response), score) in
-        rollout.prompts.iter().zip(&rollout.responses).zip(&rollout.scores)
-    {
-        let response: Vec<&str> = response.split_whitespace().collect();
-        progress.line(&format!("  {score:+.2}  {} | {}", prompt.text, response.join(" ")));
-    }
-}
-
-fn record(run: &mut Run, step: usize, rollout: &Rollout, kl: Option<&[f32]>) -> Result<()> {
-    let records: Vec<SampleRecord> = (0..rollout.prompts.len())
-        .map(|i| SampleRecord {
-            step,
-            prompt: &rollout.prompts[i].text,
-            response: &rollout.responses[i],
-            score: rollout.scores[i],
-            kl: kl.map(|kl| kl[i]),
-            finished: rollout.generation.finished[i],
-        })
-        .collect();
-    run.samples(&records)
+    Ok(())
 }

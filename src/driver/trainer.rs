@@ -111,7 +111,7 @@ impl Trainer {
 
         let mut metrics = experience.metrics;
         metrics.extend(update_metrics);
-        let tokens: usize = rollout.generation.responses.iter().map(Vec::len).sum();
+        let tokens: usize = rollout.answers.generation.responses.iter().map(Vec::len).sum();
         let seconds = watch.total();
         metrics.extend(watch.metrics());
         for (name, value) in [

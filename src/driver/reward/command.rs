@@ -40,7 +40,12 @@ impl CommandReward {
 
     /// Scores one made-up sample, so that a command that cannot work fails before the run.
     pub fn probe(&mut self) -> Result<()> {
-        let sample = Sample { prompt: "The cat sat on the", response: "mat." };
+        let sample = Sample {
+            prompt: "The cat sat on the",
+            response: "mat.",
+            prompt_ids: &[],
+            response_ids: &[],
+        };
         self.score(&[sample]).context("the reward command was tried before the run")?;
         Ok(())
     }

@@ -1,0 +1,222 @@
+//! What every run does before and after its training: open the model, fit the embedded one if no
+//! other is named, make the folder, show and save.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::{ensure, Context, Result};
+use candle_core::Device;
+use rand::rngs::StdRng;
+use rand::SeedableRng;
+
+use super::config::RunSettings;
+use super::embedded;
+use super::generate::Sampling;
+use super::load::{load, Loaded};
+use super::model::{Decoder, DecoderConfig};
+use super::prompts;
+use super::report::{Progress, Run, SampleRecord};
+use super::rollout::{answer, Answers, Prompt, Prompts};
+use super::tokenizer::Tokenizer;
+
+/// Responses shown before and after a training.
+pub const SHOWN: usize = 8;
+/// Steps of language modelling between two lines about them.
+const LM_LINE_EVERY: usize = 100;
+
+/// The model of `--model`, or the embedded one, as it is before it is fitted.
+pub fn open_model(model: Option<&Path>, seed: u64, device: &Device) -> Result<Loaded> {
+    match model {
+        Some(path) => load(path, device).context("--model is refused"),
+        None => embedded::model(seed, device),
+    }
+}
+
+/// A run with a folder.
+pub struct Session<'a> {
+    /// The folder.
+    pub run: Run,
+    /// Where its lines go.
+    pub progress: &'a Progress,
+    stop: &'a AtomicBool,
+    start: Instant,
+}
+
+impl<'a> Session<'a> {
+    /// Makes the folder, unless `stop` is set already: then there is nothing to do.
+    ///
+    /// # Errors
+    /// Those of [`Run::create`].
+    pub fn begin(
+        settings: &impl RunSettings,
+        progress: &'a Progress,
+        stop: &'a AtomicBool,
+        start: Instant,
+    ) -> Result<Option<Self>> {
+        if stop.load(Ordering::Relaxed) {
+            progress.line("stopped before the first step; nothing is written");
+            return Ok(None);
+        }
+        Ok(Some(Self { run: Run::create(settings)?, progress, stop, start }))
+    }
+
+    /// Whether the run is to end after the current step.
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Fits the embedded model to its corpus.
+    pub fn fit(
+        &self,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        steps: usize,
+        seed: u64,
+    ) -> Result<()> {
+        let bar = self.progress.bar("fitting", steps, "steps");
+        embedded::fit(decoder, tokenizer, steps, seed, |loss| {
+            bar.inc(1);
+            let step = bar.position();
+            if step == 1 || step == steps || step.is_multiple_of(LM_LINE_EVERY) {
+                self.progress
+                    .line(&format!("language modelling {step}/{steps}: {loss:.3} nats a token"));
+            }
+            !self.stopped()
+        })
+    }
+
+    /// Says what is trained.
+    pub fn describe(&self, what: &str, decoder: &Decoder) {
+        let parameters: usize = decoder.tensors().iter().map(|(_, t)| t.elem_count()).sum();
+        let DecoderConfig { num_hidden_layers, vocab_size, .. } = decoder.config();
+        self.progress.line(&format!(
+            "{what}: {:.1} million parameters, {num_hidden_layers} layers, {vocab_size} tokens of \
+             vocabulary",
+            parameters as f64 / 1e6
+        ));
+    }
+
+    /// Shows responses.
+    pub fn show(&self, when: &str, answers: &Answers, scores: Option<&[f32]>) {
+        let columns =
+            if scores.is_some() { "score, prompt | response" } else { "prompt | response" };
+        self.progress.line(&format!("samples {when} training ({columns}):"));
+        for (i, (prompt, response)) in answers.prompts.iter().zip(&answers.responses).enumerate() {
+            let response: Vec<&str> = response.split_whitespace().collect();
+            let score = scores.map_or(String::new(), |scores| format!("{:+.2}  ", scores[i]));
+            self.progress.line(&format!("  {score}{} | {}", prompt.text, response.join(" ")));
+        }
+    }
+
+    /// Records the responses of a step.
+    pub fn record(
+        &mut self,
+        step: usize,
+        answers: &Answers,
+        scores: Option<&[f32]>,
+        kl: Option<&[f32]>,
+    ) -> Result<()> {
+        let records: Vec<SampleRecord> = (0..answers.prompts.len())
+            .map(|i| SampleRecord {
+                step,
+                prompt: &answers.prompts[i].text,
+                response: &answers.responses[i],
+                score: scores.map(|scores| scores[i]),
+                kl: kl.map(|kl| kl[i]),
+                finished: answers.generation.finished[i],
+            })
+            .collect();
+        self.run.samples(&records)
+    }
+
+    /// Saves the weights, those of a training that failed too, whose error then says so.
+    pub fn save(&self, trained: Result<()>, save: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let weights = self.run.weights_dir();
+        let shown = weights.display();
+        let saved = save(&weights).with_context(|| format!("cannot save the weights in {shown}"));
+        let ended = match &saved {
+            Ok(()) => format!("the run ended early; the weights so far are in {shown}"),
+            Err(error) => format!("the run ended early and left no weights ({error:#})"),
+        };
+        trained.context(ended)?;
+        saved
+    }
+
+    /// Says where everything is.
+    pub fn end(&self) {
+        self.progress.line(&format!(
+            "{:.0} s in all; settings, metrics, samples and weights are in {}",
+            self.start.elapsed().as_secs_f64(),
+            self.run.dir().display()
+        ));
+    }
+}
+
+/// Prompts that are answered before and after a training, with the same chances.
+pub struct Showcase {
+    prompts: Vec<Prompt>,
+    sampling: Sampling,
+    seed: u64,
+}
+
+impl Showcase {
+    /// The first prompts of `file`, or those of the embedded run where no model is named, or those of
+    /// the examples.
+    ///
+    /// # Errors
+    /// A file of prompts that is refused, and `--max-new-tokens` past the model's context.
+    pub fn new<'a>(
+        file: Option<&PathBuf>,
+        Loaded { decoder, tokenizer }: &Loaded,
+        embedded: bool,
+        examples: impl Iterator<Item = &'a [u32]>,
+        max_new_tokens: usize,
+        seed: u64,
+    ) -> Result<Self> {
+        let context = decoder.config().max_position_embeddings;
+        ensure!(
+            max_new_tokens < context,
+            "--max-new-tokens {max_new_tokens} does not fit the model's context of {context}"
+        );
+        let texts = match file {
+            Some(path) => Some(prompts::read(path)?),
+            None => embedded.then(embedded::prompts),
+        };
+        let prompts = match texts {
+            Some(texts) => {
+                Prompts::new(texts, tokenizer, context, max_new_tokens)?.first(SHOWN).to_vec()
+            }
+            None => {
+                let mut prompts: Vec<&[u32]> = Vec::new();
+                for ids in examples.filter(|ids| ids.len() + max_new_tokens <= context) {
+                    if prompts.len() < SHOWN && !prompts.contains(&ids) {
+                        prompts.push(ids);
+                    }
+                }
+                let prompt =
+                    |ids: &[u32]| Ok(Prompt { text: tokenizer.decode(ids)?, ids: ids.to_vec() });
+                prompts.into_iter().map(prompt).collect::<Result<_>>()?
+            }
+        };
+        Ok(Self { prompts, sampling: Sampling { max_new_tokens, ..Sampling::default() }, seed })
+    }
+
+    /// Answers, shows and records them as those of step `step`, 0 before the training.
+    pub fn show(
+        &self,
+        session: &mut Session,
+        step: usize,
+        Loaded { decoder, tokenizer }: &Loaded,
+    ) -> Result<()> {
+        if self.prompts.is_empty() {
+            return Ok(()); // examples too long for any answer
+        }
+        let mut rng = StdRng::seed_from_u64(self.seed);
+        let prompts = self.prompts.clone();
+        let answers =
+            answer(&decoder.no_grad(), tokenizer, &self.sampling, prompts, &mut rng, &mut |_| {})?;
+        session.show(if step == 0 { "before" } else { "after" }, &answers, None);
+        session.record(step, &answers, None, None)
+    }
+}

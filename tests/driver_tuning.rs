@@ -1,0 +1,431 @@
+//! The driver's subcommands that learn from examples: their files, their losses, and whole short runs
+//! of the embedded model.
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use candle_core::{Device, Tensor, D};
+use clap::{Args, Command, FromArgMatches};
+use common::{assert_close, to_vec};
+use ppo_kernels::driver::config::tuning::{SftSettings, Tuning};
+use ppo_kernels::driver::config::{ConfigArgs, RunSettings};
+use ppo_kernels::driver::embedded;
+use ppo_kernels::driver::examples::{
+    encode_demonstrations, read_demonstrations, read_preferences, Demonstration, Example,
+    Preference,
+};
+use ppo_kernels::driver::load::{load, Loaded};
+use ppo_kernels::driver::report::Progress;
+use ppo_kernels::driver::sequences::Sequences;
+use ppo_kernels::driver::sft::{self, Sft};
+use ppo_kernels::driver::tuning::{evaluate, learn, split, Objective};
+use serde_json::{Map, Value};
+
+/// f32 sums of a few hundred terms in two different orders.
+const REL: f64 = 1e-5;
+const ABS: f64 = 1e-5;
+
+fn silent() -> Progress {
+    Progress::lines_to(std::io::sink())
+}
+
+fn lines(path: PathBuf) -> Vec<Map<String, Value>> {
+    let text = fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// The metrics of a run, without what depends on the clock.
+fn metrics(run: &Path) -> Vec<Map<String, Value>> {
+    let mut all = lines(run.join("metrics.jsonl"));
+    for line in &mut all {
+        line.retain(|name, _| !name.starts_with("timing_s/"));
+    }
+    all
+}
+
+/// Refused with these words in its message, and nothing left behind.
+fn refused<S>(run: impl Fn(&S) -> anyhow::Result<()>, settings: &S, out: &Path, words: &[&str]) {
+    let error = format!("{:#}", run(settings).unwrap_err());
+    for word in words {
+        assert!(error.contains(word), "{error} does not name {word}");
+    }
+    assert!(!error.contains('\n'), "{error}");
+    assert!(!out.exists(), "{error}, but the folder is there");
+}
+
+fn write(path: PathBuf, text: impl AsRef<[u8]>) -> PathBuf {
+    fs::write(&path, text).unwrap();
+    path
+}
+
+// ---------------------------------------------------------------- files
+
+#[test]
+fn demonstrations_are_read_from_text_and_jsonl() {
+    let dir = tempfile::tempdir().unwrap();
+    let read =
+        |name: &str, text: &str| read_demonstrations(&write(dir.path().join(name), text)).unwrap();
+    let demonstration = |prompt: &str, response: &str| Demonstration {
+        prompt: prompt.to_owned(),
+        response: response.to_owned(),
+    };
+    assert_eq!(
+        read("d.txt", "\u{feff}one\r\n\n  two \n"),
+        [demonstration("", "one"), demonstration("", "two")]
+    );
+    assert_eq!(
+        read("d.jsonl", "{\"prompt\": \"Say\", \"response\": \" it \", \"id\": 3}\n\n"),
+        [demonstration("Say", " it ")]
+    );
+}
+
+#[test]
+fn pairs_are_read_from_jsonl_with_their_margins() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "{\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"\"}\n\
+                {\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\", \"margin\": 0.5}\n\
+                {\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\", \"margin\": null}\n";
+    let pairs = read_preferences(&write(dir.path().join("p.jsonl"), text)).unwrap();
+    let pair = |rejected: &str, margin| Preference {
+        prompt: "a".to_owned(),
+        chosen: "b".to_owned(),
+        rejected: rejected.to_owned(),
+        margin,
+    };
+    assert_eq!(pairs, [pair("", None), pair("c", Some(0.5)), pair("c", None)]);
+}
+
+#[test]
+fn a_bad_file_is_refused_with_flag_file_and_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let good = r#"{"prompt": "a", "chosen": "b", "rejected": "c"}"#;
+    for (name, text, message) in [
+        ("empty.txt", "\n", " holds no demonstration"),
+        (
+            "a.jsonl",
+            "{\"prompt\": \"a\"}",
+            ":1: expected {\"prompt\": \"..\", \"response\": \"..\"}",
+        ),
+        ("b.jsonl", "\n{\"prompt\": \" \", \"response\": \"b\"}", ":2: the prompt is empty"),
+        ("c.jsonl", "{\"prompt\": \"a\", \"response\": \"\"}", ":1: the response is empty"),
+    ] {
+        let path = write(dir.path().join(name), text);
+        let error = format!("{:#}", read_demonstrations(&path).unwrap_err());
+        assert!(
+            error.starts_with(&format!("--demonstrations {}{message}", path.display())),
+            "{error}"
+        );
+    }
+    for (name, text, message) in [
+        ("empty.jsonl", "\n".to_owned(), " holds no pair"),
+        ("text.txt", good.to_owned(), ": expected a .jsonl file with one {\"prompt\""),
+        ("a.jsonl", format!("{good}\n[1]"), ":2: expected {\"prompt\": \"..\", \"chosen\": \"..\""),
+        ("b.jsonl", format!("{good}\n{}", good.replace('c', "b")), ":2: expected"),
+        (
+            "same.jsonl",
+            r#"{"prompt": "a", "chosen": "b", "rejected": "b"}"#.to_owned(),
+            ":1: chosen and rejected are the same",
+        ),
+        ("blank.jsonl", good.replace("\"a\"", "\"\""), ":1: the prompt is empty"),
+        (
+            "margin.jsonl",
+            good.replace('}', ", \"margin\": \"much\"}"),
+            ":1: margin: expected a number, got \"much\"",
+        ),
+        ("vast.jsonl", good.replace('}', ", \"margin\": 1e99}"), ":1: margin: expected a number"),
+    ] {
+        let path = write(dir.path().join(name), text);
+        let error = format!("{:#}", read_preferences(&path).unwrap_err());
+        assert!(
+            error.starts_with(&format!("--preferences {}{message}", path.display())),
+            "{error}"
+        );
+    }
+    let missing = dir.path().join("none.jsonl");
+    let error = format!("{:#}", read_preferences(&missing).unwrap_err());
+    assert!(
+        error.starts_with(&format!("cannot read --preferences {}", missing.display())),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_example_is_prompt_response_and_end() {
+    let Loaded { tokenizer, .. } = embedded::model(0, &Device::Cpu).unwrap();
+    let ids = |text: &str| tokenizer.encode(text).unwrap();
+    let eos = tokenizer.eos().to_vec();
+    let with_prompt = Example::encode(&tokenizer, "The cat sat on the", "mat.").unwrap();
+    assert_eq!(with_prompt.prompt, ids("The cat sat on the"));
+    assert_eq!(with_prompt.response, [ids("mat."), eos.clone()].concat());
+    let whole = Example::encode(&tokenizer, "", "The cat sat on the mat.").unwrap();
+    assert_eq!(whole.prompt, ids("The"));
+    assert_eq!(whole.response, [ids("cat sat on the mat."), eos].concat());
+    assert_eq!(whole.tokens(), with_prompt.tokens());
+}
+
+#[test]
+fn examples_are_laid_out_with_pads_before_and_behind() {
+    let example = |prompt: &[u32], response: &[u32]| Example {
+        prompt: prompt.to_vec(),
+        response: response.to_vec(),
+    };
+    let (a, b) = (example(&[5, 6, 7], &[8]), example(&[9], &[10, 11]));
+    let sequences = Sequences::of(&[&a, &b], 0, &Device::Cpu).unwrap();
+    let ids = [[5u32, 6, 7, 8, 0], [0, 0, 9, 10, 11]];
+    assert_eq!(sequences.ids.to_vec2::<u32>().unwrap(), ids);
+    assert_eq!(sequences.mask.to_vec2::<u8>().unwrap(), [[1, 0], [1, 1]]);
+    assert_eq!((sequences.pads, sequences.prompt_len), (vec![0, 2], 3));
+}
+
+// ---------------------------------------------------------------- course
+
+fn tuning() -> Tuning {
+    SftSettings::default().tuning()
+}
+
+#[test]
+fn a_share_of_the_examples_is_held_out_and_none_is_in_both() {
+    let halves = Tuning { held_out: 0.25, ..tuning() };
+    let (rows, held_out) = split(10, &halves).unwrap();
+    assert_eq!((rows.len(), held_out.len()), (7, 3));
+    let mut all = [rows.clone(), held_out.clone()].concat();
+    all.sort_unstable();
+    assert_eq!(all, (0..10).collect::<Vec<_>>());
+    assert_eq!(split(10, &halves).unwrap().1, held_out);
+    assert_ne!(split(10, &Tuning { seed: 1, ..halves }).unwrap().1, held_out);
+    assert!(split(10, &Tuning { held_out: 0.0, ..tuning() }).unwrap().1.is_empty());
+    let error = split(2, &Tuning { held_out: 0.9, ..tuning() }).unwrap_err().to_string();
+    assert_eq!(error, "--held-out is 0.9, which leaves none of 2 examples to learn from");
+}
+
+fn sft_of<'a>(model: &'a Loaded, texts: &[(&str, &str)]) -> Sft<'a> {
+    let demonstrations: Vec<Demonstration> = (texts.iter())
+        .map(|(prompt, response)| Demonstration {
+            prompt: (*prompt).to_owned(),
+            response: (*response).to_owned(),
+        })
+        .collect();
+    let Loaded { decoder, tokenizer } = model;
+    let examples = encode_demonstrations(&demonstrations, tokenizer, 64).unwrap();
+    Sft { decoder, examples, pad: tokenizer.pad() }
+}
+
+/// Each by itself, without any padding, and the mean over the tokens of the responses alone.
+#[test]
+fn the_loss_of_sft_is_that_of_the_responses_tokens() {
+    let model = embedded::model(3, &Device::Cpu).unwrap();
+    let sft = sft_of(
+        &model,
+        &[("The cat sat on the", "mat."), ("The", "dog ran to the river and drank some water.")],
+    );
+    let (mut sum, mut count) = (0.0, 0);
+    for example in &sft.examples {
+        let tokens = example.tokens();
+        let ids = Tensor::new(vec![tokens.clone()], &Device::Cpu).unwrap();
+        let logits = model.decoder.logits(&model.decoder.hidden(&ids, &[0]).unwrap()).unwrap();
+        let logp = candle_nn::ops::log_softmax(&logits.squeeze(0).unwrap(), D::Minus1).unwrap();
+        let logp = logp.to_vec2::<f32>().unwrap();
+        for at in example.prompt.len()..tokens.len() {
+            sum -= f64::from(logp[at - 1][tokens[at] as usize]);
+            count += 1;
+        }
+    }
+    let loss = sft.loss(&[0, 1]).unwrap();
+    assert_eq!(loss.count, count);
+    assert_close("loss", &to_vec(&loss.loss), &[sum / count as f64], REL, ABS);
+    // The mean over all rows, however they are taken.
+    for batch_size in [1, 2] {
+        let eval = evaluate(&sft, &[0, 1], batch_size).unwrap();
+        let eval = eval["eval/loss"].as_f64().unwrap();
+        assert_close("eval", &[eval], &[sum / count as f64], REL, ABS);
+    }
+    assert!(evaluate(&sft, &[], 2).unwrap().is_empty());
+}
+
+#[test]
+fn every_example_is_learned_once_before_any_comes_again() {
+    let model = embedded::model(3, &Device::Cpu).unwrap();
+    /// Remembers what it is asked for.
+    struct Spy<'a>(Sft<'a>, std::cell::RefCell<Vec<Vec<usize>>>);
+    impl Objective for Spy<'_> {
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+        fn parameters(&self) -> Vec<(String, candle_core::Var)> {
+            self.0.parameters()
+        }
+        fn loss(&self, rows: &[usize]) -> anyhow::Result<ppo_kernels::driver::tuning::Loss> {
+            self.1.borrow_mut().push(rows.to_vec());
+            self.0.loss(rows)
+        }
+    }
+    let texts = vec![("The cat sat on the", "mat."); 7];
+    let spy = Spy(sft_of(&model, &texts), Vec::new().into());
+    let rows = [0, 1, 2, 3, 5, 6];
+    learn(&spy, &rows, &Tuning { steps: 6, batch_size: 2, ..tuning() }, |_| Ok(true)).unwrap();
+    let asked = spy.1.into_inner();
+    assert_eq!(asked.len(), 6);
+    for epoch in asked.chunks(3) {
+        let mut seen = epoch.concat();
+        seen.sort_unstable();
+        assert_eq!(seen, rows);
+    }
+    assert_ne!(asked[..3], asked[3..]);
+}
+
+// ---------------------------------------------------------------- sft
+
+fn short_sft(out: &Path) -> SftSettings {
+    SftSettings {
+        out: Some(out.into()),
+        steps: 6,
+        batch_size: 8,
+        learning_rate: 3e-3,
+        max_new_tokens: 8,
+        eval_every: 4,
+        ..SftSettings::default()
+    }
+}
+
+fn go_sft(settings: &SftSettings) -> anyhow::Result<()> {
+    sft::run(settings, &AtomicBool::new(false), &silent())
+}
+
+#[test]
+fn sft_learns_writes_its_files_and_repeats_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, seed: u64| {
+        let out = dir.path().join(name);
+        go_sft(&SftSettings { seed, ..short_sft(&out) }).unwrap();
+        (
+            metrics(&out),
+            fs::read(out.join("samples.jsonl")).unwrap(),
+            fs::read(out.join("weights/model.safetensors")).unwrap(),
+        )
+    };
+    let (a, b, other) = (run("a", 5), run("b", 5), run("c", 6));
+    assert!(a == b, "two runs of one seed differ");
+    assert!(a.2 != other.2);
+
+    let number = |step: usize, name: &str| a.0[step - 1].get(name).and_then(Value::as_f64);
+    assert_eq!(a.0.len(), 6);
+    assert!(number(6, "loss") < number(1, "loss"));
+    assert!(number(6, "eval/loss") < number(1, "eval/loss"));
+    let evaluated: Vec<usize> = (1..=6).filter(|&s| number(s, "eval/loss").is_some()).collect();
+    assert_eq!(evaluated, [1, 4, 6]);
+    let samples = lines(dir.path().join("a/samples.jsonl"));
+    assert_eq!(samples.iter().filter(|s| s["step"] == 0).count(), 8);
+    assert_eq!(samples.iter().filter(|s| s["step"] == 6).count(), 8);
+    assert!(samples[0].get("score").is_none());
+    load(&dir.path().join("a/weights"), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn sft_goes_on_from_its_own_weights_with_demonstrations_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    go_sft(&short_sft(&path("first"))).unwrap();
+    let text = r#"{"prompt": "The cat sat on the", "response": "roof and smiled."}"#;
+    let second = SftSettings {
+        model: Some(path("first/weights")),
+        demonstrations: Some(write(path("d.jsonl"), text)),
+        held_out: 0.0,
+        steps: 30,
+        ..short_sft(&path("second"))
+    };
+    go_sft(&second).unwrap();
+    let samples = lines(path("second/samples.jsonl"));
+    assert_eq!(samples.len(), 2, "the one prompt, before and after");
+    assert_eq!(samples[1]["prompt"], "The cat sat on the");
+    let metrics = metrics(&path("second"));
+    assert!(metrics[29]["loss"].as_f64().unwrap() < 0.5, "{:?}", metrics[29]);
+    assert!(metrics[29].get("eval/loss").is_none());
+}
+
+#[test]
+fn what_sft_cannot_use_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let out = path("run");
+    let refused = |settings: SftSettings, words: &[&str]| refused(go_sft, &settings, &out, words);
+    let with = |demonstrations: PathBuf| SftSettings {
+        demonstrations: Some(demonstrations),
+        ..short_sft(&out)
+    };
+    refused(with(path("none.txt")), &["cannot read --demonstrations", "none.txt"]);
+    refused(
+        with(write(path("empty.txt"), "\n \n")),
+        &["--demonstrations", "holds no demonstration"],
+    );
+    refused(
+        with(write(path("walrus.txt"), "The cat sat.\nThe walrus sat.")),
+        &["--demonstrations: demonstration 2", "walrus"],
+    );
+    refused(with(write(path("long.txt"), "the cat ".repeat(40))), &["81 tokens", "context of 64"]);
+    refused(
+        SftSettings { held_out: 0.9, ..with(write(path("one.txt"), "The cat sat.")) },
+        &["--held-out is 0.9"],
+    );
+    refused(SftSettings { max_new_tokens: 64, ..short_sft(&out) }, &["--max-new-tokens 64"]);
+    refused(
+        SftSettings { learning_rate: f64::NAN, ..short_sft(&out) },
+        &["--learning-rate is NaN"],
+    );
+    refused(SftSettings { held_out: 1.0, ..short_sft(&out) }, &["--held-out is 1, expected"]);
+    refused(
+        SftSettings { model: Some(path("none")), ..short_sft(&out) },
+        &["--demonstrations is missing"],
+    );
+    refused(
+        SftSettings { model: Some(path("none")), ..with(path("one.txt")) },
+        &["--model is refused: cannot read"],
+    );
+}
+
+// ---------------------------------------------------------------- settings
+
+/// The settings that `COMMAND FLAGS` resolves to.
+fn resolve<S: RunSettings>(flags: &[&str], embedded: &str) -> Result<S, String> {
+    let matches = ConfigArgs::<S>::augment_args(Command::new("it"))
+        .try_get_matches_from([&["it"], flags].concat())
+        .map_err(|error| error.to_string())?;
+    let args = ConfigArgs::<S>::from_arg_matches(&matches).map_err(|error| error.to_string())?;
+    args.resolve(&matches, embedded).map_err(|error| format!("{error:#}"))
+}
+
+/// Defaults, the embedded run's settings and what is written all load again, and a float that
+/// `validate` forgets would let NaN through.
+fn settings_are_whole<S: RunSettings + PartialEq + std::fmt::Debug>(embedded: &str, floats: usize) {
+    let dir = tempfile::tempdir().unwrap();
+    let without_model = resolve::<S>(&[], embedded).unwrap();
+    assert_ne!(without_model, S::default(), "the embedded run has settings of its own");
+    let file = write(dir.path().join("c.toml"), without_model.to_toml().unwrap());
+    let file = file.to_str().unwrap();
+    assert_eq!(resolve::<S>(&["--config", file], embedded).unwrap(), without_model);
+    let flags = ["--config", file, "--steps", "7", "--out", "there"];
+    let mut changed = resolve::<S>(&flags, embedded).unwrap();
+    assert_eq!(changed.out().take().unwrap(), Path::new("there"));
+    assert!(changed.to_toml().unwrap().contains("steps = 7"));
+
+    let table = toml::Table::try_from(S::default()).unwrap();
+    let keys: Vec<_> = table.iter().filter(|(_, v)| v.is_float()).map(|(k, _)| k.clone()).collect();
+    assert_eq!(keys.len(), floats, "{keys:?}");
+    for key in keys {
+        let mut table = table.clone();
+        table.insert(key.clone(), toml::Value::Float(f64::NAN));
+        let settings: S = table.try_into().unwrap();
+        let error = settings.validate().unwrap_err().to_string();
+        assert!(error.contains(&format!("--{} is NaN", key.replace('_', "-"))), "{error}");
+    }
+    let bad = write(dir.path().join("bad.toml"), "steps = 1\nclip_rage = 2\n");
+    let error = resolve::<S>(&["--config", bad.to_str().unwrap()], embedded).unwrap_err();
+    assert!(error.contains("line 2") && error.contains("clip_rage"), "{error}");
+}
+
+#[test]
+fn the_settings_of_sft_are_whole() {
+    settings_are_whole::<SftSettings>(embedded::SFT, 4);
+}
