@@ -12,10 +12,10 @@ use anyhow::{ensure, Context, Result};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use ppo_kernels::driver::bench_table::{self, BenchTableArgs};
 use ppo_kernels::driver::check::{CheckArgs, Report};
-use ppo_kernels::driver::config::tuning::SftSettings;
+use ppo_kernels::driver::config::tuning::{RewardModelSettings, SftSettings};
 use ppo_kernels::driver::config::{ConfigArgs, RunSettings, TrainArgs};
 use ppo_kernels::driver::report::Progress;
-use ppo_kernels::driver::{embedded, sft, train};
+use ppo_kernels::driver::{embedded, reward_model, sft, train};
 
 const EMBEDDED: &str =
     "The defaults are for a real model. Without --model the embedded run has settings of its own; \
@@ -37,6 +37,9 @@ enum Command {
     /// Train a language model on demonstrations; with no option, the embedded one on its corpus
     #[command(after_help = EMBEDDED)]
     Sft(Box<ConfigArgs<SftSettings>>),
+    /// Train a reward model on preferences; with no option, on pairs of the embedded sentences
+    #[command(after_help = EMBEDDED)]
+    Reward(Box<ConfigArgs<RewardModelSettings>>),
     /// Compare every op, pass and dtype with its f64 reference on random inputs
     Check(CheckArgs),
     /// Print the results of `cargo bench` as a Markdown table
@@ -60,6 +63,7 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
     match command {
         Command::Train(args) => go(args, matches, embedded::TRAIN, train::run),
         Command::Sft(args) => go(args, matches, embedded::SFT, sft::run),
+        Command::Reward(args) => go(args, matches, embedded::REWARD, reward_model::run),
         Command::Check(args) => {
             let report = Report::new(args)?;
             print(&report.table());

@@ -7,18 +7,21 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use candle_core::{Device, Tensor, D};
+use candle_core::{Device, Tensor, Var, D};
 use clap::{Args, Command, FromArgMatches};
-use common::{assert_close, to_vec};
-use ppo_kernels::driver::config::tuning::{SftSettings, Tuning};
+use common::{assert_close, golden, to_vec};
+use ppo_kernels::driver::config::tuning::{RewardModelSettings, SftSettings, Tuning};
 use ppo_kernels::driver::config::{ConfigArgs, RunSettings};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::examples::{
-    encode_demonstrations, read_demonstrations, read_preferences, Demonstration, Example,
-    Preference,
+    encode_demonstrations, encode_preferences, read_demonstrations, read_preferences,
+    Demonstration, Example, Preference,
 };
-use ppo_kernels::driver::load::{load, Loaded};
+use ppo_kernels::driver::load::{load, load_reward, Loaded, RewardModel};
+use ppo_kernels::driver::model::Critic;
 use ppo_kernels::driver::report::Progress;
+use ppo_kernels::driver::reward::sentiment;
+use ppo_kernels::driver::reward_model::{self, pairwise_loss, RewardLearner};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::sft::{self, Sft};
 use ppo_kernels::driver::tuning::{evaluate, learn, split, Objective};
@@ -251,9 +254,6 @@ fn every_example_is_learned_once_before_any_comes_again() {
     /// Remembers what it is asked for.
     struct Spy<'a>(Sft<'a>, std::cell::RefCell<Vec<Vec<usize>>>);
     impl Objective for Spy<'_> {
-        fn len(&self) -> usize {
-            self.0.len()
-        }
         fn parameters(&self) -> Vec<(String, candle_core::Var)> {
             self.0.parameters()
         }
@@ -385,6 +385,210 @@ fn what_sft_cannot_use_is_refused_before_anything_is_made() {
     );
 }
 
+// ---------------------------------------------------------------- reward
+
+/// OpenRLHF's and TRL's, whose margins and centring are ours.
+#[test]
+fn the_pairwise_loss_is_that_of_two_projects() {
+    let mut checked = 0;
+    for case in golden("reward_model") {
+        let (chosen, rejected) = match case.function.as_str() {
+            "openrlhf.models.loss.PairWiseLoss" => ("chosen_reward", "reject_reward"),
+            "trl.trainer.reward_trainer.RewardTrainer.compute_loss" => {
+                ("rewards_chosen", "rewards_rejected")
+            }
+            _ => continue,
+        };
+        let var = |name: &str| {
+            let values: Vec<f32> = case.input(name).iter().map(|&x| x as f32).collect();
+            Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap()
+        };
+        let (chosen, rejected) = (var(chosen), var(rejected));
+        let margins = match case.inputs["margin"] {
+            Value::Null => chosen.zeros_like().unwrap(),
+            _ => var("margin").as_detached_tensor(),
+        };
+        let center_coef = case.optional("center_rewards_coefficient").unwrap_or(0.0);
+        let loss = pairwise_loss(&chosen, &rejected, &margins, center_coef).unwrap();
+        assert_close(&case.id, &to_vec(&loss), &case.output("loss"), REL, ABS);
+        let grads = loss.backward().unwrap();
+        let names = ["grad_rejected", "grad_reject"];
+        let name = names.into_iter().find(|name| case.outputs.contains_key(*name)).unwrap();
+        for (var, name) in [(&chosen, "grad_chosen"), (&rejected, name)] {
+            assert_close(&case.id, &to_vec(grads.get(var).unwrap()), &case.output(name), REL, ABS);
+        }
+        checked += 1;
+    }
+    assert_eq!(checked, 11);
+}
+
+#[test]
+fn the_pairwise_loss_stays_finite_for_any_gap() {
+    let tensor = |x: f32| Tensor::new(&[x], &Device::Cpu).unwrap();
+    for (gap, want) in [(1e4, 0.0), (-1e4, 1e4), (0.0, 2f64.ln())] {
+        let loss = pairwise_loss(&tensor(gap), &tensor(0.0), &tensor(0.0), 0.0).unwrap();
+        assert_close("loss", &to_vec(&loss), &[want], 1e-6, 0.0);
+    }
+}
+
+#[test]
+fn the_embedded_pairs_are_of_one_prompt_and_the_chosen_response_scores_more() {
+    let pairs = embedded::preferences();
+    assert!(pairs.len() > 1500, "{}", pairs.len());
+    for pair in &pairs {
+        assert!(sentiment(&pair.chosen) > sentiment(&pair.rejected), "{pair:?}");
+        assert!(pair.prompt.ends_with(" the"), "{pair:?}");
+    }
+    assert_eq!(Preference::judge("", "a good day.", "a bad day.").unwrap().chosen, "a good day.");
+    assert_eq!(Preference::judge("", "a bad day.", "a good day.").unwrap().chosen, "a good day.");
+    assert_eq!(Preference::judge("", "a day.", "a night."), None);
+}
+
+/// Each text by itself, without padding: the value at its last token.
+#[test]
+fn scores_are_the_values_at_the_last_tokens() {
+    let Loaded { decoder, .. } = embedded::model(3, &Device::Cpu).unwrap();
+    let critic = Critic::new(decoder, 4).unwrap();
+    let texts = [vec![5u32, 6, 7], vec![9, 10], vec![11, 12, 13, 14, 1]];
+    let scores = to_vec(&critic.scores(&texts, 0).unwrap());
+    for (text, score) in texts.into_iter().zip(scores) {
+        let ids = Tensor::new(vec![text], &Device::Cpu).unwrap();
+        let values = to_vec(&critic.values(&ids, &[0]).unwrap());
+        assert_close("score", &[score], &values[values.len() - 1..], REL, ABS);
+    }
+}
+
+#[test]
+fn the_metrics_of_reward_are_made_of_its_scores() {
+    let Loaded { decoder, tokenizer } = embedded::model(3, &Device::Cpu).unwrap();
+    let model = Critic::new(decoder, 4).unwrap();
+    let mut preferences = embedded::preferences();
+    preferences.truncate(9);
+    preferences[1].margin = Some(0.5);
+    let pairs = encode_preferences(&preferences, &tokenizer, 64).unwrap();
+    let score = |tokens: Vec<u32>| to_vec(&model.scores(&[tokens], 0).unwrap())[0];
+    let mut want = [0.0; 4];
+    for pair in &pairs {
+        let (chosen, rejected) = (score(pair.chosen.tokens()), score(pair.rejected.tokens()));
+        let gap = chosen - rejected;
+        want[0] += (-(gap - pair.margin.unwrap_or(0.0))).exp().ln_1p();
+        want[0] += 0.25 * (chosen + rejected).powi(2);
+        want[1] += f64::from(u8::from(gap > 0.0));
+        want[2] += gap;
+        want[3] += (chosen + rejected) / 2.0;
+    }
+    let learner = RewardLearner { model: &model, pairs, pad: 0, center_coef: 0.25 };
+    let rows: Vec<usize> = (0..9).collect();
+    let eval = evaluate(&learner, &rows, 4).unwrap();
+    let names = ["eval/loss", "eval/accuracy", "eval/margin", "eval/score"];
+    let got = names.map(|name| eval[name].as_f64().unwrap());
+    assert_close("metrics", &got, &want.map(|x| x / 9.0), REL, ABS);
+}
+
+fn short_reward(out: &Path) -> RewardModelSettings {
+    RewardModelSettings {
+        out: Some(out.into()),
+        lm_steps: 10,
+        steps: 30,
+        batch_size: 16,
+        learning_rate: 3e-3,
+        held_out: 0.02,
+        ..RewardModelSettings::default()
+    }
+}
+
+fn go_reward(settings: &RewardModelSettings) -> anyhow::Result<()> {
+    reward_model::run(settings, &AtomicBool::new(false), &silent())
+}
+
+#[test]
+fn reward_learns_writes_its_files_and_repeats_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str| {
+        let out = dir.path().join(name);
+        go_reward(&RewardModelSettings { seed: 5, ..short_reward(&out) }).unwrap();
+        (
+            metrics(&out),
+            fs::read(out.join("samples.jsonl")).unwrap(),
+            fs::read(out.join("weights/model.safetensors")).unwrap(),
+        )
+    };
+    let (a, b) = (run("a"), run("b"));
+    assert!(a == b, "two runs of one seed differ");
+    let accuracy = a.0[29]["eval/accuracy"].as_f64().unwrap();
+    assert!(accuracy > 0.8, "{accuracy}");
+    assert!(a.0[29]["eval/loss"].as_f64() < a.0[0]["eval/loss"].as_f64());
+
+    // What was shown is what the saved model says.
+    let weights = dir.path().join("a/weights");
+    let RewardModel { critic, tokenizer } = load_reward(&weights, &Device::Cpu).unwrap();
+    let samples = lines(dir.path().join("a/samples.jsonl"));
+    assert_eq!(samples.len(), 16);
+    for sample in samples {
+        let text = |key: &str| sample[key].as_str().unwrap();
+        let example = Example::encode(&tokenizer, text("prompt"), text("response")).unwrap();
+        let score = to_vec(&critic.scores(&[example.tokens()], tokenizer.pad()).unwrap());
+        assert_close("score", &score, &[sample["score"].as_f64().unwrap()], 1e-4, 1e-4);
+    }
+
+    // A reward model is no language model, and the other way round.
+    let error = format!("{:#}", load(&weights, &Device::Cpu).err().unwrap());
+    assert!(error.contains("LlamaForSequenceClassification"), "{error}");
+    go_sft(&short_sft(&dir.path().join("sft"))).unwrap();
+    let error = load_reward(&dir.path().join("sft/weights"), &Device::Cpu).err().unwrap();
+    let error = format!("{error:#}");
+    assert!(error.contains("cannot load the reward model"), "{error}");
+    assert!(error.contains("expected LlamaForSequenceClassification"), "{error}");
+}
+
+#[test]
+fn reward_learns_from_the_pairs_of_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    go_sft(&short_sft(&path("sft"))).unwrap();
+    let pair =
+        r#"{"prompt": "The cat sat on the", "chosen": "mat.", "rejected": "roof.", "margin": 1}"#;
+    let settings = RewardModelSettings {
+        model: Some(path("sft/weights")),
+        preferences: Some(write(path("p.jsonl"), pair)),
+        held_out: 0.0,
+        steps: 20,
+        ..short_reward(&path("run"))
+    };
+    go_reward(&settings).unwrap();
+    let metrics = metrics(&path("run"));
+    assert!(metrics[19]["margin"].as_f64().unwrap() > 2.0, "{:?}", metrics[19]);
+    assert_eq!(metrics[19]["accuracy"], 1.0);
+    let samples = lines(path("run/samples.jsonl"));
+    assert!(samples[0]["score"].as_f64() > samples[1]["score"].as_f64());
+}
+
+#[test]
+fn what_reward_cannot_use_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let out = path("run");
+    let refused =
+        |settings: RewardModelSettings, words: &[&str]| refused(go_reward, &settings, &out, words);
+    let pair = |chosen: &str, rejected: &str| {
+        let pair = serde_json::json!({"prompt": "The cat", "chosen": chosen, "rejected": rejected});
+        let preferences = Some(write(path("p.jsonl"), format!("{pair}\n")));
+        RewardModelSettings { preferences, held_out: 0.0, ..short_reward(&out) }
+    };
+    refused(pair("sat.", "sat."), &["--preferences", "p.jsonl:1", "are the same"]);
+    refused(pair("sat.", " sat. "), &["--preferences: pair 1: ", "are the same tokens"]);
+    refused(pair("sat.", "flew."), &["--preferences: pair 1: ", "flew"]);
+    refused(pair("sat.", &"sat ".repeat(64)), &["--preferences: pair 1: ", "67 tokens"]);
+    refused(
+        RewardModelSettings { center_coef: -1.0, ..short_reward(&out) },
+        &["--center-coef is -1"],
+    );
+    refused(
+        RewardModelSettings { model: Some(path("none")), ..short_reward(&out) },
+        &["--preferences is missing"],
+    );
+}
+
 // ---------------------------------------------------------------- settings
 
 /// The settings that `COMMAND FLAGS` resolves to.
@@ -428,4 +632,9 @@ fn settings_are_whole<S: RunSettings + PartialEq + std::fmt::Debug>(embedded: &s
 #[test]
 fn the_settings_of_sft_are_whole() {
     settings_are_whole::<SftSettings>(embedded::SFT, 4);
+}
+
+#[test]
+fn the_settings_of_reward_are_whole() {
+    settings_are_whole::<RewardModelSettings>(embedded::REWARD, 5);
 }

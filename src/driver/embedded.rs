@@ -11,7 +11,7 @@ use candle_core::Device;
 use serde_json::json;
 
 use super::config::tuning::{SftSettings, Tuning};
-use super::examples::{encode_demonstrations, Demonstration};
+use super::examples::{encode_demonstrations, Demonstration, Preference};
 use super::load::Loaded;
 use super::model::{Decoder, DecoderConfig};
 use super::sft::Sft;
@@ -25,6 +25,8 @@ const PROMPTS: &str = include_str!("embedded/prompts.txt");
 pub const TRAIN: &str = include_str!("embedded/train.toml");
 /// Those of `sft`.
 pub const SFT: &str = include_str!("embedded/sft.toml");
+/// Those of `reward`.
+pub const REWARD: &str = include_str!("embedded/reward.toml");
 
 const PAD: &str = "<pad>";
 const EOS: &str = "</s>";
@@ -82,6 +84,32 @@ pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
 pub fn demonstrations() -> Vec<Demonstration> {
     let sentence = |line: &str| Demonstration { prompt: String::new(), response: line.to_owned() };
     CORPUS.lines().map(sentence).collect()
+}
+
+/// Sentences of the corpus as a prompt and its response: the place where something happens, and what.
+pub fn questions() -> Vec<(&'static str, &'static str)> {
+    const THE: &str = " the ";
+    let cut = |line: &'static str| line.split_at(line.find(THE).map_or(0, |at| at + THE.len()));
+    CORPUS.lines().map(cut).map(|(prompt, response)| (prompt.trim_end(), response)).collect()
+}
+
+/// Preferences for what the sentiment reward prefers: for each sentence of the corpus its own end and
+/// that of the next one that does the same in the same kind of place and scores differently.
+pub fn preferences() -> Vec<Preference> {
+    let questions = questions();
+    let deed = |prompt: &'static str| {
+        let mut words = prompt.rsplit(' ');
+        (words.nth(1), words.next())
+    };
+    let len = questions.len();
+    let pair = |i: usize| {
+        let (prompt, response) = questions[i];
+        let others = (1..len).map(|ahead| questions[(i + ahead) % len]);
+        others
+            .filter(|(other, _)| deed(other) == deed(prompt))
+            .find_map(|(_, other)| Preference::judge(prompt, response, other))
+    };
+    (0..len).filter_map(pair).collect()
 }
 
 /// Fits the decoder to the corpus as `sft` does, and tells `on_step` the loss of each step, in nats a

@@ -8,12 +8,14 @@
 //! The tokens of a response follow those of its prompt, so a response starts with the space that
 //! stands between the two, where the tokenizer makes one of it; the end of sequence is added.
 
+use std::cmp::Ordering;
 use std::path::Path;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
 use super::lines::{self, Format, Line};
+use super::reward::sentiment;
 use super::tokenizer::Tokenizer;
 
 /// A prompt and the response that is learned.
@@ -37,6 +39,23 @@ pub struct Preference {
     /// By how much the chosen one should score more at least, where that is known.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub margin: Option<f64>,
+}
+
+impl Preference {
+    /// What the sentiment reward prefers; nothing if it gives both the same score.
+    pub fn judge(prompt: &str, one: &str, other: &str) -> Option<Self> {
+        let (chosen, rejected) = match sentiment(one).partial_cmp(&sentiment(other))? {
+            Ordering::Greater => (one, other),
+            Ordering::Less => (other, one),
+            Ordering::Equal => return None,
+        };
+        Some(Self {
+            prompt: prompt.to_owned(),
+            chosen: chosen.to_owned(),
+            rejected: rejected.to_owned(),
+            margin: None,
+        })
+    }
 }
 
 const DEMONSTRATIONS: Format = Format {

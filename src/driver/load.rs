@@ -23,6 +23,14 @@ pub struct Loaded {
     pub tokenizer: Tokenizer,
 }
 
+/// A reward model: what a folder with a scalar head in place of the language model's holds.
+pub struct RewardModel {
+    /// The backbone and the head.
+    pub critic: Critic,
+    /// The tokenizer of the texts that it scores.
+    pub tokenizer: Tokenizer,
+}
+
 /// Loads a Hugging Face folder or a GGUF file onto `device`.
 ///
 /// Only the Llama family; everything that it cannot do exactly is refused by name. Errors name the
@@ -33,26 +41,58 @@ pub fn load(path: &Path, device: &Device) -> Result<Loaded> {
     loaded.with_context(|| format!("cannot load the model {}", path.display()))
 }
 
+/// Loads a Hugging Face folder of a sequence classifier with one label: the form of reward models,
+/// and what [`save_reward`] writes.
+pub fn load_reward(dir: &Path, device: &Device) -> Result<RewardModel> {
+    let read = || {
+        let (config, json) = read_config(dir, &CLASSIFIERS)?;
+        let tokenizer = read_tokenizer(dir, &json)?;
+        check_vocabulary(&config, &tokenizer)?;
+        let critic = Critic::from_tensors(config, read_weights(dir, device)?)?;
+        anyhow::Ok(RewardModel { critic, tokenizer })
+    };
+    read().with_context(|| format!("cannot load the reward model {}", dir.display()))
+}
+
 /// Writes `config.json`, `tokenizer.json` and `model.safetensors` into `dir`, which is made when
 /// it is missing; [`load`] reads them back, and so does transformers.
 pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> {
-    let mut config = match serde_json::to_value(decoder.config())? {
-        Value::Object(config) => config,
-        _ => unreachable!("a struct is an object"),
+    let architecture = json!({"architectures": ["LlamaForCausalLM"]});
+    save_folder(dir, decoder.config(), architecture, decoder.tensors(), tokenizer)
+}
+
+/// Writes a reward model into `dir`, as [`save`] does a decoder; [`load_reward`] reads it back, and
+/// so does transformers.
+pub fn save_reward(dir: &Path, model: &Critic, tokenizer: &Tokenizer) -> Result<()> {
+    let architecture = json!({
+        "architectures": ["LlamaForSequenceClassification"],
+        "id2label": {"0": "score"},
+        "label2id": {"score": 0},
+    });
+    save_folder(dir, model.config(), architecture, model.tensors(), tokenizer)
+}
+
+fn save_folder(
+    dir: &Path,
+    config: &DecoderConfig,
+    architecture: Value,
+    tensors: Vec<(String, Tensor)>,
+    tokenizer: &Tokenizer,
+) -> Result<()> {
+    let (Value::Object(mut config), Value::Object(architecture)) =
+        (serde_json::to_value(config)?, architecture)
+    else {
+        unreachable!("both are objects")
     };
-    config.insert("architectures".into(), json!(["LlamaForCausalLM"]));
+    config.extend(architecture);
     config.insert("model_type".into(), json!("llama"));
     config.insert("hidden_act".into(), json!("silu"));
     config.insert("torch_dtype".into(), json!("float32"));
     config.insert("eos_token_id".into(), json!(tokenizer.eos()));
     config.insert("pad_token_id".into(), json!(tokenizer.pad()));
-    let write = |name: &str, text: String| {
-        let path = dir.join(name);
-        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
-    };
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
-    write(CONFIG, serde_json::to_string_pretty(&config)?)?;
-    write(TOKENIZER, tokenizer.to_json()?)?;
+    write_text(&dir.join(CONFIG), serde_json::to_string_pretty(&config)?)?;
+    write_text(&dir.join(TOKENIZER), tokenizer.to_json()?)?;
     // Without it transformers takes the tokenizer for SentencePiece and adds tokens of its own.
     let tokenizer_config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -60,18 +100,30 @@ pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> 
         "pad_token": tokenizer.token(tokenizer.pad()),
         "clean_up_tokenization_spaces": false,
     });
-    write("tokenizer_config.json", serde_json::to_string_pretty(&tokenizer_config)?)?;
-    save_tensors(&dir.join(WEIGHTS), decoder.tensors())
+    write_text(
+        &dir.join("tokenizer_config.json"),
+        serde_json::to_string_pretty(&tokenizer_config)?,
+    )?;
+    save_tensors(&dir.join(WEIGHTS), tensors)
 }
 
-/// Writes the weights of a critic into the folder of its model, as `value_model.safetensors`.
+fn write_text(path: &Path, text: String) -> Result<()> {
+    fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Writes a critic into the folder of its model, as `value_model.safetensors` and, as its shape may be
+/// that of a reward model, `value_config.json`.
 pub fn save_critic(dir: &Path, critic: &Critic) -> Result<()> {
+    write_text(&dir.join(CRITIC_CONFIG), serde_json::to_string_pretty(critic.config())?)?;
     save_tensors(&dir.join(CRITIC_WEIGHTS), critic.tensors())
 }
 
 /// Reads the critic in a folder written by [`save`] and [`save_critic`].
 pub fn load_critic(dir: &Path, device: &Device) -> Result<Critic> {
-    let (config, _) = read_config(dir)?;
+    let path = dir.join(CRITIC_CONFIG);
+    let text = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let config = serde_json::from_slice(&text)
+        .with_context(|| format!("{} is not valid", path.display()))?;
     let mut tensors = HashMap::new();
     read_tensors(&dir.join(CRITIC_WEIGHTS), device, |_| true, &mut tensors)?;
     Critic::from_tensors(config, tensors)
@@ -83,9 +135,15 @@ const TOKENIZER: &str = "tokenizer.json";
 const WEIGHTS: &str = "model.safetensors";
 const WEIGHTS_INDEX: &str = "model.safetensors.index.json";
 const CRITIC_WEIGHTS: &str = "value_model.safetensors";
+const CRITIC_CONFIG: &str = "value_config.json";
+
+/// The architectures of language models, and those of reward models.
+const DECODERS: [&str; 2] = ["LlamaForCausalLM", "MistralForCausalLM"];
+const CLASSIFIERS: [&str; 2] =
+    ["LlamaForSequenceClassification", "MistralForSequenceClassification"];
 
 fn load_folder(dir: &Path, device: &Device) -> Result<Loaded> {
-    let (config, json) = read_config(dir)?;
+    let (config, json) = read_config(dir, &DECODERS)?;
     let tokenizer = read_tokenizer(dir, &json)?;
     check_vocabulary(&config, &tokenizer)?;
     let tensors = read_weights(dir, device)?;
@@ -98,28 +156,33 @@ fn read_json(path: &Path) -> Result<Map<String, Value>> {
     serde_json::from_slice(&text).with_context(|| format!("{} is not valid", path.display()))
 }
 
-fn read_config(dir: &Path) -> Result<(DecoderConfig, Map<String, Value>)> {
+fn read_config(
+    dir: &Path,
+    architectures: &[&str; 2],
+) -> Result<(DecoderConfig, Map<String, Value>)> {
     let path = dir.join(CONFIG);
     let json = read_json(&path)?;
-    let config = parse_config(&json).with_context(|| path.display().to_string())?;
+    let config = parse_config(&json, architectures).with_context(|| path.display().to_string())?;
     Ok((config, json))
 }
 
 /// The shape in a `config.json`, whose writers leave out what has its default.
-fn parse_config(json: &Map<String, Value>) -> Result<DecoderConfig> {
+fn parse_config(json: &Map<String, Value>, expected: &[&str; 2]) -> Result<DecoderConfig> {
     let set = |key: &str| json.get(key).filter(|value| !value.is_null());
     let architectures = set("architectures").cloned().unwrap_or(json!([]));
     let architecture = architectures.get(0).and_then(Value::as_str);
     let model_type = set("model_type").and_then(Value::as_str);
     let known =
-        |name: Option<&str>, names: [&str; 2]| name.is_none_or(|name| names.contains(&name));
+        |name: Option<&str>, names: &[&str; 2]| name.is_none_or(|name| names.contains(&name));
     ensure!(
         (architecture.is_some() || model_type.is_some())
-            && known(architecture, ["LlamaForCausalLM", "MistralForCausalLM"])
-            && known(model_type, ["llama", "mistral"]),
-        "unknown architecture {} (model_type {}): expected LlamaForCausalLM or MistralForCausalLM",
+            && known(architecture, expected)
+            && known(model_type, &["llama", "mistral"]),
+        "unknown architecture {} (model_type {}): expected {} or {}",
         architecture.unwrap_or("none"),
         model_type.unwrap_or("none"),
+        expected[0],
+        expected[1],
     );
 
     // What changes the arithmetic and is not implemented.

@@ -29,6 +29,7 @@ pub mod optim;
 pub mod prompts;
 pub mod report;
 pub mod reward;
+pub mod reward_model;
 pub mod rollout;
 pub mod sequences;
 pub mod session;

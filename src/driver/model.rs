@@ -16,6 +16,7 @@
 
 use std::collections::HashMap;
 use std::f64::consts::PI;
+use std::iter::repeat_n;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, Var, D};
@@ -617,6 +618,20 @@ impl Critic {
         let (batch, len, width) = hidden.dims3()?;
         let values = linear(&hidden.reshape((batch * len, width))?, &self.head)?;
         Ok(values.reshape((batch, len))?)
+    }
+
+    /// Scores f32 `[B]` of texts of at least one token each: the values at their last tokens. `pad`
+    /// fills the batch.
+    pub fn scores(&self, texts: &[Vec<u32>], pad: u32) -> Result<Tensor> {
+        let len = texts.iter().map(Vec::len).max().unwrap_or(0);
+        let pads: Vec<usize> = texts.iter().map(|text| len - text.len()).collect();
+        let ids: Vec<u32> = (texts.iter().zip(&pads))
+            .flat_map(|(text, &pads)| repeat_n(pad, pads).chain(text.iter().copied()))
+            .collect();
+        let ids = Tensor::from_vec(ids, (texts.len(), len), self.head.device())?;
+        let hidden = self.backbone.hidden(&ids, &pads)?;
+        let last = hidden.narrow(1, len - 1, 1)?.squeeze(1)?.contiguous()?;
+        Ok(linear(&last, &self.head)?.squeeze(1)?)
     }
 
     /// The trainable weights, always in the same order.

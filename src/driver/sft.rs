@@ -29,10 +29,6 @@ pub struct Sft<'a> {
 }
 
 impl Objective for Sft<'_> {
-    fn len(&self) -> usize {
-        self.examples.len()
-    }
-
     fn parameters(&self) -> Vec<(String, Var)> {
         self.decoder.parameters()
     }

@@ -17,9 +17,6 @@ use super::session::Session;
 
 /// Something that is learned from examples.
 pub trait Objective {
-    /// How many examples there are.
-    fn len(&self) -> usize;
-
     /// The parameters that learn.
     fn parameters(&self) -> Vec<(String, Var)>;
 

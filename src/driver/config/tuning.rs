@@ -1,4 +1,4 @@
-//! The settings of `sft`, which learns from a file of examples, by gradient steps on a loss of each.
+//! The settings of the subcommands that learn from a file of examples.
 
 use std::path::PathBuf;
 
@@ -217,4 +217,37 @@ fn needs_data(flag: &str, data: &Option<PathBuf>, model: &Option<PathBuf>) -> Re
         "{flag} is missing: with --model, name a file of them"
     );
     Ok(())
+}
+
+tuning_settings! {
+    /// The settings of `reward`.
+    RewardModelSettings {
+        command: "reward",
+        steps: 200,
+        batch_size: 8,
+        learning_rate: 1e-5,
+    }
+
+    /// Preferences: a .jsonl file with one {"prompt": "..", "chosen": "..", "rejected": ".."} a line;
+    /// a "margin" beside them is what the chosen one should score more at least. Needed with --model
+    #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preferences: Option<PathBuf>,
+
+    /// Steps of language modelling that fit the embedded model before; no effect with --model
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 300,
+        help_heading = "Run")]
+    pub lm_steps: usize,
+
+    /// Weight of the squared sum of a pair's scores, which keeps their mean near 0
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
+    pub center_coef: f64,
+}
+
+impl RewardModelSettings {
+    fn validate_own(&self) -> Result<()> {
+        in_range("--center-coef", Some(self.center_coef), |x| x >= 0.0, "of at least 0")?;
+        valid_paths(&[("--preferences", &self.preferences)])?;
+        needs_data("--preferences", &self.preferences, &self.model)
+    }
 }
