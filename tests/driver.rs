@@ -13,7 +13,7 @@ use candle_core::{DType, Device, Tensor, Var, D};
 use common::{assert_close, golden, rng, to_vec, uniform};
 use ppo_kernels::driver::config::{KlControllerKind, RewardKind, Settings};
 use ppo_kernels::driver::embedded;
-use ppo_kernels::driver::experience::Experience;
+use ppo_kernels::driver::experience::{Experience, Shaping};
 use ppo_kernels::driver::generate::Sampling;
 use ppo_kernels::driver::kl_controller::KlController;
 use ppo_kernels::driver::load::{load, load_critic, Loaded};
@@ -27,6 +27,9 @@ use ppo_kernels::driver::train;
 use ppo_kernels::driver::trainer::Trainer;
 use ppo_kernels::driver::update::Learner;
 use serde_json::{Map, Value};
+
+/// Rewards of the scores as they are.
+const SHAPING: Shaping = Shaping { kl_coef: 0.05, score_scale: None };
 
 /// f32 sums of a few hundred terms in two different orders.
 const REL: f64 = 1e-5;
@@ -203,7 +206,8 @@ fn trainer(settings: &Settings, reward: Box<dyn Reward>) -> Trainer {
     let prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, max_new_tokens).unwrap();
     let sampling = Sampling { max_new_tokens, ..Sampling::default() };
     let sampler = Sampler { tokenizer, sampling, reward };
-    Trainer::new(decoder, sampler, prompts, settings).unwrap()
+    let critic = Critic::new(decoder.duplicate().unwrap(), settings.seed).unwrap();
+    Trainer::new(decoder, critic, sampler, prompts, settings).unwrap()
 }
 
 fn weights(trainer: &Trainer) -> Vec<Vec<f64>> {
@@ -265,14 +269,14 @@ fn logp_entropy_and_values_belong_to_the_state_before_each_token() {
 #[test]
 fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     let settings = short(Path::new("unused"));
-    let mut trainer = trainer(&settings, reward::build(&settings).unwrap());
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
     // A step first: right after the rollout the ratio is 1 everywhere.
     trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
     let rollout = trainer.show(4).unwrap();
     let Learner { policy, critic, .. } = &trainer.learner;
     let reference = policy.frozen().unwrap();
     let experience =
-        Experience::collect(&rollout, policy, &reference, critic, 0.05, &settings).unwrap();
+        Experience::collect(&rollout, policy, &reference, critic, &SHAPING, &settings).unwrap();
     let output = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
     let grads = output.loss.backward().unwrap();
     let parameters = [policy.parameters(), critic.parameters()].concat();
@@ -314,7 +318,7 @@ fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
 #[test]
 fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
     let settings = Settings { minibatch_size: 8, ppo_epochs: 1, ..short(Path::new("unused")) };
-    let mut trainer = trainer(&settings, reward::build(&settings).unwrap());
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
     for step in 0..2 {
         let metrics = trainer.step(step, &mut |_| {}, &mut || {}).unwrap().metrics;
         for (name, value) in [("val/ratio", 1.0), ("policy/approxkl_avg", 0.0)] {
@@ -460,6 +464,73 @@ fn a_step_that_is_not_finite_is_skipped_and_the_next_one_counts() {
         assert!(end != start);
         assert!(end.iter().flatten().all(|x| x.is_finite()));
     }
+}
+
+/// Scores that are larger at each call.
+struct Growing {
+    calls: usize,
+}
+
+impl Reward for Growing {
+    fn name(&self) -> &str {
+        "growing"
+    }
+
+    fn score(&mut self, samples: &[Sample]) -> anyhow::Result<Vec<f32>> {
+        self.calls += 1;
+        Ok((0..samples.len()).map(|i| (self.calls * (i + 1)) as f32).collect())
+    }
+}
+
+/// Without KL penalty the sum of a response's rewards is its score as it was scaled and clipped.
+#[test]
+fn scores_are_scaled_by_all_so_far_and_then_clipped() {
+    for (norm, clip) in [(false, None), (true, None), (false, Some(1.5)), (true, Some(0.5))] {
+        let settings = Settings {
+            kl_coef: 0.0,
+            score_scaling: true,
+            score_norm: norm,
+            score_clip: clip,
+            ..short(Path::new("unused"))
+        };
+        let mut trainer = trainer(&settings, Box::new(Growing { calls: 0 }));
+        let mut all: Vec<f64> = Vec::new();
+        for step in 0..2 {
+            let metrics = trainer.step(step, &mut |_| {}, &mut || {}).unwrap().metrics;
+            let scores: Vec<f64> = (1..=8).map(|i| ((step + 1) * i) as f64).collect();
+            all.extend(&scores);
+            let n = all.len() as f64;
+            let mean = all.iter().sum::<f64>() / n;
+            let std = (all.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0)).sqrt();
+            let shift = if norm { mean } else { 0.0 };
+            let clip = clip.unwrap_or(f64::INFINITY);
+            let scaled = |x: &f64| ((x - shift) / std).clamp(-clip, clip);
+            let want = scores.iter().map(scaled).sum::<f64>() / 8.0;
+            let got = |name: &str| metrics[name].as_f64().unwrap();
+            assert_close("reward", &[got("objective/rlhf_reward")], &[want], 1e-5, 1e-5);
+            assert_close("std", &[got("objective/score_std")], &[std], 1e-6, 0.0);
+            let mean = scores.iter().sum::<f64>() / 8.0;
+            assert_close("scores", &[got("objective/scores")], &[mean], 1e-6, 0.0);
+        }
+    }
+}
+
+#[test]
+fn equal_scores_have_no_deviation_to_be_scaled_by() {
+    struct Same;
+    impl Reward for Same {
+        fn name(&self) -> &str {
+            "same"
+        }
+        fn score(&mut self, samples: &[Sample]) -> anyhow::Result<Vec<f32>> {
+            Ok(vec![3.0; samples.len()])
+        }
+    }
+    let settings = Settings { kl_coef: 0.0, score_scaling: true, ..short(Path::new("unused")) };
+    let metrics =
+        trainer(&settings, Box::new(Same)).step(0, &mut |_| {}, &mut || {}).unwrap().metrics;
+    assert_eq!(metrics["objective/rlhf_reward"], 3.0);
+    assert_eq!(metrics["update/skipped"], 0);
 }
 
 #[test]

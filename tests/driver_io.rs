@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use candle_core::Device;
 use clap::{Args, Command, FromArgMatches};
 use ppo_kernels::driver::config::{RewardKind, RunSettings, Settings, TrainArgs};
 use ppo_kernels::driver::prompts;
@@ -112,6 +113,16 @@ fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
 }
 
 #[test]
+fn the_critic_starts_from_the_reward_model_if_there_is_one() {
+    let dir = |flags: &[&str]| resolve(flags).unwrap().critic_dir().map(Path::to_path_buf);
+    assert_eq!(dir(&[]), None);
+    let model = ["--reward", "model:some/where"];
+    assert_eq!(dir(&model).unwrap(), Path::new("some/where"));
+    assert_eq!(dir(&[&model[..], &["--critic-from", "policy"]].concat()), None);
+    assert!(dir(&[&model[..], &["--critic-from", "reward"]].concat()).is_some());
+}
+
+#[test]
 fn resolved_settings_load_again_unchanged_but_for_the_folder() {
     let dir = tempfile::tempdir().unwrap();
     let flags = [
@@ -144,6 +155,8 @@ fn resolved_settings_load_again_unchanged_but_for_the_folder() {
         "--learning-rate",
         "3.3e-6",
         "--whiten-rewards",
+        "--score-scaling",
+        "--score-norm",
         "--device",
         "cuda:1",
     ];
@@ -152,6 +165,11 @@ fn resolved_settings_load_again_unchanged_but_for_the_folder() {
     let again = resolve(&["--config", &file]).unwrap();
     assert_eq!(again.out, None);
     assert_eq!(Settings { out: None, ..first }, again);
+
+    let model = ["--reward", "model:a dir", "--critic-from", "policy"];
+    let model = resolve(&model).unwrap();
+    let file = write(&dir.path().join("model.toml"), model.to_toml().unwrap());
+    assert_eq!(resolve(&["--config", &file]).unwrap(), model);
 
     let defaults = Settings::default();
     let file = write(&dir.path().join("defaults.toml"), defaults.to_toml().unwrap());
@@ -256,6 +274,9 @@ fn settings_that_do_not_fit_together_are_refused() {
     );
     refused(&["--out", ""], "--out");
     refused(&["--reward", "kindness"], "kindness");
+    refused(&["--reward", "model:"], "command or model:DIR");
+    refused(&["--score-norm"], "--score-norm has no effect without --score-scaling");
+    refused(&["--critic-from", "reward"], "--critic-from reward has no model with --reward length");
     refused(&["--no-such-flag"], "--no-such-flag");
 }
 
@@ -296,7 +317,7 @@ fn samples<'a>(responses: &[&'a str]) -> Vec<Sample<'a>> {
 }
 
 fn score(settings: &Settings, responses: &[&str]) -> Vec<f32> {
-    build(settings).unwrap().score(&samples(responses)).unwrap()
+    build(settings, &Device::Cpu).unwrap().score(&samples(responses)).unwrap()
 }
 
 #[test]
@@ -350,7 +371,7 @@ fn regex_is_1_where_the_pattern_matches() {
     };
     assert_eq!(score(&settings, &["the Mat.", "the matter", ""]), [1.0, 0.0, 0.0]);
     settings.reward_pattern = Some("(".to_owned());
-    let error = format!("{:#}", build(&settings).err().unwrap());
+    let error = format!("{:#}", build(&settings, &Device::Cpu).err().unwrap());
     assert!(error.contains("--reward-pattern `(` is refused"), "{error}");
 }
 
@@ -451,11 +472,11 @@ fn a_command_is_tried_before_the_run() {
         reward_timeout: 20.0,
         ..Settings::default()
     };
-    let error = format!("{:#}", build(&settings("echo no")).err().unwrap());
+    let error = format!("{:#}", build(&settings("echo no"), &Device::Cpu).err().unwrap());
     assert!(error.contains("was tried before the run: --reward-command `echo no`"), "{error}");
     let good = settings(r#"sed 's/.*/{"score": -0.25}/'"#);
     assert_eq!(score(&good, &["a", "b"]), [-0.25, -0.25]);
-    assert_eq!(build(&good).unwrap().name(), "command");
+    assert_eq!(build(&good, &Device::Cpu).unwrap().name(), "command");
 }
 
 // ---------------------------------------------------------------- prompts

@@ -11,19 +11,23 @@ use candle_core::{Device, Tensor, Var, D};
 use clap::{Args, Command, FromArgMatches};
 use common::{assert_close, golden, to_vec};
 use ppo_kernels::driver::config::tuning::{RewardModelSettings, SftSettings, Tuning};
-use ppo_kernels::driver::config::{ConfigArgs, RunSettings};
+use ppo_kernels::driver::config::{ConfigArgs, CriticFrom, RewardKind, RunSettings, Settings};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::examples::{
     encode_demonstrations, encode_preferences, read_demonstrations, read_preferences,
     Demonstration, Example, Preference,
 };
-use ppo_kernels::driver::load::{load, load_reward, Loaded, RewardModel};
-use ppo_kernels::driver::model::Critic;
+use ppo_kernels::driver::load::{
+    load, load_critic, load_reward, save, save_reward, Loaded, RewardModel,
+};
+use ppo_kernels::driver::model::{Critic, Decoder, DecoderConfig};
 use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::reward::sentiment;
 use ppo_kernels::driver::reward_model::{self, pairwise_loss, RewardLearner};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::sft::{self, Sft};
+use ppo_kernels::driver::tokenizer::Tokenizer;
+use ppo_kernels::driver::train;
 use ppo_kernels::driver::tuning::{evaluate, learn, split, Objective};
 use serde_json::{Map, Value};
 
@@ -587,6 +591,101 @@ fn what_reward_cannot_use_is_refused_before_anything_is_made() {
         RewardModelSettings { model: Some(path("none")), ..short_reward(&out) },
         &["--preferences is missing"],
     );
+}
+
+// ---------------------------------------------------------------- train with a reward model
+
+fn short_train(out: &Path, reward: &Path) -> Settings {
+    Settings {
+        out: Some(out.into()),
+        reward: RewardKind::Model(reward.into()),
+        lm_steps: 10,
+        steps: 2,
+        batch_size: 8,
+        minibatch_size: 4,
+        max_new_tokens: 8,
+        ..Settings::default()
+    }
+}
+
+fn go_train(settings: &Settings) -> anyhow::Result<()> {
+    train::run(settings, &AtomicBool::new(false), &silent())
+}
+
+#[test]
+fn train_takes_scores_and_critic_from_a_reward_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    // Another seed: the reward model is not the policy with another head.
+    go_reward(&RewardModelSettings { seed: 9, ..short_reward(&path("reward")) }).unwrap();
+    let weights = path("reward/weights");
+    let still =
+        Settings { steps: 1, value_learning_rate: 0.0, ..short_train(&path("run"), &weights) };
+    go_train(&still).unwrap();
+    go_train(&Settings { out: Some(path("again")), ..still.clone() }).unwrap();
+    let critic_from = Some(CriticFrom::Policy);
+    go_train(&Settings { out: Some(path("policy")), critic_from, ..still }).unwrap();
+
+    let RewardModel { critic, tokenizer } = load_reward(&weights, &Device::Cpu).unwrap();
+    let samples = lines(path("run/samples.jsonl"));
+    assert_eq!(samples.len(), 16);
+    for sample in &samples {
+        let text = |key: &str| sample[key].as_str().unwrap();
+        let mut example = Example::encode(&tokenizer, text("prompt"), text("response")).unwrap();
+        if sample["finished"] == false {
+            example.response.pop();
+        }
+        let score = to_vec(&critic.scores(&[example.tokens()], tokenizer.pad()).unwrap());
+        assert_close("score", &score, &[sample["score"].as_f64().unwrap()], 1e-4, 1e-4);
+    }
+    for name in ["samples.jsonl", "weights/model.safetensors", "weights/value_model.safetensors"] {
+        assert!(
+            fs::read(path("run").join(name)).unwrap()
+                == fs::read(path("again").join(name)).unwrap()
+        );
+    }
+
+    // The critic did not learn: it is what it started from.
+    let heads = ["run", "policy"].map(|run| {
+        let critic = load_critic(&path(run).join("weights"), &Device::Cpu).unwrap();
+        critic.tensors().into_iter().map(|(_, tensor)| to_vec(&tensor)).collect::<Vec<_>>()
+    });
+    let reward: Vec<_> = critic.tensors().into_iter().map(|(_, tensor)| to_vec(&tensor)).collect();
+    assert!(heads[0] == reward);
+    assert!(heads[1] != reward);
+}
+
+/// A reward model of another shape than the policy's, and of another vocabulary.
+#[test]
+fn a_reward_model_may_have_another_shape_but_no_other_vocabulary() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let Loaded { decoder, tokenizer } = embedded::model(0, &Device::Cpu).unwrap();
+    let narrow =
+        DecoderConfig { hidden_size: 32, num_hidden_layers: 1, ..decoder.config().clone() };
+    let narrow = |context: usize| {
+        let config = DecoderConfig { max_position_embeddings: context, ..narrow.clone() };
+        Critic::new(Decoder::random(config, 1, &Device::Cpu).unwrap(), 2).unwrap()
+    };
+    save_reward(&path("narrow"), &narrow(64), &tokenizer).unwrap();
+    go_train(&short_train(&path("run"), &path("narrow"))).unwrap();
+    let critic = load_critic(&path("run/weights"), &Device::Cpu).unwrap();
+    assert_eq!(critic.config().hidden_size, 32);
+    load(&path("run/weights"), &Device::Cpu).unwrap();
+
+    let out = path("refused");
+    let refused = |words: &[&str]| {
+        refused(go_train, &short_train(&out, &path("bad")), &out, words);
+    };
+    refused(&["--reward model is refused", "cannot read"]);
+    save_reward(&path("bad"), &narrow(12), &tokenizer).unwrap();
+    refused(&["--prompts", "context of 12"]);
+    let json = tokenizer.to_json().unwrap().replace("\"cat\"", "\"walrus\"");
+    let other = Tokenizer::from_json(json.as_bytes(), vec![1], 0).unwrap();
+    save_reward(&path("bad"), &narrow(64), &other).unwrap();
+    refused(&["--reward model reads another vocabulary (162 tokens) than the policy writes (162)"]);
+    save(&path("bad"), &decoder, &tokenizer).unwrap();
+    refused(&["--reward model is refused", "expected LlamaForSequenceClassification"]);
 }
 
 // ---------------------------------------------------------------- settings

@@ -107,7 +107,7 @@ impl From<DeviceName> for String {
     }
 }
 
-/// What a response is scored by: `sentiment`, `length`, `regex` or `command`.
+/// What a response is scored by: `sentiment`, `length`, `regex`, `command` or `model:DIR`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum RewardKind {
@@ -119,6 +119,8 @@ pub enum RewardKind {
     Regex,
     /// Whatever the program --reward-command answers.
     Command,
+    /// The reward model in that folder.
+    Model(PathBuf),
 }
 
 /// The names of the rewards, but for the one with a folder.
@@ -131,6 +133,9 @@ const REWARDS: [(&str, RewardKind); 4] = [
 
 impl Display for RewardKind {
     fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        if let RewardKind::Model(dir) = self {
+            return write!(f, "model:{}", dir.display());
+        }
         let named = REWARDS.iter().find(|(_, kind)| kind == self);
         f.write_str(named.expect("all others have a name").0)
     }
@@ -141,9 +146,11 @@ impl FromStr for RewardKind {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let named = REWARDS.into_iter().find(|(name, _)| *name == text);
-        named.map(|(_, kind)| kind).ok_or_else(|| {
+        let dir = || text.strip_prefix("model:").filter(|dir| !dir.is_empty());
+        let model = || dir().map(|dir| RewardKind::Model(dir.into()));
+        named.map(|(_, kind)| kind).or_else(model).ok_or_else(|| {
             let names = REWARDS.map(|(name, _)| name).join(", ");
-            format!("reward {text:?}: expected {names}")
+            format!("reward {text:?}: expected {names} or model:DIR")
         })
     }
 }
@@ -218,6 +225,16 @@ pub enum KlControllerKind {
     Constant,
     /// Starts at --kl-coef and steers the measured KL towards --kl-target
     Adaptive,
+}
+
+/// What the critic is before its first step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CriticFrom {
+    /// The policy's backbone with a random head
+    Policy,
+    /// The reward model, head and all
+    Reward,
 }
 
 /// The learning rate after the warm-up.
@@ -296,7 +313,8 @@ pub struct Settings {
 
     /// What a response is scored by: sentiment, positive and negative English words, in [-1, 1];
     /// length, nearness to --reward-length words, in [0, 1]; regex, 1 if --reward-pattern matches,
-    /// else 0; command, whatever the program --reward-command answers
+    /// else 0; command, whatever the program --reward-command answers; or model:DIR, the reward
+    /// model in that folder, such as the weights of `reward`
     #[arg(long, value_name = "NAME", default_value_t = RewardKind::Sentiment,
         help_heading = "Reward")]
     pub reward: RewardKind,
@@ -321,7 +339,17 @@ pub struct Settings {
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0, help_heading = "Reward")]
     pub reward_timeout: f64,
 
-    /// Bound on |score|, applied before the KL penalty [default: off]
+    /// Divide the scores by the standard deviation of all scores of the run so far
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        action = clap::ArgAction::Set, default_value_t = false, help_heading = "Reward")]
+    pub score_scaling: bool,
+
+    /// Subtract their mean first; with --score-scaling
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        action = clap::ArgAction::Set, default_value_t = false, help_heading = "Reward")]
+    pub score_norm: bool,
+
+    /// Bound on |score|, applied after --score-scaling and before the KL penalty [default: off]
     #[arg(long, value_name = "X", help_heading = "Reward")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score_clip: Option<f64>,
@@ -396,6 +424,11 @@ pub struct Settings {
     /// Clip range of the value around the old value
     #[arg(long, value_name = "X", default_value_t = 0.2, help_heading = "Loss")]
     pub value_clip_range: f64,
+
+    /// Network that the critic starts from [default: reward with --reward model:DIR, else policy]
+    #[arg(long, value_enum, help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub critic_from: Option<CriticFrom>,
 
     /// Weight of the value loss
     #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Loss")]
@@ -524,6 +557,14 @@ impl<S: RunSettings> ConfigArgs<S> {
 }
 
 impl Settings {
+    /// The folder of the reward model that the critic starts from, if it does.
+    pub fn critic_dir(&self) -> Option<&Path> {
+        match (&self.reward, self.critic_from) {
+            (RewardKind::Model(dir), None | Some(CriticFrom::Reward)) => Some(dir),
+            _ => None,
+        }
+    }
+
     /// Options of the loss.
     pub fn loss_options(&self) -> PpoLossOptions {
         PpoLossOptions {
@@ -611,10 +652,19 @@ impl RunSettings for Settings {
             self.model.is_none() || self.prompts.is_some(),
             "--prompts is missing: with --model, name a file of prompts"
         );
+        ensure!(
+            self.score_scaling || !self.score_norm,
+            "--score-norm has no effect without --score-scaling"
+        );
+        ensure!(
+            self.critic_from != Some(CriticFrom::Reward) || self.critic_dir().is_some(),
+            "--critic-from reward has no model with --reward {}; add --reward model:DIR",
+            self.reward
+        );
         match self.reward {
             RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, &self.reward),
             RewardKind::Command => needed("--reward-command", &self.reward_command, &self.reward),
-            RewardKind::Sentiment | RewardKind::Length => Ok(()),
+            RewardKind::Sentiment | RewardKind::Length | RewardKind::Model(_) => Ok(()),
         }
     }
 
@@ -636,7 +686,7 @@ impl RunSettings for Settings {
 }
 
 /// The defaults that are stated at the fields.
-fn defaults<S: Args>() -> S {
+pub(super) fn defaults<S: Args>() -> S {
     S::augment_args(clap::Command::new("defaults"))
         .try_get_matches_from(["defaults"])
         .and_then(|matches| S::from_arg_matches(&matches))
@@ -655,7 +705,7 @@ fn parse_settings<S: RunSettings>(text: &str) -> Result<Table> {
     Ok(toml::from_str(text)?)
 }
 
-fn at_least_one(flag: &str, value: usize) -> Result<()> {
+pub(super) fn at_least_one(flag: &str, value: usize) -> Result<()> {
     ensure!(value > 0, "{flag} is {value}, expected a whole number above 0");
     Ok(())
 }
@@ -667,12 +717,12 @@ fn valid_batch_size(size: usize) -> Result<()> {
 }
 
 /// TOML holds nothing above `i64::MAX`.
-fn valid_seed(seed: u64) -> Result<()> {
+pub(super) fn valid_seed(seed: u64) -> Result<()> {
     ensure!(i64::try_from(seed).is_ok(), "--seed is {seed}, expected at most {}", i64::MAX);
     Ok(())
 }
 
-fn valid_paths(paths: &[(&str, &Option<PathBuf>)]) -> Result<()> {
+pub(super) fn valid_paths(paths: &[(&str, &Option<PathBuf>)]) -> Result<()> {
     for (flag, path) in paths {
         if let Some(path) = path {
             ensure!(!path.as_os_str().is_empty(), "{flag} is empty");
@@ -713,14 +763,14 @@ fn flag_of(key: &str) -> String {
 }
 
 /// A whole number; TOML holds nothing above `i64::MAX`.
-fn count(text: &str) -> Result<usize, String> {
+pub(super) fn count(text: &str) -> Result<usize, String> {
     text.parse::<usize>()
         .ok()
         .filter(|&n| i64::try_from(n).is_ok())
         .ok_or_else(|| "expected a whole number of at least 0".to_owned())
 }
 
-fn seed(text: &str) -> Result<u64, String> {
+pub(super) fn seed(text: &str) -> Result<u64, String> {
     text.parse::<u64>()
         .ok()
         .filter(|&n| i64::try_from(n).is_ok())
@@ -728,7 +778,7 @@ fn seed(text: &str) -> Result<u64, String> {
 }
 
 /// A path that TOML can hold.
-fn utf8_path(text: &str) -> Result<PathBuf, String> {
+pub(super) fn utf8_path(text: &str) -> Result<PathBuf, String> {
     if text.is_empty() {
         return Err("expected a path".to_owned());
     }

@@ -5,7 +5,7 @@
 //! ref_logp             reference   as the policy was before the run
 //! values               critic      of the state before each token
 //! kl                   = estimate of KL(policy || reference), per token
-//! rewards              = -kl_coef kl, plus the score at the response's last token
+//! rewards              = -kl_coef kl, plus the score, scaled and clipped, at the response's last token
 //! advantages, returns  = GAE over the rewards; the advantages are then whitened over the batch
 //! ```
 
@@ -17,7 +17,7 @@ use super::config::Settings;
 use super::model::{Critic, Decoder};
 use super::rollout::Rollout;
 use super::sequences::Sequences;
-use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping};
+use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping, ScoreScale};
 use crate::kl::{token_kl, KlOptions};
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
 
@@ -39,6 +39,15 @@ pub struct Experience {
     pub metrics: Map<String, Value>,
 }
 
+/// How the rewards of a step are made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Shaping {
+    /// Weight of the KL penalty.
+    pub kl_coef: f64,
+    /// What the scores are scaled by, if they are.
+    pub score_scale: Option<ScoreScale>,
+}
+
 impl Experience {
     /// Evaluates the rollout and estimates its advantages.
     pub fn collect(
@@ -46,9 +55,10 @@ impl Experience {
         policy: &Decoder,
         reference: &Decoder,
         critic: &Critic,
-        kl_coef: f64,
+        shaping: &Shaping,
         settings: &Settings,
     ) -> Result<Self> {
+        let kl_coef = shaping.kl_coef;
         let sequences = Sequences::from(&rollout.answers.generation);
         let chunk = settings.minibatch_size;
         let logp = |decoder: &Decoder| {
@@ -63,7 +73,7 @@ impl Experience {
 
         let options = KlOptions { estimator: settings.kl_estimator, ..KlOptions::default() };
         let token_kl = token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)?;
-        let shaped = estimate(rollout, &sequences.mask, &values, &token_kl, kl_coef, settings)?;
+        let shaped = estimate(rollout, &sequences.mask, &values, &token_kl, shaping, settings)?;
         let Estimate { advantages, returns, rewards } = shaped;
 
         let kl: Vec<f32> = token_kl.sum(1)?.to_vec1()?;
@@ -74,6 +84,9 @@ impl Experience {
         put("objective/entropy".into(), -mean_of_sums(&old_logp)?);
         put("objective/rlhf_reward".into(), mean_of_sums(&rewards)?);
         put("objective/non_score_reward".into(), -kl_coef * mean(&kl));
+        if let Some(scale) = shaping.score_scale {
+            put("objective/score_std".into(), scale.std);
+        }
         for (name, tensor) in
             [("values", &values), ("returns", &returns), ("advantages", &advantages)]
         {
@@ -99,7 +112,7 @@ fn estimate(
     mask: &Tensor,
     values: &Tensor,
     kl: &Tensor,
-    kl_coef: f64,
+    shaping: &Shaping,
     settings: &Settings,
 ) -> Result<Estimate> {
     let scores = Tensor::new(rollout.scores.as_slice(), mask.device())?;
@@ -114,7 +127,8 @@ fn estimate(
         GaeOptions { gamma: settings.gamma, lambda: settings.lambda, ..GaeOptions::default() };
     let missing_eos = settings.missing_eos_penalty.map_or(MissingEos::Keep, MissingEos::Subtract);
     let shaping = RewardShaping {
-        kl_coef,
+        kl_coef: shaping.kl_coef,
+        score_scale: shaping.score_scale,
         score_clip: settings.score_clip,
         missing_eos,
         ..RewardShaping::default()

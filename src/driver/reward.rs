@@ -1,4 +1,4 @@
-//! What a response is worth: one trait, four rewards.
+//! What a response is worth: one trait, five rewards.
 //!
 //! | `--reward` | score |
 //! |---|---|
@@ -6,21 +6,27 @@
 //! | `length` | [`nearness`] of the number of words to `--reward-length`, in [0, 1] |
 //! | `regex` | 1 if `--reward-pattern` matches anywhere in the response, else 0 |
 //! | `command` | [`CommandReward`]: what the program `--reward-command` answers |
+//! | `model:DIR` | [`ModelReward`]: what the reward model in that folder says |
 //!
-//! The first three look at the response alone, the command sees the prompt too.
+//! The first three look at the response alone, the others see the prompt too.
 
 mod command;
+mod model;
 mod sentiment;
 
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use candle_core::Device;
 use regex::Regex;
 use serde::Serialize;
 
 use super::config::{RewardKind, Settings};
+use super::load::load_reward;
+use super::tokenizer::Tokenizer;
 
 pub use command::CommandReward;
+pub use model::ModelReward;
 pub use sentiment::sentiment;
 
 /// A prompt and the response to be scored.
@@ -45,15 +51,23 @@ pub trait Reward: Send {
 
     /// One score a sample, in order.
     fn score(&mut self, samples: &[Sample]) -> Result<Vec<f32>>;
+
+    /// The longest prompt and response together, in tokens of the policy.
+    ///
+    /// # Errors
+    /// If the reward reads tokens, and other ones than the policy's.
+    fn context(&self, _policy: &Tokenizer) -> Result<usize> {
+        Ok(usize::MAX)
+    }
 }
 
 /// The reward that the settings ask for. A pattern is compiled and a command tried on a sample, so
-/// that neither fails only when the first rollout is done.
+/// that neither fails only when the first rollout is done; a model is loaded onto `device`.
 ///
 /// # Errors
-/// Names `--reward-pattern` or `--reward-command`, and says what is wrong with it.
-pub fn build(settings: &Settings) -> Result<Box<dyn Reward>> {
-    Ok(match settings.reward {
+/// Names `--reward`, `--reward-pattern` or `--reward-command`, and says what is wrong with it.
+pub fn build(settings: &Settings, device: &Device) -> Result<Box<dyn Reward>> {
+    Ok(match &settings.reward {
         RewardKind::Sentiment => Box::new(Sentiment),
         RewardKind::Length => Box::new(Length { target: settings.reward_length }),
         RewardKind::Regex => {
@@ -71,6 +85,10 @@ pub fn build(settings: &Settings) -> Result<Box<dyn Reward>> {
             let mut reward = CommandReward::new(command, timeout);
             reward.probe()?;
             Box::new(reward)
+        }
+        RewardKind::Model(dir) => {
+            let model = load_reward(dir, device).context("--reward model is refused")?;
+            Box::new(ModelReward::new(model))
         }
     })
 }

@@ -9,7 +9,8 @@ use anyhow::{Context, Result};
 use super::config::{RunSettings, Settings};
 use super::embedded;
 use super::generate::Sampling;
-use super::load::{save, save_critic, Loaded};
+use super::load::{load_reward, save, save_critic, Loaded};
+use super::model::Critic;
 use super::prompts;
 use super::report::{Progress, PPO_COLUMNS};
 use super::reward;
@@ -26,15 +27,15 @@ use super::trainer::{Step, Trainer};
 pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Result<()> {
     let start = Instant::now();
     settings.validate()?;
-    let reward = reward::build(settings)?;
+    let device = settings.device.open()?;
+    let reward = reward::build(settings, &device)?;
     let texts = match &settings.prompts {
         Some(path) => prompts::read(path)?,
         None => embedded::prompts(),
     };
-    let device = settings.device.open()?;
     let Loaded { decoder: policy, tokenizer } =
         open_model(settings.model.as_deref(), settings.seed, &device)?;
-    let context = policy.config().max_position_embeddings;
+    let context = policy.config().max_position_embeddings.min(reward.context(&tokenizer)?);
     let prompts = Prompts::new(texts, &tokenizer, context, settings.max_new_tokens);
     let prompts = match &settings.model {
         Some(_) => prompts?,
@@ -55,7 +56,11 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
         max_new_tokens: settings.max_new_tokens,
     };
     let sampler = Sampler { tokenizer, sampling, reward };
-    let mut trainer = Trainer::new(policy, sampler, prompts, settings)?;
+    let critic = match settings.critic_dir() {
+        Some(dir) => load_reward(dir, &device)?.critic,
+        None => Critic::new(policy.duplicate()?, settings.seed)?,
+    };
+    let mut trainer = Trainer::new(policy, critic, sampler, prompts, settings)?;
     let before = trainer.show(SHOWN)?;
     session.show("before", &before.answers, Some(&before.scores));
     session.record(0, &before.answers, Some(&before.scores), None)?;

@@ -8,12 +8,14 @@ use rand::SeedableRng;
 use serde_json::{json, Map, Value};
 
 use super::config::{KlControllerKind, LrScheduleKind, Settings};
-use super::experience::{mean, Experience};
+use super::experience::{mean, Experience, Shaping};
 use super::kl_controller::KlController;
 use super::model::{Critic, Decoder};
 use super::optim::Schedule;
 use super::rollout::{Prompts, Rollout, Sampler};
 use super::update::{Learner, Rates, Update};
+use crate::gae::ScoreScale;
+use crate::moments::RunningMoments;
 
 /// The state of a run.
 pub struct Trainer {
@@ -26,6 +28,8 @@ pub struct Trainer {
     settings: Settings,
     reference: Decoder,
     controller: KlController,
+    /// Of all scores so far.
+    scores: RunningMoments,
     rng: StdRng,
 }
 
@@ -42,16 +46,16 @@ pub struct Step {
 }
 
 impl Trainer {
-    /// Starts from `policy`: the reference is a frozen copy of it, and the critic one with a value
-    /// head. The settings must be valid.
+    /// Starts from `policy`, of which the reference is a frozen copy, and `critic`. The settings must
+    /// be valid.
     pub fn new(
         policy: Decoder,
+        critic: Critic,
         sampler: Sampler,
         prompts: Prompts,
         settings: &Settings,
     ) -> Result<Self> {
         let reference = policy.frozen()?;
-        let critic = Critic::new(policy.duplicate()?, settings.seed)?;
         let coef = settings.kl_coef;
         let controller = match settings.kl_controller {
             KlControllerKind::Constant => KlController::Constant { coef },
@@ -67,6 +71,7 @@ impl Trainer {
             settings: settings.clone(),
             reference,
             controller,
+            scores: RunningMoments::new(),
             rng: StdRng::seed_from_u64(settings.seed),
         })
     }
@@ -87,13 +92,19 @@ impl Trainer {
         watch.lap("rollout");
 
         let Learner { policy, critic, .. } = &self.learner;
-        let kl_coef = self.controller.coef();
+        let shaping = Shaping {
+            kl_coef: self.controller.coef(),
+            score_scale: self.settings.score_scaling.then(|| {
+                self.scores.update(&rollout.scores);
+                score_scale(&self.scores, self.settings.score_norm)
+            }),
+        };
         let experience = Experience::collect(
             &rollout,
             policy,
             &self.reference,
             critic,
-            kl_coef,
+            &shaping,
             &self.settings,
         )?;
         watch.lap("experience");
@@ -141,6 +152,16 @@ impl Trainer {
             decay: self.settings.lr_schedule == LrScheduleKind::Linear,
         };
         schedule.at(step)
+    }
+}
+
+/// What the scores are scaled by: the standard deviation of all so far, after their mean is subtracted
+/// if `norm`. Equal scores, which have none, are left as they are.
+fn score_scale(scores: &RunningMoments, norm: bool) -> ScoreScale {
+    let ScoreScale { mean, std } = scores.into();
+    ScoreScale {
+        mean: if norm { mean } else { 0.0 },
+        std: if scores.std() == 0.0 { 1.0 } else { std },
     }
 }
 
