@@ -1,5 +1,5 @@
-//! The command line: `ppo-kernels sft` and `train` train a language model, `check` holds the kernels
-//! against their references, `bench-table` prints what the benches measured.
+//! The command line: `ppo-kernels train`, `sft`, `reward` and `dpo` train a model; `check` holds the kernels against their references, `bench-table` prints what
+//! the benches measured.
 //!
 //! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error, or when a bound is exceeded;
 //! 2 for a command line that cannot be read; 130 when a second Ctrl-C quits at once.
@@ -12,10 +12,10 @@ use anyhow::{ensure, Context, Result};
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 use ppo_kernels::driver::bench_table::{self, BenchTableArgs};
 use ppo_kernels::driver::check::{CheckArgs, Report};
-use ppo_kernels::driver::config::tuning::{RewardModelSettings, SftSettings};
+use ppo_kernels::driver::config::tuning::{DpoSettings, RewardModelSettings, SftSettings};
 use ppo_kernels::driver::config::{ConfigArgs, RunSettings, TrainArgs};
 use ppo_kernels::driver::report::Progress;
-use ppo_kernels::driver::{embedded, reward_model, sft, train};
+use ppo_kernels::driver::{dpo, embedded, reward_model, sft, train};
 
 const EMBEDDED: &str =
     "The defaults are for a real model. Without --model the embedded run has settings of its own; \
@@ -40,6 +40,9 @@ enum Command {
     /// Train a reward model on preferences; with no option, on pairs of the embedded sentences
     #[command(after_help = EMBEDDED)]
     Reward(Box<ConfigArgs<RewardModelSettings>>),
+    /// Train a language model on preferences by DPO; with no option, on those of `reward`
+    #[command(after_help = EMBEDDED)]
+    Dpo(Box<ConfigArgs<DpoSettings>>),
     /// Compare every op, pass and dtype with its f64 reference on random inputs
     Check(CheckArgs),
     /// Print the results of `cargo bench` as a Markdown table
@@ -63,6 +66,7 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
     match command {
         Command::Train(args) => go(args, matches, embedded::TRAIN, train::run),
         Command::Sft(args) => go(args, matches, embedded::SFT, sft::run),
+        Command::Dpo(args) => go(args, matches, embedded::DPO, dpo::run),
         Command::Reward(args) => go(args, matches, embedded::REWARD, reward_model::run),
         Command::Check(args) => {
             let report = Report::new(args)?;

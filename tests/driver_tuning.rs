@@ -10,8 +10,9 @@ use std::sync::atomic::AtomicBool;
 use candle_core::{Device, Tensor, Var, D};
 use clap::{Args, Command, FromArgMatches};
 use common::{assert_close, golden, to_vec};
-use ppo_kernels::driver::config::tuning::{RewardModelSettings, SftSettings, Tuning};
+use ppo_kernels::driver::config::tuning::{DpoSettings, RewardModelSettings, SftSettings, Tuning};
 use ppo_kernels::driver::config::{ConfigArgs, CriticFrom, RewardKind, RunSettings, Settings};
+use ppo_kernels::driver::dpo::{self, Dpo};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::examples::{
     encode_demonstrations, encode_preferences, read_demonstrations, read_preferences,
@@ -593,6 +594,131 @@ fn what_reward_cannot_use_is_refused_before_anything_is_made() {
     );
 }
 
+// ---------------------------------------------------------------- dpo
+
+/// Each response by itself: the sums of its log-probabilities under policy and reference.
+#[test]
+fn the_loss_and_metrics_of_dpo_are_made_of_its_log_ratios() {
+    let Loaded { decoder: policy, tokenizer } = embedded::model(3, &Device::Cpu).unwrap();
+    let reference = embedded::model(4, &Device::Cpu).unwrap().decoder.frozen().unwrap();
+    let mut preferences = embedded::preferences();
+    preferences.truncate(5);
+    let pairs = encode_preferences(&preferences, &tokenizer, 64).unwrap();
+    let (beta, smoothing) = (0.3, 0.1);
+    let sum = |decoder: &Decoder, example: &Example| {
+        let sequences = Sequences::of(&[example], 0, &Device::Cpu).unwrap();
+        to_vec(&sequences.logp(decoder).unwrap()).iter().sum::<f64>()
+    };
+    let log_sigmoid = |x: f64| -(-x).exp().ln_1p();
+    let mut want = [0.0; 7];
+    for pair in &pairs {
+        let logp = [&pair.chosen, &pair.rejected].map(|response| sum(&policy, response));
+        let ref_logp = [&pair.chosen, &pair.rejected].map(|response| sum(&reference, response));
+        let reward = [0, 1].map(|i| beta * (logp[i] - ref_logp[i]));
+        let h = reward[0] - reward[1];
+        want[0] -= (1.0 - smoothing) * log_sigmoid(h) + smoothing * log_sigmoid(-h);
+        want[1] += f64::from(u8::from(h > 0.0));
+        let more = [h, reward[0], reward[1], logp[0], logp[1]];
+        want[2..].iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
+    }
+    let dpo = Dpo { policy: &policy, reference, pairs, pad: 0, beta, label_smoothing: smoothing };
+    let eval = evaluate(&dpo, &[0, 1, 2, 3, 4], 3).unwrap();
+    let names = [
+        "eval/loss",
+        "eval/accuracy",
+        "eval/margin",
+        "eval/rewards/chosen",
+        "eval/rewards/rejected",
+        "eval/logp/chosen",
+        "eval/logp/rejected",
+    ];
+    let got = names.map(|name| eval[name].as_f64().unwrap());
+    assert_close("metrics", &got, &want.map(|x| x / 5.0), 1e-5, 1e-5);
+}
+
+fn short_dpo(out: &Path) -> DpoSettings {
+    DpoSettings {
+        out: Some(out.into()),
+        lm_steps: 10,
+        steps: 12,
+        batch_size: 16,
+        learning_rate: 1e-3,
+        held_out: 0.02,
+        max_new_tokens: 8,
+        ..DpoSettings::default()
+    }
+}
+
+fn go_dpo(settings: &DpoSettings) -> anyhow::Result<()> {
+    dpo::run(settings, &AtomicBool::new(false), &silent())
+}
+
+#[test]
+fn dpo_learns_writes_its_files_and_repeats_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str| {
+        let out = dir.path().join(name);
+        go_dpo(&DpoSettings { seed: 5, ..short_dpo(&out) }).unwrap();
+        (
+            metrics(&out),
+            fs::read(out.join("samples.jsonl")).unwrap(),
+            fs::read(out.join("weights/model.safetensors")).unwrap(),
+        )
+    };
+    let (a, b) = (run("a"), run("b"));
+    assert!(a == b, "two runs of one seed differ");
+    let number = |step: usize, name: &str| a.0[step - 1][name].as_f64().unwrap();
+    assert_close("loss of the reference", &[number(1, "loss")], &[2f64.ln()], 1e-5, 0.0);
+    assert!(number(12, "eval/loss") < number(1, "eval/loss"));
+    assert!(number(12, "eval/margin") > 0.1, "{}", number(12, "eval/margin"));
+    load(&dir.path().join("a/weights"), &Device::Cpu).unwrap();
+    let samples = lines(dir.path().join("a/samples.jsonl"));
+    assert_eq!(samples.len(), 16);
+}
+
+#[test]
+fn dpo_shows_answers_to_the_prompts_of_its_pairs() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    go_sft(&short_sft(&path("sft"))).unwrap();
+    let pair = |prompt: &str| {
+        format!(r#"{{"prompt": "{prompt}", "chosen": "mat.", "rejected": "roof."}}"#) + "\n"
+    };
+    let pairs = [pair("The cat sat on the"), pair("The dog"), pair("The dog")].concat();
+    let settings = DpoSettings {
+        model: Some(path("sft/weights")),
+        preferences: Some(write(path("p.jsonl"), pairs)),
+        held_out: 0.0,
+        steps: 20,
+        ..short_dpo(&path("run"))
+    };
+    go_dpo(&settings).unwrap();
+    let samples = lines(path("run/samples.jsonl"));
+    let prompts: Vec<_> = samples.iter().map(|sample| sample["prompt"].as_str().unwrap()).collect();
+    assert_eq!(prompts, ["The cat sat on the", "The dog", "The cat sat on the", "The dog"]);
+    let metrics = metrics(&path("run"));
+    assert!(metrics[19]["logp/chosen"].as_f64() > metrics[0]["logp/chosen"].as_f64());
+    assert!(metrics[19]["logp/rejected"].as_f64() < metrics[0]["logp/rejected"].as_f64());
+}
+
+#[test]
+fn what_dpo_cannot_use_is_refused_before_anything_is_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let out = path("run");
+    let refused = |settings: DpoSettings, words: &[&str]| refused(go_dpo, &settings, &out, words);
+    refused(DpoSettings { beta: 0.0, ..short_dpo(&out) }, &["--beta is 0, expected"]);
+    let label_smoothing = 0.5;
+    refused(DpoSettings { label_smoothing, ..short_dpo(&out) }, &["--label-smoothing is 0.5"]);
+    let same = r#"{"prompt": "The", "chosen": "cat", "rejected": "cat"}"#;
+    let preferences = Some(write(path("same.jsonl"), same));
+    refused(DpoSettings { preferences, ..short_dpo(&out) }, &["same.jsonl:1", "are the same"]);
+    let prompts = Some(write(path("walrus.txt"), "The walrus"));
+    refused(DpoSettings { prompts, ..short_dpo(&out) }, &["--prompts: prompt 1", "walrus"]);
+    let preferences = Some(path("none.jsonl"));
+    refused(DpoSettings { preferences, ..short_dpo(&out) }, &["cannot read --preferences"]);
+}
+
 // ---------------------------------------------------------------- train with a reward model
 
 fn short_train(out: &Path, reward: &Path) -> Settings {
@@ -736,4 +862,9 @@ fn the_settings_of_sft_are_whole() {
 #[test]
 fn the_settings_of_reward_are_whole() {
     settings_are_whole::<RewardModelSettings>(embedded::REWARD, 5);
+}
+
+#[test]
+fn the_settings_of_dpo_are_whole() {
+    settings_are_whole::<DpoSettings>(embedded::DPO, 6);
 }

@@ -6,11 +6,12 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::{anyhow, Result};
+use anyhow::{anyhow, Context, Result};
 use candle_core::Device;
 use serde_json::json;
 
 use super::config::tuning::{SftSettings, Tuning};
+use super::config::RunSettings;
 use super::examples::{encode_demonstrations, Demonstration, Preference};
 use super::load::Loaded;
 use super::model::{Decoder, DecoderConfig};
@@ -27,6 +28,13 @@ pub const TRAIN: &str = include_str!("embedded/train.toml");
 pub const SFT: &str = include_str!("embedded/sft.toml");
 /// Those of `reward`.
 pub const REWARD: &str = include_str!("embedded/reward.toml");
+/// Those of `dpo`.
+pub const DPO: &str = include_str!("embedded/dpo.toml");
+
+/// The settings in one of these texts.
+pub fn settings<S: RunSettings>(text: &str) -> Result<S> {
+    toml::from_str(text).context("settings of the embedded run")
+}
 
 const PAD: &str = "<pad>";
 const EOS: &str = "</s>";
@@ -125,8 +133,7 @@ pub fn fit(
     let examples = encode_demonstrations(&demonstrations(), tokenizer, context)?;
     let rows: Vec<usize> = (0..examples.len()).collect();
     let sft = Sft { decoder, examples, pad: tokenizer.pad() };
-    let settings: SftSettings = toml::from_str(SFT)?;
-    let tuning = Tuning { steps, seed, ..settings.tuning() };
+    let tuning = Tuning { steps, seed, ..settings::<SftSettings>(SFT)?.tuning() };
     tuning::learn(&sft, &rows, &tuning, |learned| {
         Ok(on_step(learned.metrics["loss"].as_f64().unwrap_or(f64::NAN)))
     })

@@ -1,5 +1,7 @@
-//! The training program behind `ppo-kernels train`, and an example of how the crate is used: PPO on a
-//! language model, with nothing of the crate but its public functions.
+//! The training program, and an example of how the crate is used: language models trained with nothing
+//! of the crate but its public functions.
+//!
+//! PPO is `ppo-kernels train`:
 //!
 //! | phase | module | ops |
 //! |---|---|---|
@@ -7,9 +9,18 @@
 //! | log-probabilities, KL, values, advantages | [`experience`] | `logprob`, `kl`, `gae`, `whiten` |
 //! | clipped gradient steps in minibatches | [`update`] | `logprob`, `ppo_loss` |
 //!
-//! [`trainer`] does the three in a row, step by step; [`train`] is the whole run. The models are in
-//! [`model`], [`load`], [`tokenizer`] and [`generate`]; what the user gives and gets in [`config`],
-//! [`prompts`], [`reward`] and [`report`]; the run that needs no file at all in [`embedded`].
+//! [`trainer`] does the three in a row, step by step; [`train`] is the whole run. The others learn from
+//! files of [`examples`], each as one [`tuning::Objective`]:
+//!
+//! | subcommand | module | learns |
+//! |---|---|---|
+//! | `sft` | [`sft`] | to respond as in demonstrations |
+//! | `reward` | [`reward_model`] | to score preferred responses above others |
+//! | `dpo` | [`dpo`] | to respond as is preferred |
+//!
+//! [`session`] is what all runs do before and after their steps. The models are in [`model`], [`load`], [`tokenizer`] and
+//! [`generate`]; what the user gives and gets in [`config`], [`prompts`], [`reward`] and [`report`]; the run
+//! that needs no file at all in [`embedded`].
 //!
 //! Besides, [`check`] holds the kernels against their references, and [`bench_table`] makes a table of
 //! what the benches measured.
@@ -17,6 +28,7 @@
 pub mod bench_table;
 pub mod check;
 pub mod config;
+pub mod dpo;
 pub mod embedded;
 pub mod examples;
 pub mod experience;

@@ -78,11 +78,16 @@ pub fn pairwise_loss(
     margins: &Tensor,
     center_coef: f64,
 ) -> Result<Tensor> {
-    let gap = ((chosen - rejected)? - margins)?;
-    // -ln sigmoid(x) = max(-x, 0) + ln(1 + e^-|x|), which overflows for no x.
-    let logistic = (gap.neg()?.relu()? + (gap.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+    let logistic = logistic_loss(&((chosen - rejected)? - margins)?, 0.0)?;
     let centred = ((chosen + rejected)?.sqr()? * center_coef)?;
     Ok((logistic + centred)?.mean_all()?)
+}
+
+/// -(1 - smoothing) ln sigmoid(x) - smoothing ln sigmoid(-x), elementwise.
+pub(super) fn logistic_loss(x: &Tensor, smoothing: f64) -> Result<Tensor> {
+    // max(-x, 0) + ln(1 + e^-|x|) overflows for no x; and ln sigmoid(-x) = ln sigmoid(x) - x.
+    let loss = (x.neg()?.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+    Ok((loss + (x * smoothing)?)?)
 }
 
 const COLUMNS: [Column; 7] = [

@@ -33,6 +33,26 @@ pub fn open_model(model: Option<&Path>, seed: u64, device: &Device) -> Result<Lo
     }
 }
 
+/// Fits the embedded model to its corpus, with a bar and a line every few steps.
+pub fn fit(
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    steps: usize,
+    seed: u64,
+    progress: &Progress,
+    stop: &AtomicBool,
+) -> Result<()> {
+    let bar = progress.bar("fitting", steps, "steps");
+    embedded::fit(decoder, tokenizer, steps, seed, |loss| {
+        bar.inc(1);
+        let step = bar.position();
+        if step == 1 || step == steps || step.is_multiple_of(LM_LINE_EVERY) {
+            progress.line(&format!("language modelling {step}/{steps}: {loss:.3} nats a token"));
+        }
+        !stop.load(Ordering::Relaxed)
+    })
+}
+
 /// A run with a folder.
 pub struct Session<'a> {
     /// The folder.
@@ -74,16 +94,7 @@ impl<'a> Session<'a> {
         steps: usize,
         seed: u64,
     ) -> Result<()> {
-        let bar = self.progress.bar("fitting", steps, "steps");
-        embedded::fit(decoder, tokenizer, steps, seed, |loss| {
-            bar.inc(1);
-            let step = bar.position();
-            if step == 1 || step == steps || step.is_multiple_of(LM_LINE_EVERY) {
-                self.progress
-                    .line(&format!("language modelling {step}/{steps}: {loss:.3} nats a token"));
-            }
-            !self.stopped()
-        })
+        fit(decoder, tokenizer, steps, seed, self.progress, self.stop)
     }
 
     /// Says what is trained.

@@ -251,3 +251,54 @@ impl RewardModelSettings {
         needs_data("--preferences", &self.preferences, &self.model)
     }
 }
+
+tuning_settings! {
+    /// The settings of `dpo`.
+    DpoSettings {
+        command: "dpo",
+        steps: 200,
+        batch_size: 8,
+        learning_rate: 1e-6,
+    }
+
+    /// Preferences: a .jsonl file with one {"prompt": "..", "chosen": "..", "rejected": ".."} a line.
+    /// Needed with --model
+    #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Run")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preferences: Option<PathBuf>,
+
+    /// Steps of language modelling that fit the embedded model before; no effect with --model
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 300,
+        help_heading = "Run")]
+    pub lm_steps: usize,
+
+    /// Prompts that are answered before and after, as in `train` [default: those of the embedded
+    /// run, or with --model the first ones of --preferences]
+    #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Samples")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompts: Option<PathBuf>,
+
+    /// Longest response to them, in tokens
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 24,
+        help_heading = "Samples")]
+    pub max_new_tokens: usize,
+
+    /// Weight of the log-ratio to the reference: the larger, the nearer the policy stays to it
+    #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Loss")]
+    pub beta: f64,
+
+    /// Share of the pairs that are taken to be the wrong way round
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
+    pub label_smoothing: f64,
+}
+
+impl DpoSettings {
+    fn validate_own(&self) -> Result<()> {
+        at_least_one("--max-new-tokens", self.max_new_tokens)?;
+        in_range("--beta", Some(self.beta), |x| x > 0.0, "above 0")?;
+        let smoothing = Some(self.label_smoothing);
+        in_range("--label-smoothing", smoothing, |x| (0.0..0.5).contains(&x), "in [0, 0.5)")?;
+        valid_paths(&[("--preferences", &self.preferences), ("--prompts", &self.prompts)])?;
+        needs_data("--preferences", &self.preferences, &self.model)
+    }
+}
