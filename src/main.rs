@@ -1,4 +1,5 @@
-//! The command line: `ppo-kernels train`, `sft`, `reward` and `dpo` train a model; `check` holds the kernels against their references, `bench-table` prints what
+//! The command line: `ppo-kernels train`, `sft`, `reward` and `dpo` train a model, `generate` and `eval` look
+//! at it, `demo` does it all; `check` holds the kernels against their references, `bench-table` prints what
 //! the benches measured.
 //!
 //! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error, or when a bound is exceeded;
@@ -14,8 +15,10 @@ use ppo_kernels::driver::bench_table::{self, BenchTableArgs};
 use ppo_kernels::driver::check::{CheckArgs, Report};
 use ppo_kernels::driver::config::tuning::{DpoSettings, RewardModelSettings, SftSettings};
 use ppo_kernels::driver::config::{ConfigArgs, RunSettings, TrainArgs};
+use ppo_kernels::driver::demo::DemoSettings;
+use ppo_kernels::driver::evaluate::{EvalArgs, GenerateArgs};
 use ppo_kernels::driver::report::Progress;
-use ppo_kernels::driver::{dpo, embedded, reward_model, sft, train};
+use ppo_kernels::driver::{demo, dpo, embedded, evaluate, reward_model, sft, train};
 
 const EMBEDDED: &str =
     "The defaults are for a real model. Without --model the embedded run has settings of its own; \
@@ -43,6 +46,12 @@ enum Command {
     /// Train a language model on preferences by DPO; with no option, on those of `reward`
     #[command(after_help = EMBEDDED)]
     Dpo(Box<ConfigArgs<DpoSettings>>),
+    /// Answer prompts with a saved model, or with several side by side
+    Generate(GenerateArgs),
+    /// Score the answers of a saved model, or of several side by side
+    Eval(EvalArgs),
+    /// RLHF from end to end on the embedded data: SFT, preferences, reward model, PPO, DPO, and a table
+    Demo(Box<ConfigArgs<DemoSettings>>),
     /// Compare every op, pass and dtype with its f64 reference on random inputs
     Check(CheckArgs),
     /// Print the results of `cargo bench` as a Markdown table
@@ -68,6 +77,9 @@ fn run(command: &Command, matches: &ArgMatches) -> Result<()> {
         Command::Sft(args) => go(args, matches, embedded::SFT, sft::run),
         Command::Dpo(args) => go(args, matches, embedded::DPO, dpo::run),
         Command::Reward(args) => go(args, matches, embedded::REWARD, reward_model::run),
+        Command::Demo(args) => go(args, matches, "", demo::run),
+        Command::Generate(args) => evaluate::generate(args, &Progress::new()),
+        Command::Eval(args) => evaluate::eval(args, &Progress::new()),
         Command::Check(args) => {
             let report = Report::new(args)?;
             print(&report.table());

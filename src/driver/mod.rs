@@ -18,7 +18,8 @@
 //! | `reward` | [`reward_model`] | to score preferred responses above others |
 //! | `dpo` | [`dpo`] | to respond as is preferred |
 //!
-//! [`session`] is what all runs do before and after their steps. The models are in [`model`], [`load`], [`tokenizer`] and
+//! [`session`] is what all runs do before and after their steps, [`demo`] does one after the other, and
+//! [`evaluate`] looks at what they saved. The models are in [`model`], [`load`], [`tokenizer`] and
 //! [`generate`]; what the user gives and gets in [`config`], [`prompts`], [`reward`] and [`report`]; the run
 //! that needs no file at all in [`embedded`].
 //!
@@ -28,8 +29,10 @@
 pub mod bench_table;
 pub mod check;
 pub mod config;
+pub mod demo;
 pub mod dpo;
 pub mod embedded;
+pub mod evaluate;
 pub mod examples;
 pub mod experience;
 pub mod generate;
