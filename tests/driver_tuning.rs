@@ -5,7 +5,8 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor, Var, D};
 use clap::{Args, Command, FromArgMatches};
@@ -29,7 +30,7 @@ use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::sft::{self, Sft};
 use ppo_kernels::driver::tokenizer::Tokenizer;
 use ppo_kernels::driver::train;
-use ppo_kernels::driver::tuning::{evaluate, learn, split, Objective};
+use ppo_kernels::driver::tuning::{evaluate, learn, split, Loss, Objective};
 use serde_json::{Map, Value};
 
 /// f32 sums of a few hundred terms in two different orders.
@@ -259,10 +260,10 @@ fn every_example_is_learned_once_before_any_comes_again() {
     /// Remembers what it is asked for.
     struct Spy<'a>(Sft<'a>, std::cell::RefCell<Vec<Vec<usize>>>);
     impl Objective for Spy<'_> {
-        fn parameters(&self) -> Vec<(String, candle_core::Var)> {
+        fn parameters(&self) -> Vec<(String, Var)> {
             self.0.parameters()
         }
-        fn loss(&self, rows: &[usize]) -> anyhow::Result<ppo_kernels::driver::tuning::Loss> {
+        fn loss(&self, rows: &[usize]) -> anyhow::Result<Loss> {
             self.1.borrow_mut().push(rows.to_vec());
             self.0.loss(rows)
         }
@@ -326,6 +327,65 @@ fn sft_learns_writes_its_files_and_repeats_bit_for_bit() {
     assert_eq!(samples.iter().filter(|s| s["step"] == 6).count(), 8);
     assert!(samples[0].get("score").is_none());
     load(&dir.path().join("a/weights"), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn a_run_that_is_stopped_ends_after_the_step_with_everything_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let settings = SftSettings { steps: 100_000, ..short_sft(&out) };
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let run = scope.spawn(|| sft::run(&settings, &stop, &silent()));
+        let start = Instant::now();
+        let metrics = out.join("metrics.jsonl");
+        while fs::read_to_string(&metrics).map_or(0, |text| text.lines().count()) < 2 {
+            assert!(start.elapsed() < Duration::from_secs(120), "no two steps in two minutes");
+            assert!(!run.is_finished(), "ended before it was stopped");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        stop.store(true, Ordering::Relaxed);
+        run.join().unwrap().unwrap();
+    });
+    let steps = metrics(&out).len();
+    assert!(steps < 10_000);
+    let samples = lines(out.join("samples.jsonl"));
+    assert_eq!(samples.iter().filter(|sample| sample["step"] == steps).count(), 8);
+    load(&out.join("weights"), &Device::Cpu).unwrap();
+
+    // A run that has not begun leaves nothing.
+    let out = dir.path().join("none");
+    sft::run(&short_sft(&out), &stop, &silent()).unwrap();
+    assert!(!out.exists());
+}
+
+/// A step whose loss is not finite changes nothing, and the next one counts.
+#[test]
+fn a_step_that_is_not_finite_is_skipped() {
+    /// The square of a parameter, but NaN in the first step.
+    struct Once(Var, std::cell::Cell<usize>);
+    impl Objective for Once {
+        fn parameters(&self) -> Vec<(String, Var)> {
+            vec![("x".to_owned(), self.0.clone())]
+        }
+        fn loss(&self, _: &[usize]) -> anyhow::Result<Loss> {
+            self.1.set(self.1.get() + 1);
+            let factor = if self.1.get() == 1 { f64::NAN } else { 1.0 };
+            let loss = (self.0.sqr()? * factor)?.sum_all()?;
+            Ok(Loss { loss, count: 1, metrics: Vec::new() })
+        }
+    }
+    let x = Var::from_tensor(&Tensor::new(&[1f32], &Device::Cpu).unwrap()).unwrap();
+    let mut steps = Vec::new();
+    let tuning = Tuning { steps: 2, learning_rate: 0.1, ..tuning() };
+    learn(&Once(x.clone(), 0.into()), &[0], &tuning, |learned| {
+        steps.push((learned.skipped, learned.metrics["loss"].clone(), to_vec(&x)[0]));
+        Ok(true)
+    })
+    .unwrap();
+    assert_eq!(steps[0], (true, Value::Null, 1.0));
+    assert_eq!((steps[1].0, &steps[1].1), (false, &Value::from(1.0)));
+    assert!(steps[1].2 < 1.0);
 }
 
 #[test]

@@ -175,6 +175,7 @@ impl Demo<'_> {
             ..embedded_settings(embedded::SFT)?
         };
         sft::run(&settings, stop, progress).context("sft")?;
+        session.run.keep();
         if session.stopped() {
             return Ok(false);
         }

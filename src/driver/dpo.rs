@@ -128,8 +128,8 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
         label_smoothing: settings.label_smoothing,
     };
     let trained = tuning::train(&dpo, &rows, &tuning, &COLUMNS, &mut session);
-    session.save(trained, |weights| save(weights, decoder, tokenizer))?;
-    showcase.show(&mut session, settings.steps, &model)?;
+    let steps = session.save(trained, |weights| save(weights, decoder, tokenizer))?;
+    showcase.show(&mut session, steps, &model)?;
     session.end();
     Ok(())
 }

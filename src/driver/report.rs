@@ -116,6 +116,11 @@ impl Run {
         self.dir.join(WEIGHTS)
     }
 
+    /// Keeps the folder from now on, though nothing is recorded yet: something else is in it.
+    pub fn keep(&mut self) {
+        self.recorded = true;
+    }
+
     /// Adds one line to `metrics.jsonl`: `values` and `step`, which counts from 1.
     pub fn metrics(&mut self, step: usize, values: &Map<String, Value>) -> Result<()> {
         let mut line = Map::from_iter([("step".to_owned(), Value::from(step))]);

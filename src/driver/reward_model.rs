@@ -127,10 +127,10 @@ pub fn run(settings: &RewardModelSettings, stop: &AtomicBool, progress: &Progres
     let (pad, center_coef) = (tokenizer.pad(), settings.center_coef);
     let learner = RewardLearner { model: &model, pairs, pad, center_coef };
     let trained = tuning::train(&learner, &rows, &tuning, &COLUMNS, &mut session);
-    session.save(trained, |weights| save_reward(weights, &model, &tokenizer))?;
+    let steps = session.save(trained, |weights| save_reward(weights, &model, &tokenizer))?;
     let (learned, held_out) = rows;
     let shown = if held_out.is_empty() { learned } else { held_out };
-    show(&learner, &shown[..SHOWN.min(shown.len())], settings.steps, &tokenizer, &mut session)?;
+    show(&learner, &shown[..SHOWN.min(shown.len())], steps, &tokenizer, &mut session)?;
     session.end();
     Ok(())
 }

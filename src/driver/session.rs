@@ -142,7 +142,7 @@ impl<'a> Session<'a> {
     }
 
     /// Saves the weights, those of a training that failed too, whose error then says so.
-    pub fn save(&self, trained: Result<()>, save: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    pub fn save<T>(&self, trained: Result<T>, save: impl FnOnce(&Path) -> Result<()>) -> Result<T> {
         let weights = self.run.weights_dir();
         let shown = weights.display();
         let saved = save(&weights).with_context(|| format!("cannot save the weights in {shown}"));
@@ -150,8 +150,9 @@ impl<'a> Session<'a> {
             Ok(()) => format!("the run ended early; the weights so far are in {shown}"),
             Err(error) => format!("the run ended early and left no weights ({error:#})"),
         };
-        trained.context(ended)?;
-        saved
+        let trained = trained.context(ended)?;
+        saved?;
+        Ok(trained)
     }
 
     /// Says where everything is.

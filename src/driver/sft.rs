@@ -80,8 +80,8 @@ pub fn run(settings: &SftSettings, stop: &AtomicBool, progress: &Progress) -> Re
     showcase.show(&mut session, 0, &model)?;
     let sft = Sft { decoder, examples, pad: tokenizer.pad() };
     let trained = tuning::train(&sft, &rows, &tuning, &COLUMNS, &mut session);
-    session.save(trained, |weights| save(weights, decoder, tokenizer))?;
-    showcase.show(&mut session, settings.steps, &model)?;
+    let steps = session.save(trained, |weights| save(weights, decoder, tokenizer))?;
+    showcase.show(&mut session, steps, &model)?;
     session.end();
     Ok(())
 }

@@ -156,22 +156,24 @@ pub fn split(len: usize, tuning: &Tuning) -> Result<(Vec<usize>, Vec<usize>)> {
     Ok((rows, held_out))
 }
 
-/// The whole training, with bar, lines and metrics, until it is over or the run is stopped.
+/// The whole training, with bar, lines and metrics, until it is over or the run is stopped; the steps
+/// that were made.
 pub fn train(
     objective: &impl Objective,
     (rows, held_out): &(Vec<usize>, Vec<usize>),
     tuning: &Tuning,
     columns: &[Column],
     session: &mut Session,
-) -> Result<()> {
+) -> Result<usize> {
     let steps = tuning.steps;
     let progress = session.progress;
     let bar = progress.bar("training", steps, "steps");
     let mut table = progress.table(columns);
-    let mut skipped = 0;
+    let (mut done, mut skipped) = (0, 0);
     learn(objective, rows, tuning, |learned| {
         bar.inc(1);
         let Learned { step, skipped: now, mut metrics } = learned;
+        done = step;
         let shown = step == 1 || step == steps || step.is_multiple_of(tuning.eval_every);
         if shown {
             metrics.extend(evaluate(objective, held_out, tuning.batch_size)?);
@@ -191,5 +193,6 @@ pub fn train(
             progress.line(&format!("stopped after {step} of {steps} steps"));
         }
         Ok(!stopped)
-    })
+    })?;
+    Ok(done)
 }
