@@ -95,6 +95,9 @@ fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
         ("seq-mean-token-sum", Aggregation::SeqMeanTokenSum),
         ("seq-mean-token-mean", Aggregation::SeqMeanTokenMean),
         ("seq-mean-token-sum-norm", Aggregation::SeqMeanTokenSumNorm),
+        ("batch-mean-token-sum", Aggregation::BatchMeanTokenSum),
+        ("batch-mean-token-mean", Aggregation::BatchMeanTokenMean),
+        ("seq-mean-token-sum-norm-rows", Aggregation::SeqMeanTokenSumNormRows),
         ("constant:1024", Aggregation::Constant(1024.0)),
         ("constant:0.30000000000000004", Aggregation::Constant(0.1 + 0.2)),
     ] {
@@ -105,7 +108,7 @@ fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
     }
     refused(&["--kl-estimator", "k4"], "k3-straight-through");
     for name in ["mean", "constant", "constant:", "constant:x", "TokenMean"] {
-        refused(&["--aggregation", name], "seq-mean-token-sum-norm or constant:X");
+        refused(&["--aggregation", name], "seq-mean-token-sum-norm-rows or constant:X");
     }
     for divisor in ["0", "-1", "inf", "NaN", "1e-50"] {
         refused(&["--aggregation", &format!("constant:{divisor}")], "--aggregation constant is");
