@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor, Var, D};
 use clap::{Args, Command, FromArgMatches};
-use common::{assert_close, golden, to_vec};
+use common::{assert_close, to_vec};
 use ppo_kernels::driver::config::tuning::{DpoSettings, RewardModelSettings, SftSettings, Tuning};
 use ppo_kernels::driver::config::{ConfigArgs, CriticFrom, RewardKind, RunSettings, Settings};
 use ppo_kernels::driver::dpo::{self, Dpo};
@@ -25,12 +25,13 @@ use ppo_kernels::driver::load::{
 use ppo_kernels::driver::model::{Critic, Decoder, DecoderConfig};
 use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::reward::sentiment;
-use ppo_kernels::driver::reward_model::{self, pairwise_loss, RewardLearner};
+use ppo_kernels::driver::reward_model::{self, RewardLearner};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::sft::{self, Sft};
 use ppo_kernels::driver::tokenizer::Tokenizer;
 use ppo_kernels::driver::train;
 use ppo_kernels::driver::tuning::{evaluate, learn, split, Loss, Objective};
+use ppo_kernels::preference::{PreferenceLoss, PreferenceOptions};
 use serde_json::{Map, Value};
 
 /// f32 sums of a few hundred terms in two different orders.
@@ -452,50 +453,6 @@ fn what_sft_cannot_use_is_refused_before_anything_is_made() {
 
 // ---------------------------------------------------------------- reward
 
-/// OpenRLHF's and TRL's, whose margins and centring are ours.
-#[test]
-fn the_pairwise_loss_is_that_of_two_projects() {
-    let mut checked = 0;
-    for case in golden("reward_model") {
-        let (chosen, rejected) = match case.function.as_str() {
-            "openrlhf.models.loss.PairWiseLoss" => ("chosen_reward", "reject_reward"),
-            "trl.trainer.reward_trainer.RewardTrainer.compute_loss" => {
-                ("rewards_chosen", "rewards_rejected")
-            }
-            _ => continue,
-        };
-        let var = |name: &str| {
-            let values: Vec<f32> = case.input(name).iter().map(|&x| x as f32).collect();
-            Var::from_tensor(&Tensor::new(values, &Device::Cpu).unwrap()).unwrap()
-        };
-        let (chosen, rejected) = (var(chosen), var(rejected));
-        let margins = match case.inputs["margin"] {
-            Value::Null => chosen.zeros_like().unwrap(),
-            _ => var("margin").as_detached_tensor(),
-        };
-        let center_coef = case.optional("center_rewards_coefficient").unwrap_or(0.0);
-        let loss = pairwise_loss(&chosen, &rejected, &margins, center_coef).unwrap();
-        assert_close(&case.id, &to_vec(&loss), &case.output("loss"), REL, ABS);
-        let grads = loss.backward().unwrap();
-        let names = ["grad_rejected", "grad_reject"];
-        let name = names.into_iter().find(|name| case.outputs.contains_key(*name)).unwrap();
-        for (var, name) in [(&chosen, "grad_chosen"), (&rejected, name)] {
-            assert_close(&case.id, &to_vec(grads.get(var).unwrap()), &case.output(name), REL, ABS);
-        }
-        checked += 1;
-    }
-    assert_eq!(checked, 11);
-}
-
-#[test]
-fn the_pairwise_loss_stays_finite_for_any_gap() {
-    let tensor = |x: f32| Tensor::new(&[x], &Device::Cpu).unwrap();
-    for (gap, want) in [(1e4, 0.0), (-1e4, 1e4), (0.0, 2f64.ln())] {
-        let loss = pairwise_loss(&tensor(gap), &tensor(0.0), &tensor(0.0), 0.0).unwrap();
-        assert_close("loss", &to_vec(&loss), &[want], 1e-6, 0.0);
-    }
-}
-
 #[test]
 fn the_embedded_pairs_are_of_one_prompt_and_the_chosen_response_scores_more() {
     let pairs = embedded::preferences();
@@ -665,6 +622,8 @@ fn the_loss_and_metrics_of_dpo_are_made_of_its_log_ratios() {
     preferences.truncate(5);
     let pairs = encode_preferences(&preferences, &tokenizer, 64).unwrap();
     let (beta, smoothing) = (0.3, 0.1);
+    let options =
+        PreferenceOptions { beta, label_smoothing: smoothing, ..PreferenceOptions::default() };
     let sum = |decoder: &Decoder, example: &Example| {
         let sequences = Sequences::of(&[example], 0, &Device::Cpu).unwrap();
         to_vec(&sequences.logp(decoder).unwrap()).iter().sum::<f64>()
@@ -681,7 +640,7 @@ fn the_loss_and_metrics_of_dpo_are_made_of_its_log_ratios() {
         let more = [h, reward[0], reward[1], logp[0], logp[1]];
         want[2..].iter_mut().zip(more).for_each(|(sum, x)| *sum += x);
     }
-    let dpo = Dpo { policy: &policy, reference, pairs, pad: 0, beta, label_smoothing: smoothing };
+    let dpo = Dpo { policy: &policy, reference: Some(reference), pairs, pad: 0, options };
     let eval = evaluate(&dpo, &[0, 1, 2, 3, 4], 3).unwrap();
     let names = [
         "eval/loss",
@@ -737,6 +696,25 @@ fn dpo_learns_writes_its_files_and_repeats_bit_for_bit() {
 }
 
 #[test]
+fn every_loss_of_pairs_can_be_learned_and_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    for loss in PreferenceLoss::ALL {
+        if loss == PreferenceLoss::Kto {
+            continue;
+        }
+        let out = dir.path().join(format!("{loss:?}"));
+        let label_smoothing = if loss == PreferenceLoss::ExoPair { 0.1 } else { 0.0 };
+        let settings =
+            DpoSettings { loss, label_smoothing, lm_steps: 1, steps: 1, ..short_dpo(&out) };
+        go_dpo(&settings).unwrap();
+        assert!(metrics(&out)[0]["loss"].is_number(), "{loss:?}");
+        let text = fs::read_to_string(out.join("config.toml")).unwrap();
+        let saved: DpoSettings = toml::from_str(&text).unwrap();
+        assert_eq!(saved, DpoSettings { out: None, ..settings });
+    }
+}
+
+#[test]
 fn dpo_shows_answers_to_the_prompts_of_its_pairs() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
@@ -768,8 +746,15 @@ fn what_dpo_cannot_use_is_refused_before_anything_is_made() {
     let out = path("run");
     let refused = |settings: DpoSettings, words: &[&str]| refused(go_dpo, &settings, &out, words);
     refused(DpoSettings { beta: 0.0, ..short_dpo(&out) }, &["--beta is 0, expected"]);
-    let label_smoothing = 0.5;
-    refused(DpoSettings { label_smoothing, ..short_dpo(&out) }, &["--label-smoothing is 0.5"]);
+    let label_smoothing = 0.6;
+    refused(DpoSettings { label_smoothing, ..short_dpo(&out) }, &["--label-smoothing is 0.6"]);
+    let loss = PreferenceLoss::Hinge;
+    let hinge =
+        |gamma, label_smoothing| DpoSettings { loss, gamma, label_smoothing, ..short_dpo(&out) };
+    refused(hinge(0.0, 0.1), &["--loss is refused", "label_smoothing", "0 for this loss"]);
+    refused(hinge(0.5, 0.0), &["--loss is refused", "gamma", "0 for this loss"]);
+    let loss = PreferenceLoss::Kto;
+    refused(DpoSettings { loss, ..short_dpo(&out) }, &["--loss kto is refused"]);
     let same = r#"{"prompt": "The", "chosen": "cat", "rejected": "cat"}"#;
     let preferences = Some(write(path("same.jsonl"), same));
     refused(DpoSettings { preferences, ..short_dpo(&out) }, &["same.jsonl:1", "are the same"]);
@@ -926,5 +911,5 @@ fn the_settings_of_reward_are_whole() {
 
 #[test]
 fn the_settings_of_dpo_are_whole() {
-    settings_are_whole::<DpoSettings>(embedded::DPO, 6);
+    settings_are_whole::<DpoSettings>(embedded::DPO, 8);
 }

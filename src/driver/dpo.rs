@@ -1,13 +1,6 @@
-//! `dpo`: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), a policy learned from
-//! preferences without a reward model and without sampling.
-//!
-//! ```text
-//! reward = beta (ln p(response) - ln p_reference(response))
-//! h      = reward(chosen) - reward(rejected)
-//! loss   = -(1 - label_smoothing) ln sigmoid(h) - label_smoothing ln sigmoid(-h)     the mean over pairs
-//! ```
-//!
-//! The reference is the model as it was before the run.
+//! `dpo`: direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its family, a policy
+//! learned from preferences without a reward model and without sampling. The losses are those of
+//! [`crate::preference`]; their reference is the model as it was before the run.
 
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -19,29 +12,26 @@ use super::config::tuning::DpoSettings;
 use super::config::RunSettings;
 use super::embedded;
 use super::examples::{self, Example, Pair};
-use super::experience::mean;
 use super::load::{save, Loaded};
 use super::model::Decoder;
 use super::report::{Column, Progress};
-use super::reward_model::logistic_loss;
 use super::sequences::Sequences;
 use super::session::{open_model, Session, Showcase};
 use super::tuning::{self, Loss, Objective};
+use crate::preference::{preference_loss, PreferenceInputs, PreferenceOptions, PreferenceOutput};
 
 /// A policy that learns to prefer chosen responses to rejected ones.
 pub struct Dpo<'a> {
     /// The policy.
     pub policy: &'a Decoder,
-    /// What it starts from; does not learn.
-    pub reference: Decoder,
+    /// What it starts from, if the loss has a reference; does not learn.
+    pub reference: Option<Decoder>,
     /// The pairs.
     pub pairs: Vec<Pair>,
     /// Fills a batch.
     pub pad: u32,
-    /// Weight of the log-ratios.
-    pub beta: f64,
-    /// Share of the pairs that are taken to be the wrong way round.
-    pub label_smoothing: f64,
+    /// The loss.
+    pub options: PreferenceOptions,
 }
 
 impl Objective for Dpo<'_> {
@@ -55,23 +45,23 @@ impl Objective for Dpo<'_> {
         let chosen = pairs().map(|pair| &pair.chosen);
         let examples: Vec<&Example> = chosen.chain(pairs().map(|pair| &pair.rejected)).collect();
         let sequences = Sequences::of(&examples, self.pad, self.policy.device())?;
-        let logp = sequences.logp(self.policy)?.sum(1)?;
-        let ref_logp = sequences.logp(&self.reference)?.sum(1)?;
-
-        let rewards = ((&logp - ref_logp)? * self.beta)?;
-        let (chosen, rejected) = (rewards.narrow(0, 0, count)?, rewards.narrow(0, count, count)?);
-        let loss = logistic_loss(&(&chosen - &rejected)?, self.label_smoothing)?.mean_all()?;
-
-        let (chosen, rejected) = (chosen.to_vec1::<f32>()?, rejected.to_vec1::<f32>()?);
-        let right = chosen.iter().zip(&rejected).filter(|(chosen, rejected)| chosen > rejected);
-        let logp: Vec<f32> = logp.to_vec1()?;
+        let logp = sequences.logp(self.policy)?;
+        let reference = self.reference.as_ref();
+        let ref_logp = reference.map(|reference| sequences.logp(reference)).transpose()?;
+        let inputs = PreferenceInputs {
+            ref_logp: ref_logp.as_ref(),
+            mask: Some(&sequences.mask),
+            ..PreferenceInputs::new(&logp)
+        };
+        let PreferenceOutput { loss, stats, .. } = preference_loss(&inputs, &self.options)?;
+        let stats = stats.to_host()?;
         let metrics = vec![
-            ("accuracy", right.count() as f64 / count as f64),
-            ("margin", mean(&chosen) - mean(&rejected)),
-            ("rewards/chosen", mean(&chosen)),
-            ("rewards/rejected", mean(&rejected)),
-            ("logp/chosen", mean(&logp[..count])),
-            ("logp/rejected", mean(&logp[count..])),
+            ("accuracy", stats.accuracy),
+            ("margin", stats.reward_margin),
+            ("rewards/chosen", stats.chosen_reward),
+            ("rewards/rejected", stats.rejected_reward),
+            ("logp/chosen", stats.chosen_logp),
+            ("logp/rejected", stats.rejected_logp),
         ];
         Ok(Loss { loss, count, metrics })
     }
@@ -121,11 +111,13 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
     showcase.show(&mut session, 0, &model)?;
     let dpo = Dpo {
         policy: decoder,
-        reference: decoder.frozen()?,
+        reference: match settings.loss.is_reference_free() {
+            true => None,
+            false => Some(decoder.frozen()?),
+        },
         pairs,
         pad: tokenizer.pad(),
-        beta: settings.beta,
-        label_smoothing: settings.label_smoothing,
+        options: settings.options(),
     };
     let trained = tuning::train(&dpo, &rows, &tuning, &COLUMNS, &mut session);
     let steps = session.save(trained, |weights| save(weights, decoder, tokenizer))?;

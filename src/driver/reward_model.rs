@@ -22,6 +22,9 @@ use super::report::{Column, Progress, SampleRecord};
 use super::session::{open_model, Session, SHOWN};
 use super::tokenizer::Tokenizer;
 use super::tuning::{self, Loss, Objective};
+use crate::preference::{
+    reward_model_loss, RewardModelOptions, RewardModelOutput, RewardModelTensors,
+};
 
 /// A reward model that learns to score chosen responses above rejected ones.
 pub struct RewardLearner<'a> {
@@ -36,14 +39,13 @@ pub struct RewardLearner<'a> {
 }
 
 impl RewardLearner<'_> {
-    /// Scores of the chosen responses and of the rejected ones of these pairs, f32 `[P]` each.
-    fn scores(&self, model: &Critic, rows: &[usize]) -> Result<(Tensor, Tensor)> {
+    /// Scores of the chosen responses, and of the rejected ones, of these pairs: f32 `[2, P]`.
+    fn scores(&self, model: &Critic, rows: &[usize]) -> Result<Tensor> {
         let pairs = || rows.iter().map(|&row| &self.pairs[row]);
         let chosen = pairs().map(|pair| pair.chosen.tokens());
         let texts: Vec<Vec<u32>> =
             chosen.chain(pairs().map(|pair| pair.rejected.tokens())).collect();
-        let scores = model.scores(&texts, self.pad)?;
-        Ok((scores.narrow(0, 0, rows.len())?, scores.narrow(0, rows.len(), rows.len())?))
+        Ok(model.scores(&texts, self.pad)?.reshape((2, rows.len()))?)
     }
 }
 
@@ -53,41 +55,23 @@ impl Objective for RewardLearner<'_> {
     }
 
     fn loss(&self, rows: &[usize]) -> Result<Loss> {
-        let (chosen, rejected) = self.scores(self.model, rows)?;
+        let scores = self.scores(self.model, rows)?;
         let margins: Vec<f32> =
             rows.iter().map(|&row| self.pairs[row].margin.unwrap_or(0.0) as f32).collect();
-        let margins = Tensor::new(margins, chosen.device())?;
-        let loss = pairwise_loss(&chosen, &rejected, &margins, self.center_coef)?;
-        let gaps: Vec<f32> = (&chosen - &rejected)?.to_vec1()?;
-        let count = rows.len();
-        let right = gaps.iter().filter(|&&gap| gap > 0.0).count();
-        let gap = gaps.iter().map(|&gap| f64::from(gap)).sum::<f64>() / count as f64;
-        let score =
-            f64::from(((chosen.mean_all()? + rejected.mean_all()?)? * 0.5)?.to_scalar::<f32>()?);
-        let metrics =
-            vec![("accuracy", right as f64 / count as f64), ("margin", gap), ("score", score)];
-        Ok(Loss { loss, count, metrics })
+        let margins = Tensor::new(margins, scores.device())?;
+        let inputs =
+            RewardModelTensors { margin: Some(&margins), ..RewardModelTensors::new(&scores) };
+        let options =
+            RewardModelOptions { center_coef: self.center_coef, ..RewardModelOptions::default() };
+        let RewardModelOutput { loss, stats, .. } = reward_model_loss(&inputs, &options)?;
+        let stats = stats.to_host()?;
+        let metrics = vec![
+            ("accuracy", stats.accuracy),
+            ("margin", stats.reward_margin),
+            ("score", (stats.chosen_reward + stats.rejected_reward) / 2.0),
+        ];
+        Ok(Loss { loss, count: rows.len(), metrics })
     }
-}
-
-/// The mean of -ln sigmoid(chosen - rejected - margins) + center_coef (chosen + rejected)², of f32
-/// `[P]` each.
-pub fn pairwise_loss(
-    chosen: &Tensor,
-    rejected: &Tensor,
-    margins: &Tensor,
-    center_coef: f64,
-) -> Result<Tensor> {
-    let logistic = logistic_loss(&((chosen - rejected)? - margins)?, 0.0)?;
-    let centred = ((chosen + rejected)?.sqr()? * center_coef)?;
-    Ok((logistic + centred)?.mean_all()?)
-}
-
-/// -(1 - smoothing) ln sigmoid(x) - smoothing ln sigmoid(-x), elementwise.
-pub(super) fn logistic_loss(x: &Tensor, smoothing: f64) -> Result<Tensor> {
-    // max(-x, 0) + ln(1 + e^-|x|) overflows for no x; and ln sigmoid(-x) = ln sigmoid(x) - x.
-    let loss = (x.neg()?.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
-    Ok((loss + (x * smoothing)?)?)
 }
 
 const COLUMNS: [Column; 7] = [
@@ -146,12 +130,11 @@ fn show(
     session
         .progress
         .line("pairs after training (score, prompt | response), chosen above rejected:");
-    let (chosen, rejected) = learner.scores(&learner.model.no_grad(), rows)?;
-    let (chosen, rejected) = (chosen.to_vec1::<f32>()?, rejected.to_vec1::<f32>()?);
+    let scores = learner.scores(&learner.model.no_grad(), rows)?.to_vec2::<f32>()?;
     for (i, &row) in rows.iter().enumerate() {
         let pair = &learner.pairs[row];
         let prompt = tokenizer.decode(&pair.chosen.prompt)?;
-        for (response, score) in [(&pair.chosen, chosen[i]), (&pair.rejected, rejected[i])] {
+        for (response, score) in [(&pair.chosen, scores[0][i]), (&pair.rejected, scores[1][i])] {
             let response = tokenizer.decode(&response.response)?;
             session.progress.line(&format!("  {score:+.2}  {prompt} | {}", response.trim()));
             let (prompt, response) = (prompt.as_str(), response.as_str());

@@ -61,6 +61,8 @@ const OP: &str = "preference";
 
 /// The loss of a pair, or in KTO of a response. ε is `label_smoothing`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "driver", derive(clap::ValueEnum, serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "driver", serde(rename_all = "kebab-case"))]
 pub enum PreferenceLoss {
     /// -(1 - ε) ls(h) - ε ls(-h): DPO (Rafailov et al. 2023), and with ε cDPO.
     #[default]
@@ -95,6 +97,7 @@ pub enum PreferenceLoss {
     AotUnpaired,
     /// As `Sigmoid`, without a reference and always averaged: SimPO (Meng et al. 2024), with
     /// `gamma`, its target margin. TRL's margin is inside of β: γ / β there is this γ over β.
+    #[cfg_attr(feature = "driver", value(name = "simpo"), serde(rename = "simpo"))]
     SimPo,
     /// As `Sigmoid`, without a reference: CPO (Xu et al. 2024); its likelihood term is `sft_coef`.
     Cpo,
@@ -103,6 +106,7 @@ pub enum PreferenceLoss {
     Orpo,
     /// As `SimPo`, of (1 - e^(-α t)) / α in place of the average t: AlphaPO (Gupta et al. 2025),
     /// with `alpha`.
+    #[cfg_attr(feature = "driver", value(name = "alphapo"), serde(rename = "alphapo"))]
     AlphaPo,
     /// w_d (1 - s(β (x - kl))) of a desirable response, w_u (1 - s(β (kl - x))) of another: KTO
     /// (Ethayarajh et al. 2024). kl is max(0, mean log-ratio of mismatched prompts and responses),

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
@@ -10,6 +11,7 @@ use super::{
     at_least_one, count, defaults, in_range, seed, utf8_path, valid_batch_size, valid_paths,
     valid_seed, DeviceName, LrScheduleKind, RunSettings,
 };
+use crate::preference::{preference_loss, PreferenceInputs, PreferenceLoss, PreferenceOptions};
 
 /// The course of a training on examples.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -283,21 +285,61 @@ tuning_settings! {
         help_heading = "Samples")]
     pub max_new_tokens: usize,
 
-    /// Weight of the log-ratio to the reference: the larger, the nearer the policy stays to it
+    /// Loss of a pair
+    #[arg(long, value_enum, default_value_t = PreferenceLoss::Sigmoid, help_heading = "Loss")]
+    pub loss: PreferenceLoss,
+
+    /// Scale of the log-ratios to the reference: the larger, the nearer the policy stays to it
     #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Loss")]
     pub beta: f64,
 
-    /// Share of the pairs that are taken to be the wrong way round
+    /// Share of the pairs that are taken to be the wrong way round, for losses that have one
     #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
     pub label_smoothing: f64,
+
+    /// Divide the log-ratios by the lengths of the responses, as some losses always do
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        action = clap::ArgAction::Set, default_value_t = false, help_heading = "Loss")]
+    pub average_log_prob: bool,
+
+    /// Target margin, for losses that have one
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
+    pub gamma: f64,
+
+    /// Weight of language modelling on the chosen responses
+    #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Loss")]
+    pub sft_coef: f64,
 }
 
 impl DpoSettings {
+    /// Options of the loss.
+    pub fn options(&self) -> PreferenceOptions {
+        PreferenceOptions {
+            loss: self.loss,
+            beta: self.beta,
+            label_smoothing: self.label_smoothing,
+            average_log_prob: self.average_log_prob,
+            gamma: self.gamma,
+            sft_coef: self.sft_coef,
+            ..PreferenceOptions::default()
+        }
+    }
+
     fn validate_own(&self) -> Result<()> {
         at_least_one("--max-new-tokens", self.max_new_tokens)?;
         in_range("--beta", Some(self.beta), |x| x > 0.0, "above 0")?;
         let smoothing = Some(self.label_smoothing);
-        in_range("--label-smoothing", smoothing, |x| (0.0..0.5).contains(&x), "in [0, 0.5)")?;
+        in_range("--label-smoothing", smoothing, |x| (0.0..=0.5).contains(&x), "in [0, 0.5]")?;
+        in_range("--gamma", Some(self.gamma), |x| x >= 0.0, "of at least 0")?;
+        in_range("--sft-coef", Some(self.sft_coef), |x| x >= 0.0, "of at least 0")?;
+        ensure!(self.loss != PreferenceLoss::Kto, "--loss kto is refused: it has no pairs");
+        // The rest is the op's to say: what goes with which loss.
+        let logp = Tensor::zeros((2, 1), DType::F32, &Device::Cpu)?;
+        let inputs = PreferenceInputs {
+            ref_logp: Some(&logp).filter(|_| !self.loss.is_reference_free()),
+            ..PreferenceInputs::new(&logp)
+        };
+        preference_loss(&inputs, &self.options()).context("--loss is refused")?;
         valid_paths(&[("--preferences", &self.preferences), ("--prompts", &self.prompts)])?;
         needs_data("--preferences", &self.preferences, &self.model)
     }
