@@ -21,7 +21,7 @@ use super::rollout::{answer, Answers, Prompt, Prompts};
 use super::tokenizer::Tokenizer;
 
 /// Responses shown before and after a training.
-pub const SHOWN: usize = 8;
+pub(super) const SHOWN: usize = 8;
 /// Steps of language modelling between two lines about them.
 const LM_LINE_EVERY: usize = 100;
 
