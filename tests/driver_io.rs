@@ -11,7 +11,7 @@ use ppo_kernels::driver::prompts;
 use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord, PPO_COLUMNS};
 use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
 use ppo_kernels::kl::KlEstimator;
-use ppo_kernels::ppo_loss::Aggregation;
+use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions, RatioLevel};
 use serde_json::{json, Map, Value};
 
 // ---------------------------------------------------------------- settings
@@ -102,7 +102,7 @@ fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
         ("constant:0.30000000000000004", Aggregation::Constant(0.1 + 0.2)),
     ] {
         let settings = resolve(&["--aggregation", name]).unwrap();
-        assert_eq!(settings.aggregation, aggregation);
+        assert_eq!(settings.aggregation, Some(aggregation));
         assert!(settings.to_toml().unwrap().contains(&format!("aggregation = \"{name}\"")));
         assert_eq!(saved(&settings), settings);
     }
@@ -236,11 +236,27 @@ fn every_number_out_of_range_names_its_flag() {
 }
 
 #[test]
+fn losses_with_names_bring_their_own_options() {
+    let options = |flags: &[&str]| resolve(flags).unwrap().loss_options().unwrap();
+    for name in PpoLossOptions::NAMES {
+        let (ours, named) = (options(&["--loss", name]), PpoLossOptions::of(name).unwrap());
+        // What goes with a critic is a setting of its own.
+        assert_eq!(PpoLossOptions { value_coef: named.value_coef, ..ours }, named);
+    }
+    let gspo = options(&["--loss", "gspo", "--clip-range", "0.01", "--aggregation", "token-mean"]);
+    assert_eq!((gspo.clip_range, gspo.clip_range_high), (0.01, None));
+    assert_eq!((gspo.ratio, gspo.aggregation), (RatioLevel::SequenceMean, Aggregation::TokenMean));
+    refused(&["--loss", "gpso"], "possible values: ppo, dapo");
+    refused(&["--loss", "cispo", "--dual-clip", "3"], "which --loss cispo has not");
+}
+
+#[test]
 fn every_float_setting_is_checked() {
     // A float field that validate() forgets would let this NaN through.
     let table = toml::Table::try_from(Settings {
         score_clip: Some(1.0),
         missing_eos_penalty: Some(1.0),
+        clip_range: Some(1.0),
         clip_range_high: Some(1.0),
         dual_clip: Some(2.0),
         ..Settings::default()

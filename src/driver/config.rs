@@ -22,6 +22,7 @@ use std::str::FromStr;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
+use clap::builder::PossibleValuesParser;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, ValueEnum};
 use serde::de::DeserializeOwned;
@@ -29,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::kl::KlEstimator;
-use crate::ppo_loss::{Aggregation, PpoLossOptions};
+use crate::ppo_loss::{Aggregation, PpoLossOptions, Surrogate};
 
 /// Where the tensors live: `cpu`, `cuda` or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -406,11 +407,17 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 4, help_heading = "Loss")]
     pub minibatch_size: usize,
 
-    /// Clip range of the probability ratio: 1 - X to 1 + X
-    #[arg(long, value_name = "X", default_value_t = 0.2, help_heading = "Loss")]
-    pub clip_range: f64,
+    /// Policy loss, one of the family's
+    #[arg(long, value_name = "NAME", default_value = "ppo",
+        value_parser = PossibleValuesParser::new(PpoLossOptions::NAMES), help_heading = "Loss")]
+    pub loss: String,
 
-    /// Upper clip range, where it differs from the lower [default: --clip-range]
+    /// Clip range of the probability ratio: 1 - X to 1 + X [default: the loss's own; 0.2 of ppo]
+    #[arg(long, value_name = "X", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub clip_range: Option<f64>,
+
+    /// Upper clip range, where it differs from the lower [default: --clip-range, or the loss's own]
     #[arg(long, value_name = "X", help_heading = "Loss")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_range_high: Option<f64>,
@@ -441,10 +448,12 @@ pub struct Settings {
     /// How the per-token losses become one number: token-mean, the mean over all tokens of the
     /// minibatch; seq-mean-token-sum and seq-mean-token-mean, the mean over responses of the sum or
     /// mean over each response's tokens; seq-mean-token-sum-norm, the sum over all tokens divided by
-    /// the padded response length; or constant:X, divided by X
-    #[arg(long, value_name = "NAME", default_value_t = Aggregation::TokenMean,
-        help_heading = "Loss")]
-    pub aggregation: Aggregation,
+    /// the padded response length, and seq-mean-token-sum-norm-rows, by that and the responses;
+    /// batch-mean-token-sum and batch-mean-token-mean, as those with seq, but over empty responses too;
+    /// or constant:X, divided by X [default: the loss's own; token-mean of ppo]
+    #[arg(long, value_name = "NAME", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub aggregation: Option<Aggregation>,
 
     /// Learning rate of the policy
     #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
@@ -566,17 +575,23 @@ impl Settings {
     }
 
     /// Options of the loss.
-    pub fn loss_options(&self) -> PpoLossOptions {
-        PpoLossOptions {
-            clip_range: self.clip_range,
-            clip_range_high: self.clip_range_high,
+    ///
+    /// # Errors
+    /// If there is no loss of that name.
+    pub fn loss_options(&self) -> Result<PpoLossOptions> {
+        let named = PpoLossOptions::of(&self.loss)?;
+        // Its own upper range goes with its own lower one.
+        let own_high = named.clip_range_high.filter(|_| self.clip_range.is_none());
+        Ok(PpoLossOptions {
+            clip_range: self.clip_range.unwrap_or(named.clip_range),
+            clip_range_high: self.clip_range_high.or(own_high),
             dual_clip: self.dual_clip,
             value_clip_range: Some(self.value_clip_range),
             value_coef: self.value_coef,
             entropy_coef: self.entropy_coef,
-            aggregation: self.aggregation,
-            ..PpoLossOptions::default()
-        }
+            aggregation: self.aggregation.unwrap_or(named.aggregation),
+            ..named
+        })
     }
 }
 
@@ -607,7 +622,7 @@ impl RunSettings for Settings {
             ("--score-clip", self.score_clip),
             ("--kl-target", Some(self.kl_target)),
             ("--kl-horizon", Some(self.kl_horizon)),
-            ("--clip-range", Some(self.clip_range)),
+            ("--clip-range", self.clip_range),
             ("--clip-range-high", self.clip_range_high),
             ("--value-clip-range", Some(self.value_clip_range)),
             ("--max-grad-norm", Some(self.max_grad_norm)),
@@ -639,7 +654,13 @@ impl RunSettings for Settings {
         let timeout = Some(self.reward_timeout);
         in_range("--reward-timeout", timeout, |x| x > 0.0 && x <= 1e6, "in (0, 1e6]")?;
         in_range("--dual-clip", self.dual_clip, |x| x > 1.0, "above 1")?;
-        if let Aggregation::Constant(divisor) = self.aggregation {
+        let loss = self.loss_options()?;
+        ensure!(
+            self.dual_clip.is_none() || loss.surrogate == Surrogate::Clip,
+            "--dual-clip goes with a clipped ratio, which --loss {} has not",
+            self.loss
+        );
+        if let Aggregation::Constant(divisor) = loss.aggregation {
             in_range("--aggregation constant", Some(divisor), |x| x > 0.0, "above 0")?;
         }
 

@@ -65,7 +65,7 @@ impl Learner {
             value_optimizer: optimizer(critic.parameters())?,
             policy,
             critic,
-            options: settings.loss_options(),
+            options: settings.loss_options()?,
             epochs: settings.ppo_epochs,
             minibatch_size: settings.minibatch_size,
             temperature: settings.temperature,
