@@ -59,6 +59,7 @@ typedef struct {
     const char *name;
     double *at;
     double wrong;
+    int unbounded; /* above */
 } option;
 
 /* A struct that begins with its size. */
@@ -197,6 +198,7 @@ static void check_values(const function *f) {
         double right = *o->at;
         const double wrong[] = {o->wrong, NAN, INFINITY, -INFINITY, 1e300};
         for (size_t j = 0; j < sizeof wrong / sizeof *wrong; j++) {
+            if (o->unbounded && wrong[j] > 0.0) continue;
             *o->at = wrong[j];
             refuses(f, o->name, "out of range", PPOK_STATUS_OPTION);
         }
@@ -1023,6 +1025,8 @@ static void check_ppo_loss(void) {
         .returns = floats(TOKENS, 0.2f, 0.12f),
         .entropy = floats(TOKENS, 1.0f, 0.1f),
         .ref_logp = floats(TOKENS, -2.1f, 0.11f),
+        .rollout_logp = floats(TOKENS, -2.0f, 0.09f),
+        .weights = floats(TOKENS, 1.0f, 0.1f),
         .mask = mask,
         .options = &pl.settings,
         .stats = memory(sizeof *args->stats),
@@ -1069,8 +1073,8 @@ static void check_ppo_loss(void) {
                     {"kl_gradient", &pl.settings.kl_gradient, 1, PPOK_STATUS_OPTION},
                     {"kl_ratio", &pl.settings.kl_ratio, 2, PPOK_STATUS_OPTION},
                     {"kl_weighted", &pl.settings.kl_weighted, 1, PPOK_STATUS_OPTION}},
-        .options = {{"clip_range", &pl.settings.clip_range, -1.0},
-                    {"clip_range_high", &pl.settings.clip_range_high, -0.1},
+        .options = {{"clip_range", &pl.settings.clip_range, -1.0, 1},
+                    {"clip_range_high", &pl.settings.clip_range_high, -0.1, 1},
                     {"dual_clip", &pl.settings.dual_clip, 1.0},
                     {"log_ratio_clamp", &pl.settings.log_ratio_clamp, 0.0},
                     {"value_clip_range", &pl.settings.value_clip_range, -2.0},

@@ -28,6 +28,8 @@ OPS = {
         functional.masked_whiten(h, mask, moments=functional.masked_moments(h, mask)).pow(3).sum()
     ),
     "ppo_loss": lambda h: functional.ppo_loss(h, h.detach() + 0.01, h.sin(), mask)[0],
+    "preference": lambda h: functional.preference_loss(h, h.detach() + 0.01).loss,
+    "reward_model": lambda h: functional.reward_model_loss(h[0], h[1])[0],
 }
 
 

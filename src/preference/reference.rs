@@ -341,11 +341,11 @@ fn kto(options: &PreferenceOptions, x: f64, desirable: bool) -> (f64, f64) {
     match desirable {
         true => {
             let weight = options.desirable_weight;
-            (weight * (1.0 - logistic(a)), -weight * slope)
+            (weight * logistic(-a), -weight * slope)
         }
         false => {
             let weight = options.undesirable_weight;
-            (weight * (1.0 - logistic(-a)), weight * slope)
+            (weight * logistic(a), weight * slope)
         }
     }
 }
