@@ -513,7 +513,7 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
         const bool log_clipped = keep[i] && is_log_clipped(clip, family, d, a);
         term.is_clipped = keep[i] && (term.is_clipped || log_clipped);
         const bool outside =
-            keep[i] && outside_trust_region(clip, family, old_logp[i], d, a);
+            keep[i] && outside_trust_region(clip, family, logp[i], old_logp[i], d, a);
         const bool off_policy = keep[i] && rows[i].off_policy != 0.0f && a < 0.0f;
         const float given = args.weights ? weights[i] : 1.0f;
         // 0 drops even NaN.
@@ -959,7 +959,7 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
                     const float given = args.weights ? g.other[i] : 1.0f;
                     const bool drops =
                         !g.keep[i] || given == 0.0f || (off_policy && a < 0.0f) ||
-                        outside_trust_region(clip, family, g.old_logp[i], d, a);
+                        outside_trust_region(clip, family, g.logp[i], g.old_logp[i], d, a);
                     if (drops) continue;
                     const PolicyTerm term =
                         policy_of_token(clip, family, float(log_ratio), g.logp[i], a);
@@ -1049,7 +1049,7 @@ static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args
     const float d = logp - old_logp, given = args.weights ? args.weights[row] : 1.0f;
     const PolicyTerm term = policy_of_token(args.clip, family, d, logp, a);
     const bool drops =
-        given == 0.0f || outside_trust_region(args.clip, family, old_logp, d, a);
+        given == 0.0f || outside_trust_region(args.clip, family, logp, old_logp, d, a);
     float grad = !drops && term.flows ? term.slope * (w * given) * float(unit) : 0.0f;
     if (args.ref_logp && args.kl_coef != 0.0) {
         const float against[1] = {logp - args.ref_logp[row]};

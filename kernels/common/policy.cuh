@@ -33,7 +33,7 @@ static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip, f
     const bool is_capped = term.ratio > cap;
     const float capped = is_capped ? cap : term.ratio;
     const float unclipped_loss = -capped * advantage;
-    const float clipped_loss = -fminf(fmaxf(capped, clip.low), clip.high) * advantage;
+    const float clipped_loss = -fminf(fmaxf(term.ratio, clip.low), clip.high) * advantage;
     term.is_clipped = clipped_loss > unclipped_loss;
     const float larger = term.is_clipped ? clipped_loss : unclipped_loss;
     const float bound = advantage < 0.0f ? -clip.dual_clip * advantage : INFINITY;
@@ -128,7 +128,9 @@ static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip,
         const float least = -18.420681f;  // ln 1e-8
         const float l = term.log_ratio < least ? least : term.log_ratio;
         const float ratio = term.log_ratio < least ? 1e-8f : term.ratio;
-        weight = expf(fmaf(k, l, lambda - lambda * ratio));
+        // Without lambda the ratio, which may be infinite, is not wanted.
+        const float of_ratio = lambda == 0.0f ? 0.0f : lambda * ratio;
+        weight = expf(fmaf(k, l, lambda - of_ratio));
     }
     term.slope = -weight * a;
     term.loss = term.slope * logp;
@@ -144,7 +146,7 @@ static __device__ __forceinline__ bool is_log_clipped(const Clip& clip, const Fa
 
 // Whether the token has no policy term. `d` is logp - old_logp.
 static __device__ __forceinline__ bool outside_trust_region(const Clip& clip, const Family& family,
-                                                            float old_logp, float d,
+                                                            float logp, float old_logp, float d,
                                                             float advantage) {
     if (family.trust_region == TrustRegion::NONE) return false;
     // What is compared with the upper bound and with the lower one.
@@ -153,12 +155,16 @@ static __device__ __forceinline__ bool outside_trust_region(const Clip& clip, co
         above = expm1f(clamp(d, clip.log_ratio_limit));
         below = -above;
     } else {
-        const float moved = expf(old_logp) * expm1f(d);  // p - p_old
+        // p - p_old: the larger one times 1 - e^-|d|, with the sign of d.
+        const float larger = expf(d > 0.0f ? logp : old_logp);
+        const float moved = d > 0.0f ? -larger * expm1f(-d) : larger * expm1f(d);
         above = moved;
         below = -moved;
         if (family.trust_region == TrustRegion::BINARY_KL) {
             const float rest_old = -expm1f(old_logp);
-            const float of_rest = rest_old > 0.0f ? -rest_old * log1pf(-(moved / rest_old)) : 0.0f;
+            // Beyond 1 by its rounding only, where nothing is left beside the token.
+            const float grown = at_most(moved / rest_old, 1.0f);
+            const float of_rest = rest_old > 0.0f ? -rest_old * log1pf(-grown) : 0.0f;
             const float kl = of_rest - expf(old_logp) * d;
             above = d > 0.0f ? kl : 0.0f;
             below = d < 0.0f ? kl : 0.0f;

@@ -133,6 +133,21 @@ def test_advantages_of_rows_and_nan_under_the_mask(tiles):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_upstream_gradients_are_not_rounded(dtype):
+    """Those of loss scaling are beyond float16, and others are no numbers of bfloat16."""
+    hidden, weight, index, _ = inputs(dtype, bias=False)
+    tokens = of_tokens()
+    loss = functional.linear_ppo_loss(hidden, weight, index, **tokens).loss
+    expected, _ = composed(hidden, weight, index, mask=None, head={}, **tokens)
+    for upstream in (131072.0, 1 / 3):
+        (grad,) = torch.autograd.grad(upstream * loss, hidden, retain_graph=True)
+        (want,) = torch.autograd.grad(upstream * expected, hidden, retain_graph=True)
+        if want.isfinite().all():
+            error = (grad.float() - want.float()).norm() / want.float().norm()
+            assert error < (1e-3 if dtype == torch.float16 else 1e-2)
+
+
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles(backend):
     torch._dynamo.reset()
@@ -160,6 +175,8 @@ def test_compiles(backend):
         ({"weights": torch.zeros(5)}, ValueError, "linear_ppo_loss: `weights` has shape"),
         ({"dual_clip": 0.5}, ValueError, "option `dual_clip`"),
         ({"kl_coef": 0.1}, ValueError, "option `kl_coef`"),
+        ({"mask": torch.ones(2, 2)}, ValueError, "linear_ppo_loss: `mask` has shape"),
+        ({"old_logp": None}, ValueError, "linear_ppo_loss: `old_logp` is None"),
         ({"clip": 0.5}, TypeError, "unexpected keyword argument 'clip'"),
         ({"surrogate": "clop"}, ValueError, "`surrogate` is 'clop'"),
         ({"mask": torch.zeros(SHAPE)}, ValueError, "mask"),

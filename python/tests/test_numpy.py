@@ -207,3 +207,8 @@ def test_errors_name_what_has_too_few_elements():
         ppok.masked_whiten([1.0, 2.0], [True, False])
     with pytest.raises(ValueError, match="`values` keeps 1"):
         ppok.masked_whiten([1.0])
+
+
+def test_all_that_is_named_is_there():
+    for name in ppok.__all__:
+        assert getattr(ppok, name)

@@ -1419,7 +1419,8 @@ fn probability_moved(logp: f32, old_logp: f32, d: f32) -> f32 {
 #[inline(always)]
 fn binary_kl(logp: f32, old_logp: f32, d: f32) -> f32 {
     let rest_old = -exp_m1(old_logp);
-    let grown = probability_moved(logp, old_logp, d) / rest_old;
+    // Beyond 1 by its rounding only, where nothing is left beside the token.
+    let grown = clip(probability_moved(logp, old_logp, d) / rest_old, f32::NEG_INFINITY, 1.0);
     let of_rest = select(rest_old > 0.0, -rest_old * ln_1p(-grown), 0.0);
     of_rest - exp(old_logp) * d
 }

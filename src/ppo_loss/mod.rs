@@ -37,8 +37,8 @@
 //! | `kl_*` | which policy the KL term is against, its gradient, and whether the ratio weighs it |
 //!
 //! What an option takes away, or a weight of 0, still counts in the denominator. A token with weight 0
-//! may hold NaN as far as the policy term is concerned; what shows in the statistics is of all
-//! unmasked tokens.
+//! may hold NaN as far as the policy term is concerned, if the ratio is the token's; the ratio of a row and the
+//! statistics are of all unmasked tokens.
 //!
 //! | argument | shape | type | gradient |
 //! |---|---|---|---|
@@ -56,8 +56,8 @@
 //!
 //! Cost per token: 12 bytes read, 12 more for the value term (8 without its clip), 4 for the
 //! entropy, the KL, the weights and rollout_logp each, 2 for the mask (it is counted first); 4 bytes
-//! written a gradient. A ratio of rows reads the first 12, mask and weights once more, and on the CPU
-//! allocates some numbers a row.
+//! written a gradient. A ratio of rows reads the first 12 and the mask once more, and again with the
+//! weights where its gradient is spread; on the CPU it allocates some numbers a row.
 //!
 //! # From logits
 //!

@@ -432,7 +432,8 @@ impl PpoLossOptions {
         }
     }
 
-    /// DPPO (verl): -sg(min(r, 20)) A logp on tokens whose probability moved by at most 0.2.
+    /// DPPO (verl): -sg(min(r, 20)) A logp on tokens whose probability has not moved by more than 0.2 the
+    /// way that the advantage pushes it.
     pub fn dppo() -> Self {
         Self {
             clip_range_high: Some(19.0),
@@ -524,8 +525,12 @@ impl PpoLossOptions {
         if low < 0.0 {
             return refuse("clip_range", "0 or more", low.to_string());
         }
-        if self.surrogate == Surrogate::ClippedWeight && high < -low {
-            return refuse("clip_range_high", "-clip_range or more", high.to_string());
+        if self.surrogate == Surrogate::ClippedWeight && !(high >= -low && high >= -1.0) {
+            return refuse(
+                "clip_range_high",
+                "-clip_range or more, and -1 or more",
+                high.to_string(),
+            );
         }
         if self.surrogate != Surrogate::ClippedWeight && high < 0.0 {
             return refuse("clip_range_high", "0 or more", high.to_string());

@@ -317,7 +317,7 @@ fn policy_term(log_ratio: f64, logp: f64, a: f64, options: &PpoLossOptions) -> P
         Surrogate::Clip => {
             let capped = options.ratio_cap.map_or(ratio, |cap| at_most(ratio, cap));
             let unclipped_loss = -capped * a;
-            let clipped_loss = -capped.clamp(low, high) * a;
+            let clipped_loss = -ratio.clamp(low, high) * a;
             let clipped = clipped_loss > unclipped_loss;
             let larger = if clipped { clipped_loss } else { unclipped_loss };
             let bound = options.dual_clip.filter(|_| a < 0.0).map_or(f64::INFINITY, |c| -c * a);
@@ -341,7 +341,9 @@ fn policy_term(log_ratio: f64, logp: f64, a: f64, options: &PpoLossOptions) -> P
                 false => (options.gamma_k_neg, options.gamma_lambda_neg),
             };
             let log_ratio = -at_most(-log_ratio, -1e-8_f64.ln());
-            weighted((lambda + k * log_ratio - lambda * log_ratio.exp()).exp())
+            // Without λ the ratio, which may be infinite, is not wanted.
+            let of_ratio = if lambda == 0.0 { 0.0 } else { lambda * log_ratio.exp() };
+            weighted((lambda + k * log_ratio - of_ratio).exp())
         }
         Surrogate::SoftGate => {
             let tau = if a > 0.0 { options.soft_gate_tau_pos } else { options.soft_gate_tau_neg };
@@ -364,7 +366,7 @@ fn inside_trust_region(logp: f64, old_logp: f64, a: f64, options: &PpoLossOption
         }
         TrustRegion::BinaryKl => {
             let (p_old, rest_old, rest) = (old_logp.exp(), -old_logp.exp_m1(), -logp.exp_m1());
-            let of_rest = if rest_old == 0.0 { 0.0 } else { rest_old * (rest_old / rest).ln() };
+            let of_rest = if rest_old > 0.0 { rest_old * (rest_old / rest).ln() } else { 0.0 };
             let kl = of_rest - p_old * d;
             (if d > 0.0 { kl } else { 0.0 }, if d < 0.0 { kl } else { 0.0 })
         }
@@ -373,10 +375,12 @@ fn inside_trust_region(logp: f64, old_logp: f64, a: f64, options: &PpoLossOption
             (d.exp_m1(), -d.exp_m1())
         }
     };
-    match options.trust_region_sides {
-        TrustRegionSides::Both => above <= high && below <= low,
-        TrustRegionSides::ByAdvantage if a > 0.0 => above <= high,
-        TrustRegionSides::ByAdvantage => below <= low,
+    // NaN is inside, and so reaches the loss.
+    let (over, under) = (above > high, below > low);
+    !match options.trust_region_sides {
+        TrustRegionSides::Both => over || under,
+        TrustRegionSides::ByAdvantage if a > 0.0 => over,
+        TrustRegionSides::ByAdvantage => under,
     }
 }
 

@@ -68,8 +68,7 @@ impl<const CAPPED: bool> Of for Clip<CAPPED> {
     #[inline(always)]
     fn of(self, Token { ratio, advantage: a, .. }: Token) -> Term {
         let is_capped = CAPPED & (ratio > self.cap);
-        let ratio = select(is_capped, self.cap, ratio);
-        let unclipped_loss = -ratio * a;
+        let unclipped_loss = -select(is_capped, self.cap, ratio) * a;
         let clipped_loss = -clip(ratio, self.low, self.high) * a;
         let is_clipped = clipped_loss > unclipped_loss;
         let larger = select(is_clipped, clipped_loss, unclipped_loss);
@@ -173,7 +172,9 @@ impl Of for GammaWeight {
         let lambda = select(is_pos, self.lambda[0], self.lambda[1]);
         let log_ratio = select(token.log_ratio < LEAST, LEAST, token.log_ratio);
         let ratio = select(token.log_ratio < LEAST, 1e-8, token.ratio);
-        weighted(exp(k.mul_add(log_ratio, lambda - lambda * ratio)), token)
+        // Without λ the ratio, which may be infinite, is not wanted.
+        let of_ratio = select(lambda == 0.0, 0.0, lambda * ratio);
+        weighted(exp(k.mul_add(log_ratio, lambda - of_ratio)), token)
     }
 }
 

@@ -88,7 +88,9 @@ pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
     let mut near = |x: &[f32], scale| -> Vec<f32> {
         x.iter().zip(uniform(rng, n, scale)).map(|(x, noise)| x + noise).collect()
     };
-    let logp = near(&vec![-2.0; n], 1.9);
+    let mut logp = near(&vec![-2.0; n], 1.9);
+    // One that is certain.
+    logp[n / 2] = 0.0;
     let values = near(&vec![0.5; n], 1.0);
     Data {
         batch,
@@ -282,7 +284,7 @@ pub fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
         ("batch-mean-token-mean", aggregation(Aggregation::BatchMeanTokenMean)),
         ("seq-mean-token-sum-norm-rows", aggregation(Aggregation::SeqMeanTokenSumNormRows)),
         ("no clip", PpoLossOptions { clip_range: f64::INFINITY, ..all_terms }),
-        ("ratio cap", PpoLossOptions { ratio_cap: Some(1.4), dual_clip: Some(1.3), ..all_terms }),
+        ("ratio cap", PpoLossOptions { ratio_cap: Some(1.1), dual_clip: Some(1.3), ..all_terms }),
         ("gspo", gspo),
         ("gspo-token", PpoLossOptions { ratio_gradient: RatioGradient::OwnToken, ..gspo }),
         ("gspo clamped", PpoLossOptions { log_ratio_clamp: Some(0.01), ..gspo }),

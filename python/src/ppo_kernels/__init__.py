@@ -59,7 +59,7 @@ __all__ = [
     "selective_log_softmax",
     "token_kl",
 ]
-# Those on tensors, which are those on arrays too.
+# Those on tensors, most of which are those on arrays too.
 _LIBRARY = ("library_version", "named_loss", "num_threads")
 _FUNCTIONS = [name for name in __all__ if name not in _LIBRARY]
 

@@ -581,15 +581,20 @@ def _backward_of_loss(ctx: Any, grad: Tensor, *_: None) -> list[Tensor | None]:
     grads: list[Tensor | None] = [None] * len(_lists.LINEAR_PPO_LOSS.inputs)
     for place, gradient in zip(_DIFFERENTIABLE, stored):
         if ctx.needs_input_grad[1 + place]:
-            grads[place] = gradient if as_stored else gradient * grad.to(gradient.dtype)
+            grads[place] = gradient if as_stored else _scaled(gradient, grad)
     return grads
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """In float32, rounded once; a 0 stays 0 whatever comes from upstream."""
+    product = gradient.float() * upstream
+    return torch.where(gradient == 0, 0.0, product).to(gradient.dtype)
 
 
 _STATS = len(_lib.STATS)
 _LOSS_RESULTS = f"loss {_GRADIENT_RESULTS} stats logp entropy"
 _LINEAR_OPTIONS = len(_lists.LINEAR.options.kinds)
 _OPTIONS = list(_lists.PPO_LOSS.options.kinds)
-_ENTROPY_COEF = _OPTIONS.index("entropy_coef")
 _OF_LOSS = [argument.name for argument in _lists.LINEAR_PPO_LOSS_ROWS.inputs]
 
 

@@ -113,13 +113,17 @@ def _skip(
 
 
 def _skipped_index(
-    op: str, index: Tensor, row_mask: Tensor | None, ignore_index: int | None
+    op: str,
+    index: Tensor,
+    row_mask: Tensor | None,
+    ignore_index: int | None,
+    name: str = "row_mask",
 ) -> tuple[Tensor, int | None]:
     if row_mask is None:
         return index, ignore_index
     _ops.check_ids(op, index)
-    _lists.check_shape(op, "row_mask", row_mask.shape, index.shape)
-    _ops.check_device(op, "row_mask", row_mask, index.device)
+    _lists.check_shape(op, name, row_mask.shape, index.shape)
+    _ops.check_device(op, name, row_mask, index.device)
     ignore_index = _SKIPPED if ignore_index is None else ignore_index
     return index.long().masked_fill(row_mask == 0, ignore_index), ignore_index
 
@@ -660,7 +664,8 @@ def ppo_loss(
         ref_logp: log-probabilities under the reference model, for the KL term.
         rollout_logp: of the rollout as its engine computed them.
         weights: factors of the policy term, 0 or more: importance weights, rejections, masks. 0
-            drops a token, whatever it holds, from the sum and not from the denominator.
+            drops a token, whatever it holds, from the sum and not from the denominator; a ratio of
+            rows is of all unmasked tokens all the same.
         clip_range, clip_range_high: low, and high if it is another; infinity for no clip.
         dual_clip: c, above 1 (3 in verl).
         log_ratio_clamp: clamps d to plus or minus this.
@@ -762,8 +767,8 @@ def linear_ppo_loss(
     what :func:`linear_logprobs` and :func:`ppo_loss` do one after the other, with three products
     with the weight and not four, since the gradients are made with the loss.
 
-    Where an option looks at a whole row of tokens (``ratio``, ``off_policy_threshold``), it is
-    those two.
+    Where an option looks at a whole row of tokens (``ratio``, ``off_policy_threshold``), and in
+    float16, whose gradients are to be scaled before they are rounded, it is those two.
 
     Args:
         hidden: ``[..., seq_len, hidden_size]``. Differentiable, as the weight, bias and adapter.
@@ -780,14 +785,19 @@ def linear_ppo_loss(
     for name in options:
         if name not in _LOSS_DEFAULTS:
             raise TypeError(f"linear_ppo_loss() got an unexpected keyword argument {name!r}")
+    if old_logp is None:
+        raise ValueError("linear_ppo_loss: `old_logp` is None, expected a tensor")
     settings = {**_LOSS_DEFAULTS, **options}
+    hidden = _linear.autocast(hidden)
     head = {
         "temperature": temperature,
         "logit_scale": logit_scale,
         "softcap": softcap,
         "lora": lora,
     }
-    if settings["ratio"] != "token" or settings["off_policy_threshold"] is not None:
+    of_rows = settings["ratio"] != "token" or settings["off_policy_threshold"] is not None
+    # A gradient for an upstream gradient of 1 may be below what float16 holds.
+    if of_rows or hidden.dtype == torch.float16:
         found = linear_logprobs(
             hidden, weight, index, bias, row_mask=mask, outputs=("entropy",), **head
         )
@@ -806,8 +816,8 @@ def linear_ppo_loss(
     op = _lists.LINEAR_PPO_LOSS.name
     shape_of = index.detach()
     advantages, weights = _of_tokens(advantages, shape_of), _of_tokens(weights, shape_of)
-    index, ignore_index = _skipped_index(op, index, mask, None)
-    hidden, rows = _linear.autocast(hidden), None
+    index, ignore_index = _skipped_index(op, index, mask, None, "mask")
+    rows = None
     if isinstance(temperature, Tensor) and temperature.dim():
         rows, temperature = _per_token(temperature).detach(), 1.0
     a, b, scale = (None, None, 1.0) if lora is None else lora

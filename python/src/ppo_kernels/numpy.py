@@ -19,7 +19,9 @@ from . import _FUNCTIONS, _header, _lib, _lists
 from ._lib import Pass
 from ._lists import FLAGS, INTEGERS, Op, check_rows, check_shape, refuse
 
-__all__ = [*_FUNCTIONS]
+# But for what is there for its gradient alone.
+_OF_TENSORS = ("LinearPpoLossOutput", "linear_ppo_loss")
+__all__ = [name for name in _FUNCTIONS if name not in _OF_TENSORS]
 
 Floats = NDArray[np.float32]
 
