@@ -536,6 +536,8 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
         let mut data = rollout(&mut rng, batch, seq_len).map(f64::from);
         data.mask = Some(random_mask(&mut rng, batch * seq_len, 0.7));
         data.weights = Some(wide(&some_weights(&mut rng, batch * seq_len)));
+        // A certain token is where a region ends.
+        data.logp[batch * seq_len / 2] = -1.0;
         // By design no derivatives: what is a constant to the gradient, and one estimate's value with
         // another one's gradient.
         let surrogate = options.surrogate;

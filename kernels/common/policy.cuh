@@ -39,8 +39,10 @@ static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip, f
     const float bound = advantage < 0.0f ? -clip.dual_clip * advantage : INFINITY;
     term.is_lower = larger > bound;
     term.loss = term.is_lower ? bound : larger;
-    term.slope = unclipped_loss;
-    term.flows = !(term.is_clipped || term.is_lower || clamped || is_capped);
+    term.slope = -term.ratio * advantage;
+    // Below the upper bound, but above the cap, the clipped branch is -r A.
+    const bool inside = is_capped && term.ratio >= clip.low && term.ratio <= clip.high;
+    term.flows = !(term.is_lower || clamped) && (term.is_clipped ? inside : !is_capped);
     return term;
 }
 

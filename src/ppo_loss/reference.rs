@@ -322,12 +322,13 @@ fn policy_term(log_ratio: f64, logp: f64, a: f64, options: &PpoLossOptions) -> P
             let larger = if clipped { clipped_loss } else { unclipped_loss };
             let bound = options.dual_clip.filter(|_| a < 0.0).map_or(f64::INFINITY, |c| -c * a);
             let lower_clipped = larger > bound;
-            let flows = !clipped && !lower_clipped && capped == ratio;
+            // Below the upper bound, but above the cap, the clipped branch is -r A.
+            let flows = if clipped { !outside } else { capped == ratio };
             let loss = if lower_clipped { bound } else { larger };
             PolicyTerm {
                 clipped,
                 lower_clipped,
-                ..of_ratio(loss, if flows { unclipped_loss } else { 0.0 })
+                ..of_ratio(loss, if flows && !lower_clipped { -ratio * a } else { 0.0 })
             }
         }
         Surrogate::LogClip => of_ratio(-ratio * a, -ratio * a),
@@ -365,7 +366,7 @@ fn inside_trust_region(logp: f64, old_logp: f64, a: f64, options: &PpoLossOption
             (moved, -moved)
         }
         TrustRegion::BinaryKl => {
-            let (p_old, rest_old, rest) = (old_logp.exp(), -old_logp.exp_m1(), -logp.exp_m1());
+            let (p_old, rest_old, rest) = (old_logp.exp(), -old_logp.exp_m1(), 0.0 - logp.exp_m1());
             let of_rest = if rest_old > 0.0 { rest_old * (rest_old / rest).ln() } else { 0.0 };
             let kl = of_rest - p_old * d;
             (if d > 0.0 { kl } else { 0.0 }, if d < 0.0 { kl } else { 0.0 })

@@ -68,15 +68,19 @@ impl<const CAPPED: bool> Of for Clip<CAPPED> {
     #[inline(always)]
     fn of(self, Token { ratio, advantage: a, .. }: Token) -> Term {
         let is_capped = CAPPED & (ratio > self.cap);
-        let unclipped_loss = -select(is_capped, self.cap, ratio) * a;
+        let slope = -ratio * a;
+        let unclipped_loss = if CAPPED { -select(is_capped, self.cap, ratio) * a } else { slope };
         let clipped_loss = -clip(ratio, self.low, self.high) * a;
         let is_clipped = clipped_loss > unclipped_loss;
         let larger = select(is_clipped, clipped_loss, unclipped_loss);
         let bound = select(a < 0.0, -self.dual_clip * a, f32::INFINITY);
+        // Below the upper bound, but above the cap, the clipped branch is -r A.
+        let is_inside = is_capped & (ratio >= self.low) & (ratio <= self.high);
+        let stops = (is_clipped & !is_inside) | (!is_clipped & is_capped);
         let is_lower = larger > bound;
         Term {
             loss: select(is_lower, bound, larger),
-            slope: select(is_clipped | is_lower | is_capped, 0.0, unclipped_loss),
+            slope: select(stops | is_lower, 0.0, slope),
             is_clipped,
             is_lower,
         }
