@@ -654,6 +654,8 @@ struct PolicyLanes {
     /// The ratio less a number of its size.
     excess: Lanes,
     excess_squares: Lanes,
+    /// The same of rows' ratios: of one number many times sums in f32 go astray.
+    of_rows: [f64; 2],
     min: Lanes,
     max: Lanes,
     advantages: Lanes,
@@ -672,6 +674,7 @@ impl PolicyLanes {
         k3: ZERO,
         excess: ZERO,
         excess_squares: ZERO,
+        of_rows: [0.0; 2],
         min: [f32::INFINITY; LANES],
         max: [f32::NEG_INFINITY; LANES],
         advantages: ZERO,
@@ -692,7 +695,8 @@ impl PolicyLanes {
             // e^d - 1 - d of d = inf, of which the exponential is the larger one.
             sums.k3 = f64::INFINITY;
         }
-        let (excess, squares) = (sum(self.excess), sum(self.excess_squares));
+        let excess = sum(self.excess) + self.of_rows[0];
+        let squares = sum(self.excess_squares) + self.of_rows[1];
         sums.ratio = moments(centre, sums.tokens, excess, squares);
         sums.ratio_min = f64::from(self.min.into_iter().fold(f32::INFINITY, f32::min));
         sums.ratio_max = f64::from(self.max.into_iter().fold(f32::NEG_INFINITY, f32::max));
@@ -1019,6 +1023,7 @@ impl Terms {
         let limit = self.log_ratio_limit;
         let row_ratio = exp(clip(row.log_ratio, -limit, limit));
         let mut sums = *lanes;
+        let mut kept = [0_u32; LANES];
         // Two loops a stretch, each of them short enough for the machine to work on several tokens
         // at once: from log-ratio to loss one operation waits for the other.
         let (mut raws, mut ratios) = ([0.0; STRETCH], [0.0; STRETCH]);
@@ -1101,7 +1106,8 @@ impl Terms {
                         sums.clipped[i] += u32::from(is_clipped & keep);
                         sums.clipped_high[i] += u32::from(is_clipped & (a > 0.0));
                         sums.lower_clipped[i] += u32::from(term.is_lower);
-                        let excess = select(keep, ratio - centre_of_ratio, 0.0);
+                        kept[i] += u32::from(keep);
+                        let excess = select(keep & !of_row, ratio - centre_of_ratio, 0.0);
                         sums.excess[i] += excess;
                         sums.excess_squares[i] = excess.mul_add(excess, sums.excess_squares[i]);
                         let low = select(keep, ratio, sums.min[i]);
@@ -1115,6 +1121,14 @@ impl Terms {
                     }
                 },
             );
+        }
+        if full_pass && self.of_rows {
+            let (count, excess) = (count_of(kept), f64::from(row_ratio - centre_of_ratio));
+            // No token, no ratio, which may be NaN then.
+            if count > 0.0 {
+                sums.of_rows[0] += count * excess;
+                sums.of_rows[1] += count * excess * excess;
+            }
         }
         *lanes = sums;
     }
