@@ -469,7 +469,8 @@ def policy_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]
 def preference_groups(device: str) -> Iterator[Group]:
     """DPO of 4,096 pairs of 512 tokens, and of 2,048 pairs of sums: as it is written, and ours with
     rewards and statistics."""
-    rows, seq_len, compiled = 8192, 512, torch.compile(formulas.dpo)
+    rows, seq_len = 8192, 512
+    compiled = torch.compile(formulas.dpo, dynamic=False)
     logp = torch.rand(rows, seq_len, device=device) * -3
     mask = torch.arange(seq_len, device=device) < torch.randint(
         1, seq_len, (rows, 1), device=device
