@@ -1353,7 +1353,8 @@ fn ppo_loss(f: &mut Fuzz) {
         ] {
             let Some(grad) = grad else { continue };
             let (mut grad, mut want) = (grad.read(), want);
-            (grad.push(term as f32), want.push(term));
+            grad.push(term as f32);
+            want.push(term);
             ppo_loss_cases::assert_close_scaled(what, &grad, &want);
         }
     });
