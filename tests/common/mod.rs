@@ -13,6 +13,7 @@ pub mod gpu;
 pub mod kl_cases;
 pub mod logits_loss_cases;
 pub mod logprob_cases;
+#[cfg(feature = "candle")]
 pub mod loss_golden;
 pub mod ppo_loss_cases;
 pub mod preference_cases;
