@@ -260,6 +260,96 @@
 #define PPOK_NONE -1.0
 
 /**
+ * A weight a token: e^d with d = old_logp - rollout_logp.
+ */
+#define PPOK_CORRECTION_LEVEL_TOKEN 0
+
+/**
+ * A weight a row: the geometric mean of its tokens' e^d (AReaL).
+ */
+#define PPOK_CORRECTION_LEVEL_SEQUENCE_MEAN 1
+
+/**
+ * A weight a row: the product of its tokens' e^d (TRL, verl's sequence).
+ */
+#define PPOK_CORRECTION_LEVEL_SEQUENCE_SUM 2
+
+/**
+ * No weight but 1, and 0 for what is rejected.
+ */
+#define PPOK_CORRECTION_LEVEL_NONE 3
+
+/**
+ * A weight outside its bounds becomes the bound.
+ */
+#define PPOK_CORRECTION_OUTSIDE_TRUNCATE 0
+
+/**
+ * It becomes 0 (IcePop).
+ */
+#define PPOK_CORRECTION_OUTSIDE_ZERO 1
+
+/**
+ * Nothing is rejected.
+ */
+#define PPOK_REJECTION_METRIC_NONE 0
+
+/**
+ * The ratio e^d, its bounds above 0; of a row the geometric mean, the product, or the extremes.
+ */
+#define PPOK_REJECTION_METRIC_RATIO 1
+
+/**
+ * d^2 / 2.
+ */
+#define PPOK_REJECTION_METRIC_K2 2
+
+/**
+ * e^d - 1 - d, an estimate of KL(rollout || trainer).
+ */
+#define PPOK_REJECTION_METRIC_K3 3
+
+/**
+ * e^-d - 1 + d, an estimate of KL(trainer || rollout) (AReaL).
+ */
+#define PPOK_REJECTION_METRIC_REVERSE_K3 4
+
+/**
+ * The KL of (p, 1 - p) of the rollout from (q, 1 - q) of the trainer (OpenRLHF).
+ */
+#define PPOK_REJECTION_METRIC_BINARY_KL 5
+
+/**
+ * The larger one of the two directions of that (AReaL).
+ */
+#define PPOK_REJECTION_METRIC_BINARY_KL_MAX 6
+
+/**
+ * |p - q| (OpenRLHF).
+ */
+#define PPOK_REJECTION_METRIC_TOTAL_VARIATION 7
+
+/**
+ * The token's metric; the token is rejected.
+ */
+#define PPOK_REJECTION_LEVEL_TOKEN 0
+
+/**
+ * The mean over the row; the row is rejected, as in the next two.
+ */
+#define PPOK_REJECTION_LEVEL_SEQUENCE_MEAN 1
+
+/**
+ * The sum over the row.
+ */
+#define PPOK_REJECTION_LEVEL_SEQUENCE_SUM 2
+
+/**
+ * Every token of the row.
+ */
+#define PPOK_REJECTION_LEVEL_SEQUENCE_MAX 3
+
+/**
  * A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
  * NeMo).
  */
@@ -648,6 +738,11 @@
 #define PPOK_WHITEN_EPS_IN_STD 1
 
 /**
+ * A rule by which tokens or rows are rejected.
+ */
+typedef struct Rejection Rejection;
+
+/**
  * Options of ppok_advantages_*; the defaults are TRL's GRPO. Estimators by their baseline and scale: Dr. GRPO
  * GROUP and NONE; RLOO LEAVE_ONE_OUT and NONE; OPO LENGTH_WEIGHTED and NONE; pass@k RUNNER_UP and GROUP;
  * MaxRL GROUP and MEAN with an eps of 1e-6; GPG GROUP and NONZERO with an eps of 0; ReMax NONE and NONE with
@@ -767,6 +862,214 @@ typedef struct ppok_advantages_args {
      */
     struct ppok_advantages_stats *stats;
 } ppok_advantages_args;
+
+/**
+ * Options of ppok_correction_*.
+ */
+typedef struct ppok_correction_options {
+    size_t struct_size;
+    /**
+     * Clamps d, its sum or its mean to plus or minus this; above 0, or `PPOK_NONE`. 20 by default.
+     */
+    double log_ratio_clamp;
+    /**
+     * The lower bound of the weight; 0 or above, or `PPOK_NONE`, which is the default.
+     */
+    double low;
+    /**
+     * The upper bound of the weight; 0 or above, or `PPOK_NONE`. 2 by default.
+     */
+    double high;
+    /**
+     * What is below is rejected; 0 or above, or `PPOK_NONE`, which is the default, as in the next three.
+     */
+    double rejection_low;
+    /**
+     * What is above is rejected; 0 or above, or `PPOK_NONE`.
+     */
+    double rejection_high;
+    /**
+     * As `rejection_low`, or `PPOK_NONE`.
+     */
+    double second_rejection_low;
+    /**
+     * As `rejection_high`, or `PPOK_NONE`.
+     */
+    double second_rejection_high;
+    /**
+     * `PPOK_CORRECTION_LEVEL_TOKEN`, the default, to `PPOK_CORRECTION_LEVEL_NONE`.
+     */
+    int32_t level;
+    /**
+     * `PPOK_CORRECTION_OUTSIDE_TRUNCATE`, the default, or `PPOK_CORRECTION_OUTSIDE_ZERO`.
+     */
+    int32_t outside;
+    /**
+     * Whether all weights are divided by the mean of those before rejections, over tokens, or of a row's
+     * weights over rows; 0 by default, or 1.
+     */
+    int32_t normalise;
+    /**
+     * `PPOK_REJECTION_METRIC_NONE`, the default, to `PPOK_REJECTION_METRIC_TOTAL_VARIATION`.
+     */
+    int32_t rejection_metric;
+    /**
+     * `PPOK_REJECTION_LEVEL_TOKEN`, the default, to `PPOK_REJECTION_LEVEL_SEQUENCE_MAX`.
+     */
+    int32_t rejection_level;
+    /**
+     * `PPOK_REJECTION_METRIC_NONE`, the default, to `PPOK_REJECTION_METRIC_TOTAL_VARIATION`: what either
+     * of the two rejects is.
+     */
+    int32_t second_rejection_metric;
+    /**
+     * `PPOK_REJECTION_LEVEL_TOKEN`, the default, to `PPOK_REJECTION_LEVEL_SEQUENCE_MAX`.
+     */
+    int32_t second_rejection_level;
+    int32_t reserved;
+} ppok_correction_options;
+
+/**
+ * How the two engines differ, and what the weights are: sums that ranks can add, extremes that they can
+ * compare, and the effective sample size, see [`CorrectionStats::merge`].
+ *
+ * Sums are over `tokens`, the unmasked tokens of which the rollout engine gave a log-probability, and `rows`
+ * that have such a token. Divided by those they are means: -`log_ratio_sum` / `tokens` is the first and
+ * `k3_sum` / `tokens` the third estimate of KL(rollout ‖ trainer), `ratio_square_sum` / `tokens` - 1 the
+ * χ² divergence, `mult_prob_error_sum` / `tokens` NeMo-RL's `token_mult_prob_error`. Nothing is NaN because
+ * there is no token.
+ */
+typedef struct ppok_correction_stats {
+    /**
+     * Unmasked tokens with a log-probability of the rollout.
+     */
+    double tokens;
+    /**
+     * Unmasked tokens without, where it is NaN.
+     */
+    double unscored_tokens;
+    /**
+     * Tokens of weight 0.
+     */
+    double rejected_tokens;
+    /**
+     * Tokens whose w is below the lower bound of the weight.
+     */
+    double below_tokens;
+    /**
+     * Tokens whose w is above the upper bound of the weight.
+     */
+    double above_tokens;
+    /**
+     * Rows with a token.
+     */
+    double rows;
+    /**
+     * Rows with a token of weight 0.
+     */
+    double rejected_rows;
+    /**
+     * Sum of the weights.
+     */
+    double weight_sum;
+    /**
+     * Sum of their squares.
+     */
+    double weight_square_sum;
+    /**
+     * Sum of d, clamped as are the next.
+     */
+    double log_ratio_sum;
+    /**
+     * Sum of |d|.
+     */
+    double log_ratio_abs_sum;
+    /**
+     * Sum of e^d - 1 - d.
+     */
+    double k3_sum;
+    /**
+     * Sum of e^2d.
+     */
+    double ratio_square_sum;
+    /**
+     * Sum of e^|d|.
+     */
+    double mult_prob_error_sum;
+    /**
+     * Sum over rows of the square of their ratio, the product of e^d.
+     */
+    double row_ratio_square_sum;
+    /**
+     * Sum over rows of the mean of -old_logp: of logarithms of the trainer's perplexity.
+     */
+    double log_ppl_sum;
+    /**
+     * Sum over rows of the mean of -rollout_logp.
+     */
+    double rollout_log_ppl_sum;
+    /**
+     * Largest |d|; 0 of no token, as the next two.
+     */
+    double log_ratio_abs_max;
+    /**
+     * Largest e^d - 1 - d.
+     */
+    double k3_max;
+    /**
+     * Largest weight.
+     */
+    double weight_max;
+    /**
+     * Smallest weight; infinity of no token.
+     */
+    double weight_min;
+    /**
+     * Effective sample size as a share of the tokens, (Σ w)² / (tokens Σ w²); 0 where all weights are 0.
+     */
+    double ess;
+} ppok_correction_stats;
+
+
+/**
+ * Arguments of ppok_correction_*.
+ */
+typedef struct ppok_correction_args {
+    size_t struct_size;
+    /**
+     * Rows.
+     */
+    size_t batch;
+    /**
+     * Tokens of a row.
+     */
+    size_t seq_len;
+    /**
+     * Log-probabilities as the trainer computes them before the update, `[batch, seq_len]`.
+     */
+    const float *old_logp;
+    /**
+     * Log-probabilities as the rollout engine computed them, `[batch, seq_len]`; NaN where it could not.
+     */
+    const float *rollout_logp;
+    /**
+     * `[batch, seq_len]`; null if nothing is masked.
+     */
+    const uint8_t *mask;
+    const struct ppok_correction_options *options;
+    /**
+     * Weights for ppok_ppo_loss_*, `[batch, seq_len]`, written; 0 where masked or rejected.
+     */
+    float *weights;
+    /**
+     * The statistics, one, written.
+     */
+    struct ppok_correction_stats *stats;
+    /**
+     * 1 where unmasked and not rejected, else 0, `[batch, seq_len]`, written; null if not wanted.
+     */
+    uint8_t *kept;
+} ppok_correction_args;
 
 /**
  * Options of ppok_gae_*.
@@ -2244,6 +2547,8 @@ typedef struct ppok_whiten_with_backward_args {
     float *grad_x;
 } ppok_whiten_with_backward_args;
 
+
+
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -2272,6 +2577,40 @@ int32_t ppok_advantages_cuda_workspace_size(const struct ppok_advantages_args *a
                                             size_t *bytes);
 
 int32_t ppok_advantages_options_init(struct ppok_advantages_options *options, size_t struct_size);
+
+/**
+ * Importance weights that correct for a rollout by another engine than the trainer's: with
+ * d = old_logp - rollout_logp
+ *
+ * ```text
+ * w      = exp(d), exp(sum d), exp(mean d) or 1       by the level
+ * weight = w where low <= w <= high, else the nearer bound or 0
+ * weight = 0 where a rejection's metric, of the token or its row, is out of its bounds
+ * ```
+ *
+ * NaN in `rollout_logp` counts as d = 0. Nothing is NaN because there is no token.
+ */
+int32_t ppok_correction_cpu(const struct ppok_correction_args *args);
+
+int32_t ppok_correction_cuda(const struct ppok_correction_args *args,
+                             void *workspace,
+                             size_t bytes,
+                             void *stream);
+
+int32_t ppok_correction_cuda_workspace_size(const struct ppok_correction_args *args,
+                                            void *stream,
+                                            size_t *bytes);
+
+int32_t ppok_correction_options_init(struct ppok_correction_options *options, size_t struct_size);
+
+/**
+ * Gives options those of the correction of that name: "tis", "sequence_tis", "icepop", "sequence_mask" (TRL) or
+ * "geometric_mask" (NeMo-RL), with the bounds that are usual. `struct_size` is as of
+ * ppok_correction_options_init().
+ */
+int32_t ppok_correction_options_named(struct ppok_correction_options *options,
+                                      size_t struct_size,
+                                      const char *name);
 
 /**
  * Generalised advantage estimation, with the shaping of the rewards in the same pass: for each row,

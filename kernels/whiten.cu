@@ -171,21 +171,6 @@ struct Backward {
     }
 };
 
-// The lane's unmasked elements of N segments, four bits for each.
-template <int N>
-static __device__ __forceinline__ void load_mask(const uint8_t* mask, const Place& place,
-                                                 unsigned (&keep)[N]) {
-    uint32_t flags[N];
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        if (mask) flags[j] = load_flags(mask, place, j);
-    }
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        keep[j] = mask ? flag_bits(flags[j]) : lowest_bits(place.left - first_of_lane(j));
-    }
-}
-
 // Calls work(place) for every N segments of the elements first..end that fall to this warp.
 template <int N, class Work>
 static __device__ __forceinline__ void for_segments(int64_t first, int64_t end, int64_t count,

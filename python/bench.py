@@ -499,6 +499,38 @@ def preference_groups(device: str) -> Iterator[Group]:
     yield Group(name, candidates, 3 * sums.nbytes, 20)
 
 
+def correction_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
+    """Weights of tokens, truncated, with rows rejected by the mean of k3 and verl's statistics."""
+    old_logp = -torch.rand(batch, seq_len, device=device) * 3
+    rollout_logp = old_logp + 0.05 * torch.randn(batch, seq_len, device=device)
+    mask = torch.rand(batch, seq_len, device=device) > 0.1
+    number = mask.float()
+    verl = function_of(
+        "verl.trainer.ppo.rollout_corr_helper", "compute_rollout_correction_and_rejection_mask"
+    )
+    options = {"rejection_metric": "k3", "rejection_level": "sequence_mean", "rejection_high": 0.01}
+
+    def ours() -> Tensor:
+        return ppo_kernels.correction(old_logp, rollout_logp, mask, **options).weights
+
+    def of_verl() -> Tensor:
+        settings = {"rollout_is": "token", "rollout_is_threshold": 2.0}
+        settings |= {"rollout_rs": "seq_mean_k3", "rollout_rs_threshold": "0.01"}
+        weights, kept, _ = verl(old_logp, rollout_logp, number, **settings)
+        return weights.batch["rollout_is_weights"] * kept
+
+    tensors = (old_logp, rollout_logp, mask)
+    candidates = {
+        "ours, with statistics": ours,
+        "eager, without": bound(formulas.correction, *tensors),
+        "torch.compile, without": bound(torch.compile(formulas.correction), *tensors),
+        "verl, with statistics": verl and of_verl,
+    }
+    # Both inputs and the mask twice, the weights and the mask that is left.
+    size = 5 * old_logp.nbytes + 3 * mask.nbytes
+    yield Group(f"correction {batch} x {seq_len}", present(candidates), size)
+
+
 def overhead_groups(device: str) -> Iterator[Group]:
     logits = torch.randn(4, 32, device=device, requires_grad=True)
     index = torch.randint(32, (4,), device=device)
@@ -550,7 +582,8 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
     for seq_len in (32, 1024):
         yield lambda s=seq_len: advantages_groups(4096, s, 8, device)
     batch = 64 if device == "cpu" else 8192
-    for make in (token_kl_groups, whiten_groups, ppo_loss_groups, policy_loss_groups):
+    makers = (token_kl_groups, whiten_groups, correction_groups, ppo_loss_groups)
+    for make in (*makers, policy_loss_groups):
         yield lambda make=make: make(batch, 2048, device)
     yield lambda: preference_groups(device)
     yield lambda: overhead_groups(device)

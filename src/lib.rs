@@ -9,6 +9,7 @@
 //! | [`gae`] | a loop over time for advantages and returns, with reward shaping before it |
 //! | [`advantages`] | loops over groups of sequences: GRPO, RLOO and their relatives, from a score each |
 //! | [`whiten`] | masked mean, variance and normalisation |
+//! | [`correction`] | importance weights, rejections and statistics where another engine made the rollout |
 //! | [`ppo_loss`] | the dozens of elementwise steps of the clipped loss, its gradients and statistics |
 //! | [`preference`] | masked sums of log-probabilities, and the losses of the DPO family on them |
 //!
@@ -32,6 +33,7 @@
 pub mod advantages;
 #[cfg(feature = "capi")]
 pub mod capi;
+pub mod correction;
 pub mod cpu;
 pub mod cuda;
 #[cfg(feature = "driver")]

@@ -15,6 +15,8 @@
 //! - `advantages`: all is in f64, and one result rounded to f32: 2 u.
 //! - `whiten`: mean and variance are merged in f64, so what remains are some roundings of values of
 //!   magnitude up to 5; the gradient is a difference of three such terms.
+//! - `correction`: exp of a log-ratio of magnitude up to 20, good to its rounding, 10 u; what is summed over
+//!   a row is in f64, but for metrics, of which each is good to some u of its terms.
 //! - `ppo_loss`: exp, and products of few factors; terms of opposite sign are added up.
 //! - `preference`: sums are in f64, so what remains is the rounding of a score of magnitude up to 20, which
 //!   an exponential makes a relative error of its result, and that of a few products.
@@ -112,6 +114,14 @@ pub const WHITEN: Tolerances = Tolerances {
     forward: Tolerance::new(1e-6, 1e-6),
     backward: Tolerance::new(1e-6, 1e-6),
     benches: Tolerance::new(1e-3, 1e-3),
+};
+
+/// Tolerances of `correction`: weights and statistics.
+pub const CORRECTION: Tolerances = Tolerances {
+    tests: Tolerance::new(1e-6, 2e-6),
+    forward: Tolerance::new(2e-6, 4e-6),
+    backward: Tolerance::new(2e-6, 4e-6),
+    benches: Tolerance::new(1e-4, 1e-4),
 };
 
 /// Tolerances of `ppo_loss`: the loss, its statistics and its gradients.

@@ -999,6 +999,102 @@ static void check_whiten(void) {
     free_all();
 }
 
+/* correction */
+
+static struct {
+    ppok_correction_args args;
+    void *at; /* where those are */
+    ppok_correction_options settings;
+} co;
+
+PASS(correction, co.at)
+
+static void check_correction(void) {
+    unsigned char *mask = memory(TOKENS);
+    mask[1] = 0;
+    ppok_correction_args *args = &co.args;
+    *args = (ppok_correction_args){
+        .struct_size = sizeof *args,
+        .batch = BATCH,
+        .seq_len = SEQ_LEN,
+        .old_logp = floats(TOKENS, -2.0f, 0.1f),
+        .rollout_logp = floats(TOKENS, -2.1f, 0.13f),
+        .mask = mask,
+        .options = &co.settings,
+        .weights = memory(TOKENS * 4),
+        .stats = memory(sizeof *args->stats),
+        .kept = memory(TOKENS),
+    };
+    co.at = args;
+    CHECK(ppok_correction_options_init(&co.settings, sizeof co.settings) == PPOK_STATUS_OK, "init");
+    CHECK(co.settings.high == 2.0 && co.settings.low == PPOK_NONE, "default");
+    co.settings.rejection_metric = PPOK_REJECTION_METRIC_RATIO;
+    co.settings.rejection_high = 1.09;
+    co.settings.second_rejection_metric = PPOK_REJECTION_METRIC_K3;
+    co.settings.second_rejection_high = 9.0;
+    function f = {
+        .name = "ppok_correction_cpu",
+        .run = correction_cpu,
+        .pointers = {{"old_logp", (void **)&args->old_logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"rollout_logp", (void **)&args->rollout_logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"mask", (void **)&args->mask, TOKENS, 1, OPTIONAL, READ},
+                     {"weights", (void **)&args->weights, TOKENS * 4, 4, NEEDED, WRITTEN},
+                     {"stats", (void **)&args->stats, sizeof *args->stats, 8, NEEDED, WRITTEN},
+                     {"kept", (void **)&args->kept, TOKENS, 1, OPTIONAL, WRITTEN}},
+        .sizes = {{"batch", &args->batch, PPOK_STATUS_OK},
+                  {"seq_len", &args->seq_len, PPOK_STATUS_OK}},
+        .numbers = {{"level", &co.settings.level, 3, PPOK_STATUS_OPTION},
+                    {"outside", &co.settings.outside, 1, PPOK_STATUS_OPTION},
+                    {"normalise", &co.settings.normalise, 1, PPOK_STATUS_OPTION},
+                    {"rejection_level", &co.settings.rejection_level, 3, PPOK_STATUS_OPTION},
+                    {"second_rejection_level", &co.settings.second_rejection_level, 3,
+                     PPOK_STATUS_OPTION},
+                    {"reserved", &co.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},
+        .options = {{"log_ratio_clamp", &co.settings.log_ratio_clamp, 0.0},
+                    {"low", &co.settings.low, -0.5},
+                    {"high", &co.settings.high, -0.5},
+                    {"rejection_low", &co.settings.rejection_low, 0.0},
+                    {"rejection_high", &co.settings.rejection_high, 0.0},
+                    {"second_rejection_low", &co.settings.second_rejection_low, -0.5},
+                    {"second_rejection_high", &co.settings.second_rejection_high, -0.5}},
+        .structs = {{"args", &co.at, sizeof *args},
+                    {"options", (void **)&args->options, sizeof co.settings}},
+    };
+    check(&f);
+    refuses_no_args(&f, &co.at);
+    CHECK(args->stats->tokens == TOKENS - 1, "%g tokens", args->stats->tokens);
+    CHECK(args->weights[1] == 0.0f && args->kept[1] == 0, "a masked token");
+    CHECK(args->weights[0] == 0.0f && args->kept[0] == 0, "a rejected token");
+    CHECK(args->weights[2] != 0.0f && args->kept[2] == 1, "a token");
+    CHECK(args->stats->rejected_tokens > 0 && args->stats->ess > 0, "statistics");
+
+    co.settings.rejection_metric = 8;
+    refuses(&f, "rejection_metric", "unknown", PPOK_STATUS_OPTION);
+    co.settings.rejection_metric = PPOK_REJECTION_METRIC_NONE;
+    refuses(&f, "rejection_high", "without a metric", PPOK_STATUS_OPTION);
+    co.settings.rejection_high = PPOK_NONE;
+    accepts(&f, "rejection", "none");
+    co.settings.second_rejection_high = PPOK_NONE;
+    refuses(&f, "second_rejection_metric", "without bounds", PPOK_STATUS_OPTION);
+    co.settings.second_rejection_low = 0.5;
+    co.settings.second_rejection_high = 0.25;
+    refuses(&f, "second_rejection_high", "below the lower bound", PPOK_STATUS_OPTION);
+    co.settings.second_rejection_high = 0.5;
+    accepts(&f, "second_rejection_high", "the lower bound");
+
+    ppok_correction_options named;
+    CHECK(ppok_correction_options_named(&named, sizeof named, "sequence_mask") == PPOK_STATUS_OK,
+          "sequence_mask");
+    CHECK(named.level == PPOK_CORRECTION_LEVEL_SEQUENCE_SUM && named.high == 3.0, "sequence_mask");
+    CHECK(ppok_correction_options_named(&named, sizeof named, "mask") == PPOK_STATUS_OPTION, "mask");
+
+    f.name = "ppok_correction_cuda";
+    f.run = correction_cuda;
+    check_cuda(f, correction_workspace);
+    CHECK_QUERY(ppok_correction_cuda_workspace_size(args, stream, NULL));
+    free_all();
+}
+
 /* ppo_loss */
 
 static struct {
@@ -1416,6 +1512,7 @@ static void check_library(void) {
     CHECK_INIT(ppok_gae_options);
     CHECK_INIT(ppok_advantages_options);
     CHECK_INIT(ppok_whiten_options);
+    CHECK_INIT(ppok_correction_options);
     CHECK_INIT(ppok_ppo_loss_options);
     CHECK_INIT(ppok_preference_options);
     CHECK_INIT(ppok_reward_model_options);
@@ -1572,6 +1669,7 @@ int main(int argc, char **argv) {
     check_gae();
     check_advantages();
     check_whiten();
+    check_correction();
     check_ppo_loss();
     check_ppo_loss_scale();
     check_preference();

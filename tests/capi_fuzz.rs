@@ -16,14 +16,18 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytemuck::Pod;
 use common::{
-    advantages_cases, assert_close, gae_cases, logits_loss_cases, ppo_loss_cases, preference_cases,
-    rng, wide,
+    advantages_cases, assert_close, correction_cases, gae_cases, logits_loss_cases, ppo_loss_cases,
+    preference_cases, rng, wide,
 };
 use half::{bf16, f16};
 use ppo_kernels::advantages::{
     capi::*, AdvantageOptions, AdvantageStats, Baseline, Singleton, Sizes,
 };
 use ppo_kernels::capi::{functions::*, *};
+use ppo_kernels::correction::{
+    self, capi::*, CorrectionOptions, CorrectionStats, Rejection, RejectionLevel, RejectionMetric,
+    WeightLevel,
+};
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::gae::{self, capi::*, GaeOptions, RewardShaping, ScoreScale};
 use ppo_kernels::kl::{self, capi::*, FullKlOptions, KlEstimator, KlOptions};
@@ -53,7 +57,7 @@ const SWITCH: u64 = 200;
 const UNWRITTEN: u8 = 0xfe;
 
 /// The passes; each may make several calls.
-const PASSES: [fn(&mut Fuzz); 13] = [
+const PASSES: [fn(&mut Fuzz); 14] = [
     logprob,
     logprob_of_a_tile,
     token_kl,
@@ -62,6 +66,7 @@ const PASSES: [fn(&mut Fuzz); 13] = [
     advantages,
     whiten_moments,
     whiten_with,
+    correction,
     ppo_loss,
     ppo_loss_scale,
     logits_ppo_loss,
@@ -1195,6 +1200,94 @@ fn whiten_with(f: &mut Fuzz) {
             close(what, "grad_x", grad_x, &want, tolerance::WHITEN.backward);
         },
     );
+}
+
+/// A rule of rejections, and how the header has it.
+fn a_rejection(f: &mut Fuzz) -> (Rejection, [i32; 2], [f64; 2]) {
+    use {RejectionLevel as L, RejectionMetric as M};
+    let (metric_number, metric) = f.choice(&[
+        M::None,
+        M::Ratio,
+        M::K2,
+        M::K3,
+        M::ReverseK3,
+        M::BinaryKl,
+        M::BinaryKlMax,
+        M::TotalVariation,
+    ]);
+    let (level_number, level) =
+        f.choice(&[L::Token, L::SequenceMean, L::SequenceSum, L::SequenceMax]);
+    let (low, high) = match metric {
+        M::None => (None, None),
+        M::Ratio => (Some(f.one(&[0.5, 0.9])), Some(f.one(&[1.2, 2.0]))),
+        _ => (None, Some(f.one(&[0.02, 0.1, 1.0]))),
+    };
+    let rule = Rejection { metric, level, low, high };
+    let bounds = [low, high].map(|bound| bound.unwrap_or(PPOK_NONE));
+    (rule, [metric_number, level_number], bounds)
+}
+
+fn correction(f: &mut Fuzz) {
+    let [batch, seq_len] = f.shape();
+    let masked = f.coin(0.6);
+    let mut own = CorrectionOptions::default();
+    let options = f.put_options(ppok_correction_options_init, (1..=7, 4), |f, c| {
+        (c.log_ratio_clamp, own.log_ratio_clamp) = f.maybe(&[20.0, 0.5]);
+        (c.low, own.low) = f.maybe(&[0.3, 0.8]);
+        (c.high, own.high) = f.maybe(&[1.1, 3.0]);
+        (c.level, own.level) = f.choice(&[
+            WeightLevel::Token,
+            WeightLevel::SequenceMean,
+            WeightLevel::SequenceSum,
+            WeightLevel::None,
+        ]);
+        if own.level == WeightLevel::SequenceSum && own.log_ratio_clamp.is_none() {
+            // f32 does not hold the product of a long row.
+            c.log_ratio_clamp = 20.0;
+            own.log_ratio_clamp = Some(20.0);
+        }
+        (c.outside, own.outside) =
+            f.choice(&[correction::Outside::Truncate, correction::Outside::Zero]);
+        (c.normalise, own.normalise) = f.choice(&[false, true]);
+        let (rule, numbers, bounds) = a_rejection(f);
+        own.rejection = rule;
+        [c.rejection_metric, c.rejection_level] = numbers;
+        [c.rejection_low, c.rejection_high] = bounds;
+        let (rule, numbers, bounds) = a_rejection(f);
+        own.second_rejection = rule;
+        [c.second_rejection_metric, c.second_rejection_level] = numbers;
+        [c.second_rejection_low, c.second_rejection_high] = bounds;
+    });
+    let data = correction_cases::rollout(&mut f.rng, batch, seq_len, masked);
+    let data = correction_cases::clear_of_bounds(data, &own);
+    let tokens = batch * seq_len;
+    let weights = f.out(PPOK_F32, tokens);
+    let stats = f.out_struct::<CorrectionStats>();
+    let kept = f.coin(0.7).then(|| Out {
+        at: f.add(vec![UNWRITTEN; tokens], 1, true),
+        len: tokens,
+        kind: PPOK_F32,
+    });
+    let args = ppok_correction_args {
+        struct_size: 0,
+        batch,
+        seq_len,
+        old_logp: f.put(&data.old_logp),
+        rollout_logp: f.put(&data.rollout_logp),
+        mask: f.put_some(data.mask.as_deref()),
+        options,
+        weights: at(weights),
+        stats: at(stats),
+        kept: at(kept),
+    };
+    f.call("correction", ppok_correction_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+        let found = correction_cases::Found {
+            weights: weights.read(),
+            kept: kept.map_or_else(|| data.reference(&own).kept, |kept| kept.read()),
+            stats: stats.read()[0],
+        };
+        correction_cases::check(what, &data, &own, &found);
+    });
 }
 
 /// Other policy terms than the clipped surrogate of tokens, and other KL terms.

@@ -327,6 +327,9 @@ fn the_kernels_arguments_are_those_of_rust() {
         "CountArgs",
         "ScaleArgs",
         "PpoStats",
+        "RuleArgs",
+        "RejectionArgs",
+        "CorrectionStats",
     ] {
         assert!(compared.iter().any(|seen| seen == name), "{name} was not compared");
     }
@@ -381,6 +384,7 @@ fn constants_of_one_name_have_one_value() {
         }
     }
     for name in [
+        "correction PARTIAL_SUMS",
         "gae SEGMENT",
         "gae THREAD_TOKENS",
         "gae MAX_THREADS",
@@ -417,7 +421,8 @@ fn enums_of_one_name_have_the_same_values() {
             compared.push(found[1].to_string());
         }
     }
-    for name in ["Baseline", "KlEstimator", "Scale", "Singleton"] {
+    for name in ["Baseline", "KlEstimator", "RejectionMetric", "Scale", "Singleton", "WeightLevel"]
+    {
         assert!(compared.iter().any(|seen| seen == name), "{name} was not compared");
     }
 }

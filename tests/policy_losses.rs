@@ -93,7 +93,7 @@ fn reference_equals_verl_policy_losses() {
                 Some(mode) => (mode, "clip_ratio"),
                 None => ("vanilla", "cliprange"),
             };
-            // It raises; or its importance weights come from a correction.
+            // It raises; or it is in tests/correction.rs.
             if case.outputs.contains_key("raises") || mode == "bypass_mode" {
                 skipped += 1;
                 continue;

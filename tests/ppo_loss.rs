@@ -206,7 +206,7 @@ fn reference_equals_openrlhf_policy_losses() {
     for case in golden("policy_loss_others").iter().filter(|case| case.peer == "openrlhf") {
         let settings = &case.inputs.get("options");
         let sequence_ratio = settings.is_some_and(|s| s.get("policy_loss_type").is_some());
-        // Importance weights for vLLM's log-probabilities; GSPO.
+        // Importance weights for vLLM's log-probabilities (tests/correction.rs); GSPO.
         if case.function.contains("vLLM") || sequence_ratio {
             skipped += 1;
             continue;
@@ -400,7 +400,7 @@ fn reference_equals_nemo_policy_losses() {
     let (mut ran, mut skipped) = (0, 0);
     for case in golden("policy_loss_others").iter().filter(|case| case.peer == "nemo-rl") {
         let settings = case.inputs["options"].as_object().unwrap();
-        // GSPO, CISPO, REINFORCE, importance weights for the rollout engine's log-probabilities.
+        // GSPO, CISPO, REINFORCE; importance weights are in tests/correction.rs.
         let other = [
             "sequence_level_importance_ratios",
             "use_cispo",

@@ -5,6 +5,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::to_vec;
 use ppo_kernels::advantages::{outcome_advantages, AdvantageInputs, AdvantageOptions};
+use ppo_kernels::correction::{correction, CorrectionInputs, CorrectionOptions};
 use ppo_kernels::gae::{gae, GaeInputs, GaeOptions};
 use ppo_kernels::kl::{full_kl, token_kl, FullKlOptions, KlOptions};
 use ppo_kernels::logprob::{logprobs, logprobs_and_entropy, LogprobOptions};
@@ -37,6 +38,8 @@ fn a_sliced_empty_batch_is_a_batch() {
     let inputs = AdvantageInputs { mask: Some(&mask), ..AdvantageInputs::new(&scores) };
     let out = outcome_advantages(&inputs, 8, &AdvantageOptions::default());
     empty(out.map(|out| out.token_advantages.unwrap()));
+    let inputs = CorrectionInputs { mask: Some(&mask), ..CorrectionInputs::new(&x, &x) };
+    empty(correction(&inputs, &CorrectionOptions::default()).map(|out| out.weights));
     let moments = masked_moments(&x, Some(&mask)).unwrap();
     assert_eq!(moments.to_host().unwrap().count, 0.0);
     let options = WhitenOptions::default();

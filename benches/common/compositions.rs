@@ -74,6 +74,20 @@ pub fn masked_gae(
     Ok(((advantages * mask)?, (returns * mask)?))
 }
 
+/// Weights of tokens, e^d truncated at 2, of rows whose mean of e^d - 1 - d is at most `most`.
+pub fn correction(
+    old_logp: &Tensor,
+    rollout_logp: &Tensor,
+    mask: &Tensor,
+    most: f64,
+) -> Result<Tensor> {
+    let d = old_logp.sub(rollout_logp)?.clamp(-20f32, 20f32)?;
+    let ratio = d.exp()?;
+    let k3 = ((&ratio - 1.0)? - &d)?.mul(mask)?.sum_keepdim(1)?.div(&mask.sum_keepdim(1)?)?;
+    let stays = k3.le(most)?.to_dtype(DType::F32)?;
+    ratio.minimum(2f32)?.mul(mask)?.broadcast_mul(&stays)
+}
+
 /// By the moments of what the mask keeps.
 pub fn masked_whiten(x: &Tensor, mask: &Tensor, eps: f64) -> Result<Tensor> {
     let count = mask.sum_all()?;

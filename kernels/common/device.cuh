@@ -26,6 +26,13 @@ struct bf16 { uint16_t bits; };
         name(const __grid_constant__ Args args)
 #endif
 
+// Of a function that is to be called, and not compiled into every place that calls it.
+#ifdef SIMT
+#define NOINLINE
+#else
+#define NOINLINE __noinline__
+#endif
+
 // The largest finite number.
 constexpr float LARGEST = 3.40282347e38f;
 

@@ -156,21 +156,13 @@ static __device__ __forceinline__ bool outside_trust_region(const Clip& clip, co
     if (family.trust_region == TrustRegion::RATIO) {
         above = expm1f(clamp(d, clip.log_ratio_limit));
         below = -above;
+    } else if (family.trust_region == TrustRegion::TOTAL_VARIATION) {
+        above = probability_moved(logp, old_logp, d);
+        below = -above;
     } else {
-        // p - p_old: the larger one times 1 - e^-|d|, with the sign of d.
-        const float larger = expf(d > 0.0f ? logp : old_logp);
-        const float moved = d > 0.0f ? -larger * expm1f(-d) : larger * expm1f(d);
-        above = moved;
-        below = -moved;
-        if (family.trust_region == TrustRegion::BINARY_KL) {
-            const float rest_old = -expm1f(old_logp);
-            // Beyond 1 by its rounding only, where nothing is left beside the token.
-            const float grown = at_most(moved / rest_old, 1.0f);
-            const float of_rest = rest_old > 0.0f ? -rest_old * log1pf(-grown) : 0.0f;
-            const float kl = of_rest - expf(old_logp) * d;
-            above = d > 0.0f ? kl : 0.0f;
-            below = d < 0.0f ? kl : 0.0f;
-        }
+        const float kl = binary_kl(logp, old_logp, d);
+        above = d > 0.0f ? kl : 0.0f;
+        below = d < 0.0f ? kl : 0.0f;
     }
     const bool over = above > family.region_high, under = below > family.region_low;
     if (!family.region_by_advantage) return over || under;

@@ -1,4 +1,5 @@
-// Sampled KL of tokens; src/kl/mod.rs has the formulas.
+// Sampled KL of tokens, and other divergences of a token's probabilities; src/kl/mod.rs has the
+// formulas.
 #pragma once
 
 #include "device.cuh"
@@ -87,4 +88,21 @@ static __device__ __forceinline__ void kl_of_tokens(const TokenKl& kl, const flo
         if (clamped) slope[i] = 0.0f;
         value[i] = clamp(value[i], kl.output_limit);
     }
+}
+
+// p - p_old, from the logarithms and their difference d.
+static __device__ __forceinline__ float probability_moved(float logp, float old_logp, float d) {
+    // The larger one times 1 - e^-|d|, with the sign of d.
+    const float moved = expf(d > 0.0f ? logp : old_logp) * expm1f(-fabsf(d));
+    return d > 0.0f ? -moved : moved;
+}
+
+// KL of (p_old, 1 - p_old) from (p, 1 - p).
+static __device__ __forceinline__ float binary_kl(float logp, float old_logp, float d) {
+    const float rest_old = -expm1f(old_logp), p_old = expf(old_logp);
+    // Beyond 1 by its rounding only, where nothing is left beside the token.
+    const float moved = probability_moved(logp, old_logp, d) / rest_old;
+    const float grown = moved > 1.0f ? 1.0f : moved;
+    const float of_rest = rest_old > 0.0f ? -rest_old * log1pf(-grown) : 0.0f;
+    return of_rest - (p_old > 0.0f ? p_old * d : 0.0f);
 }

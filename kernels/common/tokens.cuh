@@ -125,3 +125,33 @@ static __device__ __forceinline__ unsigned flag_bits(uint32_t flags) {
 static __device__ __forceinline__ unsigned lowest_bits(int count) {
     return count >= QUAD ? 15u : count <= 0 ? 0u : (1u << count) - 1;
 }
+
+// The lane's unmasked tokens of N segments, four bits for each.
+template <int N>
+static __device__ __forceinline__ void load_mask(const uint8_t* mask, const Place& place,
+                                                 unsigned (&keep)[N]) {
+    uint32_t flags[N];
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        if (mask) flags[j] = load_flags(mask, place, j);
+    }
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        keep[j] = mask ? flag_bits(flags[j]) : lowest_bits(place.left - first_of_lane(j));
+    }
+}
+
+// Writes the lane's four flags of a segment, a byte each, as far as the row goes.
+static __device__ __forceinline__ void store_flags(uint8_t* array, const Place& place, int segment,
+                                                   uint32_t flags) {
+    const int t = first_of_lane(segment);
+    uint8_t* to = array + place.offset + t;
+    if (misalignment(to, QUAD) == 0 && t + QUAD <= place.left) {
+        *reinterpret_cast<uint32_t*>(to) = flags;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) {
+        if (t + i < place.left) to[i] = uint8_t(flags >> 8 * i);
+    }
+}

@@ -111,6 +111,13 @@ def ppo_loss(
     return loss
 
 
+def correction(old_logp, rollout_logp, mask):
+    """Weights of tokens, 2 at most, of rows whose mean of k3 is 0.01 or less."""
+    d = torch.where(mask, old_logp - rollout_logp, 0.0).clamp(-20, 20)
+    k3 = ((d.exp() - 1 - d) * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+    return torch.where(mask & (k3 <= 0.01), d.exp().clamp(max=2.0), 0.0)
+
+
 def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
     """The losses that have names, by the defaults of their papers."""
     m, n = mask.to(logp.dtype), mask.sum(-1, keepdim=True).clamp(min=1)

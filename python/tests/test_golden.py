@@ -178,3 +178,50 @@ def test_outcome_advantages_of_verl(function, inputs, outputs):
     if name == "reinforce_plus_plus_baseline":
         ours = functional.masked_whiten(ours, mask)
     close(ours, outputs["advantages"])
+
+
+HELPER = "verl.trainer.ppo.rollout_corr_helper.compute_rollout_"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), cases("rollout_correction", f"{HELPER}correction_weights")
+)
+def test_correction_of_verl(inputs, outputs):
+    low, _, high = str(inputs["rollout_is_threshold"]).rpartition("_")
+    ours = functional.correction(
+        f32(inputs["old_log_prob"]),
+        f32(inputs["rollout_log_prob"]),
+        f32(inputs["response_mask"]) != 0,
+        level={"token": "token", "sequence": "sequence_sum"}[inputs["rollout_is"]],
+        low=float(low) if low else None,
+        high=float(high),
+        outside="zero" if low else "truncate",
+        normalise=inputs["rollout_is_batch_normalize"],
+    )
+    close(ours.weights, outputs["weights"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"), cases("rollout_correction", f"{HELPER}rejection_mask")
+)
+def test_rejections_of_verl(inputs, outputs):
+    """Those of verl's k1 are bounds of the rollout's probability over the trainer's, in either
+    direction where one number is given."""
+    options = {}
+    names = zip(inputs["rollout_rs"].split(","), inputs["rollout_rs_threshold"].split(","))
+    for prefix, (name, bounds) in zip(("rejection", "second_rejection"), names):
+        level, metric = name.rsplit("_", 1)
+        low, _, high = bounds.rpartition("_")
+        low, high = float(low) if low else None, float(high)
+        if metric == "k1":
+            low, high = 1 / high, 1 / (low or 1 / high)
+        options |= {
+            f"{prefix}_metric": "ratio" if metric == "k1" else metric,
+            f"{prefix}_level": level.replace("seq", "sequence"),
+            f"{prefix}_low": low,
+            f"{prefix}_high": high,
+        }
+    mask = f32(inputs["response_mask"]) != 0
+    tensors = (f32(inputs["old_log_prob"]), f32(inputs["rollout_log_prob"]), mask)
+    ours = functional.correction(*tensors, level="none", **options)
+    assert torch.equal(ours.kept, f32(outputs["response_mask"]) != 0)

@@ -30,6 +30,7 @@ OPTIONS = {
     "gae": (_lists.GAE.options, "gae"),
     "advantages": (_lists.ADVANTAGES.options, "outcome_advantages"),
     "whiten": (_lists.MASKED_WHITEN.options, "masked_whiten"),
+    "correction": (_lists.CORRECTION.options, "correction"),
     "ppo_loss": (_lists.PPO_LOSS.options, "ppo_loss"),
     "preference": (_lists.PREFERENCE.options, "preference_loss"),
     "reward_model": (_lists.REWARD_MODEL.options, "reward_model_loss"),
@@ -124,6 +125,7 @@ KINDS = {
         (_lists.FULL_KL_BACKWARD.inputs, ("kl_full_backward",)),
         (_lists.GAE.inputs, ("gae",)),
         (_lists.ADVANTAGES.inputs, ("advantages",)),
+        (_lists.CORRECTION.inputs, ("correction",)),
         (_lists.PPO_LOSS.inputs, ("ppo_loss",)),
         (_lists.PREFERENCE.inputs, ("preference_loss",)),
         (_lists.REWARD_MODEL.inputs, ("reward_model_loss",)),
@@ -179,12 +181,14 @@ def test_statistics_are_documented():
     assert _lib.STATS[0] == "loss"
     named = functional.ppo_loss.__doc__.split("Returns:")[1]
     assert re.findall(r"``(\w+)``", named) == [*_lib.STATS]
+    named = functional.correction.__doc__.split("Returns:")[1]
+    assert re.findall(r"``(\w+)``", named) == [*_lib.CORRECTION_STATS]
 
 
 TENSORS = {name: torch.zeros(2, 3) for name in "logits ref_logits logp ref_logp values".split()}
-TENSORS |= {name: torch.zeros(2, 3) for name in "old_logp advantages".split()}
 TENSORS["scores"] = torch.zeros(4)
 TENSORS |= {name: torch.zeros(3) for name in "chosen rejected".split()}
+TENSORS |= {name: torch.zeros(2, 3) for name in "old_logp rollout_logp advantages".split()}
 TENSORS["index"] = torch.zeros(2, dtype=torch.int64)
 
 

@@ -109,6 +109,8 @@ def test_empty_tensors_are_there():
     missing = {"missing_eos": "subtract", "missing_eos_value": 1.0}
     out = functional.gae(rows, **given, **missing, return_rewards=True)
     assert out.advantages.shape == out.rewards.shape == (0, 3)
+    weights, kept, stats = functional.correction(rows, rows)
+    assert weights.shape == kept.shape == (0, 3) and stats["tokens"] == stats["ess"] == 0.0
     flat = torch.zeros(0, requires_grad=True)
     functional.token_kl(flat, flat.detach()).sum().backward()
     assert flat.grad.shape == (0,)

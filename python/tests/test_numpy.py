@@ -90,6 +90,12 @@ def test_per_token_ops():
                 torch.from_numpy(several).float(), [1.0, 0.5, 2.0], None, t["mask"], **options
             ),
         )
+    options = {"normalise": True, "rejection_metric": "k2", "rejection_high": 0.5}
+    ours = ppok.correction(logp, ref_logp, mask64, **options)
+    expected = functional.correction(t["logp"], t["ref_logp"], t["mask"], **options)
+    same(ours.weights, expected.weights)
+    assert ours.kept.dtype == bool and ours.kept.tolist() == expected.kept.tolist()
+    assert ours.stats == {name: stat.item() for name, stat in expected.stats.items()}
 
     arguments = ("logp", "ref_logp", "rewards", "mask")
     loss, stats, gradients = ppok.ppo_loss(
@@ -137,6 +143,7 @@ def test_any_layout_will_do():
         (ppok.logprobs_and_entropy, (logits.astype(np.float16), ids)),
         (ppok.token_kl, (a, b, mask)),
         (ppok.full_kl, (logits, ref_logits, mask[:, 0])),
+        (ppok.correction, (a, b, mask)),
         (
             lambda v, r, m, k, s, e, x, w: ppok.gae(
                 v, r, m, kl=k, scores=s, has_eos=e, dones=x, bootstrap=w, missing_eos="replace"
@@ -171,6 +178,8 @@ def test_errors():
         ppok.selective_log_softmax(np.zeros((2, 4)), np.array([0, 4]))
     with pytest.raises(ValueError, match="`mask` has shape"):
         ppok.gae(np.zeros((2, 4)), mask=np.zeros(4))
+    with pytest.raises(ValueError, match="`rollout_logp` is missing"):
+        ppok.correction(np.zeros((2, 4)), None)
     with pytest.raises(ValueError, match="`estimator` is 'x'"):
         ppok.token_kl(np.zeros(2), np.zeros(2), estimator="x")
 

@@ -73,6 +73,11 @@ def samples():
     none = (None,) * 3
     yield ops.outcome_advantages, (scores, groups, scores.abs(), scores, mask, 0, *grpo)
     yield ops.outcome_advantages, (scores, *none, None, 2, *grpo)
+    of_rules = ("zero", True, "ratio", "token", "k3", "sequence_mean")
+    bounds = (20.0, 0.5, 2.0, 0.4, None, None, 1.5, "sequence_sum")
+    yield ops.correction, (rows, more, mask, *bounds, *of_rules)
+    plain = ("truncate", False, "none", "token", "none", "token")
+    yield ops.correction, (rows, more, None, None, None, 2.0, *(None,) * 4, "token", *plain)
     yield ops.masked_moments, (rows, mask)
     yield ops.masked_whiten, (leaf(2, 5), mask, *whiten)
     moments = torch.tensor([10.0, 1.0, 5.0], dtype=torch.float64)
@@ -162,6 +167,9 @@ def test_every_op_is_checked():
     assert defined == {op._qualified_op_name.removeprefix("ppo_kernels::") for op, _ in SAMPLES}
 
 
+ICEPOP = ppo_kernels.named_correction("icepop")
+
+
 def step(logits, ref_logits, index, values, old_logp, rewards, mask):
     """Every function once: what is between the logits and the loss."""
     logp, entropy = functional.logprobs_and_entropy(logits, index, 0.9)
@@ -182,11 +190,13 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
     sums = functional.gdpo_advantages(rewards.T, [0.5] * 7, ids, mask, over="tokens")
     more = by_ids.advantages + sums + by_ids.stats["score_mean"] + by_rank.advantages[:, None]
     out = out._replace(advantages=out.advantages + more)
+    icepop = functional.correction(old_logp, rewards, mask, **ICEPOP)
     loss, stats = functional.ppo_loss(
         logp,
         old_logp,
         out.advantages,
-        mask,
+        icepop.kept & mask,
+        weights=icepop.weights + icepop.stats["ess"].float(),
         values=values,
         old_values=values.detach(),
         returns=out.returns,
@@ -259,11 +269,26 @@ def step_of_numbers(logits, ref_logits, index, mask, number, other):
     numbers = {"eps": number, "score_min": -other, "score_max": number * 2}
     more = functional.outcome_advantages(tensors[:, 0], None, mask, group_size=2, **numbers)
     out = out._replace(advantages=out.advantages + more.advantages)
+    weights, *_ = functional.correction(
+        tensors,
+        ref_logp.detach(),
+        mask,
+        log_ratio_clamp=number,
+        low=number / 10,
+        high=other * 5,
+        rejection_metric="k2",
+        rejection_high=other * 20,
+        second_rejection_metric="ratio",
+        second_rejection_level="sequence_mean",
+        second_rejection_low=number / 1000,
+        second_rejection_high=other * 1000,
+    )
     loss, stats = functional.ppo_loss(
         logp,
         ref_logp,
         out.advantages,
         mask,
+        weights=weights,
         values=entropy,
         old_values=entropy,
         returns=out.returns,

@@ -1,5 +1,7 @@
 """Values and gradients against plain PyTorch in float64, and what the docs promise of arguments."""
 
+import math
+
 import formulas
 import pytest
 import torch
@@ -546,6 +548,88 @@ def test_named_losses_are_known_by_name():
     }
     with pytest.raises(ValueError, match=r"option `name` is \"gpso\", expected ppo, dapo"):
         ppo_kernels.named_loss("gpso")
+
+
+CORRECTIONS = {
+    "tis": lambda w, rows: w.clamp(max=2.0),
+    "sequence_tis": lambda w, rows: rows.prod(1, True).clamp(max=2.0).expand_as(w),
+    "icepop": lambda w, rows: w * ((w >= 0.5) & (w <= 5.0)),
+    "sequence_mask": lambda w, rows: (rows.prod(1, True) * (rows.prod(1, True) <= 3.0)).expand_as(
+        w
+    ),
+    "geometric_mask": lambda w, rows: w,
+}
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_corrections_with_names(name, dtype, device):
+    old_logp, noise = torch.randn(2, 5, 9, device=device).unbind()
+    old_logp = (old_logp - 3.0).to(dtype)
+    rollout_logp = (old_logp.float() + 0.6 * noise).to(dtype)
+    mask = torch.rand(5, 9, device=device) > 0.3
+    options = ppo_kernels.named_correction(name)
+    if name == "geometric_mask":
+        options.update(rejection_low=1e-6, rejection_high=1e6)  # rejects nothing
+    w = (old_logp.double() - rollout_logp.double()).exp()
+    expected = CORRECTIONS[name](w, torch.where(mask, w, 1.0)) * mask
+    ours = functional.correction(
+        torch.where(mask, old_logp, torch.nan).requires_grad_(), rollout_logp, mask, **options
+    )
+    torch.testing.assert_close(ours.weights.double(), expected, rtol=1e-5, atol=1e-6)
+    assert not ours.weights.requires_grad and torch.equal(ours.kept, mask)
+    stats = ours.stats
+    assert stats["tokens"] == mask.sum() and stats["rows"] == mask.any(1).sum()
+    assert all(stat.dtype is torch.float64 and stat.device == w.device for stat in stats.values())
+    torch.testing.assert_close(stats["weight_sum"], expected.sum(), rtol=1e-5, atol=1e-6)
+    ess = expected.sum() ** 2 / (mask.sum() * (expected**2).sum())
+    torch.testing.assert_close(stats["ess"], ess, rtol=1e-5, atol=1e-6)
+    flat = functional.correction(old_logp[0], rollout_logp[0], mask[0], **options)
+    assert torch.equal(flat.weights, ours.weights[0])
+
+
+def test_corrections_are_known_by_name():
+    assert ppo_kernels.named_correction("tis") == {}
+    assert ppo_kernels.named_correction("icepop") == {"low": 0.5, "high": 5.0, "outside": "zero"}
+    mask = {"log_ratio_clamp": None, "high": 3.0, "level": "sequence_sum", "outside": "zero"}
+    assert ppo_kernels.named_correction("sequence_mask") == mask
+    with pytest.raises(ValueError, match=r"option `name` is \"trl\", expected tis, sequence_tis"):
+        ppo_kernels.named_correction("trl")
+
+
+@pytest.mark.parametrize("metric", ["ratio", "k2", "k3", "reverse_k3", "binary_kl"])
+@pytest.mark.parametrize("level", ["token", "sequence_mean", "sequence_sum", "sequence_max"])
+def test_rejections(metric, level, device):
+    """As they are written, at the median of what there is."""
+    old_logp, noise = torch.randn(2, 8, 11, device=device).unbind()
+    old_logp = old_logp.abs().neg() - 0.2
+    rollout_logp = (old_logp + 0.4 * noise).clamp(max=-0.05)
+    mask = torch.rand(8, 11, device=device) > 0.3
+    mask[:, 0] = True
+    d = old_logp.double() - rollout_logp.double()
+    p, q = rollout_logp.double().exp(), old_logp.double().exp()
+    value = {
+        "ratio": d,
+        "k2": d**2 / 2,
+        "k3": d.exp() - 1 - d,
+        "reverse_k3": (-d).exp() - 1 + d,
+        "binary_kl": p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log(),
+    }[metric]
+    kept = torch.where(mask, value, 0.0)
+    seen = {
+        "token": value,
+        "sequence_mean": kept.sum(1, True) / mask.sum(1, True),
+        "sequence_sum": kept.sum(1, True),
+        "sequence_max": torch.where(mask, value, -torch.inf).amax(1, True),
+    }[level].expand_as(value)
+    different = seen[mask].unique().sort().values
+    bound = different[len(different) // 2 - 1 : len(different) // 2 + 1].mean().item()
+    high = math.exp(bound) if metric == "ratio" else bound
+    options = {"rejection_metric": metric, "rejection_level": level, "rejection_high": high}
+    ours = functional.correction(old_logp, rollout_logp, mask, level="none", **options)
+    assert torch.equal(ours.kept, mask & (seen <= bound))
+    assert torch.equal(ours.weights, ours.kept.float())
+    assert 0 < ours.stats["rejected_tokens"] < ours.stats["tokens"]
 
 
 def test_without_an_old_policy_the_ratio_is_one(device):

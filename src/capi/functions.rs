@@ -6,6 +6,7 @@ use std::ffi::c_void;
 
 use crate::advantages::capi::*;
 use crate::capi;
+use crate::correction::capi::*;
 use crate::gae::capi::*;
 use crate::kl::capi::*;
 use crate::logprob::capi::*;
@@ -34,6 +35,33 @@ pub unsafe extern "C" fn ppok_advantages_cuda(
 #[no_mangle]
 pub unsafe extern "C" fn ppok_advantages_cuda_workspace_size(
     args: *const ppok_advantages_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_correction_options_init(
+    options: *mut ppok_correction_options,
+    struct_size: usize,
+) -> i32 {
+    capi::init(options, struct_size)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_correction_cuda(
+    args: *const ppok_correction_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_correction_cuda_workspace_size(
+    args: *const ppok_correction_args,
     stream: *mut c_void,
     bytes: *mut usize,
 ) -> i32 {

@@ -70,6 +70,8 @@ pub enum Op {
     Advantages,
     /// `masked_whiten`, `masked_whiten_with`.
     Whiten,
+    /// `correction` with its statistics.
+    Correction,
     /// `ppo_loss` with its statistics.
     PpoLoss,
     /// `preference_loss` with its statistics and rewards, and `reward_model_loss`.
@@ -86,6 +88,7 @@ impl Op {
             Op::Gae => "gae",
             Op::Advantages => "advantages",
             Op::Whiten => "whiten",
+            Op::Correction => "correction",
             Op::PpoLoss => "ppo_loss",
             Op::Preference => "preference",
         }
@@ -102,6 +105,7 @@ pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
         Op::Gae => tolerance::GAE,
         Op::Advantages => tolerance::ADVANTAGES,
         Op::Whiten => tolerance::WHITEN,
+        Op::Correction => tolerance::CORRECTION,
         Op::PpoLoss => tolerance::PPO_LOSS,
         Op::Preference => tolerance::PREFERENCE,
     };

@@ -7,8 +7,8 @@ use super::{
     SUM_Z, TOKEN_OP,
 };
 use crate::cpu::math::{
-    at_least, exp, exp_factors, for_logits2, larger, max, max_lanes, sum_lanes, Exp, EXP_FLOOR,
-    LOGIT_LANES,
+    at_least, clip, exp, exp_factors, exp_m1, for_logits2, larger, ln_1p, max, max_lanes, select,
+    sum_lanes, Exp, EXP_FLOOR, LOGIT_LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut};
 use crate::error::{Error, Result};
@@ -223,6 +223,26 @@ pub(crate) fn k3_and_slope(d: f32) -> (f32, f32) {
     let value = if small { series } else { e - 1.0 + d };
     let derivative = if small { d - series } else { 1.0 - e };
     (value, derivative)
+}
+
+/// p - p_old, from the logarithms and their difference d.
+#[inline(always)]
+pub(crate) fn probability_moved(logp: f32, old_logp: f32, d: f32) -> f32 {
+    // The larger one times 1 - e^-|d|, with the sign of d.
+    let larger = exp(select(d > 0.0, logp, old_logp));
+    let moved = larger * exp_m1(-d.abs());
+    select(d > 0.0, -moved, moved)
+}
+
+/// KL of (p_old, 1 - p_old) from (p, 1 - p).
+#[inline(always)]
+pub(crate) fn binary_kl(logp: f32, old_logp: f32, d: f32) -> f32 {
+    let rest_old = -exp_m1(old_logp);
+    // Beyond 1 by its rounding only, where nothing is left beside the token.
+    let grown = clip(probability_moved(logp, old_logp, d) / rest_old, f32::NEG_INFINITY, 1.0);
+    let of_rest = select(rest_old > 0.0, -rest_old * ln_1p(-grown), 0.0);
+    let p_old = exp(old_logp);
+    of_rest - select(p_old > 0.0, p_old * d, 0.0)
 }
 
 /// Exact KL of every one of `rows` rows, with what the backward pass needs to know of them. Reads both

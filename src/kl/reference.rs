@@ -21,6 +21,15 @@ pub fn token(d: f64, options: &KlOptions) -> (f64, f64) {
     (value, if flows { derivative } else { 0.0 })
 }
 
+/// The KL of (p, 1 - p) from (q, 1 - q), from the logarithms of p and q.
+pub fn binary_kl(log_p: f64, log_q: f64) -> f64 {
+    // From 0, so that nothing is not -0.
+    let (p, rest_p, rest_q) = (log_p.exp(), 0.0 - log_p.exp_m1(), 0.0 - log_q.exp_m1());
+    let of_p = if p == 0.0 { 0.0 } else { p * (log_p - log_q) };
+    let of_rest = if rest_p > 0.0 { rest_p * (rest_p / rest_q).ln() } else { 0.0 };
+    of_p + of_rest
+}
+
 /// The sampled KL of every token; 0 where `mask` is 0.
 pub fn token_kl(
     logp: &[f64],

@@ -9,13 +9,13 @@ use super::{
     Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, PpoStats,
     RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
-use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, ln_1p, select, sum_lanes, LANES};
+use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, select, sum_lanes, LANES};
 use crate::cpu::{
     for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Rows, RowsMut, Split,
     TokenId, Writer,
 };
 use crate::error::{Error, Result};
-use crate::kl::cpu::{k3_and_slope, TokenKl};
+use crate::kl::cpu::{binary_kl, k3_and_slope, probability_moved, TokenKl};
 use crate::kl::limit;
 use crate::logprob::{self, Columns, LogprobOptions};
 use crate::memory::{in_space, Lengths};
@@ -1418,25 +1418,6 @@ fn off_policy(weights: &[f32], logp: &[f32], rollout_logp: &[f32]) -> f64 {
             excess
         },
     )
-}
-
-/// p - p_old, from the logarithms and their difference d.
-#[inline(always)]
-fn probability_moved(logp: f32, old_logp: f32, d: f32) -> f32 {
-    // The larger one times 1 - e^-|d|, with the sign of d.
-    let larger = exp(select(d > 0.0, logp, old_logp));
-    let moved = larger * exp_m1(-d.abs());
-    select(d > 0.0, -moved, moved)
-}
-
-/// KL of (p_old, 1 - p_old) from (p, 1 - p).
-#[inline(always)]
-fn binary_kl(logp: f32, old_logp: f32, d: f32) -> f32 {
-    let rest_old = -exp_m1(old_logp);
-    // Beyond 1 by its rounding only, where nothing is left beside the token.
-    let grown = clip(probability_moved(logp, old_logp, d) / rest_old, f32::NEG_INFINITY, 1.0);
-    let of_rest = select(rest_old > 0.0, -rest_old * ln_1p(-grown), 0.0);
-    of_rest - exp(old_logp) * d
 }
 
 /// The first unmasked token, the last, and one about half way.

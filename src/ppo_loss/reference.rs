@@ -5,7 +5,7 @@ use super::{
     RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::error::Result;
-use crate::kl::reference::{clamp, token as token_kl};
+use crate::kl::reference::{binary_kl, clamp, token as token_kl};
 use crate::kl::{KlEstimator, KlOptions};
 use crate::memory::{in_space, Lengths};
 
@@ -366,9 +366,7 @@ fn inside_trust_region(logp: f64, old_logp: f64, a: f64, options: &PpoLossOption
             (moved, -moved)
         }
         TrustRegion::BinaryKl => {
-            let (p_old, rest_old, rest) = (old_logp.exp(), -old_logp.exp_m1(), 0.0 - logp.exp_m1());
-            let of_rest = if rest_old > 0.0 { rest_old * (rest_old / rest).ln() } else { 0.0 };
-            let kl = of_rest - p_old * d;
+            let kl = binary_kl(old_logp, logp);
             (if d > 0.0 { kl } else { 0.0 }, if d < 0.0 { kl } else { 0.0 })
         }
         TrustRegion::Ratio => {

@@ -5,6 +5,7 @@
 mod advantages;
 #[path = "../common/mod.rs"]
 mod common;
+mod correction;
 mod gae;
 mod kl;
 mod logprob;

@@ -3,6 +3,7 @@
 #![allow(dead_code, unused_imports)] // each test binary uses its own part
 
 pub mod advantages_cases;
+pub mod correction_cases;
 #[cfg(any(feature = "simt", feature = "cuda"))]
 pub mod device;
 pub mod gae_cases;

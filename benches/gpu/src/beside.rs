@@ -30,6 +30,8 @@ pub fn seconds(pass: Pass, shape: Shape) -> Option<f64> {
         Pass::GaeShaped => gae_shaped(shape),
         Pass::Moments | Pass::Whiten | Pass::LogitsPpoLoss => return None,
         Pass::Advantages | Pass::AdvantagesByIds => return None,
+        // Without the statistics.
+        Pass::Correction | Pass::CorrectionOfRows => return None,
         Pass::WhitenBackward => whiten_backward(shape),
         Pass::PpoLoss => ppo_loss(shape),
     };

@@ -8,6 +8,7 @@ mod beside;
 #[cfg(feature = "candle")]
 #[path = "../../common/mod.rs"]
 mod common;
+mod correction;
 // As the tests have them.
 #[allow(dead_code, unused_imports)]
 #[path = "../../../tests/common/device.rs"]
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
     kl::time(&table);
     gae::time(&table);
     advantages::time(&table);
+    correction::time(&table);
     ppo_loss::time(&table);
     println!("\nmeasured in {:.1} s", start.elapsed().as_secs_f64());
     ExitCode::SUCCESS

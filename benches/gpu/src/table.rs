@@ -25,6 +25,8 @@ pub enum Pass {
     Moments,
     Whiten,
     WhitenBackward,
+    Correction,
+    CorrectionOfRows,
     PpoLoss,
 }
 
@@ -47,6 +49,8 @@ impl Pass {
             Pass::Moments => "moments, mask",
             Pass::Whiten => "whiten by known moments, mask",
             Pass::WhitenBackward => "whiten backward, mask",
+            Pass::Correction => "correction, mask",
+            Pass::CorrectionOfRows => "correction, rows rejected, mask",
             Pass::PpoLoss => "PPO loss forward + backward, mask",
         }
     }

@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from .functional import (
         ESTIMATORS,
         AdvantagesOutput,
+        CorrectionOutput,
         GaeOutput,
         LinearOutput,
         LinearPpoLossOutput,
         PreferenceOutput,
+        correction,
         full_kl,
         gae,
         gdpo_advantages,
@@ -37,10 +39,12 @@ if TYPE_CHECKING:
 __all__ = [
     "ESTIMATORS",
     "AdvantagesOutput",
+    "CorrectionOutput",
     "GaeOutput",
     "LinearOutput",
     "LinearPpoLossOutput",
     "PreferenceOutput",
+    "correction",
     "full_kl",
     "gae",
     "gdpo_advantages",
@@ -50,6 +54,7 @@ __all__ = [
     "logprobs_and_entropy",
     "masked_moments",
     "masked_whiten",
+    "named_correction",
     "named_loss",
     "num_threads",
     "outcome_advantages",
@@ -60,7 +65,7 @@ __all__ = [
     "token_kl",
 ]
 # Those on tensors, most of which are those on arrays too.
-_LIBRARY = ("library_version", "named_loss", "num_threads")
+_LIBRARY = ("library_version", "named_correction", "named_loss", "num_threads")
 _FUNCTIONS = [name for name in __all__ if name not in _LIBRARY]
 
 
@@ -69,6 +74,24 @@ def library_version() -> str:
     from ._lib import version_string
 
     return version_string().decode()
+
+
+def named_correction(name: str) -> dict[str, Any]:
+    """Options of :func:`correction` that make it the one of a name, with bounds that are usual:
+    ``correction(old_logp, rollout_logp, mask, **named_correction("icepop"))``.
+
+    Args:
+        name: ``tis`` (a token's weight, 2 at most), ``sequence_tis`` (its row's), ``icepop``
+            (tokens outside 0.5 .. 5 have weight 0), ``sequence_mask`` (TRL's default: rows above 3
+            do) or ``geometric_mask`` (NeMo's ``seq-mask-tis``: rows whose mean is outside
+            0.999 .. 1.002 are rejected).
+
+    Returns:
+        Those that differ from the defaults, by name, to be changed at will.
+    """
+    from . import _lists
+
+    return _lists.CORRECTION.options.named(name)
 
 
 def named_loss(name: str) -> dict[str, Any]:

@@ -41,6 +41,24 @@ BF16 = 2
 U32 = 0
 I64 = 1
 NONE = -1.0
+CORRECTION_LEVEL_TOKEN = 0
+CORRECTION_LEVEL_SEQUENCE_MEAN = 1
+CORRECTION_LEVEL_SEQUENCE_SUM = 2
+CORRECTION_LEVEL_NONE = 3
+CORRECTION_OUTSIDE_TRUNCATE = 0
+CORRECTION_OUTSIDE_ZERO = 1
+REJECTION_METRIC_NONE = 0
+REJECTION_METRIC_RATIO = 1
+REJECTION_METRIC_K2 = 2
+REJECTION_METRIC_K3 = 3
+REJECTION_METRIC_REVERSE_K3 = 4
+REJECTION_METRIC_BINARY_KL = 5
+REJECTION_METRIC_BINARY_KL_MAX = 6
+REJECTION_METRIC_TOTAL_VARIATION = 7
+REJECTION_LEVEL_TOKEN = 0
+REJECTION_LEVEL_SEQUENCE_MEAN = 1
+REJECTION_LEVEL_SEQUENCE_SUM = 2
+REJECTION_LEVEL_SEQUENCE_MAX = 3
 GAE_MASK_CARRY = 0
 GAE_MASK_MULTIPLY = 1
 GAE_SCORE_AT_LAST = 0
@@ -158,6 +176,69 @@ class advantages_args(Structure):
         ("advantages", c_void_p),
         ("token_advantages", c_void_p),
         ("stats", c_void_p),
+    ]
+
+
+class correction_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("log_ratio_clamp", c_double),
+        ("low", c_double),
+        ("high", c_double),
+        ("rejection_low", c_double),
+        ("rejection_high", c_double),
+        ("second_rejection_low", c_double),
+        ("second_rejection_high", c_double),
+        ("level", c_int32),
+        ("outside", c_int32),
+        ("normalise", c_int32),
+        ("rejection_metric", c_int32),
+        ("rejection_level", c_int32),
+        ("second_rejection_metric", c_int32),
+        ("second_rejection_level", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class correction_stats(Structure):
+    _fields_ = [
+        ("tokens", c_double),
+        ("unscored_tokens", c_double),
+        ("rejected_tokens", c_double),
+        ("below_tokens", c_double),
+        ("above_tokens", c_double),
+        ("rows", c_double),
+        ("rejected_rows", c_double),
+        ("weight_sum", c_double),
+        ("weight_square_sum", c_double),
+        ("log_ratio_sum", c_double),
+        ("log_ratio_abs_sum", c_double),
+        ("k3_sum", c_double),
+        ("ratio_square_sum", c_double),
+        ("mult_prob_error_sum", c_double),
+        ("row_ratio_square_sum", c_double),
+        ("log_ppl_sum", c_double),
+        ("rollout_log_ppl_sum", c_double),
+        ("log_ratio_abs_max", c_double),
+        ("k3_max", c_double),
+        ("weight_max", c_double),
+        ("weight_min", c_double),
+        ("ess", c_double),
+    ]
+
+
+class correction_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("batch", c_size_t),
+        ("seq_len", c_size_t),
+        ("old_logp", c_void_p),
+        ("rollout_logp", c_void_p),
+        ("mask", c_void_p),
+        ("options", c_void_p),
+        ("weights", c_void_p),
+        ("stats", c_void_p),
+        ("kept", c_void_p),
     ]
 
 
@@ -698,6 +779,58 @@ OPTIONS = {
         ),
         "unbiased": "bool",
     },
+    "correction": {
+        "log_ratio_clamp": "float?",
+        "low": "float?",
+        "high": "float?",
+        "rejection_low": "float?",
+        "rejection_high": "float?",
+        "second_rejection_low": "float?",
+        "second_rejection_high": "float?",
+        "level": (
+            "token",
+            "sequence_mean",
+            "sequence_sum",
+            "none",
+        ),
+        "outside": (
+            "truncate",
+            "zero",
+        ),
+        "normalise": "bool",
+        "rejection_metric": (
+            "none",
+            "ratio",
+            "k2",
+            "k3",
+            "reverse_k3",
+            "binary_kl",
+            "binary_kl_max",
+            "total_variation",
+        ),
+        "rejection_level": (
+            "token",
+            "sequence_mean",
+            "sequence_sum",
+            "sequence_max",
+        ),
+        "second_rejection_metric": (
+            "none",
+            "ratio",
+            "k2",
+            "k3",
+            "reverse_k3",
+            "binary_kl",
+            "binary_kl_max",
+            "total_variation",
+        ),
+        "second_rejection_level": (
+            "token",
+            "sequence_mean",
+            "sequence_sum",
+            "sequence_max",
+        ),
+    },
     "gae": {
         "gamma": "float",
         "lambda": "float",
@@ -897,6 +1030,11 @@ FUNCTIONS = {
     "advantages_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "advantages_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "advantages_options_init": (c_int32, (c_void_p, c_size_t)),
+    "correction_cpu": (c_int32, (c_void_p,)),
+    "correction_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "correction_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "correction_options_init": (c_int32, (c_void_p, c_size_t)),
+    "correction_options_named": (c_int32, (c_void_p, c_size_t, c_char_p)),
     "gae_cpu": (c_int32, (c_void_p,)),
     "gae_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "gae_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),

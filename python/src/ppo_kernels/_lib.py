@@ -26,6 +26,7 @@ TARGETS = {"int32": _header.U32, "uint32": _header.U32, "int64": _header.I64}
 STATS = tuple(name for name, _ in _header.ppo_loss_stats._fields_)
 ADVANTAGE_STATS = tuple(name for name, _ in _header.advantages_stats._fields_)
 PREFERENCE_STATS = tuple(name for name, _ in _header.preference_stats._fields_)
+CORRECTION_STATS = tuple(name for name, _ in _header.correction_stats._fields_)
 
 
 def _path() -> Path:

@@ -254,6 +254,20 @@ _op = MASKED_WHITEN_BACKWARD
 whiten_backward = _pass("whiten_backward", _op, "elements", "grad_x x", _inputs)
 whiten_with_backward = _pass("whiten_with_backward", _op, "elements", "grad_x", _inputs)
 
+# --- correction ---
+
+_inputs = (_numbers("old_logp"), _numbers("rollout_logp"), _flags("mask?"))
+CORRECTION = Op("correction", _inputs, Options("correction", "correction"))
+
+correction = _pass("correction", CORRECTION, "batch seq_len", "weights kept stats")
+
+
+def check_rollout(rollout_logp: object) -> None:
+    if rollout_logp is None:
+        instead = "without it there is nothing to correct, and ppo_loss takes no `weights`"
+        raise ValueError(f"{CORRECTION.name}: `rollout_logp` is missing; {instead}")
+
+
 # --- ppo_loss ---
 
 _inputs = (

@@ -797,6 +797,21 @@ def masked_whiten_backward(tensors: tuple, options: tuple) -> Results:
         _call(_lists.whiten_backward, grad_values, options, *given, values.data_ptr())
 
 
+# --- correction ---
+
+
+@_op(_lists.CORRECTION, "weights kept stats")
+def correction(tensors: tuple, options: tuple) -> Results:
+    sizes, inputs = _check_rows(_lists.CORRECTION, tensors)
+    weights, device = _result(tensors[0]), tensors[0].device
+    # The library writes bytes that are 0 or 1.
+    kept = torch.empty_like(weights, dtype=torch.bool)
+    stats = torch.empty(len(_lib.CORRECTION_STATS), dtype=torch.float64, device=device)
+    outputs = (weights, kept, stats)
+    yield outputs
+    _call(_lists.correction, inputs[0], options, *sizes, *_addresses(inputs, outputs))
+
+
 # --- ppo_loss ---
 
 

@@ -55,6 +55,10 @@ Aggregation = Literal[
 ]
 Surrogate = Literal["clip", "log_clip", "reinforce", "clipped_weight", "gamma_weight", "soft_gate"]
 TrustRegion = Literal["none", "total_variation", "binary_kl", "ratio"]
+RejectionMetric = Literal[
+    "none", "ratio", "k2", "k3", "reverse_k3", "binary_kl", "binary_kl_max", "total_variation"
+]
+RejectionLevel = Literal["token", "sequence_mean", "sequence_sum", "sequence_max"]
 
 PreferenceLoss = Literal[
     "sigmoid",
@@ -585,6 +589,96 @@ def masked_whiten(
     if moments is None:
         return _ops.call(_ops.masked_whiten, *tensors, *options)[0]
     return _ops.call(_ops.masked_whiten_with, *tensors, moments, *options)
+
+
+class CorrectionOutput(NamedTuple):
+    """What :func:`correction` returns: ``weights, kept, stats = correction(...)``."""
+
+    weights: Tensor
+    """``[..., seq_len]``: for :func:`ppo_loss`; 0 where masked or rejected."""
+    kept: Tensor
+    """``[..., seq_len]``, bool: the mask without what is rejected."""
+    stats: dict[str, Tensor]
+    """float64 scalars on the same device."""
+
+
+def correction(
+    old_logp: Tensor,
+    rollout_logp: Tensor,
+    mask: Tensor | None = None,
+    *,
+    level: Literal["token", "sequence_mean", "sequence_sum", "none"] = "token",
+    log_ratio_clamp: Number | None = 20.0,
+    low: Number | None = None,
+    high: Number | None = 2.0,
+    outside: Literal["truncate", "zero"] = "truncate",
+    normalise: bool = False,
+    rejection_metric: RejectionMetric = "none",
+    rejection_level: RejectionLevel = "token",
+    rejection_low: Number | None = None,
+    rejection_high: Number | None = None,
+    second_rejection_metric: RejectionMetric = "none",
+    second_rejection_level: RejectionLevel = "token",
+    second_rejection_low: Number | None = None,
+    second_rejection_high: Number | None = None,
+) -> CorrectionOutput:
+    """Importance weights for tokens that another engine sampled than the one that trains, with
+    rejections of those that the two disagree on too much.
+
+    With d = old_logp - rollout_logp, and its sum or mean over a row::
+
+        w      = exp(d), exp(sum d), exp(mean d) or 1         by the level
+        weight = w where low <= w <= high, else the nearer bound or 0
+        weight = 0 where a rejection's metric, of the token or its row, is out of its bounds
+
+    The weights go into :func:`ppo_loss`, where 0 drops a token from the sum and not from the
+    denominator; give it ``kept`` as the mask where rejected tokens shall leave that too (verl).
+    :func:`named_correction` has those with names. It is not differentiable: all results are
+    constants.
+
+    Args:
+        old_logp: log-probabilities as the trainer computes them before the update,
+            ``[..., seq_len]``.
+        rollout_logp: as the rollout engine computed them; where it could not, NaN, which counts as
+            d = 0.
+        mask: ``[..., seq_len]``.
+        level: the weight is the token's, its row's geometric mean or product, or ``none``: 1.
+        log_ratio_clamp: clamps d, or its sum or mean, to plus or minus this.
+        low, high: bounds of the weight.
+        outside: what is outside becomes the bound, or 0 (IcePop), which is not rejected.
+        normalise: divides the weights by the mean of those before rejections, over tokens, or of
+            rows' weights over rows.
+        rejection_metric: ``ratio``, exp(d); ``k2``, d^2/2; ``k3``, exp(d) - 1 - d, and
+            ``reverse_k3``, that of -d; ``binary_kl``, the KL of token or not token of the rollout
+            from the trainer, or the larger of both directions; ``total_variation``, the change of
+            the probability. k1 is the logarithm of ``ratio``, in verl with the other sign: its
+            bounds there are those of exp(-d).
+        rejection_level: of the token, or its mean, its sum or its extremes over the row, which then
+            is rejected as a whole; of ratios the geometric mean and the product.
+        rejection_low, rejection_high: bounds of the metric, at least one of them.
+        second_rejection_metric, second_rejection_level, second_rejection_low,
+            second_rejection_high: another rule; what either rejects is.
+
+    Returns:
+        The weights, the mask that is left, and statistics, sums over tokens that ranks can add:
+        ``tokens``, the unmasked ones with a log-probability of the rollout, over which the others
+        are; ``unscored_tokens``, ``rejected_tokens`` (of weight 0), ``below_tokens`` and
+        ``above_tokens`` (outside the bounds of the weight), ``rows``, ``rejected_rows``,
+        ``weight_sum``, ``weight_square_sum``, ``log_ratio_sum``, ``log_ratio_abs_sum``,
+        ``k3_sum``, ``ratio_square_sum``, ``mult_prob_error_sum``, ``row_ratio_square_sum``,
+        ``log_ppl_sum`` and ``rollout_log_ppl_sum`` (over rows, of their means); and
+        ``log_ratio_abs_max``, ``k3_max``, ``weight_max``, ``weight_min``, and ``ess``, the
+        effective sample size as a share of the tokens. Nothing is NaN because there is no token.
+    """
+    _lists.check_rollout(rollout_logp)
+    tensors = map(_constant, _taken(_lists.CORRECTION, old_logp, rollout_logp, mask))
+    bounds = (log_ratio_clamp, low, high)
+    rules = (rejection_low, rejection_high, second_rejection_low, second_rejection_high)
+    first = (rejection_metric, rejection_level)
+    second = (second_rejection_metric, second_rejection_level)
+    options = (*bounds, *rules, level, outside, normalise, *first, *second)
+    weights, kept, stats = _ops.call(_ops.correction, *tensors, *options)
+    return CorrectionOutput(weights, kept, dict(zip(_lib.CORRECTION_STATS, stats.unbind())))
 
 
 def ppo_loss(

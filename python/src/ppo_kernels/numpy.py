@@ -443,6 +443,44 @@ def masked_whiten(
     return whitened
 
 
+class CorrectionOutput(NamedTuple):
+    """What :func:`correction` returns."""
+
+    weights: Floats
+    kept: NDArray[np.bool_]
+    stats: dict[str, float]
+
+
+def correction(
+    old_logp: ArrayLike,
+    rollout_logp: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    level: str = "token",
+    log_ratio_clamp: float | None = 20.0,
+    low: float | None = None,
+    high: float | None = 2.0,
+    outside: str = "truncate",
+    normalise: bool = False,
+    rejection_metric: str = "none",
+    rejection_level: str = "token",
+    rejection_low: float | None = None,
+    rejection_high: float | None = None,
+    second_rejection_metric: str = "none",
+    second_rejection_level: str = "token",
+    second_rejection_low: float | None = None,
+    second_rejection_high: float | None = None,
+) -> CorrectionOutput:
+    """Importance weights of ``[..., seq_len]``; the mask without what is rejected; statistics."""
+    given, shape = locals(), np.shape(old_logp)
+    _lists.check_rollout(rollout_logp)
+    sizes, inputs = _sizes(_lists.CORRECTION, old_logp), _checked(_lists.CORRECTION, given, shape)
+    weights, kept = np.empty(shape, np.float32), np.empty(shape, np.bool_)
+    stats = np.empty(len(_lib.CORRECTION_STATS), np.float64)
+    _call(_lists.correction, given, *sizes, *inputs, weights, kept, stats)
+    return CorrectionOutput(weights, kept, dict(zip(_lib.CORRECTION_STATS, stats.tolist())))
+
+
 def _of_tokens(numbers: ArrayLike | None, shape: tuple[int, ...]) -> ArrayLike | None:
     """Numbers for rows as numbers for tokens."""
     if numbers is None or not shape:

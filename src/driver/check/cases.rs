@@ -10,6 +10,10 @@ use super::{Op, Pass, Row};
 use crate::advantages::{
     self, outcome_advantages, AdvantageInputs, AdvantageOptions, Baseline, Scale, Singleton, Sizes,
 };
+use crate::correction::{
+    self, correction, CorrectionInputs, CorrectionOptions, CorrectionStats, Outside, Rejection,
+    RejectionLevel, RejectionMetric, WeightLevel,
+};
 use crate::gae::{
     self, gae, GaeInputs, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder,
     ScorePlacement, ScoreScale,
@@ -80,6 +84,7 @@ pub(super) fn all(device: &Device, seed: u64, bound_scale: f64) -> Result<Vec<Ro
     check(Op::Whiten, DType::F32, &check_whiten)?;
     check(Op::PpoLoss, DType::F32, &check_ppo_loss)?;
     check(Op::Preference, DType::F32, &check_preference)?;
+    check(Op::Correction, DType::F32, &check_correction)?;
     Ok(rows)
 }
 
@@ -513,6 +518,51 @@ fn whiten_case(
     pair.backward.compare(&gradient(&grads, &var)?, &want)
 }
 
+fn check_correction(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    for shape in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
+        for _ in 0..4 * DRAWS {
+            let options = draw.correction_options();
+            let mask = draw.mask(shape);
+            let (old_logp, rollout_logp) = draw.engines(&mask, shape, &options)?;
+            let (x, y) = (draw.tensor(&old_logp, &shape)?, draw.tensor(&rollout_logp, &shape)?);
+            let bytes = draw.bytes(&mask, &shape)?;
+            let inputs = CorrectionInputs { mask: Some(&bytes), ..CorrectionInputs::new(&x, &y) };
+            let computed = correction(&inputs, &options)?;
+
+            let want = correct(&old_logp, &rollout_logp, &mask, shape, &options)?;
+            let row = &mut pair.forward;
+            row.compare(&wide(&computed.weights)?, &want.weights)?;
+            let kept: Vec<f64> = want.kept.iter().map(|&m| f64::from(m)).collect();
+            row.compare(&wide(&computed.kept)?, &kept)?;
+            // Sums as means, of magnitude 1 whatever they are over.
+            let means = |stats: CorrectionStats| {
+                let tokens = stats.tokens.max(1.0);
+                let mut array = stats.to_array();
+                array[..CorrectionStats::LEN - 5].iter_mut().for_each(|sum| *sum /= tokens);
+                array
+            };
+            row.compare(&means(computed.stats.to_host()?), &means(want.stats))?;
+        }
+    }
+    Ok(())
+}
+
+/// What the reference makes of f32 inputs.
+fn correct(
+    old_logp: &[f32],
+    rollout_logp: &[f32],
+    mask: &[u8],
+    [batch, seq_len]: [usize; 2],
+    options: &CorrectionOptions,
+) -> Result<correction::reference::Output> {
+    let (old_logp, rollout_logp) = (widen(old_logp), widen(rollout_logp));
+    let inputs = correction::reference::Inputs {
+        mask: Some(mask),
+        ..correction::reference::Inputs::new(&old_logp, &rollout_logp)
+    };
+    Ok(correction::reference::correction(&inputs, batch, seq_len, options)?)
+}
+
 fn check_ppo_loss(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
     let aggregations = [
         Aggregation::TokenMean,
@@ -783,6 +833,94 @@ impl Draw<'_> {
             singleton: self.pick(&[Singleton::Zero, Singleton::Keep]),
             eps_placement: self.pick(&[EpsPlacement::Variance, EpsPlacement::Std]),
             unbiased: self.rng.random_bool(0.5),
+        }
+    }
+
+    fn correction_options(&mut self) -> CorrectionOptions {
+        use {RejectionLevel as L, RejectionMetric as M};
+        let mut rejection = || {
+            // Bounds that a share of tokens and rows is beyond.
+            let metric = self.pick(&[
+                M::None,
+                M::Ratio,
+                M::K2,
+                M::K3,
+                M::ReverseK3,
+                M::BinaryKl,
+                M::BinaryKlMax,
+                M::TotalVariation,
+            ]);
+            let level = self.pick(&[L::Token, L::SequenceMean, L::SequenceSum, L::SequenceMax]);
+            let (low, high) = match metric {
+                M::None => return Rejection::NONE,
+                M::Ratio => (Some(0.8), Some(1.3)),
+                _ => (None, Some(self.pick(&[0.03, 0.1, 2.0]))),
+            };
+            Rejection { metric, level, low, high }
+        };
+        let (rejection, second_rejection) = (rejection(), rejection());
+        CorrectionOptions {
+            level: self.pick(&[
+                WeightLevel::Token,
+                WeightLevel::SequenceMean,
+                WeightLevel::SequenceSum,
+                WeightLevel::None,
+            ]),
+            log_ratio_clamp: self.pick(&[Some(20.0), Some(0.4)]),
+            low: self.pick(&[None, Some(0.7)]),
+            high: self.pick(&[None, Some(1.4)]),
+            outside: self.pick(&[Outside::Truncate, Outside::Zero]),
+            normalise: self.pick(&[false, true]),
+            rejection,
+            second_rejection,
+        }
+    }
+
+    /// Log-probabilities of two engines, such that no metric is near a bound: NaN where masked, and in some
+    /// places of the second.
+    fn engines(
+        &mut self,
+        mask: &[u8],
+        shape: [usize; 2],
+        options: &CorrectionOptions,
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let near = |scale: f64| {
+            let of = |bound: Option<f64>| bound.map(|bound| bound * scale);
+            let rule = |r: Rejection| Rejection { low: of(r.low), high: of(r.high), ..r };
+            CorrectionOptions {
+                low: of(options.low),
+                high: of(options.high),
+                // What is truncated shows as well.
+                outside: Outside::Zero,
+                rejection: rule(options.rejection),
+                second_rejection: rule(options.second_rejection),
+                ..*options
+            }
+        };
+        let mut old_logp = self.masked(mask, -2.5, 2.0);
+        let rollout_logp: Vec<f32> = old_logp
+            .iter()
+            .map(|&logp| match self.rng.random_range(0..50) {
+                0 => f32::NAN,
+                1 => logp - self.f32(3.0),
+                _ => logp - self.f32(0.5),
+            })
+            .map(|logp: f32| if logp > 0.0 { -0.01 } else { logp })
+            .collect();
+        loop {
+            let [a, b] = [1.0 - MARGIN, 1.0 + MARGIN]
+                .map(|scale| correct(&old_logp, &rollout_logp, mask, shape, &near(scale)));
+            let (a, b) = (a?, b?);
+            let differs = |&t: &usize| {
+                a.kept[t] != b.kept[t] || (a.weights[t] == 0.0) != (b.weights[t] == 0.0)
+            };
+            let near: Vec<usize> = (0..mask.len()).filter(differs).collect();
+            if near.is_empty() {
+                return Ok((old_logp, rollout_logp));
+            }
+            for t in near {
+                old_logp[t] -= self.rng.random_range(0.0..0.02f32);
+            }
         }
     }
 
