@@ -1690,6 +1690,11 @@ fn preference_loss(f: &mut Fuzz) {
     };
     f.call("preference_loss", ppok_preference_loss_cpu, 2, args, expected, |_, what| {
         let want = want.unwrap();
+        // Exponentials of long rows may be beyond f32, in which these are found.
+        let beyond = |x: &f64| x.is_finite() && x.abs() > f64::from(f32::MAX);
+        if want.losses.iter().chain(&want.grad).any(beyond) {
+            return;
+        }
         preference_cases::assert_stats_close(what, &stats.read()[0], &want.stats);
         if let Some(loss) = loss {
             let Tolerance { rel, abs } = tolerance::PREFERENCE.forward;
