@@ -450,17 +450,9 @@ fn reference_equals_nemo_corrected_losses() {
     let mut ran = 0;
     for case in golden("policy_loss_others").iter().filter(|case| case.peer == "nemo-rl") {
         let settings = case.inputs["options"].as_object().unwrap();
-        if !settings.contains_key("use_importance_sampling_correction") {
+        if !setting_is_true(case, "use_importance_sampling_correction") {
             continue;
         }
-        // [B, S] tensors start one position before the log-probabilities.
-        let [batch, seq_len] = case.shape("next_token_logprobs")[..] else { panic!() };
-        let after_first = |key: &str| -> Vec<f64> {
-            case.input(key).chunks(seq_len + 1).flat_map(|row| row[1..].to_vec()).collect()
-        };
-        let samples = case.input("sample_mask");
-        let mask = after_first("token_mask").into_iter().enumerate();
-        let mask: Vec<u8> = mask.map(|(t, m)| u8::from(m * samples[t / seq_len] != 0.0)).collect();
         let number = |key| setting(case, "options", key);
         let (low, high) = (
             number("truncated_importance_sampling_ratio_min"),
@@ -474,46 +466,16 @@ fn reference_equals_nemo_corrected_losses() {
             Some("seq-mask-tis") => CorrectionOptions::geometric_mask(low.unwrap(), high.unwrap()),
             Some(other) => panic!("{other}"),
         };
+        let data = nemo_data(case);
         let of = Case {
             case,
-            old_logp: after_first("prev_logprobs"),
-            rollout_logp: after_first("generation_logprobs"),
-            mask: Some(mask),
-            shape: [batch, seq_len],
+            old_logp: data.old_logp.clone(),
+            rollout_logp: data.rollout_logp.clone().unwrap(),
+            mask: data.mask.clone(),
+            shape: [data.batch, data.seq_len],
         };
         let corrected = of.run(&options);
-        let kl = KlOptions {
-            estimator: KlEstimator::K3,
-            log_ratio_clamp: Some(20.0),
-            output_clamp: Some(10.0),
-        };
-        let data = ppo_loss_cases::Data {
-            batch,
-            seq_len,
-            logp: case.input("next_token_logprobs"),
-            old_logp: of.old_logp.clone(),
-            advantages: after_first("advantages"),
-            ref_logp: Some(after_first("reference_policy_logprobs")),
-            weights: Some(corrected.weights),
-            mask: of.mask.clone(),
-            ..Default::default()
-        };
-        let loss = PpoLossOptions {
-            kl_coef: 0.01,
-            kl,
-            denominator: Some(case.number("global_valid_toks")),
-            ..plain()
-        };
-        let ours = run(&data, &loss);
-        expect(case, "loss", &[ours.stats.loss], EPSILON);
-        // NeMo-RL's KL has the score function's gradient too, the KL itself.
-        let kl_of = token_kl(&data.logp, data.ref_logp.as_ref().unwrap(), None, &kl);
-        let weights =
-            ppo_loss::reference::weights(data.mask.as_deref(), batch, seq_len, &loss).unwrap();
-        let with_score: Vec<f64> = (0..kl_of.len())
-            .map(|t| ours.grad_logp[t] + weights[t] * loss.kl_coef * kl_of[t])
-            .collect();
-        expect(case, "grad_next_token_logprobs", &with_score, EPSILON);
+        expect_nemo(case, &ppo_loss_cases::Data { weights: Some(corrected.weights), ..data });
         let stats = corrected.stats;
         for (key, ours) in [
             ("token_mult_prob_error", stats.mult_prob_error_sum / stats.tokens),

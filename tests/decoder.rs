@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
-use ppo_kernels::driver::generate::{generate, sample, Sampling};
+use ppo_kernels::driver::generate::{generate, sample, Drawn, Sampling};
 use ppo_kernels::driver::load::{load, load_critic, save, save_critic, Loaded};
 use ppo_kernels::driver::model::{Critic, Decoder, DecoderConfig, KvCache, RopeScaling};
 use ppo_kernels::driver::tokenizer::Tokenizer;
@@ -919,13 +919,18 @@ fn shares(logits: &[f32], sampling: &Sampling) -> Vec<f64> {
     let mut counts = vec![0f64; logits.len()];
     const DRAWS: usize = 40_000;
     for _ in 0..DRAWS {
-        counts[sample(logits, sampling, &mut rng).unwrap() as usize] += 1.0 / DRAWS as f64;
+        counts[sample(logits, sampling, &mut rng).unwrap().token as usize] += 1.0 / DRAWS as f64;
     }
     counts
 }
 
 #[track_caller]
 fn assert_shares(logits: &[f32], sampling: &Sampling, want: &[f64]) {
+    for seed in 0..20 {
+        let Drawn { token, logp } = sample(logits, sampling, &mut rng(seed)).unwrap();
+        // The logits are rounded.
+        assert!(abs_diff_eq!(logp, want[token as usize].ln(), epsilon = 1e-3), "{token}: {logp}");
+    }
     // Four standard deviations of a share of 40 000 draws.
     for (token, (got, want)) in shares(logits, sampling).iter().zip(want).enumerate() {
         assert!(abs_diff_eq!(got, want, epsilon = 0.01), "token {token}: {got}, not {want}");
@@ -966,7 +971,8 @@ fn logits_that_are_no_distribution_are_errors() {
         assert_refused(draw(&[0.0, f32::NAN]), &["token 1", "NaN"]);
         assert_refused(draw(&[f32::INFINITY, 0.0]), &["token 0", "inf"]);
         assert_refused(draw(&[f32::NEG_INFINITY; 3]), &["-inf"]);
-        assert_eq!(draw(&[f32::NEG_INFINITY, -3e38]).unwrap(), 1);
+        let certain = Drawn { token: 1, logp: 0.0 };
+        assert_eq!(draw(&[f32::NEG_INFINITY, -3e38]).unwrap(), certain);
     }
     let decoder = tiny().decoder;
     let norm = &decoder.parameters()[19];

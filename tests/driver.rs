@@ -14,7 +14,6 @@ use common::{assert_close, golden, rng, to_vec, uniform};
 use ppo_kernels::driver::config::{KlControllerKind, RewardKind, Settings};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::experience::{Experience, Shaping};
-use ppo_kernels::driver::generate::Sampling;
 use ppo_kernels::driver::kl_controller::KlController;
 use ppo_kernels::driver::load::{load, load_critic, Loaded};
 use ppo_kernels::driver::model::Critic;
@@ -204,8 +203,7 @@ fn trainer(settings: &Settings, reward: Box<dyn Reward>) -> Trainer {
     embedded::fit(&decoder, &tokenizer, settings.lm_steps, 0, |_| true).unwrap();
     let max_new_tokens = settings.max_new_tokens;
     let prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, max_new_tokens).unwrap();
-    let sampling = Sampling { max_new_tokens, ..Sampling::default() };
-    let sampler = Sampler { tokenizer, sampling, reward };
+    let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
     let critic = Critic::new(decoder.duplicate().unwrap(), settings.seed).unwrap();
     Trainer::new(decoder, critic, sampler, prompts, settings).unwrap()
 }
@@ -328,6 +326,38 @@ fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
         assert_eq!(metrics["policy/clipfrac_avg"], 0.0);
         assert_eq!(metrics["val/clipfrac_avg"], 0.0);
     }
+}
+
+#[test]
+fn a_correction_weighs_tokens_by_how_they_were_drawn() {
+    let plain = Settings { correction: Some("tis".into()), ..short(Path::new("unused")) };
+    let step = |settings: &Settings| {
+        let mut trainer = trainer(settings, reward::build(settings, &Device::Cpu).unwrap());
+        let metrics = trainer.step(0, &mut |_| {}, &mut || {}).unwrap().metrics;
+        move |name: &str| metrics[name].as_f64().unwrap()
+    };
+    let same = step(&plain);
+    for (name, want) in [
+        ("rollout_corr/kl", 0.0),
+        ("rollout_corr/log_ratio_abs_max", 0.0),
+        ("rollout_corr/rollout_is_mean", 1.0),
+        ("rollout_corr/rollout_is_eff_sample_size", 1.0),
+        ("rollout_corr/rejected", 0.0),
+    ] {
+        let got = same(name);
+        assert!(abs_diff_eq!(got, want, epsilon = 1e-4), "{name} is {got}");
+    }
+    // What is left of the tokens is drawn more often than the policy says.
+    let narrow = Settings { top_p: 0.5, ..plain };
+    let some = step(&narrow);
+    let kl = some("rollout_corr/kl");
+    assert!((0.1..1.0).contains(&kl), "{kl}");
+    let weight = some("rollout_corr/rollout_is_mean");
+    assert!((0.5..0.9).contains(&weight), "{weight}");
+    let uncorrected = step(&Settings { correction: None, ..narrow.clone() });
+    assert_ne!(some("loss/policy_avg"), uncorrected("loss/policy_avg"));
+    let all = Settings { correction: Some("geometric_mask".into()), ..narrow };
+    assert_eq!(step(&all)("rollout_corr/rejected"), 1.0);
 }
 
 /// The names that semantics fixes, by the convention of TRL and verl.

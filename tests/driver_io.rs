@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use clap::{Args, Command, FromArgMatches};
+use ppo_kernels::correction::CorrectionOptions;
 use ppo_kernels::driver::config::{RewardKind, RunSettings, Settings, TrainArgs};
 use ppo_kernels::driver::prompts;
 use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord, PPO_COLUMNS};
@@ -251,6 +252,26 @@ fn losses_with_names_bring_their_own_options() {
 }
 
 #[test]
+fn corrections_with_names_have_their_own_bounds_or_a_cap() {
+    let options = |flags: &[&str]| resolve(flags).unwrap().correction_options().unwrap();
+    assert_eq!(options(&[]), None);
+    for name in CorrectionOptions::NAMES {
+        let named = CorrectionOptions::of(name).unwrap();
+        assert_eq!(options(&["--correction", name]), Some(named));
+        let capped = options(&["--correction", name, "--correction-cap", "1.5"]).unwrap();
+        let bounds = [named, capped].map(|options| options.rejection.high.or(options.high));
+        assert_eq!(bounds[1], Some(1.5));
+        assert_ne!(bounds[0], bounds[1]);
+    }
+    refused(&["--correction", "trl"], "possible values: tis, sequence_tis");
+    refused(&["--correction-cap", "2"], "has no effect without --correction");
+    refused(
+        &["--correction", "icepop", "--correction-cap", "0.4"],
+        "--correction-cap is 0.4, expected a finite number of at least 0.5, the lower bound",
+    );
+}
+
+#[test]
 fn every_float_setting_is_checked() {
     // A float field that validate() forgets would let this NaN through.
     let table = toml::Table::try_from(Settings {
@@ -258,12 +279,14 @@ fn every_float_setting_is_checked() {
         missing_eos_penalty: Some(1.0),
         clip_range: Some(1.0),
         clip_range_high: Some(1.0),
+        correction: Some("tis".into()),
+        correction_cap: Some(1.0),
         dual_clip: Some(2.0),
         ..Settings::default()
     })
     .unwrap();
     let floats: Vec<_> = table.iter().filter(|(_, v)| v.is_float()).collect();
-    assert_eq!(floats.len(), 20);
+    assert_eq!(floats.len(), 21);
     for (key, _) in floats {
         let mut table = table.clone();
         table.insert(key.clone(), toml::Value::Float(f64::NAN));

@@ -19,7 +19,7 @@ use ppo_kernels::ppo_loss::cpu::{
 };
 use ppo_kernels::ppo_loss::{
     ppo_loss, reference, Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio,
-    PpoLossInputs, PpoLossOptions, PpoStats, RatioGradient, Surrogate,
+    PpoLossInputs, PpoLossOptions, PpoStats, RatioGradient, RatioLevel, Surrogate,
 };
 use ppo_kernels::{Error, Result};
 use serde_json::Value;
@@ -202,19 +202,21 @@ fn aggregation_equals_verl_and_openrlhf() {
 
 #[test]
 fn reference_equals_openrlhf_policy_losses() {
-    let (mut ran, mut skipped) = (0, 0);
+    let mut ran = 0;
     for case in golden("policy_loss_others").iter().filter(|case| case.peer == "openrlhf") {
-        let settings = &case.inputs.get("options");
-        let sequence_ratio = settings.is_some_and(|s| s.get("policy_loss_type").is_some());
-        // Importance weights for vLLM's log-probabilities (tests/correction.rs); GSPO.
-        if case.function.contains("vLLM") || sequence_ratio {
-            skipped += 1;
+        // Importance weights for vLLM's log-probabilities are in tests/correction.rs.
+        if case.function.contains("vLLM") {
             continue;
         }
+        let settings = &case.inputs.get("options");
+        let is_gspo = settings.is_some_and(|s| s.get("policy_loss_type").is_some());
         let data = policy_data(case, "log_probs", "old_log_probs", Some("action_mask"));
-        let by_token =
-            settings.and_then(|s| s.get("token_level_loss")) != Some(&Value::Bool(false));
+        let by_token = !is_gspo
+            && settings.and_then(|s| s.get("token_level_loss")) != Some(&Value::Bool(false));
+        let ratio = if is_gspo { RatioLevel::SequenceMean } else { RatioLevel::Token };
         let options = PpoLossOptions {
+            ratio,
+            clip_range: setting(case, "options", "clip_eps_low").unwrap_or(0.2),
             clip_range_high: setting(case, "options", "clip_eps_high"),
             dual_clip: setting(case, "options", "dual_clip"),
             log_ratio_clamp: Some(20.0),
@@ -230,7 +232,7 @@ fn reference_equals_openrlhf_policy_losses() {
         expect(case, "ppo_kl", &[run(&data, &unclamped).stats.approx_kl_k1], EXACT);
         ran += 1;
     }
-    assert_eq!((ran, skipped), (11, 7));
+    assert_eq!(ran, 12);
 }
 
 #[test]
@@ -397,80 +399,16 @@ fn reference_equals_deepspeed_chat_and_trlx_losses() {
 
 #[test]
 fn reference_equals_nemo_policy_losses() {
-    let (mut ran, mut skipped) = (0, 0);
+    let mut ran = 0;
     for case in golden("policy_loss_others").iter().filter(|case| case.peer == "nemo-rl") {
-        let settings = case.inputs["options"].as_object().unwrap();
-        // GSPO, CISPO, REINFORCE; importance weights are in tests/correction.rs.
-        let other = [
-            "sequence_level_importance_ratios",
-            "use_cispo",
-            "disable_ppo_ratio",
-            "use_importance_sampling_correction",
-            "use_on_policy_kl_approximation",
-        ];
-        if other.iter().any(|key| settings.contains_key(*key)) {
-            skipped += 1;
+        // Those are in tests/correction.rs.
+        if setting_is_true(case, "use_importance_sampling_correction") {
             continue;
         }
-        // [B, S] tensors start one position before the log-probabilities.
-        let [batch, seq_len] = case.shape("next_token_logprobs")[..] else { panic!() };
-        let after_first = |key: &str| -> Vec<f64> {
-            case.input(key).chunks(seq_len + 1).flat_map(|row| row[1..].to_vec()).collect()
-        };
-        let samples = case.input("sample_mask");
-        let mask = after_first("token_mask").into_iter().enumerate();
-        let mask = mask.map(|(t, m)| u8::from(m * samples[t / seq_len] != 0.0)).collect();
-        let logp = case.input("next_token_logprobs");
-        let on_policy = settings.contains_key("force_on_policy_ratio");
-        let data = Data {
-            batch,
-            seq_len,
-            old_logp: if on_policy { logp.clone() } else { after_first("prev_logprobs") },
-            logp,
-            advantages: after_first("advantages"),
-            ref_logp: Some(after_first("reference_policy_logprobs")),
-            mask: Some(mask),
-            ..Default::default()
-        };
-        let number = |key| setting(case, "options", key);
-        let by_token = settings.get("token_level_loss") != Some(&Value::Bool(false));
-        let (aggregation, denominator) = match by_token {
-            true => (Aggregation::TokenMean, "global_valid_toks"),
-            false => (Aggregation::SeqMeanTokenMean, "global_valid_seqs"),
-        };
-        let estimator = match settings.get("reference_policy_kl_type").and_then(Value::as_str) {
-            None => KlEstimator::K3,
-            Some("k2") => KlEstimator::K2,
-            Some(other) => panic!("{other}"),
-        };
-        let kl_coef = number("reference_policy_kl_penalty").unwrap_or(0.01);
-        let options = PpoLossOptions {
-            clip_range_high: number("ratio_clip_max"),
-            dual_clip: number("ratio_clip_c"),
-            kl_coef,
-            kl: KlOptions { estimator, log_ratio_clamp: Some(20.0), output_clamp: Some(10.0) },
-            aggregation,
-            denominator: Some(case.number(denominator)),
-            ..plain()
-        };
-        let ours = run(&data, &options);
-        expect(case, "loss", &[ours.stats.loss], EPSILON);
-        // NeMo-RL weights the KL with e^(logp - detached logp), which is 1 but has a gradient, the
-        // score function's: the KL itself.
-        let kl = token_kl(&data.logp, data.ref_logp.as_ref().unwrap(), None, &options.kl);
-        let weights = reference::weights(data.mask.as_deref(), batch, seq_len, &options).unwrap();
-        let with_score: Vec<f64> =
-            (0..kl.len()).map(|t| ours.grad_logp[t] + weights[t] * kl_coef * kl[t]).collect();
-        expect_grad(case, "grad_next_token_logprobs", &with_score, EPSILON);
-        expect_stat(case, "metrics", "probs_ratio", ours.stats.ratio_mean, EPSILON);
-        expect_stat(case, "metrics", "probs_ratio_min", ours.stats.ratio_min, EXACT);
-        expect_stat(case, "metrics", "probs_ratio_max", ours.stats.ratio_max, EXACT);
-        if by_token && kl_coef != 0.0 {
-            expect_stat(case, "metrics", "kl_penalty", ours.stats.kl_mean, EPSILON);
-        }
+        expect_nemo(case, &nemo_data(case));
         ran += 1;
     }
-    assert_eq!((ran, skipped), (6, 8));
+    assert_eq!(ran, 10);
 }
 
 #[test]

@@ -29,6 +29,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use super::generate::Sampling;
+use crate::correction::{CorrectionOptions, RejectionMetric};
 use crate::kl::KlEstimator;
 use crate::ppo_loss::{Aggregation, PpoLossOptions, Surrogate};
 
@@ -428,6 +430,20 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dual_clip: Option<f64>,
 
+    /// Correction for tokens that were not drawn by the policy's own probabilities, as with --top-p
+    /// or --top-k: tis, importance weights truncated at 2; sequence_tis, the same of whole responses;
+    /// icepop, 0 outside of 0.5 to 5; sequence_mask, those of responses, 0 above 3; geometric_mask, 0
+    /// where the geometric mean of a response is outside of 0.999 to 1.002 [default: off]
+    #[arg(long, value_name = "NAME", help_heading = "Loss",
+        value_parser = PossibleValuesParser::new(CorrectionOptions::NAMES))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub correction: Option<String>,
+
+    /// Upper bound of the correction, where it is not to be its own; with --correction
+    #[arg(long, value_name = "X", help_heading = "Loss")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub correction_cap: Option<f64>,
+
     /// Clip range of the value around the old value
     #[arg(long, value_name = "X", default_value_t = 0.2, help_heading = "Loss")]
     pub value_clip_range: f64,
@@ -574,6 +590,16 @@ impl Settings {
         }
     }
 
+    /// How the rollout draws tokens.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_k: Some(self.top_k).filter(|&k| k > 0),
+            top_p: Some(self.top_p).filter(|&p| p < 1.0),
+            max_new_tokens: self.max_new_tokens,
+        }
+    }
+
     /// Options of the loss.
     ///
     /// # Errors
@@ -592,6 +618,24 @@ impl Settings {
             aggregation: self.aggregation.unwrap_or(named.aggregation),
             ..named
         })
+    }
+
+    /// Options of the correction, if there is one.
+    ///
+    /// # Errors
+    /// If there is no correction of that name.
+    pub fn correction_options(&self) -> Result<Option<CorrectionOptions>> {
+        let Some(name) = &self.correction else {
+            return Ok(None);
+        };
+        let mut options = CorrectionOptions::of(name)?;
+        if self.correction_cap.is_some() {
+            match options.rejection.metric {
+                RejectionMetric::None => options.high = self.correction_cap,
+                _ => options.rejection.high = self.correction_cap,
+            }
+        }
+        Ok(Some(options))
     }
 }
 
@@ -624,6 +668,7 @@ impl RunSettings for Settings {
             ("--kl-horizon", Some(self.kl_horizon)),
             ("--clip-range", self.clip_range),
             ("--clip-range-high", self.clip_range_high),
+            ("--correction-cap", self.correction_cap),
             ("--value-clip-range", Some(self.value_clip_range)),
             ("--max-grad-norm", Some(self.max_grad_norm)),
         ] {
@@ -660,6 +705,15 @@ impl RunSettings for Settings {
             "--dual-clip goes with a clipped ratio, which --loss {} has not",
             self.loss
         );
+        ensure!(
+            self.correction.is_some() || self.correction_cap.is_none(),
+            "--correction-cap has no effect without --correction"
+        );
+        if let (Some(options), Some(cap)) = (self.correction_options()?, self.correction_cap) {
+            let low = options.low.or(options.rejection.low).unwrap_or(0.0);
+            let expected = format!("of at least {low}, the lower bound");
+            in_range("--correction-cap", Some(cap), |cap| cap >= low, &expected)?;
+        }
         if let Aggregation::Constant(divisor) = loss.aggregation {
             in_range("--aggregation constant", Some(divisor), |x| x > 0.0, "above 0")?;
         }

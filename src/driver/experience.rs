@@ -7,6 +7,7 @@
 //! kl                   = estimate of KL(policy || reference), per token
 //! rewards              = -kl_coef kl, plus the score, scaled and clipped, at the response's last token
 //! advantages, returns  = GAE over the rewards; the advantages are then whitened over the batch
+//! weights              = the correction of the probabilities with which the tokens were drawn, if wanted
 //! ```
 
 use anyhow::Result;
@@ -17,6 +18,7 @@ use super::config::Settings;
 use super::model::{Critic, Decoder};
 use super::rollout::Rollout;
 use super::sequences::Sequences;
+use crate::correction::{correction, CorrectionInputs, CorrectionOutput, CorrectionStats};
 use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping, ScoreScale};
 use crate::kl::{token_kl, KlOptions};
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
@@ -33,6 +35,8 @@ pub struct Experience {
     pub advantages: Tensor,
     /// Targets of the critic.
     pub returns: Tensor,
+    /// Importance weights of the tokens, with a correction.
+    pub weights: Option<Tensor>,
     /// KL of each response to the reference, in nats.
     pub kl: Vec<f32>,
     /// The metrics of this phase.
@@ -78,6 +82,18 @@ impl Experience {
 
         let kl: Vec<f32> = token_kl.sum(1)?.to_vec1()?;
         let mut metrics = response_metrics(rollout);
+        let weights = match settings.correction_options()? {
+            Some(options) => {
+                let rollout_logp = &rollout.answers.generation.logp;
+                let mask = Some(&sequences.mask);
+                let inputs =
+                    CorrectionInputs { mask, ..CorrectionInputs::new(&old_logp, rollout_logp) };
+                let CorrectionOutput { weights, stats, .. } = correction(&inputs, &options)?;
+                metrics.extend(correction_metrics(&stats.to_host()?));
+                Some(weights)
+            }
+            None => None,
+        };
         let mut put = |name: String, value: f64| metrics.insert(name, json!(value));
         put("objective/kl".into(), mean(&kl));
         put("objective/kl_coef".into(), kl_coef);
@@ -95,7 +111,7 @@ impl Experience {
             put(format!("critic/{name}/min"), extreme(&kept, f32::min));
             put(format!("critic/{name}/max"), extreme(&kept, f32::max));
         }
-        Ok(Self { sequences, old_logp, values, advantages, returns, kl, metrics })
+        Ok(Self { sequences, old_logp, values, advantages, returns, weights, kl, metrics })
     }
 }
 
@@ -164,6 +180,20 @@ fn response_metrics(rollout: &Rollout) -> Map<String, Value> {
         ("val/num_eos_tokens", num_eos as f64),
         ("response_length/mean", mean(&lengths)),
         ("response_length/clip_ratio", cut),
+    ];
+    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+}
+
+/// How the rollout differs from the policy, and what the weights are; as verl and NeMo-RL call them.
+fn correction_metrics(stats: &CorrectionStats) -> Map<String, Value> {
+    let all = [
+        ("rollout_corr/kl", -stats.log_ratio_sum / stats.tokens),
+        ("rollout_corr/k3_kl", stats.k3_sum / stats.tokens),
+        ("rollout_corr/log_ratio_abs_max", stats.log_ratio_abs_max),
+        ("rollout_corr/rollout_is_mean", stats.weight_sum / stats.tokens),
+        ("rollout_corr/rollout_is_max", stats.weight_max),
+        ("rollout_corr/rollout_is_eff_sample_size", stats.ess),
+        ("rollout_corr/rejected", stats.rejected_tokens / stats.tokens),
     ];
     all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
 }

@@ -57,6 +57,9 @@ pub struct Generation {
     pub prompt_len: usize,
     /// u8 `[B, R]`: 1 for the tokens of the response, its eos included.
     pub mask: Tensor,
+    /// f32 `[B, R]`: logarithm of the probability with which each token of the response was drawn,
+    /// after temperature, top-k and top-p; 0 behind the response.
+    pub logp: Tensor,
     /// The responses without padding, their eos included.
     pub responses: Vec<Vec<u32>>,
     /// Whether the response ended by an eos, and not for its length.
@@ -90,6 +93,7 @@ pub fn generate(
         .collect();
     let mut finished = vec![false; batch];
     let mut lengths = vec![0; batch];
+    let mut logps: Vec<Vec<f32>> = vec![Vec::new(); batch];
 
     let mut cache = KvCache::new(prompt_len + sampling.max_new_tokens);
     let mut next = Tensor::from_vec(rows.concat(), (batch, prompt_len), device)?;
@@ -101,11 +105,12 @@ pub fn generate(
                 drawn.push(pad);
                 continue;
             }
-            let token = sample(logits, sampling, rng)
+            let Drawn { token, logp } = sample(logits, sampling, rng)
                 .with_context(|| format!("response {row}, token {step}"))?;
             finished[row] = eos.contains(&token);
             lengths[row] += 1;
             drawn.push(token);
+            logps[row].push(logp as f32);
         }
         on_token(lengths.iter().filter(|&&len| len == step + 1).count());
         for (row, &token) in rows.iter_mut().zip(&drawn) {
@@ -121,6 +126,7 @@ pub fn generate(
     let mask: Vec<u8> = (lengths.iter())
         .flat_map(|&len| (0..response_len).map(move |t| u8::from(t < len)))
         .collect();
+    logps.iter_mut().for_each(|logps| logps.resize(response_len, 0.0));
     let responses = (rows.iter().zip(&lengths))
         .map(|(row, len)| row[prompt_len..prompt_len + len].to_vec())
         .collect();
@@ -129,6 +135,7 @@ pub fn generate(
         pads,
         prompt_len,
         mask: Tensor::from_vec(mask, (batch, response_len), device)?,
+        logp: Tensor::from_vec(logps.concat(), (batch, response_len), device)?,
         responses,
         finished,
     })
@@ -152,9 +159,18 @@ fn check_prompts(decoder: &Decoder, prompts: &[Vec<u32>], sampling: &Sampling) -
     Ok(longest)
 }
 
+/// A token that was drawn.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Drawn {
+    /// Its id.
+    pub token: u32,
+    /// Logarithm of the probability with which it was drawn.
+    pub logp: f64,
+}
+
 /// Draws a token from its logits. -inf is a token that cannot come; NaN, +inf and nothing but -inf
 /// are errors.
-pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<u32> {
+pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<Drawn> {
     let mut best = 0;
     for (token, &logit) in logits.iter().enumerate() {
         ensure!(!logit.is_nan() && logit < f32::INFINITY, "the logit of token {token} is {logit}");
@@ -164,7 +180,7 @@ pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<u
     }
     ensure!(logits[best] > f32::NEG_INFINITY, "the logits of all tokens are -inf");
     if sampling.temperature == 0.0 {
-        return Ok(best as u32);
+        return Ok(Drawn { token: best as u32, logp: 0.0 });
     }
 
     let max = f64::from(logits[best]);
@@ -192,13 +208,14 @@ pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<u
     }
 
     let mut left = rng.random::<f64>() * total;
-    let mut drawn = best as u32;
+    let mut drawn = (best as u32, 1.0);
     for &(token, weight) in weights.iter().filter(|(_, weight)| *weight > 0.0) {
-        drawn = token;
+        drawn = (token, weight);
         left -= weight;
         if left < 0.0 {
             break;
         }
     }
-    Ok(drawn)
+    let (token, weight) = drawn;
+    Ok(Drawn { token, logp: (weight / total).ln() })
 }

@@ -8,7 +8,6 @@ use anyhow::{Context, Result};
 
 use super::config::{RunSettings, Settings};
 use super::embedded;
-use super::generate::Sampling;
 use super::load::{load_reward, save, save_critic, Loaded};
 use super::model::Critic;
 use super::prompts;
@@ -49,13 +48,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
         session.fit(&policy, &tokenizer, settings.lm_steps, settings.seed)?;
     }
 
-    let sampling = Sampling {
-        temperature: settings.temperature,
-        top_k: Some(settings.top_k).filter(|&k| k > 0),
-        top_p: Some(settings.top_p).filter(|&p| p < 1.0),
-        max_new_tokens: settings.max_new_tokens,
-    };
-    let sampler = Sampler { tokenizer, sampling, reward };
+    let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
     let critic = match settings.critic_dir() {
         Some(dir) => load_reward(dir, &device)?.critic,
         None => Critic::new(policy.duplicate()?, settings.seed)?,

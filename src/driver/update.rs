@@ -128,6 +128,8 @@ impl Learner {
     /// The loss of these rows of the experience, with its graph into policy and critic.
     pub fn loss(&self, experience: &Experience, rows: &[usize]) -> Result<PpoLossOutput> {
         let sequences = experience.sequences.select(rows)?;
+        let weights =
+            experience.weights.as_ref().map(|weights| select_rows(weights, rows)).transpose()?;
         let (logp, entropy) = sequences.logp_and_entropy(&self.policy, self.temperature)?;
         let values = sequences.values(&self.critic)?;
         let inputs = PpoLossInputs {
@@ -140,7 +142,7 @@ impl Learner {
             entropy: Some(&entropy),
             ref_logp: None,
             rollout_logp: None,
-            weights: None,
+            weights: weights.as_ref(),
             mask: Some(&sequences.mask),
         };
         Ok(ppo_loss(&inputs, &self.options)?)

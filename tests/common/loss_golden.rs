@@ -1,8 +1,13 @@
 //! What tests against other projects' losses share: batches and options from golden cases.
 
-use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions};
+use ppo_kernels::kl::reference::token_kl;
+use ppo_kernels::kl::{KlEstimator, KlOptions};
+use ppo_kernels::ppo_loss::{
+    reference, Aggregation, KlRatio, PpoLossOptions, RatioLevel, Surrogate,
+};
+use serde_json::Value;
 
-use super::ppo_loss_cases::Data;
+use super::ppo_loss_cases::{run, Data};
 use super::{assert_close, flatten, Golden};
 
 /// The peers' arithmetic is f64 like the reference's: relative, absolute.
@@ -114,4 +119,109 @@ pub fn expect_grad(case: &Golden, key: &str, ours: &[f64], tolerance: (f64, f64)
 pub fn expect_stat(case: &Golden, group: &str, key: &str, ours: f64, (rel, abs): (f64, f64)) {
     let want = flatten(&case.outputs[group][key]);
     assert_close(&format!("{} {group} {key}", case.id), &[ours], &want, rel, abs);
+}
+
+/// Whether one of a case's nested settings is there and true.
+pub fn setting_is_true(case: &Golden, key: &str) -> bool {
+    case.inputs["options"].get(key) == Some(&Value::Bool(true))
+}
+
+/// A NeMo-RL batch. Its `[B, S]` tensors start one position before the log-probabilities.
+pub fn nemo_data(case: &Golden) -> Data<f64> {
+    let [batch, seq_len] = case.shape("next_token_logprobs")[..] else { panic!() };
+    let after_first = |key: &str| -> Vec<f64> {
+        case.input(key).chunks(seq_len + 1).flat_map(|row| row[1..].to_vec()).collect()
+    };
+    let samples = case.input("sample_mask");
+    let mask = after_first("token_mask").into_iter().enumerate();
+    let mask = mask.map(|(t, m)| u8::from(m * samples[t / seq_len] != 0.0)).collect();
+    let logp = case.input("next_token_logprobs");
+    let on_policy = setting_is_true(case, "force_on_policy_ratio");
+    Data {
+        batch,
+        seq_len,
+        old_logp: if on_policy { logp.clone() } else { after_first("prev_logprobs") },
+        logp,
+        advantages: after_first("advantages"),
+        ref_logp: Some(after_first("reference_policy_logprobs")),
+        rollout_logp: Some(after_first("generation_logprobs")),
+        mask: Some(mask),
+        ..Default::default()
+    }
+}
+
+/// Asserts that NeMo-RL's loss of this batch, which may have weights, is ours.
+#[track_caller]
+pub fn expect_nemo(case: &Golden, data: &Data<f64>) {
+    let number = |key| setting(case, "options", key);
+    let text = |key| case.inputs["options"].get(key).and_then(Value::as_str);
+    let by_token = case.inputs["options"].get("token_level_loss") != Some(&Value::Bool(false));
+    let (aggregation, denominator) = match by_token {
+        true => (Aggregation::TokenMean, "global_valid_toks"),
+        false => (Aggregation::SeqMeanTokenMean, "global_valid_seqs"),
+    };
+    let estimator = match text("reference_policy_kl_type") {
+        None => KlEstimator::K3,
+        Some("k1") => KlEstimator::K1,
+        Some("k2") => KlEstimator::K2,
+        Some(other) => panic!("{other}"),
+    };
+    let is = |key| setting_is_true(case, key);
+    // A third time where a row's log-ratio is a mean.
+    let by_row = is("sequence_level_importance_ratios");
+    let tolerance = if by_row { (3.2e-8, 1e-10) } else { EPSILON };
+    let options = PpoLossOptions {
+        ratio: if by_row { RatioLevel::SequenceMean } else { RatioLevel::Token },
+        surrogate: match (is("use_cispo"), is("disable_ppo_ratio")) {
+            (true, _) => Surrogate::ClippedWeight,
+            (_, true) => Surrogate::Reinforce,
+            _ => Surrogate::Clip,
+        },
+        clip_range: number("ratio_clip_min").unwrap_or(0.2),
+        clip_range_high: number("ratio_clip_max"),
+        dual_clip: number("ratio_clip_c"),
+        aggregation,
+        denominator: Some(case.number(denominator)),
+        ..plain()
+    };
+    // Another call, for its ratio may be another one.
+    let kl_coef = number("reference_policy_kl_penalty").unwrap_or(0.01);
+    let by_rollout = is("use_on_policy_kl_approximation");
+    let of_kl = PpoLossOptions {
+        kl_coef,
+        kl: KlOptions { estimator, log_ratio_clamp: Some(20.0), output_clamp: Some(10.0) },
+        kl_ratio: if by_rollout { KlRatio::Term } else { KlRatio::None },
+        aggregation,
+        denominator: options.denominator,
+        ..plain()
+    };
+    let rollout_logp = data.rollout_logp.clone();
+    let kl_data = Data {
+        advantages: vec![0.0; data.logp.len()],
+        old_logp: if by_rollout { rollout_logp.unwrap() } else { data.old_logp.clone() },
+        weights: None,
+        ..data.clone()
+    };
+    let (ours, kl) = (run(data, &options), run(&kl_data, &of_kl));
+    expect(case, "loss", &[ours.stats.loss + kl.stats.loss], tolerance);
+    // Its ratio in the KL term is e^(logp - detached logp), times a constant, which has a gradient, the score
+    // function's: the KL itself.
+    let kl_of = token_kl(&data.logp, data.ref_logp.as_ref().unwrap(), None, &of_kl.kl);
+    let weights =
+        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, &of_kl).unwrap();
+    let gradient = |t: usize| {
+        let d = data.logp[t] - kl_data.old_logp[t];
+        let ratio = if by_rollout { d.exp() } else { 1.0 };
+        ours.grad_logp[t] + kl.grad_logp[t] + weights[t] * kl_coef * ratio * kl_of[t]
+    };
+    let gradients: Vec<f64> = (0..kl_of.len()).map(gradient).collect();
+    expect_grad(case, "grad_next_token_logprobs", &gradients, tolerance);
+    if !is("disable_ppo_ratio") {
+        expect_stat(case, "metrics", "probs_ratio", ours.stats.ratio_mean, EPSILON);
+        expect_stat(case, "metrics", "probs_ratio_min", ours.stats.ratio_min, EXACT);
+        expect_stat(case, "metrics", "probs_ratio_max", ours.stats.ratio_max, EXACT);
+    }
+    if by_token && kl_coef != 0.0 {
+        expect_stat(case, "metrics", "kl_penalty", kl.stats.loss / kl_coef, EPSILON);
+    }
 }
