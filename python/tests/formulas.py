@@ -120,10 +120,48 @@ def correction(old_logp, rollout_logp, mask):
 
 def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
     """The losses that have names, by the defaults of their papers."""
+    return terms_of_named_loss(name, logp, old_logp, advantages, mask, weights)[0]
+
+
+def named_loss_and_stats(name, logp, old_logp, advantages, mask, weights=1.0):
+    """The same with what one looks at beside it, means over the tokens."""
+    loss, ratio, clipped = terms_of_named_loss(name, logp, old_logp, advantages, mask, weights)
+    with torch.no_grad():
+        m = mask.to(logp.dtype)
+        tokens = m.sum()
+        ratio = ratio.expand_as(m)
+        d = torch.where(mask, logp - old_logp, 0.0).clamp(-20.0, 20.0)
+        a = torch.where(mask, advantages, 0.0)
+
+        def mean(x):
+            return (x * m).sum() / tokens
+
+        ratio_mean = mean(ratio)
+        stats = {
+            "loss": loss.detach(),
+            "tokens": tokens,
+            "clip_fraction": mean(clipped),
+            "clip_high_fraction": mean(clipped & (a > 0)),
+            "clip_low_fraction": mean(clipped & ~(a > 0)),
+            "approx_kl_k1": mean(-d),
+            "approx_kl_k2": mean(d**2 / 2),
+            "approx_kl_k3": mean(d.exp() - 1 - d),
+            "ratio_mean": ratio_mean,
+            "ratio_var": mean((ratio - ratio_mean) ** 2),
+            "ratio_min": torch.where(mask, ratio, torch.inf).min(),
+            "ratio_max": torch.where(mask, ratio, -torch.inf).max(),
+            "advantage_mean": mean(a),
+        }
+    return loss, stats
+
+
+def terms_of_named_loss(name, logp, old_logp, advantages, mask, weights):
+    """The loss, the ratios in it, and what is clipped."""
     m, n = mask.to(logp.dtype), mask.sum(-1, keepdim=True).clamp(min=1)
     d = torch.where(mask, logp - old_logp, 0.0)
     logp, a = torch.where(mask, logp, 0.0), torch.where(mask, advantages, 0.0)
     weights = m * torch.where(mask, weights, 0.0)
+    clipped = torch.zeros_like(mask)
     low, high = {
         "dapo": (0.2, 0.28),
         "gspo": (3e-4, 4e-4),
@@ -136,6 +174,7 @@ def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
     elif name == "gspo_token":
         d = (d.sum(-1, keepdim=True) / n).detach() + d - d.detach()
     elif name == "gmpo":
+        clipped = torch.where(a > 0, d > high, d < -low)
         d = torch.where(a > 0, d.clamp(max=high), d.clamp(min=-low))
         d = (d * m).sum(-1, keepdim=True) / n
     elif name in ("rloo", "vespo"):
@@ -146,7 +185,9 @@ def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
     elif name == "gmpo":
         loss = -ratio * a
     elif name in ("cispo", "dppo"):
-        loss = -ratio.clamp(max=5.0 if name == "cispo" else 20.0).detach() * a * logp
+        cap = 5.0 if name == "cispo" else 20.0
+        clipped = ratio > cap
+        loss = -ratio.clamp(max=cap).detach() * a * logp
     elif name == "vespo":
         k, lam = torch.where(a >= 0, 2.0, 3.0), torch.where(a >= 0, 3.0, 2.0)
         d = d.clamp(-18.420680743952367, 20.0)
@@ -155,16 +196,20 @@ def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
         tau = torch.where(a > 0, 1.0, 1.05)
         loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * a
     else:
-        loss = torch.maximum(-ratio * a, -ratio.clamp(1 - low, 1 + high) * a)
+        free, bounded = -ratio * a, -ratio.clamp(1 - low, 1 + high) * a
+        clipped = bounded > free
+        loss = torch.maximum(free, bounded)
     if name == "dppo":
         moved = torch.where(mask, (logp.exp() - old_logp.exp()).detach(), 0.0)
         weights = weights * torch.where(a > 0, moved <= 0.2, moved >= -0.2)
     loss = loss * weights
     if name in ("grpo", "gspo", "gspo_token", "gmpo", "sapo", "rloo"):
-        return (loss.sum(-1) / n.squeeze(-1)).sum() / len(loss)
-    if name == "dr_grpo":
-        return loss.sum() / (mask.any(-1).sum() * loss.shape[-1])
-    return loss.sum() / (len(loss) if name == "luspo" else m.sum())
+        total = (loss.sum(-1) / n.squeeze(-1)).sum() / len(loss)
+    elif name == "dr_grpo":
+        total = loss.sum() / (mask.any(-1).sum() * loss.shape[-1])
+    else:
+        total = loss.sum() / (len(loss) if name == "luspo" else m.sum())
+    return total, ratio, clipped
 
 
 def preference_loss(logp, ref_logp, mask, loss="sigmoid", beta=0.1, label_smoothing=0.0):

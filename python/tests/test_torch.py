@@ -525,7 +525,7 @@ def test_losses_with_names(name, kind, device):
     exact = leaf(logp.double())
     as_tokens = [x.double()[:, None] if of_rows else x.double() for x in (advantages,)]
     weights = options.get("weights", torch.ones((), device=device)).double()
-    expected = formulas.named_loss(
+    expected, expected_stats = formulas.named_loss_and_stats(
         name,
         exact,
         old_logp.double(),
@@ -534,7 +534,8 @@ def test_losses_with_names(name, kind, device):
         weights[:, None] if of_rows else weights,
     )
     check(loss, expected, [ours], [exact])
-    assert stats["tokens"] == mask.sum()
+    for key, value in expected_stats.items():
+        torch.testing.assert_close(stats[key].double(), value, rtol=1e-5, atol=1e-6, msg=key)
 
 
 def test_named_losses_are_known_by_name():
