@@ -2,7 +2,7 @@
 //! `ppo_loss_forward_backward` is the function on slices, which makes loss, gradients and twenty
 //! statistics in one pass, writing where there is memory; that of `ppo_loss_autograd` is the candle
 //! function and `backward`, which allocate. candle's composition is the same in both: forward, then
-//! `backward`, without statistics.
+//! `backward`, without statistics. Then some losses of the family, in the same way.
 
 mod common;
 
@@ -63,6 +63,38 @@ fn forward_backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     });
 }
 
+/// A loss of the family by itself, its gradient to logp, and all statistics on our side.
+fn member(criterion: &mut Criterion, name: &'static str, batch: usize, seq_len: usize) {
+    let (tokens, shape) = (batch * seq_len, format!("f32_{batch}x{seq_len}"));
+    // Logp, old logp, advantages and mask in; a gradient out.
+    let walk = Walk { read: 13 * tokens, write: 4 * tokens };
+    on_cpu(criterion, &format!("{name}_forward_backward"), &shape, &[walk], || {
+        let (var, data) = minibatch(batch, seq_len);
+        let [logp, old_logp, advantages] =
+            [var.as_tensor(), &data.old_logp, &data.advantages].map(to_vec);
+        let mask: Vec<u8> = data.mask.flatten_all().unwrap().to_vec1().unwrap();
+        let options = PpoLossOptions::of(name).unwrap();
+        let fused = move |grad_logp: &mut [f32]| {
+            let inputs = Inputs { mask: Some(&mask), ..Inputs::new(&logp, &old_logp, &advantages) };
+            let mut stats = [PpoStats::from_array([0.0; PpoStats::LEN])];
+            let outputs = Outputs { grad_logp: Some(grad_logp), ..Outputs::new(&mut stats) };
+            let options = PpoLossOptions { value_clip_range: None, ..options };
+            cpu::ppo_loss(inputs, batch, seq_len, &options, outputs).unwrap();
+            stats
+        };
+        let candle = move || {
+            data.member(name, &var).unwrap().backward().unwrap().remove(var.as_tensor()).unwrap()
+        };
+        let mut grad_logp = vec![0.0; tokens];
+        fused(&mut grad_logp);
+        let scale = tokens as f32;
+        let [ours, theirs] = [grad_logp.clone(), to_vec(&candle())]
+            .map(|gradient| gradient.into_iter().map(|g| g * scale).collect::<Vec<f32>>());
+        agree("gradient", &ours, &theirs, TOLERANCE);
+        (move || fused(&mut grad_logp), candle)
+    });
+}
+
 fn autograd(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let walks = [walk(batch * seq_len)];
     compare(criterion, "ppo_loss_autograd", &format!("f32_{batch}x{seq_len}"), &walks, || {
@@ -85,6 +117,12 @@ fn benches(criterion: &mut Criterion) {
         forward_backward(criterion, 512, 2048);
         forward_backward(criterion, 64, 512);
         forward_backward(criterion, 64, 8192);
+    }
+    for name in ["gspo", "cispo", "sapo"] {
+        member(criterion, name, 64, 2048);
+        if !quick() {
+            member(criterion, name, 4096, 2048);
+        }
     }
     autograd(criterion, 64, 2048);
     autograd(criterion, 4096, 2048);

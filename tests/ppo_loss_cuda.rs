@@ -128,8 +128,9 @@ fn check_cuda(what: &str, data: &Data<f32>, options: &PpoLossOptions) {
 
 #[test]
 fn agrees_with_the_reference_for_every_option() {
-    let mut rng = rng(1);
     for (i, (name, options)) in option_sets().into_iter().enumerate() {
+        // Its own, so that another set of options leaves these tokens as they are.
+        let mut rng = rng(1);
         // One part, and several.
         for (batch, seq_len) in [(5, 17), (3, 1700)] {
             let mut data = rollout(&mut rng, batch, seq_len);

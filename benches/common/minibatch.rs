@@ -71,6 +71,42 @@ impl Minibatch {
         tokens.sum_all()? / self.factors.sum_all()?
     }
 
+    /// The loss of that name, without a value term, elementwise; without the statistics.
+    pub fn member(&self, name: &str, logp: &Tensor) -> candle_core::Result<Tensor> {
+        let options = PpoLossOptions::of(name).unwrap();
+        let (low, high) = (options.clip_range, options.clip_range_high);
+        let (low, high) = (1.0 - low, 1.0 + high.unwrap_or(low));
+        let minus = self.advantages.neg()?;
+        let d = (logp - &self.old_logp)?;
+        let lengths = self.factors.sum_keepdim(1)?;
+        let mean_of_means = |tokens: Tensor| {
+            let rows = (tokens * &self.factors)?.sum_keepdim(1)?.div(&lengths)?;
+            rows.mean_all()
+        };
+        match name {
+            "gspo" => {
+                let d = (d * &self.factors)?.sum_keepdim(1)?.div(&lengths)?;
+                let ratio = d.exp()?;
+                let clipped = minus.broadcast_mul(&ratio.clamp(low, high)?)?;
+                mean_of_means(minus.broadcast_mul(&ratio)?.maximum(&clipped)?)
+            }
+            "cispo" => {
+                let weight = d.clamp(-20.0, 20.0)?.exp()?.clamp(low, high)?.detach();
+                let tokens = (weight * minus * logp)? * &self.factors;
+                tokens?.sum_all()? / self.factors.sum_all()?
+            }
+            "sapo" => {
+                let is_pos = self.advantages.gt(0.0)?.to_dtype(DType::F32)?;
+                let (pos, neg) = (options.soft_gate_tau_pos, options.soft_gate_tau_neg);
+                let tau = is_pos.affine(pos - neg, neg)?;
+                let ratio = d.clamp(-20.0, 20.0)?.exp()?;
+                let gate = candle_nn::ops::sigmoid(&(&tau * (ratio - 1.0)?)?)?;
+                mean_of_means((gate * 4.0)?.div(&tau)?.mul(&minus)?)
+            }
+            other => panic!("{other}"),
+        }
+    }
+
     /// The gradients of a loss to `var`, logits or log-probabilities, and to the values.
     pub fn gradients(&self, loss: &Tensor, var: &Var) -> [Tensor; 2] {
         let mut grads = loss.backward().unwrap();
