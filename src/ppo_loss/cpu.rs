@@ -1147,6 +1147,9 @@ impl Terms {
     ) {
         // One loop for each kind of region, with nothing in it of the others.
         match self.trust_region {
+            TrustRegion::None if run.weights.is_none() && !row.off_policy => {
+                products[..aggregation.len()].copy_from_slice(aggregation);
+            }
             TrustRegion::None => {
                 self.weigh_inside(
                     aggregation,
@@ -1222,6 +1225,7 @@ impl Terms {
         sums: &mut PolicyLanes,
         moved: impl Fn(f32, f32, f32) -> [f32; 2],
     ) {
+        let least_advantage = if row.off_policy { 0.0 } else { f32::NEG_INFINITY };
         for_lanes(
             aggregation.len(),
             #[inline(always)]
@@ -1233,17 +1237,19 @@ impl Terms {
                 for i in 0..LANES {
                     let keep = w[i] != 0.0;
                     let [above, below] = moved(new[i], old[i], raws[at + i]);
-                    let is_pos = a[i] > 0.0;
-                    let over = above > self.region_high;
-                    let under = below > self.region_low;
-                    let one = select_bool(is_pos, over, under);
-                    let is_outside =
-                        keep & select_bool(self.region_by_advantage, one, over | under);
-                    let is_off_policy = keep & row.off_policy & (a[i] < 0.0);
-                    sums.outside[i] += u32::from(is_outside);
-                    sums.off_policy[i] += u32::from(is_off_policy);
-                    let drops = is_outside | is_off_policy | !keep | (given[i] == 0.0);
-                    product[i] = select(drops, 0.0, w[i] * given[i]);
+                    // Numbers and not conditions, which are not vectorised where there are many.
+                    let (over, under) = (above - self.region_high, below - self.region_low);
+                    let one = select(a[i] > 0.0, over, under);
+                    let larger = select(under > over, under, over);
+                    let past = select(self.region_by_advantage, one, larger);
+                    let (is_outside, is_off_policy) = (past > 0.0, a[i] < least_advantage);
+                    sums.outside[i] += u32::from(is_outside & keep);
+                    sums.off_policy[i] += u32::from(is_off_policy & keep);
+                    let weight = select(is_outside, 0.0, w[i]);
+                    let weight = select(is_off_policy, 0.0, weight);
+                    // 0 drops even NaN.
+                    let factor = select(weight == 0.0, 0.0, given[i]);
+                    product[i] = weight * factor;
                 }
                 products[at..][..LANES].copy_from_slice(&product);
             },
