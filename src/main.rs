@@ -2,7 +2,7 @@
 //! at it, `demo` does it all; `check` holds the kernels against their references, `bench-table` prints what
 //! the benches measured.
 //!
-//! Exit status: 0 when the run ended, also after Ctrl-C; 1 for an error, or when a bound is exceeded;
+//! Exit status: 0 when the run ended, also after Ctrl-C, SIGTERM or SIGHUP; 1 for an error, or when a bound is exceeded;
 //! 2 for a command line that cannot be read; 130 when a second Ctrl-C quits at once.
 
 use std::io::{self, Write};
@@ -120,7 +120,7 @@ fn stop_on_ctrl_c(progress: &Progress) -> Result<&'static AtomicBool> {
         let bars = bars.clone();
         std::thread::spawn(move || {
             bars.suspend(|| {
-                say("stopping after this step; Ctrl-C again quits at once, without the weights");
+                say("stopping after this step; Ctrl-C again quits at once, back to the last checkpoint");
             });
         });
     })

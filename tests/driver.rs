@@ -269,7 +269,7 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     let settings = short(Path::new("unused"));
     let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
     // A step first: right after the rollout the ratio is 1 everywhere.
-    trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
+    trainer.step(&mut |_| {}, &mut || {}).unwrap();
     let rollout = trainer.show(4).unwrap();
     let Learner { policy, critic, .. } = &trainer.learner;
     let reference = policy.frozen().unwrap();
@@ -318,7 +318,7 @@ fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
     let settings = Settings { minibatch_size: 8, ppo_epochs: 1, ..short(Path::new("unused")) };
     let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
     for step in 0..2 {
-        let metrics = trainer.step(step, &mut |_| {}, &mut || {}).unwrap().metrics;
+        let metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
         for (name, value) in [("val/ratio", 1.0), ("policy/approxkl_avg", 0.0)] {
             let got = metrics[name].as_f64().unwrap();
             assert!(abs_diff_eq!(got, value, epsilon = 1e-6), "{name} is {got} in step {step}");
@@ -333,7 +333,7 @@ fn a_correction_weighs_tokens_by_how_they_were_drawn() {
     let plain = Settings { correction: Some("tis".into()), ..short(Path::new("unused")) };
     let step = |settings: &Settings| {
         let mut trainer = trainer(settings, reward::build(settings, &Device::Cpu).unwrap());
-        let metrics = trainer.step(0, &mut |_| {}, &mut || {}).unwrap().metrics;
+        let metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
         move |name: &str| metrics[name].as_f64().unwrap()
     };
     let same = step(&plain);
@@ -481,13 +481,13 @@ fn a_step_that_is_not_finite_is_skipped_and_the_next_one_counts() {
         let settings = short(Path::new("unused"));
         let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 1, score }));
         let start = weights(&trainer);
-        let step = trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
+        let step = trainer.step(&mut |_| {}, &mut || {}).unwrap();
         assert_eq!(step.skipped, 4, "2 epochs of 2 minibatches, all with score {score}");
         assert_eq!(step.metrics["update/skipped"], 4);
         assert_eq!(step.metrics["loss/policy_avg"], Value::Null);
         assert!(weights(&trainer) == start, "a skipped step changed the weights");
 
-        let step = trainer.step(1, &mut |_| {}, &mut || {}).unwrap();
+        let step = trainer.step(&mut |_| {}, &mut || {}).unwrap();
         assert_eq!(step.skipped, 0);
         assert!(step.metrics["loss/policy_avg"].is_number());
         let end = weights(&trainer);
@@ -526,7 +526,7 @@ fn scores_are_scaled_by_all_so_far_and_then_clipped() {
         let mut trainer = trainer(&settings, Box::new(Growing { calls: 0 }));
         let mut all: Vec<f64> = Vec::new();
         for step in 0..2 {
-            let metrics = trainer.step(step, &mut |_| {}, &mut || {}).unwrap().metrics;
+            let metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
             let scores: Vec<f64> = (1..=8).map(|i| ((step + 1) * i) as f64).collect();
             all.extend(&scores);
             let n = all.len() as f64;
@@ -557,8 +557,7 @@ fn equal_scores_have_no_deviation_to_be_scaled_by() {
         }
     }
     let settings = Settings { kl_coef: 0.0, score_scaling: true, ..short(Path::new("unused")) };
-    let metrics =
-        trainer(&settings, Box::new(Same)).step(0, &mut |_| {}, &mut || {}).unwrap().metrics;
+    let metrics = trainer(&settings, Box::new(Same)).step(&mut |_| {}, &mut || {}).unwrap().metrics;
     assert_eq!(metrics["objective/rlhf_reward"], 3.0);
     assert_eq!(metrics["update/skipped"], 0);
 }
@@ -674,7 +673,7 @@ fn a_single_token_has_no_variance_and_is_not_whitened() {
         ..short(Path::new("unused"))
     };
     let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 0, score: 0.0 }));
-    let step = trainer.step(0, &mut |_| {}, &mut || {}).unwrap();
+    let step = trainer.step(&mut |_| {}, &mut || {}).unwrap();
     let generation = &step.rollout.answers.generation;
     assert_eq!(generation.responses[0].len(), 1);
     assert_eq!(step.skipped, 0);

@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::generate::Sampling;
+use super::report::CONFIG;
 use crate::correction::{CorrectionOptions, RejectionMetric};
 use crate::kl::KlEstimator;
 use crate::ppo_loss::{Aggregation, PpoLossOptions, Surrogate};
@@ -278,6 +279,16 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 20, help_heading = "Run")]
     pub steps: usize,
 
+    /// Steps from one checkpoint to the next, from which --resume goes on; 0 makes one only where
+    /// the run is stopped
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 10, help_heading = "Run")]
+    pub save_every: usize,
+
+    /// The folder of a run that these go on with.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub resume: Option<PathBuf>,
+
     /// Seed of everything random; on the CPU the same seed gives the same run
     #[arg(long, value_name = "N", value_parser = seed, default_value_t = 0, help_heading = "Run")]
     pub seed: u64,
@@ -506,6 +517,29 @@ impl Default for Settings {
 /// Bounds what a slip of the keyboard can ask for; more would not fit any memory.
 const MAX_BATCH_SIZE: usize = 1 << 20;
 
+/// Where settings have the steps and the checkpoints of a run.
+macro_rules! run_of_steps {
+    () => {
+        fn steps(&self) -> usize {
+            self.steps
+        }
+
+        fn save_every(&self) -> usize {
+            self.save_every
+        }
+
+        fn resumed(&self) -> Option<&Path> {
+            self.resume.as_deref()
+        }
+
+        fn resume(&mut self, dir: PathBuf) -> Result<()> {
+            self.resume = Some(dir);
+            Ok(())
+        }
+    };
+}
+use run_of_steps;
+
 /// The settings of a subcommand that makes a run folder.
 pub trait RunSettings: Args + Clone + Default + Serialize + DeserializeOwned {
     /// The subcommand's name. Its folders are `runs/COMMAND-N`.
@@ -513,6 +547,29 @@ pub trait RunSettings: Args + Clone + Default + Serialize + DeserializeOwned {
 
     /// The folder of the run.
     fn out(&mut self) -> &mut Option<PathBuf>;
+
+    /// Steps of the run.
+    fn steps(&self) -> usize {
+        1
+    }
+
+    /// Steps from one checkpoint to the next; 0 is none but where the run is stopped.
+    fn save_every(&self) -> usize {
+        0
+    }
+
+    /// The folder of the run that goes on, if it does.
+    fn resumed(&self) -> Option<&Path> {
+        None
+    }
+
+    /// Goes on with the run in a folder.
+    ///
+    /// # Errors
+    /// If runs of this command cannot.
+    fn resume(&mut self, _dir: PathBuf) -> Result<()> {
+        bail!("--resume is refused: {} makes no checkpoint, but the runs in it do", Self::COMMAND)
+    }
 
     /// Checks every value that can be judged without opening a file.
     ///
@@ -542,6 +599,11 @@ pub struct ConfigArgs<S: Args> {
     #[arg(long, value_name = "FILE", help_heading = "Run")]
     pub config: Option<PathBuf>,
 
+    /// Folder of a run to go on with, from its last checkpoint and with its settings; no other flag
+    /// goes with it
+    #[arg(long, value_name = "DIR", value_parser = utf8_path, help_heading = "Run")]
+    pub resume: Option<PathBuf>,
+
     /// The settings as parsed, with defaults where a flag was not given.
     #[command(flatten)]
     pub settings: S,
@@ -560,6 +622,9 @@ impl<S: RunSettings> ConfigArgs<S> {
     /// A file that cannot be read, is not TOML, or has an unknown key or a value of the wrong type
     /// (the message has file, line and key); a setting out of its range (the message has the flag).
     pub fn resolve(&self, matches: &ArgMatches, embedded: &str) -> Result<S> {
+        if let Some(dir) = &self.resume {
+            return self.resumed(dir, matches);
+        }
         let file = match &self.config {
             Some(path) => read_config::<S>(path)?,
             None => Table::new(),
@@ -577,6 +642,27 @@ impl<S: RunSettings> ConfigArgs<S> {
         let settings: S = table.try_into().context("cannot put the settings together")?;
         settings.validate()?;
         settings.check_given(&given)?;
+        Ok(settings)
+    }
+
+    /// The settings of the run in a folder, which go on there.
+    fn resumed(&self, dir: &Path, matches: &ArgMatches) -> Result<S> {
+        let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+        let other = matches.ids().map(|id| id.as_str()).find(|id| {
+            // Groups of flags have names too.
+            *id != "resume" && given(id) && matches.try_get_raw(id).is_ok()
+        });
+        if let Some(other) = other {
+            bail!(
+                "--{} does not go with --resume, which keeps its settings",
+                other.replace('_', "-")
+            );
+        }
+        S::default().resume(dir.to_owned())?; // whether the command can
+        let table = read_config::<S>(&dir.join(CONFIG)).context("--resume is refused")?;
+        let mut settings: S = table.try_into().context("cannot put the settings together")?;
+        settings.resume(dir.to_owned())?;
+        settings.validate()?;
         Ok(settings)
     }
 }
@@ -641,6 +727,8 @@ impl Settings {
 
 impl RunSettings for Settings {
     const COMMAND: &'static str = "train";
+
+    run_of_steps!();
 
     fn out(&mut self) -> &mut Option<PathBuf> {
         &mut self.out

@@ -39,6 +39,10 @@ impl Objective for Dpo<'_> {
         self.policy.parameters()
     }
 
+    fn reference(&self) -> Option<&Decoder> {
+        self.reference.as_ref()
+    }
+
     fn loss(&self, rows: &[usize]) -> Result<Loss> {
         let count = rows.len();
         let pairs = || rows.iter().map(|&row| &self.pairs[row]);
@@ -108,7 +112,9 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
     if settings.model.is_none() {
         session.fit(decoder, tokenizer, settings.lm_steps, settings.seed)?;
     }
-    showcase.show(&mut session, 0, &model)?;
+    if !session.goes_on() {
+        showcase.show(&mut session, 0, &model)?;
+    }
     let dpo = Dpo {
         policy: decoder,
         reference: match settings.loss.is_reference_free() {

@@ -2,7 +2,6 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Tensor;
-use rand::rngs::StdRng;
 use rand::Rng;
 
 use super::model::{Decoder, KvCache};
@@ -78,7 +77,7 @@ pub fn generate(
     sampling: &Sampling,
     eos: &[u32],
     pad: u32,
-    rng: &mut StdRng,
+    rng: &mut impl Rng,
     on_token: &mut dyn FnMut(usize),
 ) -> Result<Generation> {
     sampling.validate()?;
@@ -170,7 +169,7 @@ pub struct Drawn {
 
 /// Draws a token from its logits. -inf is a token that cannot come; NaN, +inf and nothing but -inf
 /// are errors.
-pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut StdRng) -> Result<Drawn> {
+pub fn sample(logits: &[f32], sampling: &Sampling, rng: &mut impl Rng) -> Result<Drawn> {
     let mut best = 0;
     for (token, &logit) in logits.iter().enumerate() {
         ensure!(!logit.is_nan() && logit < f32::INFINITY, "the logit of token {token} is {logit}");

@@ -34,6 +34,13 @@ impl KlController {
         }
     }
 
+    /// Goes on with this coefficient. A constant one stays what it is.
+    pub fn resume(&mut self, saved: f64) {
+        if let Self::Adaptive { coef, .. } = self {
+            *coef = saved;
+        }
+    }
+
     /// Takes in the mean KL of a step's sequences (nats, summed over tokens) and how many there
     /// were. A KL that is not finite leaves the coefficient as it is.
     pub fn update(&mut self, kl: f64, episodes: usize) {

@@ -28,6 +28,7 @@
 
 pub mod bench_table;
 pub mod check;
+pub mod checkpoint;
 pub mod config;
 pub mod demo;
 pub mod dpo;

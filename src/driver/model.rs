@@ -719,7 +719,7 @@ fn variables(named: &[(String, Tensor)]) -> Vec<(String, Var)> {
 }
 
 /// Normal numbers by Box and Muller's transform; candle's own cannot be seeded on the CPU.
-fn normal(shape: &[usize], std: f64, rng: &mut StdRng, device: &Device) -> Result<Tensor> {
+fn normal(shape: &[usize], std: f64, rng: &mut impl Rng, device: &Device) -> Result<Tensor> {
     let count = shape.iter().product();
     let values: Vec<f32> = (0..count)
         .map(|_| {

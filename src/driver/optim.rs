@@ -6,7 +6,8 @@
 use anyhow::{ensure, Result};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
-use candle_nn::{AdamW, Optimizer as _, ParamsAdamW};
+
+use super::checkpoint::{prefixed, Tensors};
 
 /// The learning rate's course: linear warm-up, then linear decay or none.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -35,12 +36,22 @@ impl Schedule {
     }
 }
 
-/// AdamW over one network's parameters.
+/// AdamW over one network's parameters. candle's own keeps its moments to itself, and a run that goes on
+/// from a checkpoint needs them.
 pub struct Optimizer {
     vars: Vec<Var>,
-    adam: AdamW,
+    /// Running means of gradients, and of their squares, by the parameters' names.
+    means: Vec<(String, Var)>,
+    squares: Vec<(String, Var)>,
+    steps: usize,
+    weight_decay: f64,
     max_grad_norm: f64,
 }
+
+/// Decay rates of the running means, and what keeps the divisor above 0: PyTorch's defaults.
+const BETA_MEAN: f64 = 0.9;
+const BETA_SQUARE: f64 = 0.999;
+const EPS: f64 = 1e-8;
 
 impl Optimizer {
     /// For these parameters. Gradients of a global norm above `max_grad_norm` are scaled down to it.
@@ -49,9 +60,45 @@ impl Optimizer {
         weight_decay: f64,
         max_grad_norm: f64,
     ) -> Result<Self> {
-        let vars: Vec<Var> = parameters.iter().map(|(_, var)| var.clone()).collect();
-        let params = ParamsAdamW { weight_decay, ..ParamsAdamW::default() };
-        Ok(Self { adam: AdamW::new(vars.clone(), params)?, vars, max_grad_norm })
+        let zeros = || -> Result<Vec<(String, Var)>> {
+            let zero = |var: &Var| Var::zeros(var.shape(), var.dtype(), var.device());
+            parameters.iter().map(|(name, var)| Ok((name.clone(), zero(var)?))).collect()
+        };
+        Ok(Self {
+            vars: parameters.iter().map(|(_, var)| var.clone()).collect(),
+            means: zeros()?,
+            squares: zeros()?,
+            steps: 0,
+            weight_decay,
+            max_grad_norm,
+        })
+    }
+
+    /// Steps so far.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// The moments, their names behind `prefix`.
+    pub fn tensors(&self, prefix: &str) -> Vec<(String, Tensor)> {
+        let [mean, square] = Self::prefixes(prefix);
+        prefixed(&mean, &self.means).chain(prefixed(&square, &self.squares)).collect()
+    }
+
+    /// Goes on from moments with such names after so many steps.
+    ///
+    /// # Errors
+    /// If one is missing or of another shape.
+    pub fn restore(&mut self, prefix: &str, steps: usize, tensors: &Tensors) -> Result<()> {
+        let [mean, square] = Self::prefixes(prefix);
+        tensors.set(&mean, &self.means)?;
+        tensors.set(&square, &self.squares)?;
+        self.steps = steps;
+        Ok(())
+    }
+
+    fn prefixes(prefix: &str) -> [String; 2] {
+        ["mean", "square"].map(|moment| format!("{prefix}{moment}."))
     }
 
     /// The L2 norm of all gradients of this network together; not finite if any of them is not.
@@ -84,8 +131,25 @@ impl Optimizer {
                 }
             }
         }
-        self.adam.set_learning_rate(learning_rate);
-        Ok(self.adam.step(grads)?)
+        self.steps += 1;
+        let corrections =
+            [BETA_MEAN, BETA_SQUARE].map(|beta| 1.0 / (1.0 - beta.powi(self.steps as i32)));
+        for (i, var) in self.vars.iter().enumerate() {
+            let Some(grad) = grads.get(var) else {
+                continue;
+            };
+            let (mean, square) = (&self.means[i].1, &self.squares[i].1);
+            let next_mean = ((mean.as_tensor() * BETA_MEAN)? + (grad * (1.0 - BETA_MEAN))?)?;
+            let next_square =
+                ((square.as_tensor() * BETA_SQUARE)? + (grad.sqr()? * (1.0 - BETA_SQUARE))?)?;
+            let root = ((&next_square * corrections[1])?.sqrt()? + EPS)?;
+            let direction = ((&next_mean * corrections[0])? / root)?;
+            let decayed = (var.as_tensor() * (1.0 - learning_rate * self.weight_decay))?;
+            mean.set(&next_mean)?;
+            square.set(&next_square)?;
+            var.set(&(decayed - (direction * learning_rate)?)?)?;
+        }
+        Ok(())
     }
 }
 

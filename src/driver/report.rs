@@ -8,6 +8,7 @@
 //! | `metrics.jsonl` | one object a step |
 //! | `samples.jsonl` | one object a response |
 //! | `weights/` | the trained model, written by the trainer |
+//! | `checkpoint-STEP/` | what the run goes on from, until it comes to its end |
 //!
 //! Each line is on the disk before the next step starts. A number that is not finite is `null`, as
 //! JSON has no other way to say it.
@@ -23,9 +24,10 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, P
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::checkpoint::Position;
 use super::config::RunSettings;
 
-const CONFIG: &str = "config.toml";
+pub(super) const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
 const SAMPLES: &str = "samples.jsonl";
 const WEIGHTS: &str = "weights";
@@ -78,6 +80,50 @@ impl Run {
         }
         let (metrics, samples) = made?;
         Ok(Self { dir, created, metrics, samples, recorded: false })
+    }
+
+    /// Opens the folder of a run that goes on from `position`; what was written after that goes.
+    ///
+    /// # Errors
+    /// A folder that does not hold a run up to there. Names `--resume`.
+    pub fn reopen(dir: &Path, position: Position) -> Result<Self> {
+        let reopen = |name: &str, len: u64| -> Result<File> {
+            // What was killed before it made this file starts over.
+            let create = len == 0;
+            let open = OpenOptions::new().create(create).append(true).open(dir.join(name));
+            let file = open.with_context(|| format!("cannot write {name}"))?;
+            let found = file.metadata()?.len();
+            ensure!(
+                found >= len,
+                "{name} has {found} bytes, and the checkpoint is from after {len}"
+            );
+            file.set_len(len)?;
+            Ok(file)
+        };
+        let Position { metrics_len, samples_len, .. } = position;
+        let files = || anyhow::Ok((reopen(METRICS, metrics_len)?, reopen(SAMPLES, samples_len)?));
+        let (metrics, samples) =
+            files().with_context(|| format!("--resume {} is refused", dir.display()))?;
+        Ok(Self { dir: dir.to_owned(), created: Vec::new(), metrics, samples, recorded: true })
+    }
+
+    /// Whether a folder holds a run of so many steps that came to its end: it has weights, and the line of
+    /// its last step.
+    pub fn is_complete(dir: &Path, steps: usize) -> bool {
+        let metrics = fs::read_to_string(dir.join(METRICS)).unwrap_or_default();
+        let last = metrics.lines().last().and_then(|line| serde_json::from_str::<Value>(line).ok());
+        let step = last.and_then(|line| line["step"].as_u64());
+        dir.join(WEIGHTS).exists() && step == Some(steps as u64)
+    }
+
+    /// Where the run is after a step.
+    ///
+    /// # Errors
+    /// If its files cannot be looked at.
+    pub fn position(&self, step: usize) -> Result<Position> {
+        let (metrics_len, samples_len) =
+            (self.metrics.metadata()?.len(), self.samples.metadata()?.len());
+        Ok(Position { step, metrics_len, samples_len })
     }
 
     /// Makes the three files, or none.

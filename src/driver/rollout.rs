@@ -1,8 +1,8 @@
 //! The first phase of a step: draw prompts, sample a response to each from the policy, score them.
 
 use anyhow::{ensure, Context, Result};
-use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
+use rand::Rng;
 
 use super::generate::{generate, Generation, Sampling};
 use super::model::Decoder;
@@ -51,13 +51,29 @@ impl Prompts {
         Ok(Self { all, order: Vec::new() })
     }
 
+    /// The prompts that are left before all come again, the next one at the end.
+    pub fn left(&self) -> &[usize] {
+        &self.order
+    }
+
+    /// Goes on with these left.
+    ///
+    /// # Errors
+    /// If there are fewer prompts than that.
+    pub fn resume(&mut self, left: Vec<usize>) -> Result<()> {
+        let len = self.all.len();
+        ensure!(left.iter().all(|&i| i < len), "--prompts has {len} prompts, fewer than it had");
+        self.order = left;
+        Ok(())
+    }
+
     /// The first `n` prompts, or all if there are fewer.
     pub fn first(&self, n: usize) -> &[Prompt] {
         &self.all[..n.min(self.all.len())]
     }
 
     /// The next `n` prompts; they repeat when there are fewer.
-    pub fn draw(&mut self, n: usize, rng: &mut StdRng) -> Vec<Prompt> {
+    pub fn draw(&mut self, n: usize, rng: &mut impl Rng) -> Vec<Prompt> {
         let mut drawn = Vec::with_capacity(n);
         while drawn.len() < n {
             if self.order.is_empty() {
@@ -100,7 +116,7 @@ pub fn answer(
     tokenizer: &Tokenizer,
     sampling: &Sampling,
     prompts: Vec<Prompt>,
-    rng: &mut StdRng,
+    rng: &mut impl Rng,
     on_token: &mut dyn FnMut(usize),
 ) -> Result<Answers> {
     let ids: Vec<Vec<u32>> = prompts.iter().map(|prompt| prompt.ids.clone()).collect();
@@ -136,7 +152,7 @@ impl Sampler {
         &mut self,
         policy: &Decoder,
         prompts: Vec<Prompt>,
-        rng: &mut StdRng,
+        rng: &mut impl Rng,
         on_token: &mut dyn FnMut(usize),
     ) -> Result<Rollout> {
         let answers = answer(policy, &self.tokenizer, &self.sampling, prompts, rng, on_token)?;

@@ -10,6 +10,7 @@ use candle_core::Device;
 use rand::rngs::StdRng;
 use rand::SeedableRng;
 
+use super::checkpoint::{self, Position, Resumable};
 use super::config::RunSettings;
 use super::embedded;
 use super::generate::Sampling;
@@ -61,6 +62,13 @@ pub struct Session<'a> {
     pub progress: &'a Progress,
     stop: &'a AtomicBool,
     start: Instant,
+    /// Steps of the run, and from one checkpoint to the next.
+    steps: usize,
+    save_every: usize,
+    /// What it goes on from.
+    checkpoint: Option<PathBuf>,
+    /// The step of the last checkpoint; 0 needs none.
+    saved: usize,
 }
 
 impl<'a> Session<'a> {
@@ -78,12 +86,74 @@ impl<'a> Session<'a> {
             progress.line("stopped before the first step; nothing is written");
             return Ok(None);
         }
-        Ok(Some(Self { run: Run::create(settings)?, progress, stop, start }))
+        let (steps, save_every) = (settings.steps(), settings.save_every());
+        let (mut checkpoint, mut saved) = (None, 0);
+        let run = match settings.resumed() {
+            None => Run::create(settings)?,
+            Some(dir) => {
+                let last = checkpoint::last(dir).context("--resume is refused")?;
+                let (path, position) = last
+                    .map_or((None, Position::default()), |(path, position)| (Some(path), position));
+                (checkpoint, saved) = (path, position.step);
+                let shown = dir.display();
+                if checkpoint.is_none() && Run::is_complete(dir, steps) {
+                    progress.line(&format!("the run in {shown} came to its end; nothing to do"));
+                    return Ok(None);
+                }
+                let run = Run::reopen(dir, position)?;
+                progress.line(&match checkpoint {
+                    Some(_) => format!("going on in {shown} after step {}", position.step),
+                    None => format!("no checkpoint is in {shown}; the run starts over"),
+                });
+                run
+            }
+        };
+        Ok(Some(Self { run, progress, stop, start, steps, save_every, checkpoint, saved }))
+    }
+
+    /// Whether the run goes on from a checkpoint: what comes before the first step is done.
+    pub fn goes_on(&self) -> bool {
+        self.checkpoint.is_some()
+    }
+
+    /// Puts what learns where the run was, if this goes on from a checkpoint.
+    ///
+    /// # Errors
+    /// A checkpoint that does not fit.
+    pub fn restore(&self, learner: &mut impl Resumable) -> Result<()> {
+        match &self.checkpoint {
+            Some(dir) => checkpoint::restore(dir, learner).context("--resume is refused"),
+            None => Ok(()),
+        }
     }
 
     /// Whether the run is to end after the current step.
     pub fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Whether the run ends after so many steps, all of them or because it is stopped. Makes a checkpoint
+    /// where one is due.
+    ///
+    /// # Errors
+    /// A checkpoint that cannot be written.
+    pub fn ends_at(&mut self, step: usize, learner: &impl Resumable) -> Result<bool> {
+        if step == self.steps {
+            return Ok(true);
+        }
+        let stopped = self.stopped();
+        let is_due = self.save_every > 0 && step.is_multiple_of(self.save_every);
+        if (stopped || is_due) && self.saved != step {
+            checkpoint::save(self.run.dir(), self.run.position(step)?, learner)?;
+            self.saved = step;
+        }
+        if stopped {
+            let (steps, dir) = (self.steps, self.run.dir().display());
+            let then = if step == 0 { "starts over" } else { "goes on from there" };
+            self.progress
+                .line(&format!("stopped after {step} of {steps} steps; --resume {dir} {then}"));
+        }
+        Ok(stopped)
     }
 
     /// Fits the embedded model to its corpus.
@@ -141,8 +211,13 @@ impl<'a> Session<'a> {
         self.run.samples(&records)
     }
 
-    /// Saves the weights, those of a training that failed too, whose error then says so.
-    pub fn save<T>(&self, trained: Result<T>, save: impl FnOnce(&Path) -> Result<()>) -> Result<T> {
+    /// Saves the weights after a training of so many steps, those of one that failed too, whose error then
+    /// says so. After the last step no checkpoint is needed.
+    pub fn save(
+        &self,
+        trained: Result<usize>,
+        save: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<usize> {
         let weights = self.run.weights_dir();
         let shown = weights.display();
         let saved = save(&weights).with_context(|| format!("cannot save the weights in {shown}"));
@@ -150,9 +225,12 @@ impl<'a> Session<'a> {
             Ok(()) => format!("the run ended early; the weights so far are in {shown}"),
             Err(error) => format!("the run ended early and left no weights ({error:#})"),
         };
-        let trained = trained.context(ended)?;
+        let steps = trained.context(ended)?;
         saved?;
-        Ok(trained)
+        if steps == self.steps {
+            checkpoint::remove(self.run.dir());
+        }
+        Ok(steps)
     }
 
     /// Says where everything is.

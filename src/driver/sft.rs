@@ -77,7 +77,9 @@ pub fn run(settings: &SftSettings, stop: &AtomicBool, progress: &Progress) -> Re
         return Ok(());
     };
     session.describe("model", decoder);
-    showcase.show(&mut session, 0, &model)?;
+    if !session.goes_on() {
+        showcase.show(&mut session, 0, &model)?;
+    }
     let sft = Sft { decoder, examples, pad: tokenizer.pad() };
     let trained = tuning::train(&sft, &rows, &tuning, &COLUMNS, &mut session);
     let steps = session.save(trained, |weights| save(weights, decoder, tokenizer))?;

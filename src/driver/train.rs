@@ -54,9 +54,12 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
         None => Critic::new(policy.duplicate()?, settings.seed)?,
     };
     let mut trainer = Trainer::new(policy, critic, sampler, prompts, settings)?;
-    let before = trainer.show(SHOWN)?;
-    session.show("before", &before.answers, Some(&before.scores));
-    session.record(0, &before.answers, Some(&before.scores), None)?;
+    session.restore(&mut trainer)?;
+    if !session.goes_on() {
+        let before = trainer.show(SHOWN)?;
+        session.show("before", &before.answers, Some(&before.scores));
+        session.record(0, &before.answers, Some(&before.scores), None)?;
+    }
 
     let trained = train(&mut trainer, settings, &mut session);
     session.save(trained, |weights| {
@@ -69,19 +72,15 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
     Ok(())
 }
 
-/// All steps, or those until the run is stopped.
-fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> Result<()> {
+/// All steps that are left, or those until the run is stopped; the steps that were made.
+fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> Result<usize> {
     let progress = session.progress;
     let mut table = progress.table(&PPO_COLUMNS);
     let tokens = settings.batch_size * settings.max_new_tokens;
     let minibatches = trainer.learner.steps(settings.batch_size);
     let mut skipped = 0;
-    for step in 0..settings.steps {
-        if session.stopped() {
-            progress.line(&format!("stopped after {step} of {} steps", settings.steps));
-            break;
-        }
-        let number = step + 1;
+    while !session.ends_at(trainer.steps(), trainer)? {
+        let number = trainer.steps() + 1;
         let rollout_bar = progress.bar("rollout", tokens, "tokens");
         let update_bar = progress.bar("update", minibatches, "minibatches");
         let mut on_token = |n| {
@@ -92,7 +91,7 @@ fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> R
             rollout_bar.complete(); // responses may end before the longest
             update_bar.inc(1);
         };
-        let done = trainer.step(step, &mut on_token, &mut on_minibatch);
+        let done = trainer.step(&mut on_token, &mut on_minibatch);
         drop((rollout_bar, update_bar));
         let Step { rollout, kl, metrics, skipped: now } =
             done.with_context(|| format!("step {number}"))?;
@@ -107,5 +106,5 @@ fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> R
             ));
         }
     }
-    Ok(())
+    Ok(trainer.steps())
 }

@@ -2,11 +2,15 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
+use candle_core::Tensor;
 use rand::rngs::StdRng;
 use rand::SeedableRng;
+use rand_chacha::ChaCha12Rng;
+use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
+use super::checkpoint::{fingerprint, Resumable, Tensors};
 use super::config::{KlControllerKind, LrScheduleKind, Settings};
 use super::experience::{mean, Experience, Shaping};
 use super::kl_controller::KlController;
@@ -15,7 +19,7 @@ use super::optim::Schedule;
 use super::rollout::{Prompts, Rollout, Sampler};
 use super::update::{Learner, Rates, Update};
 use crate::gae::ScoreScale;
-use crate::moments::RunningMoments;
+use crate::moments::{Moments, RunningMoments};
 
 /// The state of a run.
 pub struct Trainer {
@@ -30,7 +34,23 @@ pub struct Trainer {
     controller: KlController,
     /// Of all scores so far.
     scores: RunningMoments,
-    rng: StdRng,
+    /// What StdRng is, with a state that can be saved.
+    rng: ChaCha12Rng,
+    steps: usize,
+}
+
+/// What a checkpoint of a trainer holds besides tensors.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct TrainerState {
+    steps: usize,
+    rng: ChaCha12Rng,
+    prompts_left: Vec<usize>,
+    optimizer_steps: [usize; 2],
+    kl_coef: f64,
+    /// Count, mean and sum of squares of the scores so far.
+    scores: [f64; 3],
+    /// Of the reference's weights, which are not saved.
+    reference: u64,
 }
 
 /// What a step did.
@@ -72,19 +92,25 @@ impl Trainer {
             reference,
             controller,
             scores: RunningMoments::new(),
-            rng: StdRng::seed_from_u64(settings.seed),
+            rng: ChaCha12Rng::seed_from_u64(settings.seed),
+            steps: 0,
         })
     }
 
-    /// Step `step`, counted from 0. `on_token` is told how many tokens the rollout added at each
+    /// Steps that are done.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// The next step. `on_token` is told how many tokens the rollout added at each
     /// position, `on_minibatch` of each optimiser step.
     pub fn step(
         &mut self,
-        step: usize,
         on_token: &mut dyn FnMut(usize),
         on_minibatch: &mut dyn FnMut(),
     ) -> Result<Step> {
         let mut watch = Stopwatch::start();
+        let step = self.steps;
         let batch_size = self.settings.batch_size;
         let prompts = self.prompts.draw(batch_size, &mut self.rng);
         let rollout =
@@ -133,6 +159,7 @@ impl Trainer {
         ] {
             metrics.insert(name.into(), value);
         }
+        self.steps += 1;
         Ok(Step { rollout, kl: experience.kl, skipped, metrics })
     }
 
@@ -152,6 +179,41 @@ impl Trainer {
             decay: self.settings.lr_schedule == LrScheduleKind::Linear,
         };
         schedule.at(step)
+    }
+}
+
+impl Resumable for Trainer {
+    type State = TrainerState;
+
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        self.learner.tensors()
+    }
+
+    fn state(&self) -> Result<TrainerState> {
+        let Moments { count, mean, m2 } = self.scores.moments();
+        Ok(TrainerState {
+            steps: self.steps,
+            rng: self.rng.clone(),
+            prompts_left: self.prompts.left().to_vec(),
+            optimizer_steps: self.learner.optimizer_steps(),
+            kl_coef: self.controller.coef(),
+            scores: [count, mean, m2],
+            reference: fingerprint(&self.reference.tensors())?,
+        })
+    }
+
+    fn restore(&mut self, state: TrainerState, tensors: &Tensors) -> Result<()> {
+        ensure!(
+            state.reference == fingerprint(&self.reference.tensors())?,
+            "the model is another one than the run started from"
+        );
+        self.learner.restore(state.optimizer_steps, tensors)?;
+        self.prompts.resume(state.prompts_left)?;
+        self.controller.resume(state.kl_coef);
+        let [count, mean, m2] = state.scores;
+        self.scores = RunningMoments::resume(Moments { count, mean, m2 });
+        (self.steps, self.rng) = (state.steps, state.rng);
+        Ok(())
     }
 }
 

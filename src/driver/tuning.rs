@@ -7,10 +7,14 @@ use candle_core::{Tensor, Var};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use rand_chacha::ChaCha12Rng;
+use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
+use super::checkpoint::{fingerprint, prefixed, Resumable, Tensors};
 use super::config::tuning::Tuning;
 use super::config::LrScheduleKind;
+use super::model::Decoder;
 use super::optim::{Optimizer, Schedule};
 use super::report::Column;
 use super::session::Session;
@@ -22,6 +26,11 @@ pub trait Objective {
 
     /// The loss of these examples.
     fn loss(&self, rows: &[usize]) -> Result<Loss>;
+
+    /// The network that the learned one is held against, if there is one.
+    fn reference(&self) -> Option<&Decoder> {
+        None
+    }
 }
 
 /// The loss of some examples.
@@ -44,35 +53,66 @@ pub struct Learned {
     pub metrics: Map<String, Value>,
 }
 
-/// Learns from `rows` in random order, each once before any comes again. `on_step` answers whether to
-/// go on.
-pub fn learn(
-    objective: &impl Objective,
-    rows: &[usize],
-    tuning: &Tuning,
-    mut on_step: impl FnMut(Learned) -> Result<bool>,
-) -> Result<()> {
-    let schedule = Schedule {
-        peak: tuning.learning_rate,
-        warmup: tuning.warmup_steps,
-        total: tuning.steps,
-        decay: tuning.lr_schedule == LrScheduleKind::Linear,
-    };
-    let mut optimizer =
-        Optimizer::new(&objective.parameters(), tuning.weight_decay, tuning.max_grad_norm)?;
-    let mut rng = StdRng::seed_from_u64(tuning.seed);
-    let batch_size = tuning.batch_size.min(rows.len());
-    let mut order: Vec<usize> = Vec::new();
-    for step in 1..=tuning.steps {
+/// A training on examples: they come in random order, each once before any comes again.
+pub struct Course<'a, O> {
+    objective: &'a O,
+    rows: &'a [usize],
+    tuning: &'a Tuning,
+    optimizer: Optimizer,
+    rng: ChaCha12Rng,
+    /// The examples that are left before all come again.
+    left: Vec<usize>,
+    step: usize,
+}
+
+/// What a checkpoint of a training on examples holds besides tensors.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct CourseState {
+    rng: ChaCha12Rng,
+    left: Vec<usize>,
+    step: usize,
+    optimizer_steps: usize,
+    /// How many examples are learned from.
+    examples: usize,
+    /// Of the weights that the learned ones are held against, which are not saved.
+    reference: Option<u64>,
+}
+
+impl<'a, O: Objective> Course<'a, O> {
+    /// The course from its beginning.
+    pub fn new(objective: &'a O, rows: &'a [usize], tuning: &'a Tuning) -> Result<Self> {
+        let parameters = objective.parameters();
+        Ok(Self {
+            objective,
+            rows,
+            tuning,
+            optimizer: Optimizer::new(&parameters, tuning.weight_decay, tuning.max_grad_norm)?,
+            rng: ChaCha12Rng::seed_from_u64(tuning.seed),
+            left: Vec::new(),
+            step: 0,
+        })
+    }
+
+    /// The next optimiser step.
+    pub fn step(&mut self) -> Result<Learned> {
         let start = Instant::now();
-        if order.len() < batch_size {
-            order = rows.to_vec();
-            order.shuffle(&mut rng);
+        let tuning = self.tuning;
+        let schedule = Schedule {
+            peak: tuning.learning_rate,
+            warmup: tuning.warmup_steps,
+            total: tuning.steps,
+            decay: tuning.lr_schedule == LrScheduleKind::Linear,
+        };
+        let learning_rate = schedule.at(self.step);
+        self.step += 1;
+        let batch_size = tuning.batch_size.min(self.rows.len());
+        if self.left.len() < batch_size {
+            self.left = self.rows.to_vec();
+            self.left.shuffle(&mut self.rng);
         }
-        let batch: Vec<usize> = order.drain(..batch_size).collect();
-        let learning_rate = schedule.at(step - 1);
-        let learned = step_on(objective, &batch, &mut optimizer, learning_rate);
-        let (norm, mut metrics) = learned.with_context(|| format!("step {step}"))?;
+        let batch: Vec<usize> = self.left.drain(..batch_size).collect();
+        let learned = step_on(self.objective, &batch, &mut self.optimizer, learning_rate);
+        let (norm, mut metrics) = learned.with_context(|| format!("step {}", self.step))?;
         for (name, value) in [
             ("grad_norm", json!(norm)),
             ("lr", json!(learning_rate)),
@@ -81,10 +121,60 @@ pub fn learn(
         ] {
             metrics.insert(name.into(), value);
         }
-        if !on_step(Learned { step, skipped: norm.is_none(), metrics })? {
-            break;
-        }
+        Ok(Learned { step: self.step, skipped: norm.is_none(), metrics })
     }
+
+    fn reference(&self) -> Result<Option<u64>> {
+        self.objective.reference().map(|decoder| fingerprint(&decoder.tensors())).transpose()
+    }
+}
+
+impl<O: Objective> Resumable for Course<'_, O> {
+    type State = CourseState;
+
+    fn tensors(&self) -> Vec<(String, Tensor)> {
+        let parameters = self.objective.parameters();
+        prefixed("model.", &parameters).chain(self.optimizer.tensors("optimizer.")).collect()
+    }
+
+    fn state(&self) -> Result<CourseState> {
+        Ok(CourseState {
+            rng: self.rng.clone(),
+            left: self.left.clone(),
+            step: self.step,
+            optimizer_steps: self.optimizer.steps(),
+            examples: self.rows.len(),
+            reference: self.reference()?,
+        })
+    }
+
+    fn restore(&mut self, state: CourseState, tensors: &Tensors) -> Result<()> {
+        ensure!(
+            state.examples == self.rows.len(),
+            "there are {} examples to learn from, and were {}",
+            self.rows.len(),
+            state.examples
+        );
+        ensure!(
+            state.reference == self.reference()?,
+            "the model is another one than the run started from"
+        );
+        tensors.set("model.", &self.objective.parameters())?;
+        self.optimizer.restore("optimizer.", state.optimizer_steps, tensors)?;
+        (self.rng, self.left, self.step) = (state.rng, state.left, state.step);
+        Ok(())
+    }
+}
+
+/// Learns from `rows` as long as `on_step` says so.
+pub fn learn(
+    objective: &impl Objective,
+    rows: &[usize],
+    tuning: &Tuning,
+    mut on_step: impl FnMut(Learned) -> Result<bool>,
+) -> Result<()> {
+    let mut course = Course::new(objective, rows, tuning)?;
+    while course.step < tuning.steps && on_step(course.step()?)? {}
     Ok(())
 }
 
@@ -156,8 +246,8 @@ pub fn split(len: usize, tuning: &Tuning) -> Result<(Vec<usize>, Vec<usize>)> {
     Ok((rows, held_out))
 }
 
-/// The whole training, with bar, lines and metrics, until it is over or the run is stopped; the steps
-/// that were made.
+/// The whole training, with bar, lines, metrics and checkpoints, until it is over or the run is stopped; the
+/// steps that were made.
 pub fn train(
     objective: &impl Objective,
     (rows, held_out): &(Vec<usize>, Vec<usize>),
@@ -167,13 +257,15 @@ pub fn train(
 ) -> Result<usize> {
     let steps = tuning.steps;
     let progress = session.progress;
+    let mut course = Course::new(objective, rows, tuning)?;
+    session.restore(&mut course)?;
     let bar = progress.bar("training", steps, "steps");
+    bar.inc(course.step);
     let mut table = progress.table(columns);
-    let (mut done, mut skipped) = (0, 0);
-    learn(objective, rows, tuning, |learned| {
+    let mut skipped = 0;
+    while !session.ends_at(course.step, &course)? {
+        let Learned { step, skipped: now, mut metrics } = course.step()?;
         bar.inc(1);
-        let Learned { step, skipped: now, mut metrics } = learned;
-        done = step;
         let shown = step == 1 || step == steps || step.is_multiple_of(tuning.eval_every);
         if shown {
             metrics.extend(evaluate(objective, held_out, tuning.batch_size)?);
@@ -188,11 +280,6 @@ pub fn train(
                 "step {step} skipped, as its loss or gradient was not finite; {skipped} in this run"
             ));
         }
-        let stopped = step < steps && session.stopped();
-        if stopped {
-            progress.line(&format!("stopped after {step} of {steps} steps"));
-        }
-        Ok(!stopped)
-    })?;
-    Ok(done)
+    }
+    Ok(course.step)
 }

@@ -3,10 +3,12 @@
 //! optimiser, a learning rate and a gradient norm each.
 
 use anyhow::Result;
-use rand::rngs::StdRng;
+use candle_core::Tensor;
 use rand::seq::SliceRandom;
+use rand::Rng;
 use serde_json::{json, Map, Value};
 
+use super::checkpoint::{prefixed, Tensors};
 use super::config::Settings;
 use super::experience::Experience;
 use super::model::{Critic, Decoder};
@@ -72,6 +74,31 @@ impl Learner {
         })
     }
 
+    /// Weights of both networks, and moments of their optimisers.
+    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        prefixed("policy.", &self.policy.parameters())
+            .chain(prefixed("value.", &self.critic.parameters()))
+            .chain(self.policy_optimizer.tensors("policy_optimizer."))
+            .chain(self.value_optimizer.tensors("value_optimizer."))
+            .collect()
+    }
+
+    /// Optimiser steps so far, of policy and critic.
+    pub fn optimizer_steps(&self) -> [usize; 2] {
+        [self.policy_optimizer.steps(), self.value_optimizer.steps()]
+    }
+
+    /// Goes on from such tensors after so many optimiser steps.
+    ///
+    /// # Errors
+    /// If one is missing or of another shape.
+    pub fn restore(&mut self, [policy, value]: [usize; 2], tensors: &Tensors) -> Result<()> {
+        tensors.set("policy.", &self.policy.parameters())?;
+        tensors.set("value.", &self.critic.parameters())?;
+        self.policy_optimizer.restore("policy_optimizer.", policy, tensors)?;
+        self.value_optimizer.restore("value_optimizer.", value, tensors)
+    }
+
     /// Optimiser steps of one update of `batch_size` responses.
     pub fn steps(&self, batch_size: usize) -> usize {
         self.epochs.saturating_mul(batch_size.div_ceil(self.minibatch_size))
@@ -82,7 +109,7 @@ impl Learner {
         &mut self,
         experience: &Experience,
         rates: Rates,
-        rng: &mut StdRng,
+        rng: &mut impl Rng,
         on_minibatch: &mut dyn FnMut(),
     ) -> Result<Update> {
         let mut rows: Vec<usize> = (0..experience.sequences.len()).collect();

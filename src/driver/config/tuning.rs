@@ -1,6 +1,6 @@
 //! The settings of the subcommands that learn from a file of examples.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
@@ -8,8 +8,8 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    at_least_one, count, defaults, in_range, seed, utf8_path, valid_batch_size, valid_paths,
-    valid_seed, DeviceName, LrScheduleKind, RunSettings,
+    at_least_one, count, defaults, in_range, run_of_steps, seed, utf8_path, valid_batch_size,
+    valid_paths, valid_seed, DeviceName, LrScheduleKind, RunSettings,
 };
 use crate::preference::{preference_loss, PreferenceInputs, PreferenceLoss, PreferenceOptions};
 
@@ -89,6 +89,17 @@ macro_rules! tuning_settings {
                 help_heading = "Run")]
             pub steps: usize,
 
+            /// Steps from one checkpoint to the next, from which --resume goes on; 0 makes one only
+            /// where the run is stopped
+            #[arg(long, value_name = "N", value_parser = count, default_value_t = 50,
+                help_heading = "Run")]
+            pub save_every: usize,
+
+            /// The folder of a run that these go on with.
+            #[arg(skip)]
+            #[serde(skip)]
+            pub resume: Option<PathBuf>,
+
             /// Seed of everything random; on the CPU the same seed gives the same run
             #[arg(long, value_name = "N", value_parser = seed, default_value_t = 0,
                 help_heading = "Run")]
@@ -164,6 +175,8 @@ macro_rules! tuning_settings {
 
         impl RunSettings for $name {
             const COMMAND: &'static str = $command;
+
+            run_of_steps!();
 
             fn out(&mut self) -> &mut Option<PathBuf> {
                 &mut self.out
