@@ -82,7 +82,7 @@ impl Run {
         Ok(Self { dir, created, metrics, samples, recorded: false })
     }
 
-    /// Opens the folder of a run that goes on from `position`; what was written after that goes.
+    /// Opens the folder of a run that is to go on from `position`.
     ///
     /// # Errors
     /// A folder that does not hold a run up to there. Names `--resume`.
@@ -97,7 +97,6 @@ impl Run {
                 found >= len,
                 "{name} has {found} bytes, and the checkpoint is from after {len}"
             );
-            file.set_len(len)?;
             Ok(file)
         };
         let Position { metrics_len, samples_len, .. } = position;
@@ -105,6 +104,15 @@ impl Run {
         let (metrics, samples) =
             files().with_context(|| format!("--resume {} is refused", dir.display()))?;
         Ok(Self { dir: dir.to_owned(), created: Vec::new(), metrics, samples, recorded: true })
+    }
+
+    /// Takes away what was recorded after `position`.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn cut(&mut self, position: Position) -> Result<()> {
+        self.metrics.set_len(position.metrics_len)?;
+        Ok(self.samples.set_len(position.samples_len)?)
     }
 
     /// Whether a folder holds a run of so many steps that came to its end: it has weights, and the line of

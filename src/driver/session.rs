@@ -66,7 +66,7 @@ pub struct Session<'a> {
     steps: usize,
     save_every: usize,
     /// What it goes on from.
-    checkpoint: Option<PathBuf>,
+    checkpoint: Option<(PathBuf, Position)>,
     /// The step of the last checkpoint; 0 needs none.
     saved: usize,
 }
@@ -91,20 +91,22 @@ impl<'a> Session<'a> {
         let run = match settings.resumed() {
             None => Run::create(settings)?,
             Some(dir) => {
-                let last = checkpoint::last(dir).context("--resume is refused")?;
-                let (path, position) = last
-                    .map_or((None, Position::default()), |(path, position)| (Some(path), position));
-                (checkpoint, saved) = (path, position.step);
+                checkpoint = checkpoint::last(dir).context("--resume is refused")?;
+                let position = checkpoint.as_ref().map_or(Position::default(), |(_, at)| *at);
+                saved = position.step;
                 let shown = dir.display();
                 if checkpoint.is_none() && Run::is_complete(dir, steps) {
                     progress.line(&format!("the run in {shown} came to its end; nothing to do"));
                     return Ok(None);
                 }
-                let run = Run::reopen(dir, position)?;
+                let mut run = Run::reopen(dir, position)?;
                 progress.line(&match checkpoint {
                     Some(_) => format!("going on in {shown} after step {}", position.step),
                     None => format!("no checkpoint is in {shown}; the run starts over"),
                 });
+                if checkpoint.is_none() {
+                    run.cut(position)?;
+                }
                 run
             }
         };
@@ -120,11 +122,12 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     /// A checkpoint that does not fit.
-    pub fn restore(&self, learner: &mut impl Resumable) -> Result<()> {
-        match &self.checkpoint {
-            Some(dir) => checkpoint::restore(dir, learner).context("--resume is refused"),
-            None => Ok(()),
+    pub fn restore(&mut self, learner: &mut impl Resumable) -> Result<()> {
+        if let Some((dir, position)) = &self.checkpoint {
+            checkpoint::restore(dir, learner).context("--resume is refused")?;
+            self.run.cut(*position)?;
         }
+        Ok(())
     }
 
     /// Whether the run is to end after the current step.
