@@ -23,8 +23,9 @@ use ppo_kernels::driver::reward::{self, Reward, Sample};
 use ppo_kernels::driver::rollout::{Prompts, Sampler};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::train;
-use ppo_kernels::driver::trainer::Trainer;
+use ppo_kernels::driver::trainer::{Step, Trainer};
 use ppo_kernels::driver::update::Learner;
+use ppo_kernels::kl::KlEstimator;
 use serde_json::{Map, Value};
 
 /// Rewards of the scores as they are.
@@ -275,7 +276,7 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     let reference = policy.frozen().unwrap();
     let experience =
         Experience::collect(&rollout, policy, &reference, critic, &SHAPING, &settings).unwrap();
-    let output = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
+    let (output, _) = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
     let grads = output.loss.backward().unwrap();
     let parameters = [policy.parameters(), critic.parameters()].concat();
     assert!(parameters.len() > 40);
@@ -326,6 +327,43 @@ fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
         assert_eq!(metrics["policy/clipfrac_avg"], 0.0);
         assert_eq!(metrics["val/clipfrac_avg"], 0.0);
     }
+}
+
+#[test]
+fn the_reported_kl_is_the_same_for_every_penalty() {
+    // The first step is the same for all: nothing has moved, and each estimate is 0.
+    let second = |kl_estimator| {
+        let settings = Settings { kl_estimator, kl_coef: 1.0, ..short(Path::new("unused")) };
+        let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+        trainer.step(&mut |_| {}, &mut || {}).unwrap();
+        let Step { metrics, kl, .. } = trainer.step(&mut |_| {}, &mut || {}).unwrap();
+        (metrics["objective/kl"].clone(), kl, metrics["objective/non_score_reward"].clone())
+    };
+    let (kl, each, reward) = second(KlEstimator::K1);
+    assert_ne!(kl, 0.0);
+    assert_eq!(reward.as_f64().unwrap(), -kl.as_f64().unwrap());
+    let (other_kl, other_each, other_reward) = second(KlEstimator::K2);
+    assert_eq!((other_kl, other_each), (kl, each));
+    assert_ne!(other_reward, reward);
+}
+
+#[test]
+fn the_explained_variance_is_that_of_all_minibatches_together() {
+    let explained = |minibatch_size| {
+        let plain = short(Path::new("unused"));
+        let settings = Settings {
+            minibatch_size,
+            batch_size: 8,
+            learning_rate: 0.0,
+            value_learning_rate: 0.0,
+            ..plain
+        };
+        let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+        let metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
+        metrics["val/explained_var"].as_f64().unwrap()
+    };
+    let (together, apart) = (explained(8), explained(2));
+    assert!(abs_diff_eq!(together, apart, epsilon = 1e-5), "{together} and {apart}");
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! old_logp             policy      as it sampled, at the sampling temperature
 //! ref_logp             reference   as the policy was before the run
 //! values               critic      of the state before each token
-//! kl                   = estimate of KL(policy || reference), per token
+//! kl                   = estimate of KL(policy || reference), per token; what is reported is k1's
 //! rewards              = -kl_coef kl, plus the score, scaled and clipped, at the response's last token
 //! advantages, returns  = GAE over the rewards; the advantages are then whitened over the batch
 //! weights              = the correction of the probabilities with which the tokens were drawn, if wanted
@@ -20,7 +20,7 @@ use super::rollout::Rollout;
 use super::sequences::Sequences;
 use crate::correction::{correction, CorrectionInputs, CorrectionOutput, CorrectionStats};
 use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping, ScoreScale};
-use crate::kl::{token_kl, KlOptions};
+use crate::kl::{token_kl, KlEstimator, KlOptions};
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
 
 /// What the update needs of a rollout; all tensors f32 `[B, R]`, without gradient.
@@ -37,7 +37,8 @@ pub struct Experience {
     pub returns: Tensor,
     /// Importance weights of the tokens, with a correction.
     pub weights: Option<Tensor>,
-    /// KL of each response to the reference, in nats.
+    /// KL of each response to the reference, in nats: the sum of ln(p / p_reference) over its tokens,
+    /// whatever the estimator of the penalty.
     pub kl: Vec<f32>,
     /// The metrics of this phase.
     pub metrics: Map<String, Value>,
@@ -75,12 +76,17 @@ impl Experience {
         let critic = critic.no_grad();
         let values = in_chunks(&sequences, chunk, |some| some.values(&critic))?;
 
-        let options = KlOptions { estimator: settings.kl_estimator, ..KlOptions::default() };
-        let token_kl = token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)?;
-        let shaped = estimate(rollout, &sequences.mask, &values, &token_kl, shaping, settings)?;
+        let token_kl = |estimator| {
+            let options = KlOptions { estimator, ..KlOptions::default() };
+            token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)
+        };
+        let penalty = token_kl(settings.kl_estimator)?;
+        let shaped = estimate(rollout, &sequences.mask, &values, &penalty, shaping, settings)?;
         let Estimate { advantages, returns, rewards } = shaped;
 
-        let kl: Vec<f32> = token_kl.sum(1)?.to_vec1()?;
+        // The only estimator whose sum over a response is one of the responses' KL, by which runs with
+        // different penalties compare, and to which --kl-target refers.
+        let kl: Vec<f32> = token_kl(KlEstimator::K1)?.sum(1)?.to_vec1()?;
         let mut metrics = response_metrics(rollout);
         let weights = match settings.correction_options()? {
             Some(options) => {
@@ -99,7 +105,7 @@ impl Experience {
         put("objective/kl_coef".into(), kl_coef);
         put("objective/entropy".into(), -mean_of_sums(&old_logp)?);
         put("objective/rlhf_reward".into(), mean_of_sums(&rewards)?);
-        put("objective/non_score_reward".into(), -kl_coef * mean(&kl));
+        put("objective/non_score_reward".into(), -kl_coef * mean_of_sums(&penalty)?);
         if let Some(scale) = shaping.score_scale {
             put("objective/score_std".into(), scale.std);
         }
@@ -212,7 +218,7 @@ fn in_chunks(
 }
 
 /// The unmasked elements.
-fn kept(tensor: &Tensor, mask: &Tensor) -> Result<Vec<f32>> {
+pub(super) fn kept(tensor: &Tensor, mask: &Tensor) -> Result<Vec<f32>> {
     let all: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
     let mask: Vec<u8> = mask.flatten_all()?.to_vec1()?;
     Ok(all.into_iter().zip(mask).filter(|&(_, keep)| keep != 0).map(|(x, _)| x).collect())

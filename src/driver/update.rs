@@ -10,10 +10,11 @@ use serde_json::{json, Map, Value};
 
 use super::checkpoint::{prefixed, Tensors};
 use super::config::Settings;
-use super::experience::Experience;
+use super::experience::{kept, Experience};
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
 use super::sequences::select_rows;
+use crate::moments::{Moments, RunningMoments};
 use crate::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats};
 
 /// Learning rates of a step.
@@ -42,8 +43,38 @@ pub struct Learner {
 /// What an optimiser step left behind.
 struct MinibatchStep {
     stats: PpoStats,
+    fit: ValueFit,
     policy_norm: f64,
     value_norm: f64,
+}
+
+/// How well the values fit the returns: what the explained variance is made of. That of several
+/// minibatches is no mean of theirs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ValueFit {
+    returns: Moments,
+    errors: Moments,
+}
+
+impl ValueFit {
+    /// The fit at the unmasked tokens; all are `[B, R]`.
+    fn new(values: &Tensor, returns: &Tensor, mask: &Tensor) -> Result<Self> {
+        let moments = |x: &Tensor| anyhow::Ok(RunningMoments::new().update(&kept(x, mask)?));
+        let errors = (returns - values.detach())?;
+        Ok(Self { returns: moments(returns)?, errors: moments(&errors)? })
+    }
+
+    fn merge(self, other: Self) -> Self {
+        Self { returns: self.returns.merge(other.returns), errors: self.errors.merge(other.errors) }
+    }
+
+    /// 1 - Var(returns - values) / Var(returns); NaN where the returns do not vary.
+    pub fn explained_variance(&self) -> f64 {
+        match self.returns.m2 {
+            0.0 => f64::NAN,
+            m2 => 1.0 - self.errors.m2 / m2,
+        }
+    }
 }
 
 /// What the optimiser steps of one update did.
@@ -52,7 +83,7 @@ pub struct Update {
     pub skipped: usize,
     /// Optimiser steps that were applied.
     pub applied: usize,
-    /// The metrics of this phase: means over the applied steps, null where there is none.
+    /// The metrics of this phase, over the applied steps; null where there is none.
     pub metrics: Map<String, Value>,
 }
 
@@ -135,7 +166,7 @@ impl Learner {
         rows: &[usize],
         rates: Rates,
     ) -> Result<Option<MinibatchStep>> {
-        let PpoLossOutput { loss, stats } = self.loss(experience, rows)?;
+        let (PpoLossOutput { loss, stats }, fit) = self.loss(experience, rows)?;
         let stats = stats.to_host()?;
         if !stats.loss.is_finite() {
             return Ok(None);
@@ -149,36 +180,44 @@ impl Learner {
         }
         self.policy_optimizer.apply(&mut grads, policy_norm, rates.policy)?;
         self.value_optimizer.apply(&mut grads, value_norm, rates.value)?;
-        Ok(Some(MinibatchStep { stats, policy_norm, value_norm }))
+        Ok(Some(MinibatchStep { stats, fit, policy_norm, value_norm }))
     }
 
-    /// The loss of these rows of the experience, with its graph into policy and critic.
-    pub fn loss(&self, experience: &Experience, rows: &[usize]) -> Result<PpoLossOutput> {
+    /// The loss of these rows of the experience, with its graph into policy and critic, and the fit of
+    /// the critic's values.
+    pub fn loss(
+        &self,
+        experience: &Experience,
+        rows: &[usize],
+    ) -> Result<(PpoLossOutput, ValueFit)> {
         let sequences = experience.sequences.select(rows)?;
         let weights =
             experience.weights.as_ref().map(|weights| select_rows(weights, rows)).transpose()?;
         let (logp, entropy) = sequences.logp_and_entropy(&self.policy, self.temperature)?;
         let values = sequences.values(&self.critic)?;
+        let returns = select_rows(&experience.returns, rows)?;
         let inputs = PpoLossInputs {
             logp: &logp,
             old_logp: &select_rows(&experience.old_logp, rows)?,
             advantages: &select_rows(&experience.advantages, rows)?,
             values: Some(&values),
             old_values: Some(&select_rows(&experience.values, rows)?),
-            returns: Some(&select_rows(&experience.returns, rows)?),
+            returns: Some(&returns),
             entropy: Some(&entropy),
             ref_logp: None,
             rollout_logp: None,
             weights: weights.as_ref(),
             mask: Some(&sequences.mask),
         };
-        Ok(ppo_loss(&inputs, &self.options)?)
+        let fit = ValueFit::new(&values, &returns, &sequences.mask)?;
+        Ok((ppo_loss(&inputs, &self.options)?, fit))
     }
 }
 
 fn metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
     let mean =
         |of: &dyn Fn(&MinibatchStep) -> f64| taken.iter().map(of).sum::<f64>() / taken.len() as f64;
+    let fit = taken.iter().map(|t| t.fit).fold(ValueFit::default(), ValueFit::merge);
     let ratio = mean(&|t| t.stats.ratio_mean);
     // TRL's: the variance of the minibatches' means.
     let squares = taken.iter().map(|t| (t.stats.ratio_mean - ratio).powi(2)).sum::<f64>();
@@ -192,7 +231,7 @@ fn metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
         ("val/clipfrac_avg", mean(&|t| t.stats.value_clip_fraction)),
         ("val/ratio", ratio),
         ("val/ratio_var", ratio_var),
-        ("val/explained_var", mean(&|t| t.stats.explained_variance)),
+        ("val/explained_var", fit.explained_variance()),
         ("grad_norm/policy", mean(&|t| t.policy_norm)),
         ("grad_norm/value", mean(&|t| t.value_norm)),
     ];
