@@ -11,7 +11,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use ppo_kernels::driver::generate::{generate, sample, Drawn, Sampling};
 use ppo_kernels::driver::load::{load, load_critic, save, save_critic, Loaded};
-use ppo_kernels::driver::model::{Critic, Decoder, DecoderConfig, KvCache, RopeScaling};
+use ppo_kernels::driver::model::{Critic, Decoder, DecoderConfig, KvCache, LayerType, RopeScaling};
 use ppo_kernels::driver::tokenizer::Tokenizer;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -22,14 +22,27 @@ const TOLERANCE: f32 = 3e-5;
 const DEVICE: Device = Device::Cpu;
 /// Damaged copies of each file of a model.
 const DAMAGES: usize = 300;
-const FIXTURES: [&str; 2] = ["tiny-llama", "tiny-llama-shards"];
+/// Models of each kind, and how many weights they have.
+const FIXTURES: [(&str, usize); 7] = [
+    ("tiny-llama", 20),
+    ("tiny-llama-shards", 21),
+    ("tiny-mistral", 20),
+    ("tiny-qwen2", 27),
+    ("tiny-qwen3", 24),
+    ("tiny-smollm3", 20),
+    ("tiny-gemma", 20),
+];
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
+fn open(name: &str) -> Loaded {
+    spoilt(name, |_| ()).unwrap()
+}
+
 fn tiny() -> Loaded {
-    load(&fixture("tiny-llama"), &DEVICE).unwrap()
+    open("tiny-llama")
 }
 
 fn tiny_config() -> DecoderConfig {
@@ -104,9 +117,8 @@ fn assert_refused<T>(result: anyhow::Result<T>, names: &[&str]) {
 
 #[test]
 fn hidden_states_and_logits_are_those_of_transformers() {
-    for name in FIXTURES {
-        let loaded = load(&fixture(name), &DEVICE).unwrap();
-        assert_matches_transformers(&loaded.decoder, name);
+    for (name, _) in FIXTURES {
+        assert_matches_transformers(&open(name).decoder, name);
     }
 }
 
@@ -135,8 +147,8 @@ fn padding_changes_no_result() {
 
 #[test]
 fn steps_with_the_cache_are_the_full_pass() {
-    for name in FIXTURES {
-        let decoder = load(&fixture(name), &DEVICE).unwrap().decoder;
+    for (name, _) in FIXTURES {
+        let decoder = open(name).decoder;
         let Expected { ids, pads, .. } = expected(name);
         let (batch, len) = ids.dims2().unwrap();
         let full = decoder.logits(&decoder.hidden(&ids, &pads).unwrap()).unwrap();
@@ -199,11 +211,11 @@ fn assert_gradients_are_right(
 
 #[test]
 fn every_weight_of_the_policy_gets_its_gradient_through_the_logits() {
-    for (name, head) in [("tiny-llama", 0), ("tiny-llama-shards", 1)] {
-        let decoder = load(&fixture(name), &DEVICE).unwrap().decoder;
+    for (name, weights) in FIXTURES {
+        let decoder = open(name).decoder;
         let Expected { ids, pads, .. } = expected(name);
         // Pads give no gradient: only the last tokens, which no row pads, count.
-        assert_gradients_are_right(&decoder.parameters(), 2 * 9 + 2 + head, || {
+        assert_gradients_are_right(&decoder.parameters(), weights, || {
             let hidden = decoder.hidden(&ids, &pads).unwrap().narrow(1, 4, 7).unwrap();
             decoder.logits(&hidden).unwrap()
         });
@@ -212,12 +224,13 @@ fn every_weight_of_the_policy_gets_its_gradient_through_the_logits() {
 
 #[test]
 fn every_weight_of_the_critic_gets_its_gradient() {
-    for name in FIXTURES {
-        let decoder = load(&fixture(name), &DEVICE).unwrap().decoder;
+    for (name, weights) in FIXTURES {
+        let decoder = open(name).decoder;
         let Expected { ids, pads, .. } = expected(name);
-        let critic = Critic::new(decoder, 3).unwrap();
         // The language-model head is no part of a critic.
-        assert_gradients_are_right(&critic.parameters(), 2 * 9 + 2 + 1, || {
+        let backbone = weights - usize::from(!decoder.config().tie_word_embeddings);
+        let critic = Critic::new(decoder, 3).unwrap();
+        assert_gradients_are_right(&critic.parameters(), backbone + 1, || {
             let values = critic.values(&ids, &pads).unwrap();
             assert_eq!(values.dims(), ids.dims());
             values.narrow(1, 4, 7).unwrap()
@@ -322,8 +335,8 @@ fn impossible_shapes_are_refused_by_key() {
 
 #[test]
 fn what_is_saved_loads_again() {
-    for name in FIXTURES {
-        let Loaded { decoder, tokenizer } = load(&fixture(name), &DEVICE).unwrap();
+    for (name, _) in FIXTURES {
+        let Loaded { decoder, tokenizer } = open(name);
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path().join("new/folder");
         save(&dir, &decoder, &tokenizer).unwrap();
@@ -357,7 +370,13 @@ fn weights_are_whole_or_not_there() {
         names
     };
     save(dir.path(), &decoder, &tokenizer).unwrap();
-    let whole = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    let whole = [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ];
     assert_eq!(names(), whole);
 
     // A folder cannot be replaced by a file: all is written but the last move.
@@ -370,6 +389,9 @@ fn weights_are_whole_or_not_there() {
 /// A copy of a fixture to spoil.
 fn spoilt(name: &str, spoil: impl Fn(&Path)) -> anyhow::Result<Loaded> {
     let dir = tempfile::tempdir().unwrap();
+    // The tokenizer is one for all.
+    let tokenizer = "tokenizer.json";
+    fs::copy(fixture("tiny-llama").join(tokenizer), dir.path().join(tokenizer)).unwrap();
     for entry in fs::read_dir(fixture(name)).unwrap() {
         let path = entry.unwrap().path();
         fs::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
@@ -489,8 +511,11 @@ fn what_cannot_be_computed_exactly_is_refused_by_key() {
     assert_refused(with_config("hidden_act", json!("gelu")), &["hidden_act"]);
     assert_refused(with_config("attention_bias", json!(true)), &["attention_bias"]);
     assert_refused(with_config("sliding_window", json!(8)), &["sliding_window"]);
-    let yarn = json!({ "rope_type": "yarn", "factor": 2.0 });
-    assert_refused(with_config("rope_scaling", yarn), &["rope_scaling", "yarn"]);
+    assert_refused(with_config("model_type", json!("mistral")), &["LlamaForCausalLM", "mistral"]);
+    for kind in ["dynamic", "longrope"] {
+        let scaling = json!({ "rope_type": kind, "factor": 2.0 });
+        assert_refused(with_config("rope_scaling", scaling), &["rope_scaling", kind]);
+    }
     let quantised = json!({ "quant_method": "gptq" });
     assert_refused(with_config("quantization_config", quantised), &["quantization_config"]);
     assert_refused(with_config("vocab_size", json!(63)), &["64", "63", "vocab_size"]);
@@ -509,6 +534,220 @@ fn what_cannot_be_computed_exactly_is_refused_by_key() {
         let loaded = with_config(key, value).unwrap();
         assert_matches_transformers(&loaded.decoder, "tiny-llama");
     }
+}
+
+fn rope_of(edit: impl Fn(&mut serde_json::Value)) -> anyhow::Result<(f64, Option<RopeScaling>)> {
+    let loaded = spoilt("tiny-llama", |dir| edit_json(&dir.join("config.json"), &edit))?;
+    let config = loaded.decoder.config();
+    Ok((config.rope_theta, config.rope_scaling.clone()))
+}
+
+#[test]
+fn rotary_settings_are_read_wherever_they_are_and_never_two_ways() {
+    use serde_json::json;
+    let linear = json!({ "rope_type": "linear", "factor": 2.0 });
+    let scaled = Some(RopeScaling::Linear { factor: 2.0 });
+    let both = |theta| json!({ "type": "linear", "factor": 2.0, "rope_theta": theta });
+    let inside = rope_of(|json| {
+        json.as_object_mut().unwrap().remove("rope_theta");
+        json["rope_parameters"] = both(500.0);
+    });
+    assert_eq!(inside.unwrap(), (500.0, scaled.clone()));
+    let apart = rope_of(|json| json["rope_scaling"] = linear.clone());
+    assert_eq!(apart.unwrap(), (10000.0, scaled.clone()));
+    let twice = rope_of(|json| {
+        json["rope_scaling"] = linear.clone();
+        json["rope_parameters"] = both(10000.0);
+    });
+    assert_eq!(twice.unwrap(), (10000.0, scaled));
+
+    let two_bases = rope_of(|json| json["rope_parameters"] = both(500.0));
+    assert_refused(two_bases, &["rope_theta", "10000", "rope_parameters.rope_theta", "500"]);
+    let two_scalings = rope_of(|json| {
+        json["rope_scaling"] = linear.clone();
+        json["rope_parameters"] = json!({ "rope_type": "default" });
+    });
+    assert_refused(two_scalings, &["rope_scaling", "contradicts", "rope_parameters"]);
+    let two_types = json!({ "type": "linear", "rope_type": "yarn", "factor": 2.0 });
+    let two_types = rope_of(|json| json["rope_scaling"] = two_types.clone());
+    assert_refused(two_types, &["rope_scaling", "linear", "yarn"]);
+    let nested = json!({ "full_attention": { "rope_type": "default" } });
+    let nested = rope_of(|json| json["rope_parameters"] = nested.clone());
+    assert_refused(nested, &["rope_parameters.full_attention"]);
+    let partial = json!({ "rope_type": "default", "partial_rotary_factor": 0.5 });
+    let partial = rope_of(|json| json["rope_parameters"] = partial.clone());
+    assert_refused(partial, &["rope_parameters.partial_rotary_factor", "0.5"]);
+    let bare = rope_of(|json| json["rope_scaling"] = json!({ "type": "linear" }));
+    assert_refused(bare, &["rope_scaling.factor"]);
+    let shrunk = rope_of(|json| json["rope_scaling"] = json!({ "type": "linear", "factor": 0.5 }));
+    assert_refused(shrunk, &["rope_scaling", "0.5"]);
+}
+
+/// What transformers computes of the keys that say how strongly YaRN sharpens the attention.
+#[test]
+fn the_attention_factor_of_yarn_is_given_or_made() {
+    use serde_json::json;
+    let factor = |edit: fn(&mut serde_json::Value)| {
+        let (_, scaling) = rope_of(|json| {
+            json["rope_scaling"] = json!({ "type": "yarn", "factor": 4.0 });
+            edit(&mut json["rope_scaling"]);
+        })
+        .unwrap();
+        match scaling {
+            Some(RopeScaling::Yarn {
+                attention_factor, original_max_position_embeddings, ..
+            }) => {
+                assert_eq!(original_max_position_embeddings, 64, "that of the model");
+                attention_factor
+            }
+            other => panic!("{other:?}"),
+        }
+    };
+    let near = |got: f64, want: f64| assert!(abs_diff_eq!(got, want, epsilon = 1e-12), "{got}");
+    near(factor(|_| ()), 0.1 * 4f64.ln() + 1.0);
+    near(factor(|yarn| yarn["attention_factor"] = json!(1.5)), 1.5);
+    near(factor(|yarn| yarn["mscale"] = json!(0.5)), 0.1 * 4f64.ln() + 1.0);
+    let both = factor(|yarn| {
+        yarn["mscale"] = json!(1.0);
+        yarn["mscale_all_dim"] = json!(0.5);
+    });
+    near(both, (0.1 * 4f64.ln() + 1.0) / (0.05 * 4f64.ln() + 1.0));
+}
+
+#[test]
+fn windows_are_those_of_the_architecture() {
+    use serde_json::json;
+    let window = |name: &str, edit: &dyn Fn(&mut serde_json::Map<String, serde_json::Value>)| {
+        let loaded = spoilt(name, |dir| {
+            edit_json(&dir.join("config.json"), |json| edit(json.as_object_mut().unwrap()))
+        })?;
+        let DecoderConfig { sliding_window, layer_types, .. } = loaded.decoder.config();
+        anyhow::Ok((*sliding_window, layer_types.clone()))
+    };
+    let (full, slides) = (LayerType::FullAttention, LayerType::SlidingAttention);
+    // Mistral has a window unless the file says that it has none.
+    let absent = window("tiny-mistral", &|json| drop(json.remove("sliding_window")));
+    assert_eq!(absent.unwrap(), (Some(4096), None));
+    let null =
+        window("tiny-mistral", &|json| drop(json.insert("sliding_window".into(), json!(null))));
+    assert_eq!(null.unwrap(), (None, None));
+    let none = window("tiny-mistral", &|json| drop(json.insert("sliding_window".into(), json!(0))));
+    assert_refused(none, &["sliding_window", "0"]);
+
+    let by_number = window("tiny-qwen2", &|json| drop(json.remove("layer_types")));
+    assert_eq!(by_number.unwrap(), (Some(4), Some(vec![full, slides])));
+    let off = |json: &mut serde_json::Map<String, serde_json::Value>| {
+        drop(json.insert("use_sliding_window".into(), json!(false)));
+    };
+    assert_refused(window("tiny-qwen2", &off), &["layer_types", "use_sliding_window"]);
+    let unused = window("tiny-qwen2", &|json| {
+        off(json);
+        drop(json.remove("layer_types"));
+    });
+    assert_eq!(unused.unwrap(), (None, None));
+    let too_few = window("tiny-qwen2", &|json| {
+        drop(json.insert("layer_types".into(), json!(["full_attention"])));
+    });
+    assert_refused(too_few, &["layer_types", "2", "1"]);
+
+    let smol = window("tiny-smollm3", &|json| {
+        json.remove("layer_types");
+        json.insert("use_sliding_window".into(), json!(true));
+        json.insert("sliding_window".into(), json!(3));
+    });
+    assert_eq!(smol.unwrap(), (Some(3), Some(vec![full, slides])));
+    let layers = |edit: fn(&mut serde_json::Value)| {
+        let loaded = spoilt("tiny-smollm3", |dir| edit_json(&dir.join("config.json"), edit))?;
+        anyhow::Ok(loaded.decoder.config().no_rope_layers.clone())
+    };
+    let every = layers(|json| {
+        json["no_rope_layers"] = json!(null);
+        json["no_rope_layer_interval"] = json!(2);
+    });
+    assert_eq!(every.unwrap(), Some(vec![1, 0]));
+    assert_refused(
+        layers(|json| json["no_rope_layers"] = json!([1])),
+        &["no_rope_layers", "2", "1"],
+    );
+}
+
+#[test]
+fn a_head_beside_a_config_that_ties_it_is_kept() {
+    let head = tiny().decoder.tensors()[0].1.affine(0.5, 0.1).unwrap();
+    let own = with_tensors(|t| drop(t.insert("lm_head.weight".into(), head.clone()))).unwrap();
+    assert!(!own.decoder.config().tie_word_embeddings);
+    let (name, kept) = own.decoder.tensors().pop().unwrap();
+    assert_eq!((name.as_str(), values(&kept)), ("lm_head.weight", values(&head)));
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &own.decoder, &own.tokenizer).unwrap();
+    let again = load(dir.path(), &DEVICE).unwrap();
+    assert_eq!(values(&again.decoder.tensors().pop().unwrap().1), values(&head));
+
+    // The only one of the two is both.
+    let alone = with_tensors(|t| {
+        let embedding = t.remove("model.embed_tokens.weight").unwrap();
+        t.insert("lm_head.weight".into(), embedding);
+    });
+    assert_matches_transformers(&alone.unwrap().decoder, "tiny-llama");
+}
+
+#[test]
+fn a_new_model_of_each_architecture_starts_from_norms_and_biases_that_do_nothing() {
+    for (name, offset) in [("tiny-gemma", 0.0), ("tiny-qwen2", 1.0), ("tiny-qwen3", 1.0)] {
+        let decoder = Decoder::random(open(name).decoder.config().clone(), 0, &DEVICE).unwrap();
+        for (name, tensor) in decoder.tensors() {
+            let want = if name.ends_with(".bias") { 0.0 } else { offset };
+            assert!(tensor.rank() > 1 || values(&tensor).iter().all(|&v| v == want), "{name}");
+        }
+    }
+}
+
+/// A folder as people have it: several ends, a template, and keys that nothing here reads.
+#[test]
+fn what_lies_beside_the_weights_is_kept_as_it_was() {
+    use serde_json::json;
+    let files = [
+        ("generation_config.json", r#"{ "eos_token_id": [5, 3], "top_p": 0.9 }"#),
+        ("tokenizer_config.json", r#"{"eos_token": {"content": "cat"}, "bos_token": "<s>"}"#),
+        ("special_tokens_map.json", "{}\n"),
+        ("chat_template.jinja", "{{ messages[0].content }}\n"),
+    ];
+    let Loaded { decoder, tokenizer } = spoilt("tiny-llama", |dir| {
+        edit_json(&dir.join("config.json"), |json| {
+            json["eos_token_id"] = json!([9, 2]);
+            json["pad_token_id"] = json!(null);
+            json["something_else"] = json!({ "kept": 1.5 });
+        });
+        for (name, text) in files {
+            fs::write(dir.join(name), text).unwrap();
+        }
+    })
+    .unwrap();
+    // The tokenizer's own end first, then those of the files in their order.
+    assert_eq!((tokenizer.eos(), tokenizer.pad()), (&[5, 9, 2, 3][..], 5));
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &decoder, &tokenizer).unwrap();
+    for (name, text) in files {
+        assert_eq!(fs::read_to_string(dir.path().join(name)).unwrap(), text);
+    }
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(dir.path().join("config.json")).unwrap()).unwrap();
+    for (key, value) in [
+        ("eos_token_id", json!([9, 2])),
+        ("pad_token_id", json!(null)),
+        ("bos_token_id", json!(1)),
+        ("something_else", json!({ "kept": 1.5 })),
+        ("attention_dropout", json!(0.0)),
+    ] {
+        assert_eq!(config[key], value, "{key}");
+    }
+    let again = load(dir.path(), &DEVICE).unwrap().tokenizer;
+    assert_eq!((again.eos(), again.pad()), (&[5, 9, 2, 3][..], 5));
+
+    let broken = spoilt("tiny-llama", |dir| {
+        fs::write(dir.join("tokenizer_config.json"), "{").unwrap();
+    });
+    assert_refused(broken, &["tokenizer_config.json"]);
 }
 
 // ---- GGUF ----
@@ -613,7 +852,8 @@ fn a_gguf_file_holds_the_same_model() {
     let metadata = gguf_metadata(decoder.config());
     let file = write_gguf(&metadata, &gguf_tensors(&decoder), GgmlDType::F32);
     let loaded = load(file.path(), &DEVICE).unwrap();
-    let expected = DecoderConfig { initializer_range: 0.02, ..decoder.config().clone() };
+    let expected =
+        DecoderConfig { initializer_range: 0.02, file: None, ..decoder.config().clone() };
     assert_eq!(*loaded.decoder.config(), expected);
     assert_matches_transformers(&loaded.decoder, "tiny-llama");
 
@@ -686,6 +926,55 @@ fn the_rotary_scaling_of_llama_3_is_read_from_its_divisors() {
 }
 
 #[test]
+fn the_rotary_scaling_of_a_gguf_file_is_that_of_llama_cpp() {
+    let decoder = tiny().decoder;
+    let scaling = |entries: &[(&'static str, Value)]| {
+        let metadata = [gguf_metadata(decoder.config()), entries.to_vec()].concat();
+        let file = write_gguf(&metadata, &gguf_tensors(&decoder), GgmlDType::F32);
+        anyhow::Ok(load(file.path(), &DEVICE)?.decoder.config().rope_scaling.clone())
+    };
+    let kind = |kind: &str| ("llama.rope.scaling.type", Value::String(kind.into()));
+    let factor = |factor| ("llama.rope.scaling.factor", Value::F32(factor));
+    let old = |factor| ("llama.rope.scale_linear", Value::F32(factor));
+    let linear = |factor| Some(RopeScaling::Linear { factor });
+    for (entries, want) in [
+        (vec![factor(4.0)], linear(4.0)),
+        (vec![old(1.1)], linear(1.1)),
+        (vec![factor(0.0), old(4.0)], linear(4.0)),
+        (vec![kind("linear"), factor(4.0), old(4.0)], linear(4.0)),
+        (vec![kind("none"), factor(4.0)], None),
+        (vec![factor(1.0)], None),
+        (vec![kind("yarn"), factor(4.0)], Some(RopeScaling::yarn(4.0, 64))),
+    ] {
+        assert_eq!(scaling(&entries).unwrap(), want, "{entries:?}");
+    }
+    let original = ("llama.rope.scaling.original_context_length", Value::U32(16));
+    let yarn = scaling(&[kind("yarn"), factor(4.0), original]).unwrap();
+    assert_eq!(yarn, Some(RopeScaling::yarn(4.0, 16)));
+    assert_refused(scaling(&[factor(4.0), old(2.0)]), &["scaling.factor 4", "scale_linear 2"]);
+    let attention = ("llama.rope.scaling.attn_factor", Value::F32(1.0));
+    assert_refused(scaling(&[kind("yarn"), factor(4.0), attention]), &["attn_factor"]);
+}
+
+#[test]
+fn a_part_of_a_split_gguf_file_is_refused_by_its_name() {
+    let decoder = tiny().decoder;
+    let whole =
+        write_gguf(&gguf_metadata(decoder.config()), &gguf_tensors(&decoder), GgmlDType::F32);
+    let dir = tempfile::tempdir().unwrap();
+    let named = |name: &str| {
+        let path = dir.path().join(name);
+        fs::copy(whole.path(), &path).unwrap();
+        load(&path, &DEVICE)
+    };
+    let part = "big-00002-of-00003.gguf";
+    assert_refused(named(part), &[part, "3 files", "--merge"]);
+    for name in ["big-00001-of-00001.gguf", "one-of-us.gguf", "-of-.gguf", "best-of-3.gguf"] {
+        named(name).unwrap();
+    }
+}
+
+#[test]
 fn damaged_and_foreign_gguf_files_are_refused() {
     let decoder = tiny().decoder;
     let metadata = gguf_metadata(decoder.config());
@@ -721,7 +1010,9 @@ fn damaged_and_foreign_gguf_files_are_refused() {
         ("llama.attention.head_count_kv", Some(Value::U32(4)), ["attn_k", "rows"]),
         ("llama.feed_forward_length", Some(Value::I32(-1)), ["feed_forward_length", "llama"]),
         ("llama.expert_count", Some(Value::U32(8)), ["expert_count", "mixtures"]),
-        ("llama.rope.scaling.type", text("yarn"), ["rope.scaling", "yarn"]),
+        ("llama.rope.scaling.type", text("longrope"), ["rope.scaling", "longrope"]),
+        ("llama.rope.scaling.factor", Some(Value::F32(0.5)), ["rope_scaling", "0.5"]),
+        ("split.count", Some(Value::U16(3)), ["split model", "3 files"]),
         ("tokenizer.ggml.model", text("bert"), ["tokenizer.ggml.model", "bert"]),
         ("tokenizer.ggml.pre", text("qwen2"), ["tokenizer.ggml.pre", "qwen2"]),
         ("tokenizer.ggml.merges", None, ["tokenizer.ggml.merges", "missing"]),

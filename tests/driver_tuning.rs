@@ -852,7 +852,7 @@ fn a_reward_model_may_have_another_shape_but_no_other_vocabulary() {
     save_reward(&path("bad"), &narrow(12), &tokenizer).unwrap();
     refused(&["--prompts", "context of 12"]);
     let json = tokenizer.to_json().unwrap().replace("\"cat\"", "\"walrus\"");
-    let other = Tokenizer::from_json(json.as_bytes(), vec![1], 0).unwrap();
+    let other = Tokenizer::from_json(json.as_bytes(), Vec::new(), vec![1], Some(0)).unwrap();
     save_reward(&path("bad"), &narrow(64), &other).unwrap();
     refused(&["--reward model reads another vocabulary (162 tokens) than the policy writes (162)"]);
     save(&path("bad"), &decoder, &tokenizer).unwrap();

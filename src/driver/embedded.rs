@@ -14,7 +14,7 @@ use super::config::tuning::{SftSettings, Tuning};
 use super::config::RunSettings;
 use super::examples::{encode_demonstrations, Demonstration, Preference};
 use super::load::Loaded;
-use super::model::{Decoder, DecoderConfig};
+use super::model::{Architecture, Decoder, DecoderConfig};
 use super::sft::Sft;
 use super::tokenizer::Tokenizer;
 use super::tuning;
@@ -71,6 +71,7 @@ fn tokenizer() -> Result<Tokenizer> {
 pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
     let tokenizer = tokenizer()?;
     let config = DecoderConfig {
+        model_type: Architecture::Llama,
         vocab_size: tokenizer.vocab_size(),
         hidden_size: 64,
         intermediate_size: 176,
@@ -81,9 +82,13 @@ pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
         rms_norm_eps: 1e-5,
         rope_theta: 1e4,
         rope_scaling: None,
+        no_rope_layers: None,
+        sliding_window: None,
+        layer_types: None,
         max_position_embeddings: 64,
         tie_word_embeddings: true,
         initializer_range: 0.05,
+        file: None,
     };
     Ok(Loaded { decoder: Decoder::random(config, seed, device)?, tokenizer })
 }

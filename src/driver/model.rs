@@ -1,4 +1,5 @@
-//! A trainable decoder of the Llama family, made of differentiable candle operations:
+//! A trainable decoder of the Llama family (see [`Architecture`]), made of differentiable candle
+//! operations:
 //!
 //! ```text
 //! x = embed(ids)
@@ -7,12 +8,14 @@
 //! hidden = norm(x)      logits = hidden · headᵀ      norm(x) = x / sqrt(mean(x²) + eps) * weight
 //! ```
 //!
-//! Weights carry the names, shapes and rotary layout (half rotation) of Hugging Face's
-//! `LlamaForCausalLM`; everything is f32. Sequences of a batch are left-padded: `pads[b]` says how
+//! Weights carry the names, shapes and rotary layout (half rotation) of Hugging Face's classes;
+//! everything is f32. Sequences of a batch are left-padded: `pads[b]` says how
 //! many leading tokens of row `b` count for nothing, and position 0 is the first real token.
 //!
 //! candle-nn's own `softmax_last_dim`, `rms_norm` and `rope` have no backward and would cut the
 //! graph in silence, so they are spelled out here.
+
+mod config;
 
 use std::collections::HashMap;
 use std::f64::consts::PI;
@@ -23,152 +26,13 @@ use candle_core::{DType, Device, Tensor, Var, D};
 use candle_nn::ops::silu;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde::{Deserialize, Serialize};
+
+pub(super) use config::yarn_mscale;
+pub use config::{Architecture, DecoderConfig, LayerType, RopeScaling};
 
 /// Added to the attention score of a key that must not be seen. Finite, so that a row without any
 /// visible key (a pad) is a mean and not NaN.
 const MASKED: f32 = -1e30;
-
-/// The shape of a decoder, under the key names of a Hugging Face `config.json`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct DecoderConfig {
-    /// Rows of the embedding.
-    pub vocab_size: usize,
-    /// Width of the residual stream.
-    pub hidden_size: usize,
-    /// Width of the feed-forward layer.
-    pub intermediate_size: usize,
-    /// Number of layers.
-    pub num_hidden_layers: usize,
-    /// Query heads of a layer.
-    pub num_attention_heads: usize,
-    /// Key and value heads of a layer; each serves an equal share of the query heads.
-    pub num_key_value_heads: usize,
-    /// Width of a head; even.
-    pub head_dim: usize,
-    /// Added to the mean square in the norms.
-    pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f64,
-    /// Change of the rotary frequencies for long contexts.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rope_scaling: Option<RopeScaling>,
-    /// Longest sequence.
-    pub max_position_embeddings: usize,
-    /// Whether the head is the embedding.
-    pub tie_word_embeddings: bool,
-    /// Standard deviation of the weights of a new model.
-    #[serde(default = "default_initializer_range")]
-    pub initializer_range: f64,
-}
-
-fn default_initializer_range() -> f64 {
-    0.02
-}
-
-/// How rotary frequencies are changed for contexts longer than those first trained on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(tag = "rope_type")]
-pub enum RopeScaling {
-    /// Llama 3: wavelengths beyond the original context are stretched by `factor`, short ones are
-    /// kept, and those between are blended.
-    #[serde(rename = "llama3")]
-    Llama3 {
-        /// Stretch of the long wavelengths.
-        factor: f64,
-        /// Wavelengths longer than `original_max_position_embeddings / low_freq_factor` are stretched.
-        low_freq_factor: f64,
-        /// Wavelengths shorter than `original_max_position_embeddings / high_freq_factor` are kept.
-        high_freq_factor: f64,
-        /// Context of the original training.
-        original_max_position_embeddings: usize,
-    },
-}
-
-impl DecoderConfig {
-    /// `Ok` when a decoder of this shape can be built; the error names the key.
-    pub fn validate(&self) -> Result<()> {
-        for (key, size) in [
-            ("vocab_size", self.vocab_size),
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("head_dim", self.head_dim),
-            ("max_position_embeddings", self.max_position_embeddings),
-        ] {
-            // The bound keeps products of two sizes from overflowing.
-            ensure!((1..=1 << 28).contains(&size), "{key}: expected 1 to 2^28, got {size}");
-        }
-        ensure!(
-            self.num_attention_heads.is_multiple_of(self.num_key_value_heads),
-            "num_key_value_heads: expected a divisor of num_attention_heads ({}), got {}",
-            self.num_attention_heads,
-            self.num_key_value_heads
-        );
-        ensure!(
-            self.head_dim.is_multiple_of(2),
-            "head_dim: expected an even number, got {}",
-            self.head_dim
-        );
-        for (key, value) in [
-            ("rms_norm_eps", self.rms_norm_eps),
-            ("rope_theta", self.rope_theta),
-            ("initializer_range", self.initializer_range),
-        ] {
-            ensure!(
-                value.is_finite() && value > 0.0,
-                "{key}: expected a positive number, got {value}"
-            );
-        }
-        if let Some(RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings,
-        }) = self.rope_scaling
-        {
-            ensure!(
-                factor.is_finite()
-                    && factor >= 1.0
-                    && low_freq_factor > 0.0
-                    && high_freq_factor.is_finite()
-                    && high_freq_factor > low_freq_factor
-                    && original_max_position_embeddings > 0,
-                "rope_scaling: expected factor >= 1 and 0 < low_freq_factor < high_freq_factor, got {:?}",
-                self.rope_scaling
-            );
-        }
-        Ok(())
-    }
-
-    /// Rotary frequencies, one for each pair of dimensions of a head, in radians a token.
-    pub(super) fn frequencies(&self) -> Vec<f32> {
-        (0..self.head_dim / 2)
-            .map(|i| {
-                let frequency = self.rope_theta.powf(-((2 * i) as f64) / self.head_dim as f64);
-                match self.rope_scaling {
-                    None => frequency as f32,
-                    Some(RopeScaling::Llama3 {
-                        factor,
-                        low_freq_factor,
-                        high_freq_factor,
-                        original_max_position_embeddings,
-                    }) => {
-                        // Turns that this frequency makes within the original context.
-                        let turns =
-                            original_max_position_embeddings as f64 * frequency / (2.0 * PI);
-                        let keep = ((turns - low_freq_factor)
-                            / (high_freq_factor - low_freq_factor))
-                            .clamp(0.0, 1.0);
-                        (frequency * (keep + (1.0 - keep) / factor)) as f32
-                    }
-                }
-            })
-            .collect()
-    }
-}
 
 /// A decoder with its language-model head. Its weights are trainable ([`Var`]s), or plain tensors
 /// after [`frozen`](Self::frozen) and [`no_grad`](Self::no_grad).
@@ -190,15 +54,40 @@ pub struct Decoder {
 
 struct Layer {
     input_norm: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    /// Of each query and of each key, in architectures that have them.
+    head_norms: Option<(Tensor, Tensor)>,
+    o: Linear,
     post_attention_norm: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    has_rope: bool,
+    has_window: bool,
 }
+
+/// A projection `[in]` to `[out]`.
+struct Linear {
+    /// `[out, in]`.
+    weight: Tensor,
+    /// `[out]`.
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = linear(x, &self.weight)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// Keys and values of the tokens that [`Decoder::step`] has seen.
 pub struct KvCache {
@@ -234,17 +123,41 @@ struct Pass {
     key_rope: (Tensor, Tensor),
     /// `[B, 1, T, S]`, 0 where the key is seen; `None` when every query sees every key.
     mask: Option<Tensor>,
+    /// The same in layers with a window.
+    window_mask: Option<Tensor>,
+}
+
+/// Asks for the weights of a layer's parts, by their names and shapes.
+struct Parts<'a> {
+    weight: &'a mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
+}
+
+impl Parts<'_> {
+    fn norm(&mut self, name: &str, len: usize) -> Result<Tensor> {
+        (self.weight)(&format!("{name}.weight"), &[len])
+    }
+
+    fn linear(&mut self, name: &str, shape: [usize; 2], has_bias: bool) -> Result<Linear> {
+        let weight = (self.weight)(&format!("{name}.weight"), &shape)?;
+        let bias = match has_bias {
+            true => Some((self.weight)(&format!("{name}.bias"), &shape[..1])?),
+            false => None,
+        };
+        Ok(Linear { weight, bias })
+    }
 }
 
 impl Decoder {
-    /// A new trainable decoder: norms 1, everything else normal with a standard deviation of
-    /// `config.initializer_range`.
+    /// A new trainable decoder: norms that change nothing, biases 0, everything else normal with a
+    /// standard deviation of `config.initializer_range`.
     pub fn random(config: DecoderConfig, seed: u64, device: &Device) -> Result<Self> {
         let mut rng = StdRng::seed_from_u64(seed);
         let std = config.initializer_range;
-        Self::build(config, true, device, |_, shape| {
+        let norm = 1.0 - config.norm_offset();
+        Self::build(config, true, device, |name, shape| {
+            let start = if name.ends_with(".bias") { 0.0 } else { norm };
             Ok(Var::from_tensor(&match shape {
-                [len] => Tensor::ones(*len, DType::F32, device)?,
+                [len] => Tensor::full(start as f32, *len, device)?,
                 _ => normal(shape, std, &mut rng, device)?,
             })?
             .into_inner())
@@ -255,22 +168,32 @@ impl Decoder {
     ///
     /// A missing tensor, one of another shape, and one that this architecture does not have are
     /// errors that name it.
+    ///
+    /// A head beside a config that ties it to the embedding is kept if it is another: as
+    /// transformers 5 does, it makes the decoder one that is not tied.
     pub fn from_tensors(
-        config: DecoderConfig,
+        mut config: DecoderConfig,
         mut tensors: HashMap<String, Tensor>,
     ) -> Result<Self> {
         let device = match tensors.values().next() {
             Some(tensor) => tensor.device().clone(),
             None => bail!("no tensors"),
         };
-        // Some checkpoints repeat the tied head, or store what is computed here.
         if config.tie_word_embeddings {
-            tensors.remove("lm_head.weight");
+            if let Some(head) = tensors.remove(HEAD) {
+                // Some checkpoints repeat the tied tensor, some have it under the other name.
+                let embedding = tensors.entry(EMBEDDING.into()).or_insert_with(|| head.clone());
+                config.tie_word_embeddings = is_same(embedding, &head)?;
+                if !config.tie_word_embeddings {
+                    tensors.insert(HEAD.into(), head);
+                }
+            }
         }
+        // Old files store what is computed here.
         tensors.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
         let decoder =
             Self::build(config, true, &device, |name, shape| take(&mut tensors, name, shape))?;
-        refuse_rest(&tensors)?;
+        refuse_rest(&decoder.config, &tensors)?;
         Ok(decoder)
     }
 
@@ -359,27 +282,38 @@ impl Decoder {
             anyhow::Ok(tensor)
         };
 
-        let embedding = weight("model.embed_tokens.weight".into(), &[config.vocab_size, hidden])?;
+        let embedding = weight(EMBEDDING.into(), &[config.vocab_size, hidden])?;
         let mut layers = Vec::new();
         for i in 0..config.num_hidden_layers {
-            let mut weight = |name: &str, shape: &[usize]| {
-                weight(format!("model.layers.{i}.{name}.weight"), shape)
-            };
+            let mut weight =
+                |name: &str, shape: &[usize]| weight(format!("model.layers.{i}.{name}"), shape);
+            let mut layer = Parts { weight: &mut weight };
+            let biases = config.model_type.has_biases();
+            let inner = config.intermediate_size;
             layers.push(Layer {
-                input_norm: weight("input_layernorm", &[hidden])?,
-                q: weight("self_attn.q_proj", &[queries, hidden])?,
-                k: weight("self_attn.k_proj", &[keys, hidden])?,
-                v: weight("self_attn.v_proj", &[keys, hidden])?,
-                o: weight("self_attn.o_proj", &[hidden, queries])?,
-                post_attention_norm: weight("post_attention_layernorm", &[hidden])?,
-                gate: weight("mlp.gate_proj", &[config.intermediate_size, hidden])?,
-                up: weight("mlp.up_proj", &[config.intermediate_size, hidden])?,
-                down: weight("mlp.down_proj", &[hidden, config.intermediate_size])?,
+                input_norm: layer.norm("input_layernorm", hidden)?,
+                q: layer.linear("self_attn.q_proj", [queries, hidden], biases)?,
+                k: layer.linear("self_attn.k_proj", [keys, hidden], biases)?,
+                v: layer.linear("self_attn.v_proj", [keys, hidden], biases)?,
+                head_norms: match config.model_type.has_head_norms() {
+                    true => Some((
+                        layer.norm("self_attn.q_norm", config.head_dim)?,
+                        layer.norm("self_attn.k_norm", config.head_dim)?,
+                    )),
+                    false => None,
+                },
+                o: layer.linear("self_attn.o_proj", [hidden, queries], false)?,
+                post_attention_norm: layer.norm("post_attention_layernorm", hidden)?,
+                gate: layer.linear("mlp.gate_proj", [inner, hidden], false)?,
+                up: layer.linear("mlp.up_proj", [inner, hidden], false)?,
+                down: layer.linear("mlp.down_proj", [hidden, inner], false)?,
+                has_rope: config.has_rope(i),
+                has_window: config.window(i).is_some(),
             });
         }
         let norm = weight("model.norm.weight".into(), &[hidden])?;
         let head = if with_head && !config.tie_word_embeddings {
-            Some(weight("lm_head.weight".into(), &[config.vocab_size, hidden])?)
+            Some(weight(HEAD.into(), &[config.vocab_size, hidden])?)
         } else {
             None
         };
@@ -429,14 +363,21 @@ impl Decoder {
             .embedding
             .index_select(&ids, 0)
             .with_context(|| format!("a token id outside 0..{}", self.config.vocab_size))?;
+        if self.config.model_type == Architecture::Gemma {
+            x = (x * (self.config.hidden_size as f64).sqrt())?;
+        }
         for (i, layer) in self.layers.iter().enumerate() {
             let normed = self.rms_norm(&x, &layer.input_norm)?;
             let kept = cache.as_deref().map(|cache| (&cache.layers[i], cache.len));
             x = (x + self.attention(layer, &normed, &pass, kept)?)?;
             let normed = self.rms_norm(&x, &layer.post_attention_norm)?;
-            let gate = silu(&linear(&normed, &layer.gate)?)?;
-            let inner = (gate * linear(&normed, &layer.up)?)?;
-            x = (x + linear(&inner, &layer.down)?)?;
+            let gate = layer.gate.forward(&normed)?;
+            let gate = match self.config.model_type {
+                Architecture::Gemma => gate.gelu()?, // the approximation by tanh
+                _ => silu(&gate)?,
+            };
+            let inner = (gate * layer.up.forward(&normed)?)?;
+            x = (x + layer.down.forward(&inner)?)?;
         }
         if let Some(cache) = cache {
             cache.len += pass.len;
@@ -485,23 +426,56 @@ impl Decoder {
             }
         }
         let angles = Tensor::from_vec(angles, (batch, 1, len, dim), self.device())?;
-        let (cos, sin) = (angles.cos()?, angles.sin()?);
-        let scale = 1.0 / (dim as f64).sqrt();
+        let factor = self.config.attention_factor();
+        let (cos, sin) = ((angles.cos()? * factor)?, (angles.sin()? * factor)?);
+        let scale = self.attention_scale();
         let query_rope = ((&cos * scale)?, (&sin * scale)?);
 
-        let mask = if len == 1 && pads.iter().all(|&pad| pad == 0) {
-            None
-        } else {
-            let mut mask = vec![MASKED; batch * len * total];
-            for (row, seen) in mask.chunks_exact_mut(total).enumerate() {
-                let (pad, last) = (pads[row / len], start + row % len);
-                if pad <= last {
-                    seen[pad..=last].fill(0.0);
-                }
-            }
-            Some(Tensor::from_vec(mask, (batch, 1, len, total), self.device())?)
+        let needs = |windowed: bool| self.layers.iter().any(|l| l.has_window == windowed);
+        let mask = |window: Option<usize>| match needs(window.is_some()) {
+            true => self.mask(pads, start, len, window),
+            false => Ok(None),
         };
-        Ok(Pass { batch, len, query_rope, key_rope: (cos, sin), mask })
+        Ok(Pass {
+            batch,
+            len,
+            query_rope,
+            key_rope: (cos, sin),
+            mask: mask(None)?,
+            window_mask: match self.config.sliding_window {
+                Some(window) => mask(Some(window))?,
+                None => None,
+            },
+        })
+    }
+
+    /// What the `len` tokens behind the first `start` see: those so far that are no pads, and of them
+    /// the last `window`, if there is one.
+    fn mask(
+        &self,
+        pads: &[usize],
+        start: usize,
+        len: usize,
+        window: Option<usize>,
+    ) -> Result<Option<Tensor>> {
+        let total = start + len;
+        let window = window.unwrap_or(total);
+        if len == 1 && window >= total && pads.iter().all(|&pad| pad == 0) {
+            return Ok(None);
+        }
+        let mut mask = vec![MASKED; pads.len() * len * total];
+        for (row, seen) in mask.chunks_exact_mut(total).enumerate() {
+            let (pad, last) = (pads[row / len], start + row % len);
+            if pad <= last {
+                seen[pad.max((last + 1).saturating_sub(window))..=last].fill(0.0);
+            }
+        }
+        Ok(Some(Tensor::from_vec(mask, (pads.len(), 1, len, total), self.device())?))
+    }
+
+    /// What scores of attention are multiplied by.
+    fn attention_scale(&self) -> f64 {
+        1.0 / (self.config.head_dim as f64).sqrt()
     }
 
     fn allocate(&self, cache: &mut KvCache, batch: usize) -> Result<()> {
@@ -529,9 +503,19 @@ impl Decoder {
             let x = x.reshape((batch, len, n, dim))?;
             x.transpose(1, 2)?.contiguous()
         };
-        let q = self.rope(&split(linear(x, &layer.q)?, heads)?, &pass.query_rope)?;
-        let mut k = self.rope(&split(linear(x, &layer.k)?, groups)?, &pass.key_rope)?;
-        let mut v = split(linear(x, &layer.v)?, groups)?;
+        let mut q = split(layer.q.forward(x)?, heads)?;
+        let mut k = split(layer.k.forward(x)?, groups)?;
+        let mut v = split(layer.v.forward(x)?, groups)?;
+        if let Some((q_norm, k_norm)) = &layer.head_norms {
+            q = self.rms_norm(&q, q_norm)?;
+            k = self.rms_norm(&k, k_norm)?;
+        }
+        if layer.has_rope {
+            q = self.rope(&q, &pass.query_rope)?;
+            k = self.rope(&k, &pass.key_rope)?;
+        } else {
+            q = (q * self.attention_scale())?;
+        }
         if let Some(((keys, values), start)) = cached {
             keys.slice_set(&k, 2, start)?;
             values.slice_set(&v, 2, start)?;
@@ -545,14 +529,15 @@ impl Decoder {
         let rows = heads / groups * len;
         let scores = q.reshape((batch, groups, rows, dim))?.matmul(&k.t()?)?;
         let scores = scores.reshape((batch, heads, len, total))?;
-        let scores = match &pass.mask {
+        let mask = if layer.has_window { &pass.window_mask } else { &pass.mask };
+        let scores = match mask {
             Some(mask) => scores.broadcast_add(mask)?,
             None => scores,
         };
         let weights = softmax(&scores)?.reshape((batch, groups, rows, total))?;
         let mixed = weights.matmul(&v)?.reshape((batch, heads, len, dim))?;
         let mixed = mixed.transpose(1, 2)?.reshape((batch * len, heads * dim))?;
-        linear(&mixed, &layer.o)
+        layer.o.forward(&mixed)
     }
 
     /// Rotates `x [B, heads, T, head_dim]`.
@@ -565,7 +550,11 @@ impl Decoder {
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
         let inverse = (mean_square + self.config.rms_norm_eps)?.sqrt()?.recip()?;
-        Ok(x.broadcast_mul(&inverse)?.broadcast_mul(weight)?)
+        let normed = x.broadcast_mul(&inverse)?;
+        Ok(match self.config.norm_offset() {
+            0.0 => normed.broadcast_mul(weight)?,
+            offset => normed.broadcast_mul(&(weight + offset)?)?,
+        })
     }
 }
 
@@ -602,7 +591,7 @@ impl Critic {
         let device = head.device().clone();
         let backbone =
             Decoder::build(config, false, &device, |name, shape| take(&mut tensors, name, shape))?;
-        refuse_rest(&tensors)?;
+        refuse_rest(&backbone.config, &tensors)?;
         Ok(Self { backbone, head })
     }
 
@@ -698,11 +687,20 @@ fn take(tensors: &mut HashMap<String, Tensor>, name: &str, shape: &[usize]) -> R
     Ok(Var::from_tensor(&tensor)?.into_inner())
 }
 
-fn refuse_rest(tensors: &HashMap<String, Tensor>) -> Result<()> {
+/// Whether two tensors hold the same numbers.
+fn is_same(a: &Tensor, b: &Tensor) -> Result<bool> {
+    if a.dims() != b.dims() || a.dtype() != b.dtype() || a.elem_count() == 0 {
+        return Ok(false);
+    }
+    Ok(a.eq(b)?.flatten_all()?.min(0)?.to_scalar::<u8>()? == 1)
+}
+
+fn refuse_rest(config: &DecoderConfig, tensors: &HashMap<String, Tensor>) -> Result<()> {
     match tensors.keys().min() {
         None => Ok(()),
         Some(name) => bail!(
-            "tensor {name} has no place in a Llama of this shape ({} such tensors)",
+            "tensor {name} has no place in a {} of this shape ({} such tensors)",
+            config.model_type.class(),
             tensors.len()
         ),
     }

@@ -15,26 +15,46 @@ pub struct Tokenizer {
     eos: Vec<u32>,
     pad: u32,
     vocab_size: usize,
+    files: Vec<(String, String)>,
 }
 
 impl Tokenizer {
-    /// Wraps a tokenizer; `eos` are the ids that end a text, `pad` fills a batch.
-    pub fn from_tokenizers(mut inner: tokenizers::Tokenizer, mut eos: Vec<u32>, pad: u32) -> Self {
+    /// Wraps a tokenizer; `eos` are the ids that end a text, the usual one first, and `pad` fills a
+    /// batch.
+    pub fn from_tokenizers(mut inner: tokenizers::Tokenizer, eos: Vec<u32>, pad: u32) -> Self {
         // Lengths and padding of a batch are the rollout's to decide.
         inner.with_padding(None);
         inner.with_truncation(None).expect("nothing to check");
-        eos.sort_unstable();
-        eos.dedup();
+        let mut distinct = Vec::new();
+        for id in eos {
+            if !distinct.contains(&id) {
+                distinct.push(id);
+            }
+        }
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        Self { inner, eos, pad, vocab_size }
+        Self { inner, eos: distinct, pad, vocab_size, files: Vec::new() }
     }
 
-    /// Reads a `tokenizer.json`.
-    pub fn from_json(json: &[u8], eos: Vec<u32>, pad: u32) -> Result<Self> {
-        // `tokenizers` panics on some text that is no JSON at all.
-        serde_json::from_slice::<serde::de::IgnoredAny>(json)?;
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))?;
-        Ok(Self::from_tokenizers(inner, eos, pad))
+    /// Reads a `tokenizer.json` and the files beside it, `files` by name and text, which say more of
+    /// the tokens and are kept as they are. `eos` are the ends of a text that other files name, and
+    /// `pad` what fills a batch.
+    ///
+    /// The end that `tokenizer_config.json` names is the usual one; `pad` is that file's, or the usual
+    /// end, where no other is given.
+    pub fn from_json(
+        json: &[u8],
+        files: Vec<(String, String)>,
+        mut eos: Vec<u32>,
+        pad: Option<u32>,
+    ) -> Result<Self> {
+        let inner = parse(json)?;
+        let special =
+            |key: &str| special_token(&files, key).and_then(|token| inner.token_to_id(&token));
+        if let Some(end) = special("eos_token") {
+            eos.insert(0, end);
+        }
+        let pad = pad.or(special("pad_token")).or(eos.first().copied()).unwrap_or(0);
+        Ok(Self { files, ..Self::from_tokenizers(inner, eos, pad) })
     }
 
     /// Reads the tokenizer in the metadata of a GGUF file.
@@ -52,15 +72,41 @@ impl Tokenizer {
         if let (true, Some(bos)) = (adds_bos, bos) {
             value["post_processor"] = starts_with(&vocabulary.tokens[bos as usize], bos);
         }
-        let mut eos = vocabulary.ends();
+        let mut eos = Vec::new();
         for kind in ["eos", "eot"] {
             eos.extend(vocabulary.id(metadata, kind)?);
         }
-        let pad = match vocabulary.id(metadata, "padding")? {
-            Some(pad) => pad,
-            None => eos.first().copied().unwrap_or(0),
-        };
-        Self::from_json(&serde_json::to_vec(&value)?, eos, pad)
+        eos.extend(vocabulary.ends());
+        let pad = vocabulary.id(metadata, "padding")?.or(eos.first().copied()).unwrap_or(0);
+        let inner = parse(&serde_json::to_vec(&value)?)?;
+        let tokenizer = Self::from_tokenizers(inner, eos, pad);
+        let mut config = tokenizer.config();
+        config["bos_token"] = json!(bos.map(|bos| &vocabulary.tokens[bos as usize]));
+        if metadata.contains_key("tokenizer.chat_template") {
+            config["chat_template"] = json!(string(metadata, "tokenizer.chat_template")?);
+        }
+        let files = vec![(TOKENIZER_CONFIG.to_owned(), serde_json::to_string_pretty(&config)?)];
+        Ok(Self { files, ..tokenizer })
+    }
+
+    /// The files beside `tokenizer.json`, by name and text.
+    pub fn files(&self) -> Result<Vec<(String, String)>> {
+        let mut files = self.files.clone();
+        if files.iter().all(|(name, _)| name != TOKENIZER_CONFIG) {
+            files.push((TOKENIZER_CONFIG.into(), serde_json::to_string_pretty(&self.config())?));
+        }
+        Ok(files)
+    }
+
+    /// A `tokenizer_config.json`. Without it transformers takes the tokenizer for SentencePiece and adds
+    /// tokens of its own.
+    fn config(&self) -> Value {
+        json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.eos.first().and_then(|&id| self.token(id)),
+            "pad_token": self.token(self.pad),
+            "clean_up_tokenization_spaces": false,
+        })
     }
 
     /// The `tokenizer.json` of this tokenizer.
@@ -101,7 +147,7 @@ impl Tokenizer {
         self.inner.get_vocab(true) == other.inner.get_vocab(true)
     }
 
-    /// The ids that end a text, ascending; may be empty.
+    /// The ids that end a text, the usual one first; may be empty.
     pub fn eos(&self) -> &[u32] {
         &self.eos
     }
@@ -115,6 +161,26 @@ impl Tokenizer {
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
+}
+
+/// The files beside `tokenizer.json` that are kept.
+pub(super) const FILES: [&str; 4] =
+    [TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
+
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+
+fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
+    // `tokenizers` panics on some text that is no JSON at all.
+    serde_json::from_slice::<serde::de::IgnoredAny>(json)?;
+    tokenizers::Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))
+}
+
+/// The text under a key of `tokenizer_config.json`, where it may be an object with its content.
+fn special_token(files: &[(String, String)], key: &str) -> Option<String> {
+    let (_, text) = files.iter().find(|(name, _)| name == TOKENIZER_CONFIG)?;
+    let config: Value = serde_json::from_str(text).ok()?;
+    let token = &config[key];
+    Some(token.as_str().or_else(|| token["content"].as_str())?.to_owned())
 }
 
 /// The tokens of a GGUF file and their kinds.
