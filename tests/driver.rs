@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor, Var, D};
 use common::{assert_close, golden, rng, to_vec, uniform};
+use ppo_kernels::driver::chat::Text;
 use ppo_kernels::driver::config::{KlControllerKind, RewardKind, Settings};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::experience::{Experience, Shaping};
@@ -218,9 +219,9 @@ fn weights(trainer: &Trainer) -> Vec<Vec<f64>> {
 #[test]
 fn the_embedded_tokenizer_gives_the_corpus_back_and_refuses_other_words() {
     let Loaded { decoder, tokenizer } = embedded::model(0, &Device::Cpu).unwrap();
-    for text in embedded::prompts().iter().chain(&["The cat sat on the mat.".to_owned()]) {
-        let ids = tokenizer.encode(text).unwrap();
-        assert_eq!(&tokenizer.decode(&ids).unwrap(), text);
+    for text in embedded::prompts().iter().chain(&["The cat sat on the mat.".into()]) {
+        let ids = text.encode(&tokenizer).unwrap();
+        assert_eq!(tokenizer.decode(&ids).unwrap(), text.last());
         assert!(ids.iter().all(|&id| (id as usize) < decoder.config().vocab_size));
     }
     let error = tokenizer.encode("The walrus sat on the mat.").unwrap_err();
@@ -694,8 +695,8 @@ fn prompts_come_in_random_order_each_once_before_any_comes_again() {
     assert_ne!(first, second);
     first.sort();
     second.sort();
-    let mut sorted = all.clone();
-    sorted.sort();
+    let mut sorted: Vec<&str> = all.iter().map(Text::last).collect();
+    sorted.sort_unstable();
     assert_eq!(first, sorted);
     assert_eq!(second, sorted);
     assert_eq!(texts(2 * all.len() + 1).len(), 2 * all.len() + 1);

@@ -1,5 +1,6 @@
 //! The driver's settings, rewards, prompt files and run folder.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -7,10 +8,16 @@ use std::time::{Duration, Instant};
 use candle_core::Device;
 use clap::{Args, Command, FromArgMatches};
 use ppo_kernels::correction::CorrectionOptions;
+use ppo_kernels::driver::chat::{ChatTemplate, Message, Text};
 use ppo_kernels::driver::config::{RewardKind, RunSettings, Settings, TrainArgs};
+use ppo_kernels::driver::examples::{
+    read_demonstrations, read_preferences, Demonstration, Example,
+};
 use ppo_kernels::driver::prompts;
 use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord, PPO_COLUMNS};
 use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
+use ppo_kernels::driver::rollout::Prompts;
+use ppo_kernels::driver::tokenizer::Tokenizer;
 use ppo_kernels::kl::KlEstimator;
 use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions, RatioLevel};
 use serde_json::{json, Map, Value};
@@ -529,7 +536,8 @@ fn prompts_are_read_from_text_and_jsonl() {
     let read = |name: &str, text: &str| {
         let path = dir.path().join(name);
         write(&path, text);
-        prompts::read(&path).unwrap()
+        let all = prompts::read(&path).unwrap();
+        all.iter().map(|text| text.last().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(
         read("p.txt", "\u{feff}one\r\n\r\n  two \n \n{\"prompt\": 3}"),
@@ -564,6 +572,153 @@ fn a_bad_prompt_file_is_refused_with_file_and_line() {
         let error = format!("{:#}", prompts::read(path).unwrap_err());
         let place = format!("cannot read --prompts {}: ", path.display());
         assert!(error.starts_with(&place), "{error}");
+    }
+}
+
+// ---------------------------------------------------------------- conversations
+
+fn message(role: &str, content: &str) -> Message {
+    let entry = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+    Message::from([entry("role", role), entry("content", content)])
+}
+
+#[test]
+fn chat_templates_make_the_texts_that_transformers_makes() {
+    let text = include_str!("fixtures/chat.json");
+    let json: Value = serde_json::from_str(text).unwrap();
+    let special: BTreeMap<String, String> =
+        serde_json::from_value(json["special"].clone()).unwrap();
+    let cases = json["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 36);
+    for case in cases {
+        let name = case["template"].as_str().unwrap();
+        let source = json["templates"][name].as_str().unwrap();
+        let template = ChatTemplate::new(source, special.clone()).unwrap();
+        let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
+        let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
+        match template.render(&messages, add_generation_prompt) {
+            Ok(text) => assert_eq!(text, case["text"], "{name}"),
+            Err(error) => {
+                let message = format!("{error:#}");
+                let words = case["error"].as_str().unwrap_or_else(|| panic!("{name}: {message}"));
+                assert!(message.contains(words), "{name}: {message}");
+            }
+        }
+    }
+    let error = ChatTemplate::new("{% if %}", special.clone()).err().unwrap();
+    assert!(format!("{error:#}").contains("chat template"), "{error:#}");
+    let dated = ChatTemplate::new("{{ strftime_now('%Y') }}", special).unwrap();
+    assert!(dated.render(&[], true).unwrap().parse::<u32>().unwrap() >= 2026);
+}
+
+#[test]
+fn prompts_of_messages_are_read_from_jsonl() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.jsonl");
+    let user = r#"{"role": "user", "content": "Hello"}"#;
+    let assistant = r#"{"role": "assistant", "content": "Hi"}"#;
+    write(
+        &path,
+        format!("{{\"prompt\": [{user}]}}\n{{\"messages\": [{user}, {assistant}, {user}]}}"),
+    );
+    let (hello, hi) = (message("user", "Hello"), message("assistant", "Hi"));
+    let chat = |messages: &[&Message]| Text::Chat(messages.iter().map(|&m| m.clone()).collect());
+    assert_eq!(prompts::read(&path).unwrap(), [chat(&[&hello]), chat(&[&hello, &hi, &hello])]);
+
+    for (line, message) in [
+        (r#"{"prompt": []}"#.to_owned(), "prompt: expected at least one message"),
+        (format!(r#"{{"messages": [{user}, {assistant}]}}"#), "messages: the last message is the"),
+        (
+            r#"{"prompt": [{"role": "user"}]}"#.into(),
+            r#"prompt: expected [{"role": "..", "content""#,
+        ),
+        (r#"{"prompt": [{"role": "user", "content": [1]}]}"#.into(), "nothing but text, got"),
+        (r#"{"prompt": [{"role": "user", "content": " "}]}"#.into(), "the prompt is empty"),
+        (r#"{"messages": 3}"#.into(), r#"expected {"prompt": ".."}"#),
+    ] {
+        write(&path, &line);
+        let error = format!("{:#}", prompts::read(&path).unwrap_err());
+        let place = format!("--prompts {}:1: ", path.display());
+        assert!(error.starts_with(&place) && error.contains(message), "{error}");
+    }
+
+    // Of a demonstration the assistant's last message is learned.
+    write(&path, format!("{{\"messages\": [{user}, {assistant}]}}"));
+    let learned = Demonstration { prompt: chat(&[&hello]), response: "Hi".into() };
+    assert_eq!(read_demonstrations(&path).unwrap(), [learned.clone()]);
+    write(&path, format!("{{\"prompt\": [{user}], \"response\": [{assistant}]}}"));
+    assert_eq!(read_demonstrations(&path).unwrap(), [learned]);
+    write(&path, format!("{{\"messages\": [{user}]}}"));
+    let error = format!("{:#}", read_demonstrations(&path).unwrap_err());
+    assert!(error.contains("messages: expected several messages"), "{error}");
+    let no = r#"[{"role": "assistant", "content": "No"}]"#;
+    write(
+        &path,
+        format!("{{\"prompt\": [{user}], \"chosen\": [{assistant}], \"rejected\": {no}}}"),
+    );
+    let pairs = read_preferences(&path).unwrap();
+    assert_eq!(
+        (&pairs[0].prompt, &*pairs[0].chosen, &*pairs[0].rejected),
+        (&chat(&[&hello]), "Hi", "No")
+    );
+    write(&path, format!("{{\"prompt\": [{user}], \"chosen\": [{user}], \"rejected\": {no}}}"));
+    let error = format!("{:#}", read_preferences(&path).unwrap_err());
+    assert!(error.contains("chosen: expected one message, the assistant's"), "{error}");
+}
+
+/// A tokenizer of words that puts `<s>` first, with that template.
+fn chatting(template: Option<&str>) -> Tokenizer {
+    let words = ["<s>", "</s>", "user", "assistant", ":", "Hello", "Hi", "No"];
+    let vocab: Map<String, Value> =
+        words.iter().enumerate().map(|(id, &word)| (word.into(), id.into())).collect();
+    let first = json!({"SpecialToken": {"id": "<s>", "type_id": 0}});
+    let text = json!({"Sequence": {"id": "A", "type_id": 0}});
+    let tokenizer = json!({
+        "version": "1.0",
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [first, text], "pair": [text],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+        },
+        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+    });
+    let config = json!({"bos_token": "<s>", "eos_token": "</s>", "chat_template": template});
+    let files = vec![("tokenizer_config.json".to_owned(), config.to_string())];
+    Tokenizer::from_json(tokenizer.to_string().as_bytes(), files, vec![], None).unwrap()
+}
+
+#[test]
+fn a_conversation_gets_its_special_tokens_from_the_template_alone() {
+    const TEMPLATE: &str = "{{ bos_token }} {% for m in messages %}{{ m.role }} : {{ m.content }} \
+                            {{ eos_token }} {% endfor %}{% if add_generation_prompt %}assistant : {% endif %}";
+    let tokenizer = chatting(Some(TEMPLATE));
+    let chat = Text::Chat(vec![message("user", "Hello")]);
+    let prompt = vec![0, 2, 4, 5, 1, 3, 4];
+    assert_eq!(chat.encode(&tokenizer).unwrap(), prompt);
+    assert_eq!(chat.last(), "Hello");
+    assert_eq!(Text::from("Hello").encode(&tokenizer).unwrap(), [0, 5]);
+    // The template ends a message, and it is not ended again; a text is.
+    let learned = Example::encode(&tokenizer, &chat, "Hi").unwrap();
+    assert_eq!(learned, Example { prompt: prompt.clone(), response: vec![6, 1] });
+    let plain = Example::encode(&tokenizer, &"Hello".into(), "Hi").unwrap();
+    assert_eq!(plain, Example { prompt: vec![0, 5], response: vec![6, 1] });
+    let endless = chatting(Some(&TEMPLATE.replace("{{ eos_token }} ", "")));
+    let learned = Example::encode(&endless, &chat, "Hi").unwrap();
+    assert_eq!(learned, Example { prompt: vec![0, 2, 4, 5, 3, 4], response: vec![6, 1] });
+    // A template may start an answer otherwise than it keeps it.
+    let starts =
+        chatting(Some(&TEMPLATE.replace("assistant : {% endif", "assistant : No {% endif")));
+    assert_eq!(
+        Example::encode(&starts, &chat, "Hi").unwrap().tokens(),
+        [&prompt[..], &[6, 1]].concat()
+    );
+
+    let named = Prompts::new(vec![chat.clone()], &tokenizer, 64, 8).unwrap();
+    assert_eq!((&*named.first(1)[0].text, &named.first(1)[0].ids), ("Hello", &prompt));
+    let error = Prompts::new(vec![chat], &chatting(None), 64, 8).err().unwrap();
+    let error = format!("{error:#}");
+    for part in ["--prompts: prompt 1", "chat template", "chat_template.jinja"] {
+        assert!(error.contains(part), "{error}");
     }
 }
 

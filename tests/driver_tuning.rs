@@ -79,7 +79,7 @@ fn demonstrations_are_read_from_text_and_jsonl() {
     let read =
         |name: &str, text: &str| read_demonstrations(&write(dir.path().join(name), text)).unwrap();
     let demonstration = |prompt: &str, response: &str| Demonstration {
-        prompt: prompt.to_owned(),
+        prompt: prompt.into(),
         response: response.to_owned(),
     };
     assert_eq!(
@@ -100,7 +100,7 @@ fn pairs_are_read_from_jsonl_with_their_margins() {
                 {\"prompt\": \"a\", \"chosen\": \"b\", \"rejected\": \"c\", \"margin\": null}\n";
     let pairs = read_preferences(&write(dir.path().join("p.jsonl"), text)).unwrap();
     let pair = |rejected: &str, margin| Preference {
-        prompt: "a".to_owned(),
+        prompt: "a".into(),
         chosen: "b".to_owned(),
         rejected: rejected.to_owned(),
         margin,
@@ -167,10 +167,10 @@ fn an_example_is_prompt_response_and_end() {
     let Loaded { tokenizer, .. } = embedded::model(0, &Device::Cpu).unwrap();
     let ids = |text: &str| tokenizer.encode(text).unwrap();
     let eos = tokenizer.eos().to_vec();
-    let with_prompt = Example::encode(&tokenizer, "The cat sat on the", "mat.").unwrap();
+    let with_prompt = Example::encode(&tokenizer, &"The cat sat on the".into(), "mat.").unwrap();
     assert_eq!(with_prompt.prompt, ids("The cat sat on the"));
     assert_eq!(with_prompt.response, [ids("mat."), eos.clone()].concat());
-    let whole = Example::encode(&tokenizer, "", "The cat sat on the mat.").unwrap();
+    let whole = Example::encode(&tokenizer, &"".into(), "The cat sat on the mat.").unwrap();
     assert_eq!(whole.prompt, ids("The"));
     assert_eq!(whole.response, [ids("cat sat on the mat."), eos].concat());
     assert_eq!(whole.tokens(), with_prompt.tokens());
@@ -214,7 +214,7 @@ fn a_share_of_the_examples_is_held_out_and_none_is_in_both() {
 fn sft_of<'a>(model: &'a Loaded, texts: &[(&str, &str)]) -> Sft<'a> {
     let demonstrations: Vec<Demonstration> = (texts.iter())
         .map(|(prompt, response)| Demonstration {
-            prompt: (*prompt).to_owned(),
+            prompt: (*prompt).into(),
             response: (*response).to_owned(),
         })
         .collect();
@@ -459,7 +459,7 @@ fn the_embedded_pairs_are_of_one_prompt_and_the_chosen_response_scores_more() {
     assert!(pairs.len() > 1500, "{}", pairs.len());
     for pair in &pairs {
         assert!(sentiment(&pair.chosen) > sentiment(&pair.rejected), "{pair:?}");
-        assert!(pair.prompt.ends_with(" the"), "{pair:?}");
+        assert!(pair.prompt.last().ends_with(" the"), "{pair:?}");
     }
     assert_eq!(Preference::judge("", "a good day.", "a bad day.").unwrap().chosen, "a good day.");
     assert_eq!(Preference::judge("", "a bad day.", "a good day.").unwrap().chosen, "a good day.");
@@ -548,7 +548,8 @@ fn reward_learns_writes_its_files_and_repeats_bit_for_bit() {
     assert_eq!(samples.len(), 16);
     for sample in samples {
         let text = |key: &str| sample[key].as_str().unwrap();
-        let example = Example::encode(&tokenizer, text("prompt"), text("response")).unwrap();
+        let example =
+            Example::encode(&tokenizer, &text("prompt").into(), text("response")).unwrap();
         let score = to_vec(&critic.scores(&[example.tokens()], tokenizer.pad()).unwrap());
         assert_close("score", &score, &[sample["score"].as_f64().unwrap()], 1e-4, 1e-4);
     }
@@ -802,7 +803,8 @@ fn train_takes_scores_and_critic_from_a_reward_model() {
     assert_eq!(samples.len(), 16);
     for sample in &samples {
         let text = |key: &str| sample[key].as_str().unwrap();
-        let mut example = Example::encode(&tokenizer, text("prompt"), text("response")).unwrap();
+        let mut example =
+            Example::encode(&tokenizer, &text("prompt").into(), text("response")).unwrap();
         if sample["finished"] == false {
             example.response.pop();
         }

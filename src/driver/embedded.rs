@@ -10,6 +10,7 @@ use anyhow::{anyhow, Context, Result};
 use candle_core::Device;
 use serde_json::json;
 
+use super::chat::Text;
 use super::config::tuning::{SftSettings, Tuning};
 use super::config::RunSettings;
 use super::examples::{encode_demonstrations, Demonstration, Preference};
@@ -40,8 +41,8 @@ const PAD: &str = "<pad>";
 const EOS: &str = "</s>";
 
 /// The prompts of the embedded run.
-pub fn prompts() -> Vec<String> {
-    PROMPTS.lines().map(str::to_owned).collect()
+pub fn prompts() -> Vec<Text> {
+    PROMPTS.lines().map(Text::from).collect()
 }
 
 /// A tokenizer of the corpus's words and its full stop. Any other word is an error of `encode`.
@@ -95,7 +96,7 @@ pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
 
 /// The sentences of the corpus, as demonstrations that are learned as a whole.
 pub fn demonstrations() -> Vec<Demonstration> {
-    let sentence = |line: &str| Demonstration { prompt: String::new(), response: line.to_owned() };
+    let sentence = |line: &str| Demonstration { prompt: "".into(), response: line.to_owned() };
     CORPUS.lines().map(sentence).collect()
 }
 

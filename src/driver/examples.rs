@@ -5,6 +5,9 @@
 //! | `--demonstrations` | `{"prompt": "..", "response": ".."}`, or a whole text |
 //! | `--preferences` | `{"prompt": "..", "chosen": "..", "rejected": ".."}`, and a `margin` if there is one |
 //!
+//! Prompts and responses may be lists of messages instead, a demonstration one list of `messages` that ends
+//! with the assistant's: the chat template makes texts of them (see [`chat`](super::chat)).
+//!
 //! The tokens of a response follow those of its prompt, so a response starts with the space that
 //! stands between the two, where the tokenizer makes one of it; the end of sequence is added.
 
@@ -14,6 +17,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde_json::Value;
 
+use super::chat::Text;
 use super::lines::{self, Format, Line};
 use super::reward::sentiment;
 use super::tokenizer::Tokenizer;
@@ -22,7 +26,7 @@ use super::tokenizer::Tokenizer;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Demonstration {
     /// Empty where the whole text is learned.
-    pub prompt: String,
+    pub prompt: Text,
     /// The response, or the whole text.
     pub response: String,
 }
@@ -31,7 +35,7 @@ pub struct Demonstration {
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Preference {
     /// The prompt.
-    pub prompt: String,
+    pub prompt: Text,
     /// The better response.
     pub chosen: String,
     /// The other one.
@@ -50,7 +54,7 @@ impl Preference {
             Ordering::Equal => return None,
         };
         Some(Self {
-            prompt: prompt.to_owned(),
+            prompt: prompt.into(),
             chosen: chosen.to_owned(),
             rejected: rejected.to_owned(),
             margin: None,
@@ -80,13 +84,21 @@ pub fn read_demonstrations(path: &Path) -> Result<Vec<Demonstration>> {
     lines::read(path, &DEMONSTRATIONS, |line| {
         let object = match line {
             Line::Text(text) => {
-                return Ok(Demonstration { prompt: String::new(), response: text.to_owned() })
+                return Ok(Demonstration { prompt: "".into(), response: text.to_owned() })
             }
             Line::Object(object) => object,
         };
-        let text = |key| DEMONSTRATIONS.text(&object, key);
-        let demonstration = Demonstration { prompt: text("prompt")?, response: text("response")? };
-        ensure!(!demonstration.prompt.trim().is_empty(), "the prompt is empty");
+        let demonstration = match object.get(lines::MESSAGES) {
+            Some(messages) if !object.contains_key("prompt") => {
+                let (prompt, response) = Text::answered(messages).context(lines::MESSAGES)?;
+                Demonstration { prompt, response }
+            }
+            _ => Demonstration {
+                prompt: DEMONSTRATIONS.prompt(&object, "prompt")?,
+                response: DEMONSTRATIONS.response(&object, "response")?,
+            },
+        };
+        ensure!(!demonstration.prompt.last().trim().is_empty(), "the prompt is empty");
         ensure!(!demonstration.response.trim().is_empty(), "the response is empty");
         Ok(demonstration)
     })
@@ -99,7 +111,6 @@ pub fn read_demonstrations(path: &Path) -> Result<Vec<Demonstration>> {
 pub fn read_preferences(path: &Path) -> Result<Vec<Preference>> {
     lines::read(path, &PREFERENCES, |line| {
         let Line::Object(object) = line else { unreachable!("the format has no text") };
-        let text = |key| PREFERENCES.text(&object, key);
         let margin = match object.get("margin") {
             None | Some(Value::Null) => None,
             Some(margin) => {
@@ -108,12 +119,12 @@ pub fn read_preferences(path: &Path) -> Result<Vec<Preference>> {
             }
         };
         let pair = Preference {
-            prompt: text("prompt")?,
-            chosen: text("chosen")?,
-            rejected: text("rejected")?,
+            prompt: PREFERENCES.prompt(&object, "prompt")?,
+            chosen: PREFERENCES.response(&object, "chosen")?,
+            rejected: PREFERENCES.response(&object, "rejected")?,
             margin,
         };
-        ensure!(!pair.prompt.trim().is_empty(), "the prompt is empty");
+        ensure!(!pair.prompt.last().trim().is_empty(), "the prompt is empty");
         ensure!(pair.chosen != pair.rejected, "chosen and rejected are the same");
         Ok(pair)
     })
@@ -129,23 +140,28 @@ pub struct Example {
 }
 
 impl Example {
-    /// Encodes a prompt and a response; without a prompt the first token of the response is what is
-    /// given.
+    /// Encodes a prompt and a response, and ends it; without a prompt the first token of the response
+    /// is what is given.
     ///
     /// # Errors
     /// What the tokenizer does not know, or has no token for.
-    pub fn encode(tokenizer: &Tokenizer, prompt: &str, response: &str) -> Result<Self> {
-        let (prompt, mut response) = if prompt.is_empty() {
+    pub fn encode(tokenizer: &Tokenizer, prompt: &Text, response: &str) -> Result<Self> {
+        let is_chat = matches!(prompt, Text::Chat(_));
+        let (prompt, mut response) = if prompt.last().is_empty() {
             let mut prompt = tokenizer.encode(response)?;
             ensure!(!prompt.is_empty(), "it has no token");
             let response = prompt.split_off(1);
             (prompt, response)
         } else {
-            let ids = tokenizer.encode(prompt)?;
-            ensure!(!ids.is_empty(), "its prompt has no token");
-            (ids, tokenizer.encode_continuation(response)?)
+            let (prompt, response) = prompt.encode_with(response, tokenizer)?;
+            ensure!(!prompt.is_empty(), "its prompt has no token");
+            (prompt, response)
         };
-        response.extend(tokenizer.eos().first());
+        // A template ends its messages by itself.
+        let eos = tokenizer.eos();
+        if !is_chat || !response.iter().any(|id| eos.contains(id)) {
+            response.extend(eos.first());
+        }
         ensure!(!response.is_empty(), "its response has no token");
         Ok(Self { prompt, response })
     }

@@ -10,6 +10,11 @@ use std::path::Path;
 use anyhow::{anyhow, ensure, Context, Result};
 use serde_json::{Map, Value};
 
+use super::chat::Text;
+
+/// The key of conversations in data sets of chats.
+pub const MESSAGES: &str = "messages";
+
 /// What a file holds, as its errors call it.
 pub struct Format {
     /// The flag that names the file.
@@ -38,6 +43,33 @@ impl Format {
     pub fn text(&self, object: &Map<String, Value>, key: &str) -> Result<String> {
         let text = object.get(key).and_then(Value::as_str);
         Ok(text.with_context(|| self.expected())?.to_owned())
+    }
+
+    /// The prompt under a key: text, or messages; those may stand under `messages` as well.
+    ///
+    /// # Errors
+    /// If there is none; shows the shape, or the message.
+    pub fn prompt(&self, object: &Map<String, Value>, key: &'static str) -> Result<Text> {
+        let found = [key, MESSAGES].into_iter().find_map(|key| Some((key, object.get(key)?)));
+        match found {
+            Some((key, value)) if value.is_string() || value.is_array() => {
+                Text::from_json(value).context(key)
+            }
+            _ => Err(anyhow!(self.expected())),
+        }
+    }
+
+    /// The response under a key: text, or the assistant's message.
+    ///
+    /// # Errors
+    /// As [`Self::prompt`].
+    pub fn response(&self, object: &Map<String, Value>, key: &'static str) -> Result<String> {
+        match object.get(key) {
+            Some(value) if value.is_string() || value.is_array() => {
+                Text::response(value).context(key)
+            }
+            _ => Err(anyhow!(self.expected())),
+        }
     }
 
     fn expected(&self) -> String {

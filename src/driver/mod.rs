@@ -27,6 +27,7 @@
 //! what the benches measured.
 
 pub mod bench_table;
+pub mod chat;
 pub mod check;
 pub mod checkpoint;
 pub mod config;

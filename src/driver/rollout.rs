@@ -4,6 +4,7 @@ use anyhow::{ensure, Context, Result};
 use rand::seq::SliceRandom;
 use rand::Rng;
 
+use super::chat::Text;
 use super::generate::{generate, Generation, Sampling};
 use super::model::Decoder;
 use super::reward::{Reward, Sample};
@@ -12,7 +13,7 @@ use super::tokenizer::Tokenizer;
 /// A prompt as text and as tokens.
 #[derive(Debug, Clone)]
 pub struct Prompt {
-    /// As it was given.
+    /// As it was given; of a conversation the last message.
     pub text: String,
     /// Its token ids; at least one.
     pub ids: Vec<u32>,
@@ -27,16 +28,16 @@ pub struct Prompts {
 impl Prompts {
     /// Encodes the prompts and refuses those to which the longest response would not fit `context`.
     pub fn new(
-        texts: Vec<String>,
+        texts: Vec<impl Into<Text>>,
         tokenizer: &Tokenizer,
         context: usize,
         max_new_tokens: usize,
     ) -> Result<Self> {
         ensure!(!texts.is_empty(), "--prompts holds no prompt");
-        let encode = |(i, text): (usize, String)| {
+        let encode = |(i, text): (usize, Text)| {
             let number = i + 1;
-            let ids = tokenizer
-                .encode(&text)
+            let ids = text
+                .encode(tokenizer)
                 .with_context(|| format!("--prompts: prompt {number} cannot be encoded"))?;
             ensure!(!ids.is_empty(), "--prompts: prompt {number} has no token");
             ensure!(
@@ -45,9 +46,10 @@ impl Prompts {
                  it does not fit the model's context of {context}",
                 ids.len()
             );
-            Ok(Prompt { text, ids })
+            Ok(Prompt { text: text.last().to_owned(), ids })
         };
-        let all = texts.into_iter().enumerate().map(encode).collect::<Result<_>>()?;
+        let all =
+            texts.into_iter().map(Into::into).enumerate().map(encode).collect::<Result<_>>()?;
         Ok(Self { all, order: Vec::new() })
     }
 

@@ -3,11 +3,14 @@
 //! A GGUF file holds the vocabulary and names the way text is cut; both become the value of a
 //! `tokenizer.json`, so that there is one way to read a tokenizer, and one to save it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::OnceLock;
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use candle_core::quantized::gguf_file::Value as Gguf;
 use serde_json::{json, Map, Value};
+
+use super::chat::ChatTemplate;
 
 /// A tokenizer that knows which tokens end a text and which one fills a batch.
 pub struct Tokenizer {
@@ -16,6 +19,8 @@ pub struct Tokenizer {
     pad: u32,
     vocab_size: usize,
     files: Vec<(String, String)>,
+    /// Compiled when it is first needed: most runs need none.
+    chat: OnceLock<Result<ChatTemplate, String>>,
 }
 
 impl Tokenizer {
@@ -32,7 +37,7 @@ impl Tokenizer {
             }
         }
         let vocab_size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
-        Self { inner, eos: distinct, pad, vocab_size, files: Vec::new() }
+        Self { inner, eos: distinct, pad, vocab_size, files: Vec::new(), chat: OnceLock::new() }
     }
 
     /// Reads a `tokenizer.json` and the files beside it, `files` by name and text, which say more of
@@ -48,8 +53,8 @@ impl Tokenizer {
         pad: Option<u32>,
     ) -> Result<Self> {
         let inner = parse(json)?;
-        let special =
-            |key: &str| special_token(&files, key).and_then(|token| inner.token_to_id(&token));
+        let tokens = special_tokens(&files);
+        let special = |key: &str| inner.token_to_id(tokens.get(key)?);
         if let Some(end) = special("eos_token") {
             eos.insert(0, end);
         }
@@ -87,6 +92,26 @@ impl Tokenizer {
         }
         let files = vec![(TOKENIZER_CONFIG.to_owned(), serde_json::to_string_pretty(&config)?)];
         Ok(Self { files, ..tokenizer })
+    }
+
+    /// The template that makes a text of a conversation.
+    ///
+    /// # Errors
+    /// If there is none, or it is no Jinja.
+    pub fn chat_template(&self) -> Result<&ChatTemplate> {
+        let compile = || {
+            let file = self.files.iter().find(|(name, _)| name == TEMPLATE);
+            let template = file.map(|(_, text)| text.clone());
+            let template = template.or_else(|| configured_template(&self.files)).with_context(|| {
+                format!(
+                    "messages need a chat template, and the tokenizer has none: neither {TEMPLATE} nor \
+                     chat_template in {TOKENIZER_CONFIG}"
+                )
+            })?;
+            ChatTemplate::new(&template, special_tokens(&self.files))
+        };
+        let compiled = self.chat.get_or_init(|| compile().map_err(|error| format!("{error:#}")));
+        compiled.as_ref().map_err(|error| anyhow!("{error}"))
     }
 
     /// The files beside `tokenizer.json`, by name and text.
@@ -165,9 +190,11 @@ impl Tokenizer {
 
 /// The files beside `tokenizer.json` that are kept.
 pub(super) const FILES: [&str; 4] =
-    [TOKENIZER_CONFIG, "special_tokens_map.json", "chat_template.jinja", "generation_config.json"];
+    [TOKENIZER_CONFIG, SPECIAL_TOKENS, TEMPLATE, "generation_config.json"];
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS: &str = "special_tokens_map.json";
+const TEMPLATE: &str = "chat_template.jinja";
 
 fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
     // `tokenizers` panics on some text that is no JSON at all.
@@ -175,12 +202,34 @@ fn parse(json: &[u8]) -> Result<tokenizers::Tokenizer> {
     tokenizers::Tokenizer::from_bytes(json).map_err(|error| anyhow!(error))
 }
 
-/// The text under a key of `tokenizer_config.json`, where it may be an object with its content.
-fn special_token(files: &[(String, String)], key: &str) -> Option<String> {
-    let (_, text) = files.iter().find(|(name, _)| name == TOKENIZER_CONFIG)?;
-    let config: Value = serde_json::from_str(text).ok()?;
-    let token = &config[key];
-    Some(token.as_str().or_else(|| token["content"].as_str())?.to_owned())
+fn json_of(files: &[(String, String)], name: &str) -> Option<Map<String, Value>> {
+    let (_, text) = files.iter().find(|(known, _)| known == name)?;
+    serde_json::from_str(text).ok()
+}
+
+/// The texts of the special tokens by name: `bos_token`, and so on. In a file they are that, or objects
+/// with their content.
+fn special_tokens(files: &[(String, String)]) -> BTreeMap<String, String> {
+    let mut tokens = BTreeMap::new();
+    // The second goes before the first, which older files have.
+    for name in [SPECIAL_TOKENS, TOKENIZER_CONFIG] {
+        for (key, token) in json_of(files, name).unwrap_or_default() {
+            let text = token.as_str().or_else(|| token["content"].as_str());
+            if let Some(text) = text.filter(|_| key.ends_with("_token")) {
+                tokens.insert(key, text.to_owned());
+            }
+        }
+    }
+    tokens
+}
+
+/// The template in `tokenizer_config.json`, or the default one of several there.
+fn configured_template(files: &[(String, String)]) -> Option<String> {
+    let config = json_of(files, TOKENIZER_CONFIG)?;
+    let template = config.get("chat_template")?;
+    let named = || template.as_array()?.iter().find(|one| one["name"] == "default");
+    let text = template.as_str().or_else(|| named()?["template"].as_str())?;
+    Some(text.to_owned())
 }
 
 /// The tokens of a GGUF file and their kinds.
