@@ -134,7 +134,7 @@ fn a_run_that_is_told_to_stop_goes_on_to_the_same_end() {
         ("TERM", TRAIN),
         ("HUP", "sft --steps 40 --save-every 0"),
         ("INT", "reward --lm-steps 2 --steps 12 --save-every 5"),
-        ("TERM", "dpo --lm-steps 2 --steps 12 --save-every 5"),
+        ("TERM", "dpo --lm-steps 2 --steps 12 --save-every 5 --lora-rank 2 --lora-merge"),
     ] {
         let command = args.split(' ').next().unwrap();
         let [stopped, whole] = [format!("{command}-stopped"), format!("{command}-whole")];

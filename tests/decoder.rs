@@ -10,8 +10,12 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{DType, Device, Tensor, Var};
 use ppo_kernels::driver::generate::{generate, sample, Drawn, Sampling};
-use ppo_kernels::driver::load::{load, load_critic, save, save_critic, Loaded};
-use ppo_kernels::driver::model::{Critic, Decoder, DecoderConfig, KvCache, LayerType, RopeScaling};
+use ppo_kernels::driver::load::{
+    load, load_critic, load_reward, save, save_adapter, save_critic, save_reward, Loaded,
+};
+use ppo_kernels::driver::model::{
+    Architecture, Critic, Decoder, DecoderConfig, KvCache, LayerType, Lora, RopeScaling,
+};
 use ppo_kernels::driver::tokenizer::Tokenizer;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -356,6 +360,18 @@ fn what_is_saved_loads_again() {
             assert_eq!(values(a), values(&b));
         }
         assert_eq!(again.parameters().len(), critic.parameters().len());
+
+        save_reward(&dir, &critic, &tokenizer).unwrap();
+        let text = fs::read(dir.join("config.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        let class = critic.config().model_type.class();
+        assert_eq!(json["architectures"][0], format!("{class}ForSequenceClassification"));
+        let reward = load_reward(&dir, &DEVICE).unwrap().critic;
+        assert_eq!(reward.config(), critic.config());
+        for ((_, a), (_, b)) in reward.tensors().iter().zip(critic.tensors()) {
+            assert_eq!(values(a), values(&b));
+        }
+        assert_refused(load(&dir, &DEVICE), &["unknown architecture", class, "ForCausalLM"]);
     }
 }
 
@@ -798,7 +814,9 @@ fn gguf_tensors(decoder: &Decoder) -> Vec<(String, Tensor)> {
                 let pairs = halves.transpose(1, 2).unwrap().contiguous().unwrap();
                 pairs.reshape((rows, width)).unwrap()
             };
-            let tensor = if name.contains("q_proj") {
+            let tensor = if config.model_type != Architecture::Llama {
+                tensor.clone()
+            } else if name.contains("q_proj") {
                 permuted(config.num_attention_heads)
             } else if name.contains("k_proj") {
                 permuted(config.num_key_value_heads)
@@ -893,6 +911,42 @@ fn a_gguf_file_with_a_head_of_its_own_and_quantised_weights_loads() {
     let error: f32 = got.iter().zip(&want).map(|(a, b)| (a - b).powi(2)).sum();
     let size: f32 = want.iter().map(|b| b * b).sum();
     assert!((1e-8..1e-3).contains(&(error / size)), "{}", error / size);
+}
+
+#[test]
+fn gguf_files_of_qwen_hold_the_same_models() {
+    for name in ["tiny-qwen2", "tiny-qwen3"] {
+        let decoder = open(name).decoder;
+        // What such a file cannot say is left out.
+        let plain = DecoderConfig {
+            rope_scaling: None,
+            sliding_window: None,
+            layer_types: None,
+            initializer_range: 0.02,
+            file: None,
+            ..decoder.config().clone()
+        };
+        let tensors = decoder.tensors().into_iter().collect();
+        let plain = Decoder::from_tensors(plain, tensors).unwrap();
+        let architecture = name.trim_start_matches("tiny-");
+        let renamed: Vec<(String, Value)> = (gguf_metadata(plain.config()).into_iter())
+            .map(|(key, value)| match key {
+                "general.architecture" => (key.into(), Value::String(architecture.into())),
+                "tokenizer.ggml.pre" => (key.into(), Value::String("qwen2".into())),
+                _ => (key.replace("llama.", &format!("{architecture}.")), value),
+            })
+            .collect();
+        let metadata: Vec<(&str, Value)> =
+            renamed.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
+        let file = write_gguf(&metadata, &gguf_tensors(&plain), GgmlDType::F32);
+        let loaded = load(file.path(), &DEVICE).unwrap();
+        assert_eq!(loaded.decoder.config(), plain.config());
+        assert_eq!(loaded.decoder.parameters().len(), plain.parameters().len());
+        assert_eq!(logits_of(&loaded.decoder), logits_of(&plain));
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &loaded.decoder, &loaded.tokenizer).unwrap();
+        assert_eq!(logits_of(&load(dir.path(), &DEVICE).unwrap().decoder), logits_of(&plain));
+    }
 }
 
 #[test]
@@ -998,7 +1052,8 @@ fn damaged_and_foreign_gguf_files_are_refused() {
     };
     let text = |s: &str| Some(Value::String(s.into()));
     for (key, value, names) in [
-        ("general.architecture", text("qwen2"), ["architecture", "qwen2"]),
+        ("general.architecture", text("gemma"), ["architecture", "gemma"]),
+        ("general.architecture", text("qwen2"), ["qwen2.embedding_length", "missing"]),
         ("general.alignment", Some(Value::U8(0)), ["general.alignment", "0"]),
         ("general.alignment", Some(Value::U32(0)), ["general.alignment", "0"]),
         ("general.alignment\0", Some(Value::I16(0)), ["general.alignment", "0"]),
@@ -1014,7 +1069,8 @@ fn damaged_and_foreign_gguf_files_are_refused() {
         ("llama.rope.scaling.factor", Some(Value::F32(0.5)), ["rope_scaling", "0.5"]),
         ("split.count", Some(Value::U16(3)), ["split model", "3 files"]),
         ("tokenizer.ggml.model", text("bert"), ["tokenizer.ggml.model", "bert"]),
-        ("tokenizer.ggml.pre", text("qwen2"), ["tokenizer.ggml.pre", "qwen2"]),
+        ("tokenizer.ggml.pre", text("tekken"), ["tokenizer.ggml.pre", "tekken"]),
+        ("llama.attention.sliding_window", Some(Value::U32(8)), ["sliding_window", "8"]),
         ("tokenizer.ggml.merges", None, ["tokenizer.ggml.merges", "missing"]),
         ("tokenizer.ggml.tokens", text("a"), ["tokenizer.ggml.tokens", "array"]),
         ("tokenizer.ggml.eos_token_id", Some(Value::U32(64)), ["eos_token_id", "64"]),
@@ -1093,6 +1149,7 @@ fn pre_tokenizers_cut_text_as_their_names_say() {
     assert_eq!(cuts("gpt-2", "a b 1234", &merges), ["a", "Ġb", "Ġ", "1234"]);
     assert_eq!(cuts("smollm", "a b 1234", &merges), ["a", "Ġb", "Ġ", "1", "2", "3", "4"]);
     assert_eq!(cuts("llama-bpe", "a b 1234", &merges), ["a", "Ġb", "Ġ", "123", "4"]);
+    assert_eq!(cuts("qwen2", "a b 1234", &merges), ["a", "Ġb", "Ġ", "1", "2", "3", "4"]);
     assert_eq!(cuts("default", "a b1234", &merges), ["a", "Ġb", "123", "4"]);
 }
 
@@ -1128,6 +1185,156 @@ fn sentence_pieces_merge_by_score_and_fall_back_to_bytes() {
     assert_eq!(texts(&ids), want);
     assert_eq!(tokenizer.decode(&ids).unwrap(), "the teth é");
     assert_eq!(tokenizer.eos(), [2]);
+}
+
+// ---- adapters ----
+
+fn peft_tensors() -> HashMap<String, Tensor> {
+    let path = fixture("tiny-lora").join("adapter_model.safetensors");
+    candle_core::safetensors::load(path, &DEVICE).unwrap()
+}
+
+fn lora(rank: usize, alpha: f64, targets: &[&str]) -> Lora {
+    Lora { rank, alpha, targets: targets.iter().map(|&target| target.to_owned()).collect() }
+}
+
+/// tiny-llama with the adapters of tiny-lora.
+fn adapted() -> Decoder {
+    let lora = lora(2, 6.0, &["q_proj", "v_proj", "down_proj"]);
+    tiny().decoder.with_lora_tensors(lora, peft_tensors()).unwrap()
+}
+
+fn logits_of(decoder: &Decoder) -> Vec<f32> {
+    let Expected { ids, pads, .. } = expected("tiny-lora");
+    values(&decoder.logits(&decoder.hidden(&ids, &pads).unwrap()).unwrap())
+}
+
+#[test]
+fn adapters_do_what_peft_says_apart_and_merged() {
+    let apart = adapted();
+    assert_matches_transformers(&apart, "tiny-lora");
+    let merged = apart.merged().unwrap();
+    assert_eq!(merged.parameters().len(), 20);
+    assert_matches_transformers(&merged, "tiny-lora");
+    // A folder of PEFT's loads as the model that it makes of another.
+    let loaded = load(&fixture("tiny-lora"), &DEVICE).unwrap();
+    assert_matches_transformers(&loaded.decoder, "tiny-lora");
+    assert_eq!(loaded.tokenizer.encode("the cat").unwrap(), [4, 5]);
+    // They do something.
+    let apart = logits_of(&apart);
+    let plain = logits_of(&tiny().decoder);
+    assert!(apart.iter().zip(&plain).any(|(a, b)| (a - b).abs() > 1.0));
+}
+
+#[test]
+fn only_adapters_learn_and_they_start_from_the_model_as_it_is() {
+    let decoder = adapted();
+    let Expected { ids, pads, .. } = expected("tiny-llama");
+    // Two for each of three projections in two layers.
+    assert_gradients_are_right(&decoder.parameters(), 12, || {
+        let hidden = decoder.hidden(&ids, &pads).unwrap().narrow(1, 4, 7).unwrap();
+        decoder.logits(&hidden).unwrap()
+    });
+
+    let plain = logits_of(&tiny().decoder);
+    let all = lora(4, 8.0, &Lora::TARGETS);
+    let fresh = tiny().decoder.with_lora(all.clone(), 1).unwrap();
+    assert_eq!(fresh.parameters().len(), 28);
+    assert_eq!(logits_of(&fresh), plain);
+    let a = |seed| {
+        let decoder = tiny().decoder.with_lora(all.clone(), seed).unwrap();
+        values(decoder.parameters()[0].1.as_tensor())
+    };
+    assert_eq!(a(1), a(1));
+    assert_ne!(a(1), a(2));
+    let (frozen, copy) = (fresh.frozen().unwrap(), fresh.duplicate().unwrap());
+    assert!(frozen.parameters().is_empty());
+    assert_eq!(copy.parameters().len(), 28);
+    for (_, var) in fresh.parameters() {
+        var.set(&(var.as_tensor() + 0.1).unwrap()).unwrap();
+    }
+    assert_ne!(logits_of(&fresh), plain);
+    assert_near(&logits_of(&fresh.merged().unwrap()), &logits_of(&fresh));
+    assert_eq!(logits_of(&fresh.no_grad()), logits_of(&fresh));
+    for other in [frozen, copy] {
+        assert_eq!(logits_of(&other), plain);
+    }
+
+    // A critic learns its head besides.
+    let critic = Critic::new(tiny().decoder, 3).unwrap().with_lora(all.clone(), 1).unwrap();
+    assert_eq!(critic.parameters().len(), 28 + 1);
+    assert_refused(fresh.with_lora(all, 0), &["adapters already"]);
+    for (wrong, name) in [
+        (lora(0, 1.0, &["q_proj"]), "rank"),
+        (lora(1, f64::NAN, &["q_proj"]), "alpha"),
+        (lora(1, 1.0, &[]), "targets"),
+        (lora(1, 1.0, &["lm_head"]), "lm_head"),
+    ] {
+        assert_refused(tiny().decoder.with_lora(wrong, 0), &[name]);
+    }
+}
+
+#[test]
+fn adapters_are_saved_for_peft_and_load_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let Loaded { decoder, tokenizer } = tiny();
+    assert_refused(
+        save_adapter(dir.path(), &decoder, &tokenizer, &fixture("tiny-llama")),
+        &["no adapters"],
+    );
+    let decoder = adapted();
+    save_adapter(dir.path(), &decoder, &tokenizer, &fixture("tiny-llama")).unwrap();
+    assert!(!dir.path().join("config.json").exists());
+    let written = dir.path().join("adapter_model.safetensors");
+    let written = candle_core::safetensors::load(written, &DEVICE).unwrap();
+    let theirs = peft_tensors();
+    assert_eq!(written.len(), theirs.len());
+    for (name, tensor) in theirs {
+        assert_eq!(values(&written[&name]), values(&tensor), "{name}");
+    }
+    let again = load(dir.path(), &DEVICE).unwrap().decoder;
+    assert_matches_transformers(&again, "tiny-lora");
+    // As a whole model.
+    let whole = tempfile::tempdir().unwrap();
+    save(whole.path(), &decoder, &tokenizer).unwrap();
+    assert_matches_transformers(&load(whole.path(), &DEVICE).unwrap().decoder, "tiny-lora");
+}
+
+#[test]
+fn adapters_that_do_more_or_do_not_fit_are_refused_by_name() {
+    use serde_json::{json, Value};
+    let with = |edit: &dyn Fn(&mut Value)| {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("adapter_config.json");
+        for name in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(fixture("tiny-lora").join(name), dir.path().join(name)).unwrap();
+        }
+        edit_json(&config, |json| {
+            json["base_model_name_or_path"] = json!(fixture("tiny-llama"));
+            edit(json);
+        });
+        load(dir.path(), &DEVICE)
+    };
+    with(&|_| ()).unwrap();
+    for (key, value, names) in [
+        ("peft_type", json!("LOHA"), ["peft_type", "LOHA"]),
+        ("use_dora", json!(true), ["use_dora", "true"]),
+        ("use_rslora", json!(true), ["use_rslora", "true"]),
+        ("rank_pattern", json!({"q_proj": 4}), ["rank_pattern", "4"]),
+        ("modules_to_save", json!(["lm_head"]), ["modules_to_save", "lm_head"]),
+        ("some_later_kind", json!(3), ["some_later_kind", "3"]),
+        ("bias", json!("all"), ["bias", "all"]),
+        ("init_lora_weights", json!("pissa"), ["init_lora_weights", "pissa"]),
+        ("r", json!(3), ["lora_A", "[3, 32]"]),
+        ("r", json!("2"), ["adapter_config.json", "r: \"2\""]),
+        ("lora_alpha", json!(null), ["lora_alpha", "missing"]),
+        ("target_modules", json!(".*proj"), ["target_modules", ".*proj"]),
+        ("target_modules", json!(["q_proj", "v_proj"]), ["down_proj", "no place"]),
+        ("target_modules", json!("all-linear"), ["k_proj.lora_A.weight", "missing"]),
+        ("base_model_name_or_path", json!("no/such"), ["base_model_name_or_path", "no/such"]),
+    ] {
+        assert_refused(with(&|json| json[key] = value.clone()), &names);
+    }
 }
 
 // ---- sampling ----

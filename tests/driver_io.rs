@@ -13,6 +13,7 @@ use ppo_kernels::driver::config::{RewardKind, RunSettings, Settings, TrainArgs};
 use ppo_kernels::driver::examples::{
     read_demonstrations, read_preferences, Demonstration, Example,
 };
+use ppo_kernels::driver::model::Lora;
 use ppo_kernels::driver::prompts;
 use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord, PPO_COLUMNS};
 use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
@@ -289,11 +290,12 @@ fn every_float_setting_is_checked() {
         correction: Some("tis".into()),
         correction_cap: Some(1.0),
         dual_clip: Some(2.0),
+        lora_alpha: Some(1.0),
         ..Settings::default()
     })
     .unwrap();
     let floats: Vec<_> = table.iter().filter(|(_, v)| v.is_float()).collect();
-    assert_eq!(floats.len(), 21);
+    assert_eq!(floats.len(), 22);
     for (key, _) in floats {
         let mut table = table.clone();
         table.insert(key.clone(), toml::Value::Float(f64::NAN));
@@ -327,6 +329,19 @@ fn settings_that_do_not_fit_together_are_refused() {
     refused(&["--score-norm"], "--score-norm has no effect without --score-scaling");
     refused(&["--critic-from", "reward"], "--critic-from reward has no model with --reward length");
     refused(&["--no-such-flag"], "--no-such-flag");
+    let model = ["--model", "m.gguf", "--prompts", "p.txt"];
+    let lora = |flags: &[&'static str]| [&model[..], flags].concat();
+    refused(&lora(&["--lora-rank", "0"]), "--lora-rank is 0, expected");
+    refused(&lora(&["--lora-alpha", "4"]), "--lora-alpha has no effect without --lora-rank");
+    refused(&lora(&["--lora-merge"]), "--lora-merge has no effect without --lora-rank");
+    refused(&lora(&["--lora-rank", "4", "--lora-alpha", "0"]), "--lora-alpha is 0, expected");
+    refused(&lora(&["--lora-rank", "4", "--lora-targets", "head"]), "--lora-targets");
+    refused(&["--lora-rank", "4"], "--lora-rank without --model");
+    assert!(resolve(&["--lora-rank", "4", "--lora-merge"]).is_ok());
+    let some = resolve(&lora(&["--lora-rank", "4", "--lora-targets", "q_proj,o_proj"])).unwrap();
+    let targets = vec!["q_proj".to_owned(), "o_proj".to_owned()];
+    assert_eq!(some.lora(), Some(Lora { rank: 4, alpha: 8.0, targets }));
+    assert_eq!(some.adapter_base(), Some(Path::new("m.gguf")));
 }
 
 #[test]
@@ -644,10 +659,10 @@ fn prompts_of_messages_are_read_from_jsonl() {
 
     // Of a demonstration the assistant's last message is learned.
     write(&path, format!("{{\"messages\": [{user}, {assistant}]}}"));
-    let learned = Demonstration { prompt: chat(&[&hello]), response: "Hi".into() };
-    assert_eq!(read_demonstrations(&path).unwrap(), [learned.clone()]);
+    let learned = || Demonstration { prompt: chat(&[&hello]), response: "Hi".into() };
+    assert_eq!(read_demonstrations(&path).unwrap(), [learned()]);
     write(&path, format!("{{\"prompt\": [{user}], \"response\": [{assistant}]}}"));
-    assert_eq!(read_demonstrations(&path).unwrap(), [learned]);
+    assert_eq!(read_demonstrations(&path).unwrap(), [learned()]);
     write(&path, format!("{{\"messages\": [{user}]}}"));
     let error = format!("{:#}", read_demonstrations(&path).unwrap_err());
     assert!(error.contains("messages: expected several messages"), "{error}");

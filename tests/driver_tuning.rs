@@ -411,6 +411,91 @@ fn sft_goes_on_from_its_own_weights_with_demonstrations_of_a_file() {
     assert!(metrics[29].get("eval/loss").is_none());
 }
 
+fn tiny_llama() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tiny-llama")
+}
+
+fn logits(weights: &Path) -> Vec<f64> {
+    let Loaded { decoder, tokenizer } = load(weights, &Device::Cpu).unwrap();
+    let ids = Tensor::new(vec![tokenizer.encode("the cat sat").unwrap()], &Device::Cpu).unwrap();
+    to_vec(&decoder.logits(&decoder.hidden(&ids, &[0]).unwrap()).unwrap())
+}
+
+#[test]
+fn adapters_learn_and_are_saved_by_themselves_or_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let settings = |out: &str| SftSettings {
+        model: Some(tiny_llama()),
+        demonstrations: Some(write(path("d.txt"), "the cat sat on the mat .")),
+        held_out: 0.0,
+        learning_rate: 1e-2,
+        lora_rank: Some(2),
+        ..short_sft(&path(out))
+    };
+    go_sft(&settings("apart")).unwrap();
+    go_sft(&SftSettings { lora_merge: true, ..settings("merged") }).unwrap();
+    assert_eq!(metrics(&path("apart")), metrics(&path("merged")));
+    let (apart, merged) = (path("apart/weights"), path("merged/weights"));
+    assert!(apart.join("adapter_model.safetensors").exists());
+    assert!(!apart.join("model.safetensors").exists() && !apart.join("config.json").exists());
+    assert!(merged.join("model.safetensors").exists());
+    assert!(!merged.join("adapter_config.json").exists());
+    let learned = logits(&merged);
+    assert_close("adapters", &logits(&apart), &learned, REL, ABS);
+    let change = |(a, b): (&f64, &f64)| (a - b).abs();
+    let most = learned.iter().zip(&logits(&tiny_llama())).map(change).fold(0.0, f64::max);
+    assert!(most > 0.1, "{most}");
+
+    // A model made of adapters goes on as a whole one.
+    let on = SftSettings { model: Some(apart), ..settings("on") };
+    refused(go_sft, &on, &path("on"), &["--model", "adapters of adapters", "--lora-merge"]);
+    go_sft(&SftSettings { lora_merge: true, ..on }).unwrap();
+    // DPO starts from its own reference, with adapters that do nothing yet.
+    let pair = r#"{"prompt": "the cat sat on the", "chosen": "mat .", "rejected": "dog ."}"#;
+    let dpo = DpoSettings {
+        model: Some(tiny_llama()),
+        preferences: Some(write(path("p.jsonl"), pair)),
+        held_out: 0.0,
+        learning_rate: 1e-2,
+        lora_rank: Some(2),
+        ..short_dpo(&path("dpo"))
+    };
+    go_dpo(&dpo).unwrap();
+    let metrics = metrics(&path("dpo"));
+    assert!((metrics[0]["loss"].as_f64().unwrap() - 2f64.ln()).abs() < 1e-6);
+    assert!(metrics.last().unwrap()["loss"].as_f64().unwrap() < 0.6);
+    load(&path("dpo/weights"), &Device::Cpu).unwrap();
+    let reward = RewardModelSettings { lora_rank: Some(2), ..short_reward(&path("reward")) };
+    let merge = RewardModelSettings { lora_merge: true, ..reward.clone() };
+    refused(go_reward, &reward, &path("reward"), &["--lora-rank", "--lora-merge"]);
+    go_reward(&merge).unwrap();
+    load_reward(&path("reward/weights"), &Device::Cpu).unwrap();
+}
+
+#[test]
+fn ppo_trains_adapters_and_shares_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let settings = Settings {
+        model: Some(tiny_llama()),
+        prompts: Some(write(dir.path().join("p.txt"), "the cat\nthe dog ran\n")),
+        reward: RewardKind::Length,
+        lora_rank: Some(2),
+        learning_rate: 1e-2,
+        value_learning_rate: 1e-2,
+        ..short_train(&out, Path::new("unused"))
+    };
+    go_train(&settings).unwrap();
+    assert!(out.join("weights/adapter_model.safetensors").exists());
+    assert_ne!(logits(&out.join("weights")), logits(&tiny_llama()));
+    let critic = load_critic(&out.join("weights"), &Device::Cpu).unwrap();
+    assert_eq!(critic.parameters().len(), 20 + 1, "whole, with its head");
+    let metrics = metrics(&out);
+    assert_eq!(metrics[0]["objective/kl"], 0.0);
+    assert_ne!(metrics.last().unwrap()["objective/kl"], 0.0);
+}
+
 #[test]
 fn what_sft_cannot_use_is_refused_before_anything_is_made() {
     let dir = tempfile::tempdir().unwrap();

@@ -90,7 +90,9 @@ impl Text {
     pub fn last(&self) -> &str {
         match self {
             Self::Plain(text) => text,
-            Self::Chat(messages) => messages.last().map_or("", |message| &message[CONTENT]),
+            Self::Chat(messages) => {
+                messages.last().and_then(|last| last.get(CONTENT)).map_or("", String::as_str)
+            }
         }
     }
 

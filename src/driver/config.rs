@@ -30,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::generate::Sampling;
+use super::model::Lora;
 use super::report::CONFIG;
 use crate::correction::{CorrectionOptions, RejectionMetric};
 use crate::kl::KlEstimator;
@@ -263,8 +264,8 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<PathBuf>,
 
-    /// Prompts: a text file with one a line, or a .jsonl file with one {"prompt": ".."} a line.
-    /// Needed with --model
+    /// Prompts: a text file with one a line, or a .jsonl file with one {"prompt": ".."} a line, where
+    /// a list of messages goes through the chat template. Needed with --model
     #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prompts: Option<PathBuf>,
@@ -482,6 +483,27 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub aggregation: Option<Aggregation>,
 
+    /// Train low-rank adapters (LoRA) of that rank in policy and critic, and nothing else of them but
+    /// the critic's head. The policy's are saved in PEFT's format [default: off]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_rank: Option<usize>,
+
+    /// Weight of the adapters, times their rank [default: twice the rank]
+    #[arg(long, value_name = "X", help_heading = "LoRA")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora_alpha: Option<f64>,
+
+    /// Projections that have adapters, separated by commas
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', default_values = Lora::TARGETS,
+        value_parser = PossibleValuesParser::new(Lora::TARGETS), help_heading = "LoRA")]
+    pub lora_targets: Vec<String>,
+
+    /// Add the adapters to the weights at the end, and save a whole model
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+        action = clap::ArgAction::Set, default_value_t = false, help_heading = "LoRA")]
+    pub lora_merge: bool,
+
     /// Learning rate of the policy
     #[arg(long, value_name = "X", default_value_t = 1e-5, help_heading = "Optimiser")]
     pub learning_rate: f64,
@@ -676,6 +698,16 @@ impl Settings {
         }
     }
 
+    /// The adapters that are trained, if not the whole networks are.
+    pub fn lora(&self) -> Option<Lora> {
+        lora(self.lora_rank, self.lora_alpha, &self.lora_targets)
+    }
+
+    /// The model that the adapters are saved for, if they are by themselves.
+    pub fn adapter_base(&self) -> Option<&Path> {
+        self.model.as_deref().filter(|_| self.lora_rank.is_some() && !self.lora_merge)
+    }
+
     /// How the rollout draws tokens.
     pub fn sampling(&self) -> Sampling {
         Sampling {
@@ -811,6 +843,7 @@ impl RunSettings for Settings {
             ("--prompts", &self.prompts),
             ("--out", &self.out),
         ])?;
+        valid_lora(self.lora(), self.lora_alpha, &self.model, self.lora_merge)?;
         ensure!(
             self.model.is_none() || self.prompts.is_some(),
             "--prompts is missing: with --model, name a file of prompts"
@@ -832,6 +865,7 @@ impl RunSettings for Settings {
     }
 
     fn check_given(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
+        check_lora_given(self.lora_rank, given)?;
         for (key, needs) in [
             ("reward_length", RewardKind::Length),
             ("reward_pattern", RewardKind::Regex),
@@ -846,6 +880,44 @@ impl RunSettings for Settings {
         }
         Ok(())
     }
+}
+
+pub(super) fn lora(rank: Option<usize>, alpha: Option<f64>, targets: &[String]) -> Option<Lora> {
+    let lora =
+        |rank| Lora { rank, alpha: alpha.unwrap_or(2.0 * rank as f64), targets: targets.to_vec() };
+    rank.map(lora)
+}
+
+/// Checks adapters, and that there is a model on disk that they could be saved for.
+pub(super) fn valid_lora(
+    lora: Option<Lora>,
+    alpha: Option<f64>,
+    model: &Option<PathBuf>,
+    merge: bool,
+) -> Result<()> {
+    in_range("--lora-alpha", alpha, |x| x > 0.0, "above 0")?;
+    let Some(lora) = lora else {
+        return Ok(());
+    };
+    at_least_one("--lora-rank", lora.rank)?;
+    lora.validate().context("--lora-rank, --lora-alpha or --lora-targets is refused")?;
+    ensure!(
+        model.is_some() || merge,
+        "--lora-rank without --model: the embedded model has no file that adapters could be for; add \
+         --lora-merge"
+    );
+    Ok(())
+}
+
+pub(super) fn check_lora_given(rank: Option<usize>, given: &dyn Fn(&str) -> bool) -> Result<()> {
+    for key in ["lora_alpha", "lora_targets", "lora_merge"] {
+        ensure!(
+            rank.is_some() || !given(key),
+            "{} has no effect without --lora-rank",
+            flag_of(key)
+        );
+    }
+    Ok(())
 }
 
 /// The defaults that are stated at the fields.

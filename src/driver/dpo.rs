@@ -12,7 +12,7 @@ use super::config::tuning::DpoSettings;
 use super::config::RunSettings;
 use super::embedded;
 use super::examples::{self, Example, Pair};
-use super::load::{save, Loaded};
+use super::load::{check_adapter_base, save, save_adapter, Loaded};
 use super::model::Decoder;
 use super::report::{Column, Progress};
 use super::sequences::Sequences;
@@ -86,15 +86,15 @@ const COLUMNS: [Column; 8] = [
 pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Result<()> {
     let start = Instant::now();
     settings.validate()?;
+    check_adapter_base(settings.adapter_base())?;
     let preferences = match &settings.preferences {
         Some(path) => examples::read_preferences(path)?,
         None => embedded::preferences(),
     };
     let device = settings.device.open()?;
     let model = open_model(settings.model.as_deref(), settings.seed, &device)?;
-    let Loaded { decoder, tokenizer } = &model;
-    let context = decoder.config().max_position_embeddings;
-    let pairs = examples::encode_preferences(&preferences, tokenizer, context)?;
+    let context = model.decoder.config().max_position_embeddings;
+    let pairs = examples::encode_preferences(&preferences, &model.tokenizer, context)?;
     let tuning = settings.tuning();
     let rows = tuning::split(pairs.len(), &tuning)?;
     let showcase = Showcase::new(
@@ -108,10 +108,12 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
     let Some(mut session) = Session::begin(settings, progress, stop, start)? else {
         return Ok(());
     };
-    session.describe("policy", decoder);
+    session.describe("policy", &model.decoder);
     if settings.model.is_none() {
-        session.fit(decoder, tokenizer, settings.lm_steps, settings.seed)?;
+        session.fit(&model.decoder, &model.tokenizer, settings.lm_steps, settings.seed)?;
     }
+    let model = model.with_lora(settings.lora(), settings.seed)?;
+    let Loaded { decoder, tokenizer } = &model;
     if !session.goes_on() {
         showcase.show(&mut session, 0, &model)?;
     }
@@ -126,7 +128,10 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
         options: settings.options(),
     };
     let trained = tuning::train(&dpo, &rows, &tuning, &COLUMNS, &mut session);
-    let steps = session.save(trained, |weights| save(weights, decoder, tokenizer))?;
+    let steps = session.save(trained, |weights| match settings.adapter_base() {
+        Some(base) => save_adapter(weights, decoder, tokenizer, base),
+        None => save(weights, decoder, tokenizer),
+    })?;
     showcase.show(&mut session, steps, &model)?;
     session.end();
     Ok(())

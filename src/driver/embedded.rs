@@ -90,6 +90,7 @@ pub fn model(seed: u64, device: &Device) -> Result<Loaded> {
         tie_word_embeddings: true,
         initializer_range: 0.05,
         file: None,
+        lora: None,
     };
     Ok(Loaded { decoder: Decoder::random(config, seed, device)?, tokenizer })
 }

@@ -1,6 +1,7 @@
 //! Models on disk: a Hugging Face folder (`config.json`, `tokenizer.json`, `model.safetensors` or
-//! its shards), or a GGUF file. Weights of any float type or quantisation become f32.
+//! its shards), a GGUF file, or adapters for one of the two. Weights of any float type or quantisation become f32.
 
+mod adapter;
 mod config;
 mod gguf;
 
@@ -13,8 +14,9 @@ use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use serde_json::{json, Map, Value};
 
+pub use self::adapter::{check_adapter_base, save_adapter};
 use self::config::Task;
-use super::model::{Critic, Decoder, DecoderConfig};
+use super::model::{Critic, Decoder, DecoderConfig, Lora};
 use super::tokenizer::{self, Tokenizer};
 
 /// What a folder or file holds.
@@ -25,6 +27,19 @@ pub struct Loaded {
     pub tokenizer: Tokenizer,
 }
 
+impl Loaded {
+    /// The same with new adapters, if any are wanted, which alone are trainable from now on.
+    ///
+    /// # Errors
+    /// Those of [`Decoder::with_lora`].
+    pub fn with_lora(self, lora: Option<Lora>, seed: u64) -> Result<Self> {
+        let Some(lora) = lora else {
+            return Ok(self);
+        };
+        Ok(Self { decoder: self.decoder.with_lora(lora, seed)?, ..self })
+    }
+}
+
 /// A reward model: what a folder with a scalar head in place of the language model's holds.
 pub struct RewardModel {
     /// The backbone and the head.
@@ -33,7 +48,8 @@ pub struct RewardModel {
     pub tokenizer: Tokenizer,
 }
 
-/// Loads a Hugging Face folder or a GGUF file onto `device`.
+/// Loads a Hugging Face folder, a GGUF file or a folder of PEFT's with adapters, which are added to the
+/// weights of the model that it names, onto `device`.
 ///
 /// Only the architectures of [`Architecture`](super::model::Architecture); everything that they cannot do
 /// exactly is refused by name. Errors name the file, and the key or tensor.
@@ -56,15 +72,15 @@ pub fn load_reward(dir: &Path, device: &Device) -> Result<RewardModel> {
 }
 
 /// Writes `config.json`, `tokenizer.json` and `model.safetensors` into `dir`, which is made when
-/// it is missing; [`load`] reads them back, and so does transformers.
+/// it is missing; [`load`] reads them back, and so does transformers. Adapters are added to the weights.
 pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> {
-    save_folder(dir, decoder.config(), Task::LanguageModel, decoder.tensors(), tokenizer)
+    save_folder(dir, decoder.config(), Task::LanguageModel, decoder.merged_tensors()?, tokenizer)
 }
 
 /// Writes a reward model into `dir`, as [`save`] does a decoder; [`load_reward`] reads it back, and
 /// so does transformers.
 pub fn save_reward(dir: &Path, model: &Critic, tokenizer: &Tokenizer) -> Result<()> {
-    save_folder(dir, model.config(), Task::Reward, model.tensors(), tokenizer)
+    save_folder(dir, model.config(), Task::Reward, model.merged_tensors()?, tokenizer)
 }
 
 fn save_folder(
@@ -95,13 +111,19 @@ fn save_folder(
         // Where the text ends, transformers finds by what fills the batch behind it.
         json.insert("pad_token_id".into(), json!(tokenizer.pad()));
     }
-    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    save_tokenizer(dir, tokenizer)?;
     write_text(&dir.join(CONFIG), serde_json::to_string_pretty(&json)?)?;
+    save_tensors(&dir.join(WEIGHTS), tensors)
+}
+
+/// Makes the folder and writes the tokenizer into it.
+fn save_tokenizer(dir: &Path, tokenizer: &Tokenizer) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     write_text(&dir.join(TOKENIZER), tokenizer.to_json()?)?;
     for (name, text) in tokenizer.files()? {
         write_text(&dir.join(name), text)?;
     }
-    save_tensors(&dir.join(WEIGHTS), tensors)
+    Ok(())
 }
 
 fn write_text(path: &Path, text: String) -> Result<()> {
@@ -112,7 +134,7 @@ fn write_text(path: &Path, text: String) -> Result<()> {
 /// that of a reward model, `value_config.json`.
 pub fn save_critic(dir: &Path, critic: &Critic) -> Result<()> {
     write_text(&dir.join(CRITIC_CONFIG), serde_json::to_string_pretty(critic.config())?)?;
-    save_tensors(&dir.join(CRITIC_WEIGHTS), critic.tensors())
+    save_tensors(&dir.join(CRITIC_WEIGHTS), critic.merged_tensors()?)
 }
 
 /// Reads the critic in a folder written by [`save`] and [`save_critic`].
@@ -135,6 +157,13 @@ const CRITIC_WEIGHTS: &str = "value_model.safetensors";
 const CRITIC_CONFIG: &str = "value_config.json";
 
 fn load_folder(dir: &Path, device: &Device) -> Result<Loaded> {
+    if adapter::is_there(dir) {
+        return adapter::load(dir, device);
+    }
+    load_whole(dir, device)
+}
+
+fn load_whole(dir: &Path, device: &Device) -> Result<Loaded> {
     let (config, tokenizer) = read_shape(dir, Task::LanguageModel)?;
     let decoder = Decoder::from_tensors(config, read_weights(dir, device)?)?;
     Ok(Loaded { decoder, tokenizer })

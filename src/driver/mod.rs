@@ -20,8 +20,8 @@
 //!
 //! [`session`] is what all runs do before and after their steps, [`demo`] does one after the other, and
 //! [`evaluate`] looks at what they saved. The models are in [`model`], [`load`], [`tokenizer`] and
-//! [`generate`]; what the user gives and gets in [`config`], [`prompts`], [`reward`] and [`report`]; the run
-//! that needs no file at all in [`embedded`].
+//! [`generate`]; what the user gives and gets in [`config`], [`prompts`], [`chat`], [`reward`] and
+//! [`report`]; the run that needs no file at all in [`embedded`].
 //!
 //! Besides, [`check`] holds the kernels against their references, and [`bench_table`] makes a table of
 //! what the benches measured.

@@ -16,6 +16,7 @@
 //! graph in silence, so they are spelled out here.
 
 mod config;
+mod lora;
 
 use std::collections::HashMap;
 use std::f64::consts::PI;
@@ -29,6 +30,8 @@ use rand::{Rng, SeedableRng};
 
 pub(super) use config::yarn_mscale;
 pub use config::{Architecture, DecoderConfig, LayerType, RopeScaling};
+pub use lora::Lora;
+use lora::{is_adapter, Adapter};
 
 /// Added to the attention score of a key that must not be seen. Finite, so that a row without any
 /// visible key (a pad) is a mean and not NaN.
@@ -74,15 +77,19 @@ struct Linear {
     weight: Tensor,
     /// `[out]`.
     bias: Option<Tensor>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = linear(x, &self.weight)?;
-        Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(bias)?,
-            None => y,
-        })
+        let mut y = linear(x, &self.weight)?;
+        if let Some(bias) = &self.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        if let Some(adapter) = &self.adapter {
+            y = (y + adapter.forward(x)?)?;
+        }
+        Ok(y)
     }
 }
 
@@ -129,6 +136,7 @@ struct Pass {
 
 /// Asks for the weights of a layer's parts, by their names and shapes.
 struct Parts<'a> {
+    lora: Option<&'a Lora>,
     weight: &'a mut dyn FnMut(&str, &[usize]) -> Result<Tensor>,
 }
 
@@ -143,7 +151,16 @@ impl Parts<'_> {
             true => Some((self.weight)(&format!("{name}.bias"), &shape[..1])?),
             false => None,
         };
-        Ok(Linear { weight, bias })
+        let adapter = match self.lora.filter(|lora| lora.adapts(name)) {
+            Some(lora) => {
+                let ([a, b], [out, inner]) = (lora::names(name), shape);
+                let a = (self.weight)(&a, &[lora.rank, inner])?;
+                let b = (self.weight)(&b, &[out, lora.rank])?;
+                Some(Adapter { a, b, scale: lora.scale() })
+            }
+            None => None,
+        };
+        Ok(Linear { weight, bias, adapter })
     }
 }
 
@@ -207,8 +224,9 @@ impl Decoder {
         self.embedding.device()
     }
 
-    /// The trainable weights under their Hugging Face names, always in the same order; none for a
-    /// decoder that is [`frozen`](Self::frozen) or [`no_grad`](Self::no_grad).
+    /// The trainable weights under their Hugging Face names, always in the same order: all, or the
+    /// adapters, where there are some; none for a decoder that is [`frozen`](Self::frozen) or
+    /// [`no_grad`](Self::no_grad).
     pub fn parameters(&self) -> Vec<(String, Var)> {
         variables(&self.named)
     }
@@ -218,19 +236,30 @@ impl Decoder {
         (self.named.iter()).map(|(name, tensor)| (name.clone(), tensor.detach())).collect()
     }
 
+    /// The weights that never change, as only their adapters learn: all others, if there are any.
+    pub fn constants(&self) -> Vec<(String, Tensor)> {
+        self.tensors().into_iter().filter(|(name, _)| self.is_constant(name)).collect()
+    }
+
     /// A trainable copy.
     pub fn duplicate(&self) -> Result<Self> {
-        self.map(|tensor| Ok(Var::from_tensor(&tensor.detach())?.into_inner()))
+        self.map(|name, tensor| match self.is_constant(name) {
+            true => Ok(tensor.clone()),
+            false => Ok(Var::from_tensor(&tensor.detach())?.into_inner()),
+        })
     }
 
     /// A copy that does not train: the reference model.
     pub fn frozen(&self) -> Result<Self> {
-        self.map(|tensor| Ok(tensor.detach().copy()?))
+        self.map(|name, tensor| match self.is_constant(name) {
+            true => Ok(tensor.clone()),
+            false => Ok(tensor.detach().copy()?),
+        })
     }
 
     /// The same weights, seen without building a graph; later updates of the variables show.
     pub fn no_grad(&self) -> Self {
-        self.map(|tensor| Ok(tensor.detach())).expect("detaching cannot fail")
+        self.map(|_, tensor| Ok(tensor.detach())).expect("detaching cannot fail")
     }
 
     /// Hidden states `[B, T, hidden_size]` after the final norm, of tokens `ids` (u32 `[B, T]`),
@@ -287,7 +316,7 @@ impl Decoder {
         for i in 0..config.num_hidden_layers {
             let mut weight =
                 |name: &str, shape: &[usize]| weight(format!("model.layers.{i}.{name}"), shape);
-            let mut layer = Parts { weight: &mut weight };
+            let mut layer = Parts { lora: config.lora.as_ref(), weight: &mut weight };
             let biases = config.model_type.has_biases();
             let inner = config.intermediate_size;
             layers.push(Layer {
@@ -330,8 +359,13 @@ impl Decoder {
         })
     }
 
-    fn map(&self, mut f: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
-        self.map_with_head(self.head.is_some(), |_, tensor| f(tensor))
+    /// Whether that weight never changes, as only its adapters learn, and can be shared by copies.
+    fn is_constant(&self, name: &str) -> bool {
+        self.config.lora.is_some() && !is_adapter(name)
+    }
+
+    fn map(&self, f: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+        self.map_with_head(self.head.is_some(), f)
     }
 
     fn map_with_head(

@@ -54,6 +54,10 @@ impl Objective for RewardLearner<'_> {
         self.model.parameters()
     }
 
+    fn constants(&self) -> Vec<(String, Tensor)> {
+        self.model.constants()
+    }
+
     fn loss(&self, rows: &[usize]) -> Result<Loss> {
         let scores = self.scores(self.model, rows)?;
         let margins: Vec<f32> =
@@ -107,7 +111,10 @@ pub fn run(settings: &RewardModelSettings, stop: &AtomicBool, progress: &Progres
         session.fit(&decoder, &tokenizer, settings.lm_steps, settings.seed)?;
     }
 
-    let model = Critic::new(decoder, settings.seed)?;
+    let mut model = Critic::new(decoder, settings.seed)?;
+    if let Some(lora) = settings.lora() {
+        model = model.with_lora(lora, settings.seed)?;
+    }
     let (pad, center_coef) = (tokenizer.pad(), settings.center_coef);
     let learner = RewardLearner { model: &model, pairs, pad, center_coef };
     let trained = tuning::train(&learner, &rows, &tuning, &COLUMNS, &mut session);

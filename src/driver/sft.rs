@@ -5,13 +5,13 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use anyhow::Result;
-use candle_core::{DType, Var};
+use candle_core::{DType, Tensor, Var};
 
 use super::config::tuning::SftSettings;
 use super::config::RunSettings;
 use super::embedded;
 use super::examples::{self, Example};
-use super::load::{save, Loaded};
+use super::load::{check_adapter_base, save, save_adapter, Loaded};
 use super::model::Decoder;
 use super::report::{Column, Progress};
 use super::sequences::Sequences;
@@ -31,6 +31,10 @@ pub struct Sft<'a> {
 impl Objective for Sft<'_> {
     fn parameters(&self) -> Vec<(String, Var)> {
         self.decoder.parameters()
+    }
+
+    fn constants(&self) -> Vec<(String, Tensor)> {
+        self.decoder.constants()
     }
 
     fn loss(&self, rows: &[usize]) -> Result<Loss> {
@@ -54,15 +58,15 @@ const COLUMNS: [Column; 4] = [
 pub fn run(settings: &SftSettings, stop: &AtomicBool, progress: &Progress) -> Result<()> {
     let start = Instant::now();
     settings.validate()?;
+    check_adapter_base(settings.adapter_base())?;
     let demonstrations = match &settings.demonstrations {
         Some(path) => examples::read_demonstrations(path)?,
         None => embedded::demonstrations(),
     };
     let device = settings.device.open()?;
     let model = open_model(settings.model.as_deref(), settings.seed, &device)?;
-    let Loaded { decoder, tokenizer } = &model;
-    let context = decoder.config().max_position_embeddings;
-    let examples = examples::encode_demonstrations(&demonstrations, tokenizer, context)?;
+    let context = model.decoder.config().max_position_embeddings;
+    let examples = examples::encode_demonstrations(&demonstrations, &model.tokenizer, context)?;
     let tuning = settings.tuning();
     let rows = tuning::split(examples.len(), &tuning)?;
     let showcase = Showcase::new(
@@ -76,13 +80,18 @@ pub fn run(settings: &SftSettings, stop: &AtomicBool, progress: &Progress) -> Re
     let Some(mut session) = Session::begin(settings, progress, stop, start)? else {
         return Ok(());
     };
-    session.describe("model", decoder);
+    session.describe("model", &model.decoder);
+    let model = model.with_lora(settings.lora(), settings.seed)?;
+    let Loaded { decoder, tokenizer } = &model;
     if !session.goes_on() {
         showcase.show(&mut session, 0, &model)?;
     }
     let sft = Sft { decoder, examples, pad: tokenizer.pad() };
     let trained = tuning::train(&sft, &rows, &tuning, &COLUMNS, &mut session);
-    let steps = session.save(trained, |weights| save(weights, decoder, tokenizer))?;
+    let steps = session.save(trained, |weights| match settings.adapter_base() {
+        Some(base) => save_adapter(weights, decoder, tokenizer, base),
+        None => save(weights, decoder, tokenizer),
+    })?;
     showcase.show(&mut session, steps, &model)?;
     session.end();
     Ok(())

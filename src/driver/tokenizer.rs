@@ -312,6 +312,7 @@ fn byte_level_bpe(
     const CONTRACTIONS_WORDS_NUMBERS: &str =
         r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
     const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+    const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     let split = |regex: &str| {
         json!({
             "type": "Split", "pattern": { "Regex": regex }, "behavior": "Isolated", "invert": false
@@ -338,13 +339,15 @@ fn byte_level_bpe(
             split("[0-9][0-9][0-9]"),
             bytes(false),
         ],
+        "qwen2" => vec![split(QWEN2), bytes(false)],
         _ if llama3 => vec![split(LLAMA3), bytes(false)],
         other => {
-            bail!("tokenizer.ggml.pre: expected gpt-2, smollm, llama-bpe or default, got {other:?}")
+            bail!("tokenizer.ggml.pre: expected gpt-2, smollm, qwen2, llama-bpe or default, got {other:?}")
         }
     };
     let merges = strings(metadata, "tokenizer.ggml.merges")?;
     let value = json!({
+        "normalizer": (pre == "qwen2").then(|| json!({ "type": "NFC" })),
         "pre_tokenizer": { "type": "Sequence", "pretokenizers": steps },
         "decoder": bytes(true),
         "model": {

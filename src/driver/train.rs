@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::config::{RunSettings, Settings};
 use super::embedded;
-use super::load::{load_reward, save, save_critic, Loaded};
+use super::load::{check_adapter_base, load_reward, save, save_adapter, save_critic, Loaded};
 use super::model::Critic;
 use super::prompts;
 use super::report::{Progress, PPO_COLUMNS};
@@ -26,6 +26,7 @@ use super::trainer::{Step, Trainer};
 pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Result<()> {
     let start = Instant::now();
     settings.validate()?;
+    check_adapter_base(settings.adapter_base())?;
     let device = settings.device.open()?;
     let reward = reward::build(settings, &device)?;
     let texts = match &settings.prompts {
@@ -51,7 +52,15 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
     let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
     let critic = match settings.critic_dir() {
         Some(dir) => load_reward(dir, &device)?.critic,
+        // Where only adapters learn, the two networks share the rest.
+        None if settings.lora().is_some() => Critic::new(policy.no_grad(), settings.seed)?,
         None => Critic::new(policy.duplicate()?, settings.seed)?,
+    };
+    let (policy, critic) = match settings.lora() {
+        Some(lora) => {
+            (policy.with_lora(lora.clone(), settings.seed)?, critic.with_lora(lora, settings.seed)?)
+        }
+        None => (policy, critic),
     };
     let mut trainer = Trainer::new(policy, critic, sampler, prompts, settings)?;
     session.restore(&mut trainer)?;
@@ -63,7 +72,11 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
 
     let trained = train(&mut trainer, settings, &mut session);
     session.save(trained, |weights| {
-        save(weights, &trainer.learner.policy, &trainer.sampler.tokenizer)?;
+        let (policy, tokenizer) = (&trainer.learner.policy, &trainer.sampler.tokenizer);
+        match settings.adapter_base() {
+            Some(base) => save_adapter(weights, policy, tokenizer, base),
+            None => save(weights, policy, tokenizer),
+        }?;
         save_critic(weights, &trainer.learner.critic)
     })?;
     let after = trainer.show(SHOWN)?;

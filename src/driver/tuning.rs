@@ -31,6 +31,11 @@ pub trait Objective {
     fn reference(&self) -> Option<&Decoder> {
         None
     }
+
+    /// Weights that the parameters adapt and that never change.
+    fn constants(&self) -> Vec<(String, Tensor)> {
+        Vec::new()
+    }
 }
 
 /// The loss of some examples.
@@ -74,7 +79,7 @@ pub struct CourseState {
     optimizer_steps: usize,
     /// How many examples are learned from.
     examples: usize,
-    /// Of the weights that the learned ones are held against, which are not saved.
+    /// Of the weights that the learned ones are held against or adapt, which are not saved.
     reference: Option<u64>,
 }
 
@@ -125,7 +130,9 @@ impl<'a, O: Objective> Course<'a, O> {
     }
 
     fn reference(&self) -> Result<Option<u64>> {
-        self.objective.reference().map(|decoder| fingerprint(&decoder.tensors())).transpose()
+        let mut held = self.objective.constants();
+        held.extend(self.objective.reference().into_iter().flat_map(Decoder::tensors));
+        (!held.is_empty()).then(|| fingerprint(&held)).transpose()
     }
 }
 

@@ -4,13 +4,15 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
+use clap::builder::PossibleValuesParser;
 use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    at_least_one, count, defaults, in_range, run_of_steps, seed, utf8_path, valid_batch_size,
-    valid_paths, valid_seed, DeviceName, LrScheduleKind, RunSettings,
+    at_least_one, check_lora_given, count, defaults, in_range, lora, run_of_steps, seed, utf8_path,
+    valid_batch_size, valid_lora, valid_paths, valid_seed, DeviceName, LrScheduleKind, RunSettings,
 };
+use crate::driver::model::Lora;
 use crate::preference::{preference_loss, PreferenceInputs, PreferenceLoss, PreferenceOptions};
 
 /// The course of a training on examples.
@@ -120,6 +122,28 @@ macro_rules! tuning_settings {
                 help_heading = "Evaluation")]
             pub eval_every: usize,
 
+            /// Train low-rank adapters (LoRA) of that rank, and nothing else but the head of a reward
+            /// model. They are saved in PEFT's format [default: off]
+            #[arg(long, value_name = "N", value_parser = count, help_heading = "LoRA")]
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub lora_rank: Option<usize>,
+
+            /// Weight of the adapters, times their rank [default: twice the rank]
+            #[arg(long, value_name = "X", help_heading = "LoRA")]
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub lora_alpha: Option<f64>,
+
+            /// Projections that have adapters, separated by commas
+            #[arg(long, value_name = "NAMES", value_delimiter = ',',
+                default_values = Lora::TARGETS,
+                value_parser = PossibleValuesParser::new(Lora::TARGETS), help_heading = "LoRA")]
+            pub lora_targets: Vec<String>,
+
+            /// Add the adapters to the weights at the end, and save a whole model
+            #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+                action = clap::ArgAction::Set, default_value_t = false, help_heading = "LoRA")]
+            pub lora_merge: bool,
+
             /// Examples in one optimiser step
             #[arg(long, value_name = "N", value_parser = count, default_value_t = $batch_size,
                 help_heading = "Optimiser")]
@@ -156,6 +180,16 @@ macro_rules! tuning_settings {
         }
 
         impl $name {
+            /// The adapters that are trained, if not the whole network is.
+            pub fn lora(&self) -> Option<Lora> {
+                lora(self.lora_rank, self.lora_alpha, &self.lora_targets)
+            }
+
+            /// The model that the adapters are saved for, if they are by themselves.
+            pub fn adapter_base(&self) -> Option<&Path> {
+                self.model.as_deref().filter(|_| self.lora_rank.is_some() && !self.lora_merge)
+            }
+
             /// The course of the training.
             pub fn tuning(&self) -> Tuning {
                 Tuning {
@@ -185,7 +219,12 @@ macro_rules! tuning_settings {
             fn validate(&self) -> Result<()> {
                 self.tuning().validate()?;
                 valid_paths(&[("--model", &self.model), ("--out", &self.out)])?;
+                valid_lora(self.lora(), self.lora_alpha, &self.model, self.lora_merge)?;
                 self.validate_own()
+            }
+
+            fn check_given(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
+                check_lora_given(self.lora_rank, given)
             }
         }
     };
@@ -201,7 +240,8 @@ tuning_settings! {
     }
 
     /// Demonstrations: a .jsonl file with one {"prompt": "..", "response": ".."} a line, of which
-    /// the responses are learned, or a text file with one text a line. Needed with --model
+    /// the responses are learned, or one {"messages": [..]}, of which the assistant's last one is, or
+    /// a text file with one text a line. Needed with --model
     #[arg(long, value_name = "FILE", value_parser = utf8_path, help_heading = "Run")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub demonstrations: Option<PathBuf>,
@@ -261,6 +301,10 @@ tuning_settings! {
 
 impl RewardModelSettings {
     fn validate_own(&self) -> Result<()> {
+        ensure!(
+            self.lora_rank.is_none() || self.lora_merge,
+            "--lora-rank without --lora-merge: a reward model is saved as a whole"
+        );
         in_range("--center-coef", Some(self.center_coef), |x| x >= 0.0, "of at least 0")?;
         valid_paths(&[("--preferences", &self.preferences)])?;
         needs_data("--preferences", &self.preferences, &self.model)

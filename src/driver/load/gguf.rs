@@ -1,4 +1,4 @@
-//! GGUF files of llama.cpp, of the architecture `llama`.
+//! GGUF files of llama.cpp, of the architectures `llama`, `qwen2` and `qwen3`.
 
 use std::collections::HashMap;
 use std::fs;
@@ -122,24 +122,27 @@ fn read_gguf_tensor(
 
 fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<DecoderConfig> {
     let metadata = &content.metadata;
-    let architecture = string(metadata, "general.architecture")?;
-    ensure!(
-        architecture == "llama",
-        "unknown architecture {architecture}: expected llama (general.architecture)"
-    );
-    let find = |key: &str| metadata.get(&format!("llama.{key}"));
+    let name = string(metadata, "general.architecture")?;
+    let known = [Architecture::Llama, Architecture::Qwen2, Architecture::Qwen3];
+    let architecture = known.into_iter().find(|known| known.class().to_lowercase() == name);
+    let model_type = architecture.with_context(|| {
+        format!(
+            "unknown architecture {name}: expected llama, qwen2 or qwen3 (general.architecture)"
+        )
+    })?;
+    let find = |key: &str| metadata.get(&format!("{name}.{key}"));
     let size = |key: &str| -> Result<Option<usize>> {
         find(key)
             .map(|value| anyhow::Ok(usize::try_from(integer(value)?)?))
             .transpose()
-            .with_context(|| format!("llama.{key}"))
+            .with_context(|| format!("{name}.{key}"))
     };
-    let need = |key: &str| size(key)?.with_context(|| format!("llama.{key} is missing"));
+    let need = |key: &str| size(key)?.with_context(|| format!("{name}.{key} is missing"));
     let float = |key: &str| -> Result<Option<f64>> {
         find(key)
             .map(|value| anyhow::Ok(f64::from(value.to_f32()?)))
             .transpose()
-            .with_context(|| format!("llama.{key}"))
+            .with_context(|| format!("{name}.{key}"))
     };
     let hidden_size = need("embedding_length")?;
     let num_attention_heads = need("attention.head_count")?;
@@ -149,11 +152,12 @@ fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<Decod
         .context("tensor token_embd.weight is missing")?;
     let head_dim = match size("attention.key_length")? {
         Some(dim) => dim,
-        None => (hidden_size.checked_div(num_attention_heads))
-            .context("llama.attention.head_count: expected a positive number, got 0")?,
+        None => (hidden_size.checked_div(num_attention_heads)).with_context(|| {
+            format!("{name}.attention.head_count: expected a positive number, got 0")
+        })?,
     };
     let mut config = DecoderConfig {
-        model_type: Architecture::Llama,
+        model_type,
         vocab_size: embedding.shape.dims().first().copied().unwrap_or(0),
         hidden_size,
         intermediate_size: need("feed_forward_length")?,
@@ -164,7 +168,7 @@ fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<Decod
         // Stored as f32; the shortest decimal that reads back the same is what was meant.
         rms_norm_eps: shortest(
             float("attention.layer_norm_rms_epsilon")?
-                .context("llama.attention.layer_norm_rms_epsilon is missing")?,
+                .with_context(|| format!("{name}.attention.layer_norm_rms_epsilon is missing"))?,
         ),
         rope_theta: float("rope.freq_base")?.unwrap_or(10000.0),
         rope_scaling: None,
@@ -175,17 +179,25 @@ fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<Decod
         tie_word_embeddings: !content.tensor_infos.contains_key("output.weight"),
         initializer_range: 0.02,
         file: None,
+        lora: None,
     };
     config.validate()?;
 
     let experts = size("expert_count")?.unwrap_or(0);
-    ensure!(experts == 0, "llama.expert_count: mixtures of experts are not supported");
+    ensure!(experts == 0, "{name}.expert_count: mixtures of experts are not supported");
     let rotary = size("rope.dimension_count")?.unwrap_or(head_dim);
     ensure!(
         rotary == head_dim,
-        "llama.rope.dimension_count: only the whole head ({head_dim}) is supported, got {rotary}"
+        "{name}.rope.dimension_count: only the whole head ({head_dim}) is supported, got {rotary}"
     );
-    let kind = find("rope.scaling.type").map(|_| string(metadata, "llama.rope.scaling.type"));
+    let window = size("attention.sliding_window")?;
+    ensure!(
+        window.is_none_or(|window| window >= config.max_position_embeddings),
+        "{name}.attention.sliding_window: not supported in a GGUF file, got {}",
+        window.unwrap_or(0)
+    );
+    let kind = format!("{name}.rope.scaling.type");
+    let kind = metadata.get(&kind).map(|_| string(metadata, &kind));
     // The second is its old name. 0 is as good as none.
     let [factor, old] = ["rope.scaling.factor", "rope.scale_linear"]
         .map(|key| anyhow::Ok(float(key)?.filter(|&factor| factor != 0.0)));
@@ -193,7 +205,7 @@ fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<Decod
     if let (Some(factor), Some(old)) = (factor, old) {
         ensure!(
             factor == old,
-            "llama.rope.scaling.factor {factor} contradicts llama.rope.scale_linear {old}"
+            "{name}.rope.scaling.factor {factor} contradicts {name}.rope.scale_linear {old}"
         );
     }
     let factor = factor.or(old).map_or(1.0, shortest);
@@ -205,19 +217,19 @@ fn gguf_config(content: &Content, file: &mut (impl Read + Seek)) -> Result<Decod
             for key in ["attn_factor", "yarn_log_multiplier", "yarn_ext_factor", "yarn_attn_factor"]
             {
                 let key = format!("rope.scaling.{key}");
-                ensure!(find(&key).is_none(), "llama.{key}: not supported");
+                ensure!(find(&key).is_none(), "{name}.{key}: not supported");
             }
             let original = size("rope.scaling.original_context_length")?;
             Some(RopeScaling::yarn(factor, original.unwrap_or(config.max_position_embeddings)))
         }
         other => bail!(
-            "llama.rope.scaling.type: only none, linear and yarn are supported, got {other:?}"
+            "{name}.rope.scaling.type: only none, linear and yarn are supported, got {other:?}"
         ),
     };
     if content.tensor_infos.contains_key(ROPE_FACTORS) {
         ensure!(
             config.rope_scaling.is_none(),
-            "tensor {ROPE_FACTORS} beside llama.rope.scaling.factor {factor} is not supported"
+            "tensor {ROPE_FACTORS} beside {name}.rope.scaling.factor {factor} is not supported"
         );
         let factors = read_gguf_tensor(content, file, ROPE_FACTORS, &Device::Cpu)?;
         config.rope_scaling = Some(llama3_scaling(&config, &factors.flatten_all()?.to_vec1()?)?);
@@ -254,12 +266,16 @@ fn llama3_scaling(config: &DecoderConfig, divisors: &[f32]) -> Result<RopeScalin
 
 /// The Hugging Face name of a GGUF tensor, and the number of heads when its rows hold them.
 fn hf_name(name: &str, config: &DecoderConfig) -> Result<(String, Option<usize>)> {
-    let unknown = || format!("tensor {name} has no place in a Llama");
+    let unknown = || format!("tensor {name} has no place in a {}", config.model_type.class());
+    // The converter turns the rows of Llama's queries and keys alone.
+    let turned = |heads: usize| (config.model_type == Architecture::Llama).then_some(heads);
     let part = |part: &str| {
         Some(match part {
             "attn_norm" => ("input_layernorm", None),
-            "attn_q" => ("self_attn.q_proj", Some(config.num_attention_heads)),
-            "attn_k" => ("self_attn.k_proj", Some(config.num_key_value_heads)),
+            "attn_q" => ("self_attn.q_proj", turned(config.num_attention_heads)),
+            "attn_k" => ("self_attn.k_proj", turned(config.num_key_value_heads)),
+            "attn_q_norm" => ("self_attn.q_norm", None),
+            "attn_k_norm" => ("self_attn.k_norm", None),
             "attn_v" => ("self_attn.v_proj", None),
             "attn_output" => ("self_attn.o_proj", None),
             "ffn_norm" => ("post_attention_layernorm", None),
@@ -269,17 +285,18 @@ fn hf_name(name: &str, config: &DecoderConfig) -> Result<(String, Option<usize>)
             _ => return None,
         })
     };
-    let stem = name.strip_suffix(".weight").with_context(unknown)?;
+    let (stem, kind) = name.rsplit_once('.').with_context(unknown)?;
+    ensure!(kind == "weight" || kind == "bias", unknown());
     Ok(match stem {
-        "token_embd" => ("model.embed_tokens.weight".into(), None),
-        "output_norm" => ("model.norm.weight".into(), None),
-        "output" => ("lm_head.weight".into(), None),
+        "token_embd" => (format!("model.embed_tokens.{kind}"), None),
+        "output_norm" => (format!("model.norm.{kind}"), None),
+        "output" => (format!("lm_head.{kind}"), None),
         _ => {
             let (layer, rest) = (stem.strip_prefix("blk."))
                 .and_then(|stem| stem.split_once('.'))
                 .with_context(unknown)?;
             let (rest, heads) = part(rest).with_context(unknown)?;
-            (format!("model.layers.{layer}.{rest}.weight"), heads)
+            (format!("model.layers.{layer}.{rest}.{kind}"), heads)
         }
     })
 }

@@ -6,6 +6,8 @@ use anyhow::{ensure, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::lora::Lora;
+
 /// What a [`Decoder`](super::Decoder) can be, by the `model_type` of Hugging Face.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -118,6 +120,9 @@ pub struct DecoderConfig {
     /// is saved as what it was.
     #[serde(skip)]
     pub file: Option<Map<String, Value>>,
+    /// Adapters of its projections.
+    #[serde(skip)]
+    pub lora: Option<Lora>,
 }
 
 fn default_initializer_range() -> f64 {
