@@ -83,8 +83,8 @@ fn main() -> anyhow::Result<()> {
         // Step by step for all carts, then laid out row by row.
         let mut columns: Vec<Rollout> = Vec::new();
         for _ in 0..STEPS {
-            let mut column = Rollout::default();
-            column.states = carts.iter().flat_map(|cart| cart.state).collect();
+            let states = carts.iter().flat_map(|cart| cart.state).collect();
+            let mut column = Rollout { states, ..Rollout::default() };
             let states = Tensor::from_slice(&column.states, (ENVIRONMENTS, 4), device)?;
             let logits = policy.forward(&states)?.to_vec2::<f32>()?;
             for (cart, logits) in carts.iter_mut().zip(&logits) {

@@ -62,8 +62,10 @@ fn wait_for(steps: usize, run: &Path) {
     }
 }
 
-/// Everything that a run leaves, but for how long it took.
-fn left_by(run: &Path) -> (Vec<(String, Vec<u8>)>, String, Vec<Map<String, Value>>) {
+/// What a run leaves: weights by file, samples, and metrics but for how long it took.
+type Left = (Vec<(String, Vec<u8>)>, String, Vec<Map<String, Value>>);
+
+fn left_by(run: &Path) -> Left {
     let mut weights: Vec<(String, Vec<u8>)> = fs::read_dir(run.join("weights"))
         .unwrap()
         .map(|entry| entry.unwrap().path())

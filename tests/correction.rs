@@ -13,9 +13,7 @@ use ppo_kernels::correction::{
     correction, cpu, CorrectionInputs, CorrectionOptions, CorrectionStats, Outside, Rejection,
     RejectionLevel, RejectionMetric, WeightLevel,
 };
-use ppo_kernels::kl::reference::token_kl;
-use ppo_kernels::kl::{KlEstimator, KlOptions};
-use ppo_kernels::ppo_loss::{self, Aggregation, PpoLossOptions, RatioLevel, Surrogate};
+use ppo_kernels::ppo_loss::{Aggregation, PpoLossOptions, RatioLevel, Surrogate};
 use ppo_kernels::Error;
 use serde_json::Value;
 
