@@ -1,5 +1,6 @@
 //! Advantages and returns. `gae` has rewards and values of whole rows; `gae_shaping` makes the
-//! rewards of KL and scores, in padded rows. `fused` is the function on slices, writing where there
+//! rewards of KL and scores, in padded rows; `gae_packed` and `gae_padded` are the same rows of 1 to 2048
+//! tokens. `fused` is the function on slices, writing where there
 //! is memory; that of `gae_tensor` is the candle function, which allocates its three outputs.
 
 mod common;
@@ -105,6 +106,63 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     });
 }
 
+/// A pack, and the same rows with padding; candle's own ops have padding in both.
+fn packs(criterion: &mut Criterion) {
+    let (rows, width) = (pack::ROWS, pack::WIDTH);
+    let offsets = pack::offsets();
+    let (tokens, mask) = (offsets[rows] as usize, pack::mask(&offsets));
+    for packed in [true, false] {
+        let (pass, shape) = match packed {
+            true => ("gae_packed", format!("f32_{rows}x512")),
+            false => ("gae_padded", format!("f32_{rows}x{width}")),
+        };
+        // What the rows need; a mask is read once more.
+        let walk = Walk { read: 8 * tokens, write: 8 * tokens };
+        on_cpu(criterion, pass, &shape, &[walk], || {
+            let masked = |seed| {
+                let factors = tensor(
+                    mask.iter().map(|&m| f32::from(m)).collect(),
+                    &[rows, width],
+                    DType::F32,
+                );
+                (random(seed, rows, width) * factors).unwrap()
+            };
+            let (rewards, values) = (masked(1), masked(2));
+            let given = [to_vec(&rewards), to_vec(&values)];
+            let given = given.map(|x| if packed { pack::pack(&offsets, &x) } else { x });
+            let (offsets, mask) = (offsets.clone(), mask.clone());
+            let fused = {
+                let (given, offsets, mask) = (given, offsets.clone(), mask);
+                move |advantages: &mut [f32], returns: &mut [f32]| {
+                    let inputs = Inputs {
+                        rewards: Some(&given[0]),
+                        mask: (!packed).then_some(&mask[..]),
+                        offsets: packed.then_some(&offsets[..]),
+                        ..Inputs::new(&given[1])
+                    };
+                    let mut moments = [Moments::default()];
+                    let moments = Some(&mut moments[..]);
+                    let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
+                    let seq_len = if packed { tokens } else { width };
+                    cpu::gae(inputs, rows, seq_len, &options(), outputs).unwrap();
+                }
+            };
+            let candle = move || compositions::gae(&rewards, &values, &options()).unwrap();
+            let len = if packed { tokens } else { rows * width };
+            let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; len]);
+            fused(&mut advantages, &mut returns);
+            let (a, r) = candle();
+            let [a, r] = [a, r].map(|x| match packed {
+                true => pack::pack(&offsets, &to_vec(&x)),
+                false => to_vec(&x),
+            });
+            agree("advantages", &advantages, &a, TOLERANCE);
+            agree("returns", &returns, &r, TOLERANCE);
+            (move || fused(&mut advantages, &mut returns), candle)
+        });
+    }
+}
+
 fn benches(criterion: &mut Criterion) {
     plain(criterion, 1, 16);
     plain(criterion, 64, 2048);
@@ -120,6 +178,7 @@ fn benches(criterion: &mut Criterion) {
     tensors(criterion, 4096, 2048);
     shaping(criterion, 64, 2048);
     shaping(criterion, 4096, 2048);
+    packs(criterion);
 }
 
 criterion_group!(group, benches);

@@ -1155,11 +1155,11 @@ typedef struct ppok_gae_args {
      */
     size_t batch;
     /**
-     * Tokens of a row.
+     * Tokens of a row; with `offsets`, of all rows.
      */
     size_t seq_len;
     /**
-     * Values V, `[batch, seq_len]`.
+     * Values V, `[batch, seq_len]`, or with `offsets` `[seq_len]`, as are all of that shape.
      */
     const float *values;
     /**
@@ -1190,6 +1190,16 @@ typedef struct ppok_gae_args {
      * Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
      */
     const float *bootstrap;
+    /**
+     * Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+     * `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+     * `seq_len` tokens.
+     */
+    const int64_t *offsets;
+    /**
+     * Lambda of the advantages of each row, `[batch]`, in 0..1; null if it is that of the options.
+     */
+    const float *lambda_per_row;
     const struct ppok_gae_options *options;
     /**
      * Advantages, not whitened, `[batch, seq_len]`; written, and 0 where masked, as are the next two.

@@ -33,6 +33,10 @@
 //             and knows u where its segments end (apply)
 //     merge   puts together the moments that every block left
 //
+// Of a pack the row's range comes from the offsets: a block takes a row, or a warp where all rows together
+// are short. Where rows have a lambda of their own a block takes a row too, and makes the table of its
+// powers first (block_own). Few long rows are not split then.
+//
 // Bytes a token: 4 for each of values, rewards and kl, and 1 for each of mask and dones, read once
 // (twice where rows are split, and the mask behind the last unmasked token once more); 4 written
 // for each of advantages, returns and shaped_rewards. Registers hold a tile between: of each of values,
@@ -104,6 +108,8 @@ struct GaeArgs {
     const uint8_t* mask;      // [rows, tokens], or null: ones
     const uint8_t* dones;     // [rows, tokens], or null: zeros
     const float* bootstrap;   // [rows], or null: zeros
+    const int64_t* offsets;   // [rows + 1], or null: rows of as many tokens
+    const float* lambda_per_row;  // [rows], or null
     float* advantages;        // [rows, tokens]
     float* returns;           // [rows, tokens]
     float* shaped_rewards;    // [rows, tokens], or null
@@ -113,11 +119,11 @@ struct GaeArgs {
     Total* totals;            // a segment
     State* carries;           // a segment: u after it
     int64_t rows;
-    int64_t tokens;
+    int64_t tokens;           // of a row; of all where there are offsets
     int64_t segments;         // of a row
     int32_t tiles;            // of a row: what a block has in registers
     Shaping shaping;
-    float gamma;
+    double gamma;
     float minus_kl_coef;
     int32_t multiply;         // gaps are steps
     int32_t after_last;       // the score is a step of its own, if there is room
@@ -152,6 +158,7 @@ constexpr int CARRY_SEGMENTS = 1024;
 struct Shared {
     Chain<BLOCK_SEGMENTS> chain;
     float powers[2][SEGMENT + 1];
+    Decay own;                        // of the row's lambda
     int last[MAX_WARPS];              // a warp: its last unmasked token in the tile, or NO_TOKEN
     Score score;                      // of the row
     Deviations warps[MAX_WARPS];
@@ -205,12 +212,35 @@ struct Tokens {
 static __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % WARP; }
 
 // To be followed by a barrier.
-template <bool TWO>
+template <bool TWO, bool ONE = true>
 static __device__ __forceinline__ void load_powers(const GaeArgs& args, Shared* shared) {
     for (int i = threadIdx.x; i <= SEGMENT; i += blockDim.x) {
-        shared->powers[0][i] = args.decay.powers[i];
+        if (ONE) shared->powers[0][i] = args.decay.powers[i];
         if (TWO) shared->powers[1][i] = args.returns_decay.powers[i];
     }
+}
+
+// The powers of the lambda of a row, which is NaN if it is none. To be between two barriers.
+static __device__ __forceinline__ void make_own_decay(const GaeArgs& args, int64_t row,
+                                                      Shared* shared) {
+    const float given = args.lambda_per_row[row];
+    const double lambda = given >= 0.0f && given <= 1.0f ? double(given) : double(NAN);
+    for (int i = threadIdx.x; i <= SEGMENT; i += blockDim.x) {
+        double power = 1.0, square = args.gamma * lambda;
+        for (int left = i; left > 0; left /= 2) {
+            if (left % 2) power *= square;
+            square *= square;
+        }
+        shared->powers[0][i] = shared->own.powers[i] = float(power);
+    }
+    if (threadIdx.x == 0) shared->own.rest = float(args.gamma - args.gamma * lambda);
+}
+
+template <bool OWN>
+static __device__ __forceinline__ const Decay& decay_of(const GaeArgs& args,
+                                                        const Shared* shared) {
+    if (OWN) return shared->own;
+    return args.decay;
 }
 
 template <bool TWO, bool ENDS = true>
@@ -243,7 +273,7 @@ static __device__ __forceinline__ float step(const Decay& decay, float value, fl
 
 // u after a row's last token.
 static __device__ __forceinline__ State end_of_row(const GaeArgs& args, int64_t row) {
-    const float u = args.bootstrap ? args.gamma * args.bootstrap[row] : 0.0f;
+    const float u = args.bootstrap ? float(args.gamma) * args.bootstrap[row] : 0.0f;
     return {u, u};
 }
 
@@ -365,9 +395,10 @@ static __device__ __forceinline__ void classify(const GaeArgs& args, const Place
 }
 
 // For each segment the map of the tokens from the lane's first on.
-template <bool TWO, Content CONTENT>
+template <bool TWO, bool OWN, Content CONTENT>
 static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t,
                                             const Shared* shared, Map (&maps)[WARP_SEGMENTS]) {
+    const Decay& decay = decay_of<OWN>(args, shared);
 #pragma unroll
     for (int j = 0; j < WARP_SEGMENTS; j++) {
         Map& map = maps[j];
@@ -377,7 +408,7 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
             if (t.is<CONTENT>(DONE, j, i)) map = {ENDED, {0.0f, 0.0f}};
             if (t.is<CONTENT>(STEP, j, i)) {
                 const float value = t.value[j][i], reward = t.reward[j][i];
-                map.add.u = step(args.decay, value, reward, map.add.u);
+                map.add.u = step(decay, value, reward, map.add.u);
                 if (TWO) {
                     const float of_returns = map.add.of_returns;
                     map.add.of_returns = step(args.returns_decay, value, reward, of_returns);
@@ -400,7 +431,7 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
                 const int steps = QUAD * distance;
                 if (inside) {
                     map.add = {
-                        fmaf(args.decay.powers[steps], later.u, map.add.u),
+                        fmaf(decay.powers[steps], later.u, map.add.u),
                         TWO ? fmaf(args.returns_decay.powers[steps], later.of_returns,
                                    map.add.of_returns)
                             : 0.0f};
@@ -420,10 +451,10 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
     }
 }
 
-template <bool TWO>
+template <bool TWO, bool OWN = false>
 static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t,
                                             const Shared* shared, Map (&maps)[WARP_SEGMENTS]) {
-    t.with_content([&](auto content) { scan<TWO, content.value>(args, t, shared, maps); });
+    t.with_content([&](auto content) { scan<TWO, OWN, content.value>(args, t, shared, maps); });
 }
 
 // The map of a whole segment, from its first lane.
@@ -448,7 +479,7 @@ static __device__ __forceinline__ void unroll(const Decay& decay, const Tokens& 
 }
 
 // What comes of a segment; `s` is u after it. The advantages are added to those of the thread.
-template <bool TWO, Content CONTENT>
+template <bool TWO, bool OWN, Content CONTENT>
 static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens& t, int j,
                                                const Map& map, State s, Shared* shared,
                                                float (&advantages)[QUAD],
@@ -461,7 +492,7 @@ static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens
         if (lane_of_thread() < WARP - 1) s = apply<TWO, CONTENT == SOME>(later, s, shared);
     }
     float after[QUAD];
-    unroll<CONTENT>(args.decay, t, j, s.u, after);
+    unroll<CONTENT>(decay_of<OWN>(args, shared), t, j, s.u, after);
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const bool kept = t.is<CONTENT>(KEPT, j, i);
@@ -480,7 +511,7 @@ static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens
 }
 
 // Writes what came of a warp's segments; `after` is u after each.
-template <bool TWO>
+template <bool TWO, bool OWN = false>
 static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& place, Tokens& t,
                                               const Map (&maps)[WARP_SEGMENTS],
                                               const State (&after)[WARP_SEGMENTS],
@@ -492,8 +523,8 @@ static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& 
         if (j * SEGMENT >= place.left) continue;
         float advantages[QUAD], returns[QUAD];
         t.with_content([&](auto content) {
-            outputs<TWO, content.value>(args, t, j, maps[j], after[j], shared, advantages,
-                                        returns);
+            outputs<TWO, OWN, content.value>(args, t, j, maps[j], after[j], shared, advantages,
+                                             returns);
         });
         store_tokens(args.advantages, place, j, advantages);
         store_tokens(args.returns, place, j, returns);
@@ -520,7 +551,7 @@ static __device__ __forceinline__ void warp_rows(const GaeArgs& args, Shared* sh
         shared->threads[threadIdx.x] = no_deviations();
         const int64_t row = first + threadIdx.x / WARP;
         if (row < args.rows) {
-            const Place place(row, args.tokens, 0);
+            const Place place(range_of_row(args.offsets, row, args.tokens), 0);
             Tokens t;
             Score score;
             load(args, place, t, [&] { score = score_of(args, row); });
@@ -585,21 +616,36 @@ static __device__ __forceinline__ void follow(const Chain<BLOCK_SEGMENTS>& chain
 }
 
 // Block [threads], a row a block.
-template <bool TWO>
+template <bool TWO, bool OWN = false>
 static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* shared) {
     const int warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     const int mine = warp * WARP_SEGMENTS, tile_tokens = warps * WARP_SEGMENTS * SEGMENT;
     // Rows of that length are counted in 32 bits: 2^32 of them fit no memory.
     const unsigned rows = unsigned(args.rows);
+    bool has_powers = false;
     for (unsigned row = blockIdx.x; row < rows; row += gridDim.x) {
         State s = {0.0f, 0.0f};
         int last = NO_TOKEN;  // the row's last unmasked one, counted from the tile's first
-        for (int tile = args.tiles - 1; tile >= 0; tile--) {
-            const Place place(row, args.tokens, int64_t(tile) * tile_tokens + mine * SEGMENT);
+        int tiles = args.tiles;
+        if (args.offsets) {
+            const RowRange range = range_in_pack(args.offsets, row, args.tokens);
+            tiles = int((range.tokens + tile_tokens - 1) / tile_tokens);
+            if (tiles == 0 && args.partials) shared->threads[threadIdx.x] = no_deviations();
+        }
+        if (OWN) {
+            // What the table had was read.
+            __syncthreads();
+            make_own_decay(args, row, shared);
+            __syncthreads();
+        }
+        for (int tile = tiles - 1; tile >= 0; tile--) {
+            const int64_t first = int64_t(tile) * tile_tokens + mine * SEGMENT;
+            const Place place(range_of_row(args.offsets, row, args.tokens), first);
             Tokens t;
             load(args, place, t, [&] {
-                if (tile < args.tiles - 1) return;
-                if (row == blockIdx.x) load_powers<TWO>(args, shared);
+                if (tile < tiles - 1) return;
+                if (!has_powers) load_powers<TWO, !OWN>(args, shared);
+                has_powers = true;
                 if (args.partials) shared->threads[threadIdx.x] = no_deviations();
                 if (threadIdx.x == 0) shared->score = score_of(args, row);
                 s = end_of_row(args, row);
@@ -628,7 +674,7 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
             // Counted from the next tile's first; so far away is as good as endless.
             if (last != NO_TOKEN) last = min(last, 1 << 30) + tile_tokens;
             Map maps[WARP_SEGMENTS];
-            scan<TWO>(args, t, shared, maps);
+            scan<TWO, OWN>(args, t, shared, maps);
             if (lane_of_thread() == 0) {
 #pragma unroll
                 for (int j = 0; j < WARP_SEGMENTS; j++) {
@@ -640,7 +686,7 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
             State after[WARP_SEGMENTS];
             args.dones ? follow<TWO, true>(shared->chain, s, after)
                        : follow<TWO, false>(shared->chain, s, after);
-            finish<TWO>(args, place, t, maps, after, shared);
+            finish<TWO, OWN>(args, place, t, maps, after, shared);
         }
         write_partial(args, row, shared);
     }
@@ -814,7 +860,7 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
 
 // Returns with a lambda of their own are rare, and have kernels of their own: in the same they would
 // cost all others registers.
-#define KERNELS(two, name)                                                                        \
+#define KERNELS(two, name, own_name)                                                               \
     KERNEL(256, two ? 2 : 3, gae_warp##name, GaeArgs) {                                           \
         SHARED(Shared, shared, 1);                                                                \
         warp_rows<two>(args, shared);                                                             \
@@ -822,6 +868,10 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
     KERNEL(256, two ? 2 : 3, gae_block##name, GaeArgs) {                                          \
         SHARED(Shared, shared, 1);                                                                \
         block_rows<two>(args, shared);                                                            \
+    }                                                                                             \
+    KERNEL(256, two ? 2 : 3, gae_block##own_name, GaeArgs) {                                      \
+        SHARED(Shared, shared, 1);                                                                \
+        block_rows<two, true>(args, shared);                                                      \
     }                                                                                             \
     KERNEL(256, two ? 2 : 4, gae_totals##name, GaeArgs) {                                         \
         SHARED(Shared, shared, 1);                                                                \
@@ -832,8 +882,8 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
         for_tiles<two, true>(args, shared);                                                       \
     }
 
-KERNELS(false, _f32)
-KERNELS(true, _two_f32)
+KERNELS(false, _f32, _own_f32)
+KERNELS(true, _two_f32, _two_own_f32)
 
 KERNEL(256, 4, gae_last_f32, GaeArgs) {
     SHARED(int64_t, of_warps, MAX_WARPS);

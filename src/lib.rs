@@ -46,6 +46,7 @@ pub mod linear;
 pub mod logprob;
 pub mod memory;
 pub mod moments;
+pub mod pack;
 pub mod ppo_loss;
 pub mod preference;
 #[cfg(feature = "candle")]

@@ -90,18 +90,29 @@ pub(crate) fn check_device(
     })
 }
 
-/// Rows and tokens of a tensor that has no other dimension.
+/// Rows and tokens of a tensor that has no other dimension; with offsets, the rows that they are of, and the
+/// tokens of all.
 pub(crate) fn batch_and_seq_len(
     op: &'static str,
     arg: &'static str,
     tensor: &Tensor,
+    offsets: Option<&Tensor>,
 ) -> Result<[usize; 2]> {
-    <[usize; 2]>::try_from(tensor.dims()).map_err(|_| Error::Shape {
-        op,
-        arg,
-        expected: "[B, T]".into(),
-        got: format!("{:?}", tensor.dims()),
-    })
+    let refuse = |arg, expected: &str, tensor: &Tensor| {
+        let (expected, got) = (expected.into(), format!("{:?}", tensor.dims()));
+        Err(Error::Shape { op, arg, expected, got })
+    };
+    let Some(offsets) = offsets else {
+        return match *tensor.dims() {
+            [batch, seq_len] => Ok([batch, seq_len]),
+            _ => refuse(arg, "[B, T]", tensor),
+        };
+    };
+    match (tensor.dims(), offsets.dims()) {
+        (&[tokens], &[count]) if count > 0 => Ok([count - 1, tokens]),
+        (&[_], _) => refuse("offsets", "[B + 1]", offsets),
+        _ => refuse(arg, "[N], the tokens of all rows, with offsets", tensor),
+    }
 }
 
 /// The leading dimensions of logits, and the vocabulary, which is not empty.

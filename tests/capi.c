@@ -668,6 +668,7 @@ static void check_gae(void) {
     ga.mask = mask;
     ga.dones = dones;
     ga.bootstrap = floats(BATCH, 0.2f, 0.1f);
+    ga.lambda_per_row = floats(BATCH, 0.5f, 0.01f);
     ga.advantages = memory(TOKENS * 4);
     ga.returns = memory(TOKENS * 4);
     ga.shaped_rewards = memory(TOKENS * 4);
@@ -686,6 +687,7 @@ static void check_gae(void) {
                      {"mask", (void **)&ga.mask, TOKENS, 1, OPTIONAL, READ},
                      {"dones", (void **)&ga.dones, TOKENS, 1, OPTIONAL, READ},
                      {"bootstrap", (void **)&ga.bootstrap, BATCH * 4, 4, OPTIONAL, READ},
+                     {"lambda_per_row", (void **)&ga.lambda_per_row, BATCH * 4, 4, OPTIONAL, READ},
                      {"advantages", (void **)&ga.advantages, TOKENS * 4, 4, NEEDED, WRITTEN},
                      {"returns", (void **)&ga.returns, TOKENS * 4, 4, NEEDED, WRITTEN},
                      {"shaped_rewards", (void **)&ga.shaped_rewards, TOKENS * 4, 4, OPTIONAL, WRITTEN},
@@ -716,6 +718,17 @@ static void check_gae(void) {
     refuses(&f, "missing_eos", "without scores", PPOK_STATUS_OPTION);
     ga.scores = floats(BATCH, 1.0f, 0.3f);
     gae_options.missing_eos = PPOK_GAE_MISSING_EOS_KEEP;
+    /* A pack of as many tokens. */
+    long long *offsets = memory((BATCH + 1) * sizeof *offsets);
+    for (int row = 0; row <= BATCH; row++) offsets[row] = row * SEQ_LEN;
+    offsets[1]--;
+    ga.offsets = (const int64_t *)offsets;
+    ga.seq_len = TOKENS;
+    accepts(&f, "offsets", "of a pack");
+    offsets[BATCH]++;
+    refuses(&f, "offsets", "past the tokens", PPOK_STATUS_OPTION);
+    ga.offsets = NULL;
+    ga.seq_len = SEQ_LEN;
     gae_args = NULL;
     refuses(&f, "args", "null", PPOK_STATUS_NULL_POINTER);
     gae_args = &ga;

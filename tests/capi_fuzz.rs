@@ -236,6 +236,8 @@ struct Fuzz {
     options: Option<OptionsAt>,
     /// Where all structs of options are, which the library cannot see.
     options_at: Vec<u64>,
+    /// Where the offsets are, without which the other arrays would have to be longer.
+    offsets_at: u64,
     /// The case, for messages.
     what: String,
     right: usize,
@@ -252,6 +254,7 @@ impl Fuzz {
             arrays: Vec::new(),
             options: None,
             options_at: Vec::new(),
+            offsets_at: 0,
             what: String::new(),
             right: 0,
             counts: BTreeMap::new(),
@@ -291,6 +294,12 @@ impl Fuzz {
     /// Null where there are none.
     fn put_some<T: Pod>(&mut self, values: Option<&[T]>) -> *const T {
         values.map_or(null(), |values| self.put(values))
+    }
+
+    fn put_offsets(&mut self, offsets: Option<&[i64]>) -> *const i64 {
+        let at = self.put_some(offsets);
+        self.offsets_at = at as u64;
+        at
     }
 
     /// Logits in one of their types, and what they are then.
@@ -365,6 +374,7 @@ impl Fuzz {
         }
         self.arrays.clear();
         self.options_at.clear();
+        self.offsets_at = 0;
     }
 
     /// Makes a call and the same one with something wrong. Of a call that went well, as it should if that
@@ -490,8 +500,10 @@ impl Fuzz {
                 }
                 7 => {
                     let (i, ..) = self.one(&pointers);
-                    words[i] = 0;
-                    return ("no array", same, false);
+                    if words[i] != self.offsets_at {
+                        words[i] = 0;
+                        return ("no array", same, false);
+                    }
                 }
                 8 => {
                     let (i, bytes, _, written) = self.one(&pointers);
@@ -613,6 +625,28 @@ impl Fuzz {
             2 | 3 => [2 * rows, self.rng.random_range(17_000..24_000) / (2 * rows)],
             _ => [rows, width],
         }
+    }
+
+    /// Where rows begin in a pack of as many tokens, of which there are `seq_len` then, or nothing; and the
+    /// status that it should have, since they may be wrong.
+    fn offsets(&mut self, batch: usize, seq_len: &mut usize) -> (Option<Vec<i64>>, i32) {
+        if self.coin(0.6) {
+            return (None, PPOK_STATUS_OK);
+        }
+        *seq_len *= batch;
+        let tokens = *seq_len as i64;
+        let mut offsets = vec![tokens; batch + 1];
+        offsets[0] = 0;
+        for row in 1..batch {
+            offsets[row] = self.rng.random_range(0..=tokens);
+        }
+        offsets.sort_unstable();
+        if !self.coin(0.05) {
+            return (Some(offsets), PPOK_STATUS_OK);
+        }
+        let row = self.rng.random_range(0..=batch);
+        offsets[row] = self.one(&[-1, tokens + 1, i64::MAX, i64::MIN]);
+        (Some(offsets), PPOK_STATUS_OPTION)
     }
 
     /// Rows and vocabulary, likewise.
@@ -952,7 +986,7 @@ fn full_kl(f: &mut Fuzz) {
 }
 
 fn gae(f: &mut Fuzz) {
-    let [batch, seq_len] = f.shape();
+    let [batch, mut seq_len] = f.shape();
     let masked = f.one(&gae_cases::ALL_MASKED);
     let sample = gae_cases::Sample::new(&mut f.rng, batch, seq_len, masked);
     let mut inputs = sample.inputs(false, masked != gae_cases::Masked::Nothing || f.coin(0.5));
@@ -993,6 +1027,10 @@ fn gae(f: &mut Fuzz) {
     inputs.scores = inputs.scores.filter(|_| needed || f.coin(0.7));
     inputs.has_eos = inputs.has_eos.filter(|_| needed || f.coin(0.7));
     let tokens = batch * seq_len;
+    let (offsets, expected) = f.offsets(batch, &mut seq_len);
+    inputs.offsets = offsets.as_deref();
+    let lambdas: Vec<f32> = (0..batch).map(|_| f.one(&[0.0, 0.5, 0.9])).collect();
+    inputs.lambda_per_row = f.coin(0.3).then_some(&lambdas);
     let [advantages, returns] = [(); 2].map(|()| f.out(PPOK_F32, tokens));
     let rewards = f.some_out(PPOK_F32, tokens);
     let moments = f.coin(0.7).then(|| f.out_struct::<Moments>());
@@ -1008,13 +1046,15 @@ fn gae(f: &mut Fuzz) {
         mask: f.put_some(inputs.mask),
         dones: f.put_some(inputs.dones),
         bootstrap: f.put_some(inputs.bootstrap),
+        offsets: f.put_offsets(inputs.offsets),
+        lambda_per_row: f.put_some(inputs.lambda_per_row),
         options,
         advantages: at(advantages),
         returns: at(returns),
         shaped_rewards: at(rewards),
         moments: at(moments),
     };
-    f.call("gae", ppok_gae_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+    f.call("gae", ppok_gae_cpu, 2, args, expected, |_, what| {
         let want = gae_cases::run_reference(&inputs, batch, seq_len, &own);
         let within = tolerance::GAE.forward;
         close(what, "advantages", advantages, &want.advantages, within);

@@ -7,6 +7,7 @@ use std::slice::from_mut;
 
 use candle_core::{DType, Device, Tensor, Var};
 use common::gae_cases::*;
+use common::pack::BAD_OFFSETS;
 use common::*;
 use ppo_kernels::gae::cpu::{self, Inputs, Outputs};
 use ppo_kernels::gae::{
@@ -65,12 +66,16 @@ fn check_reference_and_cpu(
     seq_len: usize,
     options: &GaeOptions,
 ) -> reference::Gae {
-    let batch = inputs.values.len().checked_div(seq_len).unwrap_or(0);
+    let batch = match inputs.offsets {
+        Some(offsets) => offsets.len() - 1,
+        None => inputs.values.len().checked_div(seq_len).unwrap_or(0),
+    };
     let want = reference::gae(inputs, batch, seq_len, options);
     let narrow = |v: Option<&[f64]>| v.map(|v| v.iter().map(|&v| v as f32).collect::<Vec<_>>());
     let values = narrow(Some(inputs.values)).unwrap();
     let (rewards, kl) = (narrow(inputs.rewards), narrow(inputs.kl));
     let (scores, bootstrap) = (narrow(inputs.scores), narrow(inputs.bootstrap));
+    let lambda_per_row = narrow(inputs.lambda_per_row);
     let narrowed = Inputs {
         values: &values,
         rewards: rewards.as_deref(),
@@ -80,6 +85,8 @@ fn check_reference_and_cpu(
         mask: inputs.mask,
         dones: inputs.dones,
         bootstrap: bootstrap.as_deref(),
+        offsets: inputs.offsets,
+        lambda_per_row: lambda_per_row.as_deref(),
     };
     let got = run_cpu(narrowed, batch, seq_len, options).unwrap();
     check_output(what, &got, &want);
@@ -88,7 +95,8 @@ fn check_reference_and_cpu(
 
 fn run_cpu(inputs: Inputs, batch: usize, seq_len: usize, options: &GaeOptions) -> Result<Output> {
     // Whatever was there must be overwritten.
-    let garbage = || vec![f32::NAN; batch * seq_len];
+    let tokens = if inputs.offsets.is_some() { seq_len } else { batch * seq_len };
+    let garbage = || vec![f32::NAN; tokens];
     let (mut advantages, mut returns, mut rewards) = (garbage(), garbage(), garbage());
     let mut moments = Moments { count: f64::NAN, mean: f64::NAN, m2: f64::NAN };
     let outputs = Outputs {
@@ -256,12 +264,16 @@ fn reference_equals_nemos_estimator() {
             (case.input("values"), case.input("rewards"), case.mask("mask"));
         assert_eq!(case.text("kl_type"), "k1");
         let kl = difference(&case.input("logprobs"), &case.input("reference_logprobs"));
-        // Its λ by length is max(0, 1 - 1 / (0.05 n)), which for up to 20 tokens is 0.
-        let by_length = case.number("length_adaptive_alpha") > 0.0;
-        let lambda = case.optional("gae_lambda_policy").unwrap_or(case.number("gae_lambda"));
+        // Its λ by length.
+        let alpha = case.number("length_adaptive_alpha");
+        let of_row = |mask: &[u8]| {
+            let tokens = mask.iter().filter(|&&m| m != 0).count() as f64;
+            (1.0 - 1.0 / (alpha * tokens)).max(0.0)
+        };
+        let lambdas: Vec<f64> = mask.chunks(seq_len).map(of_row).collect();
         let options = GaeOptions {
             gamma: case.number("gae_gamma"),
-            lambda: if by_length { 0.0 } else { lambda },
+            lambda: case.optional("gae_lambda_policy").unwrap_or(case.number("gae_lambda")),
             value_lambda: case.optional("gae_lambda_value"),
             shaping: RewardShaping {
                 kl_coef: case.number("kl_coef_in_reward"),
@@ -273,6 +285,7 @@ fn reference_equals_nemos_estimator() {
             scores: Some(&scores),
             kl: Some(&kl),
             mask: Some(&mask),
+            lambda_per_row: (alpha > 0.0).then_some(&lambdas[..]),
             ..reference::Inputs::new(&values)
         };
         let normalized = case.inputs["normalize_advantages"].as_bool().unwrap();
@@ -526,6 +539,8 @@ fn run_tensors(
         mask: Some(&mask),
         dones: Some(&dones),
         bootstrap: Some(&bootstrap),
+        offsets: None,
+        lambda_per_row: None,
     };
     let out = gae(&inputs, options).unwrap();
     let vec = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -771,6 +786,7 @@ fn a_row_has_the_same_bits_in_any_batch_and_behind_any_padding() {
                     mask: Some(&mask),
                     dones: Some(&dones),
                     bootstrap: Some(&sample.bootstrap[row..=row]),
+                    ..Inputs::new(&values)
                 };
                 let alone = run_cpu(inputs, 1, padded, &options).unwrap();
                 let same = |alone: &[f32], all: &[f32]| {
@@ -801,6 +817,172 @@ fn a_masked_chunk_rounds_like_a_plain_one() {
     assert_eq!(plain.advantages[1..], branching.advantages[1..]);
     assert_eq!(plain.returns[1..], branching.returns[1..]);
     assert_eq!(plain.rewards[1..], branching.rewards[1..]);
+}
+
+// ---- packs, and rows with a λ of their own ----
+
+#[test]
+fn packed_rows_have_the_bits_of_padded_ones() {
+    let mut rng = rng(20);
+    for options in all_options() {
+        for (batch, seq_len) in [(1, 1), (9, 3), (7, 40), (5, 513), (4, 1301)] {
+            for own_lambdas in [false, true] {
+                let sample = Packed::new(&mut rng, batch, seq_len);
+                let [padded, packed] = sample.inputs(own_lambdas);
+                let tokens = sample.pack.tokens();
+                let what = format!("{batch}x{seq_len} {own_lambdas} {options:?}");
+                let of_padded = run_cpu(padded, batch, seq_len, &options).unwrap();
+                let of_packed = run_cpu(packed, batch, tokens, &options).unwrap();
+                sample.check(&what, &of_padded, &of_packed);
+                check_output(&what, &of_padded, &run_reference(&padded, batch, seq_len, &options));
+                check_output(&what, &of_packed, &run_reference(&packed, batch, tokens, &options));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_packs_bits_do_not_depend_on_the_number_of_threads() {
+    let sample = Packed::new(&mut rng(21), 90, 2048);
+    let [_, packed] = sample.inputs(false);
+    let run = || {
+        let tokens = sample.pack.tokens();
+        bits(&run_cpu(packed, 90, tokens, &GaeOptions::default()).unwrap())
+    };
+    let one = with_threads(1, run);
+    for threads in [2, 3, 8] {
+        assert!(with_threads(threads, run) == one, "{threads} threads");
+    }
+}
+
+#[test]
+fn reference_equals_slimes_rows_of_different_lengths() {
+    let mut ran = 0;
+    for case in golden("packed") {
+        let slime = match case.function.rsplit('.').next().unwrap() {
+            "get_advantages_and_returns_batch" => "advantages",
+            "get_reinforce_plus_plus_returns" => "returns",
+            _ => continue,
+        };
+        let mut offsets = vec![0];
+        for length in case.input("lengths") {
+            offsets.push(offsets[offsets.len() - 1] + length as i64);
+        }
+        let mut options = options(case.number("gamma"), 1.0, MaskMode::Multiply);
+        let (values, rewards, kl, scores, mask);
+        let inputs = if slime == "advantages" {
+            options.lambda = case.number("lam");
+            (values, rewards) = (case.input("values"), case.input("rewards"));
+            reference::Inputs { rewards: Some(&rewards), ..reference::Inputs::new(&values) }
+        } else {
+            // No values, and so the returns are the advantages with λ = 1.
+            options.shaping.kl_coef = case.number("kl_coef");
+            (scores, kl, mask) = (case.input("scores"), case.input("kl"), case.mask("loss_mask"));
+            values = vec![0.0; kl.len()];
+            reference::Inputs {
+                scores: Some(&scores),
+                kl: Some(&kl),
+                mask: Some(&mask),
+                ..reference::Inputs::new(&values)
+            }
+        };
+        let inputs = reference::Inputs { offsets: Some(&offsets), ..inputs };
+        let tokens = inputs.values.len();
+        check_peer(
+            &case,
+            &inputs,
+            tokens,
+            &options,
+            if slime == "advantages" { slime } else { "" },
+            "returns",
+        );
+        ran += 1;
+    }
+    assert_eq!(ran, 4);
+}
+
+#[test]
+fn tensors_may_be_packed() {
+    for device in devices() {
+        let sample = Packed::new(&mut rng(22), 6, 50);
+        let [_, packed] = sample.inputs(true);
+        let tokens = sample.pack.tokens();
+        let want = run_reference(&packed, 6, tokens, &GaeOptions::default());
+        let f32s = |x: &[f32]| Tensor::from_slice(x, x.len(), &device).unwrap();
+        let bytes = |x: &[u8]| Tensor::from_slice(x, x.len(), &device).unwrap();
+        let (values, rewards) = (f32s(&sample.packed.values), f32s(&sample.packed.rewards));
+        let (kl, scores) = (f32s(&sample.packed.kl), f32s(&sample.packed.scores));
+        let (mask, dones) = (bytes(&sample.packed.mask), bytes(&sample.packed.dones));
+        let (has_eos, bootstrap) = (bytes(&sample.packed.has_eos), f32s(&sample.packed.bootstrap));
+        let offsets = Tensor::from_slice(&sample.pack.offsets, 7, &device).unwrap();
+        let inputs = GaeInputs {
+            values: &values,
+            rewards: Some(&rewards),
+            kl: Some(&kl),
+            scores: Some(&scores),
+            has_eos: Some(&has_eos),
+            mask: Some(&mask),
+            dones: Some(&dones),
+            bootstrap: Some(&bootstrap),
+            offsets: Some(&offsets),
+            lambda_per_row: Some(&f32s(&sample.lambda_per_row)),
+        };
+        let out = gae(&inputs, &GaeOptions::default()).unwrap();
+        assert_eq!(out.returns.dims(), [tokens]);
+        let got = Output {
+            advantages: out.advantages.to_vec1().unwrap(),
+            returns: out.returns.to_vec1().unwrap(),
+            rewards: out.rewards.to_vec1().unwrap(),
+            moments: out.moments.to_host().unwrap(),
+        };
+        check_output(&format!("{device:?}"), &got, &want);
+
+        let refused = |offsets: &Tensor, values: &Tensor, words: &[&str]| {
+            let inputs = GaeInputs { offsets: Some(offsets), ..GaeInputs::new(values) };
+            says(gae(&inputs, &GaeOptions::default()), words);
+        };
+        let square = Tensor::zeros((2, 3), DType::F32, &device).unwrap();
+        refused(&offsets, &square, &["`values`", "[2, 3]", "[N]"]);
+        refused(&square, &values, &["`offsets`", "[2, 3]", "[B + 1]"]);
+        refused(&f32s(&[0.0, 1.0]), &values, &["`offsets`", "f32", "i64"]);
+    }
+}
+
+#[test]
+fn a_rows_own_lambda_is_that_of_the_options() {
+    let (mut rng, batch, seq_len) = (rng(23), 5, 700);
+    for options in all_options() {
+        let sample = Sample::new(&mut rng, batch, seq_len, Masked::Gaps);
+        // One that f32 has too.
+        let options = GaeOptions { lambda: 0.75, ..options };
+        let inputs = sample.inputs(false, true);
+        let want = run_cpu(inputs, batch, seq_len, &options).unwrap();
+        let inputs = Inputs { lambda_per_row: Some(&[0.75; 5]), ..inputs };
+        let got = run_cpu(inputs, batch, seq_len, &GaeOptions { lambda: 0.1, ..options }).unwrap();
+        assert_eq!(bits(&got), bits(&want));
+    }
+}
+
+#[test]
+fn offsets_and_lambdas_that_are_none_are_refused() {
+    let (values, options) = ([0.0; 6], GaeOptions::default());
+    let packed = |offsets: &[i64], batch| {
+        let inputs = Inputs { offsets: Some(offsets), ..Inputs::new(&values) };
+        run_cpu(inputs, batch, 6, &options)
+    };
+    packed(&[0, 6, 6], 2).unwrap();
+    for (offsets, words) in BAD_OFFSETS {
+        says(packed(&offsets, 2), &words);
+    }
+    says(packed(&[0, 6], 2), &["`offsets`", "[2]", "[3]"]);
+    says(packed(&[], 0), &["`offsets`", "[0]", "[1]"]);
+    says(packed(&[0], usize::MAX), &["`offsets`"]);
+    for bad in [-0.1, 1.5, f32::NAN] {
+        let inputs = Inputs { lambda_per_row: Some(&[1.0, bad]), ..Inputs::new(&values) };
+        says(run_cpu(inputs, 2, 3, &options), &["`lambda_per_row`", "0 to 1", "for row 1"]);
+    }
+    let inputs = Inputs { lambda_per_row: Some(&[1.0]), ..Inputs::new(&values) };
+    says(run_cpu(inputs, 2, 3, &options), &["`lambda_per_row`", "[1]", "[2]"]);
 }
 
 // ---- errors ----

@@ -7,6 +7,7 @@ mod common;
 
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
 use common::gae_cases::*;
+use common::pack::WILD_OFFSETS;
 use common::*;
 use ppo_kernels::gae::cpu::Inputs;
 use ppo_kernels::gae::cuda::{self, Outputs};
@@ -52,12 +53,25 @@ impl Call<'_, '_> {
 
     fn run_with(&self, all: bool) -> Result<Output> {
         let stream = stream(self.machine);
-        let Inputs { values, rewards, kl, scores, has_eos, mask, dones, bootstrap } = self.inputs;
+        let Inputs {
+            values,
+            rewards,
+            kl,
+            scores,
+            has_eos,
+            mask,
+            dones,
+            bootstrap,
+            offsets,
+            lambda_per_row,
+        } = self.inputs;
         let floats = |v: Option<&[f32]>, i| v.map(|v| Buffer::new(v, i * self.offset));
         let flags = |v: Option<&[u8]>, i| v.map(|v| Buffer::new(v, i * self.offset));
         let values = Buffer::new(values, self.offset);
         let (rewards, kl) = (floats(rewards, 2), floats(kl, 3));
         let (scores, bootstrap) = (floats(scores, 1), floats(bootstrap, 1));
+        let lambda_per_row = floats(lambda_per_row, 1);
+        let offsets = offsets.map(|offsets| Buffer::new(offsets, self.offset));
         let (has_eos, mask, dones) = (flags(has_eos, 1), flags(mask, 1), flags(dones, 2));
         let inputs = cuda::Inputs {
             values: values.slice(),
@@ -68,13 +82,16 @@ impl Call<'_, '_> {
             mask: mask.as_ref().map(Buffer::slice),
             dones: dones.as_ref().map(Buffer::slice),
             bootstrap: bootstrap.as_ref().map(Buffer::slice),
+            offsets: offsets.as_ref().map(Buffer::slice),
+            lambda_per_row: lambda_per_row.as_ref().map(Buffer::slice),
         };
         // Whatever was there must be overwritten.
-        let garbage = vec![f32::NAN; self.batch * self.seq_len];
+        let tokens = if offsets.is_some() { self.seq_len } else { self.batch * self.seq_len };
+        let garbage = vec![f32::NAN; tokens];
         let mut out = [1, 2, 3].map(|i| Buffer::new(&garbage, i * self.offset));
         let [advantages, returns, shaped] = &mut out;
         let mut moments = Buffer::new(&[NOTHING], 0);
-        let length = cuda::workspace_len(self.batch, self.seq_len);
+        let length = cuda::workspace_len(&inputs, self.batch, self.seq_len);
         let mut workspace = Buffer::workspace(length, 1);
         let outputs = Outputs {
             advantages: advantages.slice_mut(),
@@ -198,6 +215,7 @@ fn same_alone(sample: &Sample, all: &Output, row: usize, padding: usize, options
         mask: Some(&mask),
         dones: Some(&dones),
         bootstrap: Some(&sample.bootstrap[row..=row]),
+        ..Inputs::new(&values)
     };
     let machine = machine(Order::Lifo, 9, 1 << 20);
     let call = Call { machine, offset: 1, inputs, batch: 1, seq_len: padded, options };
@@ -293,6 +311,78 @@ fn scores_past_the_last_token(planted_bug: &'static str, orders: &[Order]) -> Re
 #[test]
 fn a_score_past_the_last_token_may_fall_to_another_vector_segment_or_tile() {
     scores_past_the_last_token("", &ORDERS[..2]).unwrap();
+}
+
+/// Packs and padded batches with rows' own λ and without, in all orders: the reference, and for all of one
+/// sample the same bits.
+fn packs_agree_with_the_reference(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
+    let mut rng = rng(30);
+    let mut options = all_options().into_iter().cycle();
+    // All rows in a warp's reach, in blocks of all sizes, and several tiles; many rows of nothing.
+    for (batch, seq_len) in [(1, 1), (9, 3), (7, 30), (5, 300), (5, 700), (3, 5003), (40, 90)] {
+        for own_lambdas in [false, true] {
+            for options in [options.nth(4).unwrap(), options.nth(4).unwrap()] {
+                let sample = Packed::new(&mut rng, batch, seq_len);
+                let [padded, packed] = sample.inputs(own_lambdas);
+                let tokens = sample.pack.tokens();
+                let mut first = None;
+                for (i, &order) in orders.iter().enumerate() {
+                    let machine =
+                        Machine { planted_bug, ..machine(order, 9, [1 << 20, 3, 2][i % 3]) };
+                    let offset = OFFSETS[i % OFFSETS.len()];
+                    let run = |inputs, seq_len| {
+                        let options = &options;
+                        Call { machine, offset, inputs, batch, seq_len, options }.run_with(true)
+                    };
+                    let what = format!("{batch}x{seq_len} {own_lambdas} {order:?} {options:?}");
+                    let [of_padded, of_packed] = [run(padded, seq_len)?, run(packed, tokens)?];
+                    sample.check(&what, &of_padded, &of_packed);
+                    let want = run_reference(&packed, batch, tokens, &options);
+                    check_output(&what, &of_packed, &want);
+                    let bits = bits(&of_packed);
+                    let first = first.get_or_insert_with(|| bits.clone());
+                    assert!(*first == bits, "{what}: bits depend on order, alignment or grid");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn packs_and_rows_with_their_own_lambda_agree_with_the_reference() {
+    packs_agree_with_the_reference("", &ORDERS).unwrap();
+}
+
+#[test]
+fn no_offsets_lead_out_of_bounds() {
+    for offsets in WILD_OFFSETS {
+        let values = [0.5; 6];
+        let inputs = Inputs { offsets: Some(&offsets), ..Inputs::new(&values) };
+        let machine = machine(Order::Fifo, 9, 1 << 20);
+        let options = &GaeOptions::default();
+        // Under a sanitizer what is out of bounds would be seen; elsewhere that it returns.
+        let call = Call { machine, offset: 1, inputs, batch: 2, seq_len: 6, options };
+        call.run_with(true).unwrap();
+        let long = vec![0.5; 3000];
+        let inputs = Inputs { offsets: Some(&offsets), ..Inputs::new(&long) };
+        Call { inputs, seq_len: 3000, ..call }.run_with(true).unwrap();
+    }
+}
+
+#[test]
+fn a_lambda_that_is_none_makes_its_row_nan() {
+    let values = [0.5; 9];
+    for bad in [-0.5, 1.5, f32::NAN] {
+        let lambdas = [0.5, bad, 1.0];
+        let inputs = Inputs { lambda_per_row: Some(&lambdas), ..Inputs::new(&values) };
+        let machine = machine(Order::Fifo, 9, 1 << 20);
+        let options = &GaeOptions::default();
+        let call = Call { machine, offset: 0, inputs, batch: 3, seq_len: 3, options };
+        let got = call.run().unwrap().advantages;
+        assert!(got[3..6].iter().any(|a| a.is_nan()));
+        assert!(got[..3].iter().chain(&got[6..]).all(|a| a.is_finite()));
+    }
 }
 
 #[test]
@@ -441,7 +531,7 @@ fn bad_input_is_refused_by_name() {
         let inputs = cuda::Inputs::new(values.slice());
         cuda::gae(&stream, inputs, 2, 3, &default, outputs, workspace.slice_mut())
     };
-    let needed = cuda::workspace_len(2, 3);
+    let needed = cuda::workspace_len(&Inputs::new(&values), 2, 3);
     assert_eq!(needed, 3);
     sizes([6, 6, 6, 1, needed]).unwrap();
     says(sizes([5, 6, 6, 1, needed]), &["`advantages`", "[5]", "[6]"]);

@@ -20,6 +20,7 @@
 
 pub mod compositions;
 pub mod minibatch;
+pub mod pack;
 
 use std::hint::black_box;
 use std::sync::OnceLock;

@@ -17,6 +17,25 @@ static __device__ __forceinline__ unsigned misalignment(const void* address, uns
     return unsigned(reinterpret_cast<uintptr_t>(address)) % of;
 }
 
+// Where a row's tokens are in arrays of one value a token.
+struct RowRange {
+    int64_t first, tokens;
+};
+
+// Row `row` of a pack of `total` tokens: offsets [rows + 1]. Whatever they hold, it is within the tokens.
+static __device__ __forceinline__ RowRange range_in_pack(const int64_t* offsets, int64_t row,
+                                                         int64_t total) {
+    const int64_t first = min(max(offsets[row], int64_t(0)), total);
+    return {first, min(max(offsets[row + 1], first), total) - first};
+}
+
+// Row `row` of rows of `tokens` tokens, or if there are offsets, of a pack of `tokens` in all.
+static __device__ __forceinline__ RowRange range_of_row(const int64_t* offsets, int64_t row,
+                                                        int64_t tokens) {
+    if (offsets) return range_in_pack(offsets, row, tokens);
+    return {row * tokens, tokens};
+}
+
 // Where in a row a warp's segments begin. Counted from there the rest of the row fits 32 bits, or
 // it is as good as endless.
 struct Place {
@@ -24,9 +43,12 @@ struct Place {
     int left;        // tokens from there to the end of the row, 2^30 at most; may be negative
     bool inner;      // not the row's first token
 
-    __device__ __forceinline__ Place(int64_t row, int64_t tokens, int64_t first)
-        : offset(row * tokens + first), left(int(min(tokens - first, int64_t(1) << 30))),
+    __device__ __forceinline__ Place(const RowRange& row, int64_t first)
+        : offset(row.first + first), left(int(min(row.tokens - first, int64_t(1) << 30))),
           inner(first > 0) {}
+
+    __device__ __forceinline__ Place(int64_t row, int64_t tokens, int64_t first)
+        : Place(RowRange{row * tokens, tokens}, first) {}
 };
 
 static __device__ __forceinline__ int first_of_lane(int segment) {

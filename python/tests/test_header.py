@@ -111,6 +111,7 @@ KINDS = {
     _lists.NUMBERS: "const float *",
     _lists.FLAGS: "const uint8_t *",
     _lists.INTEGERS: "const int64_t *",
+    _lists.OFFSETS: "const int64_t *",
     _lists.OTHER: "const void *",
 }
 

@@ -67,10 +67,14 @@ def samples():
     _, stats = ops.full_kl(torch.zeros(2, 5, 33), torch.ones(2, 5, 33), None, 1.0, "forward")
     both = (torch.zeros(2, 5, 33), torch.ones(2, 5, 33))
     yield ops.full_kl_backward, (*both, None, stats, rows, False, True, 1.0, "forward")
-    yield ops.gae, (rows, more, mask, None, rows[:, 0], None, None, None, True, *gae)
+    none = (None,) * 5
+    yield ops.gae, (rows, more, mask, None, rows[:, 0], *none, True, *gae)
+    lengths = torch.tensor([0, 4, 4, 10])
+    packed = (rows.flatten(), more.flatten(), mask.flatten(), None, rows[0, :3], *none[:3])
+    yield ops.gae, (*packed, lengths, more[0, :3].sigmoid(), False, *gae)
     scores, groups = torch.randn(2), torch.tensor([7, -7])
     grpo = (1e-4, -1.0, 2.0, "batch", "batch", "zero", "std", True)
-    none = (None,) * 3
+    none = none[:3]
     yield ops.outcome_advantages, (scores, groups, scores.abs(), scores, mask, 0, *grpo)
     yield ops.outcome_advantages, (scores, *none, None, 2, *grpo)
     of_rules = ("zero", True, "ratio", "token", "k3", "sequence_mean")

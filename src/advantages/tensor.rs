@@ -77,7 +77,7 @@ pub fn outcome_advantages(
         return Err(Error::Shape { op: OP, arg: "scores", expected, got });
     };
     let seq_len = match inputs.mask {
-        Some(mask) => batch_and_seq_len(OP, "mask", mask)?[1],
+        Some(mask) => batch_and_seq_len(OP, "mask", mask, None)?[1],
         None => 0,
     };
     let sizes = Sizes { batch, seq_len, group_size };
@@ -122,7 +122,7 @@ pub fn gdpo(
     group_size: usize,
     options: &AdvantageOptions,
 ) -> Result<Tensor> {
-    let [count, batch] = batch_and_seq_len(OP, "rewards", rewards)?;
+    let [count, batch] = batch_and_seq_len(OP, "rewards", rewards, None)?;
     Error::check_len(OP, "weights", weights.len(), count)?;
     let mut total = Tensor::zeros(batch, DType::F32, rewards.device())?;
     let mut missing = total.clone();

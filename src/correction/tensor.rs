@@ -56,7 +56,7 @@ pub fn correction(
 ) -> Result<CorrectionOutput> {
     let old_logp = inputs.old_logp;
     check_dtype(OP, "old_logp", old_logp, &[DType::F32])?;
-    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "old_logp", old_logp)?;
+    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "old_logp", old_logp, None)?;
     let backend = Backend::of(OP, "old_logp", old_logp.device())?;
     let tensors = inputs.try_map(shape, &mut Constants::new(OP, old_logp.device()))?;
     let tokens = batch * seq_len;

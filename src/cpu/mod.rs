@@ -7,7 +7,7 @@ mod parallel;
 mod store;
 
 pub use element::{Logit, TokenId};
-pub(crate) use parallel::{for_each, reduce, Rows, RowsMut, Split};
+pub(crate) use parallel::{for_each, reduce, reduce_by, Rows, RowsMut, Split};
 pub use parallel::{num_threads, use_team, Team};
 pub(crate) use store::{prefers_non_temporal, Writer};
 

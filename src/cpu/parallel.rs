@@ -143,25 +143,42 @@ pub fn reduce<S: Split, A: Send>(
     merge: impl Fn(A, A) -> A + Sync,
 ) -> A {
     let grain = grain.max(1);
-    if len <= grain {
+    reduce_by(len, move |_, len| middle(len, grain), items, leaf, merge)
+}
+
+/// [`reduce`] of items that are not cut where their number is halved: `cut(first, len)` says how many of the
+/// `len` items from `first` on go to the left, or that they are a leaf's.
+#[inline(always)]
+pub fn reduce_by<S: Split, A: Send>(
+    len: usize,
+    cut: impl Cut,
+    items: S,
+    leaf: impl Fn(usize, usize, S) -> A + Sync,
+    merge: impl Fn(A, A) -> A + Sync,
+) -> A {
+    if cut(0, len).is_none() {
         return leaf(0, len, items);
     }
-    share_out(len, grain, items, &leaf, &merge)
+    share_out(len, cut, items, &leaf, &merge)
 }
+
+/// Where work is cut in two: see [`reduce_by`].
+pub trait Cut: Fn(usize, usize) -> Option<usize> + Copy + Sync {}
+impl<F: Fn(usize, usize) -> Option<usize> + Copy + Sync> Cut for F {}
 
 /// Apart, so that what is not shared out has nothing to do with it.
 #[inline(never)]
 fn share_out<S: Split, A: Send>(
     len: usize,
-    grain: usize,
+    cut: impl Cut,
     items: S,
     leaf: &(impl Fn(usize, usize, S) -> A + Sync),
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
     match Threads::now() {
-        Threads::Callers => alone(0, len, grain, ALL_LEVELS, items, &mut &*leaf, merge),
-        Threads::Pool => in_pool(0, len, grain, items, leaf, merge),
-        Threads::Team(team) => in_team(team, len, grain, items, leaf, merge),
+        Threads::Callers => alone(0, len, cut, ALL_LEVELS, items, &mut &*leaf, merge),
+        Threads::Pool => in_pool(0, len, cut, items, leaf, merge),
+        Threads::Team(team) => in_team(team, len, cut, items, leaf, merge),
     }
 }
 
@@ -265,9 +282,9 @@ fn asked_for() -> usize {
     first.filter(|_| !ours).unwrap_or(0)
 }
 
-/// Where the work of `len` items is cut in two.
-fn middle(len: usize, grain: usize) -> usize {
-    len.div_ceil(grain).div_ceil(2) * grain
+/// Where the work of `len` items is cut in two, if they are more than `grain`.
+fn middle(len: usize, grain: usize) -> Option<usize> {
+    (len > grain).then(|| len.div_ceil(grain).div_ceil(2) * grain)
 }
 
 /// More than any tree has.
@@ -277,19 +294,18 @@ const ALL_LEVELS: u32 = u32::MAX;
 fn alone<S: Split, A>(
     first: usize,
     len: usize,
-    grain: usize,
+    cut: impl Cut,
     levels: u32,
     items: S,
     leaf: &mut impl FnMut(usize, usize, S) -> A,
     merge: &impl Fn(A, A) -> A,
 ) -> A {
-    if levels == 0 || len <= grain {
+    let Some(mid) = cut(first, len).filter(|_| levels > 0) else {
         return leaf(first, len, items);
-    }
-    let mid = middle(len, grain);
+    };
     let (left, right) = items.split(mid);
-    let left = alone(first, mid, grain, levels - 1, left, leaf, merge);
-    let right = alone(first + mid, len - mid, grain, levels - 1, right, leaf, merge);
+    let left = alone(first, mid, cut, levels - 1, left, leaf, merge);
+    let right = alone(first + mid, len - mid, cut, levels - 1, right, leaf, merge);
     merge(left, right)
 }
 
@@ -297,19 +313,18 @@ fn alone<S: Split, A>(
 fn in_pool<S: Split, A: Send>(
     first: usize,
     len: usize,
-    grain: usize,
+    cut: impl Cut,
     items: S,
     leaf: &(impl Fn(usize, usize, S) -> A + Sync),
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
-    if len <= grain {
+    let Some(mid) = cut(first, len) else {
         return leaf(first, len, items);
-    }
-    let mid = middle(len, grain);
+    };
     let (left, right) = items.split(mid);
     let (a, b) = rayon::join(
-        || in_pool(first, mid, grain, left, leaf, merge),
-        || in_pool(first + mid, len - mid, grain, right, leaf, merge),
+        || in_pool(first, mid, cut, left, leaf, merge),
+        || in_pool(first + mid, len - mid, cut, right, leaf, merge),
     );
     merge(a, b)
 }
@@ -328,20 +343,20 @@ enum Part<S, A> {
 fn in_team<S: Split, A: Send>(
     team: Team,
     len: usize,
-    grain: usize,
+    cut: impl Cut,
     items: S,
     leaf: &(impl Fn(usize, usize, S) -> A + Sync),
     merge: &(impl Fn(A, A) -> A + Sync),
 ) -> A {
     let mut parts = Vec::new();
-    let mut cut = |first, len, items| parts.push(Mutex::new(Part::Todo(first, len, items)));
-    alone(0, len, grain, TEAM_LEVELS, items, &mut cut, &|(), ()| ());
+    let mut todo = |first, len, items| parts.push(Mutex::new(Part::Todo(first, len, items)));
+    alone(0, len, cut, TEAM_LEVELS, items, &mut todo, &|(), ()| ());
     let next = AtomicUsize::new(0);
     run(team, &|| {
         while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
             if let Part::Todo(first, len, items) = std::mem::replace(&mut *part, Part::Begun) {
-                let result = alone(first, len, grain, ALL_LEVELS, items, &mut &*leaf, merge);
+                let result = alone(first, len, cut, ALL_LEVELS, items, &mut &*leaf, merge);
                 *part = Part::Done(result);
             }
         }
@@ -351,7 +366,7 @@ fn in_team<S: Split, A: Send>(
         Some(Ok(Part::Done(result))) => result,
         _ => panic!("a part of the work was not done"),
     };
-    alone(0, len, grain, TEAM_LEVELS, (), &mut result, merge)
+    alone(0, len, cut, TEAM_LEVELS, (), &mut result, merge)
 }
 
 /// Has the threads of a team do the work. A panic stays in its thread: it must not unwind through the

@@ -4,9 +4,10 @@ use super::{
     cpu, cuda, GaeOptions, Inputs, MaskMode, MissingEos, Outputs, ScoreOrder, ScorePlacement,
     ScoreScale, OP,
 };
-use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory};
+use crate::capi::arguments::{choices, choose, list_of, options, Encoded, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
 use crate::moments::Moments;
+use crate::pack::BatchShape;
 
 /// A masked token between unmasked ones is no step: value and advantage are carried over it (verl,
 /// NeMo).
@@ -121,9 +122,9 @@ pub struct ppok_gae_args {
     pub struct_size: usize,
     /// Rows.
     pub batch: usize,
-    /// Tokens of a row.
+    /// Tokens of a row; with `offsets`, of all rows.
     pub seq_len: usize,
-    /// Values V, `[batch, seq_len]`.
+    /// Values V, `[batch, seq_len]`, or with `offsets` `[seq_len]`, as are all of that shape.
     pub values: *const f32,
     /// Dense rewards, `[batch, seq_len]`; null stands for zeros.
     pub rewards: *const f32,
@@ -139,6 +140,12 @@ pub struct ppok_gae_args {
     pub dones: *const u8,
     /// Value of the state after the last unmasked token, `[batch]`; null stands for zeros.
     pub bootstrap: *const f32,
+    /// Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+    /// `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+    /// `seq_len` tokens.
+    pub offsets: *const i64,
+    /// Lambda of the advantages of each row, `[batch]`, in 0..1; null if it is that of the options.
+    pub lambda_per_row: *const f32,
     pub options: *const ppok_gae_options,
     /// Advantages, not whitened, `[batch, seq_len]`; written, and 0 where masked, as are the next two.
     pub advantages: *mut f32,
@@ -156,18 +163,11 @@ unsafe impl Pass for ppok_gae_args {
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
-        let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
+        let options = memory.options(self.options)?;
+        let shape = BatchShape::new(batch, seq_len, !self.offsets.is_null());
         run!(
             (on, memory),
-            [
-                list_of!(
-                    self,
-                    Inputs,
-                    [values],
-                    [rewards, kl, scores, has_eos, mask, dones, bootstrap]
-                ),
-                shape
-            ],
+            [self.inputs(), shape],
             [list_of!(self, Outputs, [advantages, returns], [shaped_rewards, moments]), shape],
             |i, o| cpu::gae(i, batch, seq_len, &options, o),
             |stream, w| cuda::gae(stream, i, batch, seq_len, &options, o, w),
@@ -175,7 +175,19 @@ unsafe impl Pass for ppok_gae_args {
     }
 
     fn workspace_size(&self, _: &Memory) -> Result<usize> {
-        Ok(size_of::<f64>().saturating_mul(cuda::workspace_len(self.batch, self.seq_len)))
+        let len = cuda::workspace_len(&self.inputs(), self.batch, self.seq_len);
+        Ok(size_of::<f64>().saturating_mul(len))
+    }
+}
+
+impl ppok_gae_args {
+    fn inputs(&self) -> Inputs<'_, Raw> {
+        list_of!(
+            self,
+            Inputs,
+            [values],
+            [rewards, kl, scores, has_eos, mask, dones, bootstrap, offsets, lambda_per_row]
+        )
     }
 }
 

@@ -1,4 +1,4 @@
-//! The fused CPU implementation. Rows are shared out to threads; a row is walked from its end in
+//! The fused CPU implementation. Rows are shared out to threads by their tokens; a row is walked from its end in
 //! chunks. A chunk without masked tokens and ends of episodes is taken a vector of tokens at a time,
 //! from inputs to outputs in registers, the recurrence included; of any other the steps are put
 //! together first.
@@ -11,11 +11,12 @@ use std::ops::Range;
 
 use super::{check_missing_eos, GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
-use crate::cpu::{prefers_non_temporal, prefetch, reduce, vectorise, RowsMut, Writer};
-use crate::error::Result;
+use crate::cpu::{prefers_non_temporal, prefetch, reduce_by, vectorise, Writer};
+use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
 use crate::moments::cpu::{leaf_moments, LaneMoments, LEAF};
 use crate::moments::Moments;
+use crate::pack::{BatchShape, RangesMut, RowRanges};
 
 /// Tokens of a chunk: rewards, values, advantages and returns of one are 8 KiB.
 const CHUNK: usize = 512;
@@ -29,11 +30,12 @@ const GRAIN: usize = 16 * 1024;
 
 in_space!(Host: Inputs, Outputs);
 
-/// Advantages and returns of `batch` rows of `seq_len` tokens.
+/// Advantages and returns of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in all.
 ///
 /// # Errors
-/// If a length does not fit, an option is out of range, or [`MissingEos`](super::MissingEos) has no
-/// `scores` and `has_eos` to work on. Nothing is written then.
+/// If a length does not fit, an option or a row's λ is out of range, the offsets are not those of a
+/// [pack](crate::pack), or [`MissingEos`](super::MissingEos) has no `scores` and `has_eos` to work on.
+/// Nothing is written then.
 pub fn gae(
     inputs: Inputs,
     batch: usize,
@@ -42,14 +44,16 @@ pub fn gae(
     mut outputs: Outputs,
 ) -> Result<()> {
     options.validate()?;
-    let shape = [batch, seq_len];
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     inputs.try_map(shape, &mut Lengths(OP))?;
     outputs.try_map(shape, &mut Lengths(OP))?;
     check_missing_eos(options.shaping.missing_eos, &inputs)?;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
+    check_lambdas(inputs.lambda_per_row)?;
 
     let coefficients = Coefficients::new(options);
-    let job = Job { inputs, seq_len, options, coefficients };
-    let rows = |data| RowsMut { data, width: seq_len };
+    let job = Job { inputs, ranges, options, coefficients };
+    let rows = |data| RangesMut::new(data, ranges);
     let bytes =
         size_of_val(outputs.advantages) * if outputs.shaped_rewards.is_some() { 3 } else { 2 };
     let non_temporal = prefers_non_temporal(bytes);
@@ -65,23 +69,38 @@ pub fn gae(
     };
     // Rows of nothing need no walk, however many there are.
     let batch = if seq_len == 0 { 0 } else { batch };
-    let moments = reduce(batch, GRAIN / seq_len.max(1), items, leaf, Moments::merge);
+    let cut = move |first, count| ranges.middle(first, count, GRAIN);
+    let moments = reduce_by(batch, cut, items, leaf, Moments::merge);
     if let Some(wanted) = outputs.moments {
         wanted[0] = moments;
     }
     Ok(())
 }
 
+/// `Ok` when every row's λ is in range.
+fn check_lambdas(lambdas: Option<&[f32]>) -> Result<()> {
+    let bad = |lambda: &f32| !(0.0..=1.0).contains(lambda);
+    let Some(row) = lambdas.and_then(|lambdas| lambdas.iter().position(bad)) else {
+        return Ok(());
+    };
+    Err(Error::Option {
+        op: OP,
+        option: "lambda_per_row",
+        expected: "0 to 1".into(),
+        got: format!("{} for row {row}", lambdas.unwrap_or_default()[row]),
+    })
+}
+
 /// What all rows have in common.
 struct Job<'a, 'b> {
     inputs: Inputs<'a>,
-    seq_len: usize,
+    ranges: RowRanges<'a>,
     options: &'b GaeOptions,
     coefficients: Coefficients,
 }
 
 /// Rows of [`Outputs`].
-type OutRows<'a> = (RowsMut<'a, f32>, RowsMut<'a, f32>, Option<RowsMut<'a, f32>>);
+type OutRows<'a> = (RangesMut<'a, f32>, RangesMut<'a, f32>, Option<RangesMut<'a, f32>>);
 
 impl Job<'_, '_> {
     /// `count` rows from `first` on, and the moments of their advantages.
@@ -96,14 +115,24 @@ impl Job<'_, '_> {
         let (mut moments, writer) = (Moments::default(), Writer::<NON_TEMPORAL>);
         // From the last row, so that all goes one way through memory.
         for i in (0..count).rev() {
-            let row = Row::new(&self.inputs, first + i, self.seq_len, self.options);
+            let range = self.ranges.range(first + i);
+            let row = Row::new(&self.inputs, first + i, range, self.options);
+            let of_row;
+            let coefficients = match self.inputs.lambda_per_row {
+                None => &self.coefficients,
+                Some(lambdas) => {
+                    let lambda = f64::from(lambdas[first + i]);
+                    of_row = Coefficients::new(&self.options.with_lambda(lambda));
+                    &of_row
+                }
+            };
             let out = Outputs {
                 advantages: advantages.row(i),
                 returns: returns.row(i),
                 shaped_rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
                 moments: None,
             };
-            moments = scan(&row, &self.coefficients, out, &writer).merge(moments);
+            moments = scan(&row, coefficients, out, &writer).merge(moments);
         }
         moments
     }
@@ -154,8 +183,8 @@ struct Row<'a> {
 
 impl<'a> Row<'a> {
     #[inline(always)]
-    fn new(inputs: &Inputs<'a>, row: usize, seq_len: usize, options: &GaeOptions) -> Self {
-        let at = row * seq_len..(row + 1) * seq_len;
+    fn new(inputs: &Inputs<'a>, row: usize, at: Range<usize>, options: &GaeOptions) -> Self {
+        let seq_len = at.len();
         let mask = inputs.mask.map(|mask| &mask[at.clone()]);
         let last = match mask {
             None => seq_len.checked_sub(1),
@@ -717,9 +746,10 @@ mod tests {
         let mut options = GaeOptions::default();
         options.shaping.score_placement = placement;
         let coefficients = Coefficients::new(&options);
-        let job = Job { inputs, seq_len, options: &options, coefficients };
+        let ranges = RowRanges::new(OP, seq_len, None).unwrap();
+        let job = Job { inputs, ranges, options: &options, coefficients };
         let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
-        let [a, b, c] = out.each_mut().map(|data| RowsMut { data, width: seq_len });
+        let [a, b, c] = out.each_mut().map(|data| RangesMut::new(data, ranges));
         let moments = job.scan_rows::<NON_TEMPORAL>(0, BATCH, (a, b, Some(c)));
         (out.into_iter().flatten().map(f32::to_bits).collect(), moments)
     }

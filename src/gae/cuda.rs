@@ -1,7 +1,9 @@
 //! Launches of `kernels/gae.cu` on device memory and the caller's stream. Nothing is allocated and
 //! nothing waits for the device.
 //!
-//! Refuses what [`cpu`](super::cpu) refuses. A row's bits depend neither on other rows, nor on
+//! Refuses what [`cpu`](super::cpu) refuses, but for the offsets of a pack and the λ of rows, which to look at
+//! would cost a wait: rows are brought back into the tokens that there are, and a λ out of range makes its row
+//! NaN. A row's bits depend neither on other rows, nor on
 //! padding behind it, nor on which of the kernels takes it, so that this can be chosen by the whole
 //! shape. The moments depend on the shape as well.
 
@@ -13,9 +15,10 @@ use super::{
 };
 use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
-use crate::memory::{in_space, Lengths, Pointer, Pointers};
+use crate::memory::{in_space, Lengths, Pointer, Pointers, Space};
 use crate::moments::cuda::{merge, merge_workspace_len};
 use crate::moments::Moments;
+use crate::pack::BatchShape;
 
 const WARP: usize = 32;
 
@@ -62,13 +65,23 @@ enum Mapping {
 }
 
 impl Mapping {
-    fn new(batch: usize, seq_len: usize) -> Self {
-        if batch <= SPLIT_ROWS && seq_len > SPLIT_TOKENS {
+    fn new<S: Space>(inputs: &super::Inputs<S>, batch: usize, seq_len: usize) -> Self {
+        let is_packed = inputs.offsets.is_some();
+        // A block has the powers of one row's λ.
+        let by_block = inputs.lambda_per_row.is_some();
+        // How long a pack's rows are is not known here. Those of twice the mean length or less take one turn.
+        let tokens = match is_packed {
+            true => seq_len.min(seq_len.div_ceil(batch.max(1)).saturating_mul(2)),
+            false => seq_len,
+        };
+        if batch <= SPLIT_ROWS && seq_len > SPLIT_TOKENS && !is_packed && !by_block {
             return Mapping::Split;
         }
-        let last = ROWS.len() - 1;
-        let found = ROWS.iter().find(|entry| seq_len <= entry.max_tokens).unwrap_or(&ROWS[last]);
-        match found.threads {
+        // None of the pack's rows is longer than all of them.
+        let by_block = by_block || (is_packed && seq_len > ROWS[0].max_tokens);
+        let rows = &ROWS[usize::from(by_block)..];
+        let last = &rows[rows.len() - 1];
+        match rows.iter().find(|entry| tokens <= entry.max_tokens).unwrap_or(last).threads {
             WARP => Mapping::Warp,
             threads => Mapping::Block(threads),
         }
@@ -86,13 +99,13 @@ impl Mapping {
 
 in_space!(Device: Inputs, Outputs);
 
-/// The least length of the workspace of [`gae`]: 24 bytes a row or less, and for few long rows some
-/// 24 bytes every 128 tokens.
-pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
+/// The least length of the workspace of [`gae`] for inputs in any memory: 24 bytes a row or less, and for
+/// few long rows some 24 bytes every 128 tokens.
+pub fn workspace_len<S: Space>(inputs: &super::Inputs<S>, batch: usize, seq_len: usize) -> usize {
     if batch == 0 || seq_len == 0 {
         return 0;
     }
-    let mapping = Mapping::new(batch, seq_len);
+    let mapping = Mapping::new(inputs, batch, seq_len);
     let partials = merge_workspace_len(mapping.blocks(batch, seq_len));
     match mapping {
         Mapping::Split => {
@@ -104,8 +117,8 @@ pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
     }
 }
 
-/// Advantages and returns of `batch` rows of `seq_len` tokens. Reads every input once, or twice if
-/// there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and
+/// Advantages and returns of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in all.
+/// Reads every input once, or twice if there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and
 /// can be used again for the next call on the same stream.
 ///
 /// # Errors
@@ -121,32 +134,41 @@ pub fn gae(
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     options.validate()?;
-    let shape = [batch, seq_len];
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
     let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     check_missing_eos(options.shaping.missing_eos, &inputs)?;
-    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len))?;
+    Error::check_workspace(OP, workspace.len(), workspace_len(&inputs, batch, seq_len))?;
 
     let moments = outputs.moments.map(Pointer::as_ptr);
     let workspace: *mut Moments = workspace.as_mut_ptr().cast();
     if batch == 0 || seq_len == 0 {
         return moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, 0, moments));
     }
-    let mapping = Mapping::new(batch, seq_len);
+    let mapping = Mapping::new(&inputs, batch, seq_len);
     let blocks = mapping.blocks(batch, seq_len);
     let partials = if moments.is_some() { workspace } else { null_mut() };
-    let mut args = GaeArgs::new(inputs, shape, options, outputs, partials);
+    let mut args = GaeArgs::new(inputs, [batch, seq_len], options, outputs, partials);
 
     let launch = |pass, blocks, threads, args: &GaeArgs| {
         stream.launch_f32([OP, pass], blocks, threads, args)
     };
     // The kernels that know the decay in their types, for one and for two.
     let either = |one, two| if args.two != 0 { two } else { one };
-    let [warp, block] = [either("warp", "warp_two"), either("block", "block_two")];
+    let warp = either("warp", "warp_two");
+    let block = match args.inputs.lambda_per_row {
+        None => either("block", "block_two"),
+        Some(_) => either("block_own", "block_two_own"),
+    };
     let [totals, apply] = [either("totals", "totals_two"), either("apply", "apply_two")];
     match mapping {
         Mapping::Warp => launch(warp, blocks, MAX_THREADS, &args)?,
         Mapping::Block(threads) => {
+            if u32::try_from(batch).is_err() {
+                let expected = "fewer than 2^32 rows".into();
+                let got = format!("{batch} rows");
+                return Err(Error::Shape { op: OP, arg: "values", expected, got });
+            }
             args.tiles = seq_len.div_ceil(threads * THREAD_TOKENS) as i32;
             launch(block, blocks, threads, &args)?;
         }
@@ -245,7 +267,7 @@ struct GaeArgs<'a> {
     segments: i64,
     tiles: i32,
     shaping: Shaping,
-    gamma: f32,
+    gamma: f64,
     minus_kl_coef: f32,
     multiply: i32,
     after_last: i32,
@@ -282,11 +304,14 @@ impl<'a> GaeArgs<'a> {
             segments: 0,
             tiles: 0,
             shaping: Shaping::new(shaping),
-            gamma: options.gamma as f32,
+            gamma: options.gamma,
             minus_kl_coef: -shaping.kl_coef as f32,
             multiply: i32::from(options.mask_mode == MaskMode::Multiply),
             after_last: i32::from(shaping.score_placement == ScorePlacement::AfterLastToken),
-            two: i32::from(options.lambda_of_returns() != options.lambda),
+            two: i32::from(match inputs.lambda_per_row {
+                None => options.lambda_of_returns() != options.lambda,
+                Some(_) => options.value_lambda.is_some(),
+            }),
             decay: Decay::new(options.gamma, options.lambda),
             returns_decay: Decay::new(options.gamma, options.lambda_of_returns()),
         }

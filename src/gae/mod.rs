@@ -21,6 +21,8 @@
 //! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
 //! | dones | `[B, T]` | u8, non-zero where an episode ended *with* step t | none did |
 //! | bootstrap | `[B]` | f32, value of the state after the last unmasked token | 0 |
+//! | offsets | `[B + 1]` | i64, where the rows of a [pack](crate::pack) begin; then `[N]` stands for `[B, T]` | rows of T tokens |
+//! | lambda_per_row | `[B]` | f32, λ of the advantages of each row, in 0..=1 | the option's |
 //! | advantages, returns, shaped_rewards (out) | `[B, T]` | f32 | |
 //!
 //! - **Masks** may have padding left and right, and gaps. Masked elements of all inputs, `dones`
@@ -32,9 +34,12 @@
 //!   last column its `next_done`.
 //! - **The score** is scaled and clipped, then the rule for a missing end of sequence is applied, then
 //!   it is added at the place [`ScorePlacement`] says. See [`RewardShaping`].
+//! - **λ of rows** that adapts to their length (VAPO, arXiv 2504.05118: 1 - 1 / (α n) of n tokens, with
+//!   λ = 1 for the returns) is the input `lambda_per_row`. The returns follow it where they have no λ of
+//!   their own. A λ outside of 0..=1 is refused on the CPU, and makes the row NaN on CUDA.
 //! - **Gradient**: none. Advantages and returns are targets, so the tensors are constants.
 //! - **Moments** of the unmasked advantages come from the same pass, in an order that depends on the
-//!   shape alone, ready for [`masked_whiten_with`](crate::whiten::masked_whiten_with).
+//!   shape, and on the offsets, alone, ready for [`masked_whiten_with`](crate::whiten::masked_whiten_with).
 //!
 //! Cost in bytes per token: values 4, and 4 for each of rewards and kl, 1 for each of mask and dones,
 //! read once; 4 for each output, written once.
@@ -54,6 +59,7 @@ pub use tensor::{gae, GaeInputs, GaeOutput};
 use crate::error::{Error, Result};
 use crate::memory::{list, Space};
 use crate::moments::{Moments, RunningMoments};
+use crate::pack::BatchShape;
 
 const OP: &str = "gae";
 
@@ -203,6 +209,11 @@ impl GaeOptions {
     fn lambda_of_returns(&self) -> f64 {
         self.value_lambda.unwrap_or(self.lambda)
     }
+
+    /// The options for a row with this λ.
+    fn with_lambda(&self, lambda: f64) -> Self {
+        Self { lambda, ..*self }
+    }
 }
 
 impl RewardShaping {
@@ -243,38 +254,42 @@ impl RewardShaping {
 
 list! {
     /// The inputs in some memory; see [the module](self) for their meaning.
-    inputs Inputs(shape: [usize; 2]) {
+    inputs Inputs(shape: BatchShape) {
         /// Values, `[B, T]`.
-        values: f32 [&shape],
+        values: f32 [shape.tokens()],
     } optional {
         /// Dense rewards, `[B, T]`.
-        rewards: f32 [&shape],
+        rewards: f32 [shape.tokens()],
         /// KL to the reference policy, `[B, T]`.
-        kl: f32 [&shape],
+        kl: f32 [shape.tokens()],
         /// Scores of the sequences, `[B]`.
-        scores: f32 [&shape[..1]],
+        scores: f32 [shape.rows()],
         /// Whether the sequence has an end-of-sequence token, `[B]`.
-        has_eos: u8 [&shape[..1]],
+        has_eos: u8 [shape.rows()],
         /// 0 where masked, `[B, T]`.
-        mask: u8 [&shape],
+        mask: u8 [shape.tokens()],
         /// Non-zero where an episode ended with step t, `[B, T]`.
-        dones: u8 [&shape],
+        dones: u8 [shape.tokens()],
         /// Value of the state after the last unmasked token, `[B]`.
-        bootstrap: f32 [&shape[..1]],
+        bootstrap: f32 [shape.rows()],
+        /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
+        /// λ of the advantages of each row, `[B]`.
+        lambda_per_row: f32 [shape.rows()],
     }
 }
 
 list! {
     /// The outputs in some memory: `[B, T]` and 0 where masked, but for the moments. None may be the
     /// memory of an input.
-    outputs Outputs(shape: [usize; 2]) {
+    outputs Outputs(shape: BatchShape) {
         /// Advantages, not whitened.
-        advantages: f32 [&shape],
+        advantages: f32 [shape.tokens()],
         /// Returns: the targets of the value function.
-        returns: f32 [&shape],
+        returns: f32 [shape.tokens()],
     } optional {
         /// The rewards after shaping, if wanted.
-        shaped_rewards: f32 [&shape],
+        shaped_rewards: f32 [shape.tokens()],
         /// Moments of the unmasked advantages, `[1]`, if wanted.
         moments: Moments [&[1]],
     }

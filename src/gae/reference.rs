@@ -1,13 +1,16 @@
 //! The op in plain f64 loops: make a list of steps, then walk it backwards.
 
-use super::{GaeOptions, MaskMode, ScorePlacement};
+use std::ops::Range;
+
+use super::{GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::memory::in_space;
 use crate::moments::Moments;
+use crate::pack::RowRanges;
 use crate::whiten;
 
 in_space!(HostF64: Inputs);
 
-/// What [`gae`] returns, each `[B, T]`, and 0 where masked.
+/// What [`gae`] returns, each `[B, T]`, or `[N]` of a pack, and 0 where masked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gae {
     /// Advantages.
@@ -29,12 +32,14 @@ struct Step {
     done: bool,
 }
 
-/// Advantages, returns and shaped rewards of `batch` rows of `seq_len` tokens.
+/// Advantages, returns and shaped rewards of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len`
+/// tokens in all.
 ///
 /// # Panics
-/// If a slice is shorter than its shape says.
+/// If a slice is shorter than its shape says, or the offsets are none.
 pub fn gae(inputs: &Inputs, batch: usize, seq_len: usize, options: &GaeOptions) -> Gae {
-    let zeros = vec![0.0; batch * seq_len];
+    let rows = RowRanges::new(OP, seq_len, inputs.offsets).expect("offsets");
+    let zeros = vec![0.0; inputs.values.len()];
     let mut out = Gae {
         advantages: zeros.clone(),
         returns: zeros.clone(),
@@ -44,7 +49,9 @@ pub fn gae(inputs: &Inputs, batch: usize, seq_len: usize, options: &GaeOptions) 
     for row in 0..batch {
         let mut next_value = inputs.bootstrap.map_or(0.0, |bootstrap| bootstrap[row]);
         let (mut advantage, mut value_advantage) = (0.0, 0.0);
-        for step in steps(inputs, row, seq_len, options).iter().rev() {
+        let lambda = inputs.lambda_per_row.map_or(options.lambda, |lambdas| lambdas[row]);
+        let options = &options.with_lambda(lambda);
+        for step in steps(inputs, row, rows.range(row), options).iter().rev() {
             if step.done {
                 (next_value, advantage, value_advantage) = (0.0, 0.0, 0.0);
             }
@@ -65,8 +72,9 @@ pub fn gae(inputs: &Inputs, batch: usize, seq_len: usize, options: &GaeOptions) 
 }
 
 /// The steps of a row in order of time, from its first unmasked token on.
-fn steps(inputs: &Inputs, row: usize, seq_len: usize, options: &GaeOptions) -> Vec<Step> {
-    let at = |t: usize| row * seq_len + t;
+fn steps(inputs: &Inputs, row: usize, range: Range<usize>, options: &GaeOptions) -> Vec<Step> {
+    let seq_len = range.len();
+    let at = |t: usize| range.start + t;
     let keeps = |t: usize| inputs.mask.is_none_or(|mask| mask[at(t)] != 0);
     let tokens: Vec<usize> = (0..seq_len).filter(|&t| keeps(t)).collect();
     let (Some(&first), Some(&last)) = (tokens.first(), tokens.last()) else {

@@ -8,12 +8,13 @@ use super::{cpu, GaeOptions, Inputs, Outputs, OP};
 use crate::error::Result;
 use crate::memory::Tensors;
 use crate::moments::MomentsTensor;
+use crate::pack::BatchShape;
 use crate::tensor::{batch_and_seq_len, check_dtype, run, Backend, Constants, Owned};
 
 /// The inputs of [`gae`] as tensors.
 pub type GaeInputs<'a> = Inputs<'a, Tensors>;
 
-/// What [`gae`] returns. The tensors are `[B, T]` in f32, 0 where masked, and constants to the
+/// What [`gae`] returns. The tensors are `[B, T]` in f32, or `[N]` of a pack, 0 where masked, and constants to the
 /// gradient.
 #[derive(Debug, Clone)]
 pub struct GaeOutput {
@@ -58,10 +59,11 @@ pub struct GaeOutput {
 pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
     let values = inputs.values;
     check_dtype(OP, "values", values, &[DType::F32])?;
-    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "values", values)?;
+    let [batch, seq_len] = batch_and_seq_len(OP, "values", values, inputs.offsets)?;
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     let backend = Backend::of(OP, "values", values.device())?;
     let tensors = inputs.try_map(shape, &mut Constants::new(OP, values.device()))?;
-    let buffer = || backend.buffer(batch * seq_len);
+    let buffer = || backend.buffer(values.elem_count());
     let mut buffers = Outputs::<Owned> {
         advantages: buffer()?,
         returns: buffer()?,
@@ -73,15 +75,15 @@ pub fn gae(inputs: &GaeInputs, options: &GaeOptions) -> Result<GaeOutput> {
         [tensors, shape],
         [buffers, shape],
         |i, o| cpu::gae(i, batch, seq_len, options, o),
-        |stream, w = [cuda::workspace_len(batch, seq_len)]| {
+        |stream, w = [cuda::workspace_len(&tensors, batch, seq_len)]| {
             cuda::gae(stream, i, batch, seq_len, options, o, w)
         },
     );
     let Outputs { advantages, returns, shaped_rewards, moments } = buffers;
     Ok(GaeOutput {
-        advantages: advantages.into_tensor(&shape),
-        returns: returns.into_tensor(&shape),
-        rewards: shaped_rewards.expect("asked for").into_tensor(&shape),
+        advantages: advantages.into_tensor(values.shape()),
+        returns: returns.into_tensor(values.shape()),
+        rewards: shaped_rewards.expect("asked for").into_tensor(values.shape()),
         moments: MomentsTensor::from_buffer(moments.expect("asked for")),
     })
 }

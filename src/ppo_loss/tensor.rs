@@ -54,7 +54,7 @@ pub type PpoStatsTensor = StatsTensor<PpoStats>;
 pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoLossOutput> {
     let logp = inputs.logp;
     check_dtype(OP, "logp", logp, &[DType::F32])?;
-    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "logp", logp)?;
+    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "logp", logp, None)?;
     let backend = Backend::of(OP, "logp", logp.device())?;
     let tensors = inputs.try_map(shape, &mut Constants::new(OP, logp.device()))?;
 

@@ -77,7 +77,7 @@ pub fn preference_loss(
 ) -> Result<PreferenceOutput> {
     let logp = inputs.logp;
     check_dtype(OP, "logp", logp, &[DType::F32])?;
-    let [rows, seq_len] = batch_and_seq_len(OP, "logp", logp)?;
+    let [rows, seq_len] = batch_and_seq_len(OP, "logp", logp, None)?;
     let units = options.units(rows)?;
     let shape = ([rows, seq_len], units);
     let backend = Backend::of(OP, "logp", logp.device())?;

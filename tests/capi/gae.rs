@@ -76,7 +76,8 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
 /// The three arrays of tokens, and the moments.
 type Written = ([Vec<f32>; 3], [Moments; 1]);
 
-fn unwritten(tokens: usize) -> Written {
+fn unwritten(inputs: &Inputs) -> Written {
+    let tokens = inputs.values.len();
     let moments = Moments { count: -1.0, mean: f64::NAN, m2: f64::NAN };
     ([(); 3].map(|()| vec![f32::NAN; tokens]), [moments])
 }
@@ -100,6 +101,8 @@ fn args(
         mask: pointer(inputs.mask),
         dones: pointer(inputs.dones),
         bootstrap: pointer(inputs.bootstrap),
+        offsets: pointer(inputs.offsets),
+        lambda_per_row: pointer(inputs.lambda_per_row),
         options,
         advantages,
         returns,
@@ -125,20 +128,22 @@ fn with_gae_inputs(check: impl Fn(Inputs, usize, usize)) {
     let mut mask = random_mask(rng, n, 0.9);
     mask[seq_len - 7..seq_len].fill(0);
     let dones = random_mask(rng, n, 0.05);
-    check(
-        Inputs {
-            values: &values,
-            rewards: Some(&rewards),
-            kl: Some(&kl),
-            scores: Some(&scores),
-            has_eos: Some(&has_eos),
-            mask: Some(&mask),
-            dones: Some(&dones),
-            bootstrap: Some(&bootstrap),
-        },
-        batch,
-        seq_len,
-    );
+    let lambda_per_row: Vec<f32> = uniform(rng, batch, 1.0).iter().map(|x| x.abs()).collect();
+    let all = Inputs {
+        values: &values,
+        rewards: Some(&rewards),
+        kl: Some(&kl),
+        scores: Some(&scores),
+        has_eos: Some(&has_eos),
+        mask: Some(&mask),
+        dones: Some(&dones),
+        bootstrap: Some(&bootstrap),
+        offsets: None,
+        lambda_per_row: Some(&lambda_per_row),
+    };
+    check(all, batch, seq_len);
+    let offsets = [0, 0, 20, 27, 130, 130, n as i64];
+    check(Inputs { offsets: Some(&offsets), lambda_per_row: None, ..all }, batch, n);
     let (scores, has_eos) = (Some(&scores[..]), Some(&has_eos[..]));
     check(Inputs { scores, has_eos, ..Inputs::new(&values) }, batch, seq_len);
 }
@@ -147,7 +152,7 @@ fn with_gae_inputs(check: impl Fn(Inputs, usize, usize)) {
 fn gae_is_that_of_rust() {
     with_gae_inputs(|inputs, batch, seq_len| {
         for (options, c) in gae_option_sets() {
-            let mut want = unwritten(batch * seq_len);
+            let mut want = unwritten(&inputs);
             let ([advantages, returns, shaped_rewards], moments) = &mut want;
             let outputs = Outputs {
                 advantages,
@@ -157,7 +162,7 @@ fn gae_is_that_of_rust() {
             };
             cpu::gae(inputs, batch, seq_len, &options, outputs).unwrap();
 
-            let mut got = unwritten(batch * seq_len);
+            let mut got = unwritten(&inputs);
             // SAFETY: lengths as said.
             ok(unsafe { ppok_gae_cpu(&args(&inputs, [batch, seq_len], &c, &mut got)) });
             assert_same(&got, &want, &options);
@@ -188,8 +193,11 @@ mod on_the_stand_in {
                     mask: inputs.mask.map(slice),
                     dones: inputs.dones.map(slice),
                     bootstrap: inputs.bootstrap.map(slice),
+                    offsets: inputs.offsets.map(slice),
+                    lambda_per_row: inputs.lambda_per_row.map(slice),
                 };
-                let mut want = unwritten(batch * seq_len);
+                let len = cuda::workspace_len(&device_inputs, batch, seq_len);
+                let mut want = unwritten(&inputs);
                 let ([advantages, returns, shaped_rewards], moments) = &mut want;
                 let outputs = cuda::Outputs {
                     advantages: out(advantages),
@@ -197,12 +205,12 @@ mod on_the_stand_in {
                     shaped_rewards: Some(out(shaped_rewards)),
                     moments: Some(out(moments)),
                 };
-                let workspace = &mut vec![f64::NAN; cuda::workspace_len(batch, seq_len)][..];
+                let workspace = &mut vec![f64::NAN; len][..];
                 let workspace = out(workspace);
                 cuda::gae(&stream, device_inputs, batch, seq_len, &options, outputs, workspace)
                     .unwrap();
 
-                let mut got = unwritten(batch * seq_len);
+                let mut got = unwritten(&inputs);
                 let args = args(&inputs, [batch, seq_len], &c, &mut got);
                 // SAFETY: lengths as said.
                 unsafe { run(ppok_gae_cuda, ppok_gae_cuda_workspace_size, &args, &machine) };

@@ -10,6 +10,7 @@ use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
 use rand::Rng;
 
+use super::pack::Pack;
 use super::{assert_close, random_mask, uniform, wide};
 
 pub const REL: f64 = tolerance::GAE.tests.rel;
@@ -109,6 +110,8 @@ impl Sample {
             mask: masked.then_some(self.mask.as_slice()),
             dones: Some(&self.dones),
             bootstrap: Some(&self.bootstrap),
+            offsets: None,
+            lambda_per_row: None,
         };
         if fewer {
             return Inputs { rewards: None, dones: None, bootstrap: None, ..all };
@@ -127,6 +130,7 @@ pub fn run_reference(
     let widened = |v: Option<&[f32]>| v.map(wide);
     let (values, rewards, kl) = (wide(inputs.values), widened(inputs.rewards), widened(inputs.kl));
     let (scores, bootstrap) = (widened(inputs.scores), widened(inputs.bootstrap));
+    let lambda_per_row = widened(inputs.lambda_per_row);
     let inputs = reference::Inputs {
         values: &values,
         rewards: rewards.as_deref(),
@@ -136,8 +140,69 @@ pub fn run_reference(
         mask: inputs.mask,
         dones: inputs.dones,
         bootstrap: bootstrap.as_deref(),
+        offsets: inputs.offsets,
+        lambda_per_row: lambda_per_row.as_deref(),
     };
     reference::gae(&inputs, batch, seq_len, options)
+}
+
+/// A sample's rows without their ends, and as they are in the padded batch.
+pub struct Packed {
+    pub pack: Pack,
+    pub padded: Sample,
+    pub packed: Sample,
+    pub lambda_per_row: Vec<f32>,
+}
+
+impl Packed {
+    /// Rows of any length with gaps. The last token of each is masked, so that it has room for a score
+    /// behind the last unmasked one in both.
+    pub fn new(rng: &mut StdRng, batch: usize, seq_len: usize) -> Self {
+        let pack = Pack::random(rng, batch, seq_len);
+        let mut padded = Sample::new(rng, batch, seq_len, Masked::Gaps);
+        for row in (0..batch).filter(|&row| pack.length(row) > 0) {
+            padded.mask[row * seq_len + pack.length(row) - 1] = 0;
+        }
+        padded.mask = pack.hide(&padded.mask);
+        let packed = Sample {
+            batch,
+            seq_len: pack.tokens(),
+            values: pack.pack(&padded.values),
+            rewards: pack.pack(&padded.rewards),
+            kl: pack.pack(&padded.kl),
+            scores: padded.scores.clone(),
+            has_eos: padded.has_eos.clone(),
+            mask: pack.pack(&padded.mask),
+            dones: pack.pack(&padded.dones),
+            bootstrap: padded.bootstrap.clone(),
+        };
+        let lambda_per_row = (0..batch).map(|_| rng.random_range(0.0..=1.0)).collect();
+        Self { pack, padded, packed, lambda_per_row }
+    }
+
+    /// The inputs of the padded batch, and those of the pack.
+    pub fn inputs(&self, own_lambdas: bool) -> [Inputs<'_>; 2] {
+        let lambda_per_row = own_lambdas.then_some(&self.lambda_per_row[..]);
+        let padded = Inputs { lambda_per_row, ..self.padded.inputs(false, true) };
+        let offsets = Some(&self.pack.offsets[..]);
+        [padded, Inputs { offsets, lambda_per_row, ..self.packed.inputs(false, true) }]
+    }
+
+    /// Checks that the rows have the same bits, and that the moments are as good as the same.
+    #[track_caller]
+    pub fn check(&self, what: &str, padded: &Output, packed: &Output) {
+        let same = |key: &str, padded: &[f32], packed: &[f32]| {
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&self.pack.pack(padded)) == bits(packed), "{what}: {key}");
+        };
+        same("advantages", &padded.advantages, &packed.advantages);
+        same("returns", &padded.returns, &packed.returns);
+        same("rewards", &padded.rewards, &packed.rewards);
+        let [a, b] = [padded.moments, packed.moments];
+        assert_eq!(a.count, b.count, "{what}");
+        let (a, b) = ([a.mean, a.m2], [b.mean, b.m2]);
+        assert_close(&format!("{what} moments"), &a, &b, 1e-6, 1e-9);
+    }
 }
 
 pub fn all_options() -> Vec<GaeOptions> {

@@ -16,6 +16,7 @@ pub mod logits_loss_cases;
 pub mod logprob_cases;
 #[cfg(feature = "candle")]
 pub mod loss_golden;
+pub mod pack;
 pub mod ppo_loss_cases;
 pub mod preference_cases;
 #[cfg(feature = "simt")]

@@ -1,5 +1,6 @@
 //! The gae and whiten ops.
 
+use ppo_kernels::gae::cpu;
 use ppo_kernels::gae::cuda::{self, Inputs, Outputs};
 use ppo_kernels::gae::GaeOptions;
 use ppo_kernels::moments::Moments;
@@ -49,7 +50,7 @@ impl Set {
             returns: Buffer::uninit(count, 0),
             whitened: Buffer::uninit(count, 0),
             moments: Buffer::uninit(1, 0),
-            workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len), 0),
+            workspace: Buffer::uninit(cuda::workspace_len(&cpu::Inputs::new(&[]), batch, seq_len), 0),
             whiten_workspace: Buffer::uninit(whiten::workspace_len(count), 0),
         }
     }

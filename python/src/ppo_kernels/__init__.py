@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         preference_loss,
         reward_model_loss,
         selective_log_softmax,
+        targets_from_tokens,
         token_kl,
     )
 
@@ -62,6 +63,7 @@ __all__ = [
     "preference_loss",
     "reward_model_loss",
     "selective_log_softmax",
+    "targets_from_tokens",
     "token_kl",
 ]
 # Those on tensors, most of which are those on arrays too.

@@ -281,6 +281,8 @@ class gae_args(Structure):
         ("mask", c_void_p),
         ("dones", c_void_p),
         ("bootstrap", c_void_p),
+        ("offsets", c_void_p),
+        ("lambda_per_row", c_void_p),
         ("options", c_void_p),
         ("advantages", c_void_p),
         ("returns", c_void_p),

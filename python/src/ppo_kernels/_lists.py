@@ -16,6 +16,7 @@ from . import _header
 from ._lib import Options, Pass
 
 NUMBERS, FLAGS, INTEGERS, MOMENTS, OTHER = "numbers", "flags", "integers", "moments", "other"
+OFFSETS = "offsets"
 
 
 class Argument(NamedTuple):
@@ -35,6 +36,9 @@ def _tensor(name: str, kind: str = OTHER, per_row: bool = False, stacked: int = 
 
 _numbers = partial(_tensor, kind=NUMBERS)  # a float32 for each token, or for each row
 _flags = partial(_tensor, kind=FLAGS)  # a byte for each, which is not 0 where something holds
+
+
+_offsets = _tensor("offsets?", kind=OFFSETS)  # where the rows of a pack begin
 
 
 class Op(NamedTuple):
@@ -72,6 +76,25 @@ def check_shape(op: str, name: str, shape: Sequence[int], expected: Sequence[int
 def check_rows(op: str, name: str, shape: Sequence[int], dimension: str) -> None:
     if not shape:
         refuse(op, name, "has shape []", f"[..., {dimension}]")
+
+
+def rows_of(op: Op, tokens: Sequence[int], offsets: Sequence[int] | None) -> tuple[int, ...]:
+    """The shape of what there is one of for a row, by those of the tokens and of the offsets."""
+    name = op.inputs[0].name
+    if offsets is None:
+        check_rows(op.name, name, tokens, "seq_len")
+        return tuple(tokens[:-1])
+    if len(tokens) != 1:
+        expected = "[tokens], of all rows one behind the other, with `offsets`"
+        refuse(op.name, name, f"has shape {list(tokens)}", expected)
+    if len(offsets) != 1 or not offsets[0]:
+        refuse(op.name, "offsets", f"has shape {list(offsets)}", "[rows + 1]")
+    return (offsets[0] - 1,)
+
+
+def offsets_among(op: Op, tensors: Sequence[Any]) -> Any:
+    """The offsets, if the op takes any and they are given."""
+    return next((x for given, x in zip(op.inputs, tensors) if given.kind == OFFSETS), None)
 
 
 def check_positive(op: str, option: str, value: float) -> None:
@@ -184,6 +207,23 @@ _sizes, _results = f"{_sizes} stats", "grad_kl grad_logits grad_ref_logits"
 full_kl_forward = _pass("kl_full_forward", FULL_KL, _sizes, "")
 full_kl_backward = _pass("kl_full_backward", FULL_KL, _sizes, _results)
 
+# --- packs ---
+
+TARGETS = Op("targets_from_tokens", (_tensor("tokens"), _offsets))
+
+
+def check_offsets(op: str, offsets: Any, tokens: int) -> None:
+    """Refuses an array that does not begin at 0, falls, or does not end at the number of tokens."""
+    falls = offsets[1:] < offsets[:-1]
+    if offsets[0] != 0:
+        refuse(op, "offsets", f"begins at {offsets[0]}", "0, where the first row begins")
+    if falls.any():
+        place = int(falls.argmax()) + 1
+        refuse(op, f"offsets[{place}]", f"is {offsets[place]}", "no less than the one before")
+    if offsets[-1] != tokens:
+        refuse(op, "offsets", f"ends at {offsets[-1]}", f"{tokens}, the number of tokens")
+
+
 # --- gae ---
 
 _inputs = (
@@ -195,6 +235,8 @@ _inputs = (
     _flags("has_eos?", per_row=True),
     _flags("dones?"),
     _numbers("bootstrap?", per_row=True),
+    _offsets,
+    _numbers("lambda_per_row?", per_row=True),
 )
 GAE = Op("gae", _inputs, Options("gae", "gae"))
 

@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 
 from . import _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, INTEGERS, MOMENTS, NUMBERS, OTHER, Op, check_rows, check_shape
+from ._lists import FLAGS, INTEGERS, MOMENTS, NUMBERS, OFFSETS, OTHER, Op, check_rows, check_shape
 
 _LOGITS = {getattr(torch, name): code for name, code in _lib.LOGITS.items()}
 _TARGETS = {getattr(torch, name): code for name, code in _lib.TARGETS.items()}
@@ -420,24 +420,32 @@ _DTYPES = {
     NUMBERS: ((torch.float32,), "float32"),
     FLAGS: (BYTES, "bool or uint8"),
     INTEGERS: ((torch.int64,), "int64"),
+    OFFSETS: ((torch.int64,), "int64"),
     MOMENTS: ((torch.float64,), "float64"),
 }
 
 
 def _checked(
-    op: Op, tensors: tuple, like: Tensor | None = None, shape: tuple | None = None
+    op: Op,
+    tensors: tuple,
+    like: Tensor | None = None,
+    shape: tuple | None = None,
+    rows: tuple | None = None,
 ) -> list[Tensor | None]:
     """An op's tensors as the library takes them, of a shape, or that of ``like``, and on its
-    device. Without those it is the first tensor."""
+    device. Without those it is the first tensor. What there is one of for a row is of the shape
+    ``rows``, or of that without its last dimension."""
     like = tensors[0] if like is None else like
     shape, device = like.shape if shape is None else shape, like.device
+    rows = shape[:-1] if rows is None else rows
     checked = []
     for (name, _, kind, per_row, stacked), tensor in zip(op.inputs, tensors):
         if tensor is not None and kind != OTHER:
             dtypes, expected = _DTYPES[kind]
             if tensor.dtype not in dtypes:
                 _refuse_dtype(op.name, name, tensor, expected)
-            wanted = (3,) if kind == MOMENTS else shape[:-1] if per_row else shape
+            wanted = (3,) if kind == MOMENTS else rows if per_row else shape
+            wanted = (rows[0] + 1,) if kind == OFFSETS else wanted
             wanted = (stacked, *wanted) if stacked else wanted
             if tensor.shape != wanted:
                 check_shape(op.name, name, tensor.shape, wanted)
@@ -449,10 +457,11 @@ def _checked(
 
 
 def _check_rows(op: Op, tensors: tuple) -> tuple[tuple[int, int], list]:
-    """How many rows of tokens, and tokens in each, and what :func:`_checked` gives."""
-    shape = tensors[0].shape
-    check_rows(op.name, op.inputs[0].name, shape, "seq_len")
-    return (shape[:-1].numel(), shape[-1]), _checked(op, tensors)
+    """How many rows of tokens, and tokens in each, or with offsets in all of them, and what
+    :func:`_checked` gives."""
+    shape, offsets = tensors[0].shape, _lists.offsets_among(op, tensors)
+    rows = _lists.rows_of(op, shape, None if offsets is None else offsets.shape)
+    return (torch.Size(rows).numel(), shape[-1]), _checked(op, tensors, rows=rows)
 
 
 # --- Logits ---
@@ -484,6 +493,13 @@ def _sliced(*logits: Tensor) -> tuple[int, Sequence[Tensor]]:
 def check_ids(op: str, index: Tensor) -> None:
     if index.dtype not in _TARGETS:
         _refuse_dtype(op, "index", index, "int64 or int32")
+
+
+def check_offsets(op: str, offsets: Tensor, device: torch.device) -> None:
+    dtypes, expected = _DTYPES[OFFSETS]
+    if offsets.dtype not in dtypes:
+        _refuse_dtype(op, "offsets", offsets, expected)
+    check_device(op, "offsets", offsets, device)
 
 
 def check_logprob(op: str, logits: Tensor, index: Tensor, several: bool = False) -> None:

@@ -98,7 +98,7 @@ def _ids(ids: Tensor | None) -> Tensor | None:
     return ids.long() if ids is not None and ids.dtype in (torch.int32, torch.int16) else ids
 
 
-_KINDS = {_lists.FLAGS: _mask, _lists.INTEGERS: _ids}
+_KINDS = {_lists.FLAGS: _mask, _lists.INTEGERS: _ids, _lists.OFFSETS: _ids}
 
 
 def _taken(op: _lists.Op, *tensors: Tensor | None) -> list[Tensor | None]:
@@ -322,6 +322,26 @@ def full_kl(
     return _ops.call(_ops.full_kl, logits, ref_logits, _mask(mask), temperature, direction)[0]
 
 
+def targets_from_tokens(tokens: Tensor, offsets: Tensor, ignore: int = -100) -> Tensor:
+    """The targets of a pack's tokens: for each the next token of its row, and ``ignore`` for the
+    last, which has none. A label that crosses into the next row would train on another sequence.
+
+    Args:
+        tokens: ids of the tokens of all rows, ``[tokens]``.
+        offsets: where the rows begin, integers ``[rows + 1]``; see :func:`gae`.
+        ignore: what losses by token are told to ignore.
+    """
+    op = _lists.TARGETS
+    _lists.rows_of(op, tokens.shape, offsets.shape)
+    _ops.check_offsets(op.name, offsets := _ids(offsets), tokens.device)
+    if offsets.is_cpu and not torch.compiler.is_compiling():
+        _lists.check_offsets(op.name, offsets.numpy(), len(tokens))
+    if not len(tokens):
+        return tokens.clone()
+    # The last token of each row; where that is empty, of another row.
+    return tokens.roll(-1).index_fill(0, (offsets[1:] - 1) % len(tokens), ignore)
+
+
 class GaeOutput(NamedTuple):
     """What :func:`gae` returns: ``advantages, returns, *_ = gae(...)``."""
 
@@ -357,6 +377,8 @@ def gae(
     missing_eos_value: Number = 0.0,
     dones: Tensor | None = None,
     bootstrap: Tensor | None = None,
+    offsets: Tensor | None = None,
+    lambda_per_row: Tensor | None = None,
     mask_mode: Literal["carry", "multiply"] = "carry",
     whiten: bool = False,
     return_rewards: bool = False,
@@ -389,12 +411,18 @@ def gae(
             put in its place.
         dones: whether an episode ended with this step, ``[..., seq_len]``.
         bootstrap: value of the state after the last unmasked token, ``[...]``.
+        offsets: where the rows of a pack begin, integers ``[rows + 1]``: row b is the tokens from
+            ``offsets[b]`` up to ``offsets[b + 1]``, the first is 0 and the last the number of
+            tokens. What is ``[..., seq_len]`` is ``[tokens]`` then, and what is ``[...]``
+            ``[rows]``. On CUDA they are not checked.
+        lambda_per_row: lambda of the advantages of each row, ``[...]``, in the place of ``lam``.
         mask_mode: ``carry``: a masked token is no step (verl, NeMo); ``multiply``: it is one of
             reward 0 and value 0, which discounts (TRL 0.11, OpenRLHF).
         whiten: whitens the advantages with :func:`masked_whiten`'s defaults.
         return_rewards: whether to return the rewards after shaping.
     """
     inputs = (values, rewards, mask, kl, scores, has_eos, dones, bootstrap)
+    inputs += (offsets, lambda_per_row)
     scaling = (kl_coef, score_mean, score_std, score_clip, missing_eos_value)
     choices = (mask_mode, score_placement, score_order, missing_eos)
     options = (gamma, lam, value_lam, *scaling, *choices)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _FUNCTIONS, _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, INTEGERS, Op, check_rows, check_shape, refuse
+from ._lists import FLAGS, INTEGERS, OFFSETS, Op, check_rows, check_shape, refuse, rows_of
 
 # But for what is there for its gradient alone.
 _OF_TENSORS = ("LinearPpoLossOutput", "linear_ppo_loss")
@@ -56,22 +56,34 @@ def _checked(
 ) -> list[NDArray | None]:
     """An op's inputs of those given, from the first, as the library takes them, for tokens of a
     shape."""
+    offsets = given.get("offsets")
+    rows = shape[:-1] if offsets is None else (len(offsets) - 1,)
     checked = []
     for name, _, kind, per_row, _ in op.inputs[first:]:
         array = given[name]
         if array is not None:
+            if kind == OFFSETS:
+                checked.append(_offsets(op, array))
+                continue
             dtype = np.int64 if kind == INTEGERS else np.float32
             array = _flags(array) if kind == FLAGS else np.require(array, dtype, _PLAIN)
-            check_shape(op.name, name, array.shape, shape[:-1] if per_row else shape)
+            check_shape(op.name, name, array.shape, rows if per_row else shape)
         checked.append(array)
     return checked
 
 
-def _sizes(op: Op, tokens: ArrayLike) -> tuple[int, int]:
-    """How many rows of tokens, and tokens in each."""
+def _offsets(op: Op, offsets: ArrayLike) -> NDArray[np.int64]:
+    offsets = np.asarray(offsets)
+    if offsets.dtype.kind not in "iu":
+        refuse(op.name, "offsets", f"has dtype {offsets.dtype}", "int64")
+    return np.require(offsets, np.int64, _PLAIN)
+
+
+def _sizes(op: Op, tokens: ArrayLike, offsets: ArrayLike | None = None) -> tuple[int, int]:
+    """How many rows of tokens, and tokens in each, or with offsets in all of them."""
     shape = np.shape(tokens)
-    check_rows(op.name, op.inputs[0].name, shape, "seq_len")
-    return int(np.prod(shape[:-1])), shape[-1]
+    rows = rows_of(op, shape, None if offsets is None else np.shape(offsets))
+    return int(np.prod(rows)), shape[-1]
 
 
 def _logits(op: Op, name: str, logits: ArrayLike) -> tuple[NDArray, int]:
@@ -288,6 +300,20 @@ def full_kl(
     return stats[0].copy()
 
 
+def targets_from_tokens(
+    tokens: ArrayLike, offsets: ArrayLike, ignore: int = -100
+) -> NDArray[np.integer]:
+    """For each token of a pack the next of its row, and ``ignore`` for the last."""
+    tokens, op = np.asarray(tokens), _lists.TARGETS
+    offsets = _offsets(op, offsets)
+    rows_of(op, tokens.shape, offsets.shape)
+    _lists.check_offsets(op.name, offsets, len(tokens))
+    targets = np.roll(tokens, -1)
+    if len(targets):
+        targets[(offsets[1:] - 1) % len(targets)] = ignore
+    return targets
+
+
 class GaeOutput(NamedTuple):
     """What :func:`gae` returns."""
 
@@ -318,14 +344,17 @@ def gae(
     missing_eos_value: float = 0.0,
     dones: ArrayLike | None = None,
     bootstrap: ArrayLike | None = None,
+    offsets: ArrayLike | None = None,
+    lambda_per_row: ArrayLike | None = None,
     mask_mode: str = "carry",
     whiten: bool = False,
     return_rewards: bool = False,
 ) -> GaeOutput:
-    """Rewards, advantages and returns of ``[..., seq_len]``; of scores, has_eos and bootstrap there
-    is one a row, ``[...]``."""
+    """Rewards, advantages and returns of ``[..., seq_len]``; of scores, has_eos, bootstrap and
+    lambda_per_row there is one a row, ``[...]``. With offsets all tokens are ``[tokens]``."""
     given, shape = locals(), np.shape(values)
-    sizes, inputs = _sizes(_lists.GAE, values), _checked(_lists.GAE, given, shape)
+    sizes = _sizes(_lists.GAE, values, offsets)
+    inputs = _checked(_lists.GAE, given, shape)
     results = [np.empty(shape, np.float32) if want else None for want in (1, 1, return_rewards)]
     outputs = GaeOutput(*results, np.empty(3, np.float64))
     _call(_lists.gae, given, *sizes, *inputs, *outputs)

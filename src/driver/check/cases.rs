@@ -129,6 +129,19 @@ impl Draw<'_> {
         mask
     }
 
+    /// Where rows begin in a pack of as many tokens, or nothing, which leaves the batch as it is; the shape of
+    /// one value a token, and what is the row length then.
+    fn packed(&mut self, [batch, seq_len]: [usize; 2]) -> (Option<Vec<i64>>, Vec<usize>, usize) {
+        let tokens = batch * seq_len;
+        if self.rng.random_bool(0.5) {
+            return (None, vec![batch, seq_len], seq_len);
+        }
+        let mut offsets = vec![0, tokens as i64];
+        offsets.extend((1..batch).map(|_| self.rng.random_range(0..=tokens as i64)));
+        offsets.sort_unstable();
+        (Some(offsets), vec![tokens], tokens)
+    }
+
     /// Values that are NaN where the mask is 0.
     fn masked(&mut self, mask: &[u8], center: f32, spread: f32) -> Vec<f32> {
         let values = self.values(mask.len(), center, spread);
@@ -159,6 +172,11 @@ impl Draw<'_> {
 
     fn bytes(&self, values: &[u8], shape: &[usize]) -> Result<Tensor> {
         Ok(Tensor::from_slice(values, shape, self.device)?)
+    }
+
+    fn offsets(&self, offsets: Option<&[i64]>) -> Result<Option<Tensor>> {
+        let tensor = |offsets: &[i64]| Tensor::from_slice(offsets, offsets.len(), self.device);
+        Ok(offsets.map(tensor).transpose()?)
     }
 }
 
@@ -362,8 +380,8 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
     for [batch, seq_len] in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
         for _ in 0..DRAWS {
             let options = draw.gae_options();
-            let shape = [batch, seq_len];
-            let mask = draw.mask(shape);
+            let mask = draw.mask([batch, seq_len]);
+            let (offsets, shape, seq_len) = draw.packed([batch, seq_len]);
             let values = match options.shaping.score_placement {
                 ScorePlacement::LastToken => draw.masked(&mask, 0.0, 1.0),
                 // The value behind the last token is read.
@@ -374,6 +392,11 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
             let (scores, bootstrap) = (draw.values(batch, 0.0, 3.0), draw.values(batch, 0.0, 1.0));
             let has_eos = draw.flags(batch, 0.5);
             let dones = draw.flags(mask.len(), 0.02);
+            let lambdas = draw.values(batch, 0.5, 0.5);
+            let own_lambdas = draw.pick(&[false, true]);
+            let offsets_tensor = draw.offsets(offsets.as_deref())?;
+            let lambdas_tensor = draw.tensor(&lambdas, &[batch])?;
+            let lambdas = widen(&lambdas);
 
             let (values, rewards) = (draw.tensor(&values, &shape)?, draw.tensor(&rewards, &shape)?);
             let kl = draw.tensor(&kl, &shape)?;
@@ -388,6 +411,8 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
                 mask: Some(&draw.bytes(&mask, &shape)?),
                 dones: Some(&draw.bytes(&dones, &shape)?),
                 bootstrap: Some(&bootstrap),
+                offsets: offsets_tensor.as_ref(),
+                lambda_per_row: own_lambdas.then_some(&lambdas_tensor),
             };
             let computed = gae(&inputs, &options)?;
 
@@ -402,6 +427,8 @@ fn check_gae(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
                 mask: Some(&mask),
                 dones: Some(&dones),
                 bootstrap: Some(&bootstrap),
+                offsets: offsets.as_deref(),
+                lambda_per_row: own_lambdas.then_some(&lambdas[..]),
             };
             let want = gae::reference::gae(&inputs, batch, seq_len, &options);
             let row = &mut pair.forward;

@@ -1,0 +1,144 @@
+"""Packs of rows of different lengths, against the same rows with padding."""
+
+import numpy as np
+import pytest
+import torch
+
+import ppo_kernels.numpy
+from ppo_kernels import functional
+
+LENGTHS = [0, 7, 1, 0, 30, 19, 0]
+WIDTH = max(LENGTHS)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    torch.manual_seed(0)
+    return request.param
+
+
+class Pack:
+    """A padded batch of these lengths on a device."""
+
+    def __init__(self, device):
+        lengths = torch.tensor(LENGTHS, device=device)
+        self.rows, self.tokens = len(LENGTHS), sum(LENGTHS)
+        self.offsets = torch.cat((lengths[:1] * 0, lengths.cumsum(0)))
+        self.inside = torch.arange(WIDTH, device=device) < lengths[:, None]
+        self.mask = self.inside & (torch.rand(self.rows, WIDTH, device=device) > 0.2)
+        self.device = device
+
+    def draw(self):
+        x = torch.randn(self.rows, WIDTH, device=self.device)
+        return torch.where(self.inside, x, torch.nan)
+
+    def of_rows(self):
+        return torch.randn(self.rows, device=self.device)
+
+    def pack(self, padded):
+        return padded[self.inside]
+
+
+@pytest.fixture
+def pack(device):
+    return Pack(device)
+
+
+def test_gae(pack):
+    values, rewards = pack.draw(), pack.draw()
+    options = {"scores": pack.of_rows(), "lambda_per_row": torch.sigmoid(pack.of_rows())}
+    padded = functional.gae(values, rewards, pack.mask, whiten=True, **options)
+    packed = (pack.pack(x) for x in (values, rewards, pack.mask))
+    ours = functional.gae(*packed, whiten=True, offsets=pack.offsets.int(), **options)
+    assert torch.equal(ours.returns, pack.pack(padded.returns))
+    torch.testing.assert_close(ours.advantages, pack.pack(padded.advantages))
+    torch.testing.assert_close(ours.moments, padded.moments)
+
+
+def test_gae_of_numpy(pack):
+    if pack.device != "cpu":
+        pytest.skip("arrays are on the CPU")
+    values, rewards, scores = pack.draw(), pack.draw(), pack.of_rows()
+    lambdas = torch.sigmoid(pack.of_rows())
+    given = [pack.pack(x) for x in (values, rewards, pack.mask)]
+    options = {"scores": scores, "offsets": pack.offsets, "lambda_per_row": lambdas}
+    expected = functional.gae(*given, **options)
+    arrays = {name: tensor.numpy() for name, tensor in options.items()}
+    ours = ppo_kernels.numpy.gae(*(x.numpy() for x in given), **arrays)
+    assert np.array_equal(ours.returns, expected.returns)
+    assert np.array_equal(ours.moments, expected.moments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_offsets_are_not_waited_for():
+    values, offsets = torch.zeros(6, device="cuda"), torch.tensor([0, 9, 2], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        functional.gae(values, offsets=offsets)
+        functional.targets_from_tokens(values.long(), offsets.clamp(max=6))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
+def test_targets(module):
+    tensor = torch.tensor if module is functional else np.array
+    targets = module.targets_from_tokens(tensor([5, 6, 7, 8]), tensor([0, 0, 3, 3, 4, 4]))
+    assert targets.tolist() == [6, 7, -100, -100]
+    targets = module.targets_from_tokens(tensor([5, 6]), tensor([0, 2]), ignore=-1)
+    assert targets.tolist() == [6, -1]
+    nothing = tensor([5])[:0]
+    assert module.targets_from_tokens(nothing, tensor([0, 0])).tolist() == []
+
+
+BAD = [
+    ([1, 2, 6], "begins at 1|is 1, expected 0"),
+    ([0, 7, 6], "is 6, expected no less than the one before"),
+    ([0, 2, 5], "the number of tokens"),
+    ([0.0, 2.0, 6.0], "`offsets` has dtype float32, expected int64"),
+    ([[0, 6]], r"`offsets` has shape \[1, 2\], expected \[rows \+ 1\]"),
+    ([], r"`offsets` has shape \[0\], expected \[rows \+ 1\]"),
+]
+
+
+def packed_calls(module):
+    yield lambda x, offsets: module.gae(x, offsets=offsets)
+    yield lambda x, offsets: module.targets_from_tokens(x, offsets)
+
+
+@pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
+@pytest.mark.parametrize(("offsets", "words"), BAD)
+def test_bad_offsets(module, offsets, words):
+    offsets = np.array(offsets, np.float32 if "float32" in words else np.int64)
+    tokens = np.zeros(6, np.float32)
+    if module is functional:
+        offsets, tokens = torch.from_numpy(offsets), torch.from_numpy(tokens)
+    for call in packed_calls(module):
+        with pytest.raises(ValueError, match=words):
+            call(tokens, offsets)
+
+
+@pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
+def test_padded_tokens_have_no_offsets(module):
+    tokens, offsets = np.zeros((2, 3), np.float32), np.array([0, 3, 6])
+    if module is functional:
+        offsets, tokens = torch.from_numpy(offsets), torch.from_numpy(tokens)
+    for call in packed_calls(module):
+        with pytest.raises(ValueError, match=r"has shape \[2, 3\], expected \[tokens\]"):
+            call(tokens, offsets)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled(dynamic):
+    pack = Pack("cpu")
+
+    def step(tokens, values, rewards, offsets):
+        out = functional.gae(values, rewards, offsets=offsets)
+        return out.advantages, functional.targets_from_tokens(tokens, offsets)
+
+    given = (torch.arange(pack.tokens), *(pack.pack(pack.draw()) for _ in range(2)), pack.offsets)
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for ours, expected in zip(compiled(*given), step(*given)):
+        assert torch.equal(ours, expected)
