@@ -2041,11 +2041,12 @@ typedef struct ppok_ppo_loss_args {
      */
     size_t batch;
     /**
-     * Tokens of a row.
+     * Tokens of a row; with `offsets`, of all rows.
      */
     size_t seq_len;
     /**
-     * Log-probabilities under the policy that is trained, which get the gradient, `[batch, seq_len]`.
+     * Log-probabilities under the policy that is trained, which get the gradient, `[batch, seq_len]`, or with
+     * `offsets` `[seq_len]`, as are all of that shape.
      */
     const float *logp;
     /**
@@ -2091,6 +2092,12 @@ typedef struct ppok_ppo_loss_args {
      * `[batch, seq_len]`; null if nothing is masked.
      */
     const uint8_t *mask;
+    /**
+     * Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+     * `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+     * `seq_len` tokens.
+     */
+    const int64_t *offsets;
     const struct ppok_ppo_loss_options *options;
     /**
      * The loss and the statistics, one, written.

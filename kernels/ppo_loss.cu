@@ -21,6 +21,9 @@
 // KL take registers, which leaves fewer threads in flight, so there is a kernel without them (pass),
 // one with (pass_full), and one for all surrogates, trust regions, weights and KL terms (pass_family).
 //
+// Of a pack a token's row is found in the offsets where that matters; count looks at them for the lengths of
+// rows, of which it also finds the longest.
+//
 // rows. Before it, where the ratio is that of a row or rows may be dropped: a block a row reads what
 // makes the log-ratios and adds them up in f64. Where all tokens of the row get the gradient of its
 // ratio, it then reads advantages and weights, and adds up what the gradient would be of each token.
@@ -97,6 +100,7 @@ struct Divisor {
     double given;            // or 0: it is counted
     double factor;           // of what is counted
     const uint32_t* counts;  // [parts] of count, with the sum D; or null: the unmasked tokens
+    const uint32_t* longest;  // [parts] of count: D is times the longest of all rows; or null
     int32_t parts;
     int32_t needs_tokens;  // D is 0 where no token is unmasked, although it is given
 };
@@ -148,6 +152,7 @@ struct PassArgs {
     const float* rollout_logp;  // not looked at
     const float* weights;      // [rows, columns], or null: ones
     const uint8_t* mask;       // [rows, columns], or null: ones
+    const int64_t* offsets;    // [rows + 1], or null: rows of as many columns
     PpoStats* stats;           // [1]
     float* loss;               // [1], or null
     float* grad_logp;          // [rows, columns], or null
@@ -160,7 +165,8 @@ struct PassArgs {
     double value_coef;
     double entropy_coef;
     double kl_coef;
-    int64_t tokens;            // rows * columns
+    int64_t tokens;            // rows * columns; columns where there are offsets
+    int64_t rows;
     int64_t columns;
     int32_t parts;
     int32_t part_tiles;        // tiles of a part
@@ -179,12 +185,13 @@ struct RowsArgs {
     const float* rollout_logp;  // [rows, columns]; old_logp where there is none
     const float* weights;       // [rows, columns], or null: ones
     const uint8_t* mask;        // [rows, columns], or null: ones
+    const int64_t* offsets;     // [rows + 1], or null: rows of as many columns
     const float* row_weights;   // [rows] of count, or null: all 1
     RowTerms* row_terms;        // [rows]
     double off_policy_threshold;  // infinity is off
     int64_t rows;
-    int64_t columns;
-    int32_t aligned;            // all of the above with a value a token, in every row
+    int64_t columns;            // of all rows where there are offsets
+    int32_t aligned;            // all of the above with a value a token are
     int32_t of_mean;            // a row's ratio is of the mean of log-ratios, not of their sum
     Clip clip;
     Family family;
@@ -210,8 +217,10 @@ struct LogitsArgs {
 };
 
 struct CountArgs {
-    const uint8_t* mask;  // [tokens]
+    const uint8_t* mask;  // [tokens], or null: ones
+    const int64_t* offsets;  // [rows + 1], or null: rows of as many tokens
     uint32_t* counts;     // [parts]
+    uint32_t* longest;    // [parts], tokens of the part's longest row; or null
     float* row_weights;   // [rows], or null
     int64_t tokens;
     int64_t width;        // of a row; the last one may be shorter
@@ -277,6 +286,21 @@ static __device__ __forceinline__ T block_sum(T x, T* warps) {
     return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? warps[threadIdx.x % WARP] : T(0));
 }
 
+static __device__ __forceinline__ uint32_t max_in_warp(uint32_t x) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, step));
+    return x;
+}
+
+// The maximum over all threads, in every thread, as block_sum.
+static __device__ __forceinline__ uint32_t block_max(uint32_t x, uint32_t* warps) {
+    x = max_in_warp(x);
+    __syncthreads();
+    if (threadIdx.x % WARP == 0) warps[threadIdx.x / WARP] = x;
+    __syncthreads();
+    return max_in_warp(threadIdx.x % WARP < blockDim.x / WARP ? warps[threadIdx.x % WARP] : 0);
+}
+
 // Block [threads], a part of the rows a block.
 KERNEL(512, 2, ppo_loss_count_f32, CountArgs) {
     SHARED(uint32_t, warps, WARP);
@@ -284,14 +308,20 @@ KERNEL(512, 2, ppo_loss_count_f32, CountArgs) {
     const int team = int(threadIdx.x) / args.team, rank = int(threadIdx.x) % args.team;
     for (int part = int(blockIdx.x); part < args.parts; part += int(gridDim.x)) {
         const int64_t end = min((part + 1) * args.part_rows, args.rows);
-        uint32_t sum = 0;
+        uint32_t sum = 0, longest = 0;
         // All teams go as often round, for the lanes of several share a warp.
         for (int64_t first = part * args.part_rows; first < end; first += teams) {
             const int64_t row = first + team;
             uint32_t count = 0;
             if (row < end) {
-                const int64_t len = min(args.width, args.tokens - row * args.width);
-                count = count_kept(args.mask + row * args.width, len, rank, args.team);
+                RowRange range = {row * args.width, min(args.width, args.tokens - row * args.width)};
+                if (args.offsets) range = range_in_pack(args.offsets, row, args.tokens);
+                if (args.mask) {
+                    count = count_kept(args.mask + range.first, range.tokens, rank, args.team);
+                } else if (rank == 0) {
+                    count = uint32_t(range.tokens);
+                }
+                longest = max(longest, uint32_t(min(range.tokens, int64_t(UINT32_MAX))));
             }
             if (args.team > WARP) {
                 count = block_sum(count, warps);
@@ -307,12 +337,25 @@ KERNEL(512, 2, ppo_loss_count_f32, CountArgs) {
         }
         sum = block_sum(sum, warps);
         if (threadIdx.x == 0) args.counts[part] = sum;
+        if (args.longest) {
+            longest = block_max(longest, warps);
+            if (threadIdx.x == 0) args.longest[part] = longest;
+        }
     }
 }
 
 // D, in every thread of a block.
 static __device__ __forceinline__ double divisor_of(const Divisor& divisor, const uint8_t* mask,
                                                     int64_t tokens, uint32_t* warps) {
+    if (divisor.longest) {
+        uint32_t longest = 0;
+        double sum = 0.0;
+        for (int part = threadIdx.x % WARP; part < divisor.parts; part += WARP) {
+            longest = max(longest, divisor.longest[part]);
+            sum += divisor.counts[part];
+        }
+        return (divisor.given != 0.0 ? divisor.given : warp_sum(sum)) * max_in_warp(longest);
+    }
     if (divisor.given != 0.0) return divisor.given;
     if (!divisor.counts) {
         return divisor.factor * block_sum(count_kept(mask, tokens, threadIdx.x, blockDim.x), warps);
@@ -627,10 +670,22 @@ static __device__ __forceinline__ void add_entropy(ThreadSums& s, const Group& g
     }
 }
 
-// A token's row and column.
+// A token's row and column; in a pack the column is not known.
 struct RowColumn {
     int64_t row, column;
 };
+
+// The row that a token of a pack is in: the last that begins there or before. Whatever the offsets hold, it
+// is one of the rows.
+static __device__ __forceinline__ int64_t row_in_pack(const PassArgs& args, int64_t token) {
+    int64_t row = 0, end = args.rows;
+    while (end - row > 1) {
+        const int64_t middle = row + (end - row) / 2;
+        if (args.offsets[middle] <= token) row = middle;
+        else end = middle;
+    }
+    return row;
+}
 
 // Whether anything depends on the row of a token.
 template <Has HAS>
@@ -641,6 +696,7 @@ static __device__ __forceinline__ bool needs_rows(const PassArgs& args) {
 template <Has HAS>
 static __device__ __forceinline__ RowColumn place_of(const PassArgs& args, int64_t token) {
     if (!needs_rows<HAS>(args)) return {0, 0};
+    if (args.offsets) return {row_in_pack(args, token), 0};
     return {token / args.columns, token % args.columns};
 }
 
@@ -657,6 +713,13 @@ static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t a
             if (args.row_weights) w[i] = args.row_weights[place.row];
             if (HAS == Has::FAMILY && args.row_terms) rows[i] = args.row_terms[place.row];
         }
+        if (args.offsets) {
+            const int64_t next = at + i + 1;
+            if (next < args.tokens && args.offsets[place.row + 1] <= next) {
+                place.row = row_in_pack(args, next);
+            }
+            continue;
+        }
         place.column++;
         if (place.column == args.columns) place = {place.row + 1, 0};
     }
@@ -667,7 +730,7 @@ template <Has HAS>
 static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
                                                         int64_t first, int count) {
     ThreadSums s = no_thread_sums();
-    const RowColumn step = place_of<HAS>(args, TILE);
+    const RowColumn step = args.offsets ? RowColumn{0, 0} : place_of<HAS>(args, TILE);
     RowColumn place = place_of<HAS>(args, first + threadIdx.x * QUAD);
     for (int i = threadIdx.x * QUAD; i < count; i += TILE) {
         const int64_t at = first + i;
@@ -698,6 +761,10 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         }
 
         if (HAS == Has::NOTHING) continue;
+        if (args.offsets) {
+            place = place_of<HAS>(args, at + TILE);
+            continue;
+        }
         place = {place.row + step.row, place.column + step.column};
         if (place.column >= args.columns) place = {place.row + 1, place.column - args.columns};
     }
@@ -893,10 +960,10 @@ struct RowGroup {
 
 // `other` is rollout_logp or the weights, or null.
 static __device__ __forceinline__ RowGroup load_row_group(const RowsArgs& args, const float* other,
-                                                          int64_t at, int64_t end) {
+                                                          int64_t at, int64_t end, bool aligned) {
     uint4 logp, old_logp, advantages, more;
     uint32_t mask = 0x01010101;
-    if (args.aligned && at + QUAD <= end) {
+    if (aligned && at + QUAD <= end) {
         logp = load_shared_by_neighbours(args.logp + at);
         old_logp = load_shared_by_neighbours(args.old_logp + at);
         advantages = load_shared_by_neighbours(args.advantages + at);
@@ -926,10 +993,12 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
     const Clip& clip = args.clip;
     const Family& family = args.family;
     for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
-        const int64_t first = row * args.columns, end = first + args.columns;
+        const RowRange range = range_of_row(args.offsets, row, args.columns);
+        const int64_t first = range.first, end = first + range.tokens;
+        const bool aligned = args.aligned && first % QUAD == 0;
         double kept = 0.0, total = 0.0, excess = 0.0;
         for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
-            const RowGroup g = load_row_group(args, args.rollout_logp, at, end);
+            const RowGroup g = load_row_group(args, args.rollout_logp, at, end, aligned);
 #pragma unroll
             for (int i = 0; i < QUAD; i++) {
                 if (!g.keep[i]) continue;
@@ -952,7 +1021,7 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
             // Without row_weights all rows have the same one, which is in D.
             const float w = args.row_weights ? args.row_weights[row] : 1.0f;
             for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
-                const RowGroup g = load_row_group(args, args.weights, at, end);
+                const RowGroup g = load_row_group(args, args.weights, at, end, aligned);
 #pragma unroll
                 for (int i = 0; i < QUAD; i++) {
                     const float d = g.logp[i] - g.old_logp[i], a = g.advantages[i];

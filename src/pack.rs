@@ -34,6 +34,25 @@ impl BatchShape {
         Self { sizes: [batch, seq_len], is_packed }
     }
 
+    /// B.
+    pub(crate) fn batch(&self) -> usize {
+        self.sizes[0]
+    }
+
+    /// T, or N.
+    pub(crate) fn seq_len(&self) -> usize {
+        self.sizes[1]
+    }
+
+    pub(crate) fn is_packed(&self) -> bool {
+        self.is_packed
+    }
+
+    /// The tokens of all rows.
+    pub(crate) fn count_tokens(&self) -> usize {
+        self.tokens().iter().fold(1, |product: usize, &size| product.saturating_mul(size))
+    }
+
     /// The shape of one value a token.
     pub(crate) fn tokens(&self) -> &[usize] {
         &self.sizes[usize::from(self.is_packed)..]
@@ -81,6 +100,29 @@ impl<'a> RowRanges<'a> {
     #[inline(always)]
     pub(crate) fn range(&self, row: usize) -> Range<usize> {
         self.start(row)..self.start(row + 1)
+    }
+
+    /// Whether the rows are those of a pack.
+    pub(crate) fn is_packed(&self) -> bool {
+        self.offsets.is_some()
+    }
+
+    /// The row that a token is in.
+    #[inline(always)]
+    pub(crate) fn row_of(&self, token: usize) -> usize {
+        match self.offsets {
+            // The last that begins there or before: those before it, if they begin there too, are empty.
+            Some(offsets) => offsets.partition_point(|&offset| offset <= token as i64) - 1,
+            None => token / self.seq_len,
+        }
+    }
+
+    /// The length of the longest of `count` rows.
+    pub(crate) fn longest(&self, count: usize) -> usize {
+        match self.offsets {
+            Some(_) => (0..count).map(|row| self.range(row).len()).max().unwrap_or(0),
+            None => self.seq_len,
+        }
     }
 
     /// Where to cut `count` rows from `first` on in two of about as many tokens; `None` where they have no

@@ -1365,7 +1365,7 @@ fn a_member_of_the_family(f: &mut Fuzz, own: &mut PpoLossOptions) {
 }
 
 fn ppo_loss(f: &mut Fuzz) {
-    let [batch, seq_len] = f.shape();
+    let [batch, mut seq_len] = f.shape();
     let n = batch * seq_len;
     let mut own = PpoLossOptions::default();
     let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 6), |f, c| {
@@ -1421,7 +1421,10 @@ fn ppo_loss(f: &mut Fuzz) {
         entropy: Some(f.numbers(n, 1.5, 1.4)),
         weights: Some(ppo_loss_cases::some_weights(&mut f.rng, n)),
         mask: f.mask([batch, seq_len]),
+        offsets: None,
     };
+    let (offsets, expected) = f.offsets(batch, &mut seq_len);
+    (data.seq_len, data.offsets) = (seq_len, offsets);
     if data.mask.is_some() {
         data = ppo_loss_cases::with_nan_under_the_mask(&data);
     }
@@ -1451,6 +1454,7 @@ fn ppo_loss(f: &mut Fuzz) {
         rollout_logp: f.put_some(given.rollout_logp),
         weights: f.put_some(given.weights),
         mask: f.put_some(given.mask),
+        offsets: f.put_offsets(given.offsets),
         options,
         stats: at(stats),
         loss: at(loss),
@@ -1462,12 +1466,12 @@ fn ppo_loss(f: &mut Fuzz) {
     let want = ppo_loss::reference::ppo_loss(&wide_data.inputs(), batch, seq_len, &own);
     let expected = match &want {
         Err(ppo_kernels::Error::Mask { .. }) => PPOK_STATUS_MASK,
-        _ => PPOK_STATUS_OK,
+        _ => expected,
     };
     f.call("ppo_loss", ppok_ppo_loss_cpu, 2, args, expected, |_, what| {
         let want = want.unwrap();
-        let weights =
-            ppo_loss::reference::weights(given.mask, batch, seq_len, &own).unwrap().iter().sum();
+        let weights = ppo_loss::reference::weights(given.mask, batch, seq_len, given.offsets, &own);
+        let weights = weights.unwrap().iter().sum();
         ppo_loss_cases::assert_stats_close(what, &stats.read()[0], &want.stats, weights);
         if let Some(loss) = loss {
             let Tolerance { rel, abs } = tolerance::PPO_LOSS.forward;

@@ -7,6 +7,7 @@ use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
 use common::logits_loss_cases::Case;
 use common::loss_golden::*;
+use common::pack::BAD_OFFSETS;
 use common::ppo_loss_cases::*;
 use common::*;
 use half::{bf16, f16};
@@ -190,7 +191,7 @@ fn aggregation_equals_verl_and_openrlhf() {
         };
         let (terms, shape) = (case.input(key), case.shape(key));
         let mask = case.mask(mask);
-        let weights = reference::weights(Some(&mask), shape[0], shape[1], &options).unwrap();
+        let weights = reference::weights(Some(&mask), shape[0], shape[1], None, &options).unwrap();
         let tolerance = tolerance_of(options.aggregation);
         expect(&case, "loss", &[dot(&weights, &terms)], tolerance);
         expect_grad(&case, &format!("grad_{key}"), &weights, tolerance);
@@ -629,6 +630,54 @@ fn cpu_agrees_with_the_reference_for_every_option_and_shape() {
 }
 
 #[test]
+fn packed_rows_have_the_bits_of_padded_ones() {
+    let mut rng = rng(30);
+    for (i, (name, options)) in option_sets().into_iter().enumerate() {
+        for (batch, seq_len) in [(3, 8), (9, 40), (4, 1500), (5, 5000)] {
+            let sample = Packed::new(&mut rng, batch, seq_len, i % 3 != 0);
+            let what = format!("{name}: {batch}x{seq_len}");
+            let padded = run_cpu(&sample.padded, &options);
+            let packed = run_cpu(&sample.packed, &options);
+            sample.check(&what, &padded, &packed);
+            check(&what, &sample.packed, &options, &packed);
+            check(&what, &sample.padded, &options, &padded);
+        }
+    }
+}
+
+#[test]
+fn a_packs_bits_do_not_depend_on_the_number_of_threads() {
+    let sample = Packed::new(&mut rng(31), 64, 2048, true);
+    for (name, options) in option_sets() {
+        let run = || bits(&run_cpu(&sample.packed, &options));
+        let one = with_threads(1, run);
+        for threads in [2, 3, 8] {
+            assert!(with_threads(threads, run) == one, "{name}: {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn offsets_that_are_none_are_refused() {
+    let mut data = rollout(&mut rng(32), 2, 3);
+    (data.seq_len, data.offsets) = (6, Some(vec![0, 0, 6]));
+    let default = PpoLossOptions::default();
+    run_cpu(&data, &default);
+    let says = |data: &Data<f32>, words: &[&str]| {
+        for error in [cpu_refuses(data, &default), reference_refuses(data, &default)] {
+            let text = error.to_string();
+            assert!(words.iter().all(|word| text.contains(word)), "{text}");
+        }
+    };
+    for (offsets, words) in BAD_OFFSETS {
+        data.offsets = Some(offsets.to_vec());
+        says(&data, &words);
+    }
+    data.offsets = Some(vec![0, 6]);
+    says(&data, &["`offsets`", "[2]", "[3]"]);
+}
+
+#[test]
 fn statistics_of_numbers_that_agree_and_of_outliers_keep_their_digits() {
     for (batch, seq_len) in [(1, 40), (64, 2048), (3, 1001)] {
         let data = hard_to_sum(batch, seq_len);
@@ -838,12 +887,17 @@ struct Tensors {
     rollout_logp: Option<Tensor>,
     weights: Option<Tensor>,
     mask: Option<Tensor>,
+    offsets: Option<Tensor>,
 }
 
 impl Tensors {
     fn new(data: &Data<f32>, device: &Device) -> Self {
-        let shape = (data.batch, data.seq_len);
+        let shape = match data.offsets {
+            None => &[data.batch, data.seq_len][..],
+            Some(_) => &[data.seq_len],
+        };
         let tensor = |x: &Vec<f32>| Tensor::from_slice(x, shape, device).unwrap();
+        let offsets = |x: &Vec<i64>| Tensor::from_slice(x, x.len(), device).unwrap();
         let var = |x: &Vec<f32>| Var::from_tensor(&tensor(x)).unwrap();
         Self {
             logp: var(&data.logp),
@@ -857,6 +911,7 @@ impl Tensors {
             rollout_logp: data.rollout_logp.as_ref().map(tensor),
             weights: data.weights.as_ref().map(tensor),
             mask: data.mask.as_ref().map(|m| Tensor::from_slice(m, shape, device).unwrap()),
+            offsets: data.offsets.as_ref().map(offsets),
         }
     }
 
@@ -874,6 +929,7 @@ impl Tensors {
             rollout_logp: self.rollout_logp.as_ref(),
             weights: self.weights.as_ref(),
             mask: self.mask.as_ref(),
+            offsets: self.offsets.as_ref(),
         }
     }
 }
@@ -894,7 +950,7 @@ fn tensors_agree_with_the_reference() {
             assert_eq!(output.stats.tensor().dims(), [PpoStats::LEN]);
             let stats = output.stats.to_host().unwrap();
             assert_eq!(to_vec(&output.loss)[0], stats.loss, "{name}");
-            let weights = reference::weights(data.mask.as_deref(), 5, 23, &options).unwrap();
+            let weights = reference::weights(data.mask.as_deref(), 5, 23, None, &options).unwrap();
             assert_stats_close(name, &stats, &want.stats, weights.iter().sum());
 
             let upstream = -1.75;
@@ -911,6 +967,45 @@ fn tensors_agree_with_the_reference() {
             }
         }
     }
+}
+
+#[test]
+fn tensors_may_be_packed() {
+    for device in devices() {
+        for (name, options) in option_sets() {
+            let sample = Packed::new(&mut rng(33), 5, 23, true);
+            let tensors = Tensors::new(&sample.packed, &device);
+            let output = ppo_loss(&tensors.inputs(), &options).unwrap();
+            let grads = output.loss.backward().unwrap();
+            let of = |var: &Option<Var>| grads.get(var.as_ref()?).map(to_vec_f32);
+            let found = (
+                output.stats.to_host().unwrap(),
+                [
+                    to_vec_f32(grads.get(&tensors.logp).unwrap()),
+                    of(&tensors.values).unwrap_or_default(),
+                    of(&tensors.entropy).unwrap_or_default(),
+                ],
+            );
+            let want = run(&sample.packed.map(f64::from), &options);
+            assert_close_scaled(name, &found.1[0], &want.grad_logp);
+            assert_close_scaled(name, &found.1[1], &want.grad_values);
+            let Data { mask, offsets, seq_len, .. } = &sample.packed;
+            let weights =
+                reference::weights(mask.as_deref(), 5, *seq_len, offsets.as_deref(), &options);
+            let weights = weights.unwrap().iter().sum();
+            assert_stats_close(name, &found.0, &want.stats, weights);
+        }
+    }
+    let data = rollout(&mut rng(34), 2, 3);
+    let tensors = Tensors::new(&data, &Device::Cpu);
+    let offsets = Tensor::new(&[0_i64, 3, 6], &Device::Cpu).unwrap();
+    let inputs = PpoLossInputs { offsets: Some(&offsets), ..tensors.inputs() };
+    let error = ppo_loss(&inputs, &PpoLossOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("`logp`") && error.contains("[N]"), "{error}");
+}
+
+fn to_vec_f32(tensor: &Tensor) -> Vec<f32> {
+    tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
 #[test]
@@ -991,6 +1086,7 @@ fn strided_and_offset_tensors_give_the_same() {
             rollout_logp: rollout_logp.as_ref(),
             weights: weights.as_ref(),
             mask: mask.as_ref(),
+            offsets: None,
         };
         let other = ppo_loss(&inputs, &options).unwrap();
         assert_eq!(to_vec(other.stats.tensor()), to_vec(plain.stats.tensor()));

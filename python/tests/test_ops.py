@@ -103,10 +103,13 @@ def samples():
         torch.rand(2, 5),
     )
     terms = options_of_loss(clip_range=0.1, dual_clip=3.0, entropy_coef=0.01, kl_coef=0.1)
-    yield ops.ppo_loss, (*tensors, mask, True, True, True, *terms)
-    nothing_else = (None,) * 8
+    yield ops.ppo_loss, (*tensors, mask, None, True, True, True, *terms)
+    nothing_else = (None,) * 9
     only = (leaf(2, 5), old_logp, advantages, *nothing_else, True, False, False)
     yield ops.ppo_loss, (*only, *options_of_loss(**ppo_kernels.named_loss("gspo")))
+    packed = [x.detach().flatten().requires_grad_(x.requires_grad) for x in tensors]
+    given = (*packed, mask.flatten(), lengths, True, True, True)
+    yield ops.ppo_loss, (*given, *options_of_loss(**ppo_kernels.named_loss("gspo")))
     weights, *others = leaf(33, 8), None, None, None, None
     head = (leaf(2, 5, 8), weights, index, *others)
     tokens = (old_logp, advantages, ref_logp, None, torch.rand(2, 5), None)

@@ -71,6 +71,35 @@ def test_gae_of_numpy(pack):
     assert np.array_equal(ours.moments, expected.moments)
 
 
+LOSSES = [
+    {},
+    {"aggregation": "seq_mean_token_mean"},
+    {"aggregation": "seq_mean_token_sum_norm"},
+    {"aggregation": "seq_mean_token_sum_norm_rows"},
+    ppo_kernels.named_loss("gspo"),
+    ppo_kernels.named_loss("vespo"),
+]
+
+
+@pytest.mark.parametrize("options", LOSSES)
+def test_ppo_loss(pack, options):
+    logp, old_logp, advantages = pack.draw(), pack.draw(), pack.draw()
+    leaves = [x.requires_grad_() for x in (logp, pack.pack(logp.detach()))]
+    padded, stats = functional.ppo_loss(logp, old_logp, advantages, pack.mask, **options)
+    given = (pack.pack(x) for x in (old_logp, advantages, pack.mask))
+    ours, our_stats = functional.ppo_loss(leaves[1], *given, offsets=pack.offsets, **options)
+    torch.testing.assert_close(ours, padded)
+    torch.testing.assert_close(our_stats, stats, equal_nan=True)
+    padded.backward()
+    ours.backward()
+    assert torch.equal(leaves[1].grad, pack.pack(leaves[0].grad))
+    if pack.device == "cpu":
+        arrays = [x.detach().numpy() for x in (leaves[1], pack.pack(old_logp))]
+        arrays += [pack.pack(x).numpy() for x in (advantages, pack.mask)]
+        _, _, gradients = ppo_kernels.numpy.ppo_loss(*arrays, offsets=pack.offsets, **options)
+        assert np.array_equal(gradients["logp"], leaves[1].grad.numpy())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_offsets_are_not_waited_for():
     values, offsets = torch.zeros(6, device="cuda"), torch.tensor([0, 9, 2], device="cuda")
@@ -105,6 +134,7 @@ BAD = [
 
 def packed_calls(module):
     yield lambda x, offsets: module.gae(x, offsets=offsets)
+    yield lambda x, offsets: module.ppo_loss(x, x, x, offsets=offsets)
     yield lambda x, offsets: module.targets_from_tokens(x, offsets)
 
 
@@ -136,7 +166,10 @@ def test_compiled(dynamic):
 
     def step(tokens, values, rewards, offsets):
         out = functional.gae(values, rewards, offsets=offsets)
-        return out.advantages, functional.targets_from_tokens(tokens, offsets)
+        loss, _ = functional.ppo_loss(
+            values, rewards, out.advantages, offsets=offsets, aggregation="seq_mean_token_mean"
+        )
+        return out.advantages, functional.targets_from_tokens(tokens, offsets), loss
 
     given = (torch.arange(pack.tokens), *(pack.pack(pack.draw()) for _ in range(2)), pack.offsets)
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")

@@ -208,6 +208,7 @@ impl Learner {
             rollout_logp: None,
             weights: weights.as_ref(),
             mask: Some(&sequences.mask),
+            offsets: None,
         };
         let fit = ValueFit::new(&values, &returns, &sequences.mask)?;
         Ok((ppo_loss(&inputs, &self.options)?, fit))

@@ -13,6 +13,7 @@ use crate::capi::arguments::{
 use crate::capi::{self, run, On, Pass, Result};
 use crate::cpu::{Logit, TokenId};
 use crate::logprob::capi::ppok_logprob_options;
+use crate::pack::BatchShape;
 
 /// sum m L / sum m: every token counts the same.
 pub const PPOK_PPO_LOSS_TOKEN_MEAN: i32 = 0;
@@ -266,9 +267,9 @@ options!(ppok_ppo_loss_options, PpoLossOptions, OP, [], {
 fn loss_workspace_size(
     memory: &Memory,
     options: *const ppok_ppo_loss_options,
-    [batch, seq_len]: [usize; 2],
+    [batch, tokens]: [usize; 2],
 ) -> Result<usize> {
-    let len = cuda::workspace_len(batch, seq_len, &memory.options(options)?);
+    let len = cuda::workspace_len(batch, tokens, &memory.options(options)?);
     Ok(size_of::<f32>().saturating_mul(len))
 }
 
@@ -279,9 +280,10 @@ pub struct ppok_ppo_loss_args {
     pub struct_size: usize,
     /// Rows.
     pub batch: usize,
-    /// Tokens of a row.
+    /// Tokens of a row; with `offsets`, of all rows.
     pub seq_len: usize,
-    /// Log-probabilities under the policy that is trained, which get the gradient, `[batch, seq_len]`.
+    /// Log-probabilities under the policy that is trained, which get the gradient, `[batch, seq_len]`, or with
+    /// `offsets` `[seq_len]`, as are all of that shape.
     pub logp: *const f32,
     /// Log-probabilities under the policy that made the rollout, `[batch, seq_len]`.
     pub old_logp: *const f32,
@@ -306,6 +308,10 @@ pub struct ppok_ppo_loss_args {
     pub weights: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
+    /// Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+    /// `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+    /// `seq_len` tokens.
+    pub offsets: *const i64,
     pub options: *const ppok_ppo_loss_options,
     /// The loss and the statistics, one, written.
     pub stats: *mut PpoStats,
@@ -326,12 +332,13 @@ unsafe impl Pass for ppok_ppo_loss_args {
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
-        let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
+        let options = memory.options(self.options)?;
+        let shape = self.shape();
         let inputs = list_of!(
             self,
             Inputs,
             [logp, old_logp, advantages],
-            [values, old_values, returns, entropy, ref_logp, rollout_logp, weights, mask]
+            [values, old_values, returns, entropy, ref_logp, rollout_logp, weights, mask, offsets]
         );
         let outputs =
             list_of!(self, Outputs, [stats], [loss, grad_logp, grad_values, grad_entropy]);
@@ -345,7 +352,13 @@ unsafe impl Pass for ppok_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        loss_workspace_size(memory, self.options, [self.batch, self.seq_len])
+        loss_workspace_size(memory, self.options, [self.batch, self.shape().count_tokens()])
+    }
+}
+
+impl ppok_ppo_loss_args {
+    fn shape(&self) -> BatchShape {
+        BatchShape::new(self.batch, self.seq_len, !self.offsets.is_null())
     }
 }
 
@@ -433,7 +446,8 @@ unsafe impl Pass for ppok_logits_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        loss_workspace_size(memory, self.options, [self.batch, self.seq_len])
+        let tokens = self.batch.saturating_mul(self.seq_len);
+        loss_workspace_size(memory, self.options, [self.batch, tokens])
     }
 }
 

@@ -11,8 +11,8 @@ use super::{
 };
 use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, select, sum_lanes, LANES};
 use crate::cpu::{
-    for_each, prefers_non_temporal, prefetch, reduce, vectorise, Logit, Rows, RowsMut, Split,
-    TokenId, Writer,
+    for_each, prefers_non_temporal, prefetch, reduce, reduce_by, vectorise, Logit, Rows, RowsMut,
+    Split, TokenId, Writer,
 };
 use crate::error::{Error, Result};
 use crate::kl::cpu::{binary_kl, k3_and_slope, probability_moved, TokenKl};
@@ -20,6 +20,7 @@ use crate::kl::limit;
 use crate::logprob::{self, Columns, LogprobOptions};
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
+use crate::pack::{BatchShape, RowRanges};
 
 /// Tokens of a block: some 10 us of work, and a few hundred additions in f32.
 const BLOCK_TOKENS: usize = 4096;
@@ -35,13 +36,14 @@ in_space!(
     Host: Inputs, Outputs, LogitsInputs<T, I>, LogitsOutputs<T>, ScaleInputs, ScaleOutputs
 );
 
-/// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
-/// Reads the mask twice and every other input once; where something of a whole row is needed, what makes
-/// it once more. Allocates some numbers a row then, and nothing otherwise.
+/// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens, or with
+/// offsets, of `seq_len` tokens in all. Reads the mask twice and every other input once; where something of a
+/// whole row is needed, what makes it once more. Allocates some numbers a row then, and where the rows of a
+/// pack have weights, and nothing otherwise.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, an input is missing that another one or an
-/// option needs, a weight is negative, or no token is unmasked and the denominator is not given. Nothing is
+/// option needs, the offsets are not those of a [pack](crate::pack), a weight is negative, or no token is unmasked and the denominator is not given. Nothing is
 /// written then.
 pub fn ppo_loss(
     inputs: Inputs,
@@ -51,18 +53,21 @@ pub fn ppo_loss(
     mut outputs: Outputs,
 ) -> Result<()> {
     options.validate()?;
-    inputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
+    inputs.try_map(shape, &mut Lengths(OP))?;
     inputs.check_given(options)?;
-    outputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    outputs.try_map(shape, &mut Lengths(OP))?;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
     let n = inputs.logp.len();
     outputs.check_wanted(&inputs, n)?;
     check_weights(inputs.weights, inputs.mask)?;
-    let (kept, rows) = count(inputs.mask, [batch, seq_len], options.aggregation);
-    let divisor = options.divisor(kept, rows, [batch, seq_len])?;
+    let (kept, rows) = count(inputs.mask, batch, ranges, options.aggregation);
+    let divisor = options.divisor(kept, rows, [batch, ranges.longest(batch)])?;
 
     let terms = Terms::new(options, divisor);
-    let rows = match options.needs_rows() {
-        true => terms.rows(&inputs, [batch, seq_len], options),
+    let has_row_weights = options.aggregation.has_row_weights();
+    let rows = match options.needs_rows() || (ranges.is_packed() && has_row_weights) {
+        true => terms.rows(&inputs, batch, ranges, options),
         false => Vec::new(),
     };
     let gradients = [&outputs.grad_logp, &outputs.grad_values, &outputs.grad_entropy];
@@ -70,7 +75,7 @@ pub fn ppo_loss(
     let non_temporal = prefers_non_temporal(gradients.map(bytes).iter().sum());
     // The rows that a block has tokens of, by their numbers if those are needed.
     let sum = |first: usize, block: Tokens, weight| {
-        let rows = RowsOf { rows: &rows, first, seq_len };
+        let rows = RowsOf { rows: &rows, first, ranges };
         match non_temporal {
             false => terms.sum::<false>(block, weight, rows, options),
             true => terms.sum::<true>(block, weight, rows, options),
@@ -88,15 +93,16 @@ pub fn ppo_loss(
         grad_values: outputs.grad_values,
         grad_entropy: outputs.grad_entropy,
     };
-    let blocks = |from: usize, tokens: Tokens, weight: f32| {
-        let leaf = |first, _, block: Tokens| sum(from + first, block, RowWeight::Given(weight));
+    let blocks = |from: usize, tokens: Tokens, weight: RowWeight| {
+        let leaf = |first, _, block: Tokens| sum(from + first, block, weight);
         reduce(tokens.len(), BLOCK_TOKENS, tokens, leaf, Sums::merge)
     };
-    let has_row_weights = options.aggregation.has_row_weights();
-    let sums = if has_row_weights && seq_len > BLOCK_TOKENS {
+    let sums = if has_row_weights && ranges.is_packed() {
+        blocks(0, tokens, RowWeight::OfRows)
+    } else if has_row_weights && seq_len > BLOCK_TOKENS {
         let row = |first, len, row: Tokens| {
             let weight = 1.0 / count_kept(row.mask, len) as f32;
-            blocks(first, row, weight)
+            blocks(first, row, RowWeight::Given(weight))
         };
         reduce(n, seq_len, tokens, row, Sums::merge)
     } else if has_row_weights && seq_len > 0 {
@@ -104,7 +110,7 @@ pub fn ppo_loss(
         let leaf = |first, _, block: Tokens| sum(first, block, RowWeight::OneOverLength(seq_len));
         reduce(n, whole_rows, tokens, leaf, Sums::merge)
     } else {
-        blocks(0, tokens, 1.0)
+        blocks(0, tokens, RowWeight::Given(1.0))
     };
     let stats = sums.stats(&inputs, options, divisor);
     outputs.stats[0] = stats;
@@ -151,7 +157,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     } = inputs;
     let LogitsOutputs { logp, stats, grad_logits, mut entropy, loss } = outputs;
     check_weights(weights, mask)?;
-    let (kept, rows) = count(mask, shape, options.aggregation);
+    let ranges = RowRanges::new(OP, seq_len, None)?;
+    let (kept, rows) = count(mask, batch, ranges, options.aggregation);
     let divisor = options.divisor(kept, rows, shape)?;
     let given = Inputs {
         entropy: entropy.as_deref(),
@@ -357,25 +364,32 @@ fn check_weights(weights: Option<&[f32]>, mask: Option<&[u8]>) -> Result<()> {
 /// How many tokens are unmasked, and how many rows have one if the aggregation asks.
 fn count(
     mask: Option<&[u8]>,
-    [batch, seq_len]: [usize; 2],
+    batch: usize,
+    ranges: RowRanges,
     aggregation: Aggregation,
 ) -> (usize, usize) {
+    let tokens = ranges.start(batch);
+    // Rows of nothing need no walk, however many there are.
+    let batch = if tokens == 0 { 0 } else { batch };
     let Some(mask) = mask else {
-        return (batch * seq_len, if seq_len > 0 { batch } else { 0 });
+        let rows = match ranges.is_packed() && aggregation.counts_rows() {
+            true => (0..batch).filter(|&row| !ranges.range(row).is_empty()).count(),
+            false => batch,
+        };
+        return (tokens, rows);
     };
     let add = |a: usize, b: usize| a + b;
     // A mask is one byte a token.
     let grain = 16 * BLOCK_TOKENS;
     let leaf = |_, len, part: &[u8]| count_kept(Some(part), len);
     let tokens = reduce(mask.len(), grain, mask, leaf, add);
-    if !aggregation.counts_rows() || seq_len == 0 {
+    if !aggregation.counts_rows() {
         return (tokens, 0);
     }
-    let grain = (grain / seq_len).max(1) * seq_len;
-    let leaf = |_, _, part: &[u8]| {
-        part.chunks_exact(seq_len).filter(|row| row.iter().any(|&m| m != 0)).count()
-    };
-    (tokens, reduce(mask.len(), grain, mask, leaf, add))
+    let keeps_any = |row: &usize| mask[ranges.range(*row)].iter().any(|&m| m != 0);
+    let leaf = |first, count, ()| (first..first + count).filter(keeps_any).count();
+    let cut = move |first, count| ranges.middle(first, count, grain);
+    (tokens, reduce_by(batch, cut, (), leaf, add))
 }
 
 /// How many of the `len` tokens are unmasked.
@@ -458,37 +472,46 @@ enum RowWeight {
     Given(f32),
     /// One over the number of unmasked tokens in the row, of rows of this length.
     OneOverLength(usize),
+    /// That of its row, which is known.
+    OfRows,
 }
 
 impl RowWeight {
-    /// The weights of whole rows, or of any run of tokens for `Given`; 0 where masked.
-    fn write(self, mask: Option<&[u8]>, weights: &mut [f32]) {
-        let len = weights.len();
-        let width = match self {
-            Self::Given(_) => len.max(1),
-            Self::OneOverLength(seq_len) => seq_len,
-        };
-        for (row, weights) in weights.chunks_mut(width).enumerate() {
-            let mask = mask.map(|mask| &mask[row * width..][..weights.len()]);
-            let weight = match self {
-                Self::Given(weight) => weight,
-                Self::OneOverLength(_) => 1.0 / count_kept(mask, width) as f32,
-            };
-            let Some(mask) = mask else {
-                weights.fill(weight);
-                continue;
-            };
-            // A copy: from behind a reference the compiler would gather what is one number.
-            vectorise(
-                #[inline(always)]
-                move || {
-                    for (w, &m) in weights.iter_mut().zip(mask) {
-                        *w = if m != 0 { weight } else { 0.0 };
-                    }
-                },
-            );
+    /// The weights of whole rows, or of any run of tokens but for `OneOverLength`; 0 where masked.
+    fn write(self, mask: Option<&[u8]>, rows: RowsOf, weights: &mut [f32]) {
+        match self {
+            Self::Given(weight) => fill(weight, mask, weights),
+            Self::OneOverLength(seq_len) => {
+                for (row, weights) in weights.chunks_mut(seq_len).enumerate() {
+                    let mask = mask.map(|mask| &mask[row * seq_len..][..seq_len]);
+                    fill(1.0 / count_kept(mask, seq_len) as f32, mask, weights);
+                }
+            }
+            Self::OfRows => {
+                for (range, row) in rows.runs(weights.len()) {
+                    let mask = mask.map(|mask| &mask[range.clone()]);
+                    fill(row.weight, mask, &mut weights[range]);
+                }
+            }
         }
     }
+}
+
+/// Writes a weight for every token; 0 where masked.
+fn fill(weight: f32, mask: Option<&[u8]>, weights: &mut [f32]) {
+    let Some(mask) = mask else {
+        weights.fill(weight);
+        return;
+    };
+    // A copy: from behind a reference the compiler would gather what is one number.
+    vectorise(
+        #[inline(always)]
+        move || {
+            for (w, &m) in weights.iter_mut().zip(mask) {
+                *w = if m != 0 { weight } else { 0.0 };
+            }
+        },
+    );
 }
 
 /// One f32 for each lane.
@@ -579,7 +602,7 @@ struct RowsOf<'a> {
     /// None where nothing is needed of them.
     rows: &'a [Row],
     first: usize,
-    seq_len: usize,
+    ranges: RowRanges<'a>,
 }
 
 impl<'a> RowsOf<'a> {
@@ -592,13 +615,13 @@ impl<'a> RowsOf<'a> {
             if from == len {
                 return None;
             }
-            let token = self.first + from;
-            let Some(&row) = self.rows.get(token / self.seq_len) else {
+            if self.rows.is_empty() {
                 at = len;
                 return Some((from..len, Row::default()));
-            };
-            at = len.min(from + self.seq_len - token % self.seq_len);
-            Some((from..at, row))
+            }
+            let row = self.ranges.row_of(self.first + from);
+            at = len.min(self.ranges.start(row + 1) - self.first);
+            Some((from..at, self.rows[row]))
         })
     }
 }
@@ -606,6 +629,8 @@ impl<'a> RowsOf<'a> {
 /// What the tokens of a row share.
 #[derive(Clone, Copy, Default)]
 struct Row {
+    /// The weight of its tokens in the aggregation, but for the denominator, where rows have one.
+    weight: f32,
     /// The logarithm of the row's ratio, before the clamp.
     log_ratio: f32,
     /// The gradient that all tokens get of it.
@@ -772,28 +797,35 @@ impl Terms {
     fn rows(
         self,
         inputs: &Inputs,
-        [batch, seq_len]: [usize; 2],
+        batch: usize,
+        ranges: RowRanges,
         options: &PpoLossOptions,
     ) -> Vec<Row> {
         let mut rows = vec![Row::default(); batch];
-        let grain = (BLOCK_TOKENS / seq_len.max(1)).max(1);
-        for_each(batch, grain, &mut rows[..], |first, _, rows| {
+        let cut = move |first, count| ranges.middle(first, count, BLOCK_TOKENS);
+        let leaf = |first, _, rows: &mut [Row]| {
             for (b, row) in (first..).zip(rows) {
-                *row = self.row(inputs, b * seq_len..(b + 1) * seq_len, options);
+                *row = self.row(inputs, ranges.range(b), options);
             }
-        });
+        };
+        reduce_by(batch, cut, &mut rows[..], leaf, |(), ()| ());
         rows
     }
 
     /// What the tokens of one row share.
     fn row(self, inputs: &Inputs, tokens: Range<usize>, options: &PpoLossOptions) -> Row {
-        let kept = count_kept(inputs.mask.map(|mask| &mask[tokens.clone()]), tokens.len()) as f64;
+        let kept = count_kept(inputs.mask.map(|mask| &mask[tokens.clone()]), tokens.len());
+        let weight = 1.0 / kept as f32;
+        if !options.needs_rows() {
+            return Row { weight, ..Row::default() };
+        }
+        let kept = kept as f64;
         let chunk = |first| first..tokens.end.min(first + BLOCK_TOKENS);
         let chunks = tokens.clone().step_by(BLOCK_TOKENS).map(chunk);
         let mut weights = [0.0; BLOCK_TOKENS];
         let write_weights = |weight: f64, chunk: Range<usize>, weights: &mut [f32]| {
             let mask = inputs.mask.map(|mask| &mask[chunk]);
-            RowWeight::Given(weight as f32).write(mask, weights);
+            fill(weight as f32, mask, weights);
         };
 
         let clips_log = options.surrogate == Surrogate::LogClip;
@@ -815,6 +847,7 @@ impl Terms {
             );
         }
         let mut row = Row {
+            weight,
             log_ratio: match options.ratio {
                 RatioLevel::Token => 0.0,
                 RatioLevel::SequenceMean => (log_ratio / kept) as f32,
@@ -894,7 +927,7 @@ impl Terms {
     ) -> Sums {
         let mut weights = [0.0; BLOCK_TOKENS];
         let weights = &mut weights[..block.len()];
-        row_weight.write(block.mask, weights);
+        row_weight.write(block.mask, rows, weights);
         let samples = samples(weights);
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
@@ -908,7 +941,7 @@ impl Terms {
             .map(|(values, old_values, returns)| [values, old_values.unwrap_or(values), returns]);
         // The ratio's variance is taken around that of a log-ratio, so that it keeps its digits.
         let log_ratio = centre(samples, |t| match self.of_rows {
-            true => rows.rows[(rows.first + t) / rows.seq_len].log_ratio,
+            true => rows.rows[rows.ranges.row_of(rows.first + t)].log_ratio,
             false => logp[t] - old_logp[t],
         });
         let ratio = exp(clip(log_ratio, -self.log_ratio_limit, self.log_ratio_limit));
@@ -1612,8 +1645,8 @@ mod tests {
             grad_entropy,
         };
         let options = PpoLossOptions { kl_coef: 0.1, entropy_coef: 0.1, ..Default::default() };
-        let (terms, rows) =
-            (Terms::new(&options, 1.0), RowsOf { rows: &[], first: 0, seq_len: len });
+        let ranges = RowRanges::new(OP, len, None).unwrap();
+        let (terms, rows) = (Terms::new(&options, 1.0), RowsOf { rows: &[], first: 0, ranges });
         terms.sum::<NON_TEMPORAL>(tokens, RowWeight::Given(1.0), rows, &options);
         grads.into_iter().flatten().map(f32::to_bits).collect()
     }

@@ -1,8 +1,8 @@
 //! Launches of `kernels/ppo_loss.cu` on device memory and the caller's stream. Nothing is allocated
 //! and nothing waits for the device.
 //!
-//! Refuses what [`cpu`](mod@super::cpu) refuses, but for masks and negative weights: to look at them here
-//! would cost a wait. Where the mask keeps no token and the denominator is not given, the loss comes
+//! Refuses what [`cpu`](mod@super::cpu) refuses, but for masks, negative weights and the offsets of a pack: to
+//! look at them here would cost a wait. Where the mask keeps no token and the denominator is not given, the loss comes
 //! out as NaN, and the gradients as 0.
 //!
 //! Up to four launches: a look at the mask alone, if the denominator or the weights of the rows
@@ -28,6 +28,7 @@ use crate::logprob::{Columns, ForwardInputs, ForwardOutputs, LogprobOptions};
 use crate::memory::{
     in_space, Array, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Space, Writes,
 };
+use crate::pack::BatchShape;
 
 /// Tokens that a block of the pass takes at a time.
 const TILE: usize = 1024;
@@ -95,22 +96,22 @@ in_space!(
     Device: Inputs, Outputs, LogitsInputs<T, I>, LogitsOutputs<T>, ScaleInputs, ScaleOutputs
 );
 
-/// The least length of the workspace of [`ppo_loss`]: some 108 bytes for every 1024 tokens or more,
-/// 1 KiB, 4 bytes a row where rows have weights, and 12 a row where the ratio is that of a row or rows may be
-/// dropped.
-pub fn workspace_len(batch: usize, seq_len: usize, options: &PpoLossOptions) -> usize {
-    let (_, parts) = parts(batch.saturating_mul(seq_len));
+/// The least length of the workspace of [`ppo_loss`] for `batch` rows with so many tokens in all: some 108
+/// bytes for every 1024 tokens or more, 2 KiB, 4 bytes a row where rows have weights, and 12 a row where the
+/// ratio is that of a row or rows may be dropped.
+pub fn workspace_len(batch: usize, tokens: usize, options: &PpoLossOptions) -> usize {
+    let (_, parts) = parts(tokens);
     let weights = if options.aggregation.has_row_weights() { batch } else { 0 };
     let terms = if options.needs_rows() { batch.saturating_mul(ROW_TERMS) } else { 0 };
-    let sums = PARTIAL_SUMS.saturating_mul(parts).saturating_add(COUNT_PARTS);
+    let sums = PARTIAL_SUMS.saturating_mul(parts).saturating_add(2 * COUNT_PARTS);
     sums.saturating_add(weights).saturating_add(terms)
 }
 
 /// Elements of f32 of the workspace that a row's terms take.
 const ROW_TERMS: usize = size_of::<RowTerms>() / size_of::<f32>();
 
-/// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens.
-/// Reads the mask up to twice and every other input once.
+/// Loss, statistics and gradients, for an upstream gradient of 1, of `batch` rows of `seq_len` tokens, or with
+/// offsets, of `seq_len` tokens in all. Reads the mask up to twice and every other input once.
 ///
 /// `workspace` has [`workspace_len`] elements or more, of any content, and can be used again for the
 /// next call on the same stream.
@@ -128,13 +129,14 @@ pub fn ppo_loss(
     workspace: SliceMut<f32>,
 ) -> Result<()> {
     options.validate()?;
-    let shape = [batch, seq_len];
-    inputs.try_map(shape, &mut Lengths(OP))?;
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
+    let given = inputs.try_map(shape, &mut Lengths(OP))?;
     inputs.check_given(options)?;
     outputs.try_map(shape, &mut Lengths(OP))?;
-    outputs.check_wanted(&inputs, batch * seq_len)?;
-    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len, options))?;
-    let counted = Counted::new(stream, inputs.mask, shape, options, &workspace)?;
+    let tokens = shape.count_tokens();
+    outputs.check_wanted(&inputs, tokens)?;
+    Error::check_workspace(OP, workspace.len(), workspace_len(batch, tokens, options))?;
+    let counted = Counted::new(stream, &given, shape, options, &workspace)?;
     pass(stream, inputs, shape, options, outputs, &workspace, &counted)
 }
 
@@ -172,7 +174,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     });
     let logp = logp.expect("given");
     let wanted = outputs.try_map((shape, vocab), &mut Lengths(OP))?;
-    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len, options))?;
+    Error::check_workspace(OP, workspace.len(), workspace_len(batch, tokens, options))?;
     let of_pass = Inputs {
         entropy,
         ref_logp: inputs.ref_logp,
@@ -184,7 +186,9 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     of_pass.check_given(options)?;
     options.check_by_token()?;
 
-    let counted = Counted::new(stream, inputs.mask, shape, options, &workspace)?;
+    let shape = BatchShape::new(batch, seq_len, false);
+    let of_rows = of_pass.try_map(shape, &mut Lengths(OP))?;
+    let counted = Counted::new(stream, &of_rows, shape, options, &workspace)?;
     if tokens > 0 {
         let device = stream.device();
         let rows = Reduction::side_by_side::<T>(device, tokens, vocab, MOST_PARTS);
@@ -237,14 +241,13 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 fn pass(
     stream: &Stream,
     inputs: Inputs,
-    shape: [usize; 2],
+    shape: BatchShape,
     options: &PpoLossOptions,
     mut outputs: Outputs,
     workspace: &SliceMut<f32>,
     counted: &Counted,
 ) -> Result<()> {
-    let [batch, seq_len] = shape;
-    let tokens = batch * seq_len;
+    let tokens = shape.count_tokens();
     let mut inputs = inputs.try_map(shape, &mut Lengths(OP))?;
     let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     let (part_tiles, parts) = parts(tokens);
@@ -270,7 +273,8 @@ fn pass(
         entropy_coef: options.entropy_coef,
         kl_coef: options.kl_coef,
         tokens: tokens as i64,
-        columns: seq_len as i64,
+        rows: shape.batch() as i64,
+        columns: shape.seq_len() as i64,
         parts: parts as i32,
         part_tiles: part_tiles as i32,
         aligned: i32::from(aligned),
@@ -302,14 +306,15 @@ fn pass(
 fn rows(
     stream: &Stream,
     inputs: &super::Inputs<Pointers>,
-    [batch, seq_len]: [usize; 2],
+    shape: BatchShape,
     options: &PpoLossOptions,
     workspace: &SliceMut<f32>,
     counted: &Counted,
     aligned: bool,
 ) -> Result<*const RowTerms> {
+    let batch = shape.batch();
     let weights = if options.aggregation.has_row_weights() { batch } else { 0 };
-    let before = PARTIAL_SUMS * parts(batch * seq_len).1 + COUNT_PARTS + weights;
+    let before = PARTIAL_SUMS * parts(shape.count_tokens()).1 + 2 * COUNT_PARTS + weights;
     let row_terms: *mut RowTerms = workspace.as_mut_ptr().wrapping_add(before).cast();
     let args = RowsArgs {
         logp: inputs.logp,
@@ -318,12 +323,13 @@ fn rows(
         rollout_logp: inputs.rollout_logp.unwrap_or(inputs.old_logp),
         weights: inputs.weights,
         mask: inputs.mask,
+        offsets: inputs.offsets,
         row_weights: counted.row_weights,
         row_terms,
         off_policy_threshold: options.off_policy_threshold.unwrap_or(f64::INFINITY),
         rows: batch as i64,
-        columns: seq_len as i64,
-        aligned: i32::from(aligned && seq_len.is_multiple_of(4)),
+        columns: shape.seq_len() as i64,
+        aligned: i32::from(aligned),
         of_mean: i32::from(options.ratio == RatioLevel::SequenceMean),
         clip: Clip::new(options),
         family: Family::new(options),
@@ -332,44 +338,54 @@ fn rows(
     Ok(row_terms)
 }
 
-/// What the mask says, for the kernels: D, and the weights of rows, if they have any.
+/// What the mask and the offsets say, for the kernels: D, and the weights of rows, if they have any.
 struct Counted {
     divisor: Divisor,
     row_weights: *const f32,
 }
 
 impl Counted {
-    /// Looks at the mask, if D or the weights depend on it.
+    /// Looks at them, if D or the weights depend on them.
     fn new(
         stream: &Stream,
-        mask: Option<Slice<u8>>,
-        shape: [usize; 2],
+        inputs: &super::Inputs<Pointers>,
+        shape: BatchShape,
         options: &PpoLossOptions,
         workspace: &SliceMut<f32>,
     ) -> Result<Self> {
-        let tokens = shape[0] * shape[1];
-        let masked = mask.is_some() && tokens > 0;
-        let given = given_divisor(masked, shape, options)?;
+        let tokens = shape.count_tokens();
+        let by_tokens = options.aggregation == Aggregation::TokenMean;
+        // What of rows is not known here, of a pack's is neither.
+        let unknown = inputs.mask.is_some() || (shape.is_packed() && !by_tokens);
+        let unknown = unknown && tokens > 0;
+        let given = given_divisor(unknown, shape, options)?;
+        let needs_longest = shape.is_packed() && tokens > 0 && options.needs_length();
         let mut counted = Self {
             divisor: Divisor {
                 given: given.unwrap_or(0.0),
                 factor: match options.aggregation {
-                    Aggregation::SeqMeanTokenSumNormRows => shape[1] as f64,
+                    Aggregation::SeqMeanTokenSumNormRows if !needs_longest => {
+                        shape.seq_len() as f64
+                    }
                     _ => 1.0,
                 },
                 counts: null(),
+                longest: null(),
                 parts: 0,
                 needs_tokens: i32::from(options.needs_tokens()),
             },
             row_weights: null(),
         };
-        let counting = Counting::new(masked, shape, options, given.is_none());
-        if let (Some(counting), Some(mask)) = (counting, mask) {
+        let depends = given.is_none() || needs_longest;
+        if let Some(counting) = Counting::new(unknown, shape, options, depends) {
             let counts = workspace.as_mut_ptr().wrapping_add(PARTIAL_SUMS * parts(tokens).1);
-            let weights = counts.wrapping_add(COUNT_PARTS);
+            let longest = counts.wrapping_add(COUNT_PARTS);
+            let weights = longest.wrapping_add(COUNT_PARTS);
             let args = CountArgs {
-                mask: mask.as_ptr(),
+                mask: inputs.mask,
+                offsets: inputs.offsets.filter(|_| counting.count_rows),
                 counts: counts.cast(),
+                longest: if needs_longest { longest.cast() } else { null_mut() },
                 row_weights: if counting.weights { weights } else { null_mut() },
                 tokens: tokens as i64,
                 width: counting.width as i64,
@@ -382,6 +398,7 @@ impl Counted {
             stream.launch_f32([OP, "count"], counting.parts, COUNT_THREADS, &args)?;
             counted.row_weights = args.row_weights;
             counted.divisor.counts = counts.cast();
+            counted.divisor.longest = args.longest;
             counted.divisor.parts = args.parts;
         }
         Ok(counted)
@@ -413,21 +430,23 @@ pub fn scale(
     stream.launch_f32([OP, "scale"], blocks, SCALE_THREADS, &args)
 }
 
-/// The denominator, as far as it is known here: `None` if it depends on the mask. Where rows have
-/// weights, but all the same one, that is in it.
+/// The denominator, as far as it is known here: `None` if it depends on the mask, or on the offsets of a
+/// pack. Where rows have weights, but all the same one, that is in it; the length of the longest row is not.
 fn given_divisor(
-    masked: bool,
-    [batch, seq_len]: [usize; 2],
+    unknown: bool,
+    shape: BatchShape,
     options: &PpoLossOptions,
 ) -> Result<Option<f64>> {
+    let (batch, seq_len) = (shape.batch(), shape.seq_len());
     let rows = if seq_len > 0 { batch } else { 0 };
     let counts_tokens = options.aggregation == Aggregation::TokenMean;
     let counted = counts_tokens || options.aggregation.counts_rows();
-    if masked && counted && options.denominator.is_none() {
+    if unknown && counted && options.denominator.is_none() {
         return Ok(None);
     }
-    let divisor = options.divisor(batch * seq_len, rows, [batch, seq_len])?;
-    let same_weights = !masked && options.aggregation.has_row_weights();
+    let length = if shape.is_packed() { 1 } else { seq_len };
+    let divisor = options.divisor(shape.count_tokens(), rows, [batch, length])?;
+    let same_weights = !unknown && options.aggregation.has_row_weights();
     Ok(Some(if same_weights { divisor * seq_len.max(1) as f64 } else { divisor }))
 }
 
@@ -447,17 +466,17 @@ struct Counting {
 impl Counting {
     /// `None` where nothing is left to count before the pass.
     fn new(
-        masked: bool,
-        [batch, seq_len]: [usize; 2],
+        unknown: bool,
+        shape: BatchShape,
         options: &PpoLossOptions,
         divisor_depends: bool,
     ) -> Option<Self> {
         let weights = options.aggregation.has_row_weights();
-        if !masked || (!weights && !divisor_depends) {
+        if !unknown || (!weights && !divisor_depends) {
             return None;
         }
+        let (tokens, batch) = (shape.count_tokens(), shape.batch());
         if options.aggregation == Aggregation::TokenMean {
-            let tokens = batch * seq_len;
             if tokens <= COUNT_IN_PASS {
                 return None;
             }
@@ -466,7 +485,8 @@ impl Counting {
             let (part_rows, team, count_rows) = (1, COUNT_THREADS, false);
             return Some(Self { width, rows: parts, part_rows, parts, team, count_rows, weights });
         }
-        let (width, rows) = (seq_len, batch);
+        // Of a pack the mean.
+        let (width, rows) = (tokens.div_ceil(batch), batch);
         let part_rows = rows.div_ceil(COUNT_PARTS);
         let parts = rows.div_ceil(part_rows);
         let lanes = width.div_ceil(16).next_power_of_two().min(WARP);
@@ -485,9 +505,9 @@ impl Aligned {
     fn all(
         inputs: &super::Inputs<Pointers>,
         mut outputs: super::Outputs<Pointers>,
-        shape: [usize; 2],
+        shape: BatchShape,
     ) -> bool {
-        let mut aligned = Self { tokens: shape[0].checked_mul(shape[1]), so_far: true };
+        let mut aligned = Self { tokens: Some(shape.count_tokens()), so_far: true };
         let (Ok(_), Ok(_)) =
             (inputs.try_map(shape, &mut aligned), outputs.try_map(shape, &mut aligned));
         aligned.so_far
@@ -495,7 +515,7 @@ impl Aligned {
 
     fn look_at<T>(&mut self, array: &Array, pointer: Pointer<T>) -> Result<(), Infallible> {
         // What else there is has one element; where that is all the tokens, none are loaded by vectors.
-        if array.len() == self.tokens {
+        if array.len() == self.tokens && array.name != "offsets" {
             self.so_far &= (pointer.as_ptr() as usize).is_multiple_of(4 * size_of::<T>());
         }
         Ok(())
@@ -525,6 +545,7 @@ struct Divisor {
     given: f64,
     factor: f64,
     counts: *const u32,
+    longest: *const u32,
     parts: i32,
     needs_tokens: i32,
 }
@@ -619,6 +640,7 @@ struct RowsArgs<'a, S: Space> {
     rollout_logp: S::In<'a, f32>,
     weights: Option<S::In<'a, f32>>,
     mask: Option<S::In<'a, u8>>,
+    offsets: Option<S::In<'a, i64>>,
     row_weights: *const f32,
     row_terms: *mut RowTerms,
     off_policy_threshold: f64,
@@ -643,6 +665,7 @@ struct PassArgs<'a> {
     entropy_coef: f64,
     kl_coef: f64,
     tokens: i64,
+    rows: i64,
     columns: i64,
     parts: i32,
     part_tiles: i32,
@@ -678,9 +701,11 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
 
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct CountArgs {
-    mask: *const u8,
+struct CountArgs<'a, S: Space> {
+    mask: Option<S::In<'a, u8>>,
+    offsets: Option<S::In<'a, i64>>,
     counts: *mut u32,
+    longest: *mut u32,
     row_weights: *mut f32,
     tokens: i64,
     width: i64,
@@ -703,5 +728,5 @@ struct ScaleArgs<'a> {
 unsafe impl Args for PassArgs<'_> {}
 unsafe impl Args for RowsArgs<'_, Pointers> {}
 unsafe impl<T: Element, I: Element> Args for LogitsArgs<'_, Pointers, T, I> {}
-unsafe impl Args for CountArgs {}
+unsafe impl Args for CountArgs<'_, Pointers> {}
 unsafe impl Args for ScaleArgs<'_> {}

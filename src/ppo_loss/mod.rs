@@ -49,6 +49,7 @@
 //! | entropy | `[B, T]` | f32 | yes |
 //! | ref_logp, rollout_logp, weights | `[B, T]` | f32 | no |
 //! | mask | `[B, T]` | u8, 0 = masked | no |
+//! | offsets | `[B + 1]` | i64, where the rows of a [pack](crate::pack) begin; then `[N]` stands for `[B, T]` | no |
 //!
 //! Only the first three are needed; the value term falls away without values, and values, entropy and
 //! KL are only reported where their coefficient is 0. Masked tokens may hold anything, NaN included:
@@ -93,35 +94,38 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result};
 use crate::memory::{list, Element, Space};
+use crate::pack::BatchShape;
 
 const OP: &str = "ppo_loss";
 
 list! {
-    /// The inputs in some memory, each `[B, T]`.
-    inputs Inputs(shape: [usize; 2]) {
+    /// The inputs in some memory, each `[B, T]` but for the offsets.
+    inputs Inputs(shape: BatchShape) {
         /// Log-probabilities under the policy that is trained, which get the gradient.
-        logp: f32 [&shape],
+        logp: f32 [shape.tokens()],
         /// Log-probabilities under the policy that made the rollout.
-        old_logp: f32 [&shape],
+        old_logp: f32 [shape.tokens()],
         /// Advantages, already whitened if they are to be.
-        advantages: f32 [&shape],
+        advantages: f32 [shape.tokens()],
     } optional {
         /// The critic's predictions, which get the gradient; without them there is no value term.
-        values: f32 [&shape],
+        values: f32 [shape.tokens()],
         /// Its predictions at the time of the rollout; may be left out where values are not clipped.
-        old_values: f32 [&shape],
+        old_values: f32 [shape.tokens()],
         /// The targets of the values' regression, given where they are.
-        returns: f32 [&shape],
+        returns: f32 [shape.tokens()],
         /// Entropy of the policy's distribution at each token, which gets the gradient.
-        entropy: f32 [&shape],
+        entropy: f32 [shape.tokens()],
         /// Log-probabilities under the reference model, for the KL term.
-        ref_logp: f32 [&shape],
+        ref_logp: f32 [shape.tokens()],
         /// Log-probabilities of the rollout as its engine computed them.
-        rollout_logp: f32 [&shape],
+        rollout_logp: f32 [shape.tokens()],
         /// Factors of the policy term, 0 or more; 0 drops it, whatever the token holds.
-        weights: f32 [&shape],
+        weights: f32 [shape.tokens()],
         /// 0 where masked; `None` keeps all.
-        mask: u8 [&shape],
+        mask: u8 [shape.tokens()],
+        /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
     }
 }
 
@@ -153,18 +157,18 @@ impl<S: Space> Inputs<'_, S> {
 
 list! {
     /// The outputs in some memory. None may be the memory of an input.
-    outputs Outputs(shape: [usize; 2]) {
+    outputs Outputs(shape: BatchShape) {
         /// The loss and the statistics, `[1]`.
         stats: PpoStats [&[1]],
     } optional {
         /// The loss once more, rounded to f32, `[1]`, if wanted.
         loss: f32 [&[1]],
         /// Gradient with respect to logp, for an upstream gradient of 1, `[B, T]`, if wanted.
-        grad_logp: f32 [&shape],
+        grad_logp: f32 [shape.tokens()],
         /// Gradient with respect to values, `[B, T]`, if wanted; only with values.
-        grad_values: f32 [&shape],
+        grad_values: f32 [shape.tokens()],
         /// Gradient with respect to entropy, `[B, T]`, if wanted; only with entropy.
-        grad_entropy: f32 [&shape],
+        grad_entropy: f32 [shape.tokens()],
     }
 }
 

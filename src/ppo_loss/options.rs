@@ -21,7 +21,7 @@ pub enum Aggregation {
     /// unmasked token.
     SeqMeanTokenMean,
     /// Σ m L / T, not divided by the batch (verl's `seq-mean-token-sum-norm` before 0.9). w = 1, D = T,
-    /// or verl's `loss_scale_factor` given as the denominator.
+    /// of a pack the length of its longest row, or verl's `loss_scale_factor` given as the denominator.
     SeqMeanTokenSumNorm,
     /// Σ m L / this (Dr. GRPO: batch size times the longest response allowed). 1 is the plain sum.
     Constant(f64),
@@ -591,7 +591,8 @@ impl PpoLossOptions {
         }
     }
 
-    /// The D of the aggregation, of a batch with so many unmasked `tokens` and `rows` with one.
+    /// The D of the aggregation, of a batch with so many unmasked `tokens` and `rows` with one. The rows of a
+    /// pack are as long as the longest.
     pub(crate) fn divisor(
         &self,
         tokens: usize,
@@ -613,6 +614,15 @@ impl PpoLossOptions {
             }
             None => Ok(own),
         }
+    }
+
+    /// Whether the denominator is made of the length of rows.
+    pub(crate) fn needs_length(&self) -> bool {
+        let of_length = matches!(
+            self.aggregation,
+            Aggregation::SeqMeanTokenSumNorm | Aggregation::SeqMeanTokenSumNormRows
+        );
+        self.denominator.is_none() && of_length
     }
 
     /// Whether the loss of no token at all is undefined, and not 0.

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::kl::reference::{binary_kl, clamp, token as token_kl};
 use crate::kl::{KlEstimator, KlOptions};
 use crate::memory::{in_space, Lengths};
+use crate::pack::{BatchShape, RowRanges};
 
 in_space!(HostF64: Inputs);
 
@@ -27,11 +28,12 @@ pub struct Output {
     pub grad_entropy: Vec<f64>,
 }
 
-/// Loss, statistics and gradients of `batch` rows of `seq_len` tokens.
+/// Loss, statistics and gradients of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in
+/// all.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, an input is missing that another one or an
-/// option needs, or no token is unmasked and the denominator is not given.
+/// option needs, the offsets are not those of a pack, or no token is unmasked and the denominator is not given.
 pub fn ppo_loss(
     inputs: &Inputs,
     batch: usize,
@@ -39,10 +41,12 @@ pub fn ppo_loss(
     options: &PpoLossOptions,
 ) -> Result<Output> {
     options.validate()?;
-    inputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
+    inputs.try_map(shape, &mut Lengths(OP))?;
     inputs.check_given(options)?;
     let n = inputs.logp.len();
-    let aggregation = weights(inputs.mask, batch, seq_len, options)?;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
+    let aggregation = weights(inputs.mask, batch, seq_len, inputs.offsets, options)?;
     let has_value = inputs.values.is_some();
     let has_kl = match options.kl_against {
         KlAgainst::Reference => inputs.ref_logp.is_some(),
@@ -57,7 +61,7 @@ pub fn ppo_loss(
     let mut grad_entropy = vec![0.0; inputs.entropy.map_or(0, |_| n)];
     for b in 0..batch {
         let kept = |&t: &usize| keeps(inputs.mask, t);
-        let tokens: Vec<usize> = (b * seq_len..(b + 1) * seq_len).filter(kept).collect();
+        let tokens: Vec<usize> = ranges.range(b).filter(kept).collect();
         let row = Row::new(inputs, &tokens, options);
         // The sum over the row of what its ratio's logarithm changes, where all tokens share it.
         let mut shared = 0.0;
@@ -215,28 +219,30 @@ fn share(x: &[bool]) -> f64 {
     x.iter().filter(|&&x| x).count() as f64 / x.len() as f64
 }
 
-/// What each token's terms are multiplied by before they are added up, `[batch * seq_len]`: the
-/// aggregation is this weighted sum, and these are its gradients. 0 where masked.
+/// What each token's terms are multiplied by before they are added up, one a token: the aggregation is this
+/// weighted sum, and these are its gradients. 0 where masked.
 ///
 /// # Errors
-/// If no token is unmasked and the denominator is not given.
+/// If no token is unmasked and the denominator is not given, or the offsets are not those of a pack.
 ///
 /// # Panics
-/// If the mask is shorter than `batch * seq_len`.
+/// If the mask is shorter than there are tokens.
 pub fn weights(
     mask: Option<&[u8]>,
     batch: usize,
     seq_len: usize,
+    offsets: Option<&[i64]>,
     options: &PpoLossOptions,
 ) -> Result<Vec<f64>> {
-    let row = |b: usize| b * seq_len..(b + 1) * seq_len;
+    let ranges = RowRanges::new(OP, seq_len, offsets)?;
+    let row = |b: usize| ranges.range(b);
     let lengths = (0..batch).map(|b| row(b).filter(|&t| keeps(mask, t)).count());
     let lengths: Vec<usize> = lengths.collect();
     let tokens = lengths.iter().sum();
     let rows = lengths.iter().filter(|&&length| length > 0).count();
-    let divisor = options.divisor(tokens, rows, [batch, seq_len])?;
+    let divisor = options.divisor(tokens, rows, [batch, ranges.longest(batch)])?;
 
-    let mut weights = vec![0.0; batch * seq_len];
+    let mut weights = vec![0.0; ranges.start(batch)];
     for (b, &length) in lengths.iter().enumerate() {
         let row_weight = match options.aggregation {
             Aggregation::SeqMeanTokenMean | Aggregation::BatchMeanTokenMean => 1.0 / length as f64,

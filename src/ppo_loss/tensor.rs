@@ -8,6 +8,7 @@ use super::cuda;
 use super::{cpu, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP};
 use crate::error::Result;
 use crate::memory::Tensors;
+use crate::pack::BatchShape;
 use crate::tensor::{
     batch_and_seq_len, check_dtype, node, run, Backend, Constants, Owned, StatsTensor,
 };
@@ -54,7 +55,9 @@ pub type PpoStatsTensor = StatsTensor<PpoStats>;
 pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoLossOutput> {
     let logp = inputs.logp;
     check_dtype(OP, "logp", logp, &[DType::F32])?;
-    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "logp", logp, None)?;
+    let [batch, seq_len] = batch_and_seq_len(OP, "logp", logp, inputs.offsets)?;
+    let (shape, tokens) =
+        (BatchShape::new(batch, seq_len, inputs.offsets.is_some()), logp.elem_count());
     let backend = Backend::of(OP, "logp", logp.device())?;
     let tensors = inputs.try_map(shape, &mut Constants::new(OP, logp.device()))?;
 
@@ -63,7 +66,7 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
     let args = [Some(logp), inputs.values, entropy];
     let args = args.map(|arg| arg.filter(|arg| arg.track_op()));
     let [grad_logp, grad_values, grad_entropy] =
-        args.map(|arg| backend.optional_buffer(arg.is_some(), batch * seq_len));
+        args.map(|arg| backend.optional_buffer(arg.is_some(), tokens));
     let mut buffers = Outputs::<Owned> {
         stats: backend.buffer(1)?,
         loss: Some(backend.buffer(1)?),
@@ -76,16 +79,17 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
         [tensors, shape],
         [buffers, shape],
         |i, o| cpu::ppo_loss(i, batch, seq_len, options, o),
-        |stream, w = [cuda::workspace_len(batch, seq_len, options)]| {
+        |stream, w = [cuda::workspace_len(batch, tokens, options)]| {
             cuda::ppo_loss(stream, i, batch, seq_len, options, o, w)
         },
     );
     let Outputs { stats, loss, grad_logp, grad_values, grad_entropy } = buffers;
     let stored = [grad_logp, grad_values, grad_entropy];
-    let stored = stored.map(|gradient| Some(gradient?.into_tensor(&shape)));
+    let stored = stored.map(|gradient| Some(gradient?.into_tensor(logp.shape())));
+    let dims = logp.dims().to_vec();
     let args: Vec<&Tensor> = args.into_iter().flatten().collect();
     let loss = node("ppo-loss", &args, loss.expect("asked for"), (), move |_, upstream| {
-        scaled(&stored, upstream, shape)
+        scaled(&stored, upstream, &dims)
     })?;
     Ok(PpoLossOutput { loss, stats: StatsTensor::from_buffer(stats)? })
 }
@@ -94,7 +98,7 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
 pub(crate) fn scaled(
     [logp, values, entropy]: &[Option<Tensor>; 3],
     upstream: &Tensor,
-    shape: [usize; 2],
+    shape: &[usize],
 ) -> Result<Vec<Option<Tensor>>> {
     let backend = Backend::of(OP, "upstream", upstream.device())?;
     let tokens = shape.iter().product();
@@ -118,5 +122,5 @@ pub(crate) fn scaled(
     );
     let ScaleOutputs { grad_logp, grad_values, grad_entropy } = buffers;
     let gradients = [grad_logp, grad_values, grad_entropy].into_iter().flatten();
-    Ok(gradients.map(|gradient| Some(gradient.into_tensor(&shape))).collect())
+    Ok(gradients.map(|gradient| Some(gradient.into_tensor(shape))).collect())
 }

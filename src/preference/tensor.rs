@@ -167,5 +167,5 @@ fn tied(
 ) -> Result<Tensor> {
     let stored = [gradient.map(|gradient| gradient.into_tensor(&shape)), None, None];
     let args: &[&Tensor] = if stored[0].is_some() { &[of] } else { &[] };
-    node("ppo-preference", args, loss, (), move |_, upstream| scaled(&stored, upstream, shape))
+    node("ppo-preference", args, loss, (), move |_, upstream| scaled(&stored, upstream, &shape))
 }

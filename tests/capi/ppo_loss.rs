@@ -43,6 +43,7 @@ fn args(
         rollout_logp: pointer(data.rollout_logp.as_deref()),
         weights: pointer(data.weights.as_deref()),
         mask: pointer(data.mask.as_deref()),
+        offsets: pointer(data.offsets.as_deref()),
         options,
         stats: stats.as_mut_ptr(),
         loss: loss.as_mut_ptr(),
@@ -83,14 +84,16 @@ fn assert_same(what: &str, got: &Written, want: &Written) {
     assert_eq!(all(got), all(want), "{what}");
 }
 
-/// Rollouts with all inputs, and with those alone that are needed.
-fn rollouts() -> [Data<f32>; 2] {
+/// Rollouts with all inputs, padded and as a pack, and with those alone that are needed.
+fn rollouts() -> [Data<f32>; 3] {
     let rng = &mut rng(6);
     let (batch, seq_len) = (5, 37);
     let mask = Some(random_mask(rng, batch * seq_len, 0.8));
     let all = Data { mask, ..rollout(rng, batch, seq_len) };
+    let offsets = Some(vec![0, 7, 7, 80, 81, (batch * seq_len) as i64]);
+    let packed = Data { offsets, seq_len: batch * seq_len, ..all.clone() };
     let Data { logp, old_logp, advantages, .. } = all.clone();
-    [all, Data { batch, seq_len, logp, old_logp, advantages, ..Data::default() }]
+    [all, packed, Data { batch, seq_len, logp, old_logp, advantages, ..Data::default() }]
 }
 
 #[test]
@@ -241,6 +244,7 @@ fn gradients_are_scaled() {
 
 #[cfg(feature = "simt")]
 mod on_the_stand_in {
+    use ppo_kernels::cuda::simt::Machine;
     use ppo_kernels::cuda::Stream;
     use ppo_kernels::ppo_loss::cuda;
 
@@ -251,7 +255,12 @@ mod on_the_stand_in {
     fn the_loss_is_that_of_rust() {
         let machine = machines()[0];
         let stream = Stream::simt(machine);
-        let [data, _] = rollouts();
+        for data in &rollouts()[..2] {
+            the_loss_of(data, &machine, &stream);
+        }
+    }
+
+    fn the_loss_of(data: &Data<f32>, machine: &Machine, stream: &Stream) {
         let (n, batch, seq_len) = (data.logp.len(), data.batch, data.seq_len);
         let inputs = cuda::Inputs {
             logp: slice(&data.logp),
@@ -265,6 +274,7 @@ mod on_the_stand_in {
             rollout_logp: data.rollout_logp.as_deref().map(slice),
             weights: data.weights.as_deref().map(slice),
             mask: data.mask.as_deref().map(slice),
+            offsets: data.offsets.as_deref().map(slice),
         };
         for (name, options) in option_sets() {
             let mut want = nothing_written(n);
@@ -273,18 +283,18 @@ mod on_the_stand_in {
                 gradients.each_mut().map(|gradient| Some(out(gradient)));
             let (stats, loss) = (out(stats), Some(out(loss)));
             let outputs = cuda::Outputs { stats, loss, grad_logp, grad_values, grad_entropy };
-            let space = &mut vec![f32::NAN; cuda::workspace_len(batch, seq_len, &options)][..];
-            cuda::ppo_loss(&stream, inputs, batch, seq_len, &options, outputs, out(space)).unwrap();
+            let space = &mut vec![f32::NAN; cuda::workspace_len(batch, n, &options)][..];
+            cuda::ppo_loss(stream, inputs, batch, seq_len, &options, outputs, out(space)).unwrap();
 
             let (c, mut got) = (loss_options(&options), nothing_written(n));
-            let args = args(&data, &c, &mut got);
+            let args = args(data, &c, &mut got);
             let (upstream, to) = (2.0_f32, [args.grad_logp, args.grad_values, args.grad_entropy]);
             let scale_args = scale_args(&upstream, n, &to.map(<*mut f32>::cast_const), &to);
             // SAFETY: lengths as said.
             unsafe {
-                run(ppok_ppo_loss_cuda, ppok_ppo_loss_cuda_workspace_size, &args, &machine);
+                run(ppok_ppo_loss_cuda, ppok_ppo_loss_cuda_workspace_size, &args, machine);
                 let size = ppok_ppo_loss_scale_cuda_workspace_size;
-                assert_eq!(run(ppok_ppo_loss_scale_cuda, size, &scale_args, &machine), 0);
+                assert_eq!(run(ppok_ppo_loss_scale_cuda, size, &scale_args, machine), 0);
             }
             for gradient in want.2.iter_mut().flatten() {
                 // Of -0 the scaling makes 0.
@@ -320,7 +330,7 @@ fn the_loss_from_logits_runs_on_the_stand_in() {
 
 #[test]
 fn errors_name_the_field_of_the_struct() {
-    let [data, _] = rollouts();
+    let [data, ..] = rollouts();
     type Change = fn(&mut ppok_ppo_loss_options);
     let changes: &[(&str, Change)] = &[
         ("clip_range", |options| options.clip_range = -2.0),

@@ -208,7 +208,7 @@ pub fn expect_nemo(case: &Golden, data: &Data<f64>) {
     // function's: the KL itself.
     let kl_of = token_kl(&data.logp, data.ref_logp.as_ref().unwrap(), None, &of_kl.kl);
     let weights =
-        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, &of_kl).unwrap();
+        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, None, &of_kl).unwrap();
     let gradient = |t: usize| {
         let d = data.logp[t] - kl_data.old_logp[t];
         let ratio = if by_rollout { d.exp() } else { 1.0 };

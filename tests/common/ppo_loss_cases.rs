@@ -8,6 +8,7 @@ use ppo_kernels::ppo_loss::{
 use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
 
+use super::pack::Pack;
 use super::{assert_close, random_mask, uniform, wide};
 
 pub const REL: f64 = tolerance::PPO_LOSS.tests.rel;
@@ -29,6 +30,8 @@ pub struct Data<T> {
     pub rollout_logp: Option<Vec<T>>,
     pub weights: Option<Vec<T>>,
     pub mask: Option<Vec<u8>>,
+    /// Of a pack, whose `seq_len` is that of all rows.
+    pub offsets: Option<Vec<i64>>,
 }
 
 impl<T: Copy> Data<T> {
@@ -48,6 +51,7 @@ impl<T: Copy> Data<T> {
             rollout_logp: self.rollout_logp.as_ref().map(all),
             weights: self.weights.as_ref().map(all),
             mask: self.mask.clone(),
+            offsets: self.offsets.clone(),
         }
     }
 }
@@ -67,6 +71,7 @@ macro_rules! inputs {
                     rollout_logp: self.rollout_logp.as_deref(),
                     weights: self.weights.as_deref(),
                     mask: self.mask.as_deref(),
+                    offsets: self.offsets.as_deref(),
                     ..$backend::Inputs::new(&self.logp, &self.old_logp, &self.advantages)
                 }
             }
@@ -106,6 +111,7 @@ pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize) -> Data<f32> {
         values: Some(values),
         weights: None,
         mask: None,
+        offsets: None,
     }
 }
 
@@ -225,6 +231,62 @@ pub fn row(data: &Data<f32>, b: usize) -> Data<f32> {
         rollout_logp: data.rollout_logp.as_ref().map(cut),
         weights: data.weights.as_ref().map(cut),
         mask: data.mask.as_ref().map(|mask| mask[range.clone()].to_vec()),
+        offsets: None,
+    }
+}
+
+/// Rows of any length, with holes or without, padded and as a pack.
+pub struct Packed {
+    pub pack: Pack,
+    pub padded: Data<f32>,
+    pub packed: Data<f32>,
+}
+
+impl Packed {
+    pub fn new(rng: &mut StdRng, batch: usize, seq_len: usize, holes: bool) -> Self {
+        let pack = Pack::random(rng, batch, seq_len);
+        let n = batch * seq_len;
+        let mut all = rollout(rng, batch, seq_len);
+        all.weights = Some(some_weights(rng, n));
+        let mask = random_mask(rng, n, if holes { 0.7 } else { 1.0 });
+        all.mask = Some(pack.hide(&mask));
+        let padded = with_nan_under_the_mask(&all);
+        let cut = |x: &Vec<f32>| pack.pack(x);
+        let packed = Data {
+            batch,
+            seq_len: pack.tokens(),
+            logp: cut(&padded.logp),
+            old_logp: cut(&padded.old_logp),
+            advantages: cut(&padded.advantages),
+            values: padded.values.as_ref().map(cut),
+            old_values: padded.old_values.as_ref().map(cut),
+            returns: padded.returns.as_ref().map(cut),
+            entropy: padded.entropy.as_ref().map(cut),
+            ref_logp: padded.ref_logp.as_ref().map(cut),
+            rollout_logp: padded.rollout_logp.as_ref().map(cut),
+            weights: padded.weights.as_ref().map(cut),
+            mask: holes.then(|| pack.pack(&mask)),
+            offsets: Some(pack.offsets.clone()),
+        };
+        Self { pack, padded, packed }
+    }
+
+    /// Without values, entropy and weights.
+    pub fn fewer(mut self) -> Self {
+        for data in [&mut self.padded, &mut self.packed] {
+            (data.values, data.entropy, data.weights) = (None, None, None);
+        }
+        self
+    }
+
+    /// Checks that gradients have the same bits, and that sums are as good as the same.
+    #[track_caller]
+    pub fn check(&self, what: &str, padded: &Found, packed: &Found) {
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        for (a, b) in padded.1.iter().zip(&packed.1).filter(|(a, _)| !a.is_empty()) {
+            assert!(bits(&self.pack.pack(a)) == bits(b), "{what}");
+        }
+        assert_close(what, &packed.0.to_array(), &padded.0.to_array(), 1e-6, 1e-6);
     }
 }
 
@@ -380,8 +442,10 @@ pub fn assert_stats_close(what: &str, got: &PpoStats, want: &PpoStats, terms: f6
 #[track_caller]
 pub fn check(what: &str, data: &Data<f32>, options: &PpoLossOptions, (stats, grads): &Found) {
     let want = run(&data.map(f64::from), options);
+    let Data { batch, seq_len, mask, offsets, .. } = data;
     let weights =
-        reference::weights(data.mask.as_deref(), data.batch, data.seq_len, options).unwrap();
+        reference::weights(mask.as_deref(), *batch, *seq_len, offsets.as_deref(), options);
+    let weights = weights.unwrap();
     assert_stats_close(what, stats, &want.stats, weights.iter().sum());
     let [logp, values, entropy] = grads;
     assert_close_scaled(&format!("{what} grad_logp"), logp, &want.grad_logp);

@@ -42,7 +42,7 @@ impl Set {
             grad_logp: Buffer::uninit(count, 0),
             grad_values: Buffer::uninit(count, 0),
             stats: Buffer::uninit(1, 0),
-            workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len, options), 0),
+            workspace: Buffer::uninit(cuda::workspace_len(batch, batch * seq_len, options), 0),
         }
     }
 }

@@ -585,6 +585,7 @@ class ppo_loss_args(Structure):
         ("rollout_logp", c_void_p),
         ("weights", c_void_p),
         ("mask", c_void_p),
+        ("offsets", c_void_p),
         ("options", c_void_p),
         ("stats", c_void_p),
         ("loss", c_void_p),

@@ -324,6 +324,7 @@ _inputs = (
     _numbers("rollout_logp?"),
     _numbers("weights?"),
     _flags("mask?"),
+    _offsets,
 )
 PPO_LOSS = Op("ppo_loss", _inputs, Options("ppo_loss", "ppo_loss"))
 # Which of them the loss has gradients of.
@@ -341,7 +342,8 @@ ppo_loss_scale = _pass(
 # --- the loss from hidden states ---
 
 # Apart from those of the head, each of the shape of the ids.
-_of_loss = [each for each in PPO_LOSS.inputs if each.name not in ("logp", "entropy")]
+_others = ("logp", "entropy", "offsets")
+_of_loss = [each for each in PPO_LOSS.inputs if each.name not in _others]
 _of_loss = tuple(each for each in _of_loss if not each.name.endswith(("values", "returns")))
 LINEAR_PPO_LOSS_ROWS = Op("linear_ppo_loss", _of_loss)
 _options = Choices({**LINEAR.options.kinds, **PPO_LOSS.options.kinds})

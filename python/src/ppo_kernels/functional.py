@@ -722,6 +722,7 @@ def ppo_loss(
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     weights: Tensor | None = None,
+    offsets: Tensor | None = None,
     clip_range: Number = 0.2,
     clip_range_high: Number | None = None,
     dual_clip: Number | None = None,
@@ -788,6 +789,9 @@ def ppo_loss(
         weights: factors of the policy term, 0 or more: importance weights, rejections, masks. 0
             drops a token, whatever it holds, from the sum and not from the denominator; a ratio of
             rows is of all unmasked tokens all the same.
+        offsets: where the rows of a pack begin, ``[rows + 1]``; see :func:`gae`. What is
+            ``[..., seq_len]`` is ``[tokens]`` then, ``advantages`` and ``weights`` too, and the
+            ``seq_len`` of an aggregation is the longest row.
         clip_range, clip_range_high: low, and high if it is another; infinity for no clip.
         dual_clip: c, above 1 (3 in verl).
         log_ratio_clamp: clamps d to plus or minus this.
@@ -840,7 +844,7 @@ def ppo_loss(
         old_logp = logp.detach()
     advantages, weights = _of_tokens(advantages, logp), _of_tokens(weights, logp)
     of_terms = (values, old_values, returns, entropy, ref_logp, rollout_logp, weights)
-    tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask)
+    tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask, offsets)
     clips = (clip_range, clip_range_high, dual_clip, log_ratio_clamp, value_clip_range)
     terms = (value_coef, entropy_coef, kl_coef, kl_log_ratio_clamp, kl_output_clamp)
     means = (aggregation_divisor, denominator)

@@ -533,6 +533,7 @@ def ppo_loss(
     ref_logp: ArrayLike | None = None,
     rollout_logp: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    offsets: ArrayLike | None = None,
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
@@ -569,13 +570,14 @@ def ppo_loss(
     kl_ratio_cap: float | None = None,
     kl_weighted: bool = False,
 ) -> tuple[float, dict[str, float], dict[str, Floats]]:
-    """The PPO loss of ``[..., seq_len]``; its statistics; and its gradients with respect to
+    """The PPO loss of ``[..., seq_len]``, or with offsets of ``[tokens]``; its statistics; and its gradients with respect to
     ``logp``, and to ``values`` and ``entropy`` where they are given."""
     shape = np.shape(logp)
     old_logp = logp if old_logp is None else old_logp
     advantages, weights = _of_tokens(advantages, shape), _of_tokens(weights, shape)
     given = locals()
-    sizes, inputs = _sizes(_lists.PPO_LOSS, logp), _checked(_lists.PPO_LOSS, given, shape)
+    sizes = _sizes(_lists.PPO_LOSS, logp, offsets)
+    inputs = _checked(_lists.PPO_LOSS, given, shape)
     names = [name for name in _lists.PPO_LOSS_GRADIENTS if given[name] is not None]
     gradients = {name: np.empty(shape, np.float32) for name in names}
     stats = np.empty(len(_lib.STATS), np.float64)

@@ -618,9 +618,11 @@ fn ppo_loss_case(
     draw: &mut Draw,
     pair: &mut Pair,
     options: &PpoLossOptions,
-    shape: [usize; 2],
+    padded @ [batch, _]: [usize; 2],
 ) -> Result<()> {
-    let mask = draw.mask(shape);
+    let mask = draw.mask(padded);
+    let (offsets, shape, seq_len) = draw.packed(padded);
+    let offsets_tensor = draw.offsets(offsets.as_deref())?;
     let logp = draw.masked(&mask, -4.0, 3.0);
     let values = draw.masked(&mask, 0.0, 1.0);
     let advantages = draw.masked(&mask, 0.0, 2.0);
@@ -647,6 +649,7 @@ fn ppo_loss_case(
         rollout_logp: Some(&draw.tensor(&rollout_logp, &shape)?),
         weights: Some(&w).filter(|_| given),
         mask: Some(&draw.bytes(&mask, &shape)?),
+        offsets: offsets_tensor.as_ref(),
         ..PpoLossInputs::new(&x, &old, &a)
     };
     let computed = ppo_loss(&inputs, options)?;
@@ -667,9 +670,11 @@ fn ppo_loss_case(
         rollout_logp: Some(&rollout_logp),
         weights: Some(&token_weights[..]).filter(|_| given),
         mask: Some(&mask),
+        offsets: offsets.as_deref(),
     };
-    let want = ppo_loss::reference::ppo_loss(&inputs, shape[0], shape[1], options)?;
-    let weights = ppo_loss::reference::weights(Some(&mask), shape[0], shape[1], options)?;
+    let want = ppo_loss::reference::ppo_loss(&inputs, batch, seq_len, options)?;
+    let weights =
+        ppo_loss::reference::weights(Some(&mask), batch, seq_len, offsets.as_deref(), options)?;
 
     // The aggregated terms as weighted means, of magnitude 1 whatever the weights add up to.
     let total: f64 = weights.iter().sum();
