@@ -6,7 +6,7 @@
 
 mod common;
 
-use candle_core::{DType, Var};
+use candle_core::{DType, Tensor, Var};
 use common::minibatch::Minibatch;
 use common::*;
 use criterion::{criterion_group, criterion_main, Criterion};
@@ -95,6 +95,67 @@ fn member(criterion: &mut Criterion, name: &'static str, batch: usize, seq_len: 
     });
 }
 
+/// A pack, and the same rows with padding; candle's own ops have padding in both.
+fn packs(criterion: &mut Criterion) {
+    let (rows, width) = (pack::ROWS, pack::WIDTH);
+    let offsets = pack::offsets();
+    let tokens = offsets[rows] as usize;
+    for packed in [true, false] {
+        let (pass, shape) = match packed {
+            true => ("ppo_loss_packed", format!("f32_{rows}x512")),
+            false => ("ppo_loss_padded", format!("f32_{rows}x{width}")),
+        };
+        on_cpu(criterion, pass, &shape, &[walk(tokens)], || {
+            let logp = uniform(&mut rng(1), rows * width, -3.0, 2.0);
+            let var = Var::from_tensor(&tensor(logp, &[rows, width], DType::F32)).unwrap();
+            let data = Minibatch::masked(&var, pack::mask(&offsets));
+            let (offsets, mask) = (offsets.clone(), pack::mask(&offsets));
+            let theirs = data.gradients(&data.composition(&var).unwrap(), &var);
+            let given = [
+                var.as_tensor(),
+                &data.old_logp,
+                &data.advantages,
+                &data.values,
+                &data.old_values,
+                &data.returns,
+            ];
+            let rows_of = |x: &Tensor| match packed {
+                true => pack::pack(&offsets, &to_vec(x)),
+                false => to_vec(x),
+            };
+            let [logp, old_logp, advantages, values, old_values, returns] = given.map(rows_of);
+            let theirs = theirs.map(|gradient| rows_of(&gradient));
+            let seq_len = if packed { tokens } else { width };
+            let fused = move |grad_logp: &mut [f32], grad_values: &mut [f32]| {
+                let inputs = Inputs {
+                    values: Some(&values),
+                    old_values: Some(&old_values),
+                    returns: Some(&returns),
+                    mask: (!packed).then_some(&mask[..]),
+                    offsets: packed.then_some(&offsets[..]),
+                    ..Inputs::new(&logp, &old_logp, &advantages)
+                };
+                let mut stats = [PpoStats::from_array([0.0; PpoStats::LEN])];
+                let outputs = Outputs {
+                    grad_logp: Some(grad_logp),
+                    grad_values: Some(grad_values),
+                    ..Outputs::new(&mut stats)
+                };
+                cpu::ppo_loss(inputs, rows, seq_len, &PpoLossOptions::default(), outputs).unwrap();
+                stats
+            };
+            let [mut grad_logp, mut grad_values] = [(); 2].map(|()| vec![0.0; theirs[0].len()]);
+            fused(&mut grad_logp, &mut grad_values);
+            let scaled = |x: &[f32]| x.iter().map(|x| x * tokens as f32).collect::<Vec<_>>();
+            for (ours, theirs) in [&grad_logp, &grad_values].into_iter().zip(&theirs) {
+                agree("gradient", &scaled(ours), &scaled(theirs), TOLERANCE);
+            }
+            let candle = move || data.gradients(&data.composition(&var).unwrap(), &var);
+            (move || fused(&mut grad_logp, &mut grad_values), candle)
+        });
+    }
+}
+
 fn autograd(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let walks = [walk(batch * seq_len)];
     compare(criterion, "ppo_loss_autograd", &format!("f32_{batch}x{seq_len}"), &walks, || {
@@ -124,6 +185,7 @@ fn benches(criterion: &mut Criterion) {
             member(criterion, name, 4096, 2048);
         }
     }
+    packs(criterion);
     autograd(criterion, 64, 2048);
     autograd(criterion, 4096, 2048);
 }

@@ -107,6 +107,42 @@ fn backward(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     });
 }
 
+/// A pack, whose tokens need no mask, and the same rows with padding.
+fn packs(criterion: &mut Criterion) {
+    let (rows, width) = (pack::ROWS, pack::WIDTH);
+    let offsets = pack::offsets();
+    let (tokens, mask) = (offsets[rows] as usize, pack::mask(&offsets));
+    for packed in [true, false] {
+        let (pass, shape) = match packed {
+            true => ("whiten_packed", format!("f32_{rows}x512")),
+            false => ("whiten_padded", format!("f32_{rows}x{width}")),
+        };
+        on_cpu(criterion, pass, &shape, &walks(tokens), || {
+            let x =
+                tensor(uniform(&mut rng(1), rows * width, 0.3, 2.0), &[rows, width], DType::F32);
+            let options = WhitenOptions::default();
+            let factors = mask.iter().map(|&m| f32::from(m)).collect();
+            let factors = tensor(factors, &[rows, width], DType::F32);
+            let (offsets, mask, padded) = (offsets.clone(), mask.clone(), to_vec(&x));
+            let rows_of = |x: &[f32]| match packed {
+                true => pack::pack(&offsets, x),
+                false => x.to_vec(),
+            };
+            let candle = move || compositions::masked_whiten(&x, &factors, options.eps).unwrap();
+            let (elements, theirs) = (rows_of(&padded), rows_of(&to_vec(&candle())));
+            let fused = move |y: &mut [f32]| {
+                let (x, mask) = (&elements[..], (!packed).then_some(&mask[..]));
+                let inputs = Inputs { x, mask, moments: Some(&moments(x, mask)) };
+                cpu::masked_whiten(inputs, x.len(), &options, Outputs { y }).unwrap();
+            };
+            let mut out = vec![0.0; theirs.len()];
+            fused(&mut out);
+            agree("whitened", &out, &theirs, TOLERANCE);
+            (move || fused(&mut out), candle)
+        });
+    }
+}
+
 fn benches(criterion: &mut Criterion) {
     // Linear in B; in T it is the same number of elements in other words.
     let batches: &[usize] = if quick() { &[64, 4096] } else { &[64, 512, 4096] };
@@ -118,6 +154,7 @@ fn benches(criterion: &mut Criterion) {
     }
     tensors(criterion, 64, 2048);
     tensors(criterion, 4096, 2048);
+    packs(criterion);
 }
 
 criterion_group!(group, benches);

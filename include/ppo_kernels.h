@@ -819,7 +819,7 @@ typedef struct ppok_advantages_args {
      */
     size_t batch;
     /**
-     * Tokens of a row, where `mask` or `token_advantages` is given.
+     * Tokens of a row, or with `offsets` of all rows, where `mask` or `token_advantages` is given.
      */
     size_t seq_len;
     /**
@@ -844,17 +844,24 @@ typedef struct ppok_advantages_args {
      */
     const float *score_baselines;
     /**
-     * `[batch, seq_len]`; null if nothing is masked. Looked at for `token_advantages` only.
+     * `[batch, seq_len]`, or with `offsets` `[seq_len]`; null if nothing is masked. Looked at for
+     * `token_advantages` only.
      */
     const uint8_t *mask;
+    /**
+     * Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+     * `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+     * `seq_len` tokens.
+     */
+    const int64_t *offsets;
     const struct ppok_advantages_options *options;
     /**
      * Advantages of the rows, `[batch]`; written.
      */
     float *advantages;
     /**
-     * The row's advantage on each of its tokens, 0 where masked, `[batch, seq_len]`; written; null if not
-     * wanted.
+     * The row's advantage on each of its tokens, 0 where masked, `[batch, seq_len]`, or with `offsets`
+     * `[seq_len]`; written; null if not wanted.
      */
     float *token_advantages;
     /**
@@ -1041,11 +1048,12 @@ typedef struct ppok_correction_args {
      */
     size_t batch;
     /**
-     * Tokens of a row.
+     * Tokens of a row; with `offsets`, of all rows.
      */
     size_t seq_len;
     /**
-     * Log-probabilities as the trainer computes them before the update, `[batch, seq_len]`.
+     * Log-probabilities as the trainer computes them before the update, `[batch, seq_len]`, or with `offsets`
+     * `[seq_len]`, as are all of that shape.
      */
     const float *old_logp;
     /**
@@ -1056,6 +1064,12 @@ typedef struct ppok_correction_args {
      * `[batch, seq_len]`; null if nothing is masked.
      */
     const uint8_t *mask;
+    /**
+     * Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+     * `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+     * `seq_len` tokens.
+     */
+    const int64_t *offsets;
     const struct ppok_correction_options *options;
     /**
      * Weights for ppok_ppo_loss_*, `[batch, seq_len]`, written; 0 where masked or rejected.
@@ -2299,11 +2313,12 @@ typedef struct ppok_preference_loss_args {
      */
     size_t rows;
     /**
-     * Tokens of a row; 1 where rows are log-probabilities of whole responses.
+     * Tokens of a row, or with `offsets` of all rows; 1 where rows are log-probabilities of whole responses.
      */
     size_t seq_len;
     /**
-     * Log-probabilities under the policy that is trained, which get the gradient, `[rows, seq_len]`.
+     * Log-probabilities under the policy that is trained, which get the gradient, `[rows, seq_len]`, or with
+     * `offsets` `[seq_len]`, as are all of that shape.
      */
     const float *logp;
     /**
@@ -2340,6 +2355,12 @@ typedef struct ppok_preference_loss_args {
      * kl of KTO, one number; null for 0.
      */
     const float *kl;
+    /**
+     * Where the rows of a pack begin, `[rows + 1]`: row b is the tokens from `offsets[b]` up to
+     * `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+     * `seq_len` tokens.
+     */
+    const int64_t *offsets;
     const struct ppok_preference_options *options;
     /**
      * The loss and the statistics, one, written.

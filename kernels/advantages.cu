@@ -23,6 +23,7 @@
 
 #include "common/map.cuh"
 #include "common/moments.cuh"
+#include "common/tokens.cuh"
 
 // Pairs that a block sorts in its shared memory.
 constexpr int TILE = 1024;
@@ -86,6 +87,7 @@ struct PassArgs {
     const float* lengths;      // [rows], or null
     const float* score_baselines;    // [rows], or null: zeros
     const uint8_t* mask;       // [rows, tokens], or null: ones
+    const int64_t* offsets;    // [rows + 1], or null: rows of as many tokens
     float* advantages;         // [rows]
     float* token_advantages;   // [rows, tokens], or null: not wanted
     AdvantageStats* stats;     // [1], or null: not wanted
@@ -93,7 +95,7 @@ struct PassArgs {
     Batch* batch;              // [1]
     Counts* counts;            // [units]
     int64_t rows;
-    int64_t tokens;
+    int64_t tokens;            // of a row; of all where there are offsets
     int64_t group_size;        // 0: none
     int64_t units;             // warps that count groups
     OptionsArgs options;
@@ -416,9 +418,9 @@ KERNEL(32, 1, advantages_finish_f32, PassArgs) {
 // Block [threads], a range of the tokens of a row a unit of threads.
 KERNEL(256, 4, advantages_spread_f32, PassArgs) {
     for_each_share(args, [&](int64_t row, Share share) {
-        const int64_t first = row * args.tokens;
-        const uint8_t* mask = args.mask ? args.mask + first : nullptr;
-        fill_columns<true>(args.token_advantages + first, args.advantages[row], args.tokens, share,
-                           mask);
+        const RowRange range = range_of_row(args.offsets, row, args.tokens);
+        const uint8_t* mask = args.mask ? args.mask + range.first : nullptr;
+        fill_columns<true>(args.token_advantages + range.first, args.advantages[row], range.tokens,
+                           share, mask);
     });
 }

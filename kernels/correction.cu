@@ -126,6 +126,7 @@ struct PassArgs {
     const float* old_logp;      // [rows, columns]
     const float* rollout_logp;  // [rows, columns]
     const uint8_t* mask;        // [rows, columns], or null: ones
+    const int64_t* offsets;     // [rows + 1], or null: rows of as many columns
     float* weights;             // [rows, columns]
     CorrectionStats* stats;     // [1]
     uint8_t* kept;              // [rows, columns], or null
@@ -459,14 +460,15 @@ static __device__ __forceinline__ void correct_row(const PassArgs& args, int64_t
                                                    RowSums* warps) {
     constexpr int N = SEGMENTS<REJECTS>, CHUNK = N * SEGMENT;
     const RuleArgs& rule = args.rule;
+    const RowRange range = range_of_row(args.offsets, row, args.columns);
     const int64_t first = BLOCK ? threadIdx.x / WARP * CHUNK : 0;
     const int64_t step = BLOCK ? blockDim.x / WARP * CHUNK : CHUNK;
     RowSums of_row = no_row_sums();
     bool rejected = false;
     float ratio = 1.0f;
     if (rule.needs_rows) {
-        for (int64_t at = first; at < args.columns; at += step) {
-            const Tokens<N> t = load_chunk<N>(args, Place(row, args.columns, at));
+        for (int64_t at = first; at < range.tokens; at += step) {
+            const Tokens<N> t = load_chunk<N>(args, Place(range, at));
             add_tokens(of_row, t);
             if (REJECTS) add_metrics(of_row, rule, t);
         }
@@ -483,8 +485,8 @@ static __device__ __forceinline__ void correct_row(const PassArgs& args, int64_t
         }
     }
     RowSums again = no_row_sums();
-    for (int64_t at = first; at < args.columns; at += step) {
-        const Place place(row, args.columns, at);
+    for (int64_t at = first; at < range.tokens; at += step) {
+        const Place place(range, at);
         const Tokens<N> t = load_chunk<N>(args, place);
         if (!rule.needs_rows) add_tokens(again, t);
         again.rejected += float(weigh<REJECTS>(args, place, t, rejected, ratio, s));

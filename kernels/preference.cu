@@ -126,6 +126,7 @@ struct PassArgs {
     const float* margin;     // [units], or null: zeros
     const uint8_t* labels;   // [rows], or null: pairs
     const float* kl;         // [1], or null: 0
+    const int64_t* offsets;  // [rows + 1], or null: rows of as many columns
     PreferenceStats* stats;  // [1]
     float* loss;             // [1], or null
     float* losses;           // [units], or null
@@ -138,7 +139,7 @@ struct PassArgs {
     double* partials;        // [parts, PARTIAL_SUMS]
     float* factors;          // [2]: of gradients, and of the likelihood term's
     int64_t rows;
-    int64_t columns;
+    int64_t columns;         // of all rows where there are offsets
     int64_t units;
     int32_t parts;
     int32_t row_threads;     // threads that share a row: a warp, or all of the block
@@ -193,10 +194,11 @@ static __device__ __forceinline__ void for_rows(const PassArgs& args, Work work)
 KERNEL(256, 3, preference_sums_f32, PassArgs) {
     SHARED(TokenSums, of_warps, WARP);
     for_rows(args, [&](int64_t row, int warp, int warps) {
+        const RowRange range = range_of_row(args.offsets, row, args.columns);
         TokenSums s = AddTokens::none();
-        for (int64_t at = int64_t(warp) * IN_FLIGHT * SEGMENT; at < args.columns;
+        for (int64_t at = int64_t(warp) * IN_FLIGHT * SEGMENT; at < range.tokens;
              at += int64_t(warps) * IN_FLIGHT * SEGMENT) {
-            const Place place(row, args.columns, at);
+            const Place place(range, at);
             float x[IN_FLIGHT][QUAD];
             unsigned keep[IN_FLIGHT];
             load_tokens(args.logp, place, x);
@@ -215,7 +217,7 @@ KERNEL(256, 3, preference_sums_f32, PassArgs) {
         s = warps > 1 ? block_merge(AddTokens{}, s, of_warps) : AddTokens::warp_merge(s);
         if (warp != 0 || threadIdx.x % WARP != 0) return;
         if (args.ref_sums) s.reference = args.ref_sums[row];
-        args.sums[row] = {s.policy, s.policy, s.reference, s.count, args.columns};
+        args.sums[row] = {s.policy, s.policy, s.reference, s.count, range.tokens};
     });
 }
 
@@ -227,9 +229,10 @@ KERNEL(256, 2, preference_merge_tails_f32, PassArgs) {
         const double shorter = args.sums[(row + args.units) % args.rows].length;
         if (args.sums[row].length <= shorter) continue;
         double head = 0.0, rest = 0.0, ref_head = 0.0, ref_rest = 0.0;
-        int64_t before = 0, tail = args.columns;
-        for (int64_t at = 0; at < args.columns; at += SEGMENT) {
-            const Place place(row, args.columns, at);
+        const RowRange range = range_of_row(args.offsets, row, args.columns);
+        int64_t before = 0, tail = range.tokens;
+        for (int64_t at = 0; at < range.tokens; at += SEGMENT) {
+            const Place place(range, at);
             float x[1][QUAD], reference[1][QUAD] = {};
             load_tokens(args.logp, place, x);
             if (args.ref_logp) load_tokens(args.ref_logp, place, reference);
@@ -656,9 +659,10 @@ KERNEL(256, 4, preference_finish_tokens_f32, PassArgs) {
         const float sft = gradient.sft * args.factors[1];
         const float head = fmaf(gradient.head, args.factors[0], sft);
         const float rest = fmaf(gradient.rest, args.factors[0], sft);
-        for (int64_t at = int64_t(warp) * IN_FLIGHT * SEGMENT; at < args.columns;
+        const RowRange range = range_of_row(args.offsets, row, args.columns);
+        for (int64_t at = int64_t(warp) * IN_FLIGHT * SEGMENT; at < range.tokens;
              at += int64_t(warps) * IN_FLIGHT * SEGMENT) {
-            const Place place(row, args.columns, at);
+            const Place place(range, at);
             unsigned keep[IN_FLIGHT];
 #pragma unroll
             for (int j = 0; j < IN_FLIGHT; j++) keep[j] = kept(args.mask, place, j);

@@ -562,6 +562,50 @@ def correction_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     yield Group(f"correction {batch} x {seq_len}", present(candidates), size)
 
 
+def packed_groups(device: str) -> Iterator[Group]:
+    """Rows of 1 to 2048 tokens, 512 in the mean, one behind the other, with padding, and as many
+    tokens in rows of full length. The first row is the same in all, and is what is compared."""
+    rows, width = 64, 2048
+    lengths = (1 + (width - 1) * (torch.arange(rows) / (rows - 1)) ** 3).long().roll(1)
+    lengths[-1] += rows // 4 * width - lengths.sum()
+    offsets = torch.cat((torch.zeros(1).long(), lengths.cumsum(0))).to(device)
+    mask = torch.arange(width, device=device) < lengths.to(device)[:, None]
+    padded = torch.randn(4, rows, width, device=device)
+    full = torch.cat((padded[:, :1], padded[:, : rows // 4 - 1]), 1)
+    ways = {
+        "ours, packed": (padded[:, mask].contiguous(), {"offsets": offsets}),
+        "ours, padded": (padded, {"mask": mask}),
+        "ours, full rows": (full, {}),
+    }
+    tokens = int(offsets[-1])
+
+    def first_row(call: Callable) -> Callable:
+        def start() -> tuple[Tensor, ...]:
+            found = call()
+            return tuple(part.flatten()[:width] for part in found)
+
+        return start
+
+    def gae(x: Tensor, options: dict) -> Callable:
+        return lambda: ppo_kernels.gae(x[0], x[1], **options)[:2]
+
+    def loss(x: Tensor, options: dict, name: str) -> Callable:
+        logp, more = x[2].clone().requires_grad_(), {**ppo_kernels.named_loss(name), **options}
+        return gradients_of(ppo_kernels.ppo_loss, (logp,), logp, x[0], x[1], **more)
+
+    def whiten(x: Tensor, options: dict) -> Callable:
+        return lambda: (ppo_kernels.masked_whiten(x[0], options.get("mask")),)
+
+    shape, of_token = f"{rows} rows of 1 to {width}", 4 * tokens
+    made = {name: first_row(gae(*way)) for name, way in ways.items()}
+    yield Group(f"packed gae, {shape}", made, 4 * of_token)
+    for name in ("ppo", "gspo"):
+        made = {who: first_row(loss(*way, name)) for who, way in ways.items()}
+        yield Group(f"packed {name} forward + backward, {shape}", made, 6 * of_token)
+    made = {name: first_row(whiten(*way)) for name, way in ways.items() if "full" not in name}
+    yield Group(f"packed masked_whiten, {shape}", made, 3 * of_token)
+
+
 def overhead_groups(device: str) -> Iterator[Group]:
     logits = torch.randn(4, 32, device=device, requires_grad=True)
     index = torch.randint(32, (4,), device=device)
@@ -617,6 +661,7 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
     for make in (*makers, policy_loss_groups, named_loss_groups):
         yield lambda make=make: make(batch, 2048, device)
     yield lambda: preference_groups(device)
+    yield lambda: packed_groups(device)
     yield lambda: overhead_groups(device)
 
 

@@ -1079,6 +1079,8 @@ fn advantages(f: &mut Fuzz) {
     if f.coin(0.2) {
         (sample.sizes.seq_len, sample.mask) = (0, None);
     }
+    let (offsets, of_offsets) = f.offsets(sample.sizes.batch, &mut sample.sizes.seq_len);
+    sample.offsets = offsets;
     let mut own = AdvantageOptions::default();
     let options = f.put_options(ppok_advantages_options_init, (1..=1, 3), |f, c| {
         own.eps = f.one(&[0.0, 1e-4, 0.1]);
@@ -1098,12 +1100,12 @@ fn advantages(f: &mut Fuzz) {
     inputs.lengths = inputs.lengths.filter(|_| weighted || f.coin(0.5));
     let grouped = inputs.groups.is_some() || group_size > 0;
     let expected = match sample.fits(&own) {
-        true => PPOK_STATUS_OK,
+        true => of_offsets,
         false if grouped => PPOK_STATUS_OPTION,
         false => PPOK_STATUS_NULL_POINTER,
     };
     let advantages = f.out(PPOK_F32, batch);
-    let tokens = f.out(PPOK_F32, batch * seq_len);
+    let tokens = f.out(PPOK_F32, sample.tokens());
     let stats = f.coin(0.7).then(|| f.out_struct::<AdvantageStats>());
     let args = ppok_advantages_args {
         struct_size: 0,
@@ -1115,6 +1117,7 @@ fn advantages(f: &mut Fuzz) {
         lengths: f.put_some(inputs.lengths),
         score_baselines: f.put_some(inputs.score_baselines),
         mask: f.put_some(inputs.mask),
+        offsets: f.put_offsets(inputs.offsets),
         options,
         advantages: at(advantages),
         token_advantages: at(tokens),
@@ -1268,7 +1271,7 @@ fn a_rejection(f: &mut Fuzz) -> (Rejection, [i32; 2], [f64; 2]) {
 }
 
 fn correction(f: &mut Fuzz) {
-    let [batch, seq_len] = f.shape();
+    let [batch, mut seq_len] = f.shape();
     let masked = f.coin(0.6);
     let mut own = CorrectionOptions::default();
     let options = f.put_options(ppok_correction_options_init, (1..=7, 4), |f, c| {
@@ -1298,9 +1301,13 @@ fn correction(f: &mut Fuzz) {
         [c.second_rejection_metric, c.second_rejection_level] = numbers;
         [c.second_rejection_low, c.second_rejection_high] = bounds;
     });
-    let data = correction_cases::rollout(&mut f.rng, batch, seq_len, masked);
-    let data = correction_cases::clear_of_bounds(data, &own);
-    let tokens = batch * seq_len;
+    let mut data = correction_cases::rollout(&mut f.rng, batch, seq_len, masked);
+    let (offsets, expected) = f.offsets(batch, &mut seq_len);
+    (data.seq_len, data.offsets) = (seq_len, offsets);
+    if expected == PPOK_STATUS_OK {
+        data = correction_cases::clear_of_bounds(data, &own);
+    }
+    let tokens = data.old_logp.len();
     let weights = f.out(PPOK_F32, tokens);
     let stats = f.out_struct::<CorrectionStats>();
     let kept = f.coin(0.7).then(|| Out {
@@ -1315,12 +1322,13 @@ fn correction(f: &mut Fuzz) {
         old_logp: f.put(&data.old_logp),
         rollout_logp: f.put(&data.rollout_logp),
         mask: f.put_some(data.mask.as_deref()),
+        offsets: f.put_offsets(data.offsets.as_deref()),
         options,
         weights: at(weights),
         stats: at(stats),
         kept: at(kept),
     };
-    f.call("correction", ppok_correction_cpu, 2, args, PPOK_STATUS_OK, |_, what| {
+    f.call("correction", ppok_correction_cpu, 2, args, expected, |_, what| {
         let found = correction_cases::Found {
             weights: weights.read(),
             kept: kept.map_or_else(|| data.reference(&own).kept, |kept| kept.read()),
@@ -1612,7 +1620,7 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
 }
 
 fn preference_loss(f: &mut Fuzz) {
-    let [rows, seq_len] = f.shape();
+    let [rows, mut seq_len] = f.shape();
     let loss = f.one(&PreferenceLoss::ALL);
     let mut own = PreferenceOptions::default();
     let options = f.put_options(ppok_preference_options_init, (1..=5, 2), |f, c| {
@@ -1695,8 +1703,15 @@ fn preference_loss(f: &mut Fuzz) {
         margin,
         labels,
         kl: (!paired && f.coin(0.5)).then(|| vec![0.5]),
+        offsets: None,
     };
-    if !odd && n > 0 && units > 0 {
+    // Divergences of long rows are exponentials of large numbers.
+    if own.f_divergence == FDivergence::ReverseKl {
+        let (offsets, of_offsets) = f.offsets(rows, &mut seq_len);
+        (data.seq_len, data.offsets) = (seq_len, offsets);
+        wrong |= of_offsets != PPOK_STATUS_OK;
+    }
+    if !odd && data.offsets.is_none() && n > 0 && units > 0 {
         data = preference_cases::with_nan_where_nothing_counts(&data);
     }
     let given = data.inputs();
@@ -1716,6 +1731,7 @@ fn preference_loss(f: &mut Fuzz) {
         margin: f.put_some(given.margin),
         labels: f.put_some(given.labels),
         kl: f.put_some(given.kl),
+        offsets: f.put_offsets(given.offsets),
         options,
         stats: at(stats),
         loss: at(loss),

@@ -6,6 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var};
 use common::correction_cases::*;
 use common::loss_golden::*;
+use common::pack::BAD_OFFSETS;
 use common::ppo_loss_cases::{self, run};
 use common::*;
 use ppo_kernels::correction::reference::{self, Output};
@@ -551,6 +552,7 @@ fn by_eye() -> Data {
         old_logp: vec![-3.0; 6],
         rollout_logp: [0.0, ln2, 2.0 * ln2, -ln2, f32::NAN, 5.0].map(|d| -3.0 - d).to_vec(),
         mask: Some(vec![1, 1, 1, 1, 1, 0]),
+        offsets: None,
     }
 }
 
@@ -720,6 +722,33 @@ fn bits_depend_on_the_row_alone_and_on_no_number_of_threads() {
 }
 
 #[test]
+fn packed_rows_have_the_bits_of_padded_ones() {
+    let mut rng = rng(20);
+    for (name, options) in option_sets() {
+        for (batch, seq_len) in [(2, 3), (9, 40), (4, 1500)] {
+            let sample = Packed::new(&mut rng, batch, seq_len, &options);
+            let what = format!("{name}: {batch}x{seq_len}");
+            let [padded, packed] =
+                [&sample.padded, &sample.packed].map(|data| run_cpu(data, &options).unwrap());
+            sample.check(&what, &options, &padded, &packed);
+            check(&what, &sample.packed, &options, &packed);
+        }
+    }
+}
+
+#[test]
+fn offsets_that_are_none_are_refused() {
+    let mut data = by_eye();
+    (data.seq_len, data.offsets) = (6, Some(vec![0, 0, 6]));
+    run_cpu(&data, &CorrectionOptions::default()).unwrap();
+    for (offsets, words) in BAD_OFFSETS {
+        data.offsets = Some(offsets.to_vec());
+        let error = run_cpu(&data, &CorrectionOptions::default()).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{error}");
+    }
+}
+
+#[test]
 fn infinities_are_clamped_and_nan_of_the_trainer_shows() {
     let inf = f32::INFINITY;
     let data = Data {
@@ -728,6 +757,7 @@ fn infinities_are_clamped_and_nan_of_the_trainer_shows() {
         old_logp: vec![-1.0, -inf, -1.0, f32::NAN],
         rollout_logp: vec![-inf, -1.0, -1.0, -1.0],
         mask: None,
+        offsets: None,
     };
     let found = run_cpu(&data, &CorrectionOptions::icepop(0.5, 2.0)).unwrap();
     assert_eq!(found.weights[..3], [0.0, 0.0, 1.0]);
@@ -867,6 +897,19 @@ fn tensors_give_constants_with_the_bits_of_slices() {
         assert_eq!(stats.map(f64::to_bits), rounded.map(f64::to_bits), "{name}");
         assert_eq!(out.stats.tensor().dims(), &[CorrectionStats::LEN]);
     }
+    let offsets = Tensor::new(&[0_i64, 7, 7, 100, 101, 300], &Device::Cpu).unwrap();
+    let [old_logp, rollout_logp] = [&*old_logp, &rollout_logp].map(|x| x.flatten_all().unwrap());
+    let mask = mask.flatten_all().unwrap();
+    let inputs = CorrectionInputs {
+        mask: Some(&mask),
+        offsets: Some(&offsets),
+        ..CorrectionInputs::new(&old_logp, &rollout_logp)
+    };
+    let out = correction(&inputs, &CorrectionOptions::sequence_tis(2.0)).unwrap();
+    let packed = Data { seq_len: 300, offsets: Some(offsets.to_vec1().unwrap()), ..data };
+    let want = run_cpu(&packed, &CorrectionOptions::sequence_tis(2.0)).unwrap();
+    assert_eq!(to_vec(&out.weights), wide(&want.weights));
+    assert_eq!((out.weights.dims(), out.kept.dims()), (&[300][..], &[300][..]));
 }
 
 #[test]

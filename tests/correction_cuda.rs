@@ -6,6 +6,7 @@ mod common;
 
 use common::correction_cases::*;
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
+use common::pack::WILD_OFFSETS;
 use common::*;
 use ppo_kernels::correction::cuda::{self, Inputs, Outputs};
 use ppo_kernels::correction::{CorrectionOptions, CorrectionStats};
@@ -30,14 +31,16 @@ impl Call {
         let old_logp = Buffer::new(&data.old_logp, self.offset);
         let rollout_logp = Buffer::new(&data.rollout_logp, 2 * self.offset);
         let mask = data.mask.as_ref().map(|mask| Buffer::new(mask, self.offset));
+        let offsets = data.offsets.as_ref().map(|offsets| Buffer::new(offsets, self.offset));
         // Filled with what is no result, to see that every element is written.
         let mut weights = Buffer::new(&vec![f32::NAN; n], 3 * self.offset);
         let mut kept = Buffer::new(&vec![7; n], 3 * self.offset);
         let mut stats = Buffer::new(&[unwritten()], 0);
         let (batch, seq_len) = (data.batch, data.seq_len);
-        let mut workspace = Buffer::workspace(cuda::workspace_len(batch, seq_len), 0);
+        let mut workspace = Buffer::workspace(cuda::workspace_len(batch), 0);
         let inputs = Inputs {
             mask: mask.as_ref().map(Buffer::slice),
+            offsets: offsets.as_ref().map(Buffer::slice),
             ..Inputs::new(old_logp.slice(), rollout_logp.slice())
         };
         let outputs = Outputs {
@@ -120,6 +123,42 @@ fn agrees_with_the_reference_for_every_shape_and_order() {
 }
 
 #[test]
+fn packs_agree_with_the_reference_and_with_padded_batches() {
+    let mut rng = rng(20);
+    for (i, (name, options)) in option_sets().into_iter().enumerate() {
+        // A row a warp, and a row a block.
+        let (batch, seq_len) = [(11, 37), (5, 1800), (300, 9)][i % 3];
+        let sample = Packed::new(&mut rng, batch, seq_len, &options);
+        let mut first = None;
+        for (i, order) in ORDERS.into_iter().take(3).enumerate() {
+            let call = Call { offset: i % 4, machine: machine(order, 9, [3, 1 << 20, 1][i % 3]) };
+            let what = format!("{name} [{batch}, {seq_len}] {order:?}");
+            let padded = call.run(&sample.padded, &options).unwrap();
+            let packed = call.run(&sample.packed, &options).unwrap();
+            sample.check(&what, &options, &padded, &packed);
+            check(&what, &sample.packed, &options, &packed);
+            let bits = packed.bits();
+            let first = first.get_or_insert_with(|| bits.clone());
+            assert!(*first == bits, "{what}: bits depend on order, alignment or grid");
+        }
+    }
+}
+
+#[test]
+fn no_offsets_lead_out_of_bounds() {
+    for (_, options) in option_sets().into_iter().step_by(9) {
+        for offsets in WILD_OFFSETS {
+            for seq_len in [6, 1200] {
+                let mut data = rollout(&mut rng(21), 1, seq_len, false);
+                (data.batch, data.offsets) = (2, Some(offsets.to_vec()));
+                // Under a sanitizer what is out of bounds would be seen; elsewhere that it returns.
+                Call::new(Order::Fifo).run(&data, &options).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
 fn no_token_is_no_nan() {
     for (batch, seq_len) in [(0, 5), (5, 0), (0, 0)] {
         let data = Data { batch, seq_len, ..Default::default() };
@@ -161,6 +200,7 @@ fn infinities_are_clamped() {
         old_logp: vec![-1.0, -inf, -1.0],
         rollout_logp: vec![-inf, -1.0, -1.0],
         mask: None,
+        offsets: None,
     };
     for (name, options) in option_sets().into_iter().filter(|(_, o)| o.log_ratio_clamp.is_some()) {
         check(name, &data, &options, &Call::new(Order::Fifo).run(&data, &options).unwrap());
@@ -175,7 +215,7 @@ fn what_is_not_wanted_is_not_written() {
         (Buffer::new(&data.old_logp, 0), Buffer::new(&data.rollout_logp, 0));
     let mut weights = Buffer::new(&vec![f32::NAN; 360], 0);
     let mut stats = Buffer::new(&[unwritten()], 0);
-    let mut workspace = Buffer::workspace(cuda::workspace_len(4, 90), 0);
+    let mut workspace = Buffer::workspace(cuda::workspace_len(4), 0);
     let stream = stream(machine(Order::Fifo, 9, 3));
     let inputs = Inputs::new(old_logp.slice(), rollout_logp.slice());
     let outputs = Outputs::new(weights.slice_mut(), stats.slice_mut());
@@ -185,7 +225,7 @@ fn what_is_not_wanted_is_not_written() {
 
     // A workspace that is too small, and arrays that do not fit.
     let outputs = Outputs::new(weights.slice_mut(), stats.slice_mut());
-    let mut small = Buffer::workspace(cuda::workspace_len(4, 90) - 1, 0);
+    let mut small = Buffer::workspace(cuda::workspace_len(4) - 1, 0);
     let error = cuda::correction(&stream, inputs, 4, 90, &options, outputs, small.slice_mut());
     assert!(matches!(error, Err(Error::Shape { arg: "workspace", .. })));
     let outputs = Outputs::new(weights.slice_mut(), stats.slice_mut());

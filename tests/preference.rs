@@ -4,6 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
+use common::pack::BAD_OFFSETS;
 use common::preference_cases::*;
 use common::*;
 use ppo_kernels::preference::cpu::{self, Outputs, RewardModelInputs, RewardModelOutputs};
@@ -30,7 +31,8 @@ fn try_cpu(data: &Data<f32>, options: &PreferenceOptions) -> Result<Found> {
     // Filled with NaN, to see that every element is written.
     let room = |n: usize| vec![f32::NAN; n];
     let (mut losses, mut rewards) = (room(data.units()), room(data.rows));
-    let mut grad = room(data.rows * data.seq_len);
+    let tokens = data.seq_len * if data.offsets.is_some() { 1 } else { data.rows };
+    let mut grad = room(tokens);
     let outputs = Outputs {
         loss: Some(&mut loss),
         losses: Some(&mut losses),
@@ -943,12 +945,44 @@ fn what_is_not_wanted_is_not_needed() {
 
 // ---- tensors ----
 
+#[test]
+fn packed_rows_have_the_bits_of_padded_ones() {
+    let mut rng = rng(40);
+    for (name, options) in option_sets() {
+        for (rows, seq_len) in [(6, 5), (8, 40), (4, 1500), (2, 9000)] {
+            let sample = Packed::new(&mut rng, rows, seq_len, &options);
+            let what = format!("{name}: {rows}x{seq_len}");
+            let [padded, packed] =
+                [&sample.padded, &sample.packed].map(|data| run_cpu(data, &options));
+            sample.check(&what, &padded, &packed);
+            check(&what, &sample.packed, &options, &packed);
+        }
+    }
+}
+
+#[test]
+fn offsets_that_are_none_are_refused() {
+    let options = PreferenceOptions::default();
+    let mut data = responses(&mut rng(41), 2, 3, &options);
+    (data.seq_len, data.offsets) = (6, Some(vec![0, 0, 6]));
+    run_cpu(&data, &options);
+    for (offsets, words) in BAD_OFFSETS {
+        data.offsets = Some(offsets.to_vec());
+        let mut stats = [unwritten()];
+        let outputs = Outputs::new(&mut stats);
+        let error = cpu::preference_loss(data.inputs(), 2, 6, &options, outputs).unwrap_err();
+        let text = error.to_string();
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    }
+}
+
 fn tensor<T: candle_core::WithDType>(values: &[T], shape: &[usize]) -> Tensor {
     Tensor::from_slice(values, shape, &Device::Cpu).unwrap()
 }
 
 /// The rows as tensors, as far as they are given.
 struct TensorData {
+    offsets: Option<Tensor>,
     numbers: [Option<Tensor>; 5],
     mask: Option<Tensor>,
     lengths: Option<Tensor>,
@@ -958,17 +992,18 @@ struct TensorData {
 impl TensorData {
     fn new(data: &Data<f32>) -> Self {
         let (rows, units) = (data.rows, data.units());
-        let shape = [rows, data.seq_len];
+        let shape = &[rows, data.seq_len][usize::from(data.offsets.is_some())..];
         let numbers = |x: &Option<Vec<f32>>, shape: &[usize]| x.as_ref().map(|x| tensor(x, shape));
         Self {
             numbers: [
-                numbers(&data.ref_logp, &shape),
+                numbers(&data.ref_logp, shape),
                 numbers(&data.ref_sums, &[rows]),
                 numbers(&data.weights, &[units]),
                 numbers(&data.margin, &[units]),
                 numbers(&data.kl, &[1]),
             ],
-            mask: data.mask.as_ref().map(|mask| tensor(mask, &shape)),
+            offsets: data.offsets.as_ref().map(|offsets| tensor(offsets, &[rows + 1])),
+            mask: data.mask.as_ref().map(|mask| tensor(mask, shape)),
             lengths: data.lengths.as_ref().map(|lengths| tensor(lengths, &[rows])),
             labels: data.labels.as_ref().map(|labels| tensor(labels, &[rows])),
         }
@@ -977,7 +1012,19 @@ impl TensorData {
     fn inputs<'a>(&'a self, logp: &'a Tensor) -> PreferenceInputs<'a> {
         let [ref_logp, ref_sums, weights, margin, kl] = self.numbers.each_ref().map(Option::as_ref);
         let [mask, lengths, labels] = [&self.mask, &self.lengths, &self.labels].map(Option::as_ref);
-        PreferenceInputs { logp, ref_logp, ref_sums, mask, lengths, weights, margin, labels, kl }
+        let offsets = self.offsets.as_ref();
+        PreferenceInputs {
+            logp,
+            ref_logp,
+            ref_sums,
+            mask,
+            lengths,
+            weights,
+            margin,
+            labels,
+            kl,
+            offsets,
+        }
     }
 }
 
@@ -985,9 +1032,11 @@ impl TensorData {
 fn tensors_give_the_bits_of_the_cpu_and_a_gradient() {
     let mut rng = rng(22);
     for (name, options) in option_sets() {
-        for data in [responses(&mut rng, 6, 11, &options), sums(&mut rng, 8, &options)] {
+        let Packed { packed, .. } = Packed::new(&mut rng, 6, 11, &options);
+        for data in [responses(&mut rng, 6, 11, &options), packed, sums(&mut rng, 8, &options)] {
             let want = run_cpu(&data, &options);
-            let logp = tensor(&data.logp, &[data.rows, data.seq_len]);
+            let shape = &[data.rows, data.seq_len][usize::from(data.offsets.is_some())..];
+            let logp = tensor(&data.logp, shape);
             let tensors = TensorData::new(&data);
             let constant = preference_loss(&tensors.inputs(&logp), &options).unwrap();
             let var = Var::from_tensor(&logp).unwrap();

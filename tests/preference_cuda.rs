@@ -5,6 +5,7 @@
 mod common;
 
 use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
+use common::pack::WILD_OFFSETS;
 use common::preference_cases::*;
 use common::*;
 use ppo_kernels::preference::cuda::{self, Inputs, Outputs, RewardModelInputs, RewardModelOutputs};
@@ -28,7 +29,7 @@ impl Call {
         let device = DeviceData::new(data, self.offset);
         let room = |n: usize, at: usize| Buffer::new(&vec![f32::NAN; n], self.offset * at);
         let (mut losses, mut rewards) = (room(data.units(), 3), room(data.rows, 1));
-        let mut grad = room(data.rows * data.seq_len, 2);
+        let mut grad = room(data.logp.len(), 2);
         let (mut stats, mut loss) = (Buffer::new(&[unwritten()], 0), Buffer::new(&[f32::NAN], 1));
         let outputs = Outputs {
             loss: Some(loss.slice_mut()),
@@ -60,6 +61,7 @@ struct DeviceData {
     margin: Option<Buffer<f32>>,
     labels: Option<Buffer<u8>>,
     kl: Option<Buffer<f32>>,
+    offsets: Option<Buffer<i64>>,
 }
 
 impl DeviceData {
@@ -75,6 +77,7 @@ impl DeviceData {
             margin: optional(&data.margin, 5),
             labels: data.labels.as_ref().map(|labels| Buffer::new(labels, offset)),
             kl: optional(&data.kl, 1),
+            offsets: data.offsets.as_ref().map(|offsets| Buffer::new(offsets, offset)),
         }
     }
 
@@ -89,6 +92,7 @@ impl DeviceData {
             margin: optional(&self.margin),
             labels: self.labels.as_ref().map(Buffer::slice),
             kl: optional(&self.kl),
+            offsets: self.offsets.as_ref().map(Buffer::slice),
             ..Inputs::new(self.logp.slice())
         }
     }
@@ -116,6 +120,41 @@ fn agrees_with_the_reference_for_every_option() {
         }
         let data = sums(&mut rng, 22, &options);
         check(&format!("{name} sums"), &data, &options, &run_cuda(&data, &options));
+    }
+}
+
+#[test]
+fn packs_agree_with_the_reference_and_with_padded_batches() {
+    let mut rng = rng(20);
+    for (i, (name, options)) in option_sets().into_iter().enumerate() {
+        // A row a warp, and a row a block.
+        let (rows, seq_len) = [(8, 40), (4, 700), (4, 6000)][i % 3];
+        let sample = Packed::new(&mut rng, rows, seq_len, &options);
+        let mut first = None;
+        for (i, order) in ORDERS.into_iter().take(2).enumerate() {
+            let call = Call { offset: i % 3, machine: machine(order, 9, [3, 1 << 20][i % 2]) };
+            let what = format!("{name} [{rows}, {seq_len}] {order:?}");
+            let padded = call.run(&sample.padded, &options).unwrap();
+            let packed = call.run(&sample.packed, &options).unwrap();
+            sample.check(&what, &padded, &packed);
+            check(&what, &sample.packed, &options, &packed);
+            let bits = packed.bits();
+            let first = first.get_or_insert_with(|| bits.clone());
+            assert!(*first == bits, "{what}: bits depend on order, alignment or grid");
+        }
+    }
+}
+
+#[test]
+fn no_offsets_lead_out_of_bounds() {
+    let options = PreferenceOptions { ld_alpha: Some(0.3), ..Default::default() };
+    for offsets in WILD_OFFSETS {
+        for seq_len in [6, 9000] {
+            let mut data = responses(&mut rng(21), 2, seq_len / 2, &options);
+            (data.seq_len, data.offsets) = (seq_len, Some(offsets.to_vec()));
+            // Under a sanitizer what is out of bounds would be seen; elsewhere that it returns.
+            run_cuda(&data, &options);
+        }
     }
 }
 

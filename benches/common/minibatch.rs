@@ -22,11 +22,16 @@ impl Minibatch {
     /// Around the log-probabilities that the policy has now.
     pub fn new(logp: &Tensor) -> Self {
         let (batch, seq_len) = logp.dims2().unwrap();
+        Self::masked(logp, padding(&mut rng(10), batch, seq_len).0)
+    }
+
+    /// With this mask, `[B T]`.
+    pub fn masked(logp: &Tensor, mask: Vec<u8>) -> Self {
+        let (batch, seq_len) = logp.dims2().unwrap();
         let random = |seed, spread| {
             let values = uniform(&mut rng(seed), batch * seq_len, 0.0, spread);
             tensor(values, &[batch, seq_len], DType::F32)
         };
-        let (mask, _) = padding(&mut rng(10), batch, seq_len);
         let mask = Tensor::from_vec(mask, (batch, seq_len), device()).unwrap();
         let values = random(11, 1.0);
         Self {

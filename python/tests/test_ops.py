@@ -75,13 +75,17 @@ def samples():
     scores, groups = torch.randn(2), torch.tensor([7, -7])
     grpo = (1e-4, -1.0, 2.0, "batch", "batch", "zero", "std", True)
     none = none[:3]
-    yield ops.outcome_advantages, (scores, groups, scores.abs(), scores, mask, 0, *grpo)
-    yield ops.outcome_advantages, (scores, *none, None, 2, *grpo)
+    yield ops.outcome_advantages, (scores, groups, scores.abs(), scores, mask, None, 0, *grpo)
+    yield ops.outcome_advantages, (scores, *none, None, None, 2, *grpo)
+    given = (torch.randn(3), *none, mask.flatten(), lengths)
+    yield ops.outcome_advantages, (*given, 3, *grpo)
     of_rules = ("zero", True, "ratio", "token", "k3", "sequence_mean")
     bounds = (20.0, 0.5, 2.0, 0.4, None, None, 1.5, "sequence_sum")
-    yield ops.correction, (rows, more, mask, *bounds, *of_rules)
+    yield ops.correction, (rows, more, mask, None, *bounds, *of_rules)
+    packed = (rows.flatten(), more.flatten(), None, lengths)
+    yield ops.correction, (*packed, *bounds, *of_rules)
     plain = ("truncate", False, "none", "token", "none", "token")
-    yield ops.correction, (rows, more, None, None, None, 2.0, *(None,) * 4, "token", *plain)
+    yield ops.correction, (rows, more, None, None, None, None, 2.0, *(None,) * 4, "token", *plain)
     yield ops.masked_moments, (rows, mask)
     yield ops.masked_whiten, (leaf(2, 5), mask, *whiten)
     moments = torch.tensor([10.0, 1.0, 5.0], dtype=torch.float64)
@@ -135,9 +139,33 @@ def samples():
     kto = (*dpo[:1], 0.0, 0.0, *dpo[3:9], 0.0, None, None, "kto", "reverse_kl", True)
     four, labels = torch.randn(4, 5), torch.tensor([True, False, False, True])
     of_rows = (rows[0, :4].exp() * 9).long()
-    given = (leaf(4, 5), four, None, mask.repeat(2, 1), None, None, more[0, :2].exp(), None, None)
+    given = (
+        leaf(4, 5),
+        four,
+        None,
+        mask.repeat(2, 1),
+        None,
+        None,
+        more[0, :2].exp(),
+        *none[:2],
+        None,
+    )
     yield ops.preference_loss, (*given, True, *dpo)
-    given = (leaf(4, 1), None, four[:, 0], None, of_rows, labels, None, None, rows[0, :1].exp())
+    ends = torch.tensor([0, 3, 3, 15, 20])
+    packed = (leaf(20), four.flatten(), None, mask.repeat(2, 1).flatten(), *given[4:-1], ends)
+    yield ops.preference_loss, (*packed, True, *dpo)
+    given = (
+        leaf(4, 1),
+        None,
+        four[:, 0],
+        None,
+        of_rows,
+        labels,
+        None,
+        None,
+        rows[0, :1].exp(),
+        None,
+    )
     yield ops.preference_loss, (*given, True, *kto)
     yield ops.preference_loss, (four[:, :1], *given[1:], False, *kto)
     yield ops.reward_model_loss, (leaf(2, 3), more[0, :3], None, True, 0.01, None)

@@ -71,6 +71,39 @@ def test_gae_of_numpy(pack):
     assert np.array_equal(ours.moments, expected.moments)
 
 
+@pytest.mark.parametrize("name", ["grpo", "opo"])
+def test_outcome_advantages(pack, name):
+    scores, options = pack.of_rows(), functional.ESTIMATORS[name]
+    padded = functional.outcome_advantages(scores, [0] * pack.rows, pack.mask, **options)
+    given = (scores, [0] * pack.rows, pack.pack(pack.mask))
+    ours = functional.outcome_advantages(*given, offsets=pack.offsets, **options)
+    assert torch.equal(ours.advantages, pack.pack(padded.advantages))
+    if pack.device == "cpu":
+        arrays = (np.asarray(x) for x in given)
+        arrays = ppo_kernels.numpy.outcome_advantages(*arrays, offsets=pack.offsets, **options)
+        assert np.array_equal(arrays.advantages, ours.advantages.numpy())
+    with pytest.raises(ValueError, match="`mask` is missing, which `offsets` needs"):
+        functional.outcome_advantages(scores, group_size=1, offsets=pack.offsets)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence_mean", "sequence_sum"])
+def test_correction(pack, level):
+    old_logp = pack.draw()
+    rollout_logp = old_logp + 0.1 * pack.draw()
+    options = {"level": level, "rejection_metric": "k3", "rejection_level": "sequence_mean"}
+    options["rejection_high"] = 0.006
+    padded = functional.correction(old_logp, rollout_logp, pack.mask, **options)
+    given = [pack.pack(x) for x in (old_logp, rollout_logp, pack.mask)]
+    ours = functional.correction(*given, offsets=pack.offsets, **options)
+    assert torch.equal(ours.weights, pack.pack(padded.weights))
+    assert torch.equal(ours.kept, pack.pack(padded.kept))
+    torch.testing.assert_close(ours.stats, padded.stats)
+    if pack.device == "cpu":
+        arrays = (x.numpy() for x in given)
+        arrays = ppo_kernels.numpy.correction(*arrays, offsets=pack.offsets, **options)
+        assert np.array_equal(arrays.weights, ours.weights.numpy())
+
+
 LOSSES = [
     {},
     {"aggregation": "seq_mean_token_mean"},
@@ -98,6 +131,30 @@ def test_ppo_loss(pack, options):
         arrays += [pack.pack(x).numpy() for x in (advantages, pack.mask)]
         _, _, gradients = ppo_kernels.numpy.ppo_loss(*arrays, offsets=pack.offsets, **options)
         assert np.array_equal(gradients["logp"], leaves[1].grad.numpy())
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
+def test_preference_loss(pack, loss):
+    logp, ref_logp = pack.draw()[:6], pack.draw()[:6]
+    inside, mask, offsets = pack.inside[:6], pack.mask[:6], pack.offsets[:7]
+    options = {"loss": loss}
+    if loss == "kto":
+        options["labels"] = torch.tensor([1, 0, 1, 0, 1, 0], device=pack.device)
+    leaves = [x.requires_grad_() for x in (logp, logp.detach()[inside])]
+    padded = functional.preference_loss(logp, ref_logp, mask, **options)
+    given = (ref_logp[inside], mask[inside])
+    ours = functional.preference_loss(leaves[1], *given, offsets=offsets, **options)
+    assert torch.equal(ours.losses, padded.losses) and torch.equal(ours.rewards, padded.rewards)
+    padded.loss.backward()
+    ours.loss.backward()
+    assert torch.equal(leaves[1].grad, leaves[0].grad[inside])
+    sums = torch.where(mask, ref_logp, 0).double().sum(-1).float()
+    of_sums = functional.preference_loss(leaves[1], sums, given[1], offsets=offsets, **options)
+    torch.testing.assert_close(of_sums.losses, ours.losses)
+    if pack.device == "cpu":
+        arrays = (x.detach().numpy() for x in (leaves[1], *given))
+        arrays = ppo_kernels.numpy.preference_loss(*arrays, offsets=offsets, **options)
+        assert np.array_equal(arrays.grad_logp, leaves[1].grad.numpy())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -134,7 +191,11 @@ BAD = [
 
 def packed_calls(module):
     yield lambda x, offsets: module.gae(x, offsets=offsets)
+    yield lambda x, offsets: module.preference_loss(x, x, offsets=offsets)
+    yield lambda x, offsets: module.correction(x, x, offsets=offsets)
     yield lambda x, offsets: module.ppo_loss(x, x, x, offsets=offsets)
+    rows = torch.zeros(2) if module is functional else np.zeros(2)
+    yield lambda x, offsets: module.outcome_advantages(rows, None, x, group_size=2, offsets=offsets)
     yield lambda x, offsets: module.targets_from_tokens(x, offsets)
 
 

@@ -93,7 +93,7 @@ pub struct ppok_advantages_args {
     pub struct_size: usize,
     /// Rows: sequences.
     pub batch: usize,
-    /// Tokens of a row, where `mask` or `token_advantages` is given.
+    /// Tokens of a row, or with `offsets` of all rows, where `mask` or `token_advantages` is given.
     pub seq_len: usize,
     /// Rows of a group where those stand after each other; it divides `batch`. 0 where `groups` is given,
     /// or nothing is asked of groups.
@@ -106,13 +106,18 @@ pub struct ppok_advantages_args {
     pub lengths: *const f32,
     /// Subtracted from the clipped scores before all else, `[batch]`; null stands for zeros.
     pub score_baselines: *const f32,
-    /// `[batch, seq_len]`; null if nothing is masked. Looked at for `token_advantages` only.
+    /// `[batch, seq_len]`, or with `offsets` `[seq_len]`; null if nothing is masked. Looked at for
+    /// `token_advantages` only.
     pub mask: *const u8,
+    /// Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+    /// `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+    /// `seq_len` tokens.
+    pub offsets: *const i64,
     pub options: *const ppok_advantages_options,
     /// Advantages of the rows, `[batch]`; written.
     pub advantages: *mut f32,
-    /// The row's advantage on each of its tokens, 0 where masked, `[batch, seq_len]`; written; null if not
-    /// wanted.
+    /// The row's advantage on each of its tokens, 0 where masked, `[batch, seq_len]`, or with `offsets`
+    /// `[seq_len]`; written; null if not wanted.
     pub token_advantages: *mut f32,
     /// Statistics of the scores, one, written; null if not wanted.
     pub stats: *mut AdvantageStats,
@@ -126,13 +131,14 @@ unsafe impl Pass for ppok_advantages_args {
         let Self { batch, seq_len, group_size, .. } = *self;
         let (sizes, options) =
             (Sizes { batch, seq_len, group_size }, memory.options(self.options)?);
+        let shape = sizes.shape(!self.offsets.is_null());
         run!(
             (on, memory),
             [
-                list_of!(self, Inputs, [scores], [groups, lengths, score_baselines, mask]),
-                sizes.shape()
+                list_of!(self, Inputs, [scores], [groups, lengths, score_baselines, mask, offsets]),
+                shape
             ],
-            [list_of!(self, Outputs, [advantages], [token_advantages, stats]), sizes.shape()],
+            [list_of!(self, Outputs, [advantages], [token_advantages, stats]), shape],
             |i, o| cpu::outcome_advantages(i, sizes, &options, o),
             |stream, w| cuda::outcome_advantages(stream, i, sizes, &options, o, w),
         )

@@ -7,10 +7,11 @@ use super::{
     no_runner_up, AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes, OP,
 };
 use crate::cpu::math::{sum_lanes, LANES};
-use crate::cpu::{for_each, prefers_non_temporal, reduce, vectorise, Rows, RowsMut, Writer};
+use crate::cpu::{prefers_non_temporal, reduce, reduce_by, vectorise, Writer};
 use crate::error::Result;
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
+use crate::pack::{RangesMut, RowRanges};
 
 in_space!(Host: Inputs, Outputs);
 
@@ -31,8 +32,10 @@ pub fn outcome_advantages(
     mut outputs: Outputs,
 ) -> Result<()> {
     options.check(&inputs, sizes)?;
-    inputs.try_map(sizes.shape(), &mut Lengths(OP))?;
-    outputs.try_map(sizes.shape(), &mut Lengths(OP))?;
+    let shape = sizes.shape(inputs.offsets.is_some());
+    inputs.try_map(shape, &mut Lengths(OP))?;
+    outputs.try_map(shape, &mut Lengths(OP))?;
+    let ranges = RowRanges::new(OP, sizes.seq_len, inputs.offsets)?;
     let (wants_stats, grouped) =
         (outputs.stats.is_some(), inputs.groups.is_some() || sizes.group_size > 0);
     let by_group = options.by_group() || (wants_stats && grouped);
@@ -82,9 +85,9 @@ pub fn outcome_advantages(
     }
     if let Some(tokens) = outputs.token_advantages {
         if prefers_non_temporal(size_of_val(tokens)) {
-            spread::<true>(outputs.advantages, inputs.mask, sizes, tokens);
+            spread::<true>(outputs.advantages, inputs.mask, ranges, tokens);
         } else {
-            spread::<false>(outputs.advantages, inputs.mask, sizes, tokens);
+            spread::<false>(outputs.advantages, inputs.mask, ranges, tokens);
         }
     }
     Ok(())
@@ -386,13 +389,14 @@ impl Difference {
 fn spread<const NON_TEMPORAL: bool>(
     advantages: &[f32],
     mask: Option<&[u8]>,
-    Sizes { batch, seq_len, .. }: Sizes,
+    ranges: RowRanges,
     tokens: &mut [f32],
 ) {
-    let rows = TOKENS_LEAF.div_ceil(seq_len.max(1));
-    let mask = mask.map(|data| Rows { data, width: seq_len });
-    let tokens = RowsMut { data: tokens, width: seq_len };
-    for_each(batch, rows, (advantages, mask, tokens), |_, _, (advantages, mask, mut tokens)| {
+    // Rows of nothing need no walk.
+    let rows = if tokens.is_empty() { 0 } else { advantages.len() };
+    let cut = move |first, count| ranges.middle(first, count, TOKENS_LEAF);
+    let items = (advantages, RangesMut::new(tokens, ranges));
+    let leaf = |first: usize, _, (advantages, mut tokens): (&[f32], RangesMut<f32>)| {
         let writer = Writer::<NON_TEMPORAL>;
         vectorise(
             #[inline(always)]
@@ -403,11 +407,12 @@ fn spread<const NON_TEMPORAL: bool>(
                         None => writer.fill(out, advantage),
                         Some(mask) if NON_TEMPORAL => {
                             let kept = |keep| if keep != 0 { advantage } else { 0.0 };
-                            writer.map(out, mask.row(row), kept);
+                            writer.map(out, &mask[ranges.range(first + row)], kept);
                         }
                         // Without what the writer asks of each row, which would be felt in short ones.
                         Some(mask) => {
-                            for (out, &keep) in out.iter_mut().zip(mask.row(row)) {
+                            let mask = &mask[ranges.range(first + row)];
+                            for (out, &keep) in out.iter_mut().zip(mask) {
                                 *out = if keep != 0 { advantage } else { 0.0 };
                             }
                         }
@@ -415,5 +420,6 @@ fn spread<const NON_TEMPORAL: bool>(
                 }
             },
         );
-    });
+    };
+    reduce_by(rows, cut, items, leaf, |(), ()| ());
 }

@@ -51,8 +51,9 @@ pub fn outcome_advantages(
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     options.check(&inputs, sizes)?;
-    let inputs = inputs.try_map(sizes.shape(), &mut Lengths(OP))?;
-    let outputs = outputs.try_map(sizes.shape(), &mut Lengths(OP))?;
+    let shape = sizes.shape(inputs.offsets.is_some());
+    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     let Sizes { batch: rows, seq_len, group_size } = sizes;
     Error::check_workspace(OP, workspace.len(), workspace_len(rows))?;
 
@@ -67,7 +68,9 @@ pub fn outcome_advantages(
         Some(groups) if by_group => sort(stream, groups.as_ptr(), rows, sorted)?,
         _ => std::ptr::null(),
     };
-    let map = Map::new::<f32>(stream.device(), rows, seq_len, 1);
+    // Of a pack the mean.
+    let width = if shape.is_packed() { seq_len.div_ceil(rows.max(1)) } else { seq_len };
+    let map = Map::new::<f32>(stream.device(), rows, width, 1);
     let args = PassArgs {
         inputs,
         outputs,

@@ -43,6 +43,7 @@
 //! | lengths | `[B]` | f32, 0 or above | an error where they are the weights |
 //! | score_baselines | `[B]` | f32 | 0 |
 //! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
+//! | offsets | `[B + 1]` | i64, where the rows of a [pack](crate::pack) begin; then `[N]` stands for `[B, T]` | rows of T tokens |
 //! | advantages (out) | `[B]` | f32 | |
 //! | token_advantages (out) | `[B, T]` | f32, the row's advantage on its unmasked tokens, 0 elsewhere | |
 //! | stats (out) | `[1]` | [`AdvantageStats`] | |
@@ -78,6 +79,7 @@ pub use tensor::{
 use crate::error::{Error, Result};
 use crate::memory::{list, Element, Space};
 use crate::moments::Moments;
+use crate::pack::BatchShape;
 use crate::whiten::EpsPlacement;
 
 const OP: &str = "advantages";
@@ -335,7 +337,7 @@ fn no_runner_up(row: usize) -> Error {
 pub struct Sizes {
     /// Rows: sequences.
     pub batch: usize,
-    /// Tokens of a row, where the mask or `token_advantages` is given.
+    /// Tokens of a row, or with offsets of all rows, where the mask or `token_advantages` is given.
     pub seq_len: usize,
     /// Rows of a group where those stand after each other; 0 where `groups` says which belong together, or
     /// nothing is asked of groups.
@@ -343,36 +345,38 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    fn shape(self) -> [usize; 2] {
-        [self.batch, self.seq_len]
+    fn shape(self, is_packed: bool) -> BatchShape {
+        BatchShape::new(self.batch, self.seq_len, is_packed)
     }
 }
 
 list! {
     /// The inputs in some memory; see [the module](self) for their meaning.
-    inputs Inputs(shape: [usize; 2]) {
+    inputs Inputs(shape: BatchShape) {
         /// Scores of the sequences, `[B]`.
-        scores: f32 [&shape[..1]],
+        scores: f32 [shape.rows()],
     } optional {
         /// Which rows belong together, `[B]`: those of equal ids.
-        groups: i64 [&shape[..1]],
+        groups: i64 [shape.rows()],
         /// Lengths of the sequences, `[B]`: the weights of [`Baseline::LengthWeighted`].
-        lengths: f32 [&shape[..1]],
+        lengths: f32 [shape.rows()],
         /// Subtracted from the clipped scores before all else, `[B]`.
-        score_baselines: f32 [&shape[..1]],
+        score_baselines: f32 [shape.rows()],
         /// 0 where masked, `[B, T]`; looked at for `token_advantages` only.
-        mask: u8 [&shape],
+        mask: u8 [shape.tokens()],
+        /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
     }
 }
 
 list! {
     /// The outputs in some memory. None may be the memory of an input.
-    outputs Outputs(shape: [usize; 2]) {
+    outputs Outputs(shape: BatchShape) {
         /// Advantages of the rows, `[B]`.
-        advantages: f32 [&shape[..1]],
+        advantages: f32 [shape.rows()],
     } optional {
         /// The row's advantage on each of its tokens, `[B, T]`, 0 where masked; if wanted.
-        token_advantages: f32 [&shape],
+        token_advantages: f32 [shape.tokens()],
         /// Statistics, `[1]`, if wanted.
         stats: AdvantageStats [&[1]],
     }

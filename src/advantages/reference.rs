@@ -1,8 +1,9 @@
 //! Advantages in plain f64 loops: every row looks through the batch for its group.
 
-use super::{AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes};
+use super::{AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes, OP};
 use crate::memory::in_space;
 use crate::moments::Moments;
+use crate::pack::RowRanges;
 use crate::whiten::EpsPlacement;
 
 in_space!(HostF64: Inputs);
@@ -12,7 +13,7 @@ in_space!(HostF64: Inputs);
 pub struct Advantages {
     /// `[B]`.
     pub advantages: Vec<f64>,
-    /// `[B, T]`, 0 where masked.
+    /// `[B, T]`, or `[N]` of a pack; 0 where masked.
     pub token_advantages: Vec<f64>,
     /// Statistics of the scores.
     pub stats: AdvantageStats,
@@ -115,8 +116,9 @@ pub fn outcome_advantages(inputs: &Inputs, sizes: Sizes, options: &AdvantageOpti
     let advantages: Vec<f64> = (0..batch).map(advantage).collect();
 
     let kept = |at: usize| inputs.mask.is_none_or(|mask| mask[at] != 0);
-    let token = |at: usize| if kept(at) { advantages[at / seq_len] } else { 0.0 };
-    let token_advantages = (0..batch * seq_len).map(token).collect();
+    let rows = RowRanges::new(OP, seq_len, inputs.offsets).expect("offsets");
+    let token = |at: usize| if kept(at) { advantages[rows.row_of(at)] } else { 0.0 };
+    let token_advantages = (0..rows.start(batch)).map(token).collect();
 
     // A group is told by its first row with a score.
     let leads = |&i: &usize| !all.iter().any(|&j| j < i && together(i, j));

@@ -17,7 +17,7 @@ pub type AdvantageInputs<'a> = Inputs<'a, Tensors>;
 pub struct AdvantageOutput {
     /// Advantages of the rows, `[B]` in f32.
     pub advantages: Tensor,
-    /// The same on their unmasked tokens, `[B, T]` in f32, where there is a mask.
+    /// The same on their unmasked tokens, `[B, T]` in f32, or `[N]` of a pack, where there is a mask.
     pub token_advantages: Option<Tensor>,
     /// Statistics of the scores, on the device of the inputs.
     pub stats: AdvantageStatsTensor,
@@ -44,7 +44,7 @@ impl AdvantageStatsTensor {
 
 /// Advantages of a batch of sequences from one score each, and where a mask is given those of its tokens. See
 /// [the module](super) for formula, groups and the meaning of the inputs; `group_size` is 0 where `groups` is
-/// given, or nothing is asked of groups.
+/// given, or nothing is asked of groups. Offsets need a mask.
 ///
 /// # Errors
 /// If a shape, dtype or device does not fit, an option is out of range, or what it looks at is not there.
@@ -76,22 +76,25 @@ pub fn outcome_advantages(
         let (expected, got) = ("[B]".into(), format!("{:?}", scores.dims()));
         return Err(Error::Shape { op: OP, arg: "scores", expected, got });
     };
+    let given = [inputs.offsets.is_some(), inputs.mask.is_some()];
+    Error::check_given(OP, ["offsets", "mask"], given)?;
     let seq_len = match inputs.mask {
-        Some(mask) => batch_and_seq_len(OP, "mask", mask, None)?[1],
+        Some(mask) => batch_and_seq_len(OP, "mask", mask, inputs.offsets)?[1],
         None => 0,
     };
     let sizes = Sizes { batch, seq_len, group_size };
     let backend = Backend::of(OP, "scores", scores.device())?;
-    let tensors = inputs.try_map(sizes.shape(), &mut Constants::new(OP, scores.device()))?;
+    let shape = sizes.shape(inputs.offsets.is_some());
+    let tensors = inputs.try_map(shape, &mut Constants::new(OP, scores.device()))?;
     let mut buffers = Outputs::<Owned> {
         advantages: backend.buffer(batch)?,
-        token_advantages: backend.optional_buffer(inputs.mask.is_some(), batch * seq_len)?,
+        token_advantages: backend.optional_buffer(inputs.mask.is_some(), shape.count_tokens())?,
         stats: Some(backend.buffer(1)?),
     };
     run!(
         (OP, backend),
-        [tensors, sizes.shape()],
-        [buffers, sizes.shape()],
+        [tensors, shape],
+        [buffers, shape],
         |i, o| cpu::outcome_advantages(i, sizes, options, o),
         |stream, w = [cuda::workspace_len(batch)]| {
             cuda::outcome_advantages(stream, i, sizes, options, o, w)
@@ -101,7 +104,7 @@ pub fn outcome_advantages(
     let stats = stats.expect("asked for").into_tensor(AdvantageStats::LEN);
     Ok(AdvantageOutput {
         advantages: advantages.into_tensor(batch),
-        token_advantages: token_advantages.map(|tokens| tokens.into_tensor((batch, seq_len))),
+        token_advantages: token_advantages.map(|tokens| tokens.into_tensor(shape.tokens())),
         stats: AdvantageStatsTensor(stats),
     })
 }

@@ -8,6 +8,7 @@ use super::{
 };
 use crate::capi::arguments::{choices, list_of, options, Memory};
 use crate::capi::{self, run, On, Pass, Result};
+use crate::pack::BatchShape;
 
 /// A weight a token: e^d with d = old_logp - rollout_logp.
 pub const PPOK_CORRECTION_LEVEL_TOKEN: i32 = 0;
@@ -118,14 +119,19 @@ pub struct ppok_correction_args {
     pub struct_size: usize,
     /// Rows.
     pub batch: usize,
-    /// Tokens of a row.
+    /// Tokens of a row; with `offsets`, of all rows.
     pub seq_len: usize,
-    /// Log-probabilities as the trainer computes them before the update, `[batch, seq_len]`.
+    /// Log-probabilities as the trainer computes them before the update, `[batch, seq_len]`, or with `offsets`
+    /// `[seq_len]`, as are all of that shape.
     pub old_logp: *const f32,
     /// Log-probabilities as the rollout engine computed them, `[batch, seq_len]`; NaN where it could not.
     pub rollout_logp: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
+    /// Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+    /// `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+    /// `seq_len` tokens.
+    pub offsets: *const i64,
     pub options: *const ppok_correction_options,
     /// Weights for ppok_ppo_loss_*, `[batch, seq_len]`, written; 0 where masked or rejected.
     pub weights: *mut f32,
@@ -141,10 +147,11 @@ unsafe impl Pass for ppok_correction_args {
 
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (batch, seq_len) = (self.batch, self.seq_len);
-        let (shape, options) = ([batch, seq_len], memory.options(self.options)?);
+        let options = memory.options(self.options)?;
+        let shape = BatchShape::new(batch, seq_len, !self.offsets.is_null());
         run!(
             (on, memory),
-            [list_of!(self, Inputs, [old_logp, rollout_logp], [mask]), shape],
+            [list_of!(self, Inputs, [old_logp, rollout_logp], [mask, offsets]), shape],
             [list_of!(self, Outputs, [weights, stats], [kept]), shape],
             |i, o| cpu::correction(i, batch, seq_len, &options, o),
             |stream, w| cuda::correction(stream, i, batch, seq_len, &options, o, w),
@@ -152,7 +159,7 @@ unsafe impl Pass for ppok_correction_args {
     }
 
     fn workspace_size(&self, _: &Memory) -> Result<usize> {
-        let len = cuda::workspace_len(self.batch, self.seq_len);
+        let len = cuda::workspace_len(self.batch);
         Ok(size_of::<f64>().saturating_mul(len))
     }
 }

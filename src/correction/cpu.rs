@@ -1,4 +1,4 @@
-//! The fused CPU implementation. Rows are shared out to threads; a row is walked in chunks that stay in the
+//! The fused CPU implementation. Rows are shared out to threads by their tokens; a row is walked in chunks that stay in the
 //! L1 cache: once for what is decided by the whole of it, if anything is, and once for its weights. Sums are
 //! kept in lanes of f32 within a chunk, and in f64 beyond.
 
@@ -7,11 +7,12 @@ use super::{
     WeightLevel, OP,
 };
 use crate::cpu::math::{clip, exp, select, sum_lanes, LANES};
-use crate::cpu::{for_each, reduce, vectorise, Rows, RowsMut};
+use crate::cpu::{for_each, reduce_by, vectorise};
 use crate::error::Result;
 use crate::kl::cpu::{binary_kl, k3_and_slope, probability_moved};
 use crate::kl::limit;
 use crate::memory::{in_space, Lengths};
+use crate::pack::{BatchShape, RangesMut, RowRanges};
 
 /// Tokens of a chunk.
 const CHUNK: usize = 512;
@@ -21,10 +22,11 @@ const GRAIN: usize = 8 * 1024;
 
 in_space!(Host: Inputs, Outputs);
 
-/// Weights and statistics of `batch` rows of `seq_len` tokens.
+/// Weights and statistics of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in all.
 ///
 /// # Errors
-/// If a length does not fit or an option is out of range. Nothing is written then.
+/// If a length does not fit, an option is out of range, or the offsets are not those of a
+/// [pack](crate::pack). Nothing is written then.
 pub fn correction(
     inputs: Inputs,
     batch: usize,
@@ -33,35 +35,36 @@ pub fn correction(
     mut outputs: Outputs,
 ) -> Result<()> {
     options.validate()?;
-    let shape = [batch, seq_len];
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     inputs.try_map(shape, &mut Lengths(OP))?;
     outputs.try_map(shape, &mut Lengths(OP))?;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
 
     let rule = Rule::new(options);
     let Outputs { weights, stats, kept } = outputs;
-    let rows = |data| Rows { data, width: seq_len };
-    let items = (
-        (rows(inputs.old_logp), rows(inputs.rollout_logp)),
-        inputs.mask.map(|data| Rows { data, width: seq_len }),
-        RowsMut { data: &mut *weights, width: seq_len },
-        kept.map(|data| RowsMut { data, width: seq_len }),
-    );
+    let items =
+        (RangesMut::new(&mut *weights, ranges), kept.map(|kept| RangesMut::new(kept, ranges)));
     // Rows of nothing need no walk, however many there are.
     let batch = if seq_len == 0 { 0 } else { batch };
-    let leaf = |_, count, (logp, mask, mut weights, mut kept): Items| {
+    let leaf = |first, count, (mut weights, mut kept): Items| {
         let mut sums = Sums::none();
         for i in 0..count {
+            let range = ranges.range(first + i);
+            if range.is_empty() {
+                continue;
+            }
             let row = Row {
-                old_logp: logp.0.row(i),
-                rollout_logp: logp.1.row(i),
-                mask: mask.map(|mask| mask.row(i)),
+                old_logp: &inputs.old_logp[range.clone()],
+                rollout_logp: &inputs.rollout_logp[range.clone()],
+                mask: inputs.mask.map(|mask| &mask[range]),
             };
             let kept = kept.as_mut().map(|kept| kept.row(i));
             sums = sums.merge(rule.correct(row, weights.row(i), kept));
         }
         sums
     };
-    let sums = reduce(batch, GRAIN / seq_len.max(1), items, leaf, Sums::merge);
+    let cut = move |first, count| ranges.middle(first, count, GRAIN);
+    let sums = reduce_by(batch, cut, items, leaf, Sums::merge);
     let factor = sums.factor(options);
     if factor != 1.0 {
         scale(weights, factor as f32);
@@ -70,13 +73,8 @@ pub fn correction(
     Ok(())
 }
 
-/// Rows of the inputs and outputs.
-type Items<'a> = (
-    (Rows<'a, f32>, Rows<'a, f32>),
-    Option<Rows<'a, u8>>,
-    RowsMut<'a, f32>,
-    Option<RowsMut<'a, u8>>,
-);
+/// Rows of the outputs.
+type Items<'a> = (RangesMut<'a, f32>, Option<RangesMut<'a, u8>>);
 
 fn scale(weights: &mut [f32], factor: f32) {
     for_each(weights.len(), GRAIN, weights, |_, _, weights| {

@@ -1,5 +1,9 @@
 //! Launches of `kernels/correction.cu` on device memory and the caller's stream. Nothing is allocated and
-//! nothing waits for the device. Refuses what [`cpu`](super::cpu) refuses.
+//! nothing waits for the device. Refuses what [`cpu`](super::cpu) refuses, but for the offsets of a pack, which
+//! to look at would cost a wait: rows are brought back into the tokens that there are.
+//!
+//! A row of a pack is added up by a warp or by a block, as all others of its batch; which, padding decides
+//! too. Sums being in f64, the two differ in a weight's last bit at most.
 
 use super::{
     CorrectionOptions, Outside, Rejection, RejectionLevel, RejectionMetric, WeightLevel, OP,
@@ -8,6 +12,7 @@ use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::limit;
 use crate::memory::{in_space, Lengths, Pointers};
+use crate::pack::BatchShape;
 
 const WARP: usize = 32;
 
@@ -41,9 +46,10 @@ struct Mapping {
 }
 
 impl Mapping {
-    fn new(batch: usize, seq_len: usize) -> Self {
-        let by_warps = seq_len <= WARP_ROW;
-        let rows = if seq_len == 0 { 0 } else { batch };
+    fn new(shape: BatchShape) -> Self {
+        // Of a pack the mean.
+        let rows = if shape.count_tokens() == 0 { 0 } else { shape.batch() };
+        let by_warps = shape.count_tokens().div_ceil(rows.max(1)) <= WARP_ROW;
         // A row for each warp of a block, or one for the block.
         let least = if by_warps { PASS_THREADS / WARP } else { 1 };
         let part_rows = rows.div_ceil(PARTS).next_multiple_of(least).max(least);
@@ -51,13 +57,13 @@ impl Mapping {
     }
 }
 
-/// The least length of the workspace of [`correction`]: 184 KiB of f64 at most.
-pub fn workspace_len(batch: usize, seq_len: usize) -> usize {
-    1 + PARTIAL_SUMS * Mapping::new(batch, seq_len).parts
+/// The least length of the workspace of [`correction`] for so many rows: 184 KiB of f64 at most.
+pub fn workspace_len(batch: usize) -> usize {
+    1 + PARTIAL_SUMS * batch.min(PARTS)
 }
 
-/// Weights and statistics of `batch` rows of `seq_len` tokens. Reads every input once, or twice where
-/// something of a whole row decides. `workspace` has [`workspace_len`] values or more, of any content, and
+/// Weights and statistics of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in all. Reads
+/// every input once, or twice where something of a whole row decides. `workspace` has [`workspace_len`] values or more, of any content, and
 /// can be used again for the next call on the same stream.
 ///
 /// # Errors
@@ -72,11 +78,11 @@ pub fn correction(
     workspace: SliceMut<f64>,
 ) -> Result<()> {
     options.validate()?;
-    let shape = [batch, seq_len];
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
     let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
-    Error::check_workspace(OP, workspace.len(), workspace_len(batch, seq_len))?;
-    let mapping = Mapping::new(batch, seq_len);
+    Error::check_workspace(OP, workspace.len(), workspace_len(batch))?;
+    let mapping = Mapping::new(shape);
     let (factor, weights) = (workspace.as_mut_ptr(), outputs.weights.as_ptr());
     let args = PassArgs {
         inputs,
@@ -101,7 +107,7 @@ pub fn correction(
         stream.launch_f32([OP, pass], mapping.parts, PASS_THREADS, &args)?;
     }
     stream.launch_f32([OP, "merge"], 1, MERGE_THREADS, &args)?;
-    let tokens = batch * seq_len;
+    let tokens = shape.count_tokens();
     if options.normalise && tokens > 0 {
         let args = ScaleArgs { weights, factor, tokens: tokens as i64 };
         let blocks = tokens.div_ceil(PASS_THREADS * SCALE_IN_FLIGHT).min(SCALE_BLOCKS);

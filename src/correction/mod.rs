@@ -22,6 +22,7 @@
 //! | old_logp | `[B, T]` | f32, as the trainer computes it before the update | - |
 //! | rollout_logp | `[B, T]` | f32, as the rollout engine computed it | - |
 //! | mask | `[B, T]` | u8, 0 where masked | nothing is masked |
+//! | offsets | `[B + 1]` | i64, where the rows of a [pack](crate::pack) begin; then `[N]` stands for `[B, T]` | rows of T tokens |
 //! | weights (out) | `[B, T]` | f32, 0 where masked or rejected | |
 //! | kept (out) | `[B, T]` | u8, the mask without what is rejected | |
 //!
@@ -70,6 +71,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result};
 use crate::memory::{list, Element};
+use crate::pack::BatchShape;
 
 const OP: &str = "correction";
 
@@ -412,28 +414,30 @@ impl CorrectionOptions {
 }
 
 list! {
-    /// The inputs in some memory, each `[B, T]`.
-    inputs Inputs(shape: [usize; 2]) {
+    /// The inputs in some memory, each `[B, T]` but for the offsets.
+    inputs Inputs(shape: BatchShape) {
         /// Log-probabilities as the trainer computes them before the update.
-        old_logp: f32 [&shape],
+        old_logp: f32 [shape.tokens()],
         /// Log-probabilities as the rollout engine computed them; NaN where it could not.
-        rollout_logp: f32 [&shape],
+        rollout_logp: f32 [shape.tokens()],
     } optional {
         /// 0 where masked; `None` keeps all.
-        mask: u8 [&shape],
+        mask: u8 [shape.tokens()],
+        /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
     }
 }
 
 list! {
     /// The outputs in some memory. None may be the memory of an input.
-    outputs Outputs(shape: [usize; 2]) {
+    outputs Outputs(shape: BatchShape) {
         /// Weights, `[B, T]`; 0 where masked or rejected.
-        weights: f32 [&shape],
+        weights: f32 [shape.tokens()],
         /// The statistics, `[1]`.
         stats: CorrectionStats [&[1]],
     } optional {
         /// 1 where unmasked and not rejected, else 0, `[B, T]`, if wanted.
-        kept: u8 [&shape],
+        kept: u8 [shape.tokens()],
     }
 }
 

@@ -7,6 +7,7 @@ use super::{
 use crate::error::Result;
 use crate::kl::reference::{binary_kl, clamp};
 use crate::memory::{in_space, Lengths};
+use crate::pack::{BatchShape, RowRanges};
 
 in_space!(HostF64: Inputs);
 
@@ -21,10 +22,10 @@ pub struct Output {
     pub stats: CorrectionStats,
 }
 
-/// Weights and statistics of `batch` rows of `seq_len` tokens.
+/// Weights and statistics of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in all.
 ///
 /// # Errors
-/// If a length does not fit or an option is out of range.
+/// If a length does not fit, an option is out of range, or the offsets are not those of a pack.
 pub fn correction(
     inputs: &Inputs,
     batch: usize,
@@ -32,13 +33,15 @@ pub fn correction(
     options: &CorrectionOptions,
 ) -> Result<Output> {
     options.validate()?;
-    inputs.try_map([batch, seq_len], &mut Lengths(OP))?;
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
+    inputs.try_map(shape, &mut Lengths(OP))?;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
     let n = inputs.old_logp.len();
     let (mut weights, mut kept, mut sums) = (vec![0.0; n], vec![0; n], Sums::none());
     for b in 0..batch {
         let is_kept = |&t: &usize| inputs.mask.is_none_or(|mask| mask[t] != 0);
         let token = |t| Token::new(t, inputs.old_logp[t], inputs.rollout_logp[t], options);
-        let row: Vec<Token> = (b * seq_len..(b + 1) * seq_len).filter(is_kept).map(token).collect();
+        let row: Vec<Token> = ranges.range(b).filter(is_kept).map(token).collect();
         if !row.is_empty() {
             sums = sums.merge(correct(&row, options, &mut weights, &mut kept));
         }

@@ -7,6 +7,7 @@ use super::cuda;
 use super::{cpu, CorrectionOptions, CorrectionStats, Inputs, Outputs, OP};
 use crate::error::Result;
 use crate::memory::Tensors;
+use crate::pack::BatchShape;
 use crate::tensor::{batch_and_seq_len, check_dtype, run, Backend, Constants, Owned, StatsTensor};
 
 /// The inputs of [`correction`] as tensors.
@@ -18,7 +19,7 @@ pub type CorrectionStatsTensor = StatsTensor<CorrectionStats>;
 /// What [`correction`] returns: constants to the gradient.
 #[derive(Debug, Clone)]
 pub struct CorrectionOutput {
-    /// Weights, f32 `[B, T]`, 0 where masked or rejected: [`ppo_loss`](crate::ppo_loss::ppo_loss)'s input
+    /// Weights, f32 `[B, T]`, or `[N]` of a pack, 0 where masked or rejected: [`ppo_loss`](crate::ppo_loss::ppo_loss)'s input
     /// `weights`.
     pub weights: Tensor,
     /// The mask without what is rejected, u8 `[B, T]`.
@@ -56,10 +57,11 @@ pub fn correction(
 ) -> Result<CorrectionOutput> {
     let old_logp = inputs.old_logp;
     check_dtype(OP, "old_logp", old_logp, &[DType::F32])?;
-    let shape @ [batch, seq_len] = batch_and_seq_len(OP, "old_logp", old_logp, None)?;
+    let [batch, seq_len] = batch_and_seq_len(OP, "old_logp", old_logp, inputs.offsets)?;
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     let backend = Backend::of(OP, "old_logp", old_logp.device())?;
     let tensors = inputs.try_map(shape, &mut Constants::new(OP, old_logp.device()))?;
-    let tokens = batch * seq_len;
+    let tokens = old_logp.elem_count();
     let mut buffers = Outputs::<Owned> {
         weights: backend.buffer(tokens)?,
         stats: backend.buffer(1)?,
@@ -70,14 +72,14 @@ pub fn correction(
         [tensors, shape],
         [buffers, shape],
         |i, o| cpu::correction(i, batch, seq_len, options, o),
-        |stream, w = [cuda::workspace_len(batch, seq_len)]| {
+        |stream, w = [cuda::workspace_len(batch)]| {
             cuda::correction(stream, i, batch, seq_len, options, o, w)
         },
     );
     let Outputs { weights, stats, kept } = buffers;
     Ok(CorrectionOutput {
-        weights: weights.into_tensor(&shape),
-        kept: kept.expect("asked for").into_tensor(&shape),
+        weights: weights.into_tensor(old_logp.shape()),
+        kept: kept.expect("asked for").into_tensor(old_logp.shape()),
         stats: StatsTensor::from_buffer(stats)?,
     })
 }

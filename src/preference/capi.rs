@@ -6,6 +6,7 @@ use super::{
 };
 use crate::capi::arguments::{choose, list_of, options, Encoded, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
+use crate::pack::BatchShape;
 
 /// -(1 - e) ls(h) - e ls(-h): DPO, with label smoothing e cDPO.
 pub const PPOK_PREFERENCE_SIGMOID: i32 = 0;
@@ -174,9 +175,10 @@ pub struct ppok_preference_loss_args {
     pub struct_size: usize,
     /// Responses; an even number of them but in KTO.
     pub rows: usize,
-    /// Tokens of a row; 1 where rows are log-probabilities of whole responses.
+    /// Tokens of a row, or with `offsets` of all rows; 1 where rows are log-probabilities of whole responses.
     pub seq_len: usize,
-    /// Log-probabilities under the policy that is trained, which get the gradient, `[rows, seq_len]`.
+    /// Log-probabilities under the policy that is trained, which get the gradient, `[rows, seq_len]`, or with
+    /// `offsets` `[seq_len]`, as are all of that shape.
     pub logp: *const f32,
     /// Log-probabilities under the reference model, `[rows, seq_len]`; null if there are none, and for
     /// losses without a reference.
@@ -196,6 +198,10 @@ pub struct ppok_preference_loss_args {
     pub labels: *const u8,
     /// kl of KTO, one number; null for 0.
     pub kl: *const f32,
+    /// Where the rows of a pack begin, `[rows + 1]`: row b is the tokens from `offsets[b]` up to
+    /// `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+    /// `seq_len` tokens.
+    pub offsets: *const i64,
     pub options: *const ppok_preference_options,
     /// The loss and the statistics, one, written.
     pub stats: *mut PreferenceStats,
@@ -217,12 +223,13 @@ unsafe impl Pass for ppok_preference_loss_args {
     fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
         let (rows, seq_len) = (self.rows, self.seq_len);
         let options = memory.options(self.options)?;
-        let shape = ([rows, seq_len], options.units(rows)?);
+        let shape = BatchShape::new(rows, seq_len, !self.offsets.is_null());
+        let shape = (shape, options.units(rows)?);
         let inputs: Inputs<Raw> = list_of!(
             self,
             Inputs,
             [logp],
-            [ref_logp, ref_sums, mask, lengths, weights, margin, labels, kl]
+            [ref_logp, ref_sums, mask, lengths, weights, margin, labels, kl, offsets]
         );
         let outputs: Outputs<Raw> =
             list_of!(self, Outputs, [stats], [loss, losses, rewards, grad_logp]);

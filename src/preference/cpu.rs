@@ -1,16 +1,17 @@
 //! The fused CPU implementation: sums over the tokens of each row, the losses of the pairs, and their
 //! gradients spread over the tokens. Between them some numbers a row are kept.
 
+use std::ops::Range;
+
 use super::{
     check_values, no_tokens, Link, PreferenceOptions, PreferenceStats, RewardModelOptions, Sorted,
     Terms, Transform, OP,
 };
 use crate::cpu::math::{count_nonzero, exp, ln_1p, sum_lanes, LANES};
-use crate::cpu::{
-    for_each, prefers_non_temporal, prefetch, reduce, vectorise, Rows, RowsMut, Split, Writer,
-};
+use crate::cpu::{prefers_non_temporal, prefetch, reduce, reduce_by, vectorise, Split, Writer};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
+use crate::pack::{BatchShape, RangesMut, RowRanges};
 
 /// Tokens of a leaf of the loops over rows: some 10 us of work.
 const BLOCK_TOKENS: usize = 16 << 10;
@@ -24,7 +25,7 @@ const AHEAD: isize = 512;
 in_space!(Host: Inputs, Outputs, RewardModelInputs, RewardModelOutputs);
 
 /// Loss, statistics and the gradient, for an upstream gradient of 1, of `rows` responses of up to `seq_len`
-/// tokens. Reads every input once but for the mask, which is read once more for the gradient and for
+/// tokens, or with offsets, of `seq_len` tokens in all. Reads every input once but for the mask, which is read once more for the gradient and for
 /// LD-DPO. Allocates 60 bytes a row, and 40 more for losses of sorted log-ratios.
 ///
 /// # Errors
@@ -40,11 +41,14 @@ pub fn preference_loss(
 ) -> Result<()> {
     options.validate()?;
     let units = options.units(rows)?;
-    inputs.try_map(([rows, seq_len], units), &mut Lengths(OP))?;
+    let shape = BatchShape::new(rows, seq_len, inputs.offsets.is_some());
+    inputs.try_map((shape, units), &mut Lengths(OP))?;
     inputs.check_given(options)?;
-    outputs.try_map(([rows, seq_len], units), &mut Lengths(OP))?;
+    outputs.try_map((shape, units), &mut Lengths(OP))?;
     check_values(inputs.labels, inputs.lengths)?;
-    run(&inputs, [rows, seq_len], units, &Terms::new(options), &Scales::of(options), outputs)
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
+    let (terms, scales) = (Terms::new(options), Scales::of(options));
+    run(&inputs, (rows, ranges), units, &terms, &scales, outputs)
 }
 
 /// Loss, statistics and the gradient, for an upstream gradient of 1, of the rewards of `pairs` pairs:
@@ -67,7 +71,8 @@ pub fn reward_model_loss(
     let inputs = Inputs { margin, weights, ..Inputs::new(rewards) };
     let outputs = Outputs { loss, losses, grad_logp: grad_rewards, ..Outputs::new(stats) };
     let scales = Scales { denominator: options.denominator, ..Scales::default() };
-    run(&inputs, [2 * pairs, 1], pairs, &Terms::reward_model(options), &scales, outputs)
+    let rows = (2 * pairs, RowRanges::new(OP, 1, None)?);
+    run(&inputs, rows, pairs, &Terms::reward_model(options), &scales, outputs)
 }
 
 /// What sums are multiplied by in the end.
@@ -88,20 +93,19 @@ impl Scales {
 /// All of it, of what has been checked.
 fn run(
     inputs: &Inputs,
-    shape: [usize; 2],
+    (rows, ranges): (usize, RowRanges),
     units: usize,
     terms: &Terms,
     scales: &Scales,
     outputs: Outputs,
 ) -> Result<()> {
-    let [rows, seq_len] = shape;
     let counted = inputs.weights.map_or(units, |w| w.iter().filter(|&&w| w != 0.0).count());
     if counted == 0 && scales.denominator.is_none() {
         let arg = if inputs.weights.is_some() { "weights" } else { "logp" };
         return Err(Error::Mask { op: OP, arg, expected: 1, got: 0 });
     }
     let mut sums = vec![RowSums::default(); rows];
-    sum_rows(inputs, shape, terms, &mut sums);
+    sum_rows(inputs, ranges, terms, &mut sums);
     let paired = terms.link != Link::Kto;
     let has_sft = scales.sft_coef != 0.0;
     if has_sft && scales.sft_denominator.is_none() {
@@ -142,10 +146,9 @@ fn run(
         let sft = if has_sft { scales.sft_coef / found.sft_divisor(scales) } else { 0.0 };
         let factors = [found.divisor(scales).recip() as f32, -sft as f32];
         let non_temporal = prefers_non_temporal(size_of_val(grad));
-        let grad = RowsMut { data: grad, width: seq_len };
-        let mask = inputs.mask.map(|data| Rows { data, width: seq_len });
-        let items = (grad, mask, gradients.as_slice());
-        for_each(rows, row_grain(seq_len), items, |_, _, (mut grad, mask, gradients)| {
+        let items = (RangesMut::new(grad, ranges), gradients.as_slice());
+        for_rows(rows, ranges, items, |first, _, (mut grad, gradients)| {
+            let mask = |row: usize| of_row(inputs.mask, ranges.range(first + row));
             vectorise(
                 #[inline(always)]
                 || match non_temporal {
@@ -158,9 +161,18 @@ fn run(
     Ok(())
 }
 
-/// Rows of a leaf.
-fn row_grain(seq_len: usize) -> usize {
-    BLOCK_TOKENS / seq_len.max(16)
+/// Calls `leaf(first, count, items)` on runs of rows, in parallel.
+fn for_rows<S: Split>(
+    rows: usize,
+    ranges: RowRanges,
+    items: S,
+    leaf: impl Fn(usize, usize, S) + Sync,
+) {
+    // Rows of some tokens are as much work as those of a few more.
+    let short = ranges.start(rows) / rows.max(1) * (BLOCK_TOKENS / 16);
+    let grain = short.clamp(1, BLOCK_TOKENS);
+    let cut = move |first, count| ranges.middle(first, count, grain);
+    reduce_by(rows, cut, items, leaf, |(), ()| ());
 }
 
 // ---- sums over tokens ----
@@ -179,51 +191,49 @@ struct RowSums {
 }
 
 /// Sums of all rows.
-fn sum_rows(inputs: &Inputs, [rows, seq_len]: [usize; 2], terms: &Terms, sums: &mut [RowSums]) {
-    let wide = |data| Rows { data, width: seq_len };
-    let mask = inputs.mask.map(|data| Rows { data, width: seq_len });
-    let grain = row_grain(seq_len);
+fn sum_rows(inputs: &Inputs, ranges: RowRanges, terms: &Terms, sums: &mut [RowSums]) {
+    let rows = sums.len();
+    let mask = |row: usize| of_row(inputs.mask, ranges.range(row));
     let has_tails = terms.ld_alpha != 1.0;
     if has_tails {
-        for_each(rows, grain, (mask, &mut *sums), |_, _, (mask, sums): (_, &mut [RowSums])| {
-            for (row, sums) in sums.iter_mut().enumerate() {
-                sums.length = count_kept(of_row(mask, row), seq_len);
+        for_rows(rows, ranges, &mut *sums, |first, _, sums: &mut [RowSums]| {
+            for (row, sums) in (first..).zip(sums) {
+                sums.length = count_kept(mask(row), ranges.range(row).len());
             }
         });
         let lengths: Vec<f64> = sums.iter().map(|sums| sums.length).collect();
         for (row, sums) in sums.iter_mut().enumerate() {
-            let other = lengths[(row + rows / 2) % rows];
+            let (other, end) = (lengths[(row + rows / 2) % rows], ranges.range(row).len());
             sums.tail = match sums.length > other {
-                true => nth_kept(of_row(mask, row), other as usize).unwrap_or(seq_len),
-                false => seq_len,
+                true => nth_kept(mask(row), other as usize).unwrap_or(end),
+                false => end,
             };
         }
     }
-    let logp = wide(inputs.logp);
-    let items = (logp, inputs.ref_logp.map(wide), mask, inputs.ref_sums, inputs.lengths, sums);
-    for_each(rows, grain, items, |_, _, (logp, ref_logp, mask, ref_sums, lengths, sums)| {
-        for (row, sums) in sums.iter_mut().enumerate() {
-            let mask = of_row(mask, row);
+    for_rows(rows, ranges, sums, |first, _, sums: &mut [RowSums]| {
+        for (row, sums) in (first..).zip(sums) {
+            let (range, mask) = (ranges.range(row), mask(row));
             if !has_tails {
-                (sums.length, sums.tail) = (count_kept(mask, seq_len), seq_len);
+                (sums.length, sums.tail) = (count_kept(mask, range.len()), range.len());
             }
-            let parts = sum_parts(logp.row(row), mask, sums.tail);
+            let parts = sum_parts(&inputs.logp[range.clone()], mask, sums.tail);
             (sums.plain, sums.policy) = (parts[0] + parts[1], terms.weighted(parts));
-            if let Some(ref_logp) = ref_logp {
-                sums.reference = terms.weighted(sum_parts(ref_logp.row(row), mask, sums.tail));
+            if let Some(ref_logp) = inputs.ref_logp {
+                sums.reference = terms.weighted(sum_parts(&ref_logp[range], mask, sums.tail));
             }
-            if let Some(ref_sums) = ref_sums {
+            if let Some(ref_sums) = inputs.ref_sums {
                 sums.reference = f64::from(ref_sums[row]);
             }
-            if let Some(lengths) = lengths {
+            if let Some(lengths) = inputs.lengths {
                 sums.length = lengths[row] as f64;
             }
         }
     });
 }
 
-fn of_row<'a>(mask: Option<Rows<'a, u8>>, row: usize) -> Option<&'a [u8]> {
-    mask.map(|mask| mask.row(row))
+#[inline(always)]
+fn of_row(mask: Option<&[u8]>, range: Range<usize>) -> Option<&[u8]> {
+    mask.map(|mask| &mask[range])
 }
 
 /// How many of the tokens of a row are unmasked.
@@ -327,9 +337,9 @@ struct RowGradient {
 
 /// Writes the gradients of rows.
 #[inline(always)]
-fn spread<const NON_TEMPORAL: bool>(
-    grad: &mut RowsMut<f32>,
-    mask: Option<Rows<u8>>,
+fn spread<'a, const NON_TEMPORAL: bool>(
+    grad: &mut RangesMut<f32>,
+    mask_of: impl Fn(usize) -> Option<&'a [u8]>,
     gradients: &[RowGradient],
     [factor, sft_factor]: [f32; 2],
 ) {
@@ -337,9 +347,9 @@ fn spread<const NON_TEMPORAL: bool>(
     for (row, from) in gradients.iter().enumerate() {
         let sft = from.sft * sft_factor;
         let (head, rest) = (from.head.mul_add(factor, sft), from.rest.mul_add(factor, sft));
-        let grad = grad.row(row);
+        let (grad, mask) = (grad.row(row), mask_of(row));
         if let [grad] = grad {
-            let masked = mask.is_some_and(|mask| mask.row(row)[0] == 0);
+            let masked = mask.is_some_and(|mask| mask[0] == 0);
             *grad = kept(if from.tail == 0 { rest } else { head }, u8::from(!masked));
             continue;
         }
@@ -352,7 +362,7 @@ fn spread<const NON_TEMPORAL: bool>(
             }
             continue;
         };
-        let (first_mask, last_mask) = mask.row(row).split_at(from.tail);
+        let (first_mask, last_mask) = mask.split_at(from.tail);
         writer.map(
             first,
             first_mask,

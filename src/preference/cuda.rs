@@ -4,7 +4,8 @@
 //! Refuses what [`cpu`](super::cpu) refuses, but for what arrays hold: to look at them here would cost a
 //! wait. Where every weight is 0 and the denominator is not given, or the likelihood term has no token, the
 //! loss comes out as NaN, and that part of the gradients as 0. A label other than 0 and 1 makes the loss NaN,
-//! and so does a length below 0 that something is divided by.
+//! and so does a length below 0 that something is divided by. Rows of a pack are brought back into the tokens
+//! that there are.
 //!
 //! Three launches, and one more each for the gradient, for LD-DPO and for losses of sorted log-ratios.
 
@@ -12,6 +13,7 @@ use super::{PreferenceOptions, RewardModelOptions, Sorted, Terms, OP};
 use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths, Pointers};
+use crate::pack::BatchShape;
 
 /// Threads of a block.
 const THREADS: usize = 256;
@@ -52,7 +54,7 @@ const ROW: usize = (size_of::<RowSums>() + size_of::<RowGradient>()) / DOUBLE;
 const SORTED: usize = 2;
 
 /// Loss, statistics and the gradient, for an upstream gradient of 1, of `rows` responses of up to `seq_len`
-/// tokens.
+/// tokens, or with offsets, of `seq_len` tokens in all.
 ///
 /// `workspace` has [`workspace_len`] elements or more, of any content, and can be used again for the
 /// next call on the same stream.
@@ -71,7 +73,7 @@ pub fn preference_loss(
 ) -> Result<()> {
     options.validate()?;
     let units = options.units(rows)?;
-    let shape = ([rows, seq_len], units);
+    let shape = (BatchShape::new(rows, seq_len, inputs.offsets.is_some()), units);
     inputs.check_given(options)?;
     let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
     let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
@@ -111,7 +113,7 @@ pub fn reward_model_loss(
         sft_coef: 0.0,
         sft_denominator: 0.0,
     };
-    let shape = ([2 * pairs, 1], pairs);
+    let shape = (BatchShape::new(2 * pairs, 1, false), pairs);
     run(stream, inputs, shape, Terms::reward_model(options), scales, outputs, &workspace)
 }
 
@@ -119,7 +121,7 @@ pub fn reward_model_loss(
 fn run<'a>(
     stream: &Stream,
     inputs: super::Inputs<'a, Pointers>,
-    ([rows, seq_len], units): ([usize; 2], usize),
+    (shape, units): (BatchShape, usize),
     terms: Terms,
     scales: Scales,
     outputs: super::Outputs<'a, Pointers>,
@@ -128,15 +130,17 @@ fn run<'a>(
     if units == 0 && scales.denominator == 0.0 {
         return Err(Error::Mask { op: OP, arg: "logp", expected: 1, got: 0 });
     }
+    let rows = shape.batch();
     Error::check_workspace(OP, workspace.len(), workspace_of(rows, units, terms.sorted))?;
-    let sorts = terms.sorted != Sorted::Nothing;
+    let (tokens, sorts) = (shape.count_tokens(), terms.sorted != Sorted::Nothing);
     let sums: *mut RowSums = workspace.as_mut_ptr().cast();
     let gradients: *mut RowGradient = sums.wrapping_add(rows).cast();
     let sorted: *mut f64 = gradients.wrapping_add(rows).cast();
     let ranks: *mut i64 = sorted.wrapping_add(if sorts { rows } else { 0 }).cast();
     let partials: *mut f64 = ranks.wrapping_add(if sorts { rows } else { 0 }).cast();
     let parts = units.div_ceil(PART_UNITS);
-    let by_warp = seq_len <= WARP_ROW;
+    // Of a pack the mean.
+    let by_warp = tokens.div_ceil(rows.max(1)) <= WARP_ROW;
     let args = PassArgs {
         inputs,
         outputs,
@@ -147,7 +151,7 @@ fn run<'a>(
         partials,
         factors: partials.wrapping_add(parts * PARTIAL_SUMS).cast(),
         rows: rows as i64,
-        columns: seq_len as i64,
+        columns: shape.seq_len() as i64,
         units: units as i64,
         parts: parts as i32,
         row_threads: if by_warp { WARP } else { THREADS } as i32,
@@ -168,7 +172,7 @@ fn run<'a>(
         launch("merge_pairs", parts)?;
     }
     launch("finish", 1)?;
-    if args.outputs.grad_logp.is_some() && rows * seq_len > 0 {
+    if args.outputs.grad_logp.is_some() && tokens > 0 {
         launch("finish_tokens", blocks)?;
     }
     Ok(())

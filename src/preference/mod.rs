@@ -25,6 +25,7 @@
 //! | lengths | `[rows]` | i64 | no |
 //! | weights, margin | `[pairs]`, in KTO weights `[rows]` | f32 | no |
 //! | labels, kl | `[rows]`, `[1]` | u8, f32 | no |
+//! | offsets | `[rows + 1]` | i64, where the rows of a [pack](crate::pack) begin; then `[N]` stands for `[rows, T]` | no |
 //!
 //! Rows are the chosen responses of all pairs, and then the rejected ones in the same order. Log-probabilities
 //! of whole responses are rows of one token; their `lengths` say what to average by, if the loss averages and
@@ -56,6 +57,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Error, Result};
 use crate::memory::{list, Element, Space};
+use crate::pack::BatchShape;
 
 const OP: &str = "preference";
 
@@ -358,29 +360,31 @@ impl RewardModelOptions {
 
 list! {
     /// The inputs in some memory: rows of tokens, and units of rows, which are pairs, or in KTO rows.
-    inputs Inputs((shape, units): ([usize; 2], usize)) {
+    inputs Inputs((shape, units): (BatchShape, usize)) {
         /// Log-probabilities under the policy that is trained, which get the gradient, `[rows, T]`.
-        logp: f32 [&shape],
+        logp: f32 [shape.tokens()],
     } optional {
         /// Log-probabilities under the reference model, `[rows, T]`; without them and `ref_sums` there is
         /// no reference.
-        ref_logp: f32 [&shape],
+        ref_logp: f32 [shape.tokens()],
         /// Their sums over the unmasked tokens, `[rows]`, in their place.
-        ref_sums: f32 [&shape[..1]],
+        ref_sums: f32 [shape.rows()],
         /// 0 where masked, `[rows, T]`; `None` keeps all.
-        mask: u8 [&shape],
+        mask: u8 [shape.tokens()],
         /// What averages are divided by, `[rows]`, and what counts as tokens in the likelihood term;
         /// without it, unmasked tokens.
-        lengths: i64 [&shape[..1]],
+        lengths: i64 [shape.rows()],
         /// Factors of the losses, constants, `[units]`: WPO's, say. A unit of weight 0 is left out
         /// altogether.
         weights: f32 [&[units]],
         /// Margins subtracted from h, `[units]`, of losses that are as `Sigmoid`.
         margin: f32 [&[units]],
         /// Classes of the responses, `[rows]`, 1 where desirable and else 0; given in KTO, and only there.
-        labels: u8 [&shape[..1]],
+        labels: u8 [shape.rows()],
         /// kl of KTO, `[1]`.
         kl: f32 [&[1]],
+        /// Where the rows of a [pack](crate::pack) begin, `[rows + 1]`; all that is `[rows, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
     }
 }
 
@@ -420,7 +424,7 @@ impl<S: Space> Inputs<'_, S> {
 
 list! {
     /// The outputs in some memory. None may be the memory of an input.
-    outputs Outputs((shape, units): ([usize; 2], usize)) {
+    outputs Outputs((shape, units): (BatchShape, usize)) {
         /// The loss and the statistics, `[1]`.
         stats: PreferenceStats [&[1]],
     } optional {
@@ -430,9 +434,9 @@ list! {
         losses: f32 [&[units]],
         /// Implicit rewards of the responses, `[rows]`, if wanted: β x, averaged if the loss averages, and
         /// in AlphaPO what stands in its place.
-        rewards: f32 [&shape[..1]],
+        rewards: f32 [shape.rows()],
         /// Gradient with respect to logp, for an upstream gradient of 1, `[rows, T]`, if wanted.
-        grad_logp: f32 [&shape],
+        grad_logp: f32 [shape.tokens()],
     }
 }
 

@@ -3,6 +3,7 @@
 use super::{FDivergence, Loss, PreferenceOptions, PreferenceStats, RewardModelOptions, OP};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
+use crate::pack::{BatchShape, RowRanges};
 
 in_space!(HostF64: Inputs, RewardModelInputs);
 
@@ -19,7 +20,8 @@ pub struct PreferenceFound {
     pub grad: Vec<f64>,
 }
 
-/// Loss, statistics and gradient of `rows` responses of up to `seq_len` tokens.
+/// Loss, statistics and gradient of `rows` responses of up to `seq_len` tokens, or with offsets, of `seq_len`
+/// tokens in all.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, something is given that does not go with the
@@ -32,12 +34,14 @@ pub fn preference_loss(
 ) -> Result<PreferenceFound> {
     options.validate()?;
     let units = options.units(rows)?;
-    inputs.try_map(([rows, seq_len], units), &mut Lengths(OP))?;
+    let shape = BatchShape::new(rows, seq_len, inputs.offsets.is_some());
+    inputs.try_map((shape, units), &mut Lengths(OP))?;
     inputs.check_given(options)?;
     super::check_values(inputs.labels, inputs.lengths)?;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
 
-    let kept = |row: usize, t: usize| inputs.mask.is_none_or(|mask| mask[row * seq_len + t] != 0);
-    let tokens = |row: usize| (0..seq_len).filter(|&t| kept(row, t)).collect::<Vec<_>>();
+    let kept = |&t: &usize| inputs.mask.is_none_or(|mask| mask[t] != 0);
+    let tokens = |row: usize| ranges.range(row).filter(kept).collect::<Vec<_>>();
     let counts: Vec<usize> = (0..rows).map(|row| tokens(row).len()).collect();
     let length = |row: usize| match inputs.lengths {
         Some(lengths) => lengths[row] as f64,
@@ -57,7 +61,7 @@ pub fn preference_loss(
     };
     let sum = |row: usize, values: &[f64], weight: &dyn Fn(usize) -> f64| -> f64 {
         let tokens = tokens(row).into_iter().enumerate();
-        tokens.map(|(position, t)| weight(position) * values[row * seq_len + t]).sum()
+        tokens.map(|(position, t)| weight(position) * values[t]).sum()
     };
     let policy = |row: usize| sum(row, inputs.logp, &|position| weight_of(row, position));
     let reference = |row: usize| match (inputs.ref_logp, inputs.ref_sums) {
@@ -156,7 +160,7 @@ pub fn preference_loss(
         }
     }
 
-    let mut grad = vec![0.0; rows * seq_len];
+    let mut grad = vec![0.0; inputs.logp.len()];
     for unit in &counted {
         let of_unit = match options.loss {
             Loss::Kto => vec![*unit],
@@ -164,7 +168,7 @@ pub fn preference_loss(
         };
         for row in of_unit {
             for (position, t) in tokens(row).into_iter().enumerate() {
-                let g = &mut grad[row * seq_len + t];
+                let g = &mut grad[t];
                 *g = by_row[row] * weight_of(row, position) / count;
                 if has_sft && row < units {
                     *g -= options.sft_coef / sft_count;

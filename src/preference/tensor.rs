@@ -11,6 +11,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use crate::memory::Tensors;
+use crate::pack::BatchShape;
 use crate::ppo_loss::scaled;
 use crate::tensor::{
     batch_and_seq_len, check_dtype, node, run, Backend, Buffer, Constants, Owned, StatsTensor,
@@ -77,9 +78,9 @@ pub fn preference_loss(
 ) -> Result<PreferenceOutput> {
     let logp = inputs.logp;
     check_dtype(OP, "logp", logp, &[DType::F32])?;
-    let [rows, seq_len] = batch_and_seq_len(OP, "logp", logp, None)?;
+    let [rows, seq_len] = batch_and_seq_len(OP, "logp", logp, inputs.offsets)?;
     let units = options.units(rows)?;
-    let shape = ([rows, seq_len], units);
+    let shape = (BatchShape::new(rows, seq_len, inputs.offsets.is_some()), units);
     let backend = Backend::of(OP, "logp", logp.device())?;
     let tensors = inputs.try_map(shape, &mut Constants::new(OP, logp.device()))?;
     let mut buffers = Outputs::<Owned> {
@@ -87,7 +88,7 @@ pub fn preference_loss(
         loss: Some(backend.buffer(1)?),
         losses: Some(backend.buffer(units)?),
         rewards: Some(backend.buffer(rows)?),
-        grad_logp: backend.optional_buffer(logp.track_op(), rows * seq_len)?,
+        grad_logp: backend.optional_buffer(logp.track_op(), logp.elem_count())?,
     };
     run!(
         (OP, backend),
@@ -100,7 +101,7 @@ pub fn preference_loss(
     );
     let Outputs { stats, loss, losses, rewards, grad_logp } = buffers;
     Ok(PreferenceOutput {
-        loss: tied(logp, loss.expect("asked for"), grad_logp, [rows, seq_len])?,
+        loss: tied(logp, loss.expect("asked for"), grad_logp)?,
         losses: losses.expect("asked for").into_tensor(units),
         rewards: rewards.expect("asked for").into_tensor(rows),
         stats: StatsTensor::from_buffer(stats)?,
@@ -152,20 +153,16 @@ pub fn reward_model_loss(
     );
     let RewardModelOutputs { stats, loss, losses, grad_rewards } = buffers;
     Ok(RewardModelOutput {
-        loss: tied(rewards, loss.expect("asked for"), grad_rewards, [2, pairs])?,
+        loss: tied(rewards, loss.expect("asked for"), grad_rewards)?,
         losses: losses.expect("asked for").into_tensor(pairs),
         stats: StatsTensor::from_buffer(stats)?,
     })
 }
 
 /// The loss as a function of the tensor that its stored gradient is of.
-fn tied(
-    of: &Tensor,
-    loss: Buffer<f32>,
-    gradient: Option<Buffer<f32>>,
-    shape: [usize; 2],
-) -> Result<Tensor> {
-    let stored = [gradient.map(|gradient| gradient.into_tensor(&shape)), None, None];
+fn tied(of: &Tensor, loss: Buffer<f32>, gradient: Option<Buffer<f32>>) -> Result<Tensor> {
+    let dims = of.dims().to_vec();
+    let stored = [gradient.map(|gradient| gradient.into_tensor(of.shape())), None, None];
     let args: &[&Tensor] = if stored[0].is_some() { &[of] } else { &[] };
-    node("ppo-preference", args, loss, (), move |_, upstream| scaled(&stored, upstream, &shape))
+    node("ppo-preference", args, loss, (), move |_, upstream| scaled(&stored, upstream, &dims))
 }

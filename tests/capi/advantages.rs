@@ -70,10 +70,10 @@ fn option_sets() -> Vec<(AdvantageOptions, ppok_advantages_options)> {
     sets
 }
 
-fn unwritten(sizes: Sizes) -> Run {
+fn unwritten(sample: &Sample) -> Run {
     Run {
-        advantages: vec![f32::NAN; sizes.batch],
-        token_advantages: vec![f32::NAN; sizes.batch * sizes.seq_len],
+        advantages: vec![f32::NAN; sample.sizes.batch],
+        token_advantages: vec![f32::NAN; sample.tokens()],
         stats: NO_STATS,
     }
 }
@@ -94,6 +94,7 @@ fn args(
         lengths: pointer(inputs.lengths),
         score_baselines: pointer(inputs.score_baselines),
         mask: pointer(inputs.mask),
+        offsets: pointer(inputs.offsets),
         options,
         advantages: run.advantages.as_mut_ptr(),
         token_advantages: run.token_advantages.as_mut_ptr(),
@@ -111,6 +112,7 @@ fn with_inputs(check: impl Fn(&Sample)) {
             *ids = ids.iter().enumerate().map(|(i, id)| id % 3 + 10 * (i as i64 % 2)).collect();
         }
         check(&sample);
+        check(&sample.packed(rng));
     }
 }
 
@@ -119,7 +121,7 @@ fn advantages_are_those_of_rust() {
     with_inputs(|sample| {
         let (inputs, sizes) = (sample.inputs(), sample.sizes);
         for (options, c) in option_sets() {
-            let mut want = unwritten(sizes);
+            let mut want = unwritten(sample);
             let outputs = Outputs {
                 advantages: &mut want.advantages,
                 token_advantages: Some(&mut want.token_advantages),
@@ -127,7 +129,7 @@ fn advantages_are_those_of_rust() {
             };
             cpu::outcome_advantages(inputs, sizes, &options, outputs).unwrap();
 
-            let mut got = unwritten(sizes);
+            let mut got = unwritten(sample);
             // SAFETY: lengths as said.
             ok(unsafe { ppok_advantages_cpu(&args(&inputs, sizes, &c, &mut got)) });
             assert_eq!(got.bits(), want.bits(), "{options:?}");
@@ -156,8 +158,9 @@ mod on_the_stand_in {
                     lengths: inputs.lengths.map(slice),
                     score_baselines: inputs.score_baselines.map(slice),
                     mask: inputs.mask.map(slice),
+                    offsets: inputs.offsets.map(slice),
                 };
-                let mut want = unwritten(sizes);
+                let mut want = unwritten(sample);
                 let outputs = cuda::Outputs {
                     advantages: out(&mut want.advantages),
                     token_advantages: Some(out(&mut want.token_advantages)),
@@ -175,7 +178,7 @@ mod on_the_stand_in {
                 )
                 .unwrap();
 
-                let mut got = unwritten(sizes);
+                let mut got = unwritten(sample);
                 let args = args(&inputs, sizes, &c, &mut got);
                 let (pass, size) = (ppok_advantages_cuda, ppok_advantages_cuda_workspace_size);
                 // SAFETY: lengths as said.

@@ -102,6 +102,7 @@ fn args(
         old_logp: data.old_logp.as_ptr(),
         rollout_logp: data.rollout_logp.as_ptr(),
         mask: pointer(data.mask.as_deref()),
+        offsets: pointer(data.offsets.as_deref()),
         options,
         weights: found.weights.as_mut_ptr(),
         stats: &mut found.stats,
@@ -112,7 +113,10 @@ fn args(
 /// Calls `check` with and without a mask.
 fn with_data(check: impl Fn(&Data, bool)) {
     for masked in [true, false] {
-        check(&rollout(&mut rng(6), 7, 60, masked), masked);
+        let mut data = rollout(&mut rng(6), 7, 60, masked);
+        check(&data, masked);
+        (data.seq_len, data.offsets) = (420, Some(vec![0, 0, 50, 51, 200, 333, 333, 420]));
+        check(&data, masked);
     }
 }
 
@@ -126,7 +130,7 @@ fn correction_is_that_of_rust() {
                 stats: std::slice::from_mut(&mut want.stats),
                 kept: wants_kept.then_some(&mut want.kept),
             };
-            cpu::correction(data.inputs(), 7, 60, &options, outputs).unwrap();
+            cpu::correction(data.inputs(), 7, data.seq_len, &options, outputs).unwrap();
             let mut got = unwritten_of(data);
             // SAFETY: lengths as said.
             ok(unsafe { ppok_correction_cpu(&args(data, &c, &mut got, wants_kept)) });
@@ -152,6 +156,7 @@ mod on_the_stand_in {
                 let mut want = unwritten_of(data);
                 let inputs = cuda::Inputs {
                     mask: data.mask.as_deref().map(slice),
+                    offsets: data.offsets.as_deref().map(slice),
                     ..cuda::Inputs::new(slice(&data.old_logp), slice(&data.rollout_logp))
                 };
                 let outputs = cuda::Outputs {
@@ -159,9 +164,17 @@ mod on_the_stand_in {
                     stats: out(std::slice::from_mut(&mut want.stats)),
                     kept: wants_kept.then_some(out(&mut want.kept)),
                 };
-                let workspace = &mut vec![f64::NAN; cuda::workspace_len(7, 60)][..];
-                cuda::correction(&stream, inputs, 7, 60, &options, outputs, out(workspace))
-                    .unwrap();
+                let workspace = &mut vec![f64::NAN; cuda::workspace_len(7)][..];
+                cuda::correction(
+                    &stream,
+                    inputs,
+                    7,
+                    data.seq_len,
+                    &options,
+                    outputs,
+                    out(workspace),
+                )
+                .unwrap();
                 let mut got = unwritten_of(data);
                 let args = args(data, &c, &mut got, wants_kept);
                 let size = ppok_correction_cuda_workspace_size;

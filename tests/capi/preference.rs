@@ -7,7 +7,7 @@ use ppo_kernels::preference::{PreferenceLoss, PreferenceStats, RewardModelOption
 
 use super::*;
 use crate::common::preference_cases::{
-    c_options, option_sets, responses, reward_model_options, sums, unwritten, Data, Rewards,
+    c_options, option_sets, responses, reward_model_options, sums, unwritten, Data, Packed, Rewards,
 };
 
 /// What a pass writes: statistics, loss, losses, rewards, and the gradient.
@@ -40,6 +40,7 @@ fn args(
         margin: pointer(data.margin.as_deref()),
         labels: pointer(data.labels.as_deref()),
         kl: pointer(data.kl.as_deref()),
+        offsets: pointer(data.offsets.as_deref()),
         options,
         stats: stats.as_mut_ptr(),
         loss: loss.as_mut_ptr(),
@@ -89,7 +90,8 @@ fn assert_same(what: &str, got: &Written, want: &Written) {
 fn the_loss_is_that_of_rust() {
     let rng = &mut rng(30);
     for (name, options) in option_sets() {
-        for data in [responses(rng, 10, 13, &options), sums(rng, 12, &options)] {
+        let Packed { packed, .. } = Packed::new(rng, 10, 13, &options);
+        for data in [responses(rng, 10, 13, &options), packed, sums(rng, 12, &options)] {
             let mut want = nothing_written(lengths(&data));
             let (stats, loss, [losses, rewards, grad_logp]) = &mut want;
             let outputs = Outputs {
@@ -147,8 +149,12 @@ mod on_the_stand_in {
     #[test]
     fn the_loss_is_that_of_rust() {
         let (rng, machine) = (&mut rng(32), machines()[0]);
-        for (name, options) in option_sets() {
-            let data = responses(rng, 6, 150, &options);
+        for (i, (name, options)) in option_sets().into_iter().enumerate() {
+            let data = match i % 2 {
+                0 => responses(rng, 6, 150, &options),
+                _ => Packed::new(rng, 6, 150, &options).packed,
+            };
+            let seq_len = data.seq_len;
             let inputs = cuda::Inputs {
                 ref_logp: data.ref_logp.as_deref().map(slice),
                 ref_sums: data.ref_sums.as_deref().map(slice),
@@ -158,6 +164,7 @@ mod on_the_stand_in {
                 margin: data.margin.as_deref().map(slice),
                 labels: data.labels.as_deref().map(slice),
                 kl: data.kl.as_deref().map(slice),
+                offsets: data.offsets.as_deref().map(slice),
                 ..cuda::Inputs::new(slice(&data.logp))
             };
             let mut want = nothing_written(lengths(&data));
@@ -171,7 +178,8 @@ mod on_the_stand_in {
             };
             let space = &mut vec![f64::NAN; cuda::workspace_len(6, &options)][..];
             let stream = Stream::simt(machine);
-            cuda::preference_loss(&stream, inputs, 6, 150, &options, outputs, out(space)).unwrap();
+            cuda::preference_loss(&stream, inputs, 6, seq_len, &options, outputs, out(space))
+                .unwrap();
 
             let (c, mut got) = (c_options(&options), nothing_written(lengths(&data)));
             let (pass, size) =

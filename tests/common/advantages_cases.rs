@@ -80,6 +80,8 @@ pub struct Sample {
     pub lengths: Vec<f32>,
     pub score_baselines: Option<Vec<f32>>,
     pub mask: Option<Vec<u8>>,
+    /// Of a pack, of which `sizes` has the tokens of all rows.
+    pub offsets: Option<Vec<i64>>,
 }
 
 impl Sample {
@@ -128,7 +130,26 @@ impl Sample {
         let score_baselines = rng.random_bool(0.3).then(|| uniform(rng, batch, 0.5));
         let mask = rng.random_bool(0.7).then(|| random_mask(rng, batch * seq_len, 0.6));
         let sizes = Sizes { batch, seq_len, group_size };
-        Self { sizes, scores, groups, lengths, score_baselines, mask }
+        Self { sizes, scores, groups, lengths, score_baselines, mask, offsets: None }
+    }
+
+    /// The same tokens in rows of any lengths.
+    pub fn packed(mut self, rng: &mut StdRng) -> Self {
+        let tokens = self.tokens();
+        let mut offsets: Vec<i64> =
+            (0..=self.sizes.batch).map(|_| rng.random_range(0..=tokens as i64)).collect();
+        offsets.sort_unstable();
+        (offsets[0], offsets[self.sizes.batch]) = (0, tokens as i64);
+        self.offsets = Some(offsets);
+        self.sizes.seq_len = tokens;
+        self
+    }
+
+    pub fn tokens(&self) -> usize {
+        match self.offsets {
+            Some(_) => self.sizes.seq_len,
+            None => self.sizes.batch * self.sizes.seq_len,
+        }
     }
 
     pub fn inputs(&self) -> Inputs<'_> {
@@ -138,6 +159,7 @@ impl Sample {
             lengths: Some(&self.lengths),
             score_baselines: self.score_baselines.as_deref(),
             mask: self.mask.as_deref(),
+            offsets: self.offsets.as_deref(),
         }
     }
 
@@ -174,6 +196,7 @@ pub fn run_reference(
         lengths: lengths.as_deref(),
         score_baselines: score_baselines.as_deref(),
         mask: inputs.mask,
+        offsets: inputs.offsets,
     };
     reference::outcome_advantages(&wide, sizes, options)
 }

@@ -8,6 +8,7 @@ use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
 use rand::Rng;
 
+use super::pack::Pack;
 use super::{assert_close, random_mask, uniform, wide};
 
 pub const REL: f64 = tolerance::CORRECTION.tests.rel;
@@ -21,12 +22,15 @@ pub struct Data {
     pub old_logp: Vec<f32>,
     pub rollout_logp: Vec<f32>,
     pub mask: Option<Vec<u8>>,
+    /// Of a pack, whose `seq_len` is that of all rows.
+    pub offsets: Option<Vec<i64>>,
 }
 
 impl Data {
     pub fn inputs(&self) -> cpu::Inputs<'_> {
         cpu::Inputs {
             mask: self.mask.as_deref(),
+            offsets: self.offsets.as_deref(),
             ..cpu::Inputs::new(&self.old_logp, &self.rollout_logp)
         }
     }
@@ -35,6 +39,7 @@ impl Data {
         let (old_logp, rollout_logp) = (wide(&self.old_logp), wide(&self.rollout_logp));
         let inputs = reference::Inputs {
             mask: self.mask.as_deref(),
+            offsets: self.offsets.as_deref(),
             ..reference::Inputs::new(&old_logp, &rollout_logp)
         };
         reference::correction(&inputs, self.batch, self.seq_len, options).unwrap()
@@ -49,7 +54,54 @@ impl Data {
             old_logp: self.old_logp[at.clone()].to_vec(),
             rollout_logp: self.rollout_logp[at.clone()].to_vec(),
             mask: self.mask.as_ref().map(|mask| mask[at].to_vec()),
+            offsets: None,
         }
+    }
+}
+
+/// Rows of any length with gaps, padded, and as a pack.
+pub struct Packed {
+    pub pack: Pack,
+    pub padded: Data,
+    pub packed: Data,
+}
+
+impl Packed {
+    /// Of which none is so near a bound of the options that rounding decides.
+    pub fn new(
+        rng: &mut StdRng,
+        batch: usize,
+        seq_len: usize,
+        options: &CorrectionOptions,
+    ) -> Self {
+        let pack = Pack::random(rng, batch, seq_len);
+        let mut padded = rollout(rng, batch, seq_len, false);
+        padded.mask = Some(pack.hide(&random_mask(rng, batch * seq_len, 0.8)));
+        let padded = clear_of_bounds(padded, options);
+        let packed = Data {
+            batch,
+            seq_len: pack.tokens(),
+            old_logp: pack.pack(&padded.old_logp),
+            rollout_logp: pack.pack(&padded.rollout_logp),
+            mask: padded.mask.as_ref().map(|mask| pack.pack(mask)),
+            offsets: Some(pack.offsets.clone()),
+        };
+        Self { pack, padded, packed }
+    }
+
+    /// Checks that weights have the same bits, if no mean of all of them divides them, and that statistics
+    /// are as good as the same.
+    #[track_caller]
+    pub fn check(&self, what: &str, options: &CorrectionOptions, padded: &Found, packed: &Found) {
+        assert_eq!(self.pack.pack(&padded.kept), packed.kept, "{what}");
+        let weights = self.pack.pack(&padded.weights);
+        if options.normalise {
+            assert_close(what, &wide(&packed.weights), &wide(&weights), 1e-6, 0.0);
+        } else {
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&weights) == bits(&packed.weights), "{what}");
+        }
+        assert_close(what, &packed.stats.to_array(), &padded.stats.to_array(), 1e-6, 1e-6);
     }
 }
 
@@ -86,7 +138,7 @@ pub fn rollout(rng: &mut StdRng, batch: usize, seq_len: usize, masked: bool) -> 
     for (t, _) in mask.iter().flatten().enumerate().filter(|(_, &m)| m == 0) {
         (old_logp[t], rollout_logp[t]) = (f32::NAN, f32::NAN);
     }
-    Data { batch, seq_len, old_logp, rollout_logp, mask }
+    Data { batch, seq_len, old_logp, rollout_logp, mask, offsets: None }
 }
 
 /// The same with all bounds and clamps moved by a share.

@@ -8,6 +8,7 @@ use ppo_kernels::tolerance;
 use rand::rngs::StdRng;
 use rand::Rng;
 
+use super::pack::Pack;
 use super::{assert_close, uniform, wide};
 
 pub const REL: f64 = tolerance::PREFERENCE.tests.rel;
@@ -27,6 +28,8 @@ pub struct Data<T> {
     pub margin: Option<Vec<T>>,
     pub labels: Option<Vec<u8>>,
     pub kl: Option<Vec<T>>,
+    /// Of a pack, whose `seq_len` is that of all rows.
+    pub offsets: Option<Vec<i64>>,
 }
 
 impl<T: Copy> Data<T> {
@@ -44,6 +47,7 @@ impl<T: Copy> Data<T> {
             margin: self.margin.as_ref().map(all),
             labels: self.labels.clone(),
             kl: self.kl.as_ref().map(all),
+            offsets: self.offsets.clone(),
         }
     }
 
@@ -70,6 +74,7 @@ macro_rules! inputs {
                     margin: self.margin.as_deref(),
                     labels: self.labels.as_deref(),
                     kl: self.kl.as_deref(),
+                    offsets: self.offsets.as_deref(),
                     ..$backend::Inputs::new(&self.logp)
                 }
             }
@@ -127,6 +132,51 @@ pub fn padded_mask(rng: &mut StdRng, rows: usize, seq_len: usize) -> Vec<u8> {
         }
     }
     mask
+}
+
+/// Responses of any length with gaps, padded and as a pack.
+pub struct Packed {
+    pub pack: Pack,
+    pub padded: Data<f32>,
+    pub packed: Data<f32>,
+}
+
+impl Packed {
+    pub fn new(rng: &mut StdRng, rows: usize, seq_len: usize, options: &PreferenceOptions) -> Self {
+        let mut lengths: Vec<usize> = (0..rows).map(|_| rng.random_range(1..=seq_len)).collect();
+        lengths[rows - 1] = seq_len;
+        // A pair without a chosen response, where that leaves others.
+        lengths[0] = if rows > 2 { 0 } else { 1 };
+        let pack = Pack::new(&lengths, seq_len);
+        let mut padded = responses(rng, rows, seq_len, options);
+        for row in padded.mask.iter_mut().flat_map(|mask| mask.chunks_mut(seq_len)) {
+            row[0] = 1;
+        }
+        padded.mask = padded.mask.map(|mask| pack.hide(&mask));
+        let padded = with_nan_where_nothing_counts(&padded);
+        let packed = Data {
+            seq_len: pack.tokens(),
+            logp: pack.pack(&padded.logp),
+            ref_logp: padded.ref_logp.as_ref().map(|x| pack.pack(x)),
+            mask: padded.mask.as_ref().map(|mask| pack.pack(mask)),
+            offsets: Some(pack.offsets.clone()),
+            ..padded.clone()
+        };
+        Self { pack, padded, packed }
+    }
+
+    /// Checks that what there is of rows and tokens has the same bits, and that sums are as good as the same.
+    #[track_caller]
+    pub fn check(&self, what: &str, padded: &Found, packed: &Found) {
+        let same = |name: &str, a: &[f32], b: &[f32]| {
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(a) == bits(b), "{what}: {name}");
+        };
+        same("losses", &padded.losses, &packed.losses);
+        same("rewards", &padded.rewards, &packed.rewards);
+        same("gradient", &self.pack.pack(&padded.grad), &packed.grad);
+        assert_close(what, &packed.stats.to_array(), &padded.stats.to_array(), 1e-6, 1e-6);
+    }
 }
 
 /// Log-probabilities of whole responses.

@@ -34,7 +34,7 @@ impl Set {
             weights: Buffer::uninit(count, 0),
             kept: Buffer::uninit(count, 0),
             stats: Buffer::uninit(1, 0),
-            workspace: Buffer::uninit(cuda::workspace_len(batch, seq_len), 0),
+            workspace: Buffer::uninit(cuda::workspace_len(batch), 0),
         }
     }
 }

@@ -87,8 +87,12 @@ def rows_of(op: Op, tokens: Sequence[int], offsets: Sequence[int] | None) -> tup
     if len(tokens) != 1:
         expected = "[tokens], of all rows one behind the other, with `offsets`"
         refuse(op.name, name, f"has shape {list(tokens)}", expected)
+    return _rows_between(op.name, offsets)
+
+
+def _rows_between(op: str, offsets: Sequence[int]) -> tuple[int]:
     if len(offsets) != 1 or not offsets[0]:
-        refuse(op.name, "offsets", f"has shape {list(offsets)}", "[rows + 1]")
+        refuse(op, "offsets", f"has shape {list(offsets)}", "[rows + 1]")
     return (offsets[0] - 1,)
 
 
@@ -250,6 +254,7 @@ _inputs = (
     _numbers("lengths?", per_row=True),
     _numbers("score_baselines?", per_row=True),
     _flags("mask?"),
+    _offsets,
 )
 ADVANTAGES = Op("outcome_advantages", _inputs, Options("advantages", "outcome_advantages"))
 
@@ -268,6 +273,24 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "gpg": {"baseline": "group", "scale": "nonzero", "eps": 0.0},
     "remax": {"baseline": "none", "scale": "none"},
 }
+
+
+def tokens_of(
+    rows: Sequence[int], mask: Sequence[int] | None, offsets: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The shape of the tokens of the advantages of rows, of which there are none without a mask."""
+    if mask is None:
+        if offsets is not None:
+            raise ValueError(f"{ADVANTAGES.name}: `mask` is missing, which `offsets` needs")
+        return (*rows, 0)
+    if offsets is None:
+        check_rows(ADVANTAGES.name, "mask", mask, "seq_len")
+        return (*rows, mask[-1])
+    if len(mask) != 1:
+        expected = "[tokens], of all rows one behind the other, with `offsets`"
+        refuse(ADVANTAGES.name, "mask", f"has shape {list(mask)}", expected)
+    check_shape(ADVANTAGES.name, "scores", tuple(rows), _rows_between(ADVANTAGES.name, offsets))
+    return (mask[0],)
 
 
 def check_gdpo(rewards: Sequence[int], weights: int, over: str, masked: bool) -> None:
@@ -298,7 +321,7 @@ whiten_with_backward = _pass("whiten_with_backward", _op, "elements", "grad_x", 
 
 # --- correction ---
 
-_inputs = (_numbers("old_logp"), _numbers("rollout_logp"), _flags("mask?"))
+_inputs = (_numbers("old_logp"), _numbers("rollout_logp"), _flags("mask?"), _offsets)
 CORRECTION = Op("correction", _inputs, Options("correction", "correction"))
 
 correction = _pass("correction", CORRECTION, "batch seq_len", "weights kept stats")
@@ -362,11 +385,14 @@ _inputs = (
     _numbers("weights?"),
     _numbers("margin?"),
     _numbers("kl?"),
+    _offsets,
 )
 PREFERENCE = Op("preference_loss", _inputs, Options("preference", "preference_loss"))
-# The log-probabilities, what else there is of tokens and rows, of pairs, and of which there is one.
-PREFERENCE_LOGP, PREFERENCE_ROWS, PREFERENCE_UNITS, PREFERENCE_KL = (
-    Op(PREFERENCE.name, _inputs[part]) for part in (slice(1), slice(1, 6), slice(6, 8), slice(8, 9))
+# The log-probabilities, what else there is of tokens and rows, of pairs, of which there is one, and
+# the offsets.
+_parts = (slice(1), slice(1, 6), slice(6, 8), slice(8, 9), slice(9, 10))
+PREFERENCE_LOGP, PREFERENCE_ROWS, PREFERENCE_UNITS, PREFERENCE_KL, PREFERENCE_OFFSETS = (
+    Op(PREFERENCE.name, _inputs[part]) for part in _parts
 )
 _results = "stats loss losses rewards grad_logp"
 preference_loss = _pass("preference_loss", PREFERENCE, "rows seq_len", _results)
@@ -380,11 +406,17 @@ _results = "stats loss losses grad_rewards"
 reward_model_loss = _pass("reward_model_loss", REWARD_MODEL, "pairs", _results)
 
 
-def responses(logp: Sequence[int]) -> tuple[int, int]:
-    """Rows, and tokens of each: one where the log-probabilities are of whole responses."""
+def responses(
+    logp: Sequence[int], offsets: Sequence[int] | None = None
+) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Rows, and tokens of each, or with offsets of all: one where the log-probabilities are of
+    whole responses; and the shape of the tokens."""
+    if offsets is not None:
+        (rows,) = rows_of(PREFERENCE, logp, offsets)
+        return (rows, logp[0]), (logp[0],)
     if len(logp) not in (1, 2):
         refuse(PREFERENCE.name, "logp", f"has shape {list(logp)}", "[rows] or [rows, seq_len]")
-    return (*logp, 1)[:2]
+    return (*logp, 1)[:2], (*logp, 1)[:2]
 
 
 def check_rewards(stacked: Sequence[int]) -> None:

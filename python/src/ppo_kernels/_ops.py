@@ -747,16 +747,14 @@ _ROWS = range(len(_lists.ADVANTAGES.inputs))
 @_op(_lists.ADVANTAGES, "advantages token_advantages stats", size="group_size", kept=_ROWS)
 def outcome_advantages(given: tuple, options: tuple) -> Results:
     *tensors, group_size = given
-    scores, mask = tensors[0], tensors[-1]
-    if mask is not None:
-        check_rows(_lists.ADVANTAGES.name, "mask", mask.shape, "seq_len")
-    seq_len = 0 if mask is None else mask.shape[-1]
-    shape = (*scores.shape, seq_len)
-    inputs = _checked(_lists.ADVANTAGES, tuple(tensors), shape=shape)
+    scores, *_, mask, offsets = tensors
+    shapes = (None if tensor is None else tensor.shape for tensor in (mask, offsets))
+    shape = _lists.tokens_of(scores.shape, *shapes)
+    inputs = _checked(_lists.ADVANTAGES, tuple(tensors), shape=shape, rows=scores.shape)
     stats = torch.empty(len(_lib.ADVANTAGE_STATS), dtype=torch.float64, device=scores.device)
     outputs = (_result(scores), _result(scores, mask is not None, shape), stats)
     yield outputs
-    sizes = (scores.numel(), seq_len, group_size)
+    sizes = (scores.numel(), shape[-1], group_size)
     _call(_lists.advantages, scores, options, *sizes, *_addresses(inputs, outputs))
 
 
@@ -906,12 +904,15 @@ def _of_preference(like: Tensor, units: int, rows: int) -> tuple[Tensor, ...]:
 )
 def preference_loss(tensors: tuple, options: tuple) -> Results:
     logp, (wanted, *options) = tensors[0], options
-    rows, seq_len = shape = _lists.responses(logp.shape)
+    offsets = tensors[-1]
+    found = _lists.responses(logp.shape, None if offsets is None else offsets.shape)
+    (rows, seq_len), shape = found
     units = _lists.units_of(rows, options)
     inputs = _checked(_lists.PREFERENCE_LOGP, tensors[:1])
-    inputs += _checked(_lists.PREFERENCE_ROWS, tensors[1:6], logp, shape)
+    inputs += _checked(_lists.PREFERENCE_ROWS, tensors[1:6], logp, shape, (rows,))
     inputs += _checked(_lists.PREFERENCE_UNITS, tensors[6:8], logp, (units,))
-    inputs += _checked(_lists.PREFERENCE_KL, tensors[8:], logp, (1,))
+    inputs += _checked(_lists.PREFERENCE_KL, tensors[8:9], logp, (1,))
+    inputs += _checked(_lists.PREFERENCE_OFFSETS, tensors[9:], logp, shape, (rows,))
     grad_logp = _result(logp, wanted)
     loss, stats, losses, rewards = _of_preference(logp, units, rows)
     yield loss, grad_logp, stats, losses, rewards

@@ -455,6 +455,7 @@ def outcome_advantages(
     group_size: int | None = None,
     lengths: Tensor | None = None,
     score_baselines: Tensor | None = None,
+    offsets: Tensor | None = None,
     baseline: Literal[
         "none", "group", "leave_one_out", "batch", "length_weighted", "runner_up"
     ] = "group",
@@ -491,6 +492,8 @@ def outcome_advantages(
         lengths: of the sequences, ``[...]``, for ``length_weighted``; by default those of the mask.
         score_baselines: subtracted from the clipped scores before all else, ``[...]``: those of
             greedy answers in ReMax.
+        offsets: where the rows of a pack begin, ``[rows + 1]``; see :func:`gae`. The mask, which
+            they need, is ``[tokens]`` then, and so are the advantages.
         baseline: what is subtracted: ``none``; the mean of the ``group``; of the others in it
             (``leave_one_out``); of the ``batch``; of the group by lengths (``length_weighted``); or
             from the best of the group the second best, all others getting 0 (``runner_up``).
@@ -507,13 +510,22 @@ def outcome_advantages(
     if groups is not None and not isinstance(groups, Tensor):
         groups = _numbered(groups, scores.device)
     if baseline == "length_weighted" and lengths is None and mask is not None:
-        lengths = (mask != 0).sum(-1, dtype=torch.float32)
-    inputs = (scores, groups, lengths, score_baselines, mask)
+        lengths = _lengths(mask != 0, offsets)
+    inputs = (scores, groups, lengths, score_baselines, mask, offsets)
     options = (eps, score_min, score_max, baseline, scale, singleton, eps_placement, unbiased)
     tensors = map(_constant, _taken(_lists.ADVANTAGES, *inputs))
     rows, tokens, stats = _ops.call(_ops.outcome_advantages, *tensors, group_size or 0, *options)
     advantages = rows if mask is None else tokens
     return AdvantagesOutput(advantages, dict(zip(_lib.ADVANTAGE_STATS, stats.unbind())))
+
+
+def _lengths(kept: Tensor, offsets: Tensor | None) -> Tensor:
+    """How many tokens are kept of each row."""
+    if offsets is None:
+        return kept.sum(-1, dtype=torch.float32)
+    counts = torch.cat((kept.new_zeros(1, dtype=torch.int64), kept.cumsum(-1)))
+    counts = counts[offsets.clamp(0, len(kept))]
+    return (counts[1:] - counts[:-1]).float()
 
 
 def _numbered(groups: Sequence[Hashable], device: torch.device) -> Tensor:
@@ -635,6 +647,7 @@ def correction(
     rollout_logp: Tensor,
     mask: Tensor | None = None,
     *,
+    offsets: Tensor | None = None,
     level: Literal["token", "sequence_mean", "sequence_sum", "none"] = "token",
     log_ratio_clamp: Number | None = 20.0,
     low: Number | None = None,
@@ -670,6 +683,8 @@ def correction(
         rollout_logp: as the rollout engine computed them; where it could not, NaN, which counts as
             d = 0.
         mask: ``[..., seq_len]``.
+        offsets: where the rows of a pack begin, ``[rows + 1]``; see :func:`gae`. What is
+            ``[..., seq_len]`` is ``[tokens]`` then.
         level: the weight is the token's, its row's geometric mean or product, or ``none``: 1.
         log_ratio_clamp: clamps d, or its sum or mean, to plus or minus this.
         low, high: bounds of the weight.
@@ -699,7 +714,7 @@ def correction(
         effective sample size as a share of the tokens. Nothing is NaN because there is no token.
     """
     _lists.check_rollout(rollout_logp)
-    tensors = map(_constant, _taken(_lists.CORRECTION, old_logp, rollout_logp, mask))
+    tensors = map(_constant, _taken(_lists.CORRECTION, old_logp, rollout_logp, mask, offsets))
     bounds = (log_ratio_clamp, low, high)
     rules = (rejection_low, rejection_high, second_rejection_low, second_rejection_high)
     first = (rejection_metric, rejection_level)
@@ -1010,6 +1025,7 @@ def preference_loss(
     weights: Tensor | None = None,
     margin: Tensor | None = None,
     labels: Tensor | None = None,
+    offsets: Tensor | None = None,
     kl: Number | None = None,
 ) -> PreferenceOutput:
     """A preference loss, the DPO family or KTO, with implicit rewards and statistics, from one pass
@@ -1072,14 +1088,17 @@ def preference_loss(
         weights: ``[pairs]``, or in kto ``[rows]`` (WPO). Of weight 0 nothing is looked at.
         margin: ``[pairs]``, of losses that are as sigmoid.
         labels: ``[rows]``, of kto: 1 or ``True`` where desirable, else 0.
+        offsets: where the rows of a pack begin, ``[rows + 1]``; see :func:`gae`. What is
+            ``[rows, seq_len]`` is ``[tokens]`` then.
         kl: of kto, ``max(0, mean)`` of the log-ratios of mismatched prompts and responses, a number
             or a tensor of one; 0 without it, which is APO-zero unpaired.
     """
     lengths = None if lengths is None else lengths.long()
     ref_sums = None
-    if ref_logp is not None and ref_logp.dim() == 1:
+    of_rows = offsets is None or (ref_logp is not None and ref_logp.shape != logp.shape)
+    if ref_logp is not None and ref_logp.dim() == 1 and of_rows:
         ref_logp, ref_sums = None, ref_logp
-    if mask is not None and logp.dim() == 1:
+    if mask is not None and logp.dim() == 1 and offsets is None:
         mask = mask.unsqueeze(-1)
     logp = _per_token(logp)
     of_rows = (ref_logp, ref_sums, mask, lengths, _classes(labels))
@@ -1087,7 +1106,7 @@ def preference_loss(
     if kl is not None:
         kl = kl if isinstance(kl, Tensor) else torch.full((1,), kl, device=logp.device)
         kl = _per_token(kl).reshape(1)
-    constants = map(_constant, (*tensors, kl))
+    constants = map(_constant, (*tensors, kl, _ids(offsets)))
     numbers = (beta, label_smoothing, gamma, alpha, discopop_tau, f_alpha, ld_alpha)
     factors = (desirable_weight, undesirable_weight, sft_coef, denominator, sft_denominator)
     options = (*numbers, *factors, loss, f_divergence, average_log_prob)

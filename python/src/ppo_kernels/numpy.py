@@ -379,6 +379,7 @@ def outcome_advantages(
     group_size: int | None = None,
     lengths: ArrayLike | None = None,
     score_baselines: ArrayLike | None = None,
+    offsets: ArrayLike | None = None,
     baseline: str = "group",
     scale: str = "group",
     singleton: str = "zero",
@@ -388,23 +389,26 @@ def outcome_advantages(
     score_min: float = -inf,
     score_max: float = inf,
 ) -> AdvantagesOutput:
-    """Advantages from scores ``[...]``; with a mask ``[..., seq_len]`` those of its tokens.
+    """Advantages from scores ``[...]``; with a mask ``[..., seq_len]``, or with offsets
+    ``[tokens]``, those of its tokens.
     ``groups`` is of anything that can be sorted."""
     given, shape = locals(), np.shape(scores)
     if groups is not None and np.asarray(groups).dtype.kind not in "iu":
         _, ids = np.unique(groups, return_inverse=True)
         given["groups"] = ids.reshape(np.shape(groups))
-    seq_len = 0
+    shapes = (None if array is None else np.shape(array) for array in (mask, offsets))
+    of_tokens = _lists.tokens_of(shape, *shapes)
     if mask is not None:
         given["mask"] = _flags(mask)
-        check_rows(_lists.ADVANTAGES.name, "mask", np.shape(mask), "seq_len")
-        seq_len = np.shape(mask)[-1]
         if baseline == "length_weighted" and lengths is None:
-            given["lengths"] = (given["mask"] != 0).sum(-1)
-    inputs = _checked(_lists.ADVANTAGES, given, (*shape, seq_len))
+            kept = given["mask"] != 0
+            counts = np.concatenate(([0], kept.cumsum(-1))) if offsets is not None else None
+            rows = None if offsets is None else np.clip(np.asarray(offsets), 0, len(kept))
+            given["lengths"] = kept.sum(-1) if rows is None else np.diff(counts[rows])
+    inputs = _checked(_lists.ADVANTAGES, given, of_tokens)
     rows, stats = np.empty(shape, np.float32), np.empty(len(_lib.ADVANTAGE_STATS), np.float64)
-    tokens = None if mask is None else np.empty((*shape, seq_len), np.float32)
-    sizes = (rows.size, seq_len, group_size or 0)
+    tokens = None if mask is None else np.empty(of_tokens, np.float32)
+    sizes = (rows.size, of_tokens[-1], group_size or 0)
     _call(_lists.advantages, given, *sizes, *inputs, rows, tokens, stats)
     named = dict(zip(_lib.ADVANTAGE_STATS, stats.tolist()))
     return AdvantagesOutput(rows if tokens is None else tokens, named)
@@ -485,6 +489,7 @@ def correction(
     rollout_logp: ArrayLike,
     mask: ArrayLike | None = None,
     *,
+    offsets: ArrayLike | None = None,
     level: str = "token",
     log_ratio_clamp: float | None = 20.0,
     low: float | None = None,
@@ -500,10 +505,12 @@ def correction(
     second_rejection_low: float | None = None,
     second_rejection_high: float | None = None,
 ) -> CorrectionOutput:
-    """Importance weights of ``[..., seq_len]``; the mask without what is rejected; statistics."""
+    """Importance weights of ``[..., seq_len]``, or with offsets of ``[tokens]``; the mask without
+    what is rejected; statistics."""
     given, shape = locals(), np.shape(old_logp)
     _lists.check_rollout(rollout_logp)
-    sizes, inputs = _sizes(_lists.CORRECTION, old_logp), _checked(_lists.CORRECTION, given, shape)
+    sizes = _sizes(_lists.CORRECTION, old_logp, offsets)
+    inputs = _checked(_lists.CORRECTION, given, shape)
     weights, kept = np.empty(shape, np.float32), np.empty(shape, np.bool_)
     stats = np.empty(len(_lib.CORRECTION_STATS), np.float64)
     _call(_lists.correction, given, *sizes, *inputs, weights, kept, stats)
@@ -570,8 +577,8 @@ def ppo_loss(
     kl_ratio_cap: float | None = None,
     kl_weighted: bool = False,
 ) -> tuple[float, dict[str, float], dict[str, Floats]]:
-    """The PPO loss of ``[..., seq_len]``, or with offsets of ``[tokens]``; its statistics; and its gradients with respect to
-    ``logp``, and to ``values`` and ``entropy`` where they are given."""
+    """The PPO loss of ``[..., seq_len]``, or with offsets of ``[tokens]``; its statistics; and its
+    gradients with respect to ``logp``, and to ``values`` and ``entropy`` where they are given."""
     shape = np.shape(logp)
     old_logp = logp if old_logp is None else old_logp
     advantages, weights = _of_tokens(advantages, shape), _of_tokens(weights, shape)
@@ -621,17 +628,20 @@ def preference_loss(
     weights: ArrayLike | None = None,
     margin: ArrayLike | None = None,
     labels: ArrayLike | None = None,
+    offsets: ArrayLike | None = None,
     kl: float | None = None,
 ) -> PreferenceOutput:
-    """The preference loss of ``[rows, seq_len]``, or of sums ``[rows]``, the chosen responses
-    first, with its gradient with respect to ``logp``."""
+    """The preference loss of ``[rows, seq_len]``, or with offsets of ``[tokens]``, or of sums
+    ``[rows]``, the chosen responses first, with its gradient with respect to ``logp``."""
     given = locals()
     logp = np.asarray(logp)
-    rows, seq_len = shape = _lists.responses(logp.shape)
-    if mask is not None and logp.ndim == 1:
+    found = _lists.responses(logp.shape, None if offsets is None else np.shape(offsets))
+    (rows, seq_len), shape = found
+    if mask is not None and logp.ndim == 1 and offsets is None:
         given["mask"] = np.asarray(mask)[:, None]
     given["ref_sums"] = None
-    if ref_logp is not None and np.ndim(ref_logp) == 1:
+    of_rows = offsets is None or np.shape(ref_logp) != logp.shape
+    if ref_logp is not None and np.ndim(ref_logp) == 1 and of_rows:
         given["ref_logp"], given["ref_sums"] = None, ref_logp
     if labels is not None:
         labels = np.asarray(labels)
@@ -643,6 +653,7 @@ def preference_loss(
     inputs += _checked(_lists.PREFERENCE_ROWS, given, shape)
     inputs += _checked(_lists.PREFERENCE_UNITS, given, (units,))
     inputs += _checked(_lists.PREFERENCE_KL, given, (1,))
+    inputs += _checked(_lists.PREFERENCE_OFFSETS, given, shape)
     stats = np.empty(len(_lib.PREFERENCE_STATS), np.float64)
     arrays = [np.empty(size, np.float32) for size in (units, rows, logp.shape)]
     _call(_lists.preference_loss, given, rows, seq_len, *inputs, stats, None, *arrays)

@@ -447,7 +447,7 @@ fn check_advantages(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
         for _ in 0..3 * DRAWS {
             let (options, seq_len) = (draw.advantage_options(), draw.pick(&[1, 7, 60]));
             let by_size = draw.rng.random_bool(0.5) && batch.is_multiple_of(most);
-            let sizes = Sizes { batch, seq_len, group_size: if by_size { most } else { 0 } };
+            let group_size = if by_size { most } else { 0 };
             // Of two rows or more each.
             let count = (batch / most).max(1) as i64;
             let groups: Vec<i64> = (0..batch as i64).map(|row| row % count * 7919 - 40).collect();
@@ -464,6 +464,9 @@ fn check_advantages(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
             let lengths: Vec<f32> = lengths.iter().map(|&x| f32::from(x) * 30.0).collect();
             let score_baselines = draw.values(batch, 0.0, 0.5);
             let mask = draw.mask([batch, seq_len]);
+            let (offsets, shape, seq_len) = draw.packed([batch, seq_len]);
+            let offsets_tensor = draw.offsets(offsets.as_deref())?;
+            let sizes = Sizes { batch, seq_len, group_size };
 
             let tensor = |x: &[f32]| draw.tensor(x, &[batch]);
             let (x, l, b) = (tensor(&scores)?, tensor(&lengths)?, tensor(&score_baselines)?);
@@ -472,7 +475,8 @@ fn check_advantages(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
                 groups: (!by_size).then_some(&ids),
                 lengths: Some(&l),
                 score_baselines: Some(&b),
-                mask: Some(&draw.bytes(&mask, &[batch, seq_len])?),
+                mask: Some(&draw.bytes(&mask, &shape)?),
+                offsets: offsets_tensor.as_ref(),
                 ..AdvantageInputs::new(&x)
             };
             let computed = outcome_advantages(&inputs, sizes.group_size, &options)?;
@@ -485,6 +489,7 @@ fn check_advantages(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
                 lengths: Some(&lengths),
                 score_baselines: Some(&score_baselines),
                 mask: Some(&mask),
+                offsets: offsets.as_deref(),
             };
             let want = advantages::reference::outcome_advantages(&inputs, sizes, &options);
             let row = &mut pair.forward;
@@ -546,17 +551,24 @@ fn whiten_case(
 }
 
 fn check_correction(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
-    for shape in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
+    for padded @ [batch, _] in TOKEN_SHAPES.map(|(batch, seq_len)| [batch, seq_len]) {
         for _ in 0..4 * DRAWS {
             let options = draw.correction_options();
-            let mask = draw.mask(shape);
-            let (old_logp, rollout_logp) = draw.engines(&mask, shape, &options)?;
+            let mask = draw.mask(padded);
+            let (offsets, shape, seq_len) = draw.packed(padded);
+            let offsets_tensor = draw.offsets(offsets.as_deref())?;
+            let rows = (offsets.as_deref(), [batch, seq_len]);
+            let (old_logp, rollout_logp) = draw.engines(&mask, rows, &options)?;
             let (x, y) = (draw.tensor(&old_logp, &shape)?, draw.tensor(&rollout_logp, &shape)?);
             let bytes = draw.bytes(&mask, &shape)?;
-            let inputs = CorrectionInputs { mask: Some(&bytes), ..CorrectionInputs::new(&x, &y) };
+            let inputs = CorrectionInputs {
+                mask: Some(&bytes),
+                offsets: offsets_tensor.as_ref(),
+                ..CorrectionInputs::new(&x, &y)
+            };
             let computed = correction(&inputs, &options)?;
 
-            let want = correct(&old_logp, &rollout_logp, &mask, shape, &options)?;
+            let want = correct(&old_logp, &rollout_logp, &mask, rows, &options)?;
             let row = &mut pair.forward;
             row.compare(&wide(&computed.weights)?, &want.weights)?;
             let kept: Vec<f64> = want.kept.iter().map(|&m| f64::from(m)).collect();
@@ -574,17 +586,21 @@ fn check_correction(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
     Ok(())
 }
 
+/// The offsets of a pack, rows, and tokens of a row or of all.
+type Rows<'a> = (Option<&'a [i64]>, [usize; 2]);
+
 /// What the reference makes of f32 inputs.
 fn correct(
     old_logp: &[f32],
     rollout_logp: &[f32],
     mask: &[u8],
-    [batch, seq_len]: [usize; 2],
+    (offsets, [batch, seq_len]): Rows,
     options: &CorrectionOptions,
 ) -> Result<correction::reference::Output> {
     let (old_logp, rollout_logp) = (widen(old_logp), widen(rollout_logp));
     let inputs = correction::reference::Inputs {
         mask: Some(mask),
+        offsets,
         ..correction::reference::Inputs::new(&old_logp, &rollout_logp)
     };
     Ok(correction::reference::correction(&inputs, batch, seq_len, options)?)
@@ -913,7 +929,7 @@ impl Draw<'_> {
     fn engines(
         &mut self,
         mask: &[u8],
-        shape: [usize; 2],
+        rows: Rows,
         options: &CorrectionOptions,
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         let near = |scale: f64| {
@@ -941,7 +957,7 @@ impl Draw<'_> {
             .collect();
         loop {
             let [a, b] = [1.0 - MARGIN, 1.0 + MARGIN]
-                .map(|scale| correct(&old_logp, &rollout_logp, mask, shape, &near(scale)));
+                .map(|scale| correct(&old_logp, &rollout_logp, mask, rows, &near(scale)));
             let (a, b) = (a?, b?);
             let differs = |&t: &usize| {
                 a.kept[t] != b.kept[t] || (a.weights[t] == 0.0) != (b.weights[t] == 0.0)
