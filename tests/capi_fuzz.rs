@@ -635,12 +635,10 @@ impl Fuzz {
         }
         *seq_len *= batch;
         let tokens = *seq_len as i64;
-        let mut offsets = vec![tokens; batch + 1];
-        offsets[0] = 0;
-        for row in 1..batch {
-            offsets[row] = self.rng.random_range(0..=tokens);
-        }
+        let mut offsets: Vec<i64> =
+            (0..=batch).map(|_| self.rng.random_range(0..=tokens)).collect();
         offsets.sort_unstable();
+        (offsets[0], offsets[batch]) = (0, tokens);
         if !self.coin(0.05) {
             return (Some(offsets), PPOK_STATUS_OK);
         }
