@@ -225,3 +225,87 @@ def test_rejections_of_verl(inputs, outputs):
     tensors = (f32(inputs["old_log_prob"]), f32(inputs["rollout_log_prob"]), mask)
     ours = functional.correction(*tensors, level="none", **options)
     assert torch.equal(ours.kept, f32(outputs["response_mask"]) != 0)
+
+
+AREAL = "areal.utils.functional.functional"
+LOSSES = [f"{AREAL}.{name}" for name in ("ppo_actor_loss_fn", "sapo_loss_fn", "cispo_loss_fn")]
+
+
+def mean_of_rows(values, mask, offsets):
+    """That of the unmasked tokens of each row, on all of its tokens."""
+    means = torch.zeros_like(values)
+    for start, end in zip(offsets, offsets[1:]):
+        row = slice(start, end)
+        means[row] = (values[row] * mask[row]).sum() / mask[row].sum().clamp(min=1)
+    return means
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), cases("packed", *LOSSES, dtype="float32"))
+def test_losses_of_areal(inputs, outputs):
+    """On packs. A ratio of rows goes with the row's mean advantage, and weights with rejections."""
+    of_one_row = [0, len(inputs["logprobs"])]
+    offsets = torch.tensor(inputs.get("cu_seqlens", of_one_row))
+    mask = f32(inputs["loss_mask"]) != 0
+    old_logp = f32(inputs.get("proximal_logprobs") or inputs["old_logprobs"])
+    advantages = f32(inputs["advantages"])
+    options = {"value_clip_range": None, "log_ratio_clamp": None, "offsets": offsets}
+    if "tau_pos" in inputs:
+        options |= {f"soft_gate_{name}": inputs[name] for name in ("tau_pos", "tau_neg")}
+        options["surrogate"] = "soft_gate"
+    else:
+        options |= {"clip_range": inputs["eps_clip"], "clip_range_high": inputs["eps_clip_higher"]}
+        options["dual_clip"] = inputs.get("c_clip")
+        options["surrogate"] = "clip" if "c_clip" in inputs else "clipped_weight"
+    if inputs.get("importance_sampling_level") == "sequence":
+        options["ratio"] = "sequence_mean"
+        advantages = mean_of_rows(advantages, mask, offsets)
+    if rule := inputs.get("rejection_sampling"):
+        of_rows, is_ratio = rule["level"] == "sequence", rule["metric"] == "ratio"
+        corrected = functional.correction(
+            old_logp,
+            f32(inputs["old_logprobs"]),
+            mask,
+            level="sequence_mean" if of_rows and is_ratio else "token",
+            high=None,
+            log_ratio_clamp=None,
+            rejection_metric="ratio" if is_ratio else "reverse_k3",
+            rejection_level=f"sequence_{rule['agg']}" if of_rows else "token",
+            rejection_low=rule["lower"],
+            rejection_high=rule["upper"],
+            offsets=offsets,
+        )
+        options["weights"] = corrected.weights
+    logp = f32(inputs["logprobs"]).requires_grad_()
+    loss, _ = functional.ppo_loss(logp, old_logp, advantages, mask, **options)
+    loss.backward()
+    close(loss, outputs["loss"])
+    close(logp.grad, outputs["grad_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    cases("packed", f"{AREAL}.dpo_pair_logratios + dpo_preference_loss", dtype="float32"),
+)
+def test_dpo_of_areal(inputs, outputs):
+    """Its rows alternate, chosen and rejected; the last position of a row has no target."""
+    offsets, logp = torch.tensor(inputs["cu_seqlens"]), f32(inputs["logprobs"])
+    targets = functional.targets_from_tokens(f32(inputs["loss_mask"]).long(), offsets, ignore=0)
+    rows = [slice(start, end) for start, end in zip(offsets, offsets[1:])]
+    order = torch.cat([torch.arange(len(logp))[row] for row in rows[::2] + rows[1::2]])
+    lengths = (offsets[1:] - offsets[:-1]).reshape(-1, 2).T.flatten()
+    ends = torch.cat((offsets[:1], lengths.cumsum(0)))
+    leaf = logp[order].requires_grad_()
+    given = (f32(inputs["ref_logprobs"])[order], targets[order])
+    ours = functional.preference_loss(leaf, *given, beta=inputs["beta"], offsets=ends)
+    ours.loss.backward()
+    close(ours.loss, outputs["loss"])
+    close(leaf.grad, [outputs["grad_logprobs"][place] for place in order])
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), cases("packed", f"{AREAL}.masked_normalization"))
+def test_normalization_of_areal(inputs, outputs):
+    """A pack's tokens as they are: rows do not matter."""
+    mask = f32(inputs["mask"]) != 0
+    options = {"unbiased": inputs["unbiased"], "eps": inputs["eps"], "eps_placement": "std"}
+    ours = functional.masked_whiten(f32(inputs["x"]), mask, **options)
+    close(ours, outputs["normalized"], mask)
