@@ -8,13 +8,14 @@
 //!   So do the C structs. Tensors and NumPy arrays are `[N]`, and the offsets say what B is.
 //! - What there is one of for a row, scores say, is `[B]` as before. A mask may be given as well, `[N]`.
 //! - Where an option needs T, it is the longest row.
-//! - No padded copy is made anywhere. A row has the bits that it has in a padded batch; sums over all tokens
-//!   add up in another order.
+//! - No padded copy is made anywhere. What there is of tokens and of rows has the bits that it has in a padded
+//!   batch, at the same denominator; sums over all rows add up in another order.
 //! - On the CPU the offsets are checked, and rows shared out to threads by their tokens. On CUDA to look at
 //!   them would cost a wait: there they are not checked, and what falls outside of 0..N is brought back to it, so
 //!   that results may be wrong, but nothing else is touched.
 //!
-//! [`whiten`](crate::whiten) and the losses by token take tokens of any shape, packs too, and need no offsets.
+//! [`whiten`](crate::whiten) and [`kl`](crate::kl) take tokens of any shape, packs too, and need no offsets. The
+//! losses from logits and hidden states take a pack as one row, with aggregations by tokens.
 
 use std::ops::Range;
 
@@ -215,4 +216,50 @@ pub fn targets_from_tokens<I: TokenId>(tokens: &[I], offsets: &[i64], ignore: I)
         *row.last_mut().expect("not empty") = ignore;
     }
     Ok(targets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_cut_where_half_of_their_tokens_are() {
+        let ranges = |offsets| RowRanges::new("op", 20, Some(offsets)).unwrap();
+        let uneven = ranges(&[0, 1, 2, 3, 19, 20]);
+        assert_eq!(uneven.middle(0, 5, 4), Some(4));
+        assert_eq!(uneven.middle(0, 4, 4), Some(3));
+        assert_eq!(uneven.middle(0, 3, 3), None, "no more than the grain");
+        assert_eq!(uneven.middle(3, 1, 4), None, "a single row");
+        // Empty ones at the ends go with others.
+        let empty = ranges(&[0, 0, 0, 20, 20]);
+        assert_eq!(empty.middle(0, 4, 4), Some(3));
+        assert_eq!(empty.middle(2, 2, 4), Some(1));
+        let padded = RowRanges::new("op", 10, None).unwrap();
+        assert_eq!((padded.middle(0, 8, 20), padded.middle(0, 2, 20)), (Some(4), None));
+    }
+
+    #[test]
+    fn every_token_is_in_its_row() {
+        let offsets = [0, 0, 3, 3, 3, 5, 6, 6];
+        let ranges = RowRanges::new("op", 6, Some(&offsets)).unwrap();
+        let rows: Vec<usize> = (0..6).map(|token| ranges.row_of(token)).collect();
+        assert_eq!(rows, [1, 1, 1, 4, 4, 5]);
+        assert!((0..6).all(|token| ranges.range(rows[token]).contains(&token)));
+        assert_eq!(ranges.longest(7), 3);
+    }
+
+    #[test]
+    fn targets_of_what_is_no_pack_are_refused() {
+        let refused = |offsets: &[i64], words: &str| {
+            let error = targets_from_tokens(&[1_u32, 2], offsets, 0).unwrap_err().to_string();
+            assert!(error.starts_with("targets_from_tokens: `offsets`"), "{error}");
+            assert!(error.contains(words), "{error}");
+        };
+        refused(&[1, 2], "expected 0");
+        refused(&[0, 2, 1, 2], "`offsets`[2] is 1");
+        refused(&[0, 3], "number of tokens");
+        refused(&[], "[B + 1]");
+        let none: [u32; 0] = targets_from_tokens(&[], &[0, 0, 0], 9).unwrap().try_into().unwrap();
+        assert!(none.is_empty());
+    }
 }

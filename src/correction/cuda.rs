@@ -2,8 +2,8 @@
 //! nothing waits for the device. Refuses what [`cpu`](super::cpu) refuses, but for the offsets of a pack, which
 //! to look at would cost a wait: rows are brought back into the tokens that there are.
 //!
-//! A row of a pack is added up by a warp or by a block, as all others of its batch; which, padding decides
-//! too. Sums being in f64, the two differ in a weight's last bit at most.
+//! A row is added up by a warp, or by a block where rows are long in the mean, which padding changes. Sums are
+//! in f64: a weight of a row may differ in its last bit.
 
 use super::{
     CorrectionOptions, Outside, Rejection, RejectionLevel, RejectionMetric, WeightLevel, OP,

@@ -98,7 +98,8 @@ def _rows_between(op: str, offsets: Sequence[int]) -> tuple[int]:
 
 def offsets_among(op: Op, tensors: Sequence[Any]) -> Any:
     """The offsets, if the op takes any and they are given."""
-    return next((x for given, x in zip(op.inputs, tensors) if given.kind == OFFSETS), None)
+    place = _OFFSETS_AT.get(op.name)
+    return None if place is None else tensors[place]
 
 
 def check_positive(op: str, option: str, value: float) -> None:
@@ -428,3 +429,11 @@ def units_of(rows: int, options: Sequence) -> int:
     """Pairs, or in KTO rows; an odd number of rows is refused later."""
     loss = options[[*PREFERENCE.options.kinds].index("loss")]
     return rows if loss == "kto" else rows // 2
+
+
+_OFFSETS_AT = {
+    op.name: place
+    for op in (GAE, CORRECTION, PPO_LOSS)
+    for place, argument in enumerate(op.inputs)
+    if argument.kind == OFFSETS
+}

@@ -912,7 +912,9 @@ def preference_loss(tensors: tuple, options: tuple) -> Results:
     inputs += _checked(_lists.PREFERENCE_ROWS, tensors[1:6], logp, shape, (rows,))
     inputs += _checked(_lists.PREFERENCE_UNITS, tensors[6:8], logp, (units,))
     inputs += _checked(_lists.PREFERENCE_KL, tensors[8:9], logp, (1,))
-    inputs += _checked(_lists.PREFERENCE_OFFSETS, tensors[9:], logp, shape, (rows,))
+    if offsets is not None:
+        (offsets,) = _checked(_lists.PREFERENCE_OFFSETS, tensors[9:], logp, shape, (rows,))
+    inputs.append(offsets)
     grad_logp = _result(logp, wanted)
     loss, stats, losses, rewards = _of_preference(logp, units, rows)
     yield loss, grad_logp, stats, losses, rewards
