@@ -291,8 +291,10 @@ struct Aligned([f32; WIDE]);
 
 /// The sum of f(x, m), in lanes of f64.
 fn sum_of<M: Copy>(x: &[f32], m: &[M], f: impl Fn(f32, M) -> f32) -> f64 {
-    if x.len() < LANES {
-        return x.iter().zip(m).map(|(&x, &m)| f64::from(f(x, m))).sum();
+    // No more than one token: else a row's sum would depend on what pads it.
+    if x.len() <= 1 {
+        let tokens = x.iter().zip(m);
+        return tokens.fold(0.0, |sum, (&x, &m)| sum + f64::from(f(x, m)));
     }
     // A row by itself: of more than its loop the compiler would keep the sums in memory.
     vectorise(
