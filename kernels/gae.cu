@@ -33,9 +33,9 @@
 //             and knows u where its segments end (apply)
 //     merge   puts together the moments that every block left
 //
-// Of a pack the row's range comes from the offsets: a block takes a row, or a warp where all rows together
-// are short. Where rows have a lambda of their own a block takes a row too, and makes the table of its
-// powers first (block_own). Few long rows are not split then.
+// Of a pack the row's range comes from the offsets. Rows that have that or a lambda of their own are taken by
+// a block each, which makes the table of powers for every row (block_own), or by a warp where all rows
+// together are short and share the lambda. Few long rows are not split then.
 //
 // Bytes a token: 4 for each of values, rewards and kl, and 1 for each of mask and dones, read once
 // (twice where rows are split, and the mask behind the last unmasked token once more); 4 written
@@ -220,9 +220,17 @@ static __device__ __forceinline__ void load_powers(const GaeArgs& args, Shared* 
     }
 }
 
-// The powers of the lambda of a row, which is NaN if it is none. To be between two barriers.
+// The powers of the lambda of a row, which is NaN if it is none, or of that of all. To be between two
+// barriers.
 static __device__ __forceinline__ void make_own_decay(const GaeArgs& args, int64_t row,
                                                       Shared* shared) {
+    if (!args.lambda_per_row) {
+        for (int i = threadIdx.x; i <= SEGMENT; i += blockDim.x) {
+            shared->powers[0][i] = shared->own.powers[i] = args.decay.powers[i];
+        }
+        if (threadIdx.x == 0) shared->own.rest = args.decay.rest;
+        return;
+    }
     const float given = args.lambda_per_row[row];
     const double lambda = given >= 0.0f && given <= 1.0f ? double(given) : double(NAN);
     for (int i = threadIdx.x; i <= SEGMENT; i += blockDim.x) {
@@ -627,7 +635,7 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
         State s = {0.0f, 0.0f};
         int last = NO_TOKEN;  // the row's last unmasked one, counted from the tile's first
         int tiles = args.tiles;
-        if (args.offsets) {
+        if (OWN && args.offsets) {
             const RowRange range = range_in_pack(args.offsets, row, args.tokens);
             tiles = int((range.tokens + tile_tokens - 1) / tile_tokens);
             if (tiles == 0 && args.partials) shared->threads[threadIdx.x] = no_deviations();
@@ -640,12 +648,13 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
         }
         for (int tile = tiles - 1; tile >= 0; tile--) {
             const int64_t first = int64_t(tile) * tile_tokens + mine * SEGMENT;
-            const Place place(range_of_row(args.offsets, row, args.tokens), first);
+            const int64_t* offsets = OWN ? args.offsets : nullptr;
+            const Place place(range_of_row(offsets, row, args.tokens), first);
             Tokens t;
             load(args, place, t, [&] {
                 if (tile < tiles - 1) return;
-                if (!has_powers) load_powers<TWO, !OWN>(args, shared);
-                has_powers = true;
+                if (OWN ? !has_powers : row == blockIdx.x) load_powers<TWO, !OWN>(args, shared);
+                if (OWN) has_powers = true;
                 if (args.partials) shared->threads[threadIdx.x] = no_deviations();
                 if (threadIdx.x == 0) shared->score = score_of(args, row);
                 s = end_of_row(args, row);
@@ -858,6 +867,13 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
     }
 }
 
+// Blocks a multiprocessor: with three those from sm_100 on would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int OWN_BLOCKS = 2;
+#else
+constexpr int OWN_BLOCKS = 3;
+#endif
+
 // Returns with a lambda of their own are rare, and have kernels of their own: in the same they would
 // cost all others registers.
 #define KERNELS(two, name, own_name)                                                               \
@@ -869,7 +885,7 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
         SHARED(Shared, shared, 1);                                                                \
         block_rows<two>(args, shared);                                                            \
     }                                                                                             \
-    KERNEL(256, two ? 2 : 3, gae_block##own_name, GaeArgs) {                                      \
+    KERNEL(256, two ? 2 : OWN_BLOCKS, gae_block##own_name, GaeArgs) {                                      \
         SHARED(Shared, shared, 1);                                                                \
         block_rows<two, true>(args, shared);                                                      \
     }                                                                                             \

@@ -118,8 +118,8 @@ pub fn workspace_len<S: Space>(inputs: &super::Inputs<S>, batch: usize, seq_len:
 }
 
 /// Advantages and returns of `batch` rows of `seq_len` tokens, or with offsets, of `seq_len` tokens in all.
-/// Reads every input once, or twice if there are few long rows. `workspace` has [`workspace_len`] values or more, of any content, and
-/// can be used again for the next call on the same stream.
+/// Reads every input once, or twice if there are few long rows. `workspace` has [`workspace_len`] values or
+/// more, of any content, and can be used again for the next call on the same stream.
 ///
 /// # Errors
 /// If a length does not fit, an option is out of range, [`MissingEos`] has no `scores` and `has_eos`
@@ -156,9 +156,9 @@ pub fn gae(
     // The kernels that know the decay in their types, for one and for two.
     let either = |one, two| if args.two != 0 { two } else { one };
     let warp = either("warp", "warp_two");
-    let block = match args.inputs.lambda_per_row {
-        None => either("block", "block_two"),
-        Some(_) => either("block_own", "block_two_own"),
+    let block = match args.inputs.lambda_per_row.is_some() || args.inputs.offsets.is_some() {
+        false => either("block", "block_two"),
+        true => either("block_own", "block_two_own"),
     };
     let [totals, apply] = [either("totals", "totals_two"), either("apply", "apply_two")];
     match mapping {
