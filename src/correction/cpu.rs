@@ -3,8 +3,8 @@
 //! kept in lanes of f32 within a chunk, and in f64 beyond.
 
 use super::{
-    CorrectionOptions, CorrectionStats, Outside, Rejection, RejectionLevel, RejectionMetric, Sums,
-    WeightLevel, OP,
+    CorrectionOptions, CorrectionStats, Outside, RejectionArgs, RejectionLevel, RejectionMetric,
+    Sums, WeightLevel, OP,
 };
 use crate::cpu::math::{clip, exp, select, sum_lanes, LANES};
 use crate::cpu::{for_each, reduce_by, vectorise};
@@ -281,28 +281,7 @@ impl RowMetric {
     }
 }
 
-/// A rejection with its bounds as they are compared.
-#[derive(Clone, Copy)]
-struct Bounded {
-    metric: RejectionMetric,
-    level: RejectionLevel,
-    low: f32,
-    high: f32,
-    is_of_row: bool,
-}
-
-impl Bounded {
-    fn new(rejection: &Rejection) -> Self {
-        let (low, high) = rejection.bounds();
-        Self {
-            metric: rejection.metric,
-            level: rejection.level,
-            low: low as f32,
-            high: high as f32,
-            is_of_row: rejection.is_of_row(),
-        }
-    }
-
+impl RejectionArgs {
     fn rejects_row(&self, metric: &RowMetric, sums: &RowSums) -> bool {
         let sum = match self.metric {
             RejectionMetric::Ratio => sums.d,
@@ -328,7 +307,7 @@ struct Rule {
     low: f32,
     high: f32,
     truncates: bool,
-    rejections: [Bounded; 2],
+    rejections: [RejectionArgs; 2],
 }
 
 impl Rule {
@@ -346,7 +325,7 @@ impl Rule {
             low: low as f32,
             high: high as f32,
             truncates: options.outside == Outside::Truncate,
-            rejections: options.rejections().map(Bounded::new),
+            rejections: options.rejections().map(RejectionArgs::new),
         }
     }
 
@@ -364,7 +343,7 @@ impl Rule {
                     || chunk.load(row, first, &mut of_row),
                 );
                 for (rejection, of_row) in self.rejections.iter().zip(&mut metrics) {
-                    if rejection.is_of_row {
+                    if rejection.metric.is_of_rows(rejection.level) {
                         chunk.metric(rejection.metric, self.log_ratio_limit, &mut values);
                         vectorise(
                             #[inline(always)]
@@ -400,7 +379,7 @@ impl Rule {
                 survives = ZEROS;
             }
             for rejection in &self.rejections {
-                if rejection.level == RejectionLevel::Token {
+                if rejection.metric.is_of_tokens(rejection.level) {
                     chunk.metric(rejection.metric, self.log_ratio_limit, &mut values);
                     vectorise(
                         #[inline(always)]

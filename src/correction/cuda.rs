@@ -5,9 +5,7 @@
 //! A row is added up by a warp, or by a block where rows are long in the mean, which padding changes. Sums are
 //! in f64: a weight of a row may differ in its last bit.
 
-use super::{
-    CorrectionOptions, Outside, Rejection, RejectionLevel, RejectionMetric, WeightLevel, OP,
-};
+use super::{CorrectionOptions, Outside, RejectionArgs, RejectionMetric, WeightLevel, OP};
 use crate::cuda::{Args, SliceMut, Stream};
 use crate::error::{Error, Result};
 use crate::kl::limit;
@@ -114,27 +112,6 @@ pub fn correction(
         stream.launch_f32([OP, "scale"], blocks, PASS_THREADS, &args)?;
     }
     Ok(())
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RejectionArgs {
-    metric: RejectionMetric,
-    level: RejectionLevel,
-    low: f32,
-    high: f32,
-}
-
-impl RejectionArgs {
-    fn new(rejection: &Rejection) -> Self {
-        let (low, high) = rejection.bounds();
-        Self {
-            metric: rejection.metric,
-            level: rejection.level,
-            low: low as f32,
-            high: high as f32,
-        }
-    }
 }
 
 /// The options as the kernels take them.

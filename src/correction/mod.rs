@@ -124,6 +124,18 @@ pub enum RejectionMetric {
     TotalVariation,
 }
 
+impl RejectionMetric {
+    /// Whether something is rejected by it, token by token.
+    fn is_of_tokens(self, level: RejectionLevel) -> bool {
+        self != Self::None && level == RejectionLevel::Token
+    }
+
+    /// Whether something is rejected by it, row by row.
+    fn is_of_rows(self, level: RejectionLevel) -> bool {
+        self != Self::None && level != RejectionLevel::Token
+    }
+}
+
 /// What of a token or its row a rejection's bounds hold for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
@@ -228,7 +240,7 @@ impl Rejection {
 
     /// Whether a whole row has to be seen first.
     pub(crate) fn is_of_row(&self) -> bool {
-        self.metric != RejectionMetric::None && self.level != RejectionLevel::Token
+        self.metric.is_of_rows(self.level)
     }
 
     fn validate(&self, [metric, low, high]: [&'static str; 3]) -> Result<()> {
@@ -249,6 +261,29 @@ impl Rejection {
         }
         let takes_log = self.metric == RejectionMetric::Ratio;
         check_bounds([low, high], [self.low, self.high], takes_log)
+    }
+}
+
+/// A rejection as it is compared, on both backends: its bounds in f32, of ratios their logarithms, infinity
+/// where there is none.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct RejectionArgs {
+    metric: RejectionMetric,
+    level: RejectionLevel,
+    low: f32,
+    high: f32,
+}
+
+impl RejectionArgs {
+    fn new(rejection: &Rejection) -> Self {
+        let (low, high) = rejection.bounds();
+        Self {
+            metric: rejection.metric,
+            level: rejection.level,
+            low: low as f32,
+            high: high as f32,
+        }
     }
 }
 

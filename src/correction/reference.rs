@@ -186,8 +186,7 @@ fn is_outside(rule: &Rejection, x: f64) -> bool {
 
 /// Whether a rule of tokens rejects one.
 fn rejects_token(rule: &Rejection, token: &Token) -> bool {
-    let of_tokens = rule.metric != RejectionMetric::None && !rule.is_of_row();
-    of_tokens && is_outside(rule, token.metric(rule.metric))
+    rule.metric.is_of_tokens(rule.level) && is_outside(rule, token.metric(rule.metric))
 }
 
 /// Whether a rule of rows rejects one.
