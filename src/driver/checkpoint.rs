@@ -8,6 +8,7 @@
 //! One is written beside the last and gets its name when it is whole, then the last one goes: a kill or a full
 //! disk leaves one of them. A run that came to its end has weights and no checkpoint.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -94,11 +95,37 @@ pub fn prefixed<'a>(
     vars.iter().map(move |(name, var)| (format!("{prefix}{name}"), var.as_tensor().clone()))
 }
 
-/// A number that says whether networks have the same weights: FNV-1a over their bits.
-///
-/// # Errors
-/// If they cannot be read from their device.
-pub fn fingerprint(tensors: &[(String, Tensor)]) -> Result<u64> {
+/// A number that says whether weights that never change, and are not saved, are those that a run started from.
+/// It is made when it is first asked for.
+#[derive(Debug, Default)]
+pub struct Fingerprint(OnceCell<u64>);
+
+impl Fingerprint {
+    /// That of the weights.
+    ///
+    /// # Errors
+    /// If they cannot be read from their device.
+    pub fn of(&self, weights: impl FnOnce() -> Vec<(String, Tensor)>) -> Result<u64> {
+        if let Some(&known) = self.0.get() {
+            return Ok(known);
+        }
+        let made = fingerprint(&weights())?;
+        Ok(*self.0.get_or_init(|| made))
+    }
+
+    /// Checks that they are those of a checkpoint.
+    ///
+    /// # Errors
+    /// If they are others.
+    pub fn check(&self, saved: u64, weights: impl FnOnce() -> Vec<(String, Tensor)>) -> Result<()> {
+        let is_same = self.of(weights)? == saved;
+        ensure!(is_same, "the model is another one than the run started from");
+        Ok(())
+    }
+}
+
+/// FNV-1a over the weights' bits.
+fn fingerprint(tensors: &[(String, Tensor)]) -> Result<u64> {
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     for (_, tensor) in tensors {
         for x in tensor.flatten_all()?.to_vec1::<f32>()? {

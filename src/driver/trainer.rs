@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::{ensure, Result};
+use anyhow::Result;
 use candle_core::Tensor;
 use rand::rngs::StdRng;
 use rand::SeedableRng;
@@ -10,7 +10,7 @@ use rand_chacha::ChaCha12Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
-use super::checkpoint::{fingerprint, Resumable, Tensors};
+use super::checkpoint::{Fingerprint, Resumable, Tensors};
 use super::config::{KlControllerKind, LrScheduleKind, Settings};
 use super::experience::{mean, Experience, Shaping};
 use super::kl_controller::KlController;
@@ -31,6 +31,7 @@ pub struct Trainer {
     pub prompts: Prompts,
     settings: Settings,
     reference: Decoder,
+    fingerprint: Fingerprint,
     controller: KlController,
     /// Of all scores so far.
     scores: RunningMoments,
@@ -90,6 +91,7 @@ impl Trainer {
             prompts,
             settings: settings.clone(),
             reference,
+            fingerprint: Fingerprint::default(),
             controller,
             scores: RunningMoments::new(),
             rng: ChaCha12Rng::seed_from_u64(settings.seed),
@@ -198,15 +200,12 @@ impl Resumable for Trainer {
             optimizer_steps: self.learner.optimizer_steps(),
             kl_coef: self.controller.coef(),
             scores: [count, mean, m2],
-            reference: fingerprint(&self.reference.tensors())?,
+            reference: self.fingerprint.of(|| self.reference.tensors())?,
         })
     }
 
     fn restore(&mut self, state: TrainerState, tensors: &Tensors) -> Result<()> {
-        ensure!(
-            state.reference == fingerprint(&self.reference.tensors())?,
-            "the model is another one than the run started from"
-        );
+        self.fingerprint.check(state.reference, || self.reference.tensors())?;
         self.learner.restore(state.optimizer_steps, tensors)?;
         self.prompts.resume(state.prompts_left)?;
         self.controller.resume(state.kl_coef);

@@ -11,7 +11,7 @@ use rand_chacha::ChaCha12Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
-use super::checkpoint::{fingerprint, prefixed, Resumable, Tensors};
+use super::checkpoint::{prefixed, Fingerprint, Resumable, Tensors};
 use super::config::tuning::Tuning;
 use super::config::LrScheduleKind;
 use super::model::Decoder;
@@ -68,6 +68,7 @@ pub struct Course<'a, O> {
     /// The examples that are left before all come again.
     left: Vec<usize>,
     step: usize,
+    fingerprint: Fingerprint,
 }
 
 /// What a checkpoint of a training on examples holds besides tensors.
@@ -80,7 +81,7 @@ pub struct CourseState {
     /// How many examples are learned from.
     examples: usize,
     /// Of the weights that the learned ones are held against or adapt, which are not saved.
-    reference: Option<u64>,
+    reference: u64,
 }
 
 impl<'a, O: Objective> Course<'a, O> {
@@ -95,6 +96,7 @@ impl<'a, O: Objective> Course<'a, O> {
             rng: ChaCha12Rng::seed_from_u64(tuning.seed),
             left: Vec::new(),
             step: 0,
+            fingerprint: Fingerprint::default(),
         })
     }
 
@@ -129,10 +131,11 @@ impl<'a, O: Objective> Course<'a, O> {
         Ok(Learned { step: self.step, skipped: norm.is_none(), metrics })
     }
 
-    fn reference(&self) -> Result<Option<u64>> {
-        let mut held = self.objective.constants();
-        held.extend(self.objective.reference().into_iter().flat_map(Decoder::tensors));
-        (!held.is_empty()).then(|| fingerprint(&held)).transpose()
+    /// All weights that never change.
+    fn unsaved(&self) -> Vec<(String, Tensor)> {
+        let mut unsaved = self.objective.constants();
+        unsaved.extend(self.objective.reference().into_iter().flat_map(Decoder::tensors));
+        unsaved
     }
 }
 
@@ -151,7 +154,7 @@ impl<O: Objective> Resumable for Course<'_, O> {
             step: self.step,
             optimizer_steps: self.optimizer.steps(),
             examples: self.rows.len(),
-            reference: self.reference()?,
+            reference: self.fingerprint.of(|| self.unsaved())?,
         })
     }
 
@@ -162,10 +165,7 @@ impl<O: Objective> Resumable for Course<'_, O> {
             self.rows.len(),
             state.examples
         );
-        ensure!(
-            state.reference == self.reference()?,
-            "the model is another one than the run started from"
-        );
+        self.fingerprint.check(state.reference, || self.unsaved())?;
         tensors.set("model.", &self.objective.parameters())?;
         self.optimizer.restore("optimizer.", state.optimizer_steps, tensors)?;
         (self.rng, self.left, self.step) = (state.rng, state.left, state.step);
