@@ -562,6 +562,26 @@ macro_rules! run_of_steps {
 }
 use run_of_steps;
 
+/// Where settings have adapters.
+macro_rules! adapters_of_settings {
+    () => {
+        /// The adapters that are trained, if not the whole networks are.
+        pub fn lora(&self) -> Option<Lora> {
+            self.lora_rank.map(|rank| Lora {
+                rank,
+                alpha: self.lora_alpha.unwrap_or(2.0 * rank as f64),
+                targets: self.lora_targets.clone(),
+            })
+        }
+
+        /// The model that the adapters are saved for, if they are by themselves.
+        pub fn adapter_base(&self) -> Option<&Path> {
+            self.model.as_deref().filter(|_| self.lora_rank.is_some() && !self.lora_merge)
+        }
+    };
+}
+use adapters_of_settings;
+
 /// The settings of a subcommand that makes a run folder.
 pub trait RunSettings: Args + Clone + Default + Serialize + DeserializeOwned {
     /// The subcommand's name. Its folders are `runs/COMMAND-N`.
@@ -644,14 +664,14 @@ impl<S: RunSettings> ConfigArgs<S> {
     /// A file that cannot be read, is not TOML, or has an unknown key or a value of the wrong type
     /// (the message has file, line and key); a setting out of its range (the message has the flag).
     pub fn resolve(&self, matches: &ArgMatches, embedded: &str) -> Result<S> {
+        let given = |key: &str| matches.value_source(key) == Some(ValueSource::CommandLine);
         if let Some(dir) = &self.resume {
-            return self.resumed(dir, matches);
+            return self.resumed(dir, matches, &given);
         }
         let file = match &self.config {
             Some(path) => read_config::<S>(path)?,
             None => Table::new(),
         };
-        let given = |key: &str| matches.value_source(key) == Some(ValueSource::CommandLine);
         let mut flags = Table::try_from(&self.settings).context("cannot lay out the flags")?;
         flags.retain(|key, _| given(key));
 
@@ -668,8 +688,7 @@ impl<S: RunSettings> ConfigArgs<S> {
     }
 
     /// The settings of the run in a folder, which go on there.
-    fn resumed(&self, dir: &Path, matches: &ArgMatches) -> Result<S> {
-        let given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    fn resumed(&self, dir: &Path, matches: &ArgMatches, given: &dyn Fn(&str) -> bool) -> Result<S> {
         let other = matches.ids().map(|id| id.as_str()).find(|id| {
             // Groups of flags have names too.
             *id != "resume" && given(id) && matches.try_get_raw(id).is_ok()
@@ -698,15 +717,7 @@ impl Settings {
         }
     }
 
-    /// The adapters that are trained, if not the whole networks are.
-    pub fn lora(&self) -> Option<Lora> {
-        lora(self.lora_rank, self.lora_alpha, &self.lora_targets)
-    }
-
-    /// The model that the adapters are saved for, if they are by themselves.
-    pub fn adapter_base(&self) -> Option<&Path> {
-        self.model.as_deref().filter(|_| self.lora_rank.is_some() && !self.lora_merge)
-    }
+    adapters_of_settings!();
 
     /// How the rollout draws tokens.
     pub fn sampling(&self) -> Sampling {
@@ -880,12 +891,6 @@ impl RunSettings for Settings {
         }
         Ok(())
     }
-}
-
-pub(super) fn lora(rank: Option<usize>, alpha: Option<f64>, targets: &[String]) -> Option<Lora> {
-    let lora =
-        |rank| Lora { rank, alpha: alpha.unwrap_or(2.0 * rank as f64), targets: targets.to_vec() };
-    rank.map(lora)
 }
 
 /// Checks adapters, and that there is a model on disk that they could be saved for.

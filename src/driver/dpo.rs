@@ -12,7 +12,7 @@ use super::config::tuning::DpoSettings;
 use super::config::RunSettings;
 use super::embedded;
 use super::examples::{self, Example, Pair};
-use super::load::{check_adapter_base, save, save_adapter, Loaded};
+use super::load::{check_adapter_base, save_trained, Loaded};
 use super::model::Decoder;
 use super::report::{Column, Progress};
 use super::sequences::Sequences;
@@ -128,9 +128,8 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
         options: settings.options(),
     };
     let trained = tuning::train(&dpo, &rows, &tuning, &COLUMNS, &mut session);
-    let steps = session.save(trained, |weights| match settings.adapter_base() {
-        Some(base) => save_adapter(weights, decoder, tokenizer, base),
-        None => save(weights, decoder, tokenizer),
+    let steps = session.save(trained, |weights| {
+        save_trained(weights, decoder, tokenizer, settings.adapter_base())
     })?;
     showcase.show(&mut session, steps, &model)?;
     session.end();

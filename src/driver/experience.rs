@@ -86,7 +86,11 @@ impl Experience {
 
         // The only estimator whose sum over a response is one of the responses' KL, by which runs with
         // different penalties compare, and to which --kl-target refers.
-        let kl: Vec<f32> = token_kl(KlEstimator::K1)?.sum(1)?.to_vec1()?;
+        let k1 = match settings.kl_estimator {
+            KlEstimator::K1 => penalty.clone(),
+            _ => token_kl(KlEstimator::K1)?,
+        };
+        let kl: Vec<f32> = k1.sum(1)?.to_vec1()?;
         let mut metrics = response_metrics(rollout);
         let weights = match settings.correction_options()? {
             Some(options) => {

@@ -77,6 +77,22 @@ pub fn save(dir: &Path, decoder: &Decoder, tokenizer: &Tokenizer) -> Result<()> 
     save_folder(dir, decoder.config(), Task::LanguageModel, decoder.merged_tensors()?, tokenizer)
 }
 
+/// Writes what was trained: adapters for the model `adapter_base`, or a whole model.
+///
+/// # Errors
+/// Those of [`save_adapter`] and [`save`].
+pub fn save_trained(
+    dir: &Path,
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    adapter_base: Option<&Path>,
+) -> Result<()> {
+    match adapter_base {
+        Some(base) => save_adapter(dir, decoder, tokenizer, base),
+        None => save(dir, decoder, tokenizer),
+    }
+}
+
 /// Writes a reward model into `dir`, as [`save`] does a decoder; [`load_reward`] reads it back, and
 /// so does transformers.
 pub fn save_reward(dir: &Path, model: &Critic, tokenizer: &Tokenizer) -> Result<()> {
@@ -179,32 +195,38 @@ fn read_shape(dir: &Path, task: Task) -> Result<(DecoderConfig, Tokenizer)> {
     Ok((config, tokenizer))
 }
 
+fn read_text(path: &Path) -> Result<String> {
+    fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
 fn read_json(path: &Path) -> Result<Map<String, Value>> {
     let text = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    serde_json::from_slice(&text).with_context(|| format!("{} is not valid", path.display()))
+    parse_json(path, &text)
+}
+
+fn parse_json(path: &Path, text: &[u8]) -> Result<Map<String, Value>> {
+    serde_json::from_slice(text).with_context(|| format!("{} is not valid", path.display()))
 }
 
 fn read_tokenizer(dir: &Path, config: &Map<String, Value>) -> Result<Tokenizer> {
-    let read = |path: &Path| {
-        fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-    };
     let (mut files, mut eos) = (Vec::new(), token_ids(config, "eos_token_id")?);
     for name in tokenizer::FILES {
         let path = dir.join(name);
         if !path.exists() {
             continue;
         }
+        let text = read_text(&path)?;
         if name.ends_with(".json") {
-            let json = read_json(&path)?;
+            let json = parse_json(&path, text.as_bytes())?;
             // Chat models often name further ends in generation_config.json only.
             let ends = token_ids(&json, "eos_token_id");
             eos.extend(ends.with_context(|| path.display().to_string())?);
         }
-        files.push((name.to_owned(), read(&path)?));
+        files.push((name.to_owned(), text));
     }
     let pad = token_ids(config, "pad_token_id")?.first().copied();
     let path = dir.join(TOKENIZER);
-    Tokenizer::from_json(read(&path)?.as_bytes(), files, eos, pad)
+    Tokenizer::from_json(read_text(&path)?.as_bytes(), files, eos, pad)
         .with_context(|| format!("{} is not valid", path.display()))
 }
 

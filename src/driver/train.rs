@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::config::{RunSettings, Settings};
 use super::embedded;
-use super::load::{check_adapter_base, load_reward, save, save_adapter, save_critic, Loaded};
+use super::load::{check_adapter_base, load_reward, save_critic, save_trained, Loaded};
 use super::model::Critic;
 use super::prompts;
 use super::report::{Progress, PPO_COLUMNS};
@@ -73,10 +73,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
     let trained = train(&mut trainer, settings, &mut session);
     session.save(trained, |weights| {
         let (policy, tokenizer) = (&trainer.learner.policy, &trainer.sampler.tokenizer);
-        match settings.adapter_base() {
-            Some(base) => save_adapter(weights, policy, tokenizer, base),
-            None => save(weights, policy, tokenizer),
-        }?;
+        save_trained(weights, policy, tokenizer, settings.adapter_base())?;
         save_critic(weights, &trainer.learner.critic)
     })?;
     let after = trainer.show(SHOWN)?;

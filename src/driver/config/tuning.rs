@@ -9,8 +9,9 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    at_least_one, check_lora_given, count, defaults, in_range, lora, run_of_steps, seed, utf8_path,
-    valid_batch_size, valid_lora, valid_paths, valid_seed, DeviceName, LrScheduleKind, RunSettings,
+    adapters_of_settings, at_least_one, check_lora_given, count, defaults, in_range, run_of_steps,
+    seed, utf8_path, valid_batch_size, valid_lora, valid_paths, valid_seed, DeviceName,
+    LrScheduleKind, RunSettings,
 };
 use crate::driver::model::Lora;
 use crate::preference::{preference_loss, PreferenceInputs, PreferenceLoss, PreferenceOptions};
@@ -180,15 +181,7 @@ macro_rules! tuning_settings {
         }
 
         impl $name {
-            /// The adapters that are trained, if not the whole network is.
-            pub fn lora(&self) -> Option<Lora> {
-                lora(self.lora_rank, self.lora_alpha, &self.lora_targets)
-            }
-
-            /// The model that the adapters are saved for, if they are by themselves.
-            pub fn adapter_base(&self) -> Option<&Path> {
-                self.model.as_deref().filter(|_| self.lora_rank.is_some() && !self.lora_merge)
-            }
+            adapters_of_settings!();
 
             /// The course of the training.
             pub fn tuning(&self) -> Tuning {
