@@ -112,13 +112,10 @@ fn packs(criterion: &mut Criterion) {
     let offsets = pack::offsets();
     let (tokens, mask) = (offsets[rows] as usize, pack::mask(&offsets));
     for packed in [true, false] {
-        let (pass, shape) = match packed {
-            true => ("gae_packed", format!("f32_{rows}x512")),
-            false => ("gae_padded", format!("f32_{rows}x{width}")),
-        };
+        let (pass, shape) = pack::group("gae", packed);
         // What the rows need; a mask is read once more.
         let walk = Walk { read: 8 * tokens, write: 8 * tokens };
-        on_cpu(criterion, pass, &shape, &[walk], || {
+        on_cpu(criterion, &pass, &shape, &[walk], || {
             let masked = |seed| {
                 let factors = tensor(
                     mask.iter().map(|&m| f32::from(m)).collect(),

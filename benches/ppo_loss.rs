@@ -101,11 +101,8 @@ fn packs(criterion: &mut Criterion) {
     let offsets = pack::offsets();
     let tokens = offsets[rows] as usize;
     for packed in [true, false] {
-        let (pass, shape) = match packed {
-            true => ("ppo_loss_packed", format!("f32_{rows}x512")),
-            false => ("ppo_loss_padded", format!("f32_{rows}x{width}")),
-        };
-        on_cpu(criterion, pass, &shape, &[walk(tokens)], || {
+        let (pass, shape) = pack::group("ppo_loss", packed);
+        on_cpu(criterion, &pass, &shape, &[walk(tokens)], || {
             let logp = uniform(&mut rng(1), rows * width, -3.0, 2.0);
             let var = Var::from_tensor(&tensor(logp, &[rows, width], DType::F32)).unwrap();
             let data = Minibatch::masked(&var, pack::mask(&offsets));

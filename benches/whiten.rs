@@ -113,11 +113,8 @@ fn packs(criterion: &mut Criterion) {
     let offsets = pack::offsets();
     let (tokens, mask) = (offsets[rows] as usize, pack::mask(&offsets));
     for packed in [true, false] {
-        let (pass, shape) = match packed {
-            true => ("whiten_packed", format!("f32_{rows}x512")),
-            false => ("whiten_padded", format!("f32_{rows}x{width}")),
-        };
-        on_cpu(criterion, pass, &shape, &walks(tokens), || {
+        let (pass, shape) = pack::group("whiten", packed);
+        on_cpu(criterion, &pass, &shape, &walks(tokens), || {
             let x =
                 tensor(uniform(&mut rng(1), rows * width, 0.3, 2.0), &[rows, width], DType::F32);
             let options = WhitenOptions::default();

@@ -3,6 +3,14 @@
 pub const ROWS: usize = 64;
 pub const WIDTH: usize = 2048;
 
+/// The group of an op's rows, packed or padded.
+pub fn group(op: &str, packed: bool) -> (String, String) {
+    match packed {
+        true => (format!("{op}_packed"), format!("f32_{ROWS}x512")),
+        false => (format!("{op}_padded"), format!("f32_{ROWS}x{WIDTH}")),
+    }
+}
+
 /// Where the rows begin.
 pub fn offsets() -> Vec<i64> {
     let mut offsets = vec![0];
