@@ -799,6 +799,7 @@ def main() -> None:
             for group in make():
                 if not any(part in group.name for part in arguments.only or [""]):
                     continue
+                torch.compiler.reset()  # or what many groups compile stays eager from the ninth on
                 try:
                     group = agreeing(without(group, arguments.without))
                     medians = clock.medians(group, arguments.seconds)

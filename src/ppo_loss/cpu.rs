@@ -1266,10 +1266,11 @@ impl Terms {
                 let (w, a) = (load(aggregation, at, full), load(run.advantages, at, full));
                 let (new, old) = (load(run.logp, at, full), load(run.old_logp, at, full));
                 let given = run.weights.map_or([1.0; LANES], |given| load(given, at, full));
+                let raw = &raws[at..][..LANES];
                 let mut product = ZERO;
                 for i in 0..LANES {
                     let keep = w[i] != 0.0;
-                    let [above, below] = moved(new[i], old[i], raws[at + i]);
+                    let [above, below] = moved(new[i], old[i], raw[i]);
                     // Numbers and not conditions, which are not vectorised where there are many.
                     let (over, under) = (above - self.region_high, below - self.region_low);
                     let one = select(a[i] > 0.0, over, under);
