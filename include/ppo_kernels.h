@@ -2893,7 +2893,8 @@ size_t ppok_num_threads(void);
  * regions; ppok_ppo_loss_options_named() knows the losses that have names.
  *
  * If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN
- * then, and the gradients are 0.
+ * then, and the gradients are 0. A negative weight of an unmasked token is `PPOK_STATUS_OPTION`; on CUDA
+ * the loss is NaN.
  */
 int32_t ppok_ppo_loss_cpu(const struct ppok_ppo_loss_args *args);
 

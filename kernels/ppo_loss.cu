@@ -564,7 +564,10 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
         const float product = drops ? 0.0f : w[i] * given;
         grad[i] = !drops && term.flows ? term.slope * product * scale : 0.0f;
         if (family.spreads) grad[i] = keep[i] && !log_clipped ? rows[i].spread * scale : 0.0f;
-        s.sum[POLICY_LOSS] += drops ? 0.0f : product * term.loss;
+        const float loss = drops ? 0.0f : product * term.loss;
+        // The CPU refuses it.
+        const bool is_negative = keep[i] && given < 0.0f;
+        s.sum[POLICY_LOSS] += is_negative ? NAN : loss;
         count(s, OUTSIDE, outside);
         count(s, OFF_POLICY, off_policy);
         const float clamped = clamp(d, clip.log_ratio_limit);

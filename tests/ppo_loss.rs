@@ -678,6 +678,18 @@ fn offsets_that_are_none_are_refused() {
 }
 
 #[test]
+fn a_negative_weight_of_an_unmasked_token_is_refused() {
+    let default = PpoLossOptions::default();
+    let mut data = rollout(&mut rng(34), 2, 3);
+    data.weights = Some(vec![1.0, 1.0, 1.0, 1.0, -0.5, 1.0]);
+    data.mask = Some(vec![1; 6]);
+    let error = cpu_refuses(&data, &default).to_string();
+    assert!(error.contains("option `weights` is -0.5 at token 4, expected 0 or more"), "{error}");
+    data.mask = Some(vec![1, 1, 1, 1, 0, 1]);
+    run_cpu(&data, &default);
+}
+
+#[test]
 fn statistics_of_numbers_that_agree_and_of_outliers_keep_their_digits() {
     for (batch, seq_len) in [(1, 40), (64, 2048), (3, 1001)] {
         let data = hard_to_sum(batch, seq_len);

@@ -384,6 +384,23 @@ fn nan_in_an_unmasked_token_reaches_the_loss() {
     }
 }
 
+/// What the CPU refuses. The others may be anything.
+#[test]
+fn a_negative_weight_of_an_unmasked_token_makes_the_loss_nan() {
+    for n in [9, 5000] {
+        let mut data = rollout(&mut rng(21), 1, n);
+        data.weights = Some(vec![1.0; n]);
+        data.weights.as_mut().unwrap()[5] = -0.5;
+        let mut mask = vec![1; n];
+        let options = PpoLossOptions::default();
+        data.mask = Some(mask.clone());
+        assert!(run_cuda(&data, &options).0.loss.is_nan());
+        mask[5] = 0;
+        data.mask = Some(mask);
+        check_cuda("masked", &data, &options);
+    }
+}
+
 #[test]
 fn infinite_and_far_ratios_come_out_as_in_the_reference() {
     let mut data = rollout(&mut rng(10), 1, 8);

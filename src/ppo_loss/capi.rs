@@ -556,7 +556,8 @@ pub unsafe extern "C" fn ppok_ppo_loss_options_named(
 /// regions; ppok_ppo_loss_options_named() knows the losses that have names.
 ///
 /// If no token is unmasked and no denominator is given, `PPOK_STATUS_MASK`; on CUDA the loss is NaN
-/// then, and the gradients are 0.
+/// then, and the gradients are 0. A negative weight of an unmasked token is `PPOK_STATUS_OPTION`; on CUDA
+/// the loss is NaN.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_cpu(args: *const ppok_ppo_loss_args) -> i32 {
     capi::cpu(args)

@@ -1012,7 +1012,12 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let grad = grad_logp.as_deref_mut();
-                    self.kl(weights, run, against, grad, &mut sums, &writer);
+                    match options.is_plain_kl() {
+                        true => self.kl::<true, _>(weights, run, against, grad, &mut sums, &writer),
+                        false => {
+                            self.kl::<false, _>(weights, run, against, grad, &mut sums, &writer)
+                        }
+                    }
                 },
             );
         }
@@ -1290,9 +1295,10 @@ impl Terms {
         );
     }
 
-    /// Adds its gradient to the policy term's.
+    /// Adds its gradient to the policy term's. `PLAIN` is without what
+    /// [`is_plain_kl`](PpoLossOptions::is_plain_kl) excludes.
     #[inline(always)]
-    fn kl<const NON_TEMPORAL: bool>(
+    fn kl<const PLAIN: bool, const NON_TEMPORAL: bool>(
         self,
         weights: &[f32],
         run: Run,
@@ -1303,8 +1309,9 @@ impl Terms {
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
-        let given = run.weights.filter(|_| self.kl_weighted);
-        let has_ratio = self.kl_ratio != KlRatio::None;
+        let given = run.weights.filter(|_| !PLAIN && self.kl_weighted);
+        let kl_ratio = if PLAIN { KlRatio::None } else { self.kl_ratio };
+        let has_ratio = kl_ratio != KlRatio::None;
         let (mut loss, mut total) = (ZERO, ZERO);
         for_lanes(
             weights.len(),
@@ -1328,9 +1335,9 @@ impl Terms {
                     let keep = w[i] != 0.0;
                     let d = select(keep, new[i] - reference[i], 0.0);
                     let (value, own) = self.kl.at(d);
-                    let derivative = select(self.kl_reverse, d, own);
+                    let derivative = select(!PLAIN & self.kl_reverse, d, own);
                     let ratio = select(keep, ratio[i], 1.0);
-                    let value = select(self.kl_ratio == KlRatio::Term, value * ratio, value);
+                    let value = select(kl_ratio == KlRatio::Term, value * ratio, value);
                     let drops = !keep | (given[i] == 0.0);
                     let w = select(drops, 0.0, w[i] * given[i]);
                     loss[i] += select(drops, 0.0, w * value);

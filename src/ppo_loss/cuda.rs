@@ -3,7 +3,7 @@
 //!
 //! Refuses what [`cpu`](mod@super::cpu) refuses, but for masks, negative weights and the offsets of a pack: to
 //! look at them here would cost a wait. Where the mask keeps no token and the denominator is not given, the loss comes
-//! out as NaN, and the gradients as 0.
+//! out as NaN, and the gradients as 0; where an unmasked token has a negative weight, the loss comes out as NaN.
 //!
 //! Up to four launches: a look at the mask alone, if the denominator or the weights of the rows
 //! depend on it; one at the rows, where the ratio is that of a row or rows may be dropped; the pass over

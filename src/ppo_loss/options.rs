@@ -200,7 +200,9 @@ pub struct PpoLossOptions {
     pub value_clip_range: Option<f64>,
     /// Factor of the value term, which is there when values are given; 0.1 by default.
     pub value_coef: f64,
-    /// Factor of the entropy, subtracted; 0 by default.
+    /// Factor of the entropy, subtracted; 0 by default. It is aggregated as the policy term is: a bonus that
+    /// is a mean over some of the tokens beside another aggregation (TRL's) is a loss of its own, with
+    /// advantages of 0 and those tokens as the mask.
     pub entropy_coef: f64,
     /// Factor of the KL term; 0 by default.
     pub kl_coef: f64,
