@@ -1115,9 +1115,13 @@ typedef struct ppok_gae_options {
      */
     double score_std;
     /**
-     * Scores are clipped to plus or minus this; above 0, or `PPOK_NONE`, which is the default.
+     * The least that scores are clipped to; -INFINITY by default.
      */
-    double score_clip;
+    double score_min;
+    /**
+     * The most that scores are clipped to; not below `score_min`; INFINITY by default.
+     */
+    double score_max;
     /**
      * What `missing_eos` subtracts or puts in place; 0 by default.
      */
@@ -1696,7 +1700,7 @@ typedef struct ppok_logits_ppo_loss_args {
      */
     size_t batch;
     /**
-     * Tokens of a row.
+     * Tokens of a row; with `offsets`, of all rows.
      */
     size_t seq_len;
     /**
@@ -1746,6 +1750,12 @@ typedef struct ppok_logits_ppo_loss_args {
      * `[batch, seq_len]`; null if nothing is masked.
      */
     const uint8_t *mask;
+    /**
+     * Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+     * `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+     * `seq_len` tokens.
+     */
+    const int64_t *offsets;
     const struct ppok_logprob_options *logprob_options;
     const struct ppok_ppo_loss_options *options;
     /**

@@ -70,7 +70,8 @@ struct Decay {
 struct Shaping {
     double mean;
     double inverse_std;
-    double clip;           // or infinity
+    double min;            // after or before it is scaled
+    double max;
     double missing;        // for what has no end of sequence: subtracted, or taken instead
     int32_t clips_first;
     int32_t replaces;
@@ -291,7 +292,7 @@ static __device__ __forceinline__ Score score_of(const GaeArgs& args, int64_t ro
 
 // What a row's score becomes.
 static __device__ __forceinline__ float shaped(const Shaping& s, const Score& score) {
-    const auto clipped = [&](double x) { return x < -s.clip ? -s.clip : x > s.clip ? s.clip : x; };
+    const auto clipped = [&](double x) { return x < s.min ? s.min : x > s.max ? s.max : x; };
     double x = score.value;
     if (s.clips_first) x = clipped(x);
     x = (x - s.mean) * s.inverse_std;

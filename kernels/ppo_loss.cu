@@ -198,18 +198,20 @@ struct RowsArgs {
 };
 
 struct LogitsArgs {
-    ForwardArgs forward;       // of rows * columns rows of logits, where parts are side by side
+    ForwardArgs forward;       // of rows * columns rows of logits, or columns, where parts are side by side
     const float* old_logp;     // [rows, columns]
     const float* advantages;   // [rows, columns]
     const float* ref_logp;     // [rows, columns], what the KL term is against, or null
     const float* weights;      // [rows, columns], or null: ones
     const uint8_t* mask;       // [rows, columns], or null: ones
+    const int64_t* offsets;    // [rows + 1], or null: rows of as many columns
     const float* row_weights;  // [rows] of count, or null: all 1
     void* grad_logits;         // [rows, columns, vocab]; may be the logits
     Divisor divisor;
     double entropy_coef;       // not 0 only where the entropy is written
     double kl_coef;
-    int64_t columns;
+    int64_t batch;             // rows
+    int64_t columns;           // of all rows where there are offsets
     int32_t kept_groups;       // vectors that the shared memory of the launch takes
     Clip clip;
     TokenKl kl;
@@ -680,11 +682,12 @@ struct RowColumn {
 
 // The row that a token of a pack is in: the last that begins there or before. Whatever the offsets hold, it
 // is one of the rows.
-static __device__ __forceinline__ int64_t row_in_pack(const PassArgs& args, int64_t token) {
-    int64_t row = 0, end = args.rows;
+static __device__ __forceinline__ int64_t row_in_pack(const int64_t* offsets, int64_t rows,
+                                                      int64_t token) {
+    int64_t row = 0, end = rows;
     while (end - row > 1) {
         const int64_t middle = row + (end - row) / 2;
-        if (args.offsets[middle] <= token) row = middle;
+        if (offsets[middle] <= token) row = middle;
         else end = middle;
     }
     return row;
@@ -699,7 +702,7 @@ static __device__ __forceinline__ bool needs_rows(const PassArgs& args) {
 template <Has HAS>
 static __device__ __forceinline__ RowColumn place_of(const PassArgs& args, int64_t token) {
     if (!needs_rows<HAS>(args)) return {0, 0};
-    if (args.offsets) return {row_in_pack(args, token), 0};
+    if (args.offsets) return {row_in_pack(args.offsets, args.rows, token), 0};
     return {token / args.columns, token % args.columns};
 }
 
@@ -719,7 +722,7 @@ static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t a
         if (args.offsets) {
             const int64_t next = at + i + 1;
             if (next < args.tokens && args.offsets[place.row + 1] <= next) {
-                place.row = row_in_pack(args, next);
+                place.row = row_in_pack(args.offsets, args.rows, next);
             }
             continue;
         }
@@ -1111,11 +1114,19 @@ KERNEL(PARTIAL_SUMS * WARP, 1, ppo_loss_merge_f32, PassArgs) {
 
 // ---- from logits ----
 
-// What the loss makes of a row: by one thread.
+// The aggregation's weight of a token: that of its row.
+static __device__ __forceinline__ float weight_of_token(const LogitsArgs& args, int64_t token) {
+    if (!args.row_weights) return 1.0f;
+    const int64_t row = args.offsets ? row_in_pack(args.offsets, args.batch, token)
+                                     : token / args.columns;
+    return args.row_weights[row];
+}
+
+// What the loss makes of a row of logits: by one thread.
 static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args, int64_t row,
                                                           Target target, const RowValues& values,
                                                           double unit) {
-    const float w = args.row_weights ? args.row_weights[row / args.columns] : 1.0f;
+    const float w = weight_of_token(args, row);
     const Family& family = args.family;
     const float logp = values.logp, old_logp = args.old_logp[row], a = args.advantages[row];
     const float d = logp - old_logp, given = args.weights ? args.weights[row] : 1.0f;

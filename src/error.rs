@@ -233,6 +233,26 @@ impl Error {
         Err(Error::Shape { op, arg: "workspace", expected, got: format!("[{got}]") })
     }
 
+    /// `Ok` when the bounds of something leave a number between them. They may be infinite.
+    pub(crate) fn check_bounds(
+        op: &'static str,
+        [min_name, max_name]: [&'static str; 2],
+        [min, max]: [f64; 2],
+    ) -> Result<()> {
+        let refuse = |option, value: f64, expected: String| {
+            Err(Error::Option { op, option, expected, got: format!("{value:?}") })
+        };
+        if min.is_nan() || min == f64::INFINITY {
+            return refuse(min_name, min, "a number, or -inf".into());
+        }
+        // NaN too.
+        if !(max >= min && max > f64::NEG_INFINITY) {
+            let least = if min.is_finite() { format!("`{min_name}`") } else { "a number".into() };
+            return refuse(max_name, max, format!("{least}, {min:?} or above, or inf"));
+        }
+        Ok(())
+    }
+
     /// `Ok` when a setting is `valid` and finite in f32, in which the ops compute; `expected` says in
     /// words what is valid.
     pub(crate) fn check_option(

@@ -14,8 +14,7 @@
 //!   them would cost a wait: there they are not checked, and what falls outside of 0..N is brought back to it, so
 //!   that results may be wrong, but nothing else is touched.
 //!
-//! [`whiten`](crate::whiten) and [`kl`](crate::kl) take tokens of any shape, packs too, and need no offsets. The
-//! losses from logits and hidden states take a pack as one row, with aggregations by tokens.
+//! [`whiten`](crate::whiten) and [`kl`](crate::kl) take tokens of any shape, packs too, and need no offsets.
 
 use std::ops::Range;
 

@@ -703,7 +703,8 @@ static void check_gae(void) {
                     {"value_lambda", &gae_options.value_lambda, -0.5},
                     {"kl_coef", &gae_options.kl_coef, -1.0},
                     {"score_std", &gae_options.score_std, 0.0},
-                    {"score_clip", &gae_options.score_clip, 0.0}},
+                    {"score_min", &gae_options.score_min, INFINITY},
+                    {"score_max", &gae_options.score_max, NAN}},
         .structs = {{"args", &gae_args, sizeof ga},
                     {"options", (void **)&ga.options, sizeof gae_options}},
     };

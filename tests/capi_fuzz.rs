@@ -1001,7 +1001,13 @@ fn gae(f: &mut Fuzz) {
         (c.value_lambda, own.value_lambda) = f.maybe(&[0.9, 0.3]);
         (c.mask_mode, own.mask_mode) = f.choice(&[gae::MaskMode::Carry, gae::MaskMode::Multiply]);
         let RewardShaping {
-            kl_coef, score_placement, score_scale, score_clip, score_order, ..
+            kl_coef,
+            score_placement,
+            score_scale,
+            score_min,
+            score_max,
+            score_order,
+            ..
         } = &mut own.shaping;
         *kl_coef = f.one(&[0.0, 0.05, 0.3]);
         c.kl_coef = *kl_coef;
@@ -1011,7 +1017,9 @@ fn gae(f: &mut Fuzz) {
         (c.score_std, std) = f.maybe(&[0.5, 1.7]);
         c.score_mean = f.one(&[0.0, 0.4]);
         *score_scale = std.map(|std| ScoreScale { mean: c.score_mean, std });
-        (c.score_clip, *score_clip) = f.maybe(&[1.5, 5.0]);
+        *score_min = f.one(&[f64::NEG_INFINITY, -1.5, 0.3]);
+        *score_max = f.one(&[f64::INFINITY, 5.0, 0.3]);
+        (c.score_min, c.score_max) = (*score_min, *score_max);
         (c.score_order, *score_order) =
             f.choice(&[gae::ScoreOrder::ScaleThenClip, gae::ScoreOrder::ClipThenScale]);
         c.missing_eos_value = f.one(&[1.0, -3.0]);
@@ -1553,14 +1561,14 @@ fn logits_ppo_loss(f: &mut Fuzz) {
 }
 
 fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
-    let shape @ [batch, seq_len] = [f.rng.random_range(1..=4), f.rng.random_range(1..=9)];
-    let n = batch * seq_len;
+    let shape = [f.rng.random_range(1..=4), f.rng.random_range(1..=9)];
     let vocab = match f.rng.random_range(0..50) {
         0 => f.rng.random_range(33_000..70_000),
         _ => f.rng.random_range(1..=200),
     };
     let number = f.rng.random_range(0..60);
     let mut case = logits_loss_cases::Case::<T>::new(&mut f.rng, shape, vocab, number);
+    let ([batch, seq_len], n) = (case.shape, case.targets.len());
     let temperature = case.logprob_options.temperature;
     case.logprob_options = LogprobOptions::default();
     let logprob_options = f.put_options(ppok_logprob_options_init, (1..=1, 1), |_, c| {
@@ -1597,6 +1605,7 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
         rollout_logp: f.put_some(case.rollout_logp.as_deref()),
         weights: f.put_some(case.weights.as_deref()),
         mask: f.put_some(case.mask.as_deref()),
+        offsets: f.put_offsets(case.offsets.as_deref()),
         logprob_options,
         options,
         logp: at(logp),

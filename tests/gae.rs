@@ -405,8 +405,7 @@ fn reference_equals_the_peers_rewards() {
                 shaping.kl_coef = case.number("kl_coef");
                 if !case.inputs["reward_clip_range"].is_null() {
                     let range = case.input("reward_clip_range");
-                    assert_eq!(range[0], -range[1]);
-                    shaping.score_clip = Some(range[1]);
+                    (shaping.score_min, shaping.score_max) = (range[0], range[1]);
                 }
                 key = "reward";
             }
@@ -418,7 +417,8 @@ fn reference_equals_the_peers_rewards() {
                     (case.shape("log_probs")[1], case.number("prompt_length") as usize - 1);
                 mask.chunks_mut(width).for_each(|row| row[..start].fill(0));
                 shaping.kl_coef = case.number("kl_ctl");
-                shaping.score_clip = Some(case.number("clip_reward_value"));
+                let clip = case.number("clip_reward_value");
+                (shaping.score_min, shaping.score_max) = (-clip, clip);
                 shaping.score_placement = ScorePlacement::AfterLastToken;
                 key = "rewards";
             }
@@ -682,11 +682,12 @@ fn scores_are_scaled_and_clipped_and_then_the_missing_end_counts() {
     };
     let scaled = RewardShaping {
         score_scale: Some(ScoreScale { mean: 1.0, std: 2.0 }),
-        score_clip: Some(3.0),
+        score_min: -2.0,
+        score_max: 3.0,
         ..Default::default()
     };
     assert_eq!(reward(9.0, 1, scaled), 3.0);
-    assert_eq!(reward(-9.0, 1, scaled), -3.0);
+    assert_eq!(reward(-9.0, 1, scaled), -2.0);
     assert_eq!(reward(2.0, 1, scaled), 0.5);
     let reversed = RewardShaping { score_order: ScoreOrder::ClipThenScale, ..scaled };
     assert_eq!(reward(9.0, 1, reversed), 1.0);
@@ -1052,7 +1053,11 @@ fn errors_name_the_option_out_of_range() {
     says(shaped(RewardShaping { kl_coef: -0.1, ..default }), &["`kl_coef`"]);
     says(shaped(RewardShaping { kl_coef: f64::NAN, ..default }), &["`kl_coef`"]);
     says(shaped(RewardShaping { kl_coef: 1e300, ..default }), &["`kl_coef` is 1e300", "f32"]);
-    says(shaped(RewardShaping { score_clip: Some(0.0), ..default }), &["`score_clip`"]);
+    let bounds = |score_min, score_max| RewardShaping { score_min, score_max, ..default };
+    says(shaped(bounds(f64::NAN, 1.0)), &["`score_min`"]);
+    says(shaped(bounds(f64::INFINITY, f64::INFINITY)), &["`score_min`"]);
+    says(shaped(bounds(-1.0, f64::NAN)), &["`score_max`"]);
+    says(shaped(bounds(2.0, 1.0)), &["`score_max` is 1.0", "`score_min`, 2.0 or above"]);
     says(shaped(scaled(0.0, 0.0)), &["`score_std`"]);
     says(shaped(scaled(f64::NAN, 1.0)), &["`score_mean`"]);
     for bad in [MissingEos::Subtract(f64::NAN), MissingEos::Replace(f64::INFINITY)] {

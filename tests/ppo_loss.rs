@@ -35,6 +35,7 @@ fn from_logits<T: Logit>(case: &Case<T>) -> Result<logits_loss_cases::Found> {
         rollout_logp: case.rollout_logp.as_deref(),
         weights: case.weights.as_deref(),
         mask: case.mask.as_deref(),
+        offsets: case.offsets.as_deref(),
         ..LogitsInputs::new(&case.logits, &case.targets, &case.old_logp, &case.advantages)
     };
     let outputs = LogitsOutputs {

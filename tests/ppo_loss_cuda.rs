@@ -677,16 +677,17 @@ fn from_logits<T: Logit>(
     let [ref_logp, rollout_logp, weights] = [&case.ref_logp, &case.rollout_logp, &case.weights]
         .map(|x| x.as_ref().map(|x| Buffer::new(x, 0)));
     let mask = case.mask.as_ref().map(|x| Buffer::new(x, offset));
+    let offsets = case.offsets.as_ref().map(|x| Buffer::new(x, 0));
     let [mut logp, mut entropy] = [(); 2].map(|()| Buffer::new(&vec![f32::NAN; n], 0));
     let (mut stats, mut loss) = (Buffer::new(&[unwritten()], 0), Buffer::new(&[f32::NAN], 1));
     let [batch, seq_len] = case.shape;
-    let mut workspace =
-        Buffer::workspace(cuda::workspace_len(batch, batch * seq_len, &case.options), 0);
+    let mut workspace = Buffer::workspace(cuda::workspace_len(batch, n, &case.options), 0);
     let inputs = LogitsInputs {
         ref_logp: ref_logp.as_ref().map(Buffer::slice),
         rollout_logp: rollout_logp.as_ref().map(Buffer::slice),
         weights: weights.as_ref().map(Buffer::slice),
         mask: mask.as_ref().map(Buffer::slice),
+        offsets: offsets.as_ref().map(Buffer::slice),
         ..LogitsInputs::new(logits.slice(), targets.slice(), old_logp.slice(), advantages.slice())
     };
     let grad = if in_place { logits.slice_mut() } else { separate.slice_mut() };

@@ -121,7 +121,7 @@ def test_errors_name_arguments_as_they_are_here():
     for change, named in [
         ({"lam": 2.0}, "lam"),
         ({"value_lam": 2.0}, "value_lam"),
-        ({"score_clip": 0.0}, "score_clip"),
+        ({"score_min": 1.0, "score_max": 0.0}, "score_max"),
         ({"score_std": 0.0}, "score_std"),
         ({"missing_eos": "subtract", "missing_eos_value": float("nan")}, "missing_eos_value"),
     ]:

@@ -71,6 +71,25 @@ def test_equals_the_two_calls(head, loss, tiles):
     assert not ours.logp[~mask].any() and not ours.entropy[~mask].any()
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_packs_equal_the_two_calls(loss, tiles):
+    hidden, weight, index, _ = inputs()
+    tokens = index.numel()
+    hidden, index = hidden.detach().reshape(tokens, -1).requires_grad_(), index.flatten()
+    numbers = {name: x.flatten() for name, x in of_tokens().items()}
+    mask = torch.rand(tokens) > 0.3
+    numbers["offsets"] = torch.tensor([0, 1, 1, tokens - 2, tokens])
+    ours = functional.linear_ppo_loss(hidden, weight, index, mask=mask, **numbers, **loss)
+    expected, stats = composed(hidden, weight, index, mask=mask, head={}, **numbers, **loss)
+    torch.testing.assert_close(ours.loss, expected, rtol=1e-5, atol=1e-6)
+    for name, value in stats.items():
+        torch.testing.assert_close(ours.stats[name], value, rtol=1e-5, atol=1e-6, equal_nan=True)
+    wanted = [hidden, weight]
+    grads = torch.autograd.grad(ours.loss, wanted)
+    for grad, want in zip(grads, torch.autograd.grad(expected, wanted)):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_halves(dtype, tiles):
     hidden, weight, index, bias = inputs(dtype)
@@ -176,6 +195,7 @@ def test_compiles(backend):
         ({"dual_clip": 0.5}, ValueError, "option `dual_clip`"),
         ({"kl_coef": 0.1}, ValueError, "option `kl_coef`"),
         ({"mask": torch.ones(2, 2)}, ValueError, "linear_ppo_loss: `mask` has shape"),
+        ({"offsets": torch.tensor([0, 6])}, ValueError, "linear_ppo_loss: `index` has shape"),
         ({"old_logp": None}, ValueError, "linear_ppo_loss: `old_logp` is None"),
         ({"clip": 0.5}, TypeError, "unexpected keyword argument 'clip'"),
         ({"surrogate": "clop"}, ValueError, "`surrogate` is 'clop'"),

@@ -32,7 +32,21 @@ def samples():
     rows, more = torch.randn(2, 2, 5)
     whiten = (1e-8, "variance", True, True)
     kl = (20.0, 10.0, "k3")
-    gae = (1.0, 0.95, None, 0.05, 0.0, None, None, 0.0, "carry", "last", "scale_then_clip", "keep")
+    bounds = (-1.0, 2.0)
+    gae = (
+        1.0,
+        0.95,
+        None,
+        0.05,
+        0.0,
+        None,
+        *bounds,
+        0.0,
+        "carry",
+        "last",
+        "scale_then_clip",
+        "keep",
+    )
     yield ops.logprob, (leaf(2, 5, 33), index, 0.7, None)
     yield ops.logprob, (leaf(2, 5, 33, dtype=torch.bfloat16), index.int(), 1.0, -100)
     yield ops.logprob, (leaf(2, 5, 33), index, 0.7, int(index[0, 0]))
@@ -116,7 +130,7 @@ def samples():
     yield ops.ppo_loss, (*given, *options_of_loss(**ppo_kernels.named_loss("gspo")))
     weights, *others = leaf(33, 8), None, None, None, None
     head = (leaf(2, 5, 8), weights, index, *others)
-    tokens = (old_logp, advantages, ref_logp, None, torch.rand(2, 5), None)
+    tokens = (old_logp, advantages, ref_logp, None, torch.rand(2, 5), None, None)
     wants = (True, True, False, False, False)
     yield ops.linear_ppo_loss, (*head, *tokens, *wants, 0.7, None, 1.0, None, 1.0, *terms)
     dpo = (
@@ -296,7 +310,8 @@ def step_of_numbers(logits, ref_logits, index, mask, number, other):
         scores=tensors[:, 0],
         score_mean=other,
         score_std=number,
-        score_clip=other,
+        score_min=-other,
+        score_max=number * 2,
         has_eos=mask[:, 0],
         missing_eos="subtract",
         missing_eos_value=number,

@@ -337,7 +337,8 @@ def test_gae_shapes_rewards(device):
         kl=kl,
         kl_coef=0.5,
         scores=scores,
-        score_clip=10.0,
+        score_min=-0.75,
+        score_max=10.0,
         has_eos=torch.tensor([True, False], device=device),
         missing_eos="subtract",
         missing_eos_value=3.0,
@@ -345,7 +346,7 @@ def test_gae_shapes_rewards(device):
     )
     expected = torch.where(mask, -0.5 * kl, 0.0)
     expected[0, 2] += 10
-    expected[1, 4] += -1 - 3
+    expected[1, 4] += -0.75 - 3
     torch.testing.assert_close(ours.rewards, expected)
 
 

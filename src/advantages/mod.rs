@@ -246,21 +246,9 @@ impl AdvantageOptions {
     }
 
     pub(crate) fn validate(&self) -> Result<()> {
-        let refuse = |option, value: f64, expected: String| {
-            Err(Error::Option { op: OP, option, expected, got: format!("{value:?}") })
-        };
         let Self { eps, score_min, score_max, .. } = *self;
         Error::check_option(OP, "eps", eps, eps >= 0.0, "finite and 0 or above")?;
-        if score_min.is_nan() || score_min == f64::INFINITY {
-            return refuse("score_min", score_min, "a number, or -inf".into());
-        }
-        // NaN too.
-        if !(score_max >= score_min && score_max > f64::NEG_INFINITY) {
-            let least = if score_min.is_finite() { "`score_min`, " } else { "a number, " };
-            let expected = format!("{least}{score_min:?} or above, or inf");
-            return refuse("score_max", score_max, expected);
-        }
-        Ok(())
+        Error::check_bounds(OP, ["score_min", "score_max"], [score_min, score_max])
     }
 
     /// `Ok` when the options are in range, and what they look at is there and fits.

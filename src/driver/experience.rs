@@ -155,7 +155,8 @@ fn estimate(
     let shaping = RewardShaping {
         kl_coef: shaping.kl_coef,
         score_scale: shaping.score_scale,
-        score_clip: settings.score_clip,
+        score_min: settings.score_clip.map_or(f64::NEG_INFINITY, |clip| -clip),
+        score_max: settings.score_clip.unwrap_or(f64::INFINITY),
         missing_eos,
         ..RewardShaping::default()
     };

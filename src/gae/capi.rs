@@ -51,8 +51,10 @@ pub struct ppok_gae_options {
     pub score_mean: f64,
     /// The scores are divided by it; above 0, or `PPOK_NONE`, which is the default: not scaled.
     pub score_std: f64,
-    /// Scores are clipped to plus or minus this; above 0, or `PPOK_NONE`, which is the default.
-    pub score_clip: f64,
+    /// The least that scores are clipped to; -INFINITY by default.
+    pub score_min: f64,
+    /// The most that scores are clipped to; not below `score_min`; INFINITY by default.
+    pub score_max: f64,
     /// What `missing_eos` subtracts or puts in place; 0 by default.
     pub missing_eos_value: f64,
     /// `PPOK_GAE_MASK_CARRY`, the default, or `PPOK_GAE_MASK_MULTIPLY`.
@@ -108,7 +110,8 @@ options!(ppok_gae_options, GaeOptions, OP, [], {
     value_lambda => value_lambda,
     kl_coef => shaping.kl_coef,
     score_std & score_mean => shaping.score_scale,
-    score_clip => shaping.score_clip,
+    score_min => shaping.score_min,
+    score_max => shaping.score_max,
     mask_mode => mask_mode,
     score_placement => shaping.score_placement,
     score_order => shaping.score_order,

@@ -229,7 +229,8 @@ impl Decay {
 struct Shaping {
     mean: f64,
     inverse_std: f64,
-    clip: f64,
+    min: f64,
+    max: f64,
     missing: f64,
     clips_first: i32,
     replaces: i32,
@@ -245,7 +246,8 @@ impl Shaping {
         Self {
             mean: shaping.score_scale.map_or(0.0, |scale| scale.mean),
             inverse_std: shaping.score_scale.map_or(1.0, |scale| 1.0 / scale.std),
-            clip: shaping.score_clip.unwrap_or(f64::INFINITY),
+            min: shaping.score_min,
+            max: shaping.score_max,
             missing,
             clips_first: i32::from(shaping.score_order == ScoreOrder::ClipThenScale),
             replaces: i32::from(replaces),

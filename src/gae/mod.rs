@@ -113,9 +113,11 @@ pub struct RewardShaping {
     pub score_placement: ScorePlacement,
     /// Scale the score: (score - mean) / std. Default none.
     pub score_scale: Option<ScoreScale>,
-    /// Clip the score to -clip..=clip; above 0. DeepSpeed-Chat takes 5, trlx and OpenRLHF 10.
-    /// Default none.
-    pub score_clip: Option<f64>,
+    /// The least that the score is clipped to; may be -∞, the default. DeepSpeed-Chat clips to ±5, trlx and
+    /// OpenRLHF to ±10.
+    pub score_min: f64,
+    /// The most that the score is clipped to; may be ∞, the default; not below `score_min`.
+    pub score_max: f64,
     /// Which of the two comes first. Default [`ScoreOrder::ScaleThenClip`].
     pub score_order: ScoreOrder,
     /// What happens to the score of a sequence without end-of-sequence token. Default
@@ -129,7 +131,8 @@ impl Default for RewardShaping {
             kl_coef: 0.05,
             score_placement: ScorePlacement::LastToken,
             score_scale: None,
-            score_clip: None,
+            score_min: f64::NEG_INFINITY,
+            score_max: f64::INFINITY,
             score_order: ScoreOrder::ScaleThenClip,
             missing_eos: MissingEos::Keep,
         }
@@ -222,9 +225,7 @@ impl RewardShaping {
             Error::check_option(OP, option, value, valid, expected)
         };
         check("kl_coef", self.kl_coef, self.kl_coef >= 0.0, "finite and 0 or above")?;
-        if let Some(clip) = self.score_clip {
-            check("score_clip", clip, clip > 0.0, "finite and above 0")?;
-        }
+        Error::check_bounds(OP, ["score_min", "score_max"], [self.score_min, self.score_max])?;
         if let Some(ScoreScale { mean, std }) = self.score_scale {
             check("score_mean", mean, true, "finite")?;
             check("score_std", std, std > 0.0, "finite and above 0")?;
@@ -239,7 +240,7 @@ impl RewardShaping {
     /// What becomes of a sequence's score before it is added to the rewards.
     fn score(&self, raw: f64, has_eos: bool) -> f64 {
         let scale = |score: f64| self.score_scale.map_or(score, |s| (score - s.mean) / s.std);
-        let clip = |score: f64| self.score_clip.map_or(score, |c| score.clamp(-c, c));
+        let clip = |score: f64| score.clamp(self.score_min, self.score_max);
         let score = match self.score_order {
             ScoreOrder::ScaleThenClip => clip(scale(raw)),
             ScoreOrder::ClipThenScale => scale(clip(raw)),

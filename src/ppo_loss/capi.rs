@@ -369,7 +369,7 @@ pub struct ppok_logits_ppo_loss_args {
     pub struct_size: usize,
     /// Rows.
     pub batch: usize,
-    /// Tokens of a row.
+    /// Tokens of a row; with `offsets`, of all rows.
     pub seq_len: usize,
     /// Logits of a token; above 0, and for CUDA below 2^32.
     pub vocab: usize,
@@ -396,6 +396,10 @@ pub struct ppok_logits_ppo_loss_args {
     pub weights: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
+    /// Where the rows of a pack begin, `[batch + 1]`: row b is the tokens from `offsets[b]` up to
+    /// `offsets[b + 1]`; 0 first, never falling, `seq_len` last. Not checked on CUDA. Null if all rows have
+    /// `seq_len` tokens.
+    pub offsets: *const i64,
     pub logprob_options: *const ppok_logprob_options,
     pub options: *const ppok_ppo_loss_options,
     /// Log-probabilities of the targets, `[batch, seq_len]`, written; 0 where masked.
@@ -412,16 +416,20 @@ pub struct ppok_logits_ppo_loss_args {
 }
 
 impl ppok_logits_ppo_loss_args {
+    fn shape(&self) -> BatchShape {
+        BatchShape::new(self.batch, self.seq_len, !self.offsets.is_null())
+    }
+
     fn typed<T: Logit, I: TokenId>(&self, memory: &mut Memory, on: On) -> Result<()> {
         let Self { batch, seq_len, vocab, .. } = *self;
-        let (sizes, shape) = ([batch, seq_len, vocab], ([batch, seq_len], vocab));
+        let (sizes, shape) = ([batch, seq_len, vocab], (self.shape(), vocab));
         let logprob_options = memory.options(self.logprob_options)?;
         let options = memory.options(self.options)?;
         let inputs: LogitsInputs<Raw, T, I> = list_of!(
             self,
             LogitsInputs,
             [logits, targets, old_logp, advantages],
-            [ref_logp, rollout_logp, weights, mask]
+            [ref_logp, rollout_logp, weights, mask, offsets]
         );
         let outputs: LogitsOutputs<Raw, T> =
             list_of!(self, LogitsOutputs, [logp, stats, grad_logits], [entropy, loss]);
@@ -446,8 +454,7 @@ unsafe impl Pass for ppok_logits_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        let tokens = self.batch.saturating_mul(self.seq_len);
-        loss_workspace_size(memory, self.options, [self.batch, tokens])
+        loss_workspace_size(memory, self.options, [self.batch, self.shape().count_tokens()])
     }
 }
 

@@ -124,7 +124,7 @@ pub fn ppo_loss(
 const CACHED_LOGITS: usize = 512 << 10;
 
 /// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
-/// tokens, from their logits over `vocab` tokens: what [`logprob`](logprob::cpu) and [`ppo_loss`] give, of
+/// tokens, or with offsets, of `seq_len` in all, from their logits over `vocab` tokens: what [`logprob`](logprob::cpu) and [`ppo_loss`] give, of
 /// which the values have a loss of their own. Some rows of logits at a time are read twice, the second
 /// time from the cache. Logits of masked tokens are not read.
 ///
@@ -139,7 +139,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 ) -> Result<()> {
     logprob_options.validate()?;
     options.validate()?;
-    let (shape, tokens) = ([batch, seq_len], batch.saturating_mul(seq_len));
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
+    let tokens = shape.count_tokens();
     Error::check_logits(OP, inputs.logits.len(), tokens, vocab)?;
     inputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.try_map((shape, vocab), &mut Lengths(OP))?;
@@ -154,12 +155,13 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         rollout_logp,
         weights,
         mask,
+        offsets,
     } = inputs;
     let LogitsOutputs { logp, stats, grad_logits, mut entropy, loss } = outputs;
     check_weights(weights, mask)?;
-    let ranges = RowRanges::new(OP, seq_len, None)?;
+    let ranges = RowRanges::new(OP, seq_len, offsets)?;
     let (kept, rows) = count(mask, batch, ranges, options.aggregation);
-    let divisor = options.divisor(kept, rows, shape)?;
+    let divisor = options.divisor(kept, rows, [batch, ranges.longest(batch)])?;
     let given = Inputs {
         entropy: entropy.as_deref(),
         ref_logp,
@@ -187,8 +189,9 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let row_weights: Vec<f64> = match options.aggregation.has_row_weights() {
         true => (0..batch)
             .map(|row| {
-                let mask = mask.map(|mask| &mask[row * seq_len..][..seq_len]);
-                1.0 / count_kept(mask, seq_len) as f64
+                let range = ranges.range(row);
+                let mask = mask.map(|mask| &mask[range.clone()]);
+                1.0 / count_kept(mask, range.len()) as f64
             })
             .collect(),
         false => Vec::new(),
@@ -233,7 +236,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         };
         ppo_loss(part, 1, count, &plain, outputs)?;
         for (i, t) in range.enumerate() {
-            let weight = row_weights.get(t / seq_len).copied().unwrap_or(1.0);
+            let weight = if row_weights.is_empty() { 1.0 } else { row_weights[ranges.row_of(t)] };
             grad_logp[i] = scaled(grad_logp[i], (weight / divisor) as f32);
             grad_entropy[i] = scaled(grad_entropy[i], (weight / divisor) as f32);
         }
@@ -262,6 +265,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         rollout_logp,
         weights,
         mask,
+        offsets,
         ..Inputs::new(logp, old_logp, advantages)
     };
     ppo_loss(inputs, batch, seq_len, options, Outputs { loss, ..Outputs::new(stats) })

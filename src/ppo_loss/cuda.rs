@@ -141,7 +141,7 @@ pub fn ppo_loss(
 }
 
 /// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
-/// tokens, from their logits over `vocab` tokens: what [`logprob`](crate::logprob::cuda) and
+/// tokens, or with offsets, of `seq_len` in all, from their logits over `vocab` tokens: what [`logprob`](crate::logprob::cuda) and
 /// [`ppo_loss`] give, of which the values have a loss of their own. Reads the logits from memory once,
 /// and writes their gradient once, as far as a row fits a multiprocessor's shared memory or the rows in
 /// work fit the L2 cache. Logits of masked tokens are not read.
@@ -164,7 +164,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
 ) -> Result<()> {
     logprob_options.validate()?;
     options.validate()?;
-    let (shape, tokens) = ([batch, seq_len], batch.saturating_mul(seq_len));
+    let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
+    let tokens = shape.count_tokens();
     check_logits(OP, inputs.logits.len(), tokens, vocab)?;
     let given = inputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.check_entropy(options)?;
@@ -181,12 +182,12 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         rollout_logp: inputs.rollout_logp,
         weights: inputs.weights,
         mask: inputs.mask,
+        offsets: inputs.offsets,
         ..Inputs::new(logp, inputs.old_logp, inputs.advantages)
     };
     of_pass.check_given(options)?;
     options.check_by_token()?;
 
-    let shape = BatchShape::new(batch, seq_len, false);
     let of_rows = of_pass.try_map(shape, &mut Lengths(OP))?;
     let counted = Counted::new(stream, &of_rows, shape, options, &workspace)?;
     if tokens > 0 {
@@ -217,11 +218,13 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             },
             weights: given.weights,
             mask: given.mask,
+            offsets: given.offsets,
             row_weights: counted.row_weights,
             grad_logits: wanted.grad_logits,
             divisor: counted.divisor,
             entropy_coef: options.entropy_coef,
             kl_coef: options.kl_coef,
+            batch: batch as i64,
             columns: seq_len as i64,
             kept_groups: (kept / 16) as i32,
             clip: Clip::new(options),
@@ -687,11 +690,13 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
     ref_logp: Option<S::In<'a, f32>>,
     weights: Option<S::In<'a, f32>>,
     mask: Option<S::In<'a, u8>>,
+    offsets: Option<S::In<'a, i64>>,
     row_weights: *const f32,
     grad_logits: S::Out<'a, T>,
     divisor: Divisor,
     entropy_coef: f64,
     kl_coef: f64,
+    batch: i64,
     columns: i64,
     kept_groups: i32,
     clip: Clip,

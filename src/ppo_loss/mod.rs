@@ -189,40 +189,42 @@ impl<S: Space> Outputs<'_, S> {
 
 list! {
     /// The inputs of the loss from logits in some memory: a row of logits for each of the `[B, T]` tokens.
-    inputs LogitsInputs<T, I>((shape, vocab): ([usize; 2], usize)) {
+    inputs LogitsInputs<T, I>((shape, vocab): (BatchShape, usize)) {
         /// Logits of the policy that is trained, which get the gradient, `[B, T, vocab]`.
-        logits: T [&shape, &[vocab]],
+        logits: T [shape.tokens(), &[vocab]],
         /// Ids of the tokens, `[B, T]`.
-        targets: I [&shape],
+        targets: I [shape.tokens()],
         /// Log-probabilities under the policy that made the rollout, `[B, T]`.
-        old_logp: f32 [&shape],
+        old_logp: f32 [shape.tokens()],
         /// Advantages, already whitened if they are to be, `[B, T]`.
-        advantages: f32 [&shape],
+        advantages: f32 [shape.tokens()],
     } optional {
         /// Log-probabilities under the reference model, for the KL term, `[B, T]`.
-        ref_logp: f32 [&shape],
+        ref_logp: f32 [shape.tokens()],
         /// Log-probabilities of the rollout as its engine computed them, `[B, T]`.
-        rollout_logp: f32 [&shape],
+        rollout_logp: f32 [shape.tokens()],
         /// Factors of the policy term, 0 or more; 0 drops it, `[B, T]`.
-        weights: f32 [&shape],
+        weights: f32 [shape.tokens()],
         /// 0 where masked, `[B, T]`; `None` keeps all.
-        mask: u8 [&shape],
+        mask: u8 [shape.tokens()],
+        /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
     }
 }
 
 list! {
     /// The outputs of the loss from logits in some memory.
-    outputs LogitsOutputs<T>((shape, vocab): ([usize; 2], usize)) {
+    outputs LogitsOutputs<T>((shape, vocab): (BatchShape, usize)) {
         /// Log-probabilities of the targets, `[B, T]`; 0 where masked.
-        logp: f32 [&shape],
+        logp: f32 [shape.tokens()],
         /// The loss and the statistics, `[1]`.
         stats: PpoStats [&[1]],
         /// Gradient with respect to the logits, for an upstream gradient of 1, `[B, T, vocab]`; on a
         /// device it may be the memory of the logits.
-        grad_logits: T [&shape, &[vocab]] over ["logits"],
+        grad_logits: T [shape.tokens(), &[vocab]] over ["logits"],
     } optional {
         /// Entropies, `[B, T]`, 0 where masked; wanted where `entropy_coef` is not 0.
-        entropy: f32 [&shape],
+        entropy: f32 [shape.tokens()],
         /// The loss once more, rounded to f32, `[1]`, if wanted.
         loss: f32 [&[1]],
     }

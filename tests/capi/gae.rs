@@ -16,7 +16,7 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
     let shaped = |shaping| GaeOptions { shaping, ..default };
     let shaping = RewardShaping::default();
     let scale = Some(ScoreScale { mean: 0.4, std: 1.7 });
-    let clipped = RewardShaping { score_scale: scale, score_clip: Some(1.1), ..shaping };
+    let clipped = RewardShaping { score_scale: scale, score_min: -0.7, score_max: 1.1, ..shaping };
     vec![
         (default, init()),
         (
@@ -42,7 +42,8 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
                 score_placement: PPOK_GAE_SCORE_AFTER_LAST,
                 score_mean: 0.4,
                 score_std: 1.7,
-                score_clip: 1.1,
+                score_min: -0.7,
+                score_max: 1.1,
                 ..init()
             },
         ),
@@ -56,7 +57,8 @@ fn gae_option_sets() -> Vec<(GaeOptions, ppok_gae_options)> {
                 score_order: PPOK_GAE_CLIP_THEN_SCALE,
                 score_mean: 0.4,
                 score_std: 1.7,
-                score_clip: 1.1,
+                score_min: -0.7,
+                score_max: 1.1,
                 missing_eos: PPOK_GAE_MISSING_EOS_SUBTRACT,
                 missing_eos_value: 0.8,
                 ..init()
@@ -230,7 +232,8 @@ fn errors_name_the_field_of_the_struct() {
         ("kl_coef", |options| options.kl_coef = -1.0),
         ("score_std", |options| options.score_std = 0.0),
         ("score_mean", |options| (options.score_std, options.score_mean) = (1.0, f64::NAN)),
-        ("score_clip", |options| options.score_clip = 0.0),
+        ("score_min", |options| options.score_min = f64::INFINITY),
+        ("score_max", |options| (options.score_min, options.score_max) = (2.0, 1.0)),
         ("missing_eos_value", |options| {
             options.missing_eos = PPOK_GAE_MISSING_EOS_SUBTRACT;
             options.missing_eos_value = f64::NAN;

@@ -173,6 +173,7 @@ fn from_logits_args<T: Logit>(
         rollout_logp: pointer(case.rollout_logp.as_deref()),
         weights: pointer(case.weights.as_deref()),
         mask: pointer(case.mask.as_deref()),
+        offsets: pointer(case.offsets.as_deref()),
         logprob_options: options.0,
         options: options.1,
         logp: written.logp.as_mut_ptr(),
@@ -195,6 +196,7 @@ fn the_loss_from_logits_is_that_of_rust() {
                 rollout_logp: case.rollout_logp.as_deref(),
                 weights: case.weights.as_deref(),
                 mask: case.mask.as_deref(),
+                offsets: case.offsets.as_deref(),
                 ..cpu::LogitsInputs::new(
                     &case.logits,
                     &case.targets,
@@ -207,7 +209,7 @@ fn the_loss_from_logits_is_that_of_rust() {
                 loss: Some(loss),
                 ..cpu::LogitsOutputs::new(logp, stats, grad_logits)
             };
-            let sizes = [shape[0], shape[1], vocab];
+            let sizes = [case.shape[0], case.shape[1], vocab];
             let (first, second) = (&case.logprob_options, &case.options);
             cpu::logits_ppo_loss(inputs, sizes, first, second, outputs).unwrap();
 

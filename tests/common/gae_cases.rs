@@ -208,21 +208,23 @@ impl Packed {
 pub fn all_options() -> Vec<GaeOptions> {
     let mut all = Vec::new();
     let scale = Some(ScoreScale { mean: 0.5, std: 2.0 });
+    const NO_CLIP: [f64; 2] = [f64::NEG_INFINITY, f64::INFINITY];
     for (gamma, lambda, value_lambda) in
         [(1.0, 0.95, None), (0.99, 0.9, Some(1.0)), (1.0, 1.0, None), (0.9, 0.0, Some(0.5))]
     {
         for mask_mode in [MaskMode::Carry, MaskMode::Multiply] {
             for placement in [ScorePlacement::LastToken, ScorePlacement::AfterLastToken] {
-                for (scale, clip, order, missing_eos) in [
-                    (None, None, ScoreOrder::ScaleThenClip, MissingEos::Keep),
-                    (scale, Some(1.5), ScoreOrder::ScaleThenClip, MissingEos::Subtract(1.0)),
-                    (scale, Some(1.5), ScoreOrder::ClipThenScale, MissingEos::Replace(-3.0)),
+                for (scale, [score_min, score_max], order, missing_eos) in [
+                    (None, NO_CLIP, ScoreOrder::ScaleThenClip, MissingEos::Keep),
+                    (scale, [-1.5, 1.5], ScoreOrder::ScaleThenClip, MissingEos::Subtract(1.0)),
+                    (scale, [-0.4, 0.8], ScoreOrder::ClipThenScale, MissingEos::Replace(-3.0)),
                 ] {
                     let shaping = RewardShaping {
                         kl_coef: 0.1,
                         score_placement: placement,
                         score_scale: scale,
-                        score_clip: clip,
+                        score_min,
+                        score_max,
                         score_order: order,
                         missing_eos,
                     };

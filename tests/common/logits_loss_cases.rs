@@ -9,6 +9,7 @@ use ppo_kernels::ppo_loss::{
 use rand::rngs::StdRng;
 use rand::Rng;
 
+use super::pack::Pack;
 use super::ppo_loss_cases::some_weights;
 use super::{assert_close, random_mask, uniform, wide};
 
@@ -19,8 +20,9 @@ const ABS: f64 = 1e-5;
 /// A masked token, to the reference of the log-probabilities.
 const MASKED: i64 = -1;
 
-/// A row of logits for each of `[B, T]` tokens.
+/// A row of logits for each of `[B, T]` tokens, or of a pack's.
 pub struct Case<T> {
+    /// B and T; B and the tokens of all rows where there are offsets.
     pub shape: [usize; 2],
     pub vocab: usize,
     pub logits: Vec<T>,
@@ -31,6 +33,7 @@ pub struct Case<T> {
     pub rollout_logp: Option<Vec<f32>>,
     pub weights: Option<Vec<f32>>,
     pub mask: Option<Vec<u8>>,
+    pub offsets: Option<Vec<i64>>,
     pub logprob_options: LogprobOptions,
     pub options: PpoLossOptions,
 }
@@ -44,9 +47,18 @@ pub struct Found {
 }
 
 impl<T: Logit> Case<T> {
-    /// Every aggregation in turn, the other options and what is optional with it.
-    pub fn new(rng: &mut StdRng, shape: [usize; 2], vocab: usize, number: usize) -> Self {
-        let n = shape[0] * shape[1];
+    /// Every aggregation in turn, the other options and what is optional with it. Where it is a pack, its
+    /// rows are at most as long as the shape says.
+    pub fn new(
+        rng: &mut StdRng,
+        [batch, seq_len]: [usize; 2],
+        vocab: usize,
+        number: usize,
+    ) -> Self {
+        let pack = Some(Pack::random(rng, batch, seq_len));
+        let pack = pack.filter(|pack| number % 4 >= 2 && pack.tokens() > 0);
+        let n = pack.as_ref().map_or(batch * seq_len, Pack::tokens);
+        let shape = [batch, if pack.is_some() { n } else { seq_len }];
         let logits: Vec<T> =
             uniform(rng, n * vocab, 6.0).into_iter().map(|z| T::from_f32(z)).collect();
         let targets: Vec<i64> = (0..n).map(|_| rng.random_range(0..vocab as i64)).collect();
@@ -99,6 +111,7 @@ impl<T: Logit> Case<T> {
             rollout_logp,
             weights,
             mask,
+            offsets: pack.map(|pack| pack.offsets),
             logprob_options,
             options,
         }
@@ -125,6 +138,7 @@ impl<T: Logit> Case<T> {
             rollout_logp: rollout_logp.as_deref(),
             weights: weights.as_deref(),
             mask: self.mask.as_deref(),
+            offsets: self.offsets.as_deref(),
             ..reference::Inputs::new(&logp, &old_logp, &advantages)
         };
         let want = reference::ppo_loss(&inputs, batch, seq_len, &self.options).unwrap();

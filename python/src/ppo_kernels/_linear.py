@@ -612,8 +612,10 @@ def linear_ppo_loss(tensors: tuple, options: tuple) -> Results:
     options, loss_options = options[:_LINEAR_OPTIONS], options[_LINEAR_OPTIONS:]
     hidden, index = tensors[0], tensors[2]
     check(head_tensors)
-    given = _checked(_lists.LINEAR_PPO_LOSS_ROWS, of_tokens, index, index.shape)
-    _lists.check_rows(_lists.LINEAR_PPO_LOSS.name, "index", index.shape, "seq_len")
+    offsets = of_tokens[_OF_LOSS.index("offsets")]
+    of_pack = None if offsets is None else offsets.shape
+    rows = _lists.rows_of(_lists.LINEAR_PPO_LOSS, index.shape, of_pack, "index")
+    given = _checked(_lists.LINEAR_PPO_LOSS_ROWS, of_tokens, index, index.shape, rows)
     f32 = {"dtype": torch.float32, "device": hidden.device}
     loss, stats = torch.empty((), **f32), torch.empty(_STATS, **f32)
     logp, entropy = torch.zeros(index.shape, **f32), torch.zeros(index.shape, **f32)
@@ -625,7 +627,8 @@ def linear_ppo_loss(tensors: tuple, options: tuple) -> Results:
         work = Work.of(head_tensors, options)
         row_bytes = len(work.head.weight) * work.tile_dtype.itemsize
         count = max(LOSS_TILE_BYTES[hidden.device.type] // row_bytes, 1)
-        of_rows = Loss(work, given, loss_options, index.shape, count)
+        sizes = (torch.Size(rows).numel(), index.shape[-1])
+        of_rows = Loss(work, given, loss_options, index.shape, sizes, count)
         gradients = Gradients(work, *grads, chunk=count)
         found = torch.empty(2, len(work.index), **f32)
         for rows in work.chunks(count):
@@ -636,7 +639,6 @@ def linear_ppo_loss(tensors: tuple, options: tuple) -> Results:
     exact = torch.empty_like(stats, dtype=torch.float64)
     inputs = {**given, "logp": logp, "entropy": entropy}
     of_pass = [inputs.get(argument.name) for argument in _lists.PPO_LOSS.inputs]
-    sizes = (index.shape[:-1].numel(), index.shape[-1])
     addresses = _addresses(of_pass, (exact, loss, None, None, None))
     _call(_lists.ppo_loss, exact, loss_options, *sizes, *addresses)
     stats.copy_(exact)
@@ -651,22 +653,26 @@ class Loss:
         given: dict[str, Tensor | None],
         options: tuple,
         shape: torch.Size,
+        sizes: tuple[int, int],
         rows: int,
     ) -> None:
-        """``rows`` go through the head together."""
+        """Of tokens of that shape and rows and tokens as the library counts them; ``rows`` of the
+        hidden states go through the head together."""
         self.work = work
         size = min(rows, len(work.hidden)) * len(work.head.weight)
         self.buffer = torch.empty(size, dtype=work.tile_dtype, device=work.hidden.device)
-        self.of_tokens = {name: work.gather(x) for name, x in given.items() if name != "mask"}
+        of_batch = ("mask", "offsets")
+        self.of_tokens = {name: work.gather(x) for name, x in given.items() if name not in of_batch}
         settings = dict(zip(_OPTIONS, options))
         # What the loss multiplies a token by is its gradient where the term is logp itself.
         of_logp = _lists.PPO_LOSS.options.defaults() | {"surrogate": "reinforce"}
         for name in ("aggregation", "aggregation_divisor", "denominator"):
             of_logp[name] = settings[name]
         ones = torch.ones(shape, dtype=torch.float32, device=work.hidden.device)
-        numbers = {"logp": ones, "old_logp": ones, "advantages": -ones, "mask": given["mask"]}
+        numbers = {"logp": ones, "old_logp": ones, "advantages": -ones}
+        numbers |= {name: given[name] for name in of_batch}
         factors = torch.empty_like(ones)
-        self._pass(of_logp, numbers, shape, factors)
+        self._pass(of_logp, numbers, sizes, factors)
         self.factors = work.gather(factors)
         # Of a token by itself, before that.
         self.settings = settings | {
@@ -677,11 +683,10 @@ class Loss:
         self.entropy_coef = settings["entropy_coef"]
 
     def _pass(
-        self, settings: dict[str, Any], numbers: dict, shape: torch.Size, grad: Tensor
+        self, settings: dict[str, Any], numbers: dict, sizes: tuple[int, int], grad: Tensor
     ) -> None:
         stats = torch.empty(_STATS, dtype=torch.float64, device=grad.device)
         inputs = [numbers.get(argument.name) for argument in _lists.PPO_LOSS.inputs]
-        sizes = (shape[:-1].numel(), shape[-1])
         options = tuple(settings[name] for name in _OPTIONS)
         addresses = _addresses(inputs, (stats, None, grad, None, None))
         _call(_lists.ppo_loss, stats, options, *sizes, *addresses)
@@ -704,7 +709,7 @@ class Loss:
         numbers = {name: None if x is None else x[rows] for name, x in self.of_tokens.items()}
         grad_logp, factors = torch.empty_like(logp), self.factors[rows]
         settings = self.settings | {"entropy_coef": 0.0}
-        self._pass(settings, {**numbers, "logp": logp}, logp.shape, grad_logp)
+        self._pass(settings, {**numbers, "logp": logp}, (1, count), grad_logp)
         grad_logp *= factors
         grad_entropy = factors * -self.entropy_coef if self.entropy_coef else None
         known = [sums[0], log_sum, entropy, grad_logp, grad_entropy]

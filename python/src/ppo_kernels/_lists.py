@@ -78,9 +78,12 @@ def check_rows(op: str, name: str, shape: Sequence[int], dimension: str) -> None
         refuse(op, name, "has shape []", f"[..., {dimension}]")
 
 
-def rows_of(op: Op, tokens: Sequence[int], offsets: Sequence[int] | None) -> tuple[int, ...]:
-    """The shape of what there is one of for a row, by those of the tokens and of the offsets."""
-    name = op.inputs[0].name
+def rows_of(
+    op: Op, tokens: Sequence[int], offsets: Sequence[int] | None, name: str | None = None
+) -> tuple[int, ...]:
+    """The shape of what there is one of for a row, by those of the tokens and of the offsets. The
+    tokens are those of the argument ``name``, or of the first."""
+    name = name or op.inputs[0].name
     if offsets is None:
         check_rows(op.name, name, tokens, "seq_len")
         return tuple(tokens[:-1])
@@ -365,8 +368,8 @@ ppo_loss_scale = _pass(
 
 # --- the loss from hidden states ---
 
-# Apart from those of the head, each of the shape of the ids.
-_others = ("logp", "entropy", "offsets")
+# Apart from those of the head, each but the offsets of the shape of the ids.
+_others = ("logp", "entropy")
 _of_loss = [each for each in PPO_LOSS.inputs if each.name not in _others]
 _of_loss = tuple(each for each in _of_loss if not each.name.endswith(("values", "returns")))
 LINEAR_PPO_LOSS_ROWS = Op("linear_ppo_loss", _of_loss)

@@ -370,7 +370,8 @@ def gae(
     score_placement: Literal["last", "after_last"] = "last",
     score_mean: Number = 0.0,
     score_std: Number | None = None,
-    score_clip: Number | None = None,
+    score_min: Number = -inf,
+    score_max: Number = inf,
     score_order: Literal["scale_then_clip", "clip_then_scale"] = "scale_then_clip",
     has_eos: Tensor | None = None,
     missing_eos: Literal["keep", "subtract", "replace"] = "keep",
@@ -404,8 +405,8 @@ def gae(
         scores: of whole sequences, ``[...]``.
         score_placement: at the ``last`` unmasked token, or ``after_last``, if there is room.
         score_mean, score_std: if ``score_std`` is given, scores become (score - mean) / std.
-        score_clip: clips scores to plus or minus this.
-        score_order: which of the two comes first.
+        score_min, score_max: bounds that scores are clipped to.
+        score_order: whether they are scaled or clipped first.
         has_eos: whether the sequence ended by itself, ``[...]``.
         missing_eos: where it did not, the score is kept, or ``missing_eos_value`` subtracted, or
             put in its place.
@@ -423,7 +424,7 @@ def gae(
     """
     inputs = (values, rewards, mask, kl, scores, has_eos, dones, bootstrap)
     inputs += (offsets, lambda_per_row)
-    scaling = (kl_coef, score_mean, score_std, score_clip, missing_eos_value)
+    scaling = (kl_coef, score_mean, score_std, score_min, score_max, missing_eos_value)
     choices = (mask_mode, score_placement, score_order, missing_eos)
     options = (gamma, lam, value_lam, *scaling, *choices)
     tensors = map(_constant, _taken(_lists.GAE, *inputs))
@@ -902,6 +903,7 @@ def linear_ppo_loss(
     ref_logp: Tensor | None = None,
     rollout_logp: Tensor | None = None,
     weights: Tensor | None = None,
+    offsets: Tensor | None = None,
     **options: Any,
 ) -> LinearPpoLossOutput:
     """:func:`ppo_loss` from hidden states and the head's weight, without the logits of all tokens:
@@ -915,8 +917,9 @@ def linear_ppo_loss(
         hidden: ``[..., seq_len, hidden_size]``. Differentiable, as the weight, bias and adapter.
         weight, bias, temperature, logit_scale, softcap, lora: as in :func:`linear_logprobs`.
         index: token ids ``[..., seq_len]``.
-        old_logp, advantages, mask, ref_logp, rollout_logp, weights: as in :func:`ppo_loss`. Masked
-            tokens take no part in any product.
+        old_logp, advantages, mask, ref_logp, rollout_logp, weights, offsets: as in
+            :func:`ppo_loss`. Masked tokens take no part in any product. With offsets ``index`` is
+            ``[tokens]``.
         options: those of :func:`ppo_loss`, by name.
 
     Returns:
@@ -951,6 +954,7 @@ def linear_ppo_loss(
             ref_logp=ref_logp,
             rollout_logp=rollout_logp,
             weights=weights,
+            offsets=offsets,
             **options,
         )
         return LinearPpoLossOutput(loss, stats, found.logp.detach(), found.entropy.detach())
@@ -962,7 +966,7 @@ def linear_ppo_loss(
     if isinstance(temperature, Tensor) and temperature.dim():
         rows, temperature = _per_token(temperature).detach(), 1.0
     a, b, scale = (None, None, 1.0) if lora is None else lora
-    of_tokens = (old_logp, advantages, ref_logp, rollout_logp, weights, mask)
+    of_tokens = (old_logp, advantages, ref_logp, rollout_logp, weights, mask, offsets)
     of_tokens = _taken(_lists.LINEAR_PPO_LOSS_ROWS, *of_tokens)
     tensors = (hidden, weight, index, bias, rows, a, b, *of_tokens)
     wanted = map(_wants_gradient, (hidden, weight, bias, a, b))

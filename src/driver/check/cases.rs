@@ -856,7 +856,8 @@ impl Draw<'_> {
                 score_placement: self
                     .pick(&[ScorePlacement::LastToken, ScorePlacement::AfterLastToken]),
                 score_scale: self.pick(&[None, Some(ScoreScale { mean: 0.3, std: 1.7 })]),
-                score_clip: self.pick(&[None, Some(1.5)]),
+                score_min: self.pick(&[f64::NEG_INFINITY, -1.0]),
+                score_max: self.pick(&[f64::INFINITY, 1.5]),
                 score_order: self.pick(&[ScoreOrder::ScaleThenClip, ScoreOrder::ClipThenScale]),
                 missing_eos: self.pick(&[
                     MissingEos::Keep,
