@@ -56,7 +56,11 @@ pub mod whiten;
 
 pub use error::{Error, Result};
 
-/// The README's examples, run as tests.
+/// The examples of README and docs, run as tests.
 #[cfg(all(doctest, feature = "candle"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod examples {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/rust.md")]
+    struct Rust;
+}

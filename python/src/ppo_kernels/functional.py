@@ -23,7 +23,7 @@ What holds for all of them:
   an option that is a number. Gradients of gradients, forward mode and the gradients of
   ``torch.func`` are refused.
 
-The package's README and the header of the C library say more about each option.
+The project's docs/options.md and the header of the C library say more about each option.
 """
 
 from __future__ import annotations
