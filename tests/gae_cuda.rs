@@ -551,6 +551,7 @@ mod planted {
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || {
             scores_past_the_last_token(bug, orders)?;
+            packs_agree_with_the_reference(bug, orders)?;
             agrees_with_the_reference(bug, orders)
         };
         matches!(std::panic::catch_unwind(run), Ok(Ok(())))
@@ -558,7 +559,12 @@ mod planted {
 
     #[test]
     fn planted_bugs_that_change_results_are_seen() {
-        let bugs = ["gae_misaligned_vector", "gae_lost_carry", "gae_score_left_to_the_next_tile"];
+        let bugs = [
+            "gae_misaligned_vector",
+            "gae_lost_carry",
+            "gae_score_left_to_the_next_tile",
+            "gae_row_of_a_pack_too_long",
+        ];
         for bug in bugs {
             for order in ORDERS {
                 assert!(!unseen(bug, &[order, order]), "{bug} {order:?}");

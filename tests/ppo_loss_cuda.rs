@@ -797,6 +797,7 @@ mod planted {
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || {
             agrees_for_every_shape(bug, orders)?;
+            packs_agree_with_the_reference(bug, orders)?;
             from_logits_agrees_with_the_reference::<bf16>(bug, orders)
         };
         matches!(std::panic::catch_unwind(run), Ok(Ok(())))
@@ -804,7 +805,13 @@ mod planted {
 
     #[test]
     fn planted_bugs_that_change_results_are_seen() {
-        for bug in ["loss_wrong_centre", "loss_wrong_row", "loss_wrong_row_terms"] {
+        let bugs = [
+            "loss_wrong_centre",
+            "loss_wrong_row",
+            "loss_wrong_row_terms",
+            "loss_wrong_row_of_a_pack",
+        ];
+        for bug in bugs {
             for order in ORDERS {
                 assert!(!unseen(bug, &[order]), "{bug} {order:?}");
             }
