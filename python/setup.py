@@ -22,6 +22,10 @@ CRATE = HERE / "crate" if (HERE / "crate").exists() else HERE.parent
 SOURCES = ("Cargo.toml", "Cargo.lock", "LICENSE", "build.rs", "src/", "kernels/", "benches/")
 
 
+# Read by Python at its start, where the package is installed.
+PTH = 'import os; os.environ.get("PPO_KERNELS_PATCH") and __import__("ppo_kernels.patch")\n'
+
+
 def has_nvcc() -> bool:
     homes = (os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH"))
     places = [Path(home, "bin", "nvcc") for home in (*homes, "/usr/local/cuda") if home]
@@ -51,7 +55,7 @@ def build_library() -> Path:
 
 
 class BuildPackage(build_py):
-    """Python files as they are, and the library beside them."""
+    """Python files as they are, the library beside them, and what patches by the environment."""
 
     def run(self):
         super().run()
@@ -60,6 +64,8 @@ class BuildPackage(build_py):
         package = root / "ppo_kernels"
         package.mkdir(parents=True, exist_ok=True)
         shutil.copy2(library, package / library.name)
+        if not self.editable_mode:
+            (root / "ppo_kernels.pth").write_text(PTH)
 
 
 class PlatformWheel(bdist_wheel):

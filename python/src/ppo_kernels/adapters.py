@@ -7,7 +7,10 @@ One call before training starts::
 
 Every module of the package that has imported a function gets ours in its place, and modules that
 are imported later get it as well. What is returned undoes all of that: ``patch.undo()``, or at the
-end of ``with patch_trl(): ...``.
+end of ``with patch_trl(): ...``; ``patch.calls`` says how often each of ours was used.
+
+Trainers whose work is done by other processes, as verl's and OpenRLHF's by Ray's, want the patch in
+those: :mod:`ppo_kernels.patch` makes it wherever the environment says so.
 
 Ours take over where they do the same: for plain tensors of float32, float16 and bfloat16 on CPU and
 CUDA, of one shape where theirs would broadcast, and for the options that they have; everything else
@@ -22,9 +25,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.metadata
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +39,9 @@ from . import _lists, functional
 
 __all__ = ["Patch", "patch_openrlhf", "patch_trl", "patch_verl"]
 
+# The versions that the tests know.
+TESTED = {"trl": "1.16.0", "verl": "0.9.1", "openrlhf": "0.11.2"}
+
 
 class Patch:
     """A package with some of its functions replaced, until :meth:`undo` or the end of ``with``."""
@@ -42,6 +49,13 @@ class Patch:
     def __init__(self, package: str) -> None:
         self._package = package
         self._undo = contextlib.ExitStack()
+        self._replaced: dict[str, Callable] = {}
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How many calls of each replaced function, by its module and name, ours has answered; what
+        went on to the package's own does not count."""
+        return {name: both.calls[0] for name, both in self._replaced.items()}
 
     def function(self, owner: ModuleType | type, *names: str) -> Callable[[Callable], Callable]:
         """Decorates what takes the place of functions of a module, methods of a class, or the
@@ -53,7 +67,10 @@ class Patch:
             for name in names:
                 theirs = getattr(owner, name, None)
                 if theirs is not None:
-                    self._undo.callback(self._release, owner, self._take(owner, theirs, ours))
+                    both = self._take(owner, theirs, ours)
+                    self._undo.callback(self._release, owner, both)
+                    within = f"{owner.__module__}." if isinstance(owner, type) else ""
+                    self._replaced[f"{within}{owner.__name__}.{name}"] = both
             return ours
 
         return replace
@@ -102,21 +119,75 @@ _patches: dict[Callable, int] = {}
 
 
 def _before(theirs: Callable, ours: Callable) -> Callable:
-    """Ours, or theirs where ours does not know the arguments, or does not take them."""
+    """Ours, or theirs where ours does not know the arguments, or does not take them; ``calls``
+    counts those that it takes."""
     known = inspect.signature(ours).parameters
     if isinstance(theirs, type):
-        both = staticmethod(_before(theirs.apply, ours))
-        return type(theirs.__name__, (theirs,), {"apply": both, "__wrapped__": theirs})
+        both = _before(theirs.apply, ours)
+        members = {"apply": staticmethod(both), "calls": both.calls, "__wrapped__": theirs}
+        return type(theirs.__name__, (theirs,), members)
+    calls = [0]
 
     @functools.wraps(theirs)
     def both(*args: Any, **kwargs: Any) -> Any:
         if len(args) <= len(known) and kwargs.keys() <= known.keys():
             result = ours(*args, **kwargs)
             if result is not NotImplemented:
+                calls[0] += 1
                 return result
         return theirs(*args, **kwargs)
 
+    both.calls = calls
     return both
+
+
+# What is done to a module of a package once it is there, by the module's name.
+Part = Callable[[Patch, ModuleType], None]
+PARTS: dict[str, dict[str, Part]] = {"trl": {}, "verl": {}, "openrlhf": {}}
+
+
+def _part(module: str) -> Callable[[Part], Part]:
+    """Decorates what replaces functions of a module, which not every version has."""
+
+    def add(part: Part) -> Part:
+        PARTS[module.split(".")[0]][module] = part
+        return part
+
+    return add
+
+
+def _patched(package: str) -> Patch:
+    """With every part for which there is a module."""
+    importlib.import_module(package)
+    patch = Patch(package)
+    for name, part in PARTS[package].items():
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            # Another version, or not where experience is made.
+            if error.name == "ray" or f"{name}.".startswith(f"{error.name}."):
+                continue
+            raise
+        part(patch, module)
+    check_replaced(package, patch.calls, ", ".join(PARTS[package]))
+    return patch
+
+
+def version_of(package: str) -> str:
+    """That of an installed package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of an unknown version"
+
+
+def check_replaced(package: str, replaced: Collection[str], where: str) -> None:
+    """Raises where there was nothing to replace."""
+    if not replaced:
+        raise RuntimeError(
+            f"{package} {version_of(package)} has no function in {where} that ppo-kernels knows; "
+            f"tested with {package} {TESTED[package]}"
+        )
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -175,12 +246,8 @@ def _entropy_in_chunks(logits: Tensor, chunk_size: int = 0) -> Tensor:
     return _entropy(logits)
 
 
-def _patch_head_of_trl(patch: Patch) -> None:
-    try:
-        kernels = importlib.import_module("trl.kernels.chunked_logprob")
-    except ImportError:  # before 1.15
-        return
-
+@_part("trl.kernels.chunked_logprob")  # since 1.15
+def _head_of_trl(patch: Patch, kernels: ModuleType) -> None:
     @patch.function(kernels, "ChunkedLogProbFunction")
     def linear_logprobs(
         hidden: Tensor,
@@ -207,13 +274,8 @@ def _patch_head_of_trl(patch: Patch) -> None:
         )
 
 
-def patch_trl() -> Patch:
-    """TRL's ``selective_log_softmax``, ``entropy_from_logits`` and, where it has them,
-    ``selective_log_softmax_and_entropy`` of ``trl.trainer.utils`` and ``ChunkedLogProbFunction`` of
-    ``trl.kernels``, which is the head of its GRPO, RLOO, DPO, KTO and SFT trainers."""
-    utils = importlib.import_module("trl.trainer.utils")
-    patch = Patch("trl")
-    _patch_head_of_trl(patch)
+@_part("trl.trainer.utils")
+def _utils_of_trl(patch: Patch, utils: ModuleType) -> None:
     patch.function(utils, "entropy_from_logits")(_entropy_in_chunks)
 
     @patch.function(utils, "selective_log_softmax")
@@ -242,7 +304,12 @@ def patch_trl() -> Patch:
         logp, entropy = functional.logprobs_and_entropy(logits, index, temperature, row_mask)
         return logp, entropy if entropy_requires_grad else entropy.detach()
 
-    return patch
+
+def patch_trl() -> Patch:
+    """TRL's ``selective_log_softmax``, ``entropy_from_logits`` and, where it has them,
+    ``selective_log_softmax_and_entropy`` of ``trl.trainer.utils`` and ``ChunkedLogProbFunction`` of
+    ``trl.kernels``, which is the head of its GRPO, RLOO, DPO, KTO and SFT trainers."""
+    return _patched("trl")
 
 
 _VERL_KL = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}  # its other names
@@ -253,12 +320,8 @@ _VERL_AGGREGATION = {
 }
 
 
-def _patch_head_of_verl(patch: Patch) -> None:
-    try:
-        fused = importlib.import_module("verl.utils.experimental.torch_functional")
-    except ImportError:
-        return
-
+@_part("verl.utils.experimental.torch_functional")
+def _head_of_verl(patch: Patch, fused: ModuleType) -> None:
     @patch.function(fused, "FusedLinearForPPOFunction")
     def linear_logprobs(
         hidden_states: Tensor,
@@ -276,16 +339,8 @@ def _patch_head_of_verl(patch: Patch) -> None:
         return found.logp, found.entropy
 
 
-def patch_verl() -> Patch:
-    """verl's ``logprobs_from_logits``, ``logprobs_from_logits_v2``, ``entropy_from_logits``,
-    ``entropy_from_logits_with_chunking`` and ``masked_whiten`` of ``verl.utils.torch_functional``;
-    where it has it, ``FusedLinearForPPOFunction``, the head of its models with fused kernels;
-    ``compute_gae_advantage_return``, ``kl_penalty`` and ``compute_policy_loss_vanilla`` of
-    ``verl.trainer.ppo.core_algos``, in its registries too."""
-    torch_functional = importlib.import_module("verl.utils.torch_functional")
-    core_algos = importlib.import_module("verl.trainer.ppo.core_algos")
-    patch = Patch("verl")
-    _patch_head_of_verl(patch)
+@_part("verl.utils.torch_functional")
+def _utils_of_verl(patch: Patch, torch_functional: ModuleType) -> None:
     patch.function(torch_functional, "entropy_from_logits")(_entropy)
     patch.function(torch_functional, "entropy_from_logits_with_chunking")(_entropy_in_chunks)
 
@@ -301,6 +356,9 @@ def patch_verl() -> Patch:
             return NotImplemented
         return functional.masked_whiten(values, mask, shift_mean)
 
+
+@_part("verl.trainer.ppo.core_algos")
+def _algorithms_of_verl(patch: Patch, core_algos: ModuleType) -> None:
     @patch.function(core_algos, "compute_gae_advantage_return")
     def gae(
         token_level_rewards: Tensor,
@@ -366,17 +424,18 @@ def patch_verl() -> Patch:
         theirs = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
         return loss, dict(zip(theirs, torch.stack([stats[name] for name in names]).tolist()))
 
-    return patch
+
+def patch_verl() -> Patch:
+    """verl's ``logprobs_from_logits``, ``logprobs_from_logits_v2``, ``entropy_from_logits``,
+    ``entropy_from_logits_with_chunking`` and ``masked_whiten`` of ``verl.utils.torch_functional``;
+    where it has it, ``FusedLinearForPPOFunction``, the head of its models with fused kernels;
+    ``compute_gae_advantage_return``, ``kl_penalty`` and ``compute_policy_loss_vanilla`` of
+    ``verl.trainer.ppo.core_algos``, in its registries too."""
+    return _patched("verl")
 
 
-def patch_openrlhf() -> Patch:
-    """OpenRLHF's ``log_probs_from_logits``, ``compute_entropy`` and ``compute_approx_kl`` of
-    ``openrlhf.models.utils``, ``PolicyLoss`` of ``openrlhf.models.loss`` where it is PPO's without
-    corrections, and ``get_advantages_and_returns`` of the experience maker, if that can be
-    imported."""
-    utils = importlib.import_module("openrlhf.models.utils")
-    losses = importlib.import_module("openrlhf.models.loss")
-    patch = Patch("openrlhf")
+@_part("openrlhf.models.utils")
+def _utils_of_openrlhf(patch: Patch, utils: ModuleType) -> None:
     patch.function(utils, "compute_entropy")(_entropy)
 
     @patch.function(utils, "log_probs_from_logits")
@@ -399,6 +458,9 @@ def patch_openrlhf() -> Patch:
         clamp = {"output_clamp": 10.0}
         return functional.token_kl(log_probs, log_probs_base, estimator=kl_estimator, **clamp)
 
+
+@_part("openrlhf.models.loss")
+def _losses_of_openrlhf(patch: Patch, losses: ModuleType) -> None:
     @patch.function(losses.PolicyLoss, "forward")
     def policy_loss(
         self: Any,
@@ -434,6 +496,9 @@ def patch_openrlhf() -> Patch:
         ppo_kl = functional.masked_moments(old_log_probs - log_probs, action_mask)[1].float()
         return loss, stats["clip_fraction"], ppo_kl, None, None
 
+
+@_part("openrlhf.trainer.ppo_utils.experience_maker")  # it wants ray
+def _experience_of_openrlhf(patch: Patch, maker: ModuleType) -> None:
     def advantages_and_returns(
         self: Any,
         values: Tensor,
@@ -447,11 +512,14 @@ def patch_openrlhf() -> Patch:
         options = {"gamma": gamma, "lam": lambd, "mask_mode": "multiply"}
         return functional.gae(values, rewards, action_mask, **options)[:2]
 
-    try:
-        maker = importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker")
-    except ImportError:  # it wants ray, which is there where experience is made
-        return patch
     for owner in vars(maker).values():
         if isinstance(owner, type) and "get_advantages_and_returns" in vars(owner):
             patch.function(owner, "get_advantages_and_returns")(advantages_and_returns)
-    return patch
+
+
+def patch_openrlhf() -> Patch:
+    """OpenRLHF's ``log_probs_from_logits``, ``compute_entropy`` and ``compute_approx_kl`` of
+    ``openrlhf.models.utils``, ``PolicyLoss`` of ``openrlhf.models.loss`` where it is PPO's without
+    corrections, and ``get_advantages_and_returns`` of the experience maker, if that can be
+    imported."""
+    return _patched("openrlhf")
