@@ -3,6 +3,7 @@
 import importlib.util
 import types
 
+import numpy
 import peers
 import pytest
 import torch
@@ -301,32 +302,92 @@ def test_verl_per_token(mask_dtype):
         algorithms.kl_penalty(values, rewards, "full")
 
 
+VERL_LOSSES = ["vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "dro", "cispo"]
+
+
+@pytest.mark.parametrize("name", VERL_LOSSES)
 @pytest.mark.parametrize(
     "mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 )
 @pytest.mark.parametrize(
     "batch", [{}, {"dp_size": 2, "batch_num_tokens": 100, "global_batch_size": 6}]
 )
-def test_verl_policy_loss(mode, batch):
+def test_verl_policy_loss(name, mode, batch, monkeypatch):
     algorithms = load("verl.trainer.ppo.core_algos")
+    if not hasattr(algorithms, f"compute_policy_loss_{name}"):
+        pytest.skip("another version")
+    monkeypatch.setattr(algorithms, "ActorConfig", peers.Config)
     mask = response_mask()
-    for clips in ({}, {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 2.0}):
-        config = peers.Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None)
-        config.update(clips, global_batch_info=batch)
+    clips = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.3, "clip_ratio_c": 2.0}
+    for given in ({"clip_ratio_low": None, "clip_ratio_high": None}, clips):
+        config = peers.Config(clip_ratio=0.2, tau_pos=0.9, tau_neg=1.2, **given)
+        config.update(global_batch_info=batch, policy_loss=peers.Config(dro_beta=0.3))
 
         def loss(x, old, advantages, **options):
-            function = algorithms.get_policy_loss_fn("vanilla")
+            function = algorithms.get_policy_loss_fn(name)
             return function(old, x, advantages, mask, mode, config, **options)
 
-        compare(adapters.patch_verl, loss, *per_token(3))
+        def log_probs():
+            old, by, advantages = per_token(3)
+            return -2 + 0.5 * old + 0.3 * by, -2 + 0.5 * old, advantages
+
+        compare(adapters.patch_verl, loss, *log_probs())
         weights = torch.rand(4, 21)
-        compare(adapters.patch_verl, lambda *t: loss(*t, rollout_is_weights=weights), *per_token(3))
+        compare(adapters.patch_verl, lambda *t: loss(*t, rollout_is_weights=weights), *log_probs())
+        with adapters.patch_verl() as patch:
+            loss(*log_probs())
+        if name.startswith("dppo") and given is clips:
+            continue  # theirs where a ratio is above 2
+        is_ours = mode != "seq-mean-token-sum-norm" or name == "sapo"
+        counted = patch.calls[f"verl.trainer.ppo.core_algos.compute_policy_loss_{name}"]
+        assert counted == is_ours
     mask = torch.zeros_like(mask)  # a micro-batch with nothing in it
-    compare(adapters.patch_verl, loss, *per_token(3), equal_nan=True)
+    compare(adapters.patch_verl, loss, *log_probs(), equal_nan=True)
     if not batch:
         config.update(global_batch_info={"dp_size": 2})
         with pytest.raises(ValueError, match="dp_size"), adapters.patch_verl():
-            loss(*per_token(3))
+            loss(*log_probs())
+
+
+@pytest.mark.parametrize("with_std", [True, False])
+@pytest.mark.parametrize("singles", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "grpo",
+        "grpo_vectorized",
+        "grpo_passk",
+        "rloo",
+        "rloo_vectorized",
+        "opo",
+        "gpg",
+        "reinforce_plus_plus_baseline",
+        "reinforce_plus_plus",
+    ],
+)
+def test_verl_outcome_advantages(name, singles, with_std):
+    algorithms = load("verl.trainer.ppo.core_algos")
+    mask = torch.rand(9, 21) > 0.3
+    mask[:, 0] = True
+    if singles and name == "grpo_passk":
+        return
+    index = numpy.array(list("aabbabbab" if not singles else "aabbcbbab"), dtype=object)
+    given = {"response_mask": mask.long(), "index": index}
+    given["config"] = peers.Config(gamma=0.9, norm_adv_by_std_in_grpo=with_std)
+    if name.startswith("grpo"):
+        given["norm_adv_by_std_in_grpo"] = with_std
+    if name == "reinforce_plus_plus":
+        del given["index"]
+
+    def advantages(rewards):
+        found = algorithms.get_adv_estimator_fn(name)(token_level_rewards=rewards, **given)
+        return tuple(each * mask for each in found)
+
+    rewards = torch.randn(9, 21)
+    compare(adapters.patch_verl, lambda x: advantages(x.detach()), rewards)
+    with adapters.patch_verl() as patch:
+        advantages(rewards)
+    assert sum(patch.calls.values()) == 1, patch.calls
 
 
 # --- OpenRLHF ---

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _lists, functional
+from . import _lists, functional, named_loss
 
 __all__ = ["Patch", "patch_openrlhf", "patch_trl", "patch_verl"]
 
@@ -320,6 +320,128 @@ _VERL_AGGREGATION = {
 }
 
 
+def _clip_ranges(config: Any) -> dict[str, float]:
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return {
+        "clip_range": config.clip_ratio if low is None else low,
+        "clip_range_high": config.clip_ratio if high is None else high,
+    }
+
+
+def _dppo(config: Any, region: str) -> dict[str, Any]:
+    bounds = _clip_ranges(config)
+    return {
+        "surrogate": "clipped_weight",
+        "clip_range": 1.0,
+        "clip_range_high": config.get("clip_ratio_c", 20.0) - 1.0,
+        "trust_region": region,
+        "trust_region_low": bounds["clip_range"],
+        "trust_region_high": bounds["clip_range_high"],
+    }
+
+
+def _dro(config: Any) -> dict[str, Any]:
+    return {
+        "surrogate": "reinforce",
+        "kl_coef": config.policy_loss.dro_beta or 0.0,
+        "kl_estimator": "k2",
+        "kl_log_ratio_clamp": None,
+        "kl_against": "old",
+        "kl_weighted": True,
+    }
+
+
+# Options of verl's policy losses from its settings.
+_VERL_LOSSES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "vanilla": lambda config: {
+        **_clip_ranges(config),
+        "dual_clip": config.get("clip_ratio_c", 3.0),
+    },
+    "dppo_tv": lambda config: _dppo(config, "total_variation"),
+    "dppo_kl": lambda config: _dppo(config, "binary_kl"),
+    "gspo": lambda config: {**named_loss("gspo_token"), **_clip_ranges(config)},
+    "sapo": lambda config: {
+        "surrogate": "soft_gate",
+        "soft_gate_tau_pos": config.tau_pos,
+        "soft_gate_tau_neg": config.tau_neg,
+    },
+    "gpg": lambda config: {"surrogate": "reinforce"},
+    "dro": _dro,
+    "cispo": lambda config: {"surrogate": "clipped_weight", **_clip_ranges(config)},
+}
+# Which statistics verl reports of each, in the order of ``_VERL_METRICS``; None is 0, and
+# ``raw_kl`` the mean log-ratio before any clamp.
+_VERL_METRICS = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+_VERL_STATS: dict[str, tuple[str | None, ...]] = {
+    "vanilla": ("clip_fraction", "approx_kl_k1", "lower_clip_fraction"),
+    "dppo_tv": ("outside_fraction", "approx_kl_k1", None),
+    "dppo_kl": ("outside_fraction", "approx_kl_k1", None),
+    "gspo": ("clip_fraction", "raw_kl", None),
+    "sapo": (None, "approx_kl_k1", None),
+    "gpg": (),
+    "dro": ("raw_kl",),
+    "cispo": ("clip_fraction", "approx_kl_k1", None),
+}
+
+
+def _verl_policy_loss(
+    loss_name: str,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    loss_agg_mode = "seq-mean-token-mean" if loss_name == "sapo" else loss_agg_mode
+    weights = () if rollout_is_weights is None else (rollout_is_weights,)
+    if (
+        loss_agg_mode not in _VERL_AGGREGATION
+        or config is None
+        or not _supported(old_log_prob, log_prob, advantages, *weights, mask=response_mask)
+        or not response_mask.any()  # no mean, but a loss where the batch's total is known
+        or (loss_name == "dro" and not (config.policy_loss.dro_beta or 0) > 0)
+    ):
+        return NotImplemented
+    aggregation, total = _VERL_AGGREGATION[loss_agg_mode]
+    batch = config.global_batch_info
+    ranks, total = batch.get("dp_size", 1), batch.get(total)
+    if total is None and ranks > 1:
+        return NotImplemented
+    options = {
+        **_VERL_LOSSES[loss_name](config),
+        "aggregation": aggregation,
+        "denominator": None if total is None else float(total) / ranks,
+    }
+    loss, stats = functional.ppo_loss(
+        log_prob,
+        old_log_prob,
+        advantages,
+        response_mask,
+        weights=rollout_is_weights,
+        **options,
+    )
+    if loss_name.startswith("dppo") and stats["clip_fraction"] > 0:
+        return NotImplemented  # it counts those of them that are inside the region
+    names = _VERL_STATS[loss_name]
+    if "raw_kl" in names:
+        stats["raw_kl"] = functional.masked_moments(old_log_prob - log_prob, response_mask)[1]
+    found = [loss.new_zeros(()) if name is None else stats[name].float() for name in names]
+    metrics = _VERL_METRICS if len(names) > 1 else _VERL_METRICS[1:2]
+    return loss, dict(zip(metrics, torch.stack(found).tolist() if found else ()))
+
+
+def _verl_advantages(
+    estimator: str, rewards: Tensor, mask: Tensor, index: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    if not _supported(rewards, mask=mask) or rewards.dim() != 2:
+        return NotImplemented
+    options = {**functional.ESTIMATORS[estimator], "singleton": "keep", **options}
+    found = functional.outcome_advantages(rewards.sum(-1), index, mask, **options).advantages
+    return found, found
+
+
 @_part("verl.utils.experimental.torch_functional")
 def _head_of_verl(patch: Patch, fused: ModuleType) -> None:
     @patch.function(fused, "FusedLinearForPPOFunction")
@@ -385,52 +507,94 @@ def _algorithms_of_verl(patch: Patch, core_algos: ModuleType) -> None:
         gradient = functional.token_kl(logprob, ref_logprob, estimator="k2")
         return gradient - gradient.detach() + kl.detach()
 
-    @patch.function(core_algos, "compute_policy_loss_vanilla")
-    def policy_loss(
-        old_log_prob: Tensor,
-        log_prob: Tensor,
-        advantages: Tensor,
+    for name in _VERL_LOSSES:
+        ours = functools.partial(_verl_policy_loss, name)
+        patch.function(core_algos, f"compute_policy_loss_{name}")(ours)
+
+    @patch.function(
+        core_algos, "compute_grpo_outcome_advantage", "compute_grpo_vectorized_outcome_advantage"
+    )
+    def grpo(
+        token_level_rewards: Tensor,
         response_mask: Tensor,
-        loss_agg_mode: str = "token-mean",
+        index: Any,
+        epsilon: float = 1e-6,
+        norm_adv_by_std_in_grpo: bool = True,
         config: Any = None,
-        rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        if (
-            loss_agg_mode not in _VERL_AGGREGATION
-            or config is None
-            or rollout_is_weights is not None
-            or not _supported(old_log_prob, log_prob, advantages, mask=response_mask)
-            or not response_mask.any()  # no mean, but a loss where the batch's total is known
-        ):
+    ) -> tuple[Tensor, Tensor]:
+        estimator = "grpo" if norm_adv_by_std_in_grpo else "dr_grpo"
+        given = (token_level_rewards, response_mask, index)
+        return _verl_advantages(estimator, *given, eps=epsilon)
+
+    @patch.function(core_algos, "compute_grpo_passk_outcome_advantage")
+    def pass_at_k(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        epsilon: float = 1e-6,
+        norm_adv_by_std_in_grpo: bool = True,
+        config: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        if config is None:
             return NotImplemented
-        aggregation, total = _VERL_AGGREGATION[loss_agg_mode]
-        batch = config.global_batch_info
-        ranks, total = batch.get("dp_size", 1), batch.get(total)
-        if total is None and ranks > 1:
-            return NotImplemented
-        low, high = config.clip_ratio_low, config.clip_ratio_high
-        loss, stats = functional.ppo_loss(
-            log_prob,
-            old_log_prob,
-            advantages,
-            response_mask,
-            clip_range=config.clip_ratio if low is None else low,
-            clip_range_high=config.clip_ratio if high is None else high,
-            dual_clip=config.get("clip_ratio_c", 3.0),
-            aggregation=aggregation,
-            denominator=None if total is None else float(total) / ranks,
+        scaled = (
+            {"eps": epsilon} if config.get("norm_adv_by_std_in_grpo", True) else {"scale": "none"}
         )
-        names = ("clip_fraction", "approx_kl_k1", "lower_clip_fraction")
-        theirs = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-        return loss, dict(zip(theirs, torch.stack([stats[name] for name in names]).tolist()))
+        return _verl_advantages("pass_at_k", token_level_rewards, response_mask, index, **scaled)
+
+    def by_group(estimator: str, singleton: str = "keep") -> Callable:
+        def advantages(
+            token_level_rewards: Tensor,
+            response_mask: Tensor,
+            index: Any,
+            epsilon: float = 1e-6,
+            config: Any = None,
+        ) -> tuple[Tensor, Tensor]:
+            given = (token_level_rewards, response_mask, index)
+            return _verl_advantages(estimator, *given, singleton=singleton)
+
+        return advantages
+
+    patch.function(core_algos, "compute_rloo_outcome_advantage")(by_group("rloo"))
+    vectorized = by_group("rloo", "zero")
+    patch.function(core_algos, "compute_rloo_vectorized_outcome_advantage")(vectorized)
+    patch.function(core_algos, "compute_opo_outcome_advantage")(by_group("opo"))
+    patch.function(core_algos, "compute_gpg_outcome_advantage")(by_group("gpg"))
+
+    @patch.function(core_algos, "compute_reinforce_plus_plus_baseline_outcome_advantage")
+    def reinforce_plus_plus_baseline(
+        token_level_rewards: Tensor,
+        response_mask: Tensor,
+        index: Any,
+        epsilon: float = 1e-6,
+        config: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        given = (token_level_rewards, response_mask, index)
+        found = _verl_advantages("reinforce_plus_plus_baseline", *given)
+        if found is NotImplemented:
+            return found
+        whitened = functional.masked_whiten(found[0], response_mask)
+        return whitened, whitened
+
+    @patch.function(core_algos, "compute_reinforce_plus_plus_outcome_advantage")
+    def reinforce_plus_plus(
+        token_level_rewards: Tensor, response_mask: Tensor, config: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        if config is None or not _supported(token_level_rewards, mask=response_mask):
+            return NotImplemented
+        values = torch.zeros_like(token_level_rewards)
+        options = {"gamma": float(config.gamma), "lam": 1.0, "whiten": True}
+        return functional.gae(values, token_level_rewards, response_mask, **options)[:2]
 
 
 def patch_verl() -> Patch:
     """verl's ``logprobs_from_logits``, ``logprobs_from_logits_v2``, ``entropy_from_logits``,
     ``entropy_from_logits_with_chunking`` and ``masked_whiten`` of ``verl.utils.torch_functional``;
     where it has it, ``FusedLinearForPPOFunction``, the head of its models with fused kernels;
-    ``compute_gae_advantage_return``, ``kl_penalty`` and ``compute_policy_loss_vanilla`` of
-    ``verl.trainer.ppo.core_algos``, in its registries too."""
+    ``kl_penalty``, the policy losses ``vanilla``, ``dppo_tv``, ``dppo_kl``, ``gspo``, ``sapo``,
+    ``gpg``, ``dro`` and ``cispo``, and the advantages ``gae``, ``grpo``, ``grpo_vectorized``,
+    ``grpo_passk``, ``rloo``, ``rloo_vectorized``, ``opo``, ``gpg``, ``reinforce_plus_plus`` and
+    ``reinforce_plus_plus_baseline`` of ``verl.trainer.ppo.core_algos``, in its registries too."""
     return _patched("verl")
 
 
