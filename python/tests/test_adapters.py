@@ -461,5 +461,21 @@ def test_openrlhf_policy_loss(by_token, dual_clip):
     logp, old_logp, advantages = per_token(3)
     far = (logp, old_logp + 30 * (old_logp > 1), advantages)
     compare(adapters.patch_openrlhf, lambda *t: policy(*t, mask), *far)
-    sequences = losses.PolicyLoss(0.2, 0.3, policy_loss_type="gspo")  # theirs
-    compare(adapters.patch_openrlhf, lambda *t: sequences(*t, mask), *per_token(3))
+
+
+@pytest.mark.parametrize("dual_clip", [None, 3.0])
+def test_openrlhf_gspo(dual_clip):
+    losses, mask = load("openrlhf.models.loss"), response_mask(torch.float32)
+    for level, rollout in (("off", None), ("token", torch.randn(4, 21))):
+        policy = losses.PolicyLoss(
+            0.02, 0.03, dual_clip, policy_loss_type="gspo", is_correction_level=level
+        )
+        for totals in ({}, {"dp_size": 2, "batch_num_tokens": 90.0, "global_batch_size": 7}):
+
+            def loss(*tensors, policy=policy, rollout=rollout, totals=totals):
+                return policy(*tensors, mask, rollout, **totals)
+
+            compare(adapters.patch_openrlhf, loss, *per_token(3))
+            with adapters.patch_openrlhf() as patch:
+                loss(*per_token(3))
+            assert patch.calls["openrlhf.models.loss.PolicyLoss.forward"] == 1

@@ -637,19 +637,26 @@ def _losses_of_openrlhf(patch: Patch, losses: ModuleType) -> None:
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor | None, ...]:
-        by_token = self.token_level_loss
+        by_token, by_row = self.token_level_loss, self.policy_loss_type == "gspo"
         total = batch_num_tokens if by_token else global_batch_size
-        tensors = (log_probs, old_log_probs, advantages)
+        corrected = getattr(self, "is_correction_level", None) != "off"
+        # GSPO's ratio is that to the rollout where it is corrected.
+        old = rollout_log_probs if by_row and corrected else old_log_probs
         if (
-            self.policy_loss_type != "ppo"
-            or getattr(self, "is_correction_level", None) != "off"
-            or not _supported(*tensors, mask=action_mask)
+            self.policy_loss_type not in ("ppo", "gspo")
+            or (corrected and not by_row)
+            or old is None
+            or not _supported(log_probs, old, old_log_probs, advantages, mask=action_mask)
             or (action_mask is not None and not action_mask.any())
         ):
             return NotImplemented
+        of_rows = {"ratio": "sequence_mean", "log_ratio_clamp": None} if by_row else {}
         loss, stats = functional.ppo_loss(
-            *tensors,
+            log_probs,
+            old,
+            advantages,
             action_mask,
+            **of_rows,
             clip_range=self.clip_eps_low,
             clip_range_high=self.clip_eps_high,
             dual_clip=self.dual_clip,
@@ -684,6 +691,6 @@ def _experience_of_openrlhf(patch: Patch, maker: ModuleType) -> None:
 def patch_openrlhf() -> Patch:
     """OpenRLHF's ``log_probs_from_logits``, ``compute_entropy`` and ``compute_approx_kl`` of
     ``openrlhf.models.utils``, ``PolicyLoss`` of ``openrlhf.models.loss`` where it is PPO's without
-    corrections, and ``get_advantages_and_returns`` of the experience maker, if that can be
-    imported."""
+    corrections, or GSPO's, and ``get_advantages_and_returns`` of the experience maker, if that can
+    be imported."""
     return _patched("openrlhf")
