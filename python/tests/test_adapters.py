@@ -463,6 +463,39 @@ def test_openrlhf_policy_loss(by_token, dual_clip):
     compare(adapters.patch_openrlhf, lambda *t: policy(*t, mask), *far)
 
 
+@pytest.mark.parametrize(
+    ("level", "mode", "gating", "bounds"),
+    [
+        ("token", "clip", "ratio", [0.5, 2.0]),
+        ("token", "mask", "ratio", [0.5, 2.0]),
+        ("seq", "mask", "ratio", [0.8, 1.2]),
+        ("token", "mask", "binary_kl", [0.0, 0.05]),
+        ("seq", "mask", "binary_kl", [0.0, 0.05]),
+        ("token", "mask", "tv", [0.0, 0.1]),
+    ],
+)
+def test_openrlhf_corrections(level, mode, gating, bounds):
+    losses, mask = load("openrlhf.models.loss"), response_mask(torch.float32)
+    mask[3, 0] = 1.0  # of a row of none they take the mean
+    policy = losses.PolicyLoss(
+        is_correction_level=level,
+        is_correction_mode=mode,
+        is_correction_gating=gating,
+        is_correction_threshold=bounds,
+    )
+    old = -0.5 - torch.rand(4, 21)
+    rollout = old + 0.5 * torch.randn(4, 21).clamp(-1, 0.9)
+
+    def loss(logp, advantages):
+        return policy(logp, old, advantages, mask, rollout)
+
+    tensors = (old + 0.1 * torch.randn(4, 21), torch.randn(4, 21))
+    compare(adapters.patch_openrlhf, loss, *tensors)
+    with adapters.patch_openrlhf() as patch:
+        loss(*tensors)
+    assert patch.calls["openrlhf.models.loss.PolicyLoss.forward"] == 1
+
+
 @pytest.mark.parametrize("dual_clip", [None, 3.0])
 def test_openrlhf_gspo(dual_clip):
     losses, mask = load("openrlhf.models.loss"), response_mask(torch.float32)

@@ -623,6 +623,21 @@ def _utils_of_openrlhf(patch: Patch, utils: ModuleType) -> None:
         return functional.token_kl(log_probs, log_probs_base, estimator=kl_estimator, **clamp)
 
 
+def _openrlhf_correction(loss: Any) -> dict[str, Any]:
+    """Options of :func:`correction` from the settings of its ``PolicyLoss``."""
+    low, high = loss.is_correction_threshold
+    low, bounds = low if low > 0 else None, {"log_ratio_clamp": None, "low": None, "high": None}
+    if loss.is_correction_mode == "clip":
+        return bounds | {"low": low, "high": high}
+    metrics = {"ratio": "ratio", "binary_kl": "binary_kl", "tv": "total_variation"}
+    return bounds | {
+        "rejection_metric": metrics[loss.is_correction_gating],
+        "rejection_level": "sequence_mean" if loss.is_correction_level == "seq" else "token",
+        "rejection_low": low,
+        "rejection_high": high,
+    }
+
+
 @_part("openrlhf.models.loss")
 def _losses_of_openrlhf(patch: Patch, losses: ModuleType) -> None:
     @patch.function(losses.PolicyLoss, "forward")
@@ -639,23 +654,40 @@ def _losses_of_openrlhf(patch: Patch, losses: ModuleType) -> None:
     ) -> tuple[Tensor | None, ...]:
         by_token, by_row = self.token_level_loss, self.policy_loss_type == "gspo"
         total = batch_num_tokens if by_token else global_batch_size
-        corrected = getattr(self, "is_correction_level", None) != "off"
-        # GSPO's ratio is that to the rollout where it is corrected.
-        old = rollout_log_probs if by_row and corrected else old_log_probs
+        level = getattr(self, "is_correction_level", None)
+        tensors = [log_probs, old_log_probs, advantages]
+        tensors += [] if level == "off" else [rollout_log_probs]
         if (
             self.policy_loss_type not in ("ppo", "gspo")
-            or (corrected and not by_row)
-            or old is None
-            or not _supported(log_probs, old, old_log_probs, advantages, mask=action_mask)
+            or level is None  # of a version before it
+            or any(each is None for each in tensors)
+            or not _supported(*tensors, mask=action_mask)
             or (action_mask is not None and not action_mask.any())
+            or (level == "seq" and (action_mask is None or not action_mask.any(-1).all()))
         ):
             return NotImplemented
+        # GSPO's ratio is that to the rollout where it is corrected.
+        old = rollout_log_probs if by_row and level != "off" else old_log_probs
         of_rows = {"ratio": "sequence_mean", "log_ratio_clamp": None} if by_row else {}
+        weights, kl, filtered = None, None, None
+        if level != "off" and not by_row:
+            found = functional.correction(
+                old_log_probs, rollout_log_probs, action_mask, **_openrlhf_correction(self)
+            )
+            weights, of_rollout = found.weights, found.stats
+            kl = (-of_rollout["log_ratio_sum"] / of_rollout["tokens"]).float()
+            counted, of_all = of_rollout["rejected_tokens"], of_rollout["tokens"]
+            if self.is_correction_mode == "clip":
+                counted = of_rollout["below_tokens"] + of_rollout["above_tokens"]
+            elif level == "seq":
+                counted, of_all = of_rollout["rejected_rows"], len(log_probs)
+            filtered = (counted / of_all).float()
         loss, stats = functional.ppo_loss(
             log_probs,
             old,
             advantages,
             action_mask,
+            weights=weights,
             **of_rows,
             clip_range=self.clip_eps_low,
             clip_range_high=self.clip_eps_high,
@@ -665,7 +697,7 @@ def _losses_of_openrlhf(patch: Patch, losses: ModuleType) -> None:
         )
         # Of the log-ratio before its clamp.
         ppo_kl = functional.masked_moments(old_log_probs - log_probs, action_mask)[1].float()
-        return loss, stats["clip_fraction"], ppo_kl, None, None
+        return loss, stats["clip_fraction"], ppo_kl, kl, filtered
 
 
 @_part("openrlhf.trainer.ppo_utils.experience_maker")  # it wants ray
@@ -690,7 +722,6 @@ def _experience_of_openrlhf(patch: Patch, maker: ModuleType) -> None:
 
 def patch_openrlhf() -> Patch:
     """OpenRLHF's ``log_probs_from_logits``, ``compute_entropy`` and ``compute_approx_kl`` of
-    ``openrlhf.models.utils``, ``PolicyLoss`` of ``openrlhf.models.loss`` where it is PPO's without
-    corrections, or GSPO's, and ``get_advantages_and_returns`` of the experience maker, if that can
-    be imported."""
+    ``openrlhf.models.utils``, ``PolicyLoss`` of ``openrlhf.models.loss``, and
+    ``get_advantages_and_returns`` of the experience maker, if that can be imported."""
     return _patched("openrlhf")
