@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var, D};
 use common::{assert_close, golden, rng, to_vec, uniform};
 use ppo_kernels::driver::chat::Text;
-use ppo_kernels::driver::config::{KlControllerKind, RewardKind, Settings};
+use ppo_kernels::driver::config::{
+    AdvantageEstimator, Algorithm, KlControllerKind, KlPlacement, RewardKind, Settings,
+};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::experience::{Experience, Shaping};
 use ppo_kernels::driver::kl_controller::KlController;
@@ -206,13 +208,15 @@ fn trainer(settings: &Settings, reward: Box<dyn Reward>) -> Trainer {
     let max_new_tokens = settings.max_new_tokens;
     let prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, max_new_tokens).unwrap();
     let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
-    let critic = Critic::new(decoder.duplicate().unwrap(), settings.seed).unwrap();
+    let has_critic = settings.estimator().has_critic();
+    let critic =
+        has_critic.then(|| Critic::new(decoder.duplicate().unwrap(), settings.seed).unwrap());
     Trainer::new(decoder, critic, sampler, prompts, settings).unwrap()
 }
 
 fn weights(trainer: &Trainer) -> Vec<Vec<f64>> {
     let mut all = trainer.learner.policy.parameters();
-    all.extend(trainer.learner.critic.parameters());
+    all.extend(trainer.learner.critic.iter().flat_map(Critic::parameters));
     all.iter().map(|(_, var)| to_vec(var)).collect()
 }
 
@@ -274,9 +278,11 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     trainer.step(&mut |_| {}, &mut || {}).unwrap();
     let rollout = trainer.show(4).unwrap();
     let Learner { policy, critic, .. } = &trainer.learner;
+    let critic = critic.as_ref().unwrap();
     let reference = policy.frozen().unwrap();
     let experience =
-        Experience::collect(&rollout, policy, &reference, critic, &SHAPING, &settings).unwrap();
+        Experience::collect(&rollout, policy, &reference, Some(critic), &SHAPING, &settings)
+            .unwrap();
     let (output, _) = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
     let grads = output.loss.backward().unwrap();
     let parameters = [policy.parameters(), critic.parameters()].concat();
@@ -289,10 +295,10 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     }
 }
 
-#[test]
-fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
+fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite(algorithm: Algorithm) {
     let dir = tempfile::tempdir().unwrap();
     let settings = Settings {
+        algorithm,
         lm_steps: 300,
         steps: 15,
         batch_size: 48,
@@ -316,6 +322,218 @@ fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
 }
 
 #[test]
+fn ppo_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::Ppo);
+}
+
+#[test]
+fn grpo_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::Grpo);
+}
+
+#[test]
+fn rloo_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::Rloo);
+}
+
+#[test]
+fn reinforce_plus_plus_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::ReinforcePlusPlus);
+}
+
+#[test]
+fn the_responses_to_a_prompt_stand_together() {
+    let settings = Settings { group_size: Some(4), ..short(Path::new("unused")) };
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+    for _ in 0..2 {
+        let answers = trainer.step(&mut |_| {}, &mut || {}).unwrap().rollout.answers;
+        let prompts: Vec<_> = answers.prompts.iter().map(|prompt| &prompt.text).collect();
+        assert!(prompts.len() == 8 && prompts[..4].iter().all(|&text| text == prompts[0]));
+        assert!(prompts[4..].iter().all(|&text| text == prompts[4]) && prompts[0] != prompts[4]);
+        let some = &answers.responses[..4];
+        assert!(some.iter().any(|text| text != &some[0]), "each is drawn by itself");
+    }
+}
+
+/// The experience of eight responses after a step, and their scores.
+fn collected(settings: &Settings, shaping: &Shaping) -> (Trainer, Experience, Vec<f64>) {
+    let mut trainer = trainer(settings, Box::new(Failing { calls: 0, bad: 0, score: 0.0 }));
+    let reference = trainer.learner.policy.frozen().unwrap();
+    trainer.step(&mut |_| {}, &mut || {}).unwrap();
+    let rollout = trainer.show(8).unwrap();
+    let Learner { policy, critic, .. } = &trainer.learner;
+    let collect = Experience::collect;
+    let experience =
+        collect(&rollout, policy, &reference, critic.as_ref(), shaping, settings).unwrap();
+    let scores = rollout.scores.iter().map(|&score| f64::from(score)).collect();
+    (trainer, experience, scores)
+}
+
+/// Advantages of each response's tokens.
+fn advantages(experience: &Experience) -> Vec<Vec<f64>> {
+    let rows = |tensor: &Tensor| tensor.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
+    let (all, mask) = (rows(&experience.advantages), rows(&experience.sequences.mask));
+    let kept = |(row, mask): (Vec<f64>, Vec<f64>)| {
+        row.into_iter().zip(mask).filter(|&(_, keep)| keep != 0.0).map(|(a, _)| a).collect()
+    };
+    all.into_iter().zip(mask).map(kept).collect()
+}
+
+/// By the formulas, from the score less the KL of the whole response where that is in the reward.
+#[test]
+fn outcome_advantages_compare_the_responses_to_a_prompt() {
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    let plain = Settings { group_size: Some(4), ..short(Path::new("unused")) };
+    for (algorithm, estimator) in [
+        (Algorithm::Grpo, None),
+        (Algorithm::Grpo, Some(AdvantageEstimator::DrGrpo)),
+        (Algorithm::Rloo, None),
+        (Algorithm::Rloo, Some(AdvantageEstimator::Grpo)),
+        (Algorithm::Rloo, Some(AdvantageEstimator::Opo)),
+    ] {
+        let settings = Settings { algorithm, advantages: estimator, ..plain.clone() };
+        let (trainer, experience, mut rewards) = collected(&settings, &SHAPING);
+        assert!(trainer.learner.critic.is_none() && experience.critic.is_none());
+        assert!(experience.kl.iter().any(|&kl| kl.abs() > 1e-3), "{:?}", experience.kl);
+        if algorithm == Algorithm::Rloo {
+            for (reward, &kl) in rewards.iter_mut().zip(&experience.kl) {
+                *reward -= SHAPING.kl_coef * f64::from(kl);
+            }
+        }
+        let got = advantages(&experience);
+        let mut stds = 0.0;
+        for (group, (rewards, got)) in rewards.chunks(4).zip(got.chunks(4)).enumerate() {
+            let lengths: Vec<f64> = got.iter().map(|row| row.len() as f64).collect();
+            let centre = mean(rewards);
+            let squares: f64 = rewards.iter().map(|x| (x - centre).powi(2)).sum();
+            let std = (squares / 3.0).sqrt();
+            stds += std / 2.0;
+            let weighted: f64 = rewards.iter().zip(&lengths).map(|(x, len)| x * len).sum();
+            for (i, row) in got.iter().enumerate() {
+                let x = rewards[i];
+                let want = match settings.estimator() {
+                    AdvantageEstimator::Grpo => (x - centre) / (std + 1e-4),
+                    AdvantageEstimator::DrGrpo => x - centre,
+                    AdvantageEstimator::Rloo => x - (4.0 * centre - x) / 3.0,
+                    _ => x - weighted / lengths.iter().sum::<f64>(),
+                };
+                let what = format!("{:?} {group} {i}", settings.estimator());
+                assert_close(&what, row, &vec![want; row.len()], 1e-4, 1e-5);
+            }
+        }
+        let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+        assert_close("reward", &[metric("reward")], &[mean(&rewards)], REL, ABS);
+        assert_close("reward_std", &[metric("reward_std")], &[stds], REL, ABS);
+        assert_eq!(metric("frac_reward_zero_std"), 0.0);
+    }
+}
+
+#[test]
+fn equal_scores_of_a_prompt_teach_nothing() {
+    struct ByHalves;
+    impl Reward for ByHalves {
+        fn name(&self) -> &str {
+            "by halves"
+        }
+        fn score(&mut self, samples: &[Sample]) -> anyhow::Result<Vec<f32>> {
+            Ok((0..samples.len()).map(|i| if i < 4 { 0.1 } else { i as f32 }).collect())
+        }
+    }
+    let algorithm = Algorithm::Grpo;
+    let settings = Settings { algorithm, group_size: Some(4), ..short(Path::new("unused")) };
+    let metrics =
+        trainer(&settings, Box::new(ByHalves)).step(&mut |_| {}, &mut || {}).unwrap().metrics;
+    assert_eq!(metrics["frac_reward_zero_std"], 0.5);
+}
+
+/// Returns from each token on, discounted, and the KL of each token in them.
+#[test]
+fn reinforce_plus_plus_has_the_returns_without_a_critic() {
+    let settings = Settings {
+        algorithm: Algorithm::ReinforcePlusPlus,
+        gamma: 0.9,
+        whiten_advantages: Some(false),
+        ..short(Path::new("unused"))
+    };
+    let (_, experience, scores) = collected(&settings, &Shaping { kl_coef: 0.0, ..SHAPING });
+    assert!(experience.critic.is_none() && experience.kl_term.is_none());
+    for (row, score) in advantages(&experience).iter().zip(&scores) {
+        let len = row.len() as i32;
+        let want: Vec<f64> = (0..len).map(|t| score * 0.9f64.powi(len - 1 - t)).collect();
+        assert_close("returns", row, &want, REL, ABS);
+    }
+    let whitened = Settings { whiten_advantages: None, ..settings };
+    let (_, experience, _) = collected(&whitened, &SHAPING);
+    let all = advantages(&experience).concat();
+    let mean = all.iter().sum::<f64>() / all.len() as f64;
+    let var = all.iter().map(|a| (a - mean).powi(2)).sum::<f64>() / (all.len() as f64 - 1.0);
+    assert_close("whitened", &[mean, var], &[0.0, 1.0], 1e-4, 1e-4);
+}
+
+#[test]
+fn the_kl_is_in_the_reward_or_in_the_loss() {
+    let settings = |kl_in| Settings {
+        algorithm: Algorithm::Grpo,
+        loss: Some("ppo".into()),
+        kl_in: Some(kl_in),
+        group_size: Some(4),
+        ..short(Path::new("unused"))
+    };
+    for kl_in in [KlPlacement::Loss, KlPlacement::Reward] {
+        let (trainer, experience, scores) = collected(&settings(kl_in), &SHAPING);
+        let rows: Vec<usize> = (0..8).collect();
+        let stats = trainer.learner.loss(&experience, &rows).unwrap().0.stats.to_host().unwrap();
+        let term = stats.loss - stats.policy_loss;
+        let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+        let score = scores.iter().sum::<f64>() / 8.0;
+        if kl_in == KlPlacement::Loss {
+            assert!(stats.kl_mean > 1e-4, "{}", stats.kl_mean);
+            assert_close("term", &[term], &[SHAPING.kl_coef * stats.kl_mean], REL, 1e-9);
+            assert_eq!(metric("objective/non_score_reward"), 0.0);
+            assert_close("reward", &[metric("reward")], &[score], REL, ABS);
+        } else {
+            assert_close("term", &[term], &[0.0], 0.0, 1e-9);
+            let want = score - SHAPING.kl_coef * metric("objective/kl");
+            assert_close("reward", &[metric("reward")], &[want], REL, ABS);
+        }
+    }
+}
+
+#[test]
+fn an_adaptive_coefficient_moves_in_the_loss_too() {
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        kl_controller: KlControllerKind::Adaptive,
+        kl_horizon: 8.0,
+        ..short(Path::new("unused"))
+    };
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+    let mut coefs = Vec::new();
+    for _ in 0..2 {
+        let metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
+        coefs.push(metrics["objective/kl_coef"].as_f64().unwrap());
+    }
+    // The first KL, 0, is below any target.
+    assert_close("coefficients", &coefs, &[0.05, 0.05 * 0.8], 1e-12, 0.0);
+}
+
+#[test]
+fn max_rl_refuses_scores_below_0() {
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        advantages: Some(AdvantageEstimator::MaxRl),
+        ..short(Path::new("unused"))
+    };
+    let step = |score: f32| {
+        let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 1, score }));
+        trainer.step(&mut |_| {}, &mut || {}).map(|step| step.skipped)
+    };
+    assert_eq!(step(0.5).unwrap(), 0);
+    let error = step(-0.5).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("max_rl is for rewards of 0 and above") && error.contains("-0.5"));
+}
+
+#[test]
 fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
     let settings = Settings { minibatch_size: 8, ppo_epochs: 1, ..short(Path::new("unused")) };
     let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
@@ -334,7 +552,11 @@ fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
 fn the_reported_kl_is_the_same_for_every_penalty() {
     // The first step is the same for all: nothing has moved, and each estimate is 0.
     let second = |kl_estimator| {
-        let settings = Settings { kl_estimator, kl_coef: 1.0, ..short(Path::new("unused")) };
+        let settings = Settings {
+            kl_estimator: Some(kl_estimator),
+            kl_coef: 1.0,
+            ..short(Path::new("unused"))
+        };
         let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
         trainer.step(&mut |_| {}, &mut || {}).unwrap();
         let Step { metrics, kl, .. } = trainer.step(&mut |_| {}, &mut || {}).unwrap();
@@ -467,6 +689,36 @@ fn a_run_writes_every_metric_and_the_same_seed_gives_the_same_run() {
     assert_eq!(a.1, b.1);
     assert!(a.2 == b.2, "the weights differ");
     assert_ne!(a.1, other.1);
+}
+
+#[test]
+fn a_run_without_a_critic_says_and_leaves_nothing_of_one() {
+    let of_critic = ["loss/value_avg", "val/clipfrac_avg", "val/explained_var", "grad_norm/value"];
+    for (algorithm, more) in [
+        (
+            Algorithm::Grpo,
+            &["reward", "reward_std", "frac_reward_zero_std", "loss/kl_avg"] as &[&str],
+        ),
+        (Algorithm::Rloo, &["reward", "reward_std", "frac_reward_zero_std"]),
+        (Algorithm::ReinforcePlusPlus, &[]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("run");
+        go(&Settings { algorithm, group_size: Some(4), ..short(&out) }).unwrap();
+        let metrics = lines(out.join("metrics.jsonl"));
+        let mut names: Vec<&str> = metrics[0].keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let mut expected: Vec<&str> = METRICS
+            .into_iter()
+            .filter(|name| !name.starts_with("critic/") && !of_critic.contains(name))
+            .chain(more.iter().copied())
+            .collect();
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+        assert!(metrics.iter().flatten().all(|(_, value)| value.is_number()), "{metrics:?}");
+        assert!(!out.join("weights/value_model.safetensors").exists());
+        load(&out.join("weights"), &Device::Cpu).unwrap();
+    }
 }
 
 #[test]

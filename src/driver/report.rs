@@ -290,12 +290,24 @@ impl Column {
     }
 }
 
-/// The columns of `train`.
-pub const PPO_COLUMNS: [Column; 11] = [
+/// The columns of `train`, with those of a critic and of groups that are compared where there are any.
+pub fn train_columns(has_critic: bool, has_groups: bool) -> Vec<Column> {
+    let wanted = |column: &Column| match column.metric {
+        VALUE_LOSS => has_critic,
+        ZERO_STD => has_groups,
+        _ => true,
+    };
+    TRAIN_COLUMNS.into_iter().filter(wanted).collect()
+}
+
+const VALUE_LOSS: &str = "loss/value_avg";
+const ZERO_STD: &str = "frac_reward_zero_std";
+const TRAIN_COLUMNS: [Column; 12] = [
     Column::new("score", "objective/scores", 8, 3),
+    Column::new("zero std", ZERO_STD, 8, 3),
     Column::new("kl", "objective/kl", 8, 3),
     Column::new("policy loss", "loss/policy_avg", 12, 4),
-    Column::new("value loss", "loss/value_avg", 11, 4),
+    Column::new("value loss", VALUE_LOSS, 11, 4),
     Column::new("clipped", "policy/clipfrac_avg", 8, 3),
     Column::new("entropy", "objective/entropy", 8, 3),
     Column::new("tokens/s", "perf/throughput", 9, 0),

@@ -11,7 +11,7 @@ use super::embedded;
 use super::load::{check_adapter_base, load_reward, save_critic, save_trained, Loaded};
 use super::model::Critic;
 use super::prompts;
-use super::report::{Progress, PPO_COLUMNS};
+use super::report::{train_columns, Progress};
 use super::reward;
 use super::rollout::{Prompts, Sampler};
 use super::session::{open_model, Session, SHOWN};
@@ -51,15 +51,17 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
 
     let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
     let critic = match settings.critic_dir() {
-        Some(dir) => load_reward(dir, &device)?.critic,
+        _ if !settings.estimator().has_critic() => None,
+        Some(dir) => Some(load_reward(dir, &device)?.critic),
         // Where only adapters learn, the two networks share the rest.
-        None if settings.lora().is_some() => Critic::new(policy.no_grad(), settings.seed)?,
-        None => Critic::new(policy.duplicate()?, settings.seed)?,
+        None if settings.lora().is_some() => Some(Critic::new(policy.no_grad(), settings.seed)?),
+        None => Some(Critic::new(policy.duplicate()?, settings.seed)?),
     };
     let (policy, critic) = match settings.lora() {
-        Some(lora) => {
-            (policy.with_lora(lora.clone(), settings.seed)?, critic.with_lora(lora, settings.seed)?)
-        }
+        Some(lora) => (
+            policy.with_lora(lora.clone(), settings.seed)?,
+            critic.map(|critic| critic.with_lora(lora, settings.seed)).transpose()?,
+        ),
         None => (policy, critic),
     };
     let mut trainer = Trainer::new(policy, critic, sampler, prompts, settings)?;
@@ -74,7 +76,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
     session.save(trained, |weights| {
         let (policy, tokenizer) = (&trainer.learner.policy, &trainer.sampler.tokenizer);
         save_trained(weights, policy, tokenizer, settings.adapter_base())?;
-        save_critic(weights, &trainer.learner.critic)
+        trainer.learner.critic.as_ref().map_or(Ok(()), |critic| save_critic(weights, critic))
     })?;
     let after = trainer.show(SHOWN)?;
     session.show("after", &after.answers, Some(&after.scores));
@@ -85,7 +87,9 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
 /// All steps that are left, or those until the run is stopped; the steps that were made.
 fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> Result<usize> {
     let progress = session.progress;
-    let mut table = progress.table(&PPO_COLUMNS);
+    let estimator = settings.estimator();
+    let columns = train_columns(estimator.has_critic(), estimator.outcome().is_some());
+    let mut table = progress.table(&columns);
     let tokens = settings.batch_size * settings.max_new_tokens;
     let minibatches = trainer.learner.steps(settings.batch_size);
     let mut skipped = 0;

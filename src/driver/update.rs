@@ -1,16 +1,16 @@
 //! The third phase of a step: several passes of clipped gradient steps over the experience, in
-//! shuffled minibatches. Policy and critic share one loss and one backward pass, and have an
-//! optimiser, a learning rate and a gradient norm each.
+//! shuffled minibatches. Policy and critic, if there is one, share one loss and one backward pass, and
+//! have an optimiser, a learning rate and a gradient norm each.
 
 use anyhow::Result;
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
 use rand::Rng;
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value};
 
 use super::checkpoint::{prefixed, Tensors};
 use super::config::Settings;
-use super::experience::{kept, Experience};
+use super::experience::{kept, named, Experience};
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
 use super::sequences::select_rows;
@@ -30,10 +30,10 @@ pub struct Rates {
 pub struct Learner {
     /// The policy.
     pub policy: Decoder,
-    /// The critic.
-    pub critic: Critic,
+    /// The critic, if there is one.
+    pub critic: Option<Critic>,
     policy_optimizer: Optimizer,
-    value_optimizer: Optimizer,
+    value_optimizer: Option<Optimizer>,
     options: PpoLossOptions,
     epochs: usize,
     minibatch_size: usize,
@@ -45,7 +45,7 @@ struct MinibatchStep {
     stats: PpoStats,
     fit: ValueFit,
     policy_norm: f64,
-    value_norm: f64,
+    value_norm: Option<f64>,
 }
 
 /// How well the values fit the returns: what the explained variance is made of. That of several
@@ -88,14 +88,14 @@ pub struct Update {
 }
 
 impl Learner {
-    /// For a trainable policy and critic.
-    pub fn new(policy: Decoder, critic: Critic, settings: &Settings) -> Result<Self> {
+    /// For a trainable policy, and a critic where the advantages are made of one.
+    pub fn new(policy: Decoder, critic: Option<Critic>, settings: &Settings) -> Result<Self> {
         let optimizer = |parameters: Vec<_>| {
             Optimizer::new(&parameters, settings.weight_decay, settings.max_grad_norm)
         };
         Ok(Self {
             policy_optimizer: optimizer(policy.parameters())?,
-            value_optimizer: optimizer(critic.parameters())?,
+            value_optimizer: critic.as_ref().map(|c| optimizer(c.parameters())).transpose()?,
             policy,
             critic,
             options: settings.loss_options()?,
@@ -105,29 +105,35 @@ impl Learner {
         })
     }
 
-    /// Weights of both networks, and moments of their optimisers.
+    /// Weights of the networks, and moments of their optimisers.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let value = self.critic.as_ref().map_or(Vec::new(), Critic::parameters);
+        let value_optimizer =
+            self.value_optimizer.as_ref().map(|optimizer| optimizer.tensors("value_optimizer."));
         prefixed("policy.", &self.policy.parameters())
-            .chain(prefixed("value.", &self.critic.parameters()))
+            .chain(prefixed("value.", &value))
             .chain(self.policy_optimizer.tensors("policy_optimizer."))
-            .chain(self.value_optimizer.tensors("value_optimizer."))
+            .chain(value_optimizer.unwrap_or_default())
             .collect()
     }
 
-    /// Optimiser steps so far, of policy and critic.
-    pub fn optimizer_steps(&self) -> [usize; 2] {
-        [self.policy_optimizer.steps(), self.value_optimizer.steps()]
+    /// Optimiser steps so far; policy and critic make theirs together.
+    pub fn optimizer_steps(&self) -> usize {
+        self.policy_optimizer.steps()
     }
 
     /// Goes on from such tensors after so many optimiser steps.
     ///
     /// # Errors
     /// If one is missing or of another shape.
-    pub fn restore(&mut self, [policy, value]: [usize; 2], tensors: &Tensors) -> Result<()> {
+    pub fn restore(&mut self, optimizer_steps: usize, tensors: &Tensors) -> Result<()> {
         tensors.set("policy.", &self.policy.parameters())?;
-        tensors.set("value.", &self.critic.parameters())?;
-        self.policy_optimizer.restore("policy_optimizer.", policy, tensors)?;
-        self.value_optimizer.restore("value_optimizer.", value, tensors)
+        self.policy_optimizer.restore("policy_optimizer.", optimizer_steps, tensors)?;
+        if let (Some(critic), Some(optimizer)) = (&self.critic, &mut self.value_optimizer) {
+            tensors.set("value.", &critic.parameters())?;
+            optimizer.restore("value_optimizer.", optimizer_steps, tensors)?;
+        }
+        Ok(())
     }
 
     /// Optimiser steps of one update of `batch_size` responses.
@@ -156,10 +162,17 @@ impl Learner {
                 on_minibatch();
             }
         }
-        Ok(Update { skipped, applied: taken.len(), metrics: metrics(&taken) })
+        let mut metrics = policy_metrics(&taken);
+        if self.critic.is_some() {
+            metrics.extend(critic_metrics(&taken));
+        }
+        if experience.kl_term.is_some() {
+            metrics.extend(named([("loss/kl_avg", mean(&taken, |t| t.stats.kl_mean))]));
+        }
+        Ok(Update { skipped, applied: taken.len(), metrics })
     }
 
-    /// One optimiser step of both networks, or none if it would not be finite.
+    /// One optimiser step of the networks, or none if it would not be finite.
     fn minibatch(
         &mut self,
         experience: &Experience,
@@ -174,12 +187,18 @@ impl Learner {
         let mut grads = loss.backward()?;
         drop(loss); // and with it the graph, before the optimiser's temporaries are made
         let policy_norm = self.policy_optimizer.grad_norm(&grads)?;
-        let value_norm = self.value_optimizer.grad_norm(&grads)?;
-        if !(policy_norm.is_finite() && value_norm.is_finite()) {
+        let value_norm = self
+            .value_optimizer
+            .as_ref()
+            .map(|optimizer| optimizer.grad_norm(&grads))
+            .transpose()?;
+        if !(policy_norm.is_finite() && value_norm.is_none_or(f64::is_finite)) {
             return Ok(None);
         }
         self.policy_optimizer.apply(&mut grads, policy_norm, rates.policy)?;
-        self.value_optimizer.apply(&mut grads, value_norm, rates.value)?;
+        if let (Some(optimizer), Some(norm)) = (&mut self.value_optimizer, value_norm) {
+            optimizer.apply(&mut grads, norm, rates.value)?;
+        }
         Ok(Some(MinibatchStep { stats, fit, policy_norm, value_norm }))
     }
 
@@ -191,50 +210,66 @@ impl Learner {
         rows: &[usize],
     ) -> Result<(PpoLossOutput, ValueFit)> {
         let sequences = experience.sequences.select(rows)?;
-        let weights =
-            experience.weights.as_ref().map(|weights| select_rows(weights, rows)).transpose()?;
+        let select =
+            |tensor: Option<&Tensor>| tensor.map(|tensor| select_rows(tensor, rows)).transpose();
         let (logp, entropy) = sequences.logp_and_entropy(&self.policy, self.temperature)?;
-        let values = sequences.values(&self.critic)?;
-        let returns = select_rows(&experience.returns, rows)?;
+        let values = self.critic.as_ref().map(|critic| sequences.values(critic)).transpose()?;
+        let targets = experience.critic.as_ref();
+        let old_values = select(targets.map(|targets| &targets.values))?;
+        let returns = select(targets.map(|targets| &targets.returns))?;
+        let kl_term = experience.kl_term.as_ref();
+        let ref_logp = select(kl_term.map(|term| &term.ref_logp))?;
+        let weights = select(experience.weights.as_ref())?;
         let inputs = PpoLossInputs {
             logp: &logp,
             old_logp: &select_rows(&experience.old_logp, rows)?,
             advantages: &select_rows(&experience.advantages, rows)?,
-            values: Some(&values),
-            old_values: Some(&select_rows(&experience.values, rows)?),
-            returns: Some(&returns),
+            values: values.as_ref(),
+            old_values: old_values.as_ref(),
+            returns: returns.as_ref(),
             entropy: Some(&entropy),
-            ref_logp: None,
+            ref_logp: ref_logp.as_ref(),
             rollout_logp: None,
             weights: weights.as_ref(),
             mask: Some(&sequences.mask),
             offsets: None,
         };
-        let fit = ValueFit::new(&values, &returns, &sequences.mask)?;
-        Ok((ppo_loss(&inputs, &self.options)?, fit))
+        let fit = match (&values, &returns) {
+            (Some(values), Some(returns)) => ValueFit::new(values, returns, &sequences.mask)?,
+            _ => ValueFit::default(),
+        };
+        let kl_coef = kl_term.map_or(0.0, |term| term.coef);
+        Ok((ppo_loss(&inputs, &PpoLossOptions { kl_coef, ..self.options })?, fit))
     }
 }
 
-fn metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
-    let mean =
-        |of: &dyn Fn(&MinibatchStep) -> f64| taken.iter().map(of).sum::<f64>() / taken.len() as f64;
-    let fit = taken.iter().map(|t| t.fit).fold(ValueFit::default(), ValueFit::merge);
-    let ratio = mean(&|t| t.stats.ratio_mean);
+/// The mean over the steps; NaN of none.
+fn mean(taken: &[MinibatchStep], of: impl Fn(&MinibatchStep) -> f64) -> f64 {
+    taken.iter().map(of).sum::<f64>() / taken.len() as f64
+}
+
+fn policy_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
+    let ratio = mean(taken, |t| t.stats.ratio_mean);
     // TRL's: the variance of the minibatches' means.
     let squares = taken.iter().map(|t| (t.stats.ratio_mean - ratio).powi(2)).sum::<f64>();
     let ratio_var = squares / (taken.len() as f64 - 1.0).max(1.0);
-    let all = [
-        ("loss/policy_avg", mean(&|t| t.stats.policy_loss)),
-        ("loss/value_avg", mean(&|t| t.stats.value_loss)),
-        ("policy/approxkl_avg", mean(&|t| t.stats.approx_kl_k2)),
-        ("policy/clipfrac_avg", mean(&|t| t.stats.clip_fraction)),
-        ("policy/entropy_avg", mean(&|t| t.stats.entropy_mean)),
-        ("val/clipfrac_avg", mean(&|t| t.stats.value_clip_fraction)),
+    named([
+        ("loss/policy_avg", mean(taken, |t| t.stats.policy_loss)),
+        ("policy/approxkl_avg", mean(taken, |t| t.stats.approx_kl_k2)),
+        ("policy/clipfrac_avg", mean(taken, |t| t.stats.clip_fraction)),
+        ("policy/entropy_avg", mean(taken, |t| t.stats.entropy_mean)),
         ("val/ratio", ratio),
         ("val/ratio_var", ratio_var),
+        ("grad_norm/policy", mean(taken, |t| t.policy_norm)),
+    ])
+}
+
+fn critic_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
+    let fit = taken.iter().map(|t| t.fit).fold(ValueFit::default(), ValueFit::merge);
+    named([
+        ("loss/value_avg", mean(taken, |t| t.stats.value_loss)),
+        ("val/clipfrac_avg", mean(taken, |t| t.stats.value_clip_fraction)),
         ("val/explained_var", fit.explained_variance()),
-        ("grad_norm/policy", mean(&|t| t.policy_norm)),
-        ("grad_norm/value", mean(&|t| t.value_norm)),
-    ];
-    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+        ("grad_norm/value", mean(taken, |t| t.value_norm.unwrap_or(f64::NAN))),
+    ])
 }
