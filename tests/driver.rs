@@ -29,6 +29,7 @@ use ppo_kernels::driver::train;
 use ppo_kernels::driver::trainer::{Step, Trainer};
 use ppo_kernels::driver::update::Learner;
 use ppo_kernels::kl::KlEstimator;
+use ppo_kernels::ppo_loss::Aggregation;
 use serde_json::{Map, Value};
 
 /// Rewards of the scores as they are.
@@ -72,7 +73,7 @@ fn a_gpu_computes_what_the_cpu_does() {
             ids: Tensor::new(&[[0u32, 5, 6, 7, 8, 1], [9, 10, 11, 12, 1, 0]], device).unwrap(),
             pads: vec![1, 0],
             prompt_len: 3,
-            mask: Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], device).unwrap(),
+            lengths: vec![3, 2],
         };
         let (logp, entropy) = sequences.logp_and_entropy(&decoder, 0.7).unwrap();
         let values = sequences.values(&critic).unwrap();
@@ -243,12 +244,12 @@ fn logp_entropy_and_values_belong_to_the_state_before_each_token() {
         ids: Tensor::new(&[[0u32, 5, 6, 7, 8, 1], [9, 10, 11, 12, 1, 0]], &Device::Cpu).unwrap(),
         pads: vec![1, 0],
         prompt_len: 3,
-        mask: Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], &Device::Cpu).unwrap(),
+        lengths: vec![3, 2],
     };
     assert_eq!(tokenizer.pad(), 0);
     let (logp, entropy) = sequences.logp_and_entropy(&decoder, temperature).unwrap();
     let values = sequences.values(&critic).unwrap();
-    assert_eq!(logp.dims(), [2, 3]);
+    assert_eq!(logp.dims(), [5]);
 
     for (row, text, prompt) in [(0, vec![5u32, 6, 7, 8, 1], 2), (1, vec![9, 10, 11, 12, 1], 3)] {
         // Each row by itself, without any padding.
@@ -261,13 +262,12 @@ fn logp_entropy_and_values_belong_to_the_state_before_each_token() {
         for (t, at) in (prompt..text.len()).enumerate() {
             let before = &all[at - 1];
             let want_entropy: f64 = before.iter().map(|&l| -l.exp() * l).sum();
-            let got = |tensor: &Tensor| to_vec(&tensor.get(row).unwrap().get(t).unwrap());
+            let got = |tensor: &Tensor| to_vec(&tensor.get(3 * row + t).unwrap());
             assert_close("logp", &got(&logp), &[before[text[at] as usize]], REL, ABS);
             assert_close("entropy", &got(&entropy), &[want_entropy], REL, ABS);
             assert_close("values", &got(&values), &[own_values[at - 1]], REL, ABS);
         }
     }
-    assert_eq!(to_vec(&logp)[5], 0.0, "behind the end of the response");
 }
 
 #[test]
@@ -371,19 +371,21 @@ fn collected(settings: &Settings, shaping: &Shaping) -> (Trainer, Experience, Ve
 
 /// Advantages of each response's tokens.
 fn advantages(experience: &Experience) -> Vec<Vec<f64>> {
-    let rows = |tensor: &Tensor| tensor.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
-    let (all, mask) = (rows(&experience.advantages), rows(&experience.sequences.mask));
-    let kept = |(row, mask): (Vec<f64>, Vec<f64>)| {
-        row.into_iter().zip(mask).filter(|&(_, keep)| keep != 0.0).map(|(a, _)| a).collect()
-    };
-    all.into_iter().zip(mask).map(kept).collect()
+    let mut left = to_vec(&experience.advantages).into_iter();
+    experience.sequences.lengths.iter().map(|&len| left.by_ref().take(len).collect()).collect()
 }
 
 /// By the formulas, from the score less the KL of the whole response where that is in the reward.
 #[test]
 fn outcome_advantages_compare_the_responses_to_a_prompt() {
     let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
-    let plain = Settings { group_size: Some(4), ..short(Path::new("unused")) };
+    // Responses of several lengths.
+    let plain = Settings {
+        group_size: Some(4),
+        lm_steps: 100,
+        max_new_tokens: 16,
+        ..short(Path::new("unused"))
+    };
     for (algorithm, estimator) in [
         (Algorithm::Grpo, None),
         (Algorithm::Grpo, Some(AdvantageEstimator::DrGrpo)),
@@ -425,6 +427,34 @@ fn outcome_advantages_compare_the_responses_to_a_prompt() {
         assert_close("reward", &[metric("reward")], &[mean(&rewards)], REL, ABS);
         assert_close("reward_std", &[metric("reward_std")], &[stds], REL, ABS);
         assert_eq!(metric("frac_reward_zero_std"), 0.0);
+    }
+}
+
+#[test]
+fn a_length_to_divide_by_is_that_of_the_longest_response_of_the_rollout() {
+    for (aggregation, rows) in
+        [(Aggregation::SeqMeanTokenSumNorm, 1.0), (Aggregation::SeqMeanTokenSumNormRows, 2.0)]
+    {
+        let settings = Settings {
+            algorithm: Algorithm::Rloo,
+            loss: Some("ppo".into()),
+            aggregation: Some(aggregation),
+            learning_rate: 0.0,
+            lm_steps: 100,
+            max_new_tokens: 16,
+            ..short(Path::new("unused"))
+        };
+        let (trainer, experience, _) = collected(&settings, &SHAPING);
+        let lengths = &experience.sequences.lengths;
+        let longest = *lengths.iter().max().unwrap();
+        let mut shorter = (0..8).filter(|&row| lengths[row] < longest);
+        let some = [shorter.next().unwrap(), shorter.next().unwrap()];
+        // The ratio is 1.
+        let all = advantages(&experience);
+        let sum: f64 = some.iter().flat_map(|&row| &all[row]).sum();
+        let stats = trainer.learner.loss(&experience, &some).unwrap().0.stats.to_host().unwrap();
+        let want = -sum / (rows * longest as f64);
+        assert_close("loss", &[stats.policy_loss], &[want], 1e-4, 1e-6);
     }
 }
 

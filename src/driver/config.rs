@@ -505,7 +505,7 @@ pub struct Settings {
     /// How the per-token losses become one number: token-mean, the mean over all tokens of the
     /// minibatch; seq-mean-token-sum and seq-mean-token-mean, the mean over responses of the sum or
     /// mean over each response's tokens; seq-mean-token-sum-norm, the sum over all tokens divided by
-    /// the padded response length, and seq-mean-token-sum-norm-rows, by that and the responses;
+    /// the rollout's longest response, and seq-mean-token-sum-norm-rows, by that and the responses;
     /// batch-mean-token-sum and batch-mean-token-mean, as those with seq, but over empty responses too;
     /// or constant:X, divided by X [default: the loss's own; token-mean of ppo]
     #[arg(long, value_name = "NAME", help_heading = "Loss")]

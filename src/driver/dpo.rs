@@ -52,9 +52,10 @@ impl Objective for Dpo<'_> {
         let logp = sequences.logp(self.policy)?;
         let reference = self.reference.as_ref();
         let ref_logp = reference.map(|reference| sequences.logp(reference)).transpose()?;
+        let offsets = sequences.offsets()?;
         let inputs = PreferenceInputs {
             ref_logp: ref_logp.as_ref(),
-            mask: Some(&sequences.mask),
+            offsets: Some(&offsets),
             ..PreferenceInputs::new(&logp)
         };
         let PreferenceOutput { loss, stats, .. } = preference_loss(&inputs, &self.options)?;

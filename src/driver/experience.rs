@@ -27,7 +27,8 @@ use crate::kl::{token_kl, KlEstimator, KlOptions};
 use crate::moments::RunningMoments;
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
 
-/// What the update needs of a rollout; all tensors f32 `[B, R]`, without gradient.
+/// What the update needs of a rollout; all tensors f32 `[N]`, the tokens of the responses one behind the
+/// other, without gradient.
 pub struct Experience {
     /// Prompts with responses.
     pub sequences: Sequences,
@@ -100,13 +101,12 @@ impl Experience {
 
         let token_kl = |estimator| {
             let options = KlOptions { estimator, ..KlOptions::default() };
-            token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)
+            token_kl(&old_logp, &ref_logp, None, &options)
         };
         let estimated = token_kl(settings.kl_estimator())?;
         let penalty = Some(&estimated).filter(|_| settings.kl_placement() == KlPlacement::Reward);
         let mut metrics = response_metrics(rollout);
-        let shaped =
-            estimate(rollout, &sequences.mask, values.as_ref(), penalty, shaping, settings)?;
+        let shaped = estimate(rollout, &sequences, values.as_ref(), penalty, shaping, settings)?;
         let Estimate { advantages, returns, rewards, metrics: of_groups } = shaped;
         metrics.extend(of_groups);
 
@@ -116,13 +116,15 @@ impl Experience {
             KlEstimator::K1 => estimated.clone(),
             _ => token_kl(KlEstimator::K1)?,
         };
-        let kl: Vec<f32> = k1.sum(1)?.to_vec1()?;
+        let kl = sequences.sums(&k1)?;
         let weights = match settings.correction_options()? {
             Some(options) => {
                 let rollout_logp = &rollout.answers.generation.logp;
-                let mask = Some(&sequences.mask);
-                let inputs =
-                    CorrectionInputs { mask, ..CorrectionInputs::new(&old_logp, rollout_logp) };
+                let offsets = sequences.offsets()?;
+                let inputs = CorrectionInputs {
+                    offsets: Some(&offsets),
+                    ..CorrectionInputs::new(&old_logp, rollout_logp)
+                };
                 let CorrectionOutput { weights, stats, .. } = correction(&inputs, &options)?;
                 metrics.extend(correction_metrics(&stats.to_host()?));
                 Some(weights)
@@ -132,6 +134,7 @@ impl Experience {
         let mut put = |name: String, value: f64| metrics.insert(name, json!(value));
         put("objective/kl".into(), mean(&kl));
         put("objective/kl_coef".into(), kl_coef);
+        let mean_of_sums = |per_token: &Tensor| anyhow::Ok(mean(&sequences.sums(per_token)?));
         put("objective/entropy".into(), -mean_of_sums(&old_logp)?);
         put("objective/rlhf_reward".into(), mean_of_sums(&rewards)?);
         let penalised = penalty.map_or(Ok(0.0), mean_of_sums)?;
@@ -144,10 +147,10 @@ impl Experience {
             for (name, tensor) in
                 [("values", values), ("returns", returns), ("advantages", &advantages)]
             {
-                let kept = kept(tensor, &sequences.mask)?;
-                put(format!("critic/{name}/mean"), mean(&kept));
-                put(format!("critic/{name}/min"), extreme(&kept, f32::min));
-                put(format!("critic/{name}/max"), extreme(&kept, f32::max));
+                let all: Vec<f32> = tensor.to_vec1()?;
+                put(format!("critic/{name}/mean"), mean(&all));
+                put(format!("critic/{name}/min"), extreme(&all, f32::min));
+                put(format!("critic/{name}/max"), extreme(&all, f32::max));
             }
         }
         let kl_term = match settings.kl_placement() {
@@ -170,23 +173,25 @@ struct Estimate {
 /// Shapes the rewards, makes advantages of them, and whitens.
 fn estimate(
     rollout: &Rollout,
-    mask: &Tensor,
+    sequences: &Sequences,
     values: Option<&Tensor>,
     kl: Option<&Tensor>,
     shaping: &Shaping,
     settings: &Settings,
 ) -> Result<Estimate> {
-    let scores = Tensor::new(rollout.scores.as_slice(), mask.device())?;
+    let device = sequences.ids.device();
+    let (tokens, offsets) = (sequences.count_tokens(), sequences.offsets()?);
+    let scores = Tensor::new(rollout.scores.as_slice(), device)?;
     let has_eos: Vec<u8> =
         rollout.answers.generation.finished.iter().map(|&f| u8::from(f)).collect();
-    let has_eos = Tensor::new(has_eos, mask.device())?;
+    let has_eos = Tensor::new(has_eos, device)?;
     let estimator = settings.estimator();
     let outcome = estimator.outcome();
     // Without a critic the returns are sums of the rewards to come, those of a response undiscounted.
-    let zeros = mask.to_dtype(DType::F32)?.zeros_like()?;
+    let zeros = Tensor::zeros(tokens, DType::F32, device)?;
     let (values, lambda) = values.map_or((&zeros, 1.0), |values| (values, settings.lambda));
     let gamma = if outcome.is_none() { settings.gamma } else { 1.0 };
-    let plain = GaeInputs { mask: Some(mask), ..GaeInputs::new(values) };
+    let plain = GaeInputs { offsets: Some(&offsets), ..GaeInputs::new(values) };
     let shaped = GaeInputs { kl, scores: Some(&scores), has_eos: Some(&has_eos), ..plain };
 
     let options = GaeOptions { gamma, lambda, ..GaeOptions::default() };
@@ -202,12 +207,11 @@ fn estimate(
     let rewards = out.rewards.clone();
 
     // One token alone has no variance to whiten by.
-    let tokens: usize = rollout.answers.generation.responses.iter().map(Vec::len).sum();
     let can_whiten = tokens > 1;
     let GaeOutput { mut advantages, returns, moments, .. } =
         if settings.whiten_rewards && can_whiten {
             let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
-            let scaled = masked_whiten(&rewards, Some(mask), &scaling)?;
+            let scaled = masked_whiten(&rewards, None, &scaling)?;
             gae(&GaeInputs { rewards: Some(&scaled), ..plain }, &options)?
         } else {
             out
@@ -215,11 +219,13 @@ fn estimate(
     let mut moments = Some(moments);
     let mut metrics = Map::new();
     if let Some(options) = outcome {
-        let scores = returns.narrow(1, 0, 1)?.flatten_all()?;
-        let lengths = Tensor::new(response_lengths(rollout), mask.device())?;
+        let scores = returns.index_select(&sequences.first_tokens()?, 0)?;
+        let lengths = Tensor::new(response_lengths(rollout), device)?;
+        let mask = Tensor::ones(tokens, DType::U8, device)?;
         let inputs = AdvantageInputs {
             lengths: Some(&lengths),
-            mask: Some(mask),
+            mask: Some(&mask),
+            offsets: Some(&offsets),
             ..AdvantageInputs::new(&scores)
         };
         let group_size = settings.group_size();
@@ -239,8 +245,8 @@ fn estimate(
     if settings.whiten_advantages() && can_whiten {
         let options = WhitenOptions::default();
         advantages = match moments {
-            Some(moments) => masked_whiten_with(&advantages, Some(mask), &moments, &options)?,
-            None => masked_whiten(&advantages, Some(mask), &options)?,
+            Some(moments) => masked_whiten_with(&advantages, None, &moments, &options)?,
+            None => masked_whiten(&advantages, None, &options)?,
         };
     }
     Ok(Estimate { advantages, returns, rewards, metrics })
@@ -305,18 +311,6 @@ fn in_chunks(
         .map(|rows| evaluate(&sequences.select(rows)?))
         .collect::<Result<_>>()?;
     Ok(Tensor::cat(&parts, 0)?)
-}
-
-/// The unmasked elements.
-pub(super) fn kept(tensor: &Tensor, mask: &Tensor) -> Result<Vec<f32>> {
-    let all: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
-    let mask: Vec<u8> = mask.flatten_all()?.to_vec1()?;
-    Ok(all.into_iter().zip(mask).filter(|&(_, keep)| keep != 0).map(|(x, _)| x).collect())
-}
-
-/// The mean over sequences of the sums over tokens of a tensor that is 0 where masked.
-fn mean_of_sums(per_token: &Tensor) -> Result<f64> {
-    Ok(mean(&per_token.sum(1)?.to_vec1()?))
 }
 
 /// The mean of f32 values, in f64.

@@ -10,12 +10,13 @@ use serde_json::{Map, Value};
 
 use super::checkpoint::{prefixed, Tensors};
 use super::config::Settings;
-use super::experience::{kept, named, Experience};
+use super::experience::{named, Experience};
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
-use super::sequences::select_rows;
 use crate::moments::{Moments, RunningMoments};
-use crate::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats};
+use crate::ppo_loss::{
+    ppo_loss, Aggregation, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats,
+};
 
 /// Learning rates of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -57,9 +58,9 @@ pub struct ValueFit {
 }
 
 impl ValueFit {
-    /// The fit at the unmasked tokens; all are `[B, R]`.
-    fn new(values: &Tensor, returns: &Tensor, mask: &Tensor) -> Result<Self> {
-        let moments = |x: &Tensor| anyhow::Ok(RunningMoments::new().update(&kept(x, mask)?));
+    /// The fit at all tokens; both are `[N]`.
+    fn new(values: &Tensor, returns: &Tensor) -> Result<Self> {
+        let moments = |x: &Tensor| anyhow::Ok(RunningMoments::new().update(&x.to_vec1()?));
         let errors = (returns - values.detach())?;
         Ok(Self { returns: moments(returns)?, errors: moments(&errors)? })
     }
@@ -210,8 +211,10 @@ impl Learner {
         rows: &[usize],
     ) -> Result<(PpoLossOutput, ValueFit)> {
         let sequences = experience.sequences.select(rows)?;
+        let offsets = sequences.offsets()?;
+        let tokens = experience.sequences.tokens_of(rows)?;
         let select =
-            |tensor: Option<&Tensor>| tensor.map(|tensor| select_rows(tensor, rows)).transpose();
+            |tensor: Option<&Tensor>| tensor.map(|all| all.index_select(&tokens, 0)).transpose();
         let (logp, entropy) = sequences.logp_and_entropy(&self.policy, self.temperature)?;
         let values = self.critic.as_ref().map(|critic| sequences.values(critic)).transpose()?;
         let targets = experience.critic.as_ref();
@@ -222,8 +225,8 @@ impl Learner {
         let weights = select(experience.weights.as_ref())?;
         let inputs = PpoLossInputs {
             logp: &logp,
-            old_logp: &select_rows(&experience.old_logp, rows)?,
-            advantages: &select_rows(&experience.advantages, rows)?,
+            old_logp: &experience.old_logp.index_select(&tokens, 0)?,
+            advantages: &experience.advantages.index_select(&tokens, 0)?,
             values: values.as_ref(),
             old_values: old_values.as_ref(),
             returns: returns.as_ref(),
@@ -231,15 +234,30 @@ impl Learner {
             ref_logp: ref_logp.as_ref(),
             rollout_logp: None,
             weights: weights.as_ref(),
-            mask: Some(&sequences.mask),
-            offsets: None,
+            mask: None,
+            offsets: Some(&offsets),
         };
         let fit = match (&values, &returns) {
-            (Some(values), Some(returns)) => ValueFit::new(values, returns, &sequences.mask)?,
+            (Some(values), Some(returns)) => ValueFit::new(values, returns)?,
             _ => ValueFit::default(),
         };
-        let kl_coef = kl_term.map_or(0.0, |term| term.coef);
-        Ok((ppo_loss(&inputs, &PpoLossOptions { kl_coef, ..self.options })?, fit))
+        let options = PpoLossOptions {
+            kl_coef: kl_term.map_or(0.0, |term| term.coef),
+            denominator: self.denominator(experience, rows.len()),
+            ..self.options
+        };
+        Ok((ppo_loss(&inputs, &options)?, fit))
+    }
+
+    /// The denominator of so many rows where it is made of the padded length of the rollout, which a pack
+    /// of some of its rows does not know.
+    fn denominator(&self, experience: &Experience, rows: usize) -> Option<f64> {
+        let longest = experience.sequences.lengths.iter().max().copied().unwrap_or(0) as f64;
+        match self.options.aggregation {
+            Aggregation::SeqMeanTokenSumNorm => Some(longest),
+            Aggregation::SeqMeanTokenSumNormRows => Some(longest * rows as f64),
+            _ => None,
+        }
     }
 }
 
