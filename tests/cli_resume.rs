@@ -132,7 +132,8 @@ fn a_run_killed_at_any_moment_goes_on_to_the_same_end() {
 fn a_run_that_is_told_to_stop_goes_on_to_the_same_end() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    let of = |algorithm: &str| format!("{TRAIN} --algorithm {algorithm} --group-size 2");
+    let of =
+        |algorithm: &str| format!("{TRAIN} --algorithm {algorithm} --group-size 2 --eval-every 2");
     let (grpo, rloo, plus_plus) = (of("grpo"), of("rloo"), of("reinforce++"));
     for (i, (name, args)) in [
         ("TERM", TRAIN),

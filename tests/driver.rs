@@ -985,6 +985,40 @@ fn prompts_come_in_random_order_each_once_before_any_comes_again() {
 }
 
 #[test]
+fn prompts_held_out_are_never_drawn_and_measured_every_few_steps() {
+    let Loaded { tokenizer, .. } = embedded::model(0, &Device::Cpu).unwrap();
+    let len = embedded::prompts().len();
+    let mut prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, 8).unwrap();
+    prompts.hold_out(0.25, 3).unwrap();
+    let held_out: Vec<_> = prompts.held_out().iter().map(|prompt| prompt.text.clone()).collect();
+    assert_eq!(held_out.len(), len / 4);
+    let mut drawn: Vec<_> =
+        prompts.draw(len - len / 4, &mut rng(1)).into_iter().map(|prompt| prompt.text).collect();
+    drawn.extend(held_out);
+    drawn.sort();
+    drawn.dedup();
+    assert_eq!(drawn.len(), len);
+    let error = prompts.hold_out(1e-3, 3).unwrap_err().to_string();
+    assert!(error.contains("--held-out is 0.001, which is none of"), "{error}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, eval_every: usize| {
+        let out = dir.path().join(name);
+        go(&Settings { steps: 4, eval_every, held_out: 0.25, ..short(&out) }).unwrap();
+        lines(out.join("metrics.jsonl"))
+    };
+    let (seldom, always) = (run("seldom", 3), run("always", 1));
+    let of = |metrics: &[Map<String, Value>], name: &str| -> Vec<Value> {
+        metrics.iter().map(|line| line.get(name).cloned().unwrap_or_default()).collect()
+    };
+    let scores = of(&seldom, "eval/scores");
+    assert!(scores[1].is_null() && [0, 2, 3].iter().all(|&i| scores[i].is_number()), "{scores:?}");
+    // A look changes nothing.
+    assert_eq!(of(&seldom, "objective/scores"), of(&always, "objective/scores"));
+    assert_eq!(scores[2], of(&always, "eval/scores")[2]);
+}
+
+#[test]
 fn a_single_token_has_no_variance_and_is_not_whitened() {
     let settings = Settings {
         batch_size: 1,

@@ -397,7 +397,7 @@ fn every_float_setting_is_checked() {
     })
     .unwrap();
     let floats: Vec<_> = table.iter().filter(|(_, v)| v.is_float()).collect();
-    assert_eq!(floats.len(), 22);
+    assert_eq!(floats.len(), 23);
     for (key, _) in floats {
         let mut table = table.clone();
         table.insert(key.clone(), toml::Value::Float(f64::NAN));
@@ -425,6 +425,10 @@ fn settings_that_do_not_fit_together_are_refused() {
         &["--reward", "sentiment", "--reward-pattern", "a"],
         "--reward-pattern has no effect with --reward sentiment; add --reward regex",
     );
+    refused(&["--held-out", "0.2"], "--held-out has no effect without --eval-every");
+    for share in ["0", "1", "nan"] {
+        refused(&["--eval-every", "2", "--held-out", share], "--held-out is ");
+    }
     refused(&["--out", ""], "--out");
     refused(&["--reward", "kindness"], "kindness");
     refused(&["--reward", "model:"], "command or model:DIR");
@@ -949,10 +953,10 @@ fn a_run_without_a_record_takes_its_files_with_it() {
 
 #[test]
 fn step_lines_stay_in_their_columns() {
-    let (ppo, grpo) = (train_columns(true, false), train_columns(false, true));
-    assert!(
-        heading(&grpo).starts_with("     step    score zero std       kl  policy loss  clipped")
-    );
+    let grpo = Settings { algorithm: Algorithm::Grpo, eval_every: 5, ..Settings::default() };
+    let (ppo, grpo) = (train_columns(&Settings::default()), train_columns(&grpo));
+    assert!(heading(&grpo)
+        .starts_with("     step    score held out zero std       kl  policy loss  clipped"));
     let values = metrics(json!({
         "objective/scores": 0.25, "objective/kl": f64::NAN, "loss/policy_avg": -1.5e-3,
         "loss/value_avg": 1e12, "policy/clipfrac_avg": 0, "perf/throughput": 1234.4,

@@ -206,16 +206,15 @@ fn tuning() -> Tuning {
 
 #[test]
 fn a_share_of_the_examples_is_held_out_and_none_is_in_both() {
-    let halves = Tuning { held_out: 0.25, ..tuning() };
-    let (rows, held_out) = split(10, &halves).unwrap();
+    let (rows, held_out) = split(10, 0.25, 0).unwrap();
     assert_eq!((rows.len(), held_out.len()), (7, 3));
     let mut all = [rows.clone(), held_out.clone()].concat();
     all.sort_unstable();
     assert_eq!(all, (0..10).collect::<Vec<_>>());
-    assert_eq!(split(10, &halves).unwrap().1, held_out);
-    assert_ne!(split(10, &Tuning { seed: 1, ..halves }).unwrap().1, held_out);
-    assert!(split(10, &Tuning { held_out: 0.0, ..tuning() }).unwrap().1.is_empty());
-    let error = split(2, &Tuning { held_out: 0.9, ..tuning() }).unwrap_err().to_string();
+    assert_eq!(split(10, 0.25, 0).unwrap().1, held_out);
+    assert_ne!(split(10, 0.25, 1).unwrap().1, held_out);
+    assert!(split(10, 0.0, 0).unwrap().1.is_empty());
+    let error = split(2, 0.9, 0).unwrap_err().to_string();
     assert_eq!(error, "--held-out is 0.9, which leaves none of 2 examples to learn from");
 }
 

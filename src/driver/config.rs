@@ -294,6 +294,14 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 10, help_heading = "Run")]
     pub save_every: usize,
 
+    /// Steps from one look at the prompts held out to the next; 0 holds out none
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 0, help_heading = "Run")]
+    pub eval_every: usize,
+
+    /// Share of the prompts that is held out, in (0, 1); with --eval-every
+    #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Run")]
+    pub held_out: f64,
+
     /// The folder of a run that these go on with.
     #[arg(skip)]
     #[serde(skip)]
@@ -895,6 +903,7 @@ impl RunSettings for Settings {
         }
         in_range("--gamma", Some(self.gamma), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
         in_range("--lambda", Some(self.lambda), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
+        in_range("--held-out", Some(self.held_out), |x| x > 0.0 && x < 1.0, "in (0, 1)")?;
         in_range("--top-p", Some(self.top_p), |x| x > 0.0 && x <= 1.0, "in (0, 1]")?;
         // A larger share of the horizon in one step could turn the coefficient's sign.
         ensure!(
@@ -956,6 +965,10 @@ impl RunSettings for Settings {
     fn check_given(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
         check_lora_given(self.lora_rank, given)?;
         self.validate_critic(given)?;
+        ensure!(
+            self.eval_every > 0 || !given("held_out"),
+            "--held-out has no effect without --eval-every"
+        );
         let estimator = self.estimator();
         ensure!(
             estimator.outcome().is_none() || !given("gamma"),

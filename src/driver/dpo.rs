@@ -97,7 +97,7 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
     let context = model.decoder.config().max_position_embeddings;
     let pairs = examples::encode_preferences(&preferences, &model.tokenizer, context)?;
     let tuning = settings.tuning();
-    let rows = tuning::split(pairs.len(), &tuning)?;
+    let rows = tuning::split(pairs.len(), tuning.held_out, tuning.seed)?;
     let showcase = Showcase::new(
         settings.prompts.as_ref(),
         &model,

@@ -25,7 +25,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::checkpoint::Position;
-use super::config::RunSettings;
+use super::config::{RunSettings, Settings};
 
 pub(super) const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
@@ -290,20 +290,24 @@ impl Column {
     }
 }
 
-/// The columns of `train`, with those of a critic and of groups that are compared where there are any.
-pub fn train_columns(has_critic: bool, has_groups: bool) -> Vec<Column> {
+/// The columns of `train`, with those of prompts held out, of groups that are compared and of a critic
+/// where there are any.
+pub fn train_columns(settings: &Settings) -> Vec<Column> {
     let wanted = |column: &Column| match column.metric {
-        VALUE_LOSS => has_critic,
-        ZERO_STD => has_groups,
+        HELD_OUT => settings.eval_every > 0,
+        ZERO_STD => settings.estimator().outcome().is_some(),
+        VALUE_LOSS => settings.estimator().has_critic(),
         _ => true,
     };
     TRAIN_COLUMNS.into_iter().filter(wanted).collect()
 }
 
-const VALUE_LOSS: &str = "loss/value_avg";
+const HELD_OUT: &str = "eval/scores";
 const ZERO_STD: &str = "frac_reward_zero_std";
-const TRAIN_COLUMNS: [Column; 12] = [
+const VALUE_LOSS: &str = "loss/value_avg";
+const TRAIN_COLUMNS: [Column; 13] = [
     Column::new("score", "objective/scores", 8, 3),
+    Column::new("held out", HELD_OUT, 8, 3),
     Column::new("zero std", ZERO_STD, 8, 3),
     Column::new("kl", "objective/kl", 8, 3),
     Column::new("policy loss", "loss/policy_avg", 12, 4),

@@ -68,7 +68,7 @@ pub fn run(settings: &SftSettings, stop: &AtomicBool, progress: &Progress) -> Re
     let context = model.decoder.config().max_position_embeddings;
     let examples = examples::encode_demonstrations(&demonstrations, &model.tokenizer, context)?;
     let tuning = settings.tuning();
-    let rows = tuning::split(examples.len(), &tuning)?;
+    let rows = tuning::split(examples.len(), tuning.held_out, tuning.seed)?;
     let showcase = Showcase::new(
         settings.prompts.as_ref(),
         &model,

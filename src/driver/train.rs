@@ -16,6 +16,7 @@ use super::reward;
 use super::rollout::{Prompts, Sampler};
 use super::session::{open_model, Session, SHOWN};
 use super::trainer::{Step, Trainer};
+use super::tuning::measures;
 
 /// Trains as the settings say. Once `stop` is set, the run ends after the current step, with
 /// everything written; a run that has not begun by then leaves nothing.
@@ -37,10 +38,13 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
         open_model(settings.model.as_deref(), settings.seed, &device)?;
     let context = policy.config().max_position_embeddings.min(reward.context(&tokenizer)?);
     let prompts = Prompts::new(texts, &tokenizer, context, settings.max_new_tokens);
-    let prompts = match &settings.model {
+    let mut prompts = match &settings.model {
         Some(_) => prompts?,
         None => prompts.context("the embedded model knows few words; --model names another")?,
     };
+    if settings.eval_every > 0 {
+        prompts.hold_out(settings.held_out, settings.seed)?;
+    }
     let Some(mut session) = Session::begin(settings, progress, stop, start)? else {
         return Ok(());
     };
@@ -87,8 +91,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
 /// All steps that are left, or those until the run is stopped; the steps that were made.
 fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> Result<usize> {
     let progress = session.progress;
-    let estimator = settings.estimator();
-    let columns = train_columns(estimator.has_critic(), estimator.outcome().is_some());
+    let columns = train_columns(settings);
     let mut table = progress.table(&columns);
     let tokens = settings.batch_size * settings.max_new_tokens;
     let minibatches = trainer.learner.steps(settings.batch_size);
@@ -107,8 +110,12 @@ fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> R
         };
         let done = trainer.step(&mut on_token, &mut on_minibatch);
         drop((rollout_bar, update_bar));
-        let Step { rollout, kl, metrics, skipped: now } =
+        let Step { rollout, kl, mut metrics, skipped: now } =
             done.with_context(|| format!("step {number}"))?;
+        if settings.eval_every > 0 && measures(number, settings.steps, settings.eval_every) {
+            let held_out = trainer.evaluate();
+            metrics.extend(held_out.with_context(|| format!("--eval-every after step {number}"))?);
+        }
         session.run.metrics(number, &metrics)?;
         session.record(number, &rollout.answers, Some(&rollout.scores), Some(&kl))?;
         table.step(number, settings.steps, &metrics);

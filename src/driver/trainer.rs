@@ -13,7 +13,7 @@ use serde_json::{json, Map, Value};
 
 use super::checkpoint::{Fingerprint, Resumable, Tensors};
 use super::config::{KlControllerKind, LrScheduleKind, Settings};
-use super::experience::{mean, Experience, Shaping};
+use super::experience::{mean, named, Experience, Shaping};
 use super::kl_controller::KlController;
 use super::model::{Critic, Decoder};
 use super::optim::Schedule;
@@ -174,6 +174,18 @@ impl Trainer {
         let prompts = self.prompts.first(count).to_vec();
         let mut rng = StdRng::seed_from_u64(self.settings.seed);
         self.sampler.answer(&self.learner.policy, prompts, &mut rng, &mut |_| {})
+    }
+
+    /// Scores of the policy's answers to the prompts held out, with the same chances at each call.
+    pub fn evaluate(&mut self) -> Result<Map<String, Value>> {
+        let mut rng = StdRng::seed_from_u64(self.settings.seed);
+        let mut scores = Vec::new();
+        for some in self.prompts.held_out().chunks(self.settings.batch_size) {
+            let policy = &self.learner.policy;
+            let rollout = self.sampler.answer(policy, some.to_vec(), &mut rng, &mut |_| {})?;
+            scores.extend(rollout.scores);
+        }
+        Ok(named([("eval/scores", mean(&scores))]))
     }
 
     fn rate(&self, peak: f64, step: usize) -> f64 {
