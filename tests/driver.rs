@@ -283,7 +283,7 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     let experience =
         Experience::collect(&rollout, policy, &reference, Some(critic), &SHAPING, &settings)
             .unwrap();
-    let (output, _) = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
+    let (output, _) = trainer.learner.loss(&experience, &[0, 1, 2, 3], &[0, 1, 2, 3]).unwrap();
     let grads = output.loss.backward().unwrap();
     let parameters = [policy.parameters(), critic.parameters()].concat();
     assert!(parameters.len() > 40);
@@ -452,9 +452,89 @@ fn a_length_to_divide_by_is_that_of_the_longest_response_of_the_rollout() {
         // The ratio is 1.
         let all = advantages(&experience);
         let sum: f64 = some.iter().flat_map(|&row| &all[row]).sum();
-        let stats = trainer.learner.loss(&experience, &some).unwrap().0.stats.to_host().unwrap();
+        let stats =
+            trainer.learner.loss(&experience, &some, &some).unwrap().0.stats.to_host().unwrap();
         let want = -sum / (rows * longest as f64);
         assert_close("loss", &[stats.policy_loss], &[want], 1e-4, 1e-6);
+    }
+}
+
+#[test]
+fn gradients_of_parts_add_up_to_those_of_the_minibatch() {
+    let mut aggregations = vec![Aggregation::Constant(7.0)];
+    for name in [
+        "token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum-norm",
+        "batch-mean-token-sum",
+        "batch-mean-token-mean",
+        "seq-mean-token-sum-norm-rows",
+    ] {
+        aggregations.push(name.parse().unwrap());
+    }
+    let plain = Settings {
+        entropy_coef: 0.01,
+        kl_in: Some(KlPlacement::Loss),
+        clip_range: Some(0.2),
+        lm_steps: 100,
+        max_new_tokens: 16,
+        minibatch_size: 8,
+        ..short(Path::new("unused"))
+    };
+    let (trainer, experience, _) = collected(&plain, &SHAPING);
+    let rows: Vec<usize> = (0..8).rev().collect();
+    let Learner { mut policy, mut critic, .. } = trainer.learner;
+    let parameters = [policy.parameters(), critic.as_ref().unwrap().parameters()].concat();
+    for (i, aggregation) in aggregations.into_iter().enumerate() {
+        let loss = Some(["ppo", "gspo"][i % 2].into());
+        let plain = Settings { aggregation: Some(aggregation), loss, ..plain.clone() };
+        let mut whole: Option<(Vec<Vec<f64>>, f64)> = None;
+        for gradient_accumulation in [1, 2, 8] {
+            let settings = Settings { gradient_accumulation, ..plain.clone() };
+            let learner = Learner::new(policy, critic, &settings).unwrap();
+            let (grads, of_loss) = learner.gradients(&experience, &rows).unwrap().unwrap();
+            assert_eq!(of_loss.parts.len(), gradient_accumulation);
+            let loss = of_loss.parts.iter().map(|part| part.loss).sum::<f64>();
+            let of = |(_, var): &(String, Var)| to_vec(grads.get(var).unwrap());
+            let got: Vec<Vec<f64>> = parameters.iter().map(of).collect();
+            match &whole {
+                None => whole = Some((got, loss)),
+                Some((want, whole)) => {
+                    assert_close("loss", &[loss], &[*whole], 1e-5, 1e-7);
+                    for ((got, want), (name, _)) in got.iter().zip(want).zip(&parameters) {
+                        let largest = want.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+                        let what = format!("{aggregation} {name}");
+                        assert_close(&what, got, want, 1e-4, 1e-5 * largest);
+                    }
+                }
+            }
+            (policy, critic) = (learner.policy, learner.critic);
+        }
+    }
+}
+
+#[test]
+fn metrics_of_parts_are_those_of_the_minibatch() {
+    let step = |gradient_accumulation| {
+        let algorithm = Algorithm::Grpo;
+        let settings = Settings {
+            algorithm,
+            gradient_accumulation,
+            minibatch_size: 8,
+            ppo_epochs: 1,
+            ..short(Path::new("unused"))
+        };
+        let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+        let mut metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
+        metrics.retain(|name, _| !name.starts_with("timing_s/") && !name.starts_with("perf/"));
+        metrics
+    };
+    let (whole, parts) = (step(1), step(4));
+    assert_eq!(whole.len(), parts.len());
+    for (name, want) in whole {
+        let [got, want] = [&parts[&name], &want].map(|value| value.as_f64().unwrap());
+        assert_close(&name, &[got], &[want], 1e-4, 1e-6);
     }
 }
 
@@ -512,7 +592,8 @@ fn the_kl_is_in_the_reward_or_in_the_loss() {
     for kl_in in [KlPlacement::Loss, KlPlacement::Reward] {
         let (trainer, experience, scores) = collected(&settings(kl_in), &SHAPING);
         let rows: Vec<usize> = (0..8).collect();
-        let stats = trainer.learner.loss(&experience, &rows).unwrap().0.stats.to_host().unwrap();
+        let stats =
+            trainer.learner.loss(&experience, &rows, &rows).unwrap().0.stats.to_host().unwrap();
         let term = stats.loss - stats.policy_loss;
         let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
         let score = scores.iter().sum::<f64>() / 8.0;

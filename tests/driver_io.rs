@@ -334,6 +334,7 @@ fn every_number_out_of_range_names_its_flag() {
         "--steps",
         "--batch-size",
         "--minibatch-size",
+        "--gradient-accumulation",
         "--ppo-epochs",
         "--max-new-tokens",
         "--reward-length",
@@ -413,6 +414,10 @@ fn settings_that_do_not_fit_together_are_refused() {
     refused(
         &["--batch-size", "6", "--minibatch-size", "4"],
         "--minibatch-size is 4, expected a divisor of --batch-size 6",
+    );
+    refused(
+        &["--gradient-accumulation", "3"],
+        "--gradient-accumulation is 3, expected a divisor of --minibatch-size 4",
     );
     let adaptive = ["--kl-controller", "adaptive", "--batch-size", "8", "--minibatch-size", "8"];
     let message = "--kl-horizon is 7, expected at least --batch-size 8";

@@ -457,6 +457,11 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 4, help_heading = "Loss")]
     pub minibatch_size: usize,
 
+    /// Parts of a minibatch whose gradients are added up, which bounds the memory; divides
+    /// --minibatch-size
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 1, help_heading = "Loss")]
+    pub gradient_accumulation: usize,
+
     /// Policy loss, one of the family's [default: that of --algorithm; ppo of ppo and reinforce++]
     #[arg(long, value_name = "NAME",
         value_parser = PossibleValuesParser::new(PpoLossOptions::NAMES), help_heading = "Loss")]
@@ -758,6 +763,11 @@ impl Settings {
 
     adapters_of_settings!();
 
+    /// Responses that the models read at once.
+    pub fn part_size(&self) -> usize {
+        self.minibatch_size / self.gradient_accumulation
+    }
+
     /// How the rollout draws tokens.
     pub fn sampling(&self) -> Sampling {
         Sampling {
@@ -865,6 +875,7 @@ impl RunSettings for Settings {
         at_least_one("--steps", self.steps)?;
         valid_batch_size(self.batch_size)?;
         at_least_one("--minibatch-size", self.minibatch_size)?;
+        at_least_one("--gradient-accumulation", self.gradient_accumulation)?;
         at_least_one("--ppo-epochs", self.ppo_epochs)?;
         at_least_one("--max-new-tokens", self.max_new_tokens)?;
         at_least_one("--reward-length", self.reward_length)?;
@@ -873,6 +884,12 @@ impl RunSettings for Settings {
             "--minibatch-size is {}, expected a divisor of --batch-size {}",
             self.minibatch_size,
             self.batch_size
+        );
+        ensure!(
+            self.minibatch_size.is_multiple_of(self.gradient_accumulation),
+            "--gradient-accumulation is {}, expected a divisor of --minibatch-size {}",
+            self.gradient_accumulation,
+            self.minibatch_size
         );
         self.validate_groups()?;
         valid_seed(self.seed)?;

@@ -86,7 +86,7 @@ impl Experience {
     ) -> Result<Self> {
         let kl_coef = shaping.kl_coef;
         let sequences = Sequences::from(&rollout.answers.generation);
-        let chunk = settings.minibatch_size;
+        let chunk = settings.part_size();
         let logp = |decoder: &Decoder| {
             in_chunks(&sequences, chunk, |some| {
                 Ok(some.logp_and_entropy(decoder, settings.temperature)?.0)

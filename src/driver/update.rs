@@ -3,6 +3,7 @@
 //! have an optimiser, a learning rate and a gradient norm each.
 
 use anyhow::Result;
+use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
 use rand::Rng;
@@ -13,6 +14,7 @@ use super::config::Settings;
 use super::experience::{named, Experience};
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
+use super::sequences::Sequences;
 use crate::moments::{Moments, RunningMoments};
 use crate::ppo_loss::{
     ppo_loss, Aggregation, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats,
@@ -38,15 +40,36 @@ pub struct Learner {
     options: PpoLossOptions,
     epochs: usize,
     minibatch_size: usize,
+    /// Rows whose gradients are computed at once.
+    part_size: usize,
     temperature: f64,
 }
 
 /// What an optimiser step left behind.
 struct MinibatchStep {
-    stats: PpoStats,
-    fit: ValueFit,
+    of_loss: MinibatchStats,
     policy_norm: f64,
     value_norm: Option<f64>,
+}
+
+impl MinibatchStep {
+    /// Of a term of the loss, whose parts add up.
+    fn sum(&self, of: impl Fn(&PpoStats) -> f64) -> f64 {
+        self.of_loss.parts.iter().map(of).sum()
+    }
+
+    /// Of a mean over tokens.
+    fn over_tokens(&self, of: impl Fn(&PpoStats) -> f64) -> f64 {
+        self.sum(|part| of(part) * part.tokens) / self.sum(|part| part.tokens)
+    }
+}
+
+/// What there is to know of a minibatch's loss.
+pub struct MinibatchStats {
+    /// The statistics of its parts, whose losses add up.
+    pub parts: Vec<PpoStats>,
+    /// The fit of the critic's values.
+    pub fit: ValueFit,
 }
 
 /// How well the values fit the returns: what the explained variance is made of. That of several
@@ -102,6 +125,7 @@ impl Learner {
             options: settings.loss_options()?,
             epochs: settings.ppo_epochs,
             minibatch_size: settings.minibatch_size,
+            part_size: settings.part_size(),
             temperature: settings.temperature,
         })
     }
@@ -168,7 +192,8 @@ impl Learner {
             metrics.extend(critic_metrics(&taken));
         }
         if experience.kl_term.is_some() {
-            metrics.extend(named([("loss/kl_avg", mean(&taken, |t| t.stats.kl_mean))]));
+            metrics
+                .extend(named([("loss/kl_avg", mean(&taken, |t| t.over_tokens(|s| s.kl_mean)))]));
         }
         Ok(Update { skipped, applied: taken.len(), metrics })
     }
@@ -180,13 +205,9 @@ impl Learner {
         rows: &[usize],
         rates: Rates,
     ) -> Result<Option<MinibatchStep>> {
-        let (PpoLossOutput { loss, stats }, fit) = self.loss(experience, rows)?;
-        let stats = stats.to_host()?;
-        if !stats.loss.is_finite() {
+        let Some((mut grads, of_loss)) = self.gradients(experience, rows)? else {
             return Ok(None);
-        }
-        let mut grads = loss.backward()?;
-        drop(loss); // and with it the graph, before the optimiser's temporaries are made
+        };
         let policy_norm = self.policy_optimizer.grad_norm(&grads)?;
         let value_norm = self
             .value_optimizer
@@ -200,15 +221,42 @@ impl Learner {
         if let (Some(optimizer), Some(norm)) = (&mut self.value_optimizer, value_norm) {
             optimizer.apply(&mut grads, norm, rates.value)?;
         }
-        Ok(Some(MinibatchStep { stats, fit, policy_norm, value_norm }))
+        Ok(Some(MinibatchStep { of_loss, policy_norm, value_norm }))
     }
 
-    /// The loss of these rows of the experience, with its graph into policy and critic, and the fit of
-    /// the critic's values.
+    /// The gradients of the loss of these rows of the experience, those of one part after the other
+    /// added up; none if the loss is not finite.
+    pub fn gradients(
+        &self,
+        experience: &Experience,
+        rows: &[usize],
+    ) -> Result<Option<(GradStore, MinibatchStats)>> {
+        let (mut sum, mut parts, mut fit) = (None::<GradStore>, Vec::new(), ValueFit::default());
+        for part in rows.chunks(self.part_size) {
+            let (PpoLossOutput { loss, stats }, of_part) = self.loss(experience, part, rows)?;
+            let stats = stats.to_host()?;
+            if !stats.loss.is_finite() {
+                return Ok(None);
+            }
+            let grads = loss.backward()?;
+            match &mut sum {
+                Some(sum) => sum.extend(grads)?,
+                None => sum = Some(grads),
+            }
+            parts.push(stats);
+            fit = fit.merge(of_part);
+        }
+        // The graph is gone before the optimiser's temporaries are made.
+        Ok(sum.map(|grads| (grads, MinibatchStats { parts, fit })))
+    }
+
+    /// The loss of these rows of the experience as a part of that of all rows of a minibatch, with its
+    /// graph into policy and critic, and the fit of the critic's values.
     pub fn loss(
         &self,
         experience: &Experience,
         rows: &[usize],
+        minibatch: &[usize],
     ) -> Result<(PpoLossOutput, ValueFit)> {
         let sequences = experience.sequences.select(rows)?;
         let offsets = sequences.offsets()?;
@@ -243,20 +291,28 @@ impl Learner {
         };
         let options = PpoLossOptions {
             kl_coef: kl_term.map_or(0.0, |term| term.coef),
-            denominator: self.denominator(experience, rows.len()),
+            denominator: self.denominator(&experience.sequences, minibatch),
             ..self.options
         };
         Ok((ppo_loss(&inputs, &options)?, fit))
     }
 
-    /// The denominator of so many rows where it is made of the padded length of the rollout, which a pack
-    /// of some of its rows does not know.
-    fn denominator(&self, experience: &Experience, rows: usize) -> Option<f64> {
-        let longest = experience.sequences.lengths.iter().max().copied().unwrap_or(0) as f64;
+    /// What the loss of all rows of a minibatch is divided by, which a part of them cannot know; nor the
+    /// padded length, that of the longest response of the rollout.
+    fn denominator(&self, sequences: &Sequences, minibatch: &[usize]) -> Option<f64> {
+        let rows = minibatch.len() as f64;
+        let tokens = || minibatch.iter().map(|&row| sequences.lengths[row] as f64).sum();
+        let longest = || sequences.lengths.iter().max().copied().unwrap_or(0) as f64;
         match self.options.aggregation {
-            Aggregation::SeqMeanTokenSumNorm => Some(longest),
-            Aggregation::SeqMeanTokenSumNormRows => Some(longest * rows as f64),
-            _ => None,
+            Aggregation::TokenMean => Some(tokens()),
+            // No response is empty.
+            Aggregation::SeqMeanTokenSum
+            | Aggregation::SeqMeanTokenMean
+            | Aggregation::BatchMeanTokenSum
+            | Aggregation::BatchMeanTokenMean => Some(rows),
+            Aggregation::SeqMeanTokenSumNorm => Some(longest()),
+            Aggregation::SeqMeanTokenSumNormRows => Some(longest() * rows),
+            Aggregation::Constant(_) => None,
         }
     }
 }
@@ -267,15 +323,16 @@ fn mean(taken: &[MinibatchStep], of: impl Fn(&MinibatchStep) -> f64) -> f64 {
 }
 
 fn policy_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
-    let ratio = mean(taken, |t| t.stats.ratio_mean);
+    let ratio = mean(taken, |t| t.over_tokens(|s| s.ratio_mean));
     // TRL's: the variance of the minibatches' means.
-    let squares = taken.iter().map(|t| (t.stats.ratio_mean - ratio).powi(2)).sum::<f64>();
+    let squares =
+        taken.iter().map(|t| (t.over_tokens(|s| s.ratio_mean) - ratio).powi(2)).sum::<f64>();
     let ratio_var = squares / (taken.len() as f64 - 1.0).max(1.0);
     named([
-        ("loss/policy_avg", mean(taken, |t| t.stats.policy_loss)),
-        ("policy/approxkl_avg", mean(taken, |t| t.stats.approx_kl_k2)),
-        ("policy/clipfrac_avg", mean(taken, |t| t.stats.clip_fraction)),
-        ("policy/entropy_avg", mean(taken, |t| t.stats.entropy_mean)),
+        ("loss/policy_avg", mean(taken, |t| t.sum(|s| s.policy_loss))),
+        ("policy/approxkl_avg", mean(taken, |t| t.over_tokens(|s| s.approx_kl_k2))),
+        ("policy/clipfrac_avg", mean(taken, |t| t.over_tokens(|s| s.clip_fraction))),
+        ("policy/entropy_avg", mean(taken, |t| t.over_tokens(|s| s.entropy_mean))),
         ("val/ratio", ratio),
         ("val/ratio_var", ratio_var),
         ("grad_norm/policy", mean(taken, |t| t.policy_norm)),
@@ -283,10 +340,10 @@ fn policy_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
 }
 
 fn critic_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
-    let fit = taken.iter().map(|t| t.fit).fold(ValueFit::default(), ValueFit::merge);
+    let fit = taken.iter().map(|t| t.of_loss.fit).fold(ValueFit::default(), ValueFit::merge);
     named([
-        ("loss/value_avg", mean(taken, |t| t.stats.value_loss)),
-        ("val/clipfrac_avg", mean(taken, |t| t.stats.value_clip_fraction)),
+        ("loss/value_avg", mean(taken, |t| t.sum(|s| s.value_loss))),
+        ("val/clipfrac_avg", mean(taken, |t| t.over_tokens(|s| s.value_clip_fraction))),
         ("val/explained_var", fit.explained_variance()),
         ("grad_norm/value", mean(taken, |t| t.value_norm.unwrap_or(f64::NAN))),
     ])
