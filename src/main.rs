@@ -34,7 +34,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Train a language model with PPO; with no option, a small embedded one
+    /// Train a language model with PPO, GRPO, RLOO or REINFORCE++; with no option, a small embedded one
     #[command(after_help = EMBEDDED)]
     Train(Box<TrainArgs>),
     /// Train a language model on demonstrations; with no option, the embedded one on its corpus

@@ -132,26 +132,41 @@ fn a_run_killed_at_any_moment_goes_on_to_the_same_end() {
 fn a_run_that_is_told_to_stop_goes_on_to_the_same_end() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
-    for (name, args) in [
+    let of =
+        |algorithm: &str| format!("{TRAIN} --algorithm {algorithm} --group-size 2 --eval-every 2");
+    let (grpo, rloo, plus_plus) = (of("grpo"), of("rloo"), of("reinforce++"));
+    for (i, (name, args)) in [
         ("TERM", TRAIN),
+        ("TERM", &grpo),
+        ("INT", &rloo),
+        ("HUP", &plus_plus),
         ("HUP", "sft --steps 40 --save-every 0"),
         ("INT", "reward --lm-steps 2 --steps 12 --save-every 5"),
         ("TERM", "dpo --lm-steps 2 --steps 12 --save-every 5 --lora-rank 2 --lora-merge"),
-    ] {
+    ]
+    .into_iter()
+    .enumerate()
+    {
         let command = args.split(' ').next().unwrap();
-        let [stopped, whole] = [format!("{command}-stopped"), format!("{command}-whole")];
+        let [stopped, whole] = [format!("stopped-{i}"), format!("whole-{i}")];
         succeeds(dir, &format!("{args} --out {whole}"));
         let mut child = spawn(dir, &format!("{args} --out {stopped}"));
         wait_for(3, &dir.join(&stopped));
         signal(name, &child);
         assert!(child.wait().unwrap().success());
         let done = steps_of(&dir.join(&stopped));
+        let checkpoint = dir.join(format!("{stopped}/checkpoint-{done}/state.safetensors"));
+        if let Ok(bytes) = fs::read(checkpoint) {
+            // The names of the tensors are at its beginning.
+            let has_critic = bytes.windows(6).any(|bytes| bytes == b"value.");
+            assert_eq!(has_critic, args == TRAIN, "{args}");
+        }
         let shown = succeeds(dir, &format!("{command} --resume {stopped}"));
         if done < steps_of(&dir.join(&whole)) {
             let expected = format!("going on in {stopped} after step {done}");
             assert!(shown.contains(&expected), "{shown}");
         }
-        assert_same(command, &dir.join(&stopped), &dir.join(&whole));
+        assert_same(args, &dir.join(&stopped), &dir.join(&whole));
     }
 }
 

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use candle_core::{DType, Device, Tensor, Var, D};
 use common::{assert_close, golden, rng, to_vec, uniform};
 use ppo_kernels::driver::chat::Text;
-use ppo_kernels::driver::config::{KlControllerKind, RewardKind, Settings};
+use ppo_kernels::driver::config::{
+    AdvantageEstimator, Algorithm, KlControllerKind, KlPlacement, RewardKind, Settings,
+};
 use ppo_kernels::driver::embedded;
 use ppo_kernels::driver::experience::{Experience, Shaping};
 use ppo_kernels::driver::kl_controller::KlController;
@@ -27,6 +29,7 @@ use ppo_kernels::driver::train;
 use ppo_kernels::driver::trainer::{Step, Trainer};
 use ppo_kernels::driver::update::Learner;
 use ppo_kernels::kl::KlEstimator;
+use ppo_kernels::ppo_loss::Aggregation;
 use serde_json::{Map, Value};
 
 /// Rewards of the scores as they are.
@@ -70,7 +73,7 @@ fn a_gpu_computes_what_the_cpu_does() {
             ids: Tensor::new(&[[0u32, 5, 6, 7, 8, 1], [9, 10, 11, 12, 1, 0]], device).unwrap(),
             pads: vec![1, 0],
             prompt_len: 3,
-            mask: Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], device).unwrap(),
+            lengths: vec![3, 2],
         };
         let (logp, entropy) = sequences.logp_and_entropy(&decoder, 0.7).unwrap();
         let values = sequences.values(&critic).unwrap();
@@ -206,13 +209,15 @@ fn trainer(settings: &Settings, reward: Box<dyn Reward>) -> Trainer {
     let max_new_tokens = settings.max_new_tokens;
     let prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, max_new_tokens).unwrap();
     let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
-    let critic = Critic::new(decoder.duplicate().unwrap(), settings.seed).unwrap();
+    let has_critic = settings.estimator().has_critic();
+    let critic =
+        has_critic.then(|| Critic::new(decoder.duplicate().unwrap(), settings.seed).unwrap());
     Trainer::new(decoder, critic, sampler, prompts, settings).unwrap()
 }
 
 fn weights(trainer: &Trainer) -> Vec<Vec<f64>> {
     let mut all = trainer.learner.policy.parameters();
-    all.extend(trainer.learner.critic.parameters());
+    all.extend(trainer.learner.critic.iter().flat_map(Critic::parameters));
     all.iter().map(|(_, var)| to_vec(var)).collect()
 }
 
@@ -239,12 +244,12 @@ fn logp_entropy_and_values_belong_to_the_state_before_each_token() {
         ids: Tensor::new(&[[0u32, 5, 6, 7, 8, 1], [9, 10, 11, 12, 1, 0]], &Device::Cpu).unwrap(),
         pads: vec![1, 0],
         prompt_len: 3,
-        mask: Tensor::new(&[[1u8, 1, 1], [1, 1, 0]], &Device::Cpu).unwrap(),
+        lengths: vec![3, 2],
     };
     assert_eq!(tokenizer.pad(), 0);
     let (logp, entropy) = sequences.logp_and_entropy(&decoder, temperature).unwrap();
     let values = sequences.values(&critic).unwrap();
-    assert_eq!(logp.dims(), [2, 3]);
+    assert_eq!(logp.dims(), [5]);
 
     for (row, text, prompt) in [(0, vec![5u32, 6, 7, 8, 1], 2), (1, vec![9, 10, 11, 12, 1], 3)] {
         // Each row by itself, without any padding.
@@ -257,13 +262,12 @@ fn logp_entropy_and_values_belong_to_the_state_before_each_token() {
         for (t, at) in (prompt..text.len()).enumerate() {
             let before = &all[at - 1];
             let want_entropy: f64 = before.iter().map(|&l| -l.exp() * l).sum();
-            let got = |tensor: &Tensor| to_vec(&tensor.get(row).unwrap().get(t).unwrap());
+            let got = |tensor: &Tensor| to_vec(&tensor.get(3 * row + t).unwrap());
             assert_close("logp", &got(&logp), &[before[text[at] as usize]], REL, ABS);
             assert_close("entropy", &got(&entropy), &[want_entropy], REL, ABS);
             assert_close("values", &got(&values), &[own_values[at - 1]], REL, ABS);
         }
     }
-    assert_eq!(to_vec(&logp)[5], 0.0, "behind the end of the response");
 }
 
 #[test]
@@ -274,10 +278,12 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     trainer.step(&mut |_| {}, &mut || {}).unwrap();
     let rollout = trainer.show(4).unwrap();
     let Learner { policy, critic, .. } = &trainer.learner;
+    let critic = critic.as_ref().unwrap();
     let reference = policy.frozen().unwrap();
     let experience =
-        Experience::collect(&rollout, policy, &reference, critic, &SHAPING, &settings).unwrap();
-    let (output, _) = trainer.learner.loss(&experience, &[0, 1, 2, 3]).unwrap();
+        Experience::collect(&rollout, policy, &reference, Some(critic), &SHAPING, &settings)
+            .unwrap();
+    let (output, _) = trainer.learner.loss(&experience, &[0, 1, 2, 3], &[0, 1, 2, 3]).unwrap();
     let grads = output.loss.backward().unwrap();
     let parameters = [policy.parameters(), critic.parameters()].concat();
     assert!(parameters.len() > 40);
@@ -289,10 +295,10 @@ fn every_parameter_of_policy_and_critic_gets_a_gradient() {
     }
 }
 
-#[test]
-fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
+fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite(algorithm: Algorithm) {
     let dir = tempfile::tempdir().unwrap();
     let settings = Settings {
+        algorithm,
         lm_steps: 300,
         steps: 15,
         batch_size: 48,
@@ -316,6 +322,329 @@ fn the_embedded_run_raises_the_score_and_keeps_the_kl_finite() {
 }
 
 #[test]
+fn ppo_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::Ppo);
+}
+
+#[test]
+fn grpo_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::Grpo);
+}
+
+#[test]
+fn rloo_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::Rloo);
+}
+
+#[test]
+fn reinforce_plus_plus_learns_the_embedded_task() {
+    the_embedded_run_raises_the_score_and_keeps_the_kl_finite(Algorithm::ReinforcePlusPlus);
+}
+
+#[test]
+fn the_responses_to_a_prompt_stand_together() {
+    let settings = Settings { group_size: Some(4), ..short(Path::new("unused")) };
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+    for _ in 0..2 {
+        let answers = trainer.step(&mut |_| {}, &mut || {}).unwrap().rollout.answers;
+        let prompts: Vec<_> = answers.prompts.iter().map(|prompt| &prompt.text).collect();
+        assert!(prompts.len() == 8 && prompts[..4].iter().all(|&text| text == prompts[0]));
+        assert!(prompts[4..].iter().all(|&text| text == prompts[4]) && prompts[0] != prompts[4]);
+        let some = &answers.responses[..4];
+        assert!(some.iter().any(|text| text != &some[0]), "each is drawn by itself");
+    }
+}
+
+/// The experience of eight responses after a step, and their scores.
+fn collected(settings: &Settings, shaping: &Shaping) -> (Trainer, Experience, Vec<f64>) {
+    let mut trainer = trainer(settings, Box::new(Failing { calls: 0, bad: 0, score: 0.0 }));
+    let reference = trainer.learner.policy.frozen().unwrap();
+    trainer.step(&mut |_| {}, &mut || {}).unwrap();
+    let rollout = trainer.show(8).unwrap();
+    let Learner { policy, critic, .. } = &trainer.learner;
+    let collect = Experience::collect;
+    let experience =
+        collect(&rollout, policy, &reference, critic.as_ref(), shaping, settings).unwrap();
+    let scores = rollout.scores.iter().map(|&score| f64::from(score)).collect();
+    (trainer, experience, scores)
+}
+
+/// Advantages of each response's tokens.
+fn advantages(experience: &Experience) -> Vec<Vec<f64>> {
+    let mut left = to_vec(&experience.advantages).into_iter();
+    experience.sequences.lengths.iter().map(|&len| left.by_ref().take(len).collect()).collect()
+}
+
+/// By the formulas, from the score less the KL of the whole response where that is in the reward.
+#[test]
+fn outcome_advantages_compare_the_responses_to_a_prompt() {
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    // Responses of several lengths.
+    let plain = Settings {
+        group_size: Some(4),
+        lm_steps: 100,
+        max_new_tokens: 16,
+        ..short(Path::new("unused"))
+    };
+    for (algorithm, estimator) in [
+        (Algorithm::Grpo, None),
+        (Algorithm::Grpo, Some(AdvantageEstimator::DrGrpo)),
+        (Algorithm::Rloo, None),
+        (Algorithm::Rloo, Some(AdvantageEstimator::Grpo)),
+        (Algorithm::Rloo, Some(AdvantageEstimator::Opo)),
+    ] {
+        let settings = Settings { algorithm, advantages: estimator, ..plain.clone() };
+        let (trainer, experience, mut rewards) = collected(&settings, &SHAPING);
+        assert!(trainer.learner.critic.is_none() && experience.critic.is_none());
+        assert!(experience.kl.iter().any(|&kl| kl.abs() > 1e-3), "{:?}", experience.kl);
+        if algorithm == Algorithm::Rloo {
+            for (reward, &kl) in rewards.iter_mut().zip(&experience.kl) {
+                *reward -= SHAPING.kl_coef * f64::from(kl);
+            }
+        }
+        let got = advantages(&experience);
+        let mut stds = 0.0;
+        for (group, (rewards, got)) in rewards.chunks(4).zip(got.chunks(4)).enumerate() {
+            let lengths: Vec<f64> = got.iter().map(|row| row.len() as f64).collect();
+            let centre = mean(rewards);
+            let squares: f64 = rewards.iter().map(|x| (x - centre).powi(2)).sum();
+            let std = (squares / 3.0).sqrt();
+            stds += std / 2.0;
+            let weighted: f64 = rewards.iter().zip(&lengths).map(|(x, len)| x * len).sum();
+            for (i, row) in got.iter().enumerate() {
+                let x = rewards[i];
+                let want = match settings.estimator() {
+                    AdvantageEstimator::Grpo => (x - centre) / (std + 1e-4),
+                    AdvantageEstimator::DrGrpo => x - centre,
+                    AdvantageEstimator::Rloo => x - (4.0 * centre - x) / 3.0,
+                    _ => x - weighted / lengths.iter().sum::<f64>(),
+                };
+                let what = format!("{:?} {group} {i}", settings.estimator());
+                assert_close(&what, row, &vec![want; row.len()], 1e-4, 1e-5);
+            }
+        }
+        let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+        assert_close("reward", &[metric("reward")], &[mean(&rewards)], REL, ABS);
+        assert_close("reward_std", &[metric("reward_std")], &[stds], REL, ABS);
+        assert_eq!(metric("frac_reward_zero_std"), 0.0);
+    }
+}
+
+#[test]
+fn a_length_to_divide_by_is_that_of_the_longest_response_of_the_rollout() {
+    for (aggregation, rows) in
+        [(Aggregation::SeqMeanTokenSumNorm, 1.0), (Aggregation::SeqMeanTokenSumNormRows, 2.0)]
+    {
+        let settings = Settings {
+            algorithm: Algorithm::Rloo,
+            loss: Some("ppo".into()),
+            aggregation: Some(aggregation),
+            learning_rate: 0.0,
+            lm_steps: 100,
+            max_new_tokens: 16,
+            ..short(Path::new("unused"))
+        };
+        let (trainer, experience, _) = collected(&settings, &SHAPING);
+        let lengths = &experience.sequences.lengths;
+        let longest = *lengths.iter().max().unwrap();
+        let mut shorter = (0..8).filter(|&row| lengths[row] < longest);
+        let some = [shorter.next().unwrap(), shorter.next().unwrap()];
+        // The ratio is 1.
+        let all = advantages(&experience);
+        let sum: f64 = some.iter().flat_map(|&row| &all[row]).sum();
+        let stats =
+            trainer.learner.loss(&experience, &some, &some).unwrap().0.stats.to_host().unwrap();
+        let want = -sum / (rows * longest as f64);
+        assert_close("loss", &[stats.policy_loss], &[want], 1e-4, 1e-6);
+    }
+}
+
+#[test]
+fn gradients_of_parts_add_up_to_those_of_the_minibatch() {
+    let mut aggregations = vec![Aggregation::Constant(7.0)];
+    for name in [
+        "token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum-norm",
+        "batch-mean-token-sum",
+        "batch-mean-token-mean",
+        "seq-mean-token-sum-norm-rows",
+    ] {
+        aggregations.push(name.parse().unwrap());
+    }
+    let plain = Settings {
+        entropy_coef: 0.01,
+        kl_in: Some(KlPlacement::Loss),
+        clip_range: Some(0.2),
+        lm_steps: 100,
+        max_new_tokens: 16,
+        minibatch_size: 8,
+        ..short(Path::new("unused"))
+    };
+    let (trainer, experience, _) = collected(&plain, &SHAPING);
+    let rows: Vec<usize> = (0..8).rev().collect();
+    let Learner { mut policy, mut critic, .. } = trainer.learner;
+    let parameters = [policy.parameters(), critic.as_ref().unwrap().parameters()].concat();
+    for (i, aggregation) in aggregations.into_iter().enumerate() {
+        let loss = Some(["ppo", "gspo"][i % 2].into());
+        let plain = Settings { aggregation: Some(aggregation), loss, ..plain.clone() };
+        let mut whole: Option<(Vec<Vec<f64>>, f64)> = None;
+        for gradient_accumulation in [1, 2, 8] {
+            let settings = Settings { gradient_accumulation, ..plain.clone() };
+            let learner = Learner::new(policy, critic, &settings).unwrap();
+            let (grads, of_loss) = learner.gradients(&experience, &rows).unwrap().unwrap();
+            assert_eq!(of_loss.parts.len(), gradient_accumulation);
+            let loss = of_loss.parts.iter().map(|part| part.loss).sum::<f64>();
+            let of = |(_, var): &(String, Var)| to_vec(grads.get(var).unwrap());
+            let got: Vec<Vec<f64>> = parameters.iter().map(of).collect();
+            match &whole {
+                None => whole = Some((got, loss)),
+                Some((want, whole)) => {
+                    assert_close("loss", &[loss], &[*whole], 1e-5, 1e-7);
+                    for ((got, want), (name, _)) in got.iter().zip(want).zip(&parameters) {
+                        let largest = want.iter().fold(0.0, |a: f64, b| a.max(b.abs()));
+                        let what = format!("{aggregation} {name}");
+                        assert_close(&what, got, want, 1e-4, 1e-5 * largest);
+                    }
+                }
+            }
+            (policy, critic) = (learner.policy, learner.critic);
+        }
+    }
+}
+
+#[test]
+fn metrics_of_parts_are_those_of_the_minibatch() {
+    let step = |gradient_accumulation| {
+        let algorithm = Algorithm::Grpo;
+        let settings = Settings {
+            algorithm,
+            gradient_accumulation,
+            minibatch_size: 8,
+            ppo_epochs: 1,
+            ..short(Path::new("unused"))
+        };
+        let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+        let mut metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
+        metrics.retain(|name, _| !name.starts_with("timing_s/") && !name.starts_with("perf/"));
+        metrics
+    };
+    let (whole, parts) = (step(1), step(4));
+    assert_eq!(whole.len(), parts.len());
+    for (name, want) in whole {
+        let [got, want] = [&parts[&name], &want].map(|value| value.as_f64().unwrap());
+        assert_close(&name, &[got], &[want], 1e-4, 1e-6);
+    }
+}
+
+#[test]
+fn equal_scores_of_a_prompt_teach_nothing() {
+    struct ByHalves;
+    impl Reward for ByHalves {
+        fn name(&self) -> &str {
+            "by halves"
+        }
+        fn score(&mut self, samples: &[Sample]) -> anyhow::Result<Vec<f32>> {
+            Ok((0..samples.len()).map(|i| if i < 4 { 0.1 } else { i as f32 }).collect())
+        }
+    }
+    let algorithm = Algorithm::Grpo;
+    let settings = Settings { algorithm, group_size: Some(4), ..short(Path::new("unused")) };
+    let metrics =
+        trainer(&settings, Box::new(ByHalves)).step(&mut |_| {}, &mut || {}).unwrap().metrics;
+    assert_eq!(metrics["frac_reward_zero_std"], 0.5);
+}
+
+/// Returns from each token on, discounted, and the KL of each token in them.
+#[test]
+fn reinforce_plus_plus_has_the_returns_without_a_critic() {
+    let settings = Settings {
+        algorithm: Algorithm::ReinforcePlusPlus,
+        gamma: 0.9,
+        whiten_advantages: Some(false),
+        ..short(Path::new("unused"))
+    };
+    let (_, experience, scores) = collected(&settings, &Shaping { kl_coef: 0.0, ..SHAPING });
+    assert!(experience.critic.is_none() && experience.kl_term.is_none());
+    for (row, score) in advantages(&experience).iter().zip(&scores) {
+        let len = row.len() as i32;
+        let want: Vec<f64> = (0..len).map(|t| score * 0.9f64.powi(len - 1 - t)).collect();
+        assert_close("returns", row, &want, REL, ABS);
+    }
+    let whitened = Settings { whiten_advantages: None, ..settings };
+    let (_, experience, _) = collected(&whitened, &SHAPING);
+    let all = advantages(&experience).concat();
+    let mean = all.iter().sum::<f64>() / all.len() as f64;
+    let var = all.iter().map(|a| (a - mean).powi(2)).sum::<f64>() / (all.len() as f64 - 1.0);
+    assert_close("whitened", &[mean, var], &[0.0, 1.0], 1e-4, 1e-4);
+}
+
+#[test]
+fn the_kl_is_in_the_reward_or_in_the_loss() {
+    let settings = |kl_in| Settings {
+        algorithm: Algorithm::Grpo,
+        loss: Some("ppo".into()),
+        kl_in: Some(kl_in),
+        group_size: Some(4),
+        ..short(Path::new("unused"))
+    };
+    for kl_in in [KlPlacement::Loss, KlPlacement::Reward] {
+        let (trainer, experience, scores) = collected(&settings(kl_in), &SHAPING);
+        let rows: Vec<usize> = (0..8).collect();
+        let stats =
+            trainer.learner.loss(&experience, &rows, &rows).unwrap().0.stats.to_host().unwrap();
+        let term = stats.loss - stats.policy_loss;
+        let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+        let score = scores.iter().sum::<f64>() / 8.0;
+        if kl_in == KlPlacement::Loss {
+            assert!(stats.kl_mean > 1e-4, "{}", stats.kl_mean);
+            assert_close("term", &[term], &[SHAPING.kl_coef * stats.kl_mean], REL, 1e-9);
+            assert_eq!(metric("objective/non_score_reward"), 0.0);
+            assert_close("reward", &[metric("reward")], &[score], REL, ABS);
+        } else {
+            assert_close("term", &[term], &[0.0], 0.0, 1e-9);
+            let want = score - SHAPING.kl_coef * metric("objective/kl");
+            assert_close("reward", &[metric("reward")], &[want], REL, ABS);
+        }
+    }
+}
+
+#[test]
+fn an_adaptive_coefficient_moves_in_the_loss_too() {
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        kl_controller: KlControllerKind::Adaptive,
+        kl_horizon: 8.0,
+        ..short(Path::new("unused"))
+    };
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+    let mut coefs = Vec::new();
+    for _ in 0..2 {
+        let metrics = trainer.step(&mut |_| {}, &mut || {}).unwrap().metrics;
+        coefs.push(metrics["objective/kl_coef"].as_f64().unwrap());
+    }
+    // The first KL, 0, is below any target.
+    assert_close("coefficients", &coefs, &[0.05, 0.05 * 0.8], 1e-12, 0.0);
+}
+
+#[test]
+fn max_rl_refuses_scores_below_0() {
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        advantages: Some(AdvantageEstimator::MaxRl),
+        ..short(Path::new("unused"))
+    };
+    let step = |score: f32| {
+        let mut trainer = trainer(&settings, Box::new(Failing { calls: 0, bad: 1, score }));
+        trainer.step(&mut |_| {}, &mut || {}).map(|step| step.skipped)
+    };
+    assert_eq!(step(0.5).unwrap(), 0);
+    let error = step(-0.5).map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("max_rl is for rewards of 0 and above") && error.contains("-0.5"));
+}
+
+#[test]
 fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
     let settings = Settings { minibatch_size: 8, ppo_epochs: 1, ..short(Path::new("unused")) };
     let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
@@ -334,7 +663,11 @@ fn the_ratio_is_1_in_the_first_minibatch_of_a_rollout() {
 fn the_reported_kl_is_the_same_for_every_penalty() {
     // The first step is the same for all: nothing has moved, and each estimate is 0.
     let second = |kl_estimator| {
-        let settings = Settings { kl_estimator, kl_coef: 1.0, ..short(Path::new("unused")) };
+        let settings = Settings {
+            kl_estimator: Some(kl_estimator),
+            kl_coef: 1.0,
+            ..short(Path::new("unused"))
+        };
         let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
         trainer.step(&mut |_| {}, &mut || {}).unwrap();
         let Step { metrics, kl, .. } = trainer.step(&mut |_| {}, &mut || {}).unwrap();
@@ -467,6 +800,36 @@ fn a_run_writes_every_metric_and_the_same_seed_gives_the_same_run() {
     assert_eq!(a.1, b.1);
     assert!(a.2 == b.2, "the weights differ");
     assert_ne!(a.1, other.1);
+}
+
+#[test]
+fn a_run_without_a_critic_says_and_leaves_nothing_of_one() {
+    let of_critic = ["loss/value_avg", "val/clipfrac_avg", "val/explained_var", "grad_norm/value"];
+    for (algorithm, more) in [
+        (
+            Algorithm::Grpo,
+            &["reward", "reward_std", "frac_reward_zero_std", "loss/kl_avg"] as &[&str],
+        ),
+        (Algorithm::Rloo, &["reward", "reward_std", "frac_reward_zero_std"]),
+        (Algorithm::ReinforcePlusPlus, &[]),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("run");
+        go(&Settings { algorithm, group_size: Some(4), ..short(&out) }).unwrap();
+        let metrics = lines(out.join("metrics.jsonl"));
+        let mut names: Vec<&str> = metrics[0].keys().map(String::as_str).collect();
+        names.sort_unstable();
+        let mut expected: Vec<&str> = METRICS
+            .into_iter()
+            .filter(|name| !name.starts_with("critic/") && !of_critic.contains(name))
+            .chain(more.iter().copied())
+            .collect();
+        expected.sort_unstable();
+        assert_eq!(names, expected);
+        assert!(metrics.iter().flatten().all(|(_, value)| value.is_number()), "{metrics:?}");
+        assert!(!out.join("weights/value_model.safetensors").exists());
+        load(&out.join("weights"), &Device::Cpu).unwrap();
+    }
 }
 
 #[test]
@@ -700,6 +1063,40 @@ fn prompts_come_in_random_order_each_once_before_any_comes_again() {
     assert_eq!(first, sorted);
     assert_eq!(second, sorted);
     assert_eq!(texts(2 * all.len() + 1).len(), 2 * all.len() + 1);
+}
+
+#[test]
+fn prompts_held_out_are_never_drawn_and_measured_every_few_steps() {
+    let Loaded { tokenizer, .. } = embedded::model(0, &Device::Cpu).unwrap();
+    let len = embedded::prompts().len();
+    let mut prompts = Prompts::new(embedded::prompts(), &tokenizer, 64, 8).unwrap();
+    prompts.hold_out(0.25, 3).unwrap();
+    let held_out: Vec<_> = prompts.held_out().iter().map(|prompt| prompt.text.clone()).collect();
+    assert_eq!(held_out.len(), len / 4);
+    let mut drawn: Vec<_> =
+        prompts.draw(len - len / 4, &mut rng(1)).into_iter().map(|prompt| prompt.text).collect();
+    drawn.extend(held_out);
+    drawn.sort();
+    drawn.dedup();
+    assert_eq!(drawn.len(), len);
+    let error = prompts.hold_out(1e-3, 3).unwrap_err().to_string();
+    assert!(error.contains("--held-out is 0.001, which is none of"), "{error}");
+
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, eval_every: usize| {
+        let out = dir.path().join(name);
+        go(&Settings { steps: 4, eval_every, held_out: 0.25, ..short(&out) }).unwrap();
+        lines(out.join("metrics.jsonl"))
+    };
+    let (seldom, always) = (run("seldom", 3), run("always", 1));
+    let of = |metrics: &[Map<String, Value>], name: &str| -> Vec<Value> {
+        metrics.iter().map(|line| line.get(name).cloned().unwrap_or_default()).collect()
+    };
+    let scores = of(&seldom, "eval/scores");
+    assert!(scores[1].is_null() && [0, 2, 3].iter().all(|&i| scores[i].is_number()), "{scores:?}");
+    // A look changes nothing.
+    assert_eq!(of(&seldom, "objective/scores"), of(&always, "objective/scores"));
+    assert_eq!(scores[2], of(&always, "eval/scores")[2]);
 }
 
 #[test]

@@ -6,16 +6,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use candle_core::Device;
-use clap::{Args, Command, FromArgMatches};
+use clap::{Args, Command, FromArgMatches, ValueEnum};
 use ppo_kernels::correction::CorrectionOptions;
 use ppo_kernels::driver::chat::{ChatTemplate, Message, Text};
-use ppo_kernels::driver::config::{RewardKind, RunSettings, Settings, TrainArgs};
+use ppo_kernels::driver::config::{
+    AdvantageEstimator, Algorithm, KlPlacement, RewardKind, RunSettings, Settings, TrainArgs,
+};
 use ppo_kernels::driver::examples::{
     read_demonstrations, read_preferences, Demonstration, Example,
 };
 use ppo_kernels::driver::model::Lora;
 use ppo_kernels::driver::prompts;
-use ppo_kernels::driver::report::{heading, step_line, Run, SampleRecord, PPO_COLUMNS};
+use ppo_kernels::driver::report::{heading, step_line, train_columns, Run, SampleRecord};
 use ppo_kernels::driver::reward::{build, nearness, sentiment, CommandReward, Reward, Sample};
 use ppo_kernels::driver::rollout::Prompts;
 use ppo_kernels::driver::tokenizer::Tokenizer;
@@ -76,7 +78,8 @@ fn later_layers_win() {
 #[test]
 fn switches_take_an_optional_value() {
     assert!(resolve(&["--whiten-rewards"]).unwrap().whiten_rewards);
-    assert!(!resolve(&["--whiten-advantages", "false", "--steps", "3"]).unwrap().whiten_advantages);
+    let kept = resolve(&["--whiten-advantages", "false", "--steps", "3"]).unwrap();
+    assert!(!kept.whiten_advantages());
     refused(&["--whiten-rewards", "perhaps"], "--whiten-rewards");
 }
 
@@ -95,7 +98,7 @@ fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
         ("k3-straight-through", KlEstimator::K3StraightThrough),
     ] {
         let settings = resolve(&["--kl-estimator", name]).unwrap();
-        assert_eq!(settings.kl_estimator, estimator);
+        assert_eq!(settings.kl_estimator(), estimator);
         assert!(settings.to_toml().unwrap().contains(&format!("kl_estimator = \"{name}\"")));
         assert_eq!(saved(&settings), settings);
     }
@@ -122,6 +125,105 @@ fn every_estimator_and_aggregation_of_the_ops_can_be_set_and_saved() {
     for divisor in ["0", "-1", "inf", "NaN", "1e-50"] {
         refused(&["--aggregation", &format!("constant:{divisor}")], "--aggregation constant is");
     }
+}
+
+#[test]
+fn an_algorithm_sets_what_is_not_said() {
+    let (gae, ppo) = (AdvantageEstimator::Gae, "ppo");
+    let (reward, loss) = (KlPlacement::Reward, KlPlacement::Loss);
+    let (k1, k3) = (KlEstimator::K1, KlEstimator::K3);
+    let plus_plus = AdvantageEstimator::ReinforcePlusPlus;
+    let (grpo, rloo) = (AdvantageEstimator::Grpo, AdvantageEstimator::Rloo);
+    let baseline = AdvantageEstimator::ReinforcePlusPlusBaseline;
+    for (flags, estimator, group_size, named, kl_in, kl_estimator, whitened) in [
+        (&[] as &[&str], gae, 1, ppo, reward, k1, true),
+        (&["--algorithm", "grpo"], grpo, 8, "grpo", loss, k3, false),
+        (&["--algorithm", "rloo"], rloo, 8, "rloo", reward, k1, false),
+        (&["--algorithm", "reinforce++"], plus_plus, 1, ppo, reward, k1, true),
+        (&["--advantages", "reinforce++-baseline"], baseline, 8, ppo, reward, k1, true),
+        (&["--algorithm", "grpo", "--loss", "gspo"], grpo, 8, "gspo", loss, k3, false),
+        (&["--algorithm", "grpo", "--kl-in", "reward"], grpo, 8, "grpo", reward, k1, false),
+        (
+            &["--algorithm", "grpo", "--kl-estimator", "k2"],
+            grpo,
+            8,
+            "grpo",
+            loss,
+            KlEstimator::K2,
+            false,
+        ),
+        (&["--algorithm", "grpo", "--advantages", "gae"], gae, 1, "grpo", loss, k3, true),
+        (&["--algorithm", "rloo", "--whiten-advantages"], rloo, 8, "rloo", reward, k1, true),
+        (&["--algorithm", "rloo", "--batch-size", "12"], rloo, 6, "rloo", reward, k1, false),
+        (&["--group-size", "4"], gae, 4, ppo, reward, k1, true),
+    ] {
+        let settings = resolve(flags).unwrap();
+        assert_eq!(settings.estimator(), estimator, "{flags:?}");
+        assert_eq!(settings.group_size(), group_size, "{flags:?}");
+        assert_eq!(settings.loss(), named, "{flags:?}");
+        assert_eq!(settings.kl_placement(), kl_in, "{flags:?}");
+        assert_eq!(settings.kl_estimator(), kl_estimator, "{flags:?}");
+        assert_eq!(settings.whiten_advantages(), whitened, "{flags:?}");
+        let term = settings.loss_options().unwrap().kl;
+        assert!(kl_in == reward || term.estimator == kl_estimator, "{flags:?}");
+    }
+}
+
+#[test]
+fn every_algorithm_and_estimator_can_be_set_and_saved() {
+    fn names<T: ValueEnum>() -> Vec<String> {
+        let name = |value: &T| value.to_possible_value().unwrap().get_name().to_owned();
+        T::value_variants().iter().map(name).collect()
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let algorithms = names::<Algorithm>().into_iter().map(|name| ("algorithm", name));
+    let estimators = names::<AdvantageEstimator>().into_iter().map(|name| ("advantages", name));
+    for (key, name) in algorithms.chain(estimators) {
+        let settings = resolve(&[&format!("--{key}"), &name, "--kl-in", "loss"]).unwrap();
+        let text = settings.to_toml().unwrap();
+        assert!(text.contains(&format!("{key} = \"{name}\"")), "{text}");
+        let file = write(&dir.path().join("config.toml"), text);
+        assert_eq!(resolve(&["--config", &file]).unwrap(), settings);
+    }
+}
+
+#[test]
+fn what_means_nothing_beside_the_algorithm_is_refused() {
+    let grpo = |flags: &[&'static str]| [&["--algorithm", "grpo"], flags].concat();
+    refused(&["--group-size", "3"], "--group-size is 3, expected a divisor of --batch-size 8");
+    refused(&["--group-size", "0"], "--group-size is 0, expected a whole number above 0");
+    refused(
+        &grpo(&["--group-size", "1"]),
+        "--group-size is 1 (of --batch-size 8), expected at least 2 with --advantages grpo",
+    );
+    refused(
+        &grpo(&["--batch-size", "1", "--minibatch-size", "1"]),
+        "(of --batch-size 1), expected",
+    );
+    for flag in ["--value-coef", "--value-clip-range", "--value-learning-rate", "--lambda"] {
+        for advantages in ["grpo", "reinforce++"] {
+            let message = format!(
+                "{flag} has no effect with --advantages {advantages}, which has no critic; add \
+                 --advantages gae"
+            );
+            refused(&["--algorithm", advantages, flag, "0.5"], &message);
+        }
+        assert!(resolve(&grpo(&["--advantages", "gae", flag, "0.5"])).is_ok());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let from_reward = "algorithm = \"grpo\"\ncritic_from = \"policy\"\n";
+    let file = write(&dir.path().join("c.toml"), from_reward);
+    for flags in [&grpo(&["--critic-from", "policy"])[..], &["--config", &file]] {
+        refused(flags, "--critic-from has no effect with --advantages grpo");
+    }
+    refused(&grpo(&["--gamma", "0.9"]), "--gamma has no effect with --advantages grpo");
+    assert!(resolve(&["--algorithm", "reinforce++", "--gamma", "0.9"]).is_ok());
+    refused(&["--advantages", "max_rl"], "add --kl-in loss or --kl-coef 0");
+    assert!(resolve(&["--advantages", "max_rl", "--kl-coef", "0"]).is_ok());
+    refused(&["--algorithm", "grpp"], "possible values: ppo, grpo, rloo, reinforce++");
+    refused(&["--advantages", "remax"], "possible values: gae, reinforce++, ");
+    let model = ["--algorithm", "rloo", "--reward", "model:some/where"];
+    assert_eq!(resolve(&model).unwrap().critic_dir(), None);
 }
 
 #[test]
@@ -232,6 +334,7 @@ fn every_number_out_of_range_names_its_flag() {
         "--steps",
         "--batch-size",
         "--minibatch-size",
+        "--gradient-accumulation",
         "--ppo-epochs",
         "--max-new-tokens",
         "--reward-length",
@@ -295,7 +398,7 @@ fn every_float_setting_is_checked() {
     })
     .unwrap();
     let floats: Vec<_> = table.iter().filter(|(_, v)| v.is_float()).collect();
-    assert_eq!(floats.len(), 22);
+    assert_eq!(floats.len(), 23);
     for (key, _) in floats {
         let mut table = table.clone();
         table.insert(key.clone(), toml::Value::Float(f64::NAN));
@@ -312,6 +415,10 @@ fn settings_that_do_not_fit_together_are_refused() {
         &["--batch-size", "6", "--minibatch-size", "4"],
         "--minibatch-size is 4, expected a divisor of --batch-size 6",
     );
+    refused(
+        &["--gradient-accumulation", "3"],
+        "--gradient-accumulation is 3, expected a divisor of --minibatch-size 4",
+    );
     let adaptive = ["--kl-controller", "adaptive", "--batch-size", "8", "--minibatch-size", "8"];
     let message = "--kl-horizon is 7, expected at least --batch-size 8";
     refused(&[&adaptive[..], &["--kl-horizon", "7"]].concat(), message);
@@ -323,6 +430,10 @@ fn settings_that_do_not_fit_together_are_refused() {
         &["--reward", "sentiment", "--reward-pattern", "a"],
         "--reward-pattern has no effect with --reward sentiment; add --reward regex",
     );
+    refused(&["--held-out", "0.2"], "--held-out has no effect without --eval-every");
+    for share in ["0", "1", "nan"] {
+        refused(&["--eval-every", "2", "--held-out", share], "--held-out is ");
+    }
     refused(&["--out", ""], "--out");
     refused(&["--reward", "kindness"], "kindness");
     refused(&["--reward", "model:"], "command or model:DIR");
@@ -847,6 +958,10 @@ fn a_run_without_a_record_takes_its_files_with_it() {
 
 #[test]
 fn step_lines_stay_in_their_columns() {
+    let grpo = Settings { algorithm: Algorithm::Grpo, eval_every: 5, ..Settings::default() };
+    let (ppo, grpo) = (train_columns(&Settings::default()), train_columns(&grpo));
+    assert!(heading(&grpo)
+        .starts_with("     step    score held out zero std       kl  policy loss  clipped"));
     let values = metrics(json!({
         "objective/scores": 0.25, "objective/kl": f64::NAN, "loss/policy_avg": -1.5e-3,
         "loss/value_avg": 1e12, "policy/clipfrac_avg": 0, "perf/throughput": 1234.4,
@@ -854,9 +969,9 @@ fn step_lines_stay_in_their_columns() {
     }));
     assert_eq!(
         [
-            heading(&PPO_COLUMNS),
-            step_line(&PPO_COLUMNS, 3, 20, &values),
-            step_line(&PPO_COLUMNS, 1000, 1000, &Map::new()),
+            heading(&ppo),
+            step_line(&ppo, 3, 20, &values),
+            step_line(&ppo, 1000, 1000, &Map::new()),
         ],
         [
             "     step    score       kl  policy loss  value loss  clipped  entropy  tokens/s  \

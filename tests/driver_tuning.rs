@@ -186,8 +186,16 @@ fn examples_are_laid_out_with_pads_before_and_behind() {
     let sequences = Sequences::of(&[&a, &b], 0, &Device::Cpu).unwrap();
     let ids = [[5u32, 6, 7, 8, 0], [0, 0, 9, 10, 11]];
     assert_eq!(sequences.ids.to_vec2::<u32>().unwrap(), ids);
-    assert_eq!(sequences.mask.to_vec2::<u8>().unwrap(), [[1, 0], [1, 1]]);
-    assert_eq!((sequences.pads, sequences.prompt_len), (vec![0, 2], 3));
+    assert_eq!((&sequences.pads[..], sequences.prompt_len), (&[0, 2][..], 3));
+    assert_eq!(sequences.lengths, [1, 2]);
+    assert_eq!(sequences.offsets().unwrap().to_vec1::<i64>().unwrap(), [0, 1, 3]);
+    assert_eq!(sequences.tokens_of(&[1, 0]).unwrap().to_vec1::<u32>().unwrap(), [1, 2, 0]);
+    let values = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
+    assert_eq!(sequences.sums(&values).unwrap(), [1.0, 5.0]);
+    // A row by itself has no padding.
+    let alone = sequences.select(&[1]).unwrap();
+    assert_eq!(alone.ids.to_vec2::<u32>().unwrap(), [[9, 10, 11]]);
+    assert_eq!((alone.pads, alone.prompt_len, alone.lengths), (vec![0], 1, vec![2]));
 }
 
 // ---------------------------------------------------------------- course
@@ -198,16 +206,15 @@ fn tuning() -> Tuning {
 
 #[test]
 fn a_share_of_the_examples_is_held_out_and_none_is_in_both() {
-    let halves = Tuning { held_out: 0.25, ..tuning() };
-    let (rows, held_out) = split(10, &halves).unwrap();
+    let (rows, held_out) = split(10, 0.25, 0).unwrap();
     assert_eq!((rows.len(), held_out.len()), (7, 3));
     let mut all = [rows.clone(), held_out.clone()].concat();
     all.sort_unstable();
     assert_eq!(all, (0..10).collect::<Vec<_>>());
-    assert_eq!(split(10, &halves).unwrap().1, held_out);
-    assert_ne!(split(10, &Tuning { seed: 1, ..halves }).unwrap().1, held_out);
-    assert!(split(10, &Tuning { held_out: 0.0, ..tuning() }).unwrap().1.is_empty());
-    let error = split(2, &Tuning { held_out: 0.9, ..tuning() }).unwrap_err().to_string();
+    assert_eq!(split(10, 0.25, 0).unwrap().1, held_out);
+    assert_ne!(split(10, 0.25, 1).unwrap().1, held_out);
+    assert!(split(10, 0.0, 0).unwrap().1.is_empty());
+    let error = split(2, 0.9, 0).unwrap_err().to_string();
     assert_eq!(error, "--held-out is 0.9, which leaves none of 2 examples to learn from");
 }
 

@@ -14,6 +14,7 @@
 //! setting but `out`, so that `train --config OLD_RUN/config.toml` is the same run again, in a new
 //! folder.
 
+mod algorithm;
 pub mod tuning;
 
 use std::fmt::{self, Display, Formatter};
@@ -29,11 +30,13 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use self::algorithm::name;
+pub use self::algorithm::{AdvantageEstimator, Algorithm, KlPlacement};
 use super::generate::Sampling;
 use super::model::Lora;
 use super::report::CONFIG;
 use crate::correction::{CorrectionOptions, RejectionMetric};
-use crate::kl::KlEstimator;
+use crate::kl::{KlEstimator, KlOptions};
 use crate::ppo_loss::{Aggregation, PpoLossOptions, Surrogate};
 
 /// Where the tensors live: `cpu`, `cuda` or `cuda:N`.
@@ -276,7 +279,13 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub out: Option<PathBuf>,
 
-    /// PPO steps; each is one rollout and its update
+    /// Algorithm: what the other settings are where they are not given; of --advantages, --group-size,
+    /// --loss and --kl-in
+    #[arg(long, value_enum, value_name = "NAME", default_value_t = Algorithm::Ppo,
+        help_heading = "Run")]
+    pub algorithm: Algorithm,
+
+    /// Steps; each is one rollout and its update
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 20, help_heading = "Run")]
     pub steps: usize,
 
@@ -284,6 +293,14 @@ pub struct Settings {
     /// the run is stopped
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 10, help_heading = "Run")]
     pub save_every: usize,
+
+    /// Steps from one look at the prompts held out to the next; 0 holds out none
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 0, help_heading = "Run")]
+    pub eval_every: usize,
+
+    /// Share of the prompts that is held out, in (0, 1); with --eval-every
+    #[arg(long, value_name = "X", default_value_t = 0.1, help_heading = "Run")]
+    pub held_out: f64,
 
     /// The folder of a run that these go on with.
     #[arg(skip)]
@@ -298,7 +315,7 @@ pub struct Settings {
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceName::Cpu, help_heading = "Run")]
     pub device: DeviceName,
 
-    /// Steps of language modelling that fit the embedded model before PPO; no effect with --model
+    /// Steps of language modelling that fit the embedded model first; no effect with --model
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 300,
         help_heading = "Run")]
     pub lm_steps: usize,
@@ -307,6 +324,12 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 8,
         help_heading = "Rollout")]
     pub batch_size: usize,
+
+    /// Responses to each prompt; divides --batch-size [default: 1, or where --advantages compares the
+    /// responses to a prompt the largest that fits, at most 8]
+    #[arg(long, value_name = "N", value_parser = count, help_heading = "Rollout")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub group_size: Option<usize>,
 
     /// Longest response, in tokens
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 24,
@@ -374,13 +397,19 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing_eos_penalty: Option<f64>,
 
-    /// KL coefficient: the weight of the KL penalty in the reward
+    /// KL coefficient: the weight of the KL in the reward or the loss
     #[arg(long, value_name = "X", default_value_t = 0.05, help_heading = "KL penalty")]
     pub kl_coef: f64,
 
-    /// Per-token KL estimator, of d = logp - ref_logp
-    #[arg(long, value_enum, default_value_t = KlEstimator::K1, help_heading = "KL penalty")]
-    pub kl_estimator: KlEstimator,
+    /// Where the KL goes [default: loss of grpo, else reward]
+    #[arg(long, value_enum, help_heading = "KL penalty")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_in: Option<KlPlacement>,
+
+    /// Per-token KL estimator, of d = logp - ref_logp [default: k1 in the reward, k3 in the loss]
+    #[arg(long, value_enum, help_heading = "KL penalty")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_estimator: Option<KlEstimator>,
 
     /// How the KL coefficient moves
     #[arg(long, value_enum, default_value_t = KlControllerKind::Constant,
@@ -395,7 +424,12 @@ pub struct Settings {
     #[arg(long, value_name = "N", default_value_t = 10000.0, help_heading = "KL penalty")]
     pub kl_horizon: f64,
 
-    /// Discount factor, in [0, 1]
+    /// Estimator of the advantages [default: that of --algorithm; gae of ppo]
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Advantages")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advantages: Option<AdvantageEstimator>,
+
+    /// Discount factor, in [0, 1], of gae and reinforce++
     #[arg(long, value_name = "X", default_value_t = 1.0, help_heading = "Advantages")]
     pub gamma: f64,
 
@@ -403,10 +437,12 @@ pub struct Settings {
     #[arg(long, value_name = "X", default_value_t = 0.95, help_heading = "Advantages")]
     pub lambda: f64,
 
-    /// Whiten the advantages over the batch
+    /// Whiten the advantages over the batch [default: true of gae, reinforce++ and
+    /// reinforce++-baseline, else false]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
-        action = clap::ArgAction::Set, default_value_t = true, help_heading = "Advantages")]
-    pub whiten_advantages: bool,
+        action = clap::ArgAction::Set, help_heading = "Advantages")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub whiten_advantages: Option<bool>,
 
     /// Divide the rewards by their standard deviation over the batch
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
@@ -421,10 +457,16 @@ pub struct Settings {
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 4, help_heading = "Loss")]
     pub minibatch_size: usize,
 
-    /// Policy loss, one of the family's
-    #[arg(long, value_name = "NAME", default_value = "ppo",
+    /// Parts of a minibatch whose gradients are added up, which bounds the memory; divides
+    /// --minibatch-size
+    #[arg(long, value_name = "N", value_parser = count, default_value_t = 1, help_heading = "Loss")]
+    pub gradient_accumulation: usize,
+
+    /// Policy loss, one of the family's [default: that of --algorithm; ppo of ppo and reinforce++]
+    #[arg(long, value_name = "NAME",
         value_parser = PossibleValuesParser::new(PpoLossOptions::NAMES), help_heading = "Loss")]
-    pub loss: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<String>,
 
     /// Clip range of the probability ratio: 1 - X to 1 + X [default: the loss's own; 0.2 of ppo]
     #[arg(long, value_name = "X", help_heading = "Loss")]
@@ -476,7 +518,7 @@ pub struct Settings {
     /// How the per-token losses become one number: token-mean, the mean over all tokens of the
     /// minibatch; seq-mean-token-sum and seq-mean-token-mean, the mean over responses of the sum or
     /// mean over each response's tokens; seq-mean-token-sum-norm, the sum over all tokens divided by
-    /// the padded response length, and seq-mean-token-sum-norm-rows, by that and the responses;
+    /// the rollout's longest response, and seq-mean-token-sum-norm-rows, by that and the responses;
     /// batch-mean-token-sum and batch-mean-token-mean, as those with seq, but over empty responses too;
     /// or constant:X, divided by X [default: the loss's own; token-mean of ppo]
     #[arg(long, value_name = "NAME", help_heading = "Loss")]
@@ -516,7 +558,7 @@ pub struct Settings {
     #[arg(long, value_name = "X", default_value_t = 0.0, help_heading = "Optimiser")]
     pub weight_decay: f64,
 
-    /// PPO steps over which the learning rates rise linearly from 0
+    /// Steps over which the learning rates rise linearly from 0
     #[arg(long, value_name = "N", value_parser = count, default_value_t = 0,
         help_heading = "Optimiser")]
     pub warmup_steps: usize,
@@ -709,15 +751,22 @@ impl<S: RunSettings> ConfigArgs<S> {
 }
 
 impl Settings {
-    /// The folder of the reward model that the critic starts from, if it does.
+    /// The folder of the reward model that the critic starts from, if there is a critic and it does.
     pub fn critic_dir(&self) -> Option<&Path> {
         match (&self.reward, self.critic_from) {
-            (RewardKind::Model(dir), None | Some(CriticFrom::Reward)) => Some(dir),
+            (RewardKind::Model(dir), None | Some(CriticFrom::Reward)) => {
+                self.estimator().has_critic().then_some(dir)
+            }
             _ => None,
         }
     }
 
     adapters_of_settings!();
+
+    /// Responses that the models read at once.
+    pub fn part_size(&self) -> usize {
+        self.minibatch_size / self.gradient_accumulation
+    }
 
     /// How the rollout draws tokens.
     pub fn sampling(&self) -> Sampling {
@@ -729,14 +778,18 @@ impl Settings {
         }
     }
 
-    /// Options of the loss.
+    /// Options of the loss, but for the coefficient of its KL term, which may move during the run.
     ///
     /// # Errors
     /// If there is no loss of that name.
     pub fn loss_options(&self) -> Result<PpoLossOptions> {
-        let named = PpoLossOptions::of(&self.loss)?;
+        let named = PpoLossOptions::of(self.loss())?;
         // Its own upper range goes with its own lower one.
         let own_high = named.clip_range_high.filter(|_| self.clip_range.is_none());
+        let kl = match self.kl_placement() {
+            KlPlacement::Loss => KlOptions { estimator: self.kl_estimator(), ..named.kl },
+            KlPlacement::Reward => named.kl,
+        };
         Ok(PpoLossOptions {
             clip_range: self.clip_range.unwrap_or(named.clip_range),
             clip_range_high: self.clip_range_high.or(own_high),
@@ -744,9 +797,50 @@ impl Settings {
             value_clip_range: Some(self.value_clip_range),
             value_coef: self.value_coef,
             entropy_coef: self.entropy_coef,
+            kl,
             aggregation: self.aggregation.unwrap_or(named.aggregation),
             ..named
         })
+    }
+
+    fn validate_groups(&self) -> Result<()> {
+        let (batch_size, group_size) = (self.batch_size, self.group_size());
+        let estimator = self.estimator();
+        at_least_one("--group-size", group_size)?;
+        ensure!(
+            batch_size.is_multiple_of(group_size),
+            "--group-size is {group_size}, expected a divisor of --batch-size {batch_size}"
+        );
+        ensure!(
+            group_size > 1 || estimator.outcome().is_none(),
+            "--group-size is 1 (of --batch-size {batch_size}), expected at least 2 with --advantages \
+             {}, which compares the responses to a prompt",
+            name(estimator)
+        );
+        ensure!(
+            estimator != AdvantageEstimator::MaxRl
+                || self.kl_placement() == KlPlacement::Loss
+                || self.kl_coef == 0.0,
+            "--advantages max_rl is for rewards of 0 and above, and the KL makes them less; add \
+             --kl-in loss or --kl-coef 0"
+        );
+        Ok(())
+    }
+
+    /// Refuses settings of a critic where there is none.
+    fn validate_critic(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
+        let estimator = self.estimator();
+        for key in
+            ["critic_from", "lambda", "value_coef", "value_clip_range", "value_learning_rate"]
+        {
+            ensure!(
+                estimator.has_critic() || !given(key),
+                "{} has no effect with --advantages {}, which has no critic; add --advantages gae",
+                flag_of(key),
+                name(estimator)
+            );
+        }
+        Ok(())
     }
 
     /// Options of the correction, if there is one.
@@ -781,6 +875,7 @@ impl RunSettings for Settings {
         at_least_one("--steps", self.steps)?;
         valid_batch_size(self.batch_size)?;
         at_least_one("--minibatch-size", self.minibatch_size)?;
+        at_least_one("--gradient-accumulation", self.gradient_accumulation)?;
         at_least_one("--ppo-epochs", self.ppo_epochs)?;
         at_least_one("--max-new-tokens", self.max_new_tokens)?;
         at_least_one("--reward-length", self.reward_length)?;
@@ -790,6 +885,13 @@ impl RunSettings for Settings {
             self.minibatch_size,
             self.batch_size
         );
+        ensure!(
+            self.minibatch_size.is_multiple_of(self.gradient_accumulation),
+            "--gradient-accumulation is {}, expected a divisor of --minibatch-size {}",
+            self.gradient_accumulation,
+            self.minibatch_size
+        );
+        self.validate_groups()?;
         valid_seed(self.seed)?;
 
         for (flag, value) in [
@@ -818,6 +920,7 @@ impl RunSettings for Settings {
         }
         in_range("--gamma", Some(self.gamma), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
         in_range("--lambda", Some(self.lambda), |x| (0.0..=1.0).contains(&x), "in [0, 1]")?;
+        in_range("--held-out", Some(self.held_out), |x| x > 0.0 && x < 1.0, "in (0, 1)")?;
         in_range("--top-p", Some(self.top_p), |x| x > 0.0 && x <= 1.0, "in (0, 1]")?;
         // A larger share of the horizon in one step could turn the coefficient's sign.
         ensure!(
@@ -834,7 +937,7 @@ impl RunSettings for Settings {
         ensure!(
             self.dual_clip.is_none() || loss.surrogate == Surrogate::Clip,
             "--dual-clip goes with a clipped ratio, which --loss {} has not",
-            self.loss
+            self.loss()
         );
         ensure!(
             self.correction.is_some() || self.correction_cap.is_none(),
@@ -863,6 +966,7 @@ impl RunSettings for Settings {
             self.score_scaling || !self.score_norm,
             "--score-norm has no effect without --score-scaling"
         );
+        self.validate_critic(&|key| key == "critic_from" && self.critic_from.is_some())?;
         ensure!(
             self.critic_from != Some(CriticFrom::Reward) || self.critic_dir().is_some(),
             "--critic-from reward has no model with --reward {}; add --reward model:DIR",
@@ -877,6 +981,18 @@ impl RunSettings for Settings {
 
     fn check_given(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
         check_lora_given(self.lora_rank, given)?;
+        self.validate_critic(given)?;
+        ensure!(
+            self.eval_every > 0 || !given("held_out"),
+            "--held-out has no effect without --eval-every"
+        );
+        let estimator = self.estimator();
+        ensure!(
+            estimator.outcome().is_none() || !given("gamma"),
+            "--gamma has no effect with --advantages {}, which scores whole responses; add \
+             --advantages reinforce++ or gae",
+            name(estimator)
+        );
         for (key, needs) in [
             ("reward_length", RewardKind::Length),
             ("reward_pattern", RewardKind::Regex),

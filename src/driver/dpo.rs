@@ -52,9 +52,10 @@ impl Objective for Dpo<'_> {
         let logp = sequences.logp(self.policy)?;
         let reference = self.reference.as_ref();
         let ref_logp = reference.map(|reference| sequences.logp(reference)).transpose()?;
+        let offsets = sequences.offsets()?;
         let inputs = PreferenceInputs {
             ref_logp: ref_logp.as_ref(),
-            mask: Some(&sequences.mask),
+            offsets: Some(&offsets),
             ..PreferenceInputs::new(&logp)
         };
         let PreferenceOutput { loss, stats, .. } = preference_loss(&inputs, &self.options)?;
@@ -96,7 +97,7 @@ pub fn run(settings: &DpoSettings, stop: &AtomicBool, progress: &Progress) -> Re
     let context = model.decoder.config().max_position_embeddings;
     let pairs = examples::encode_preferences(&preferences, &model.tokenizer, context)?;
     let tuning = settings.tuning();
-    let rows = tuning::split(pairs.len(), &tuning)?;
+    let rows = tuning::split(pairs.len(), tuning.held_out, tuning.seed)?;
     let showcase = Showcase::new(
         settings.prompts.as_ref(),
         &model,

@@ -174,7 +174,7 @@ impl Answered {
         for answers in &self.answers {
             let sequences = Sequences::from(&answers.generation);
             let ratios = (sequences.logp(&policy)? - sequences.logp(&reference)?)?;
-            all.extend(ratios.sum(1)?.to_vec1::<f32>()?);
+            all.extend(sequences.sums(&ratios)?);
         }
         Ok(all)
     }

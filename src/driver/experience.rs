@@ -3,38 +3,43 @@
 //! ```text
 //! old_logp             policy      as it sampled, at the sampling temperature
 //! ref_logp             reference   as the policy was before the run
-//! values               critic      of the state before each token
+//! values               critic      of the state before each token, where there is a critic
 //! kl                   = estimate of KL(policy || reference), per token; what is reported is k1's
-//! rewards              = -kl_coef kl, plus the score, scaled and clipped, at the response's last token
-//! advantages, returns  = GAE over the rewards; the advantages are then whitened over the batch
+//! rewards              = the score, scaled and clipped, at the response's last token, less kl_coef kl
+//!                        where the KL is in the reward
+//! advantages, returns  = GAE over the rewards, or without a critic what is made of the rewards of a
+//!                        response and of the others to its prompt; then whitened over the batch, if wanted
 //! weights              = the correction of the probabilities with which the tokens were drawn, if wanted
 //! ```
 
-use anyhow::Result;
-use candle_core::Tensor;
+use anyhow::{ensure, Result};
+use candle_core::{DType, Tensor};
 use serde_json::{json, Map, Value};
 
-use super::config::Settings;
+use super::config::{AdvantageEstimator, KlPlacement, Settings};
 use super::model::{Critic, Decoder};
 use super::rollout::Rollout;
 use super::sequences::Sequences;
+use crate::advantages::{outcome_advantages, AdvantageInputs, AdvantageStats};
 use crate::correction::{correction, CorrectionInputs, CorrectionOutput, CorrectionStats};
 use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping, ScoreScale};
 use crate::kl::{token_kl, KlEstimator, KlOptions};
+use crate::moments::RunningMoments;
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
 
-/// What the update needs of a rollout; all tensors f32 `[B, R]`, without gradient.
+/// What the update needs of a rollout; all tensors f32 `[N]`, the tokens of the responses one behind the
+/// other, without gradient.
 pub struct Experience {
     /// Prompts with responses.
     pub sequences: Sequences,
     /// Log-probabilities under the policy that sampled.
     pub old_logp: Tensor,
-    /// The critic's values at that time.
-    pub values: Tensor,
     /// Advantages, whitened if the settings say so.
     pub advantages: Tensor,
-    /// Targets of the critic.
-    pub returns: Tensor,
+    /// What the critic learns from, if there is one.
+    pub critic: Option<CriticExperience>,
+    /// The KL term of the loss, if the KL goes there.
+    pub kl_term: Option<KlTerm>,
     /// Importance weights of the tokens, with a correction.
     pub weights: Option<Tensor>,
     /// KL of each response to the reference, in nats: the sum of ln(p / p_reference) over its tokens,
@@ -44,10 +49,26 @@ pub struct Experience {
     pub metrics: Map<String, Value>,
 }
 
+/// What a critic learns from.
+pub struct CriticExperience {
+    /// Its values at the time of the rollout.
+    pub values: Tensor,
+    /// Its targets.
+    pub returns: Tensor,
+}
+
+/// A KL term of the loss.
+pub struct KlTerm {
+    /// Its weight.
+    pub coef: f64,
+    /// Log-probabilities under the reference.
+    pub ref_logp: Tensor,
+}
+
 /// How the rewards of a step are made.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Shaping {
-    /// Weight of the KL penalty.
+    /// Weight of the KL, in the reward or the loss.
     pub kl_coef: f64,
     /// What the scores are scaled by, if they are.
     pub score_scale: Option<ScoreScale>,
@@ -59,13 +80,13 @@ impl Experience {
         rollout: &Rollout,
         policy: &Decoder,
         reference: &Decoder,
-        critic: &Critic,
+        critic: Option<&Critic>,
         shaping: &Shaping,
         settings: &Settings,
     ) -> Result<Self> {
         let kl_coef = shaping.kl_coef;
         let sequences = Sequences::from(&rollout.answers.generation);
-        let chunk = settings.minibatch_size;
+        let chunk = settings.part_size();
         let logp = |decoder: &Decoder| {
             in_chunks(&sequences, chunk, |some| {
                 Ok(some.logp_and_entropy(decoder, settings.temperature)?.0)
@@ -73,31 +94,37 @@ impl Experience {
         };
         let old_logp = logp(&policy.no_grad())?;
         let ref_logp = logp(reference)?;
-        let critic = critic.no_grad();
-        let values = in_chunks(&sequences, chunk, |some| some.values(&critic))?;
+        let values = match critic.map(Critic::no_grad) {
+            Some(critic) => Some(in_chunks(&sequences, chunk, |some| some.values(&critic))?),
+            None => None,
+        };
 
         let token_kl = |estimator| {
             let options = KlOptions { estimator, ..KlOptions::default() };
-            token_kl(&old_logp, &ref_logp, Some(&sequences.mask), &options)
+            token_kl(&old_logp, &ref_logp, None, &options)
         };
-        let penalty = token_kl(settings.kl_estimator)?;
-        let shaped = estimate(rollout, &sequences.mask, &values, &penalty, shaping, settings)?;
-        let Estimate { advantages, returns, rewards } = shaped;
+        let estimated = token_kl(settings.kl_estimator())?;
+        let penalty = Some(&estimated).filter(|_| settings.kl_placement() == KlPlacement::Reward);
+        let mut metrics = response_metrics(rollout);
+        let shaped = estimate(rollout, &sequences, values.as_ref(), penalty, shaping, settings)?;
+        let Estimate { advantages, returns, rewards, metrics: of_groups } = shaped;
+        metrics.extend(of_groups);
 
         // The only estimator whose sum over a response is one of the responses' KL, by which runs with
         // different penalties compare, and to which --kl-target refers.
-        let k1 = match settings.kl_estimator {
-            KlEstimator::K1 => penalty.clone(),
+        let k1 = match settings.kl_estimator() {
+            KlEstimator::K1 => estimated.clone(),
             _ => token_kl(KlEstimator::K1)?,
         };
-        let kl: Vec<f32> = k1.sum(1)?.to_vec1()?;
-        let mut metrics = response_metrics(rollout);
+        let kl = sequences.sums(&k1)?;
         let weights = match settings.correction_options()? {
             Some(options) => {
                 let rollout_logp = &rollout.answers.generation.logp;
-                let mask = Some(&sequences.mask);
-                let inputs =
-                    CorrectionInputs { mask, ..CorrectionInputs::new(&old_logp, rollout_logp) };
+                let offsets = sequences.offsets()?;
+                let inputs = CorrectionInputs {
+                    offsets: Some(&offsets),
+                    ..CorrectionInputs::new(&old_logp, rollout_logp)
+                };
                 let CorrectionOutput { weights, stats, .. } = correction(&inputs, &options)?;
                 metrics.extend(correction_metrics(&stats.to_host()?));
                 Some(weights)
@@ -107,21 +134,30 @@ impl Experience {
         let mut put = |name: String, value: f64| metrics.insert(name, json!(value));
         put("objective/kl".into(), mean(&kl));
         put("objective/kl_coef".into(), kl_coef);
+        let mean_of_sums = |per_token: &Tensor| anyhow::Ok(mean(&sequences.sums(per_token)?));
         put("objective/entropy".into(), -mean_of_sums(&old_logp)?);
         put("objective/rlhf_reward".into(), mean_of_sums(&rewards)?);
-        put("objective/non_score_reward".into(), -kl_coef * mean_of_sums(&penalty)?);
+        let penalised = penalty.map_or(Ok(0.0), mean_of_sums)?;
+        put("objective/non_score_reward".into(), -kl_coef * penalised);
         if let Some(scale) = shaping.score_scale {
             put("objective/score_std".into(), scale.std);
         }
-        for (name, tensor) in
-            [("values", &values), ("returns", &returns), ("advantages", &advantages)]
-        {
-            let kept = kept(tensor, &sequences.mask)?;
-            put(format!("critic/{name}/mean"), mean(&kept));
-            put(format!("critic/{name}/min"), extreme(&kept, f32::min));
-            put(format!("critic/{name}/max"), extreme(&kept, f32::max));
+        let critic = values.map(|values| CriticExperience { values, returns });
+        if let Some(CriticExperience { values, returns }) = &critic {
+            for (name, tensor) in
+                [("values", values), ("returns", returns), ("advantages", &advantages)]
+            {
+                let all: Vec<f32> = tensor.to_vec1()?;
+                put(format!("critic/{name}/mean"), mean(&all));
+                put(format!("critic/{name}/min"), extreme(&all, f32::min));
+                put(format!("critic/{name}/max"), extreme(&all, f32::max));
+            }
         }
-        Ok(Self { sequences, old_logp, values, advantages, returns, weights, kl, metrics })
+        let kl_term = match settings.kl_placement() {
+            KlPlacement::Loss => Some(KlTerm { coef: kl_coef, ref_logp }),
+            KlPlacement::Reward => None,
+        };
+        Ok(Self { sequences, old_logp, advantages, critic, kl_term, weights, kl, metrics })
     }
 }
 
@@ -130,27 +166,35 @@ struct Estimate {
     returns: Tensor,
     /// As shaped, before any whitening.
     rewards: Tensor,
+    /// Of the groups, where they are compared.
+    metrics: Map<String, Value>,
 }
 
-/// Shapes the rewards, runs GAE over them, and whitens.
+/// Shapes the rewards, makes advantages of them, and whitens.
 fn estimate(
     rollout: &Rollout,
-    mask: &Tensor,
-    values: &Tensor,
-    kl: &Tensor,
+    sequences: &Sequences,
+    values: Option<&Tensor>,
+    kl: Option<&Tensor>,
     shaping: &Shaping,
     settings: &Settings,
 ) -> Result<Estimate> {
-    let scores = Tensor::new(rollout.scores.as_slice(), mask.device())?;
+    let device = sequences.ids.device();
+    let (tokens, offsets) = (sequences.count_tokens(), sequences.offsets()?);
+    let scores = Tensor::new(rollout.scores.as_slice(), device)?;
     let has_eos: Vec<u8> =
         rollout.answers.generation.finished.iter().map(|&f| u8::from(f)).collect();
-    let has_eos = Tensor::new(has_eos, mask.device())?;
-    let plain = GaeInputs { mask: Some(mask), ..GaeInputs::new(values) };
-    let shaped =
-        GaeInputs { kl: Some(kl), scores: Some(&scores), has_eos: Some(&has_eos), ..plain };
+    let has_eos = Tensor::new(has_eos, device)?;
+    let estimator = settings.estimator();
+    let outcome = estimator.outcome();
+    // Without a critic the returns are sums of the rewards to come, those of a response undiscounted.
+    let zeros = Tensor::zeros(tokens, DType::F32, device)?;
+    let (values, lambda) = values.map_or((&zeros, 1.0), |values| (values, settings.lambda));
+    let gamma = if outcome.is_none() { settings.gamma } else { 1.0 };
+    let plain = GaeInputs { offsets: Some(&offsets), ..GaeInputs::new(values) };
+    let shaped = GaeInputs { kl, scores: Some(&scores), has_eos: Some(&has_eos), ..plain };
 
-    let options =
-        GaeOptions { gamma: settings.gamma, lambda: settings.lambda, ..GaeOptions::default() };
+    let options = GaeOptions { gamma, lambda, ..GaeOptions::default() };
     let missing_eos = settings.missing_eos_penalty.map_or(MissingEos::Keep, MissingEos::Subtract);
     let shaping = RewardShaping {
         kl_coef: shaping.kl_coef,
@@ -164,40 +208,84 @@ fn estimate(
     let rewards = out.rewards.clone();
 
     // One token alone has no variance to whiten by.
-    let tokens: usize = rollout.answers.generation.responses.iter().map(Vec::len).sum();
     let can_whiten = tokens > 1;
-    let GaeOutput { advantages, returns, moments, .. } = if settings.whiten_rewards && can_whiten {
-        let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
-        let scaled = masked_whiten(&rewards, Some(mask), &scaling)?;
-        gae(&GaeInputs { rewards: Some(&scaled), ..plain }, &options)?
-    } else {
-        out
-    };
-    let advantages = if settings.whiten_advantages && can_whiten {
-        masked_whiten_with(&advantages, Some(mask), &moments, &WhitenOptions::default())?
-    } else {
-        advantages
-    };
-    Ok(Estimate { advantages, returns, rewards })
+    let GaeOutput { mut advantages, returns, moments, .. } =
+        if settings.whiten_rewards && can_whiten {
+            let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
+            let scaled = masked_whiten(&rewards, None, &scaling)?;
+            gae(&GaeInputs { rewards: Some(&scaled), ..plain }, &options)?
+        } else {
+            out
+        };
+    let mut moments = Some(moments);
+    let mut metrics = Map::new();
+    if let Some(options) = outcome {
+        let scores = returns.index_select(&sequences.first_tokens()?, 0)?;
+        let lengths = Tensor::new(response_lengths(rollout), device)?;
+        let mask = Tensor::ones(tokens, DType::U8, device)?;
+        let inputs = AdvantageInputs {
+            lengths: Some(&lengths),
+            mask: Some(&mask),
+            offsets: Some(&offsets),
+            ..AdvantageInputs::new(&scores)
+        };
+        let group_size = settings.group_size();
+        let out = outcome_advantages(&inputs, group_size, &options)?;
+        let scores: Vec<f32> = scores.to_vec1()?;
+        if estimator == AdvantageEstimator::MaxRl {
+            let least = scores.iter().copied().fold(f32::INFINITY, f32::min);
+            ensure!(
+                least >= 0.0,
+                "--advantages max_rl is for rewards of 0 and above, and a response has {least}"
+            );
+        }
+        metrics = group_metrics(&scores, group_size, &out.stats.to_host()?);
+        advantages = out.token_advantages.expect("there is a mask");
+        moments = None;
+    }
+    if settings.whiten_advantages() && can_whiten {
+        let options = WhitenOptions::default();
+        advantages = match moments {
+            Some(moments) => masked_whiten_with(&advantages, None, &moments, &options)?,
+            None => masked_whiten(&advantages, None, &options)?,
+        };
+    }
+    Ok(Estimate { advantages, returns, rewards, metrics })
+}
+
+/// How the responses to a prompt differ; as TRL calls it.
+fn group_metrics(rewards: &[f32], group_size: usize, stats: &AdvantageStats) -> Map<String, Value> {
+    let stds =
+        rewards.chunks(group_size).map(|group| RunningMoments::new().update(group).std(true));
+    let groups = rewards.len() / group_size;
+    named([
+        ("reward", stats.score_mean),
+        ("reward_std", stds.sum::<f64>() / groups as f64),
+        ("frac_reward_zero_std", stats.zero_std_fraction),
+    ])
 }
 
 fn response_metrics(rollout: &Rollout) -> Map<String, Value> {
     let generation = &rollout.answers.generation;
-    let lengths: Vec<f32> = generation.responses.iter().map(|r| r.len() as f32).collect();
+    let lengths = response_lengths(rollout);
     let num_eos = generation.finished.iter().filter(|&&finished| finished).count();
     let cut = 1.0 - num_eos as f64 / lengths.len() as f64;
-    let all = [
+    named([
         ("objective/scores", mean(&rollout.scores)),
         ("val/num_eos_tokens", num_eos as f64),
         ("response_length/mean", mean(&lengths)),
         ("response_length/clip_ratio", cut),
-    ];
-    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+    ])
+}
+
+/// In tokens.
+fn response_lengths(rollout: &Rollout) -> Vec<f32> {
+    rollout.answers.generation.responses.iter().map(|response| response.len() as f32).collect()
 }
 
 /// How the rollout differs from the policy, and what the weights are; as verl and NeMo-RL call them.
 fn correction_metrics(stats: &CorrectionStats) -> Map<String, Value> {
-    let all = [
+    named([
         ("rollout_corr/kl", -stats.log_ratio_sum / stats.tokens),
         ("rollout_corr/k3_kl", stats.k3_sum / stats.tokens),
         ("rollout_corr/log_ratio_abs_max", stats.log_ratio_abs_max),
@@ -205,8 +293,12 @@ fn correction_metrics(stats: &CorrectionStats) -> Map<String, Value> {
         ("rollout_corr/rollout_is_max", stats.weight_max),
         ("rollout_corr/rollout_is_eff_sample_size", stats.ess),
         ("rollout_corr/rejected", stats.rejected_tokens / stats.tokens),
-    ];
-    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+    ])
+}
+
+/// Metrics by their names.
+pub(super) fn named<const N: usize>(metrics: [(&str, f64); N]) -> Map<String, Value> {
+    metrics.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
 }
 
 /// Evaluates `size` sequences at a time, which bounds the memory of logits and activations.
@@ -220,18 +312,6 @@ fn in_chunks(
         .map(|rows| evaluate(&sequences.select(rows)?))
         .collect::<Result<_>>()?;
     Ok(Tensor::cat(&parts, 0)?)
-}
-
-/// The unmasked elements.
-pub(super) fn kept(tensor: &Tensor, mask: &Tensor) -> Result<Vec<f32>> {
-    let all: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
-    let mask: Vec<u8> = mask.flatten_all()?.to_vec1()?;
-    Ok(all.into_iter().zip(mask).filter(|&(_, keep)| keep != 0).map(|(x, _)| x).collect())
-}
-
-/// The mean over sequences of the sums over tokens of a tensor that is 0 where masked.
-fn mean_of_sums(per_token: &Tensor) -> Result<f64> {
-    Ok(mean(&per_token.sum(1)?.to_vec1()?))
 }
 
 /// The mean of f32 values, in f64.

@@ -54,10 +54,8 @@ pub struct Generation {
     pub pads: Vec<usize>,
     /// `P`, the longest prompt.
     pub prompt_len: usize,
-    /// u8 `[B, R]`: 1 for the tokens of the response, its eos included.
-    pub mask: Tensor,
-    /// f32 `[B, R]`: logarithm of the probability with which each token of the response was drawn,
-    /// after temperature, top-k and top-p; 0 behind the response.
+    /// f32 `[N]`, of the responses one behind the other: logarithm of the probability with which each token
+    /// was drawn, after temperature, top-k and top-p.
     pub logp: Tensor,
     /// The responses without padding, their eos included.
     pub responses: Vec<Vec<u32>>,
@@ -122,10 +120,6 @@ pub fn generate(
     }
 
     let response_len = rows[0].len() - prompt_len;
-    let mask: Vec<u8> = (lengths.iter())
-        .flat_map(|&len| (0..response_len).map(move |t| u8::from(t < len)))
-        .collect();
-    logps.iter_mut().for_each(|logps| logps.resize(response_len, 0.0));
     let responses = (rows.iter().zip(&lengths))
         .map(|(row, len)| row[prompt_len..prompt_len + len].to_vec())
         .collect();
@@ -133,8 +127,7 @@ pub fn generate(
         ids: Tensor::from_vec(rows.concat(), (batch, prompt_len + response_len), device)?,
         pads,
         prompt_len,
-        mask: Tensor::from_vec(mask, (batch, response_len), device)?,
-        logp: Tensor::from_vec(logps.concat(), (batch, response_len), device)?,
+        logp: Tensor::new(logps.concat(), device)?,
         responses,
         finished,
     })

@@ -1,12 +1,12 @@
 //! The training program, and an example of how the crate is used: language models trained with nothing
 //! of the crate but its public functions.
 //!
-//! PPO is `ppo-kernels train`:
+//! PPO is `ppo-kernels train`, and with `--algorithm` GRPO, RLOO and REINFORCE++:
 //!
 //! | phase | module | ops |
 //! |---|---|---|
 //! | sample a response to each prompt and score it | [`rollout`] | - |
-//! | log-probabilities, KL, values, advantages | [`experience`] | `logprob`, `kl`, `gae`, `whiten` |
+//! | log-probabilities, KL, values, advantages | [`experience`] | `logprob`, `kl`, `gae`, `advantages`, `whiten` |
 //! | clipped gradient steps in minibatches | [`update`] | `logprob`, `ppo_loss` |
 //!
 //! [`trainer`] does the three in a row, step by step; [`train`] is the whole run. The others learn from

@@ -25,7 +25,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::checkpoint::Position;
-use super::config::RunSettings;
+use super::config::{RunSettings, Settings};
 
 pub(super) const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
@@ -290,12 +290,28 @@ impl Column {
     }
 }
 
-/// The columns of `train`.
-pub const PPO_COLUMNS: [Column; 11] = [
+/// The columns of `train`, with those of prompts held out, of groups that are compared and of a critic
+/// where there are any.
+pub fn train_columns(settings: &Settings) -> Vec<Column> {
+    let wanted = |column: &Column| match column.metric {
+        HELD_OUT => settings.eval_every > 0,
+        ZERO_STD => settings.estimator().outcome().is_some(),
+        VALUE_LOSS => settings.estimator().has_critic(),
+        _ => true,
+    };
+    TRAIN_COLUMNS.into_iter().filter(wanted).collect()
+}
+
+const HELD_OUT: &str = "eval/scores";
+const ZERO_STD: &str = "frac_reward_zero_std";
+const VALUE_LOSS: &str = "loss/value_avg";
+const TRAIN_COLUMNS: [Column; 13] = [
     Column::new("score", "objective/scores", 8, 3),
+    Column::new("held out", HELD_OUT, 8, 3),
+    Column::new("zero std", ZERO_STD, 8, 3),
     Column::new("kl", "objective/kl", 8, 3),
     Column::new("policy loss", "loss/policy_avg", 12, 4),
-    Column::new("value loss", "loss/value_avg", 11, 4),
+    Column::new("value loss", VALUE_LOSS, 11, 4),
     Column::new("clipped", "policy/clipfrac_avg", 8, 3),
     Column::new("entropy", "objective/entropy", 8, 3),
     Column::new("tokens/s", "perf/throughput", 9, 0),

@@ -102,7 +102,7 @@ pub fn run(settings: &RewardModelSettings, stop: &AtomicBool, progress: &Progres
     let context = decoder.config().max_position_embeddings;
     let pairs = examples::encode_preferences(&preferences, &tokenizer, context)?;
     let tuning = settings.tuning();
-    let rows = tuning::split(pairs.len(), &tuning)?;
+    let rows = tuning::split(pairs.len(), tuning.held_out, tuning.seed)?;
     let Some(mut session) = Session::begin(settings, progress, stop, start)? else {
         return Ok(());
     };

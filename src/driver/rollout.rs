@@ -9,6 +9,7 @@ use super::generate::{generate, Generation, Sampling};
 use super::model::Decoder;
 use super::reward::{Reward, Sample};
 use super::tokenizer::Tokenizer;
+use super::tuning;
 
 /// A prompt as text and as tokens.
 #[derive(Debug, Clone)]
@@ -22,6 +23,7 @@ pub struct Prompt {
 /// The prompts of the run, drawn in random order, each once before any comes again.
 pub struct Prompts {
     all: Vec<Prompt>,
+    held_out: Vec<Prompt>,
     order: Vec<usize>,
 }
 
@@ -50,7 +52,26 @@ impl Prompts {
         };
         let all =
             texts.into_iter().map(Into::into).enumerate().map(encode).collect::<Result<_>>()?;
-        Ok(Self { all, order: Vec::new() })
+        Ok(Self { all, held_out: Vec::new(), order: Vec::new() })
+    }
+
+    /// Holds out a share of the prompts, drawn by the seed: these are not drawn any more.
+    ///
+    /// # Errors
+    /// If that is none of them, or all; names `--held-out`.
+    pub fn hold_out(&mut self, share: f64, seed: u64) -> Result<()> {
+        let len = self.all.len();
+        let (mut kept, held_out) = tuning::split(len, share, seed)?;
+        ensure!(!held_out.is_empty(), "--held-out is {share}, which is none of {len} prompts");
+        kept.sort_unstable();
+        let of = |rows: &[usize]| rows.iter().map(|&row| self.all[row].clone()).collect();
+        (self.all, self.held_out) = (of(&kept), of(&held_out));
+        Ok(())
+    }
+
+    /// The prompts that are held out.
+    pub fn held_out(&self) -> &[Prompt] {
+        &self.held_out
     }
 
     /// The prompts that are left before all come again, the next one at the end.

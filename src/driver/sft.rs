@@ -40,7 +40,7 @@ impl Objective for Sft<'_> {
     fn loss(&self, rows: &[usize]) -> Result<Loss> {
         let examples: Vec<&Example> = rows.iter().map(|&row| &self.examples[row]).collect();
         let sequences = Sequences::of(&examples, self.pad, self.decoder.device())?;
-        let count: usize = examples.iter().map(|example| example.response.len()).sum();
+        let count = sequences.count_tokens();
         let logp = sequences.logp(self.decoder)?;
         let loss = (logp.sum_all()? * (-1.0 / count as f64))?.to_dtype(DType::F32)?;
         Ok(Loss { loss, count, metrics: Vec::new() })
@@ -68,7 +68,7 @@ pub fn run(settings: &SftSettings, stop: &AtomicBool, progress: &Progress) -> Re
     let context = model.decoder.config().max_position_embeddings;
     let examples = examples::encode_demonstrations(&demonstrations, &model.tokenizer, context)?;
     let tuning = settings.tuning();
-    let rows = tuning::split(examples.len(), &tuning)?;
+    let rows = tuning::split(examples.len(), tuning.held_out, tuning.seed)?;
     let showcase = Showcase::new(
         settings.prompts.as_ref(),
         &model,

@@ -11,11 +11,12 @@ use super::embedded;
 use super::load::{check_adapter_base, load_reward, save_critic, save_trained, Loaded};
 use super::model::Critic;
 use super::prompts;
-use super::report::{Progress, PPO_COLUMNS};
+use super::report::{train_columns, Progress};
 use super::reward;
 use super::rollout::{Prompts, Sampler};
 use super::session::{open_model, Session, SHOWN};
 use super::trainer::{Step, Trainer};
+use super::tuning::measures;
 
 /// Trains as the settings say. Once `stop` is set, the run ends after the current step, with
 /// everything written; a run that has not begun by then leaves nothing.
@@ -37,10 +38,13 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
         open_model(settings.model.as_deref(), settings.seed, &device)?;
     let context = policy.config().max_position_embeddings.min(reward.context(&tokenizer)?);
     let prompts = Prompts::new(texts, &tokenizer, context, settings.max_new_tokens);
-    let prompts = match &settings.model {
+    let mut prompts = match &settings.model {
         Some(_) => prompts?,
         None => prompts.context("the embedded model knows few words; --model names another")?,
     };
+    if settings.eval_every > 0 {
+        prompts.hold_out(settings.held_out, settings.seed)?;
+    }
     let Some(mut session) = Session::begin(settings, progress, stop, start)? else {
         return Ok(());
     };
@@ -51,15 +55,17 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
 
     let sampler = Sampler { tokenizer, sampling: settings.sampling(), reward };
     let critic = match settings.critic_dir() {
-        Some(dir) => load_reward(dir, &device)?.critic,
+        _ if !settings.estimator().has_critic() => None,
+        Some(dir) => Some(load_reward(dir, &device)?.critic),
         // Where only adapters learn, the two networks share the rest.
-        None if settings.lora().is_some() => Critic::new(policy.no_grad(), settings.seed)?,
-        None => Critic::new(policy.duplicate()?, settings.seed)?,
+        None if settings.lora().is_some() => Some(Critic::new(policy.no_grad(), settings.seed)?),
+        None => Some(Critic::new(policy.duplicate()?, settings.seed)?),
     };
     let (policy, critic) = match settings.lora() {
-        Some(lora) => {
-            (policy.with_lora(lora.clone(), settings.seed)?, critic.with_lora(lora, settings.seed)?)
-        }
+        Some(lora) => (
+            policy.with_lora(lora.clone(), settings.seed)?,
+            critic.map(|critic| critic.with_lora(lora, settings.seed)).transpose()?,
+        ),
         None => (policy, critic),
     };
     let mut trainer = Trainer::new(policy, critic, sampler, prompts, settings)?;
@@ -74,7 +80,7 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
     session.save(trained, |weights| {
         let (policy, tokenizer) = (&trainer.learner.policy, &trainer.sampler.tokenizer);
         save_trained(weights, policy, tokenizer, settings.adapter_base())?;
-        save_critic(weights, &trainer.learner.critic)
+        trainer.learner.critic.as_ref().map_or(Ok(()), |critic| save_critic(weights, critic))
     })?;
     let after = trainer.show(SHOWN)?;
     session.show("after", &after.answers, Some(&after.scores));
@@ -85,7 +91,8 @@ pub fn run(settings: &Settings, stop: &AtomicBool, progress: &Progress) -> Resul
 /// All steps that are left, or those until the run is stopped; the steps that were made.
 fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> Result<usize> {
     let progress = session.progress;
-    let mut table = progress.table(&PPO_COLUMNS);
+    let columns = train_columns(settings);
+    let mut table = progress.table(&columns);
     let tokens = settings.batch_size * settings.max_new_tokens;
     let minibatches = trainer.learner.steps(settings.batch_size);
     let mut skipped = 0;
@@ -103,8 +110,12 @@ fn train(trainer: &mut Trainer, settings: &Settings, session: &mut Session) -> R
         };
         let done = trainer.step(&mut on_token, &mut on_minibatch);
         drop((rollout_bar, update_bar));
-        let Step { rollout, kl, metrics, skipped: now } =
+        let Step { rollout, kl, mut metrics, skipped: now } =
             done.with_context(|| format!("step {number}"))?;
+        if settings.eval_every > 0 && measures(number, settings.steps, settings.eval_every) {
+            let held_out = trainer.evaluate();
+            metrics.extend(held_out.with_context(|| format!("--eval-every after step {number}"))?);
+        }
         session.run.metrics(number, &metrics)?;
         session.record(number, &rollout.answers, Some(&rollout.scores), Some(&kl))?;
         table.step(number, settings.steps, &metrics);

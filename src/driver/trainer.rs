@@ -1,5 +1,6 @@
-//! PPO, one step at a time: rollout, experience, update.
+//! PPO and its relatives, one step at a time: rollout, experience, update.
 
+use std::iter::repeat_n;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -12,7 +13,7 @@ use serde_json::{json, Map, Value};
 
 use super::checkpoint::{Fingerprint, Resumable, Tensors};
 use super::config::{KlControllerKind, LrScheduleKind, Settings};
-use super::experience::{mean, Experience, Shaping};
+use super::experience::{mean, named, Experience, Shaping};
 use super::kl_controller::KlController;
 use super::model::{Critic, Decoder};
 use super::optim::Schedule;
@@ -23,7 +24,7 @@ use crate::moments::{Moments, RunningMoments};
 
 /// The state of a run.
 pub struct Trainer {
-    /// Policy and critic.
+    /// Policy, and the critic if there is one.
     pub learner: Learner,
     /// Tokenizer, sampling and reward.
     pub sampler: Sampler,
@@ -46,7 +47,7 @@ pub struct TrainerState {
     steps: usize,
     rng: ChaCha12Rng,
     prompts_left: Vec<usize>,
-    optimizer_steps: [usize; 2],
+    optimizer_steps: usize,
     kl_coef: f64,
     /// Count, mean and sum of squares of the scores so far.
     scores: [f64; 3],
@@ -67,11 +68,11 @@ pub struct Step {
 }
 
 impl Trainer {
-    /// Starts from `policy`, of which the reference is a frozen copy, and `critic`. The settings must
-    /// be valid.
+    /// Starts from `policy`, of which the reference is a frozen copy, and `critic`, where the settings
+    /// ask for one. The settings must be valid.
     pub fn new(
         policy: Decoder,
-        critic: Critic,
+        critic: Option<Critic>,
         sampler: Sampler,
         prompts: Prompts,
         settings: &Settings,
@@ -114,7 +115,9 @@ impl Trainer {
         let mut watch = Stopwatch::start();
         let step = self.steps;
         let batch_size = self.settings.batch_size;
-        let prompts = self.prompts.draw(batch_size, &mut self.rng);
+        let group_size = self.settings.group_size();
+        let drawn = self.prompts.draw(batch_size / group_size, &mut self.rng);
+        let prompts = drawn.into_iter().flat_map(|prompt| repeat_n(prompt, group_size)).collect();
         let rollout =
             self.sampler.answer(&self.learner.policy, prompts, &mut self.rng, on_token)?;
         watch.lap("rollout");
@@ -131,7 +134,7 @@ impl Trainer {
             &rollout,
             policy,
             &self.reference,
-            critic,
+            critic.as_ref(),
             &shaping,
             &self.settings,
         )?;
@@ -171,6 +174,18 @@ impl Trainer {
         let prompts = self.prompts.first(count).to_vec();
         let mut rng = StdRng::seed_from_u64(self.settings.seed);
         self.sampler.answer(&self.learner.policy, prompts, &mut rng, &mut |_| {})
+    }
+
+    /// Scores of the policy's answers to the prompts held out, with the same chances at each call.
+    pub fn evaluate(&mut self) -> Result<Map<String, Value>> {
+        let mut rng = StdRng::seed_from_u64(self.settings.seed);
+        let mut scores = Vec::new();
+        for some in self.prompts.held_out().chunks(self.settings.batch_size) {
+            let policy = &self.learner.policy;
+            let rollout = self.sampler.answer(policy, some.to_vec(), &mut rng, &mut |_| {})?;
+            scores.extend(rollout.scores);
+        }
+        Ok(named([("eval/scores", mean(&scores))]))
     }
 
     fn rate(&self, peak: f64, step: usize) -> f64 {

@@ -241,16 +241,20 @@ fn named<'a>(prefix: &str, values: impl IntoIterator<Item = (&'a str, f64)>) -> 
 ///
 /// # Errors
 /// If nothing is left to learn from; names `--held-out`.
-pub fn split(len: usize, tuning: &Tuning) -> Result<(Vec<usize>, Vec<usize>)> {
+pub fn split(len: usize, share: f64, seed: u64) -> Result<(Vec<usize>, Vec<usize>)> {
     let mut rows: Vec<usize> = (0..len).collect();
-    rows.shuffle(&mut StdRng::seed_from_u64(tuning.seed));
-    let held_out = rows.split_off(len - (tuning.held_out * len as f64).round() as usize);
+    rows.shuffle(&mut StdRng::seed_from_u64(seed));
+    let held_out = rows.split_off(len - (share * len as f64).round() as usize);
     ensure!(
         !rows.is_empty(),
-        "--held-out is {}, which leaves none of {len} examples to learn from",
-        tuning.held_out
+        "--held-out is {share}, which leaves none of {len} examples to learn from"
     );
     Ok((rows, held_out))
+}
+
+/// Whether what is held out is measured after a step: the first, the last, and one of so many.
+pub fn measures(step: usize, steps: usize, every: usize) -> bool {
+    step == 1 || step == steps || step.is_multiple_of(every)
 }
 
 /// The whole training, with bar, lines, metrics and checkpoints, until it is over or the run is stopped; the
@@ -273,7 +277,7 @@ pub fn train(
     while !session.ends_at(course.step, &course)? {
         let Learned { step, skipped: now, mut metrics } = course.step()?;
         bar.inc(1);
-        let shown = step == 1 || step == steps || step.is_multiple_of(tuning.eval_every);
+        let shown = measures(step, steps, tuning.eval_every);
         if shown {
             metrics.extend(evaluate(objective, held_out, tuning.batch_size)?);
         }

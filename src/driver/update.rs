@@ -1,21 +1,24 @@
 //! The third phase of a step: several passes of clipped gradient steps over the experience, in
-//! shuffled minibatches. Policy and critic share one loss and one backward pass, and have an
-//! optimiser, a learning rate and a gradient norm each.
+//! shuffled minibatches. Policy and critic, if there is one, share one loss and one backward pass, and
+//! have an optimiser, a learning rate and a gradient norm each.
 
 use anyhow::Result;
+use candle_core::backprop::GradStore;
 use candle_core::Tensor;
 use rand::seq::SliceRandom;
 use rand::Rng;
-use serde_json::{json, Map, Value};
+use serde_json::{Map, Value};
 
 use super::checkpoint::{prefixed, Tensors};
 use super::config::Settings;
-use super::experience::{kept, Experience};
+use super::experience::{named, Experience};
 use super::model::{Critic, Decoder};
 use super::optim::Optimizer;
-use super::sequences::select_rows;
+use super::sequences::Sequences;
 use crate::moments::{Moments, RunningMoments};
-use crate::ppo_loss::{ppo_loss, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats};
+use crate::ppo_loss::{
+    ppo_loss, Aggregation, PpoLossInputs, PpoLossOptions, PpoLossOutput, PpoStats,
+};
 
 /// Learning rates of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,22 +33,43 @@ pub struct Rates {
 pub struct Learner {
     /// The policy.
     pub policy: Decoder,
-    /// The critic.
-    pub critic: Critic,
+    /// The critic, if there is one.
+    pub critic: Option<Critic>,
     policy_optimizer: Optimizer,
-    value_optimizer: Optimizer,
+    value_optimizer: Option<Optimizer>,
     options: PpoLossOptions,
     epochs: usize,
     minibatch_size: usize,
+    /// Rows whose gradients are computed at once.
+    part_size: usize,
     temperature: f64,
 }
 
 /// What an optimiser step left behind.
 struct MinibatchStep {
-    stats: PpoStats,
-    fit: ValueFit,
+    of_loss: MinibatchStats,
     policy_norm: f64,
-    value_norm: f64,
+    value_norm: Option<f64>,
+}
+
+impl MinibatchStep {
+    /// Of a term of the loss, whose parts add up.
+    fn sum(&self, of: impl Fn(&PpoStats) -> f64) -> f64 {
+        self.of_loss.parts.iter().map(of).sum()
+    }
+
+    /// Of a mean over tokens.
+    fn over_tokens(&self, of: impl Fn(&PpoStats) -> f64) -> f64 {
+        self.sum(|part| of(part) * part.tokens) / self.sum(|part| part.tokens)
+    }
+}
+
+/// What there is to know of a minibatch's loss.
+pub struct MinibatchStats {
+    /// The statistics of its parts, whose losses add up.
+    pub parts: Vec<PpoStats>,
+    /// The fit of the critic's values.
+    pub fit: ValueFit,
 }
 
 /// How well the values fit the returns: what the explained variance is made of. That of several
@@ -57,9 +81,9 @@ pub struct ValueFit {
 }
 
 impl ValueFit {
-    /// The fit at the unmasked tokens; all are `[B, R]`.
-    fn new(values: &Tensor, returns: &Tensor, mask: &Tensor) -> Result<Self> {
-        let moments = |x: &Tensor| anyhow::Ok(RunningMoments::new().update(&kept(x, mask)?));
+    /// The fit at all tokens; both are `[N]`.
+    fn new(values: &Tensor, returns: &Tensor) -> Result<Self> {
+        let moments = |x: &Tensor| anyhow::Ok(RunningMoments::new().update(&x.to_vec1()?));
         let errors = (returns - values.detach())?;
         Ok(Self { returns: moments(returns)?, errors: moments(&errors)? })
     }
@@ -88,46 +112,53 @@ pub struct Update {
 }
 
 impl Learner {
-    /// For a trainable policy and critic.
-    pub fn new(policy: Decoder, critic: Critic, settings: &Settings) -> Result<Self> {
+    /// For a trainable policy, and a critic where the advantages are made of one.
+    pub fn new(policy: Decoder, critic: Option<Critic>, settings: &Settings) -> Result<Self> {
         let optimizer = |parameters: Vec<_>| {
             Optimizer::new(&parameters, settings.weight_decay, settings.max_grad_norm)
         };
         Ok(Self {
             policy_optimizer: optimizer(policy.parameters())?,
-            value_optimizer: optimizer(critic.parameters())?,
+            value_optimizer: critic.as_ref().map(|c| optimizer(c.parameters())).transpose()?,
             policy,
             critic,
             options: settings.loss_options()?,
             epochs: settings.ppo_epochs,
             minibatch_size: settings.minibatch_size,
+            part_size: settings.part_size(),
             temperature: settings.temperature,
         })
     }
 
-    /// Weights of both networks, and moments of their optimisers.
+    /// Weights of the networks, and moments of their optimisers.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
+        let value = self.critic.as_ref().map_or(Vec::new(), Critic::parameters);
+        let value_optimizer =
+            self.value_optimizer.as_ref().map(|optimizer| optimizer.tensors("value_optimizer."));
         prefixed("policy.", &self.policy.parameters())
-            .chain(prefixed("value.", &self.critic.parameters()))
+            .chain(prefixed("value.", &value))
             .chain(self.policy_optimizer.tensors("policy_optimizer."))
-            .chain(self.value_optimizer.tensors("value_optimizer."))
+            .chain(value_optimizer.unwrap_or_default())
             .collect()
     }
 
-    /// Optimiser steps so far, of policy and critic.
-    pub fn optimizer_steps(&self) -> [usize; 2] {
-        [self.policy_optimizer.steps(), self.value_optimizer.steps()]
+    /// Optimiser steps so far; policy and critic make theirs together.
+    pub fn optimizer_steps(&self) -> usize {
+        self.policy_optimizer.steps()
     }
 
     /// Goes on from such tensors after so many optimiser steps.
     ///
     /// # Errors
     /// If one is missing or of another shape.
-    pub fn restore(&mut self, [policy, value]: [usize; 2], tensors: &Tensors) -> Result<()> {
+    pub fn restore(&mut self, optimizer_steps: usize, tensors: &Tensors) -> Result<()> {
         tensors.set("policy.", &self.policy.parameters())?;
-        tensors.set("value.", &self.critic.parameters())?;
-        self.policy_optimizer.restore("policy_optimizer.", policy, tensors)?;
-        self.value_optimizer.restore("value_optimizer.", value, tensors)
+        self.policy_optimizer.restore("policy_optimizer.", optimizer_steps, tensors)?;
+        if let (Some(critic), Some(optimizer)) = (&self.critic, &mut self.value_optimizer) {
+            tensors.set("value.", &critic.parameters())?;
+            optimizer.restore("value_optimizer.", optimizer_steps, tensors)?;
+        }
+        Ok(())
     }
 
     /// Optimiser steps of one update of `batch_size` responses.
@@ -156,85 +187,164 @@ impl Learner {
                 on_minibatch();
             }
         }
-        Ok(Update { skipped, applied: taken.len(), metrics: metrics(&taken) })
+        let mut metrics = policy_metrics(&taken);
+        if self.critic.is_some() {
+            metrics.extend(critic_metrics(&taken));
+        }
+        if experience.kl_term.is_some() {
+            metrics
+                .extend(named([("loss/kl_avg", mean(&taken, |t| t.over_tokens(|s| s.kl_mean)))]));
+        }
+        Ok(Update { skipped, applied: taken.len(), metrics })
     }
 
-    /// One optimiser step of both networks, or none if it would not be finite.
+    /// One optimiser step of the networks, or none if it would not be finite.
     fn minibatch(
         &mut self,
         experience: &Experience,
         rows: &[usize],
         rates: Rates,
     ) -> Result<Option<MinibatchStep>> {
-        let (PpoLossOutput { loss, stats }, fit) = self.loss(experience, rows)?;
-        let stats = stats.to_host()?;
-        if !stats.loss.is_finite() {
+        let Some((mut grads, of_loss)) = self.gradients(experience, rows)? else {
             return Ok(None);
-        }
-        let mut grads = loss.backward()?;
-        drop(loss); // and with it the graph, before the optimiser's temporaries are made
+        };
         let policy_norm = self.policy_optimizer.grad_norm(&grads)?;
-        let value_norm = self.value_optimizer.grad_norm(&grads)?;
-        if !(policy_norm.is_finite() && value_norm.is_finite()) {
+        let value_norm = self
+            .value_optimizer
+            .as_ref()
+            .map(|optimizer| optimizer.grad_norm(&grads))
+            .transpose()?;
+        if !(policy_norm.is_finite() && value_norm.is_none_or(f64::is_finite)) {
             return Ok(None);
         }
         self.policy_optimizer.apply(&mut grads, policy_norm, rates.policy)?;
-        self.value_optimizer.apply(&mut grads, value_norm, rates.value)?;
-        Ok(Some(MinibatchStep { stats, fit, policy_norm, value_norm }))
+        if let (Some(optimizer), Some(norm)) = (&mut self.value_optimizer, value_norm) {
+            optimizer.apply(&mut grads, norm, rates.value)?;
+        }
+        Ok(Some(MinibatchStep { of_loss, policy_norm, value_norm }))
     }
 
-    /// The loss of these rows of the experience, with its graph into policy and critic, and the fit of
-    /// the critic's values.
+    /// The gradients of the loss of these rows of the experience, those of one part after the other
+    /// added up; none if the loss is not finite.
+    pub fn gradients(
+        &self,
+        experience: &Experience,
+        rows: &[usize],
+    ) -> Result<Option<(GradStore, MinibatchStats)>> {
+        let (mut sum, mut parts, mut fit) = (None::<GradStore>, Vec::new(), ValueFit::default());
+        for part in rows.chunks(self.part_size) {
+            let (PpoLossOutput { loss, stats }, of_part) = self.loss(experience, part, rows)?;
+            let stats = stats.to_host()?;
+            if !stats.loss.is_finite() {
+                return Ok(None);
+            }
+            let grads = loss.backward()?;
+            match &mut sum {
+                Some(sum) => sum.extend(grads)?,
+                None => sum = Some(grads),
+            }
+            parts.push(stats);
+            fit = fit.merge(of_part);
+        }
+        // The graph is gone before the optimiser's temporaries are made.
+        Ok(sum.map(|grads| (grads, MinibatchStats { parts, fit })))
+    }
+
+    /// The loss of these rows of the experience as a part of that of all rows of a minibatch, with its
+    /// graph into policy and critic, and the fit of the critic's values.
     pub fn loss(
         &self,
         experience: &Experience,
         rows: &[usize],
+        minibatch: &[usize],
     ) -> Result<(PpoLossOutput, ValueFit)> {
         let sequences = experience.sequences.select(rows)?;
-        let weights =
-            experience.weights.as_ref().map(|weights| select_rows(weights, rows)).transpose()?;
+        let offsets = sequences.offsets()?;
+        let tokens = experience.sequences.tokens_of(rows)?;
+        let select =
+            |tensor: Option<&Tensor>| tensor.map(|all| all.index_select(&tokens, 0)).transpose();
         let (logp, entropy) = sequences.logp_and_entropy(&self.policy, self.temperature)?;
-        let values = sequences.values(&self.critic)?;
-        let returns = select_rows(&experience.returns, rows)?;
+        let values = self.critic.as_ref().map(|critic| sequences.values(critic)).transpose()?;
+        let targets = experience.critic.as_ref();
+        let old_values = select(targets.map(|targets| &targets.values))?;
+        let returns = select(targets.map(|targets| &targets.returns))?;
+        let kl_term = experience.kl_term.as_ref();
+        let ref_logp = select(kl_term.map(|term| &term.ref_logp))?;
+        let weights = select(experience.weights.as_ref())?;
         let inputs = PpoLossInputs {
             logp: &logp,
-            old_logp: &select_rows(&experience.old_logp, rows)?,
-            advantages: &select_rows(&experience.advantages, rows)?,
-            values: Some(&values),
-            old_values: Some(&select_rows(&experience.values, rows)?),
-            returns: Some(&returns),
+            old_logp: &experience.old_logp.index_select(&tokens, 0)?,
+            advantages: &experience.advantages.index_select(&tokens, 0)?,
+            values: values.as_ref(),
+            old_values: old_values.as_ref(),
+            returns: returns.as_ref(),
             entropy: Some(&entropy),
-            ref_logp: None,
+            ref_logp: ref_logp.as_ref(),
             rollout_logp: None,
             weights: weights.as_ref(),
-            mask: Some(&sequences.mask),
-            offsets: None,
+            mask: None,
+            offsets: Some(&offsets),
         };
-        let fit = ValueFit::new(&values, &returns, &sequences.mask)?;
-        Ok((ppo_loss(&inputs, &self.options)?, fit))
+        let fit = match (&values, &returns) {
+            (Some(values), Some(returns)) => ValueFit::new(values, returns)?,
+            _ => ValueFit::default(),
+        };
+        let options = PpoLossOptions {
+            kl_coef: kl_term.map_or(0.0, |term| term.coef),
+            denominator: self.denominator(&experience.sequences, minibatch),
+            ..self.options
+        };
+        Ok((ppo_loss(&inputs, &options)?, fit))
+    }
+
+    /// What the loss of all rows of a minibatch is divided by, which a part of them cannot know; nor the
+    /// padded length, that of the longest response of the rollout.
+    fn denominator(&self, sequences: &Sequences, minibatch: &[usize]) -> Option<f64> {
+        let rows = minibatch.len() as f64;
+        let tokens = || minibatch.iter().map(|&row| sequences.lengths[row] as f64).sum();
+        let longest = || sequences.lengths.iter().max().copied().unwrap_or(0) as f64;
+        match self.options.aggregation {
+            Aggregation::TokenMean => Some(tokens()),
+            // No response is empty.
+            Aggregation::SeqMeanTokenSum
+            | Aggregation::SeqMeanTokenMean
+            | Aggregation::BatchMeanTokenSum
+            | Aggregation::BatchMeanTokenMean => Some(rows),
+            Aggregation::SeqMeanTokenSumNorm => Some(longest()),
+            Aggregation::SeqMeanTokenSumNormRows => Some(longest() * rows),
+            Aggregation::Constant(_) => None,
+        }
     }
 }
 
-fn metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
-    let mean =
-        |of: &dyn Fn(&MinibatchStep) -> f64| taken.iter().map(of).sum::<f64>() / taken.len() as f64;
-    let fit = taken.iter().map(|t| t.fit).fold(ValueFit::default(), ValueFit::merge);
-    let ratio = mean(&|t| t.stats.ratio_mean);
+/// The mean over the steps; NaN of none.
+fn mean(taken: &[MinibatchStep], of: impl Fn(&MinibatchStep) -> f64) -> f64 {
+    taken.iter().map(of).sum::<f64>() / taken.len() as f64
+}
+
+fn policy_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
+    let ratio = mean(taken, |t| t.over_tokens(|s| s.ratio_mean));
     // TRL's: the variance of the minibatches' means.
-    let squares = taken.iter().map(|t| (t.stats.ratio_mean - ratio).powi(2)).sum::<f64>();
+    let squares =
+        taken.iter().map(|t| (t.over_tokens(|s| s.ratio_mean) - ratio).powi(2)).sum::<f64>();
     let ratio_var = squares / (taken.len() as f64 - 1.0).max(1.0);
-    let all = [
-        ("loss/policy_avg", mean(&|t| t.stats.policy_loss)),
-        ("loss/value_avg", mean(&|t| t.stats.value_loss)),
-        ("policy/approxkl_avg", mean(&|t| t.stats.approx_kl_k2)),
-        ("policy/clipfrac_avg", mean(&|t| t.stats.clip_fraction)),
-        ("policy/entropy_avg", mean(&|t| t.stats.entropy_mean)),
-        ("val/clipfrac_avg", mean(&|t| t.stats.value_clip_fraction)),
+    named([
+        ("loss/policy_avg", mean(taken, |t| t.sum(|s| s.policy_loss))),
+        ("policy/approxkl_avg", mean(taken, |t| t.over_tokens(|s| s.approx_kl_k2))),
+        ("policy/clipfrac_avg", mean(taken, |t| t.over_tokens(|s| s.clip_fraction))),
+        ("policy/entropy_avg", mean(taken, |t| t.over_tokens(|s| s.entropy_mean))),
         ("val/ratio", ratio),
         ("val/ratio_var", ratio_var),
+        ("grad_norm/policy", mean(taken, |t| t.policy_norm)),
+    ])
+}
+
+fn critic_metrics(taken: &[MinibatchStep]) -> Map<String, Value> {
+    let fit = taken.iter().map(|t| t.of_loss.fit).fold(ValueFit::default(), ValueFit::merge);
+    named([
+        ("loss/value_avg", mean(taken, |t| t.sum(|s| s.value_loss))),
+        ("val/clipfrac_avg", mean(taken, |t| t.over_tokens(|s| s.value_clip_fraction))),
         ("val/explained_var", fit.explained_variance()),
-        ("grad_norm/policy", mean(&|t| t.policy_norm)),
-        ("grad_norm/value", mean(&|t| t.value_norm)),
-    ];
-    all.into_iter().map(|(name, value)| (name.to_owned(), json!(value))).collect()
+        ("grad_norm/value", mean(taken, |t| t.value_norm.unwrap_or(f64::NAN))),
+    ])
 }
