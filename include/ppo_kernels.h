@@ -2762,8 +2762,8 @@ const char *ppok_last_error(void);
 /**
  * The PPO loss from logits, with its statistics and the gradient of the logits, in one pass over them:
  * what ppok_logprob_forward_cpu(), ppok_ppo_loss_cpu() without values and ppok_logprob_backward_cpu()
- * do one after the other. Logits of masked tokens are not looked at. The gradient is for an upstream
- * gradient of 1.
+ * do one after the other. Where an option looks at a whole row (`ratio`, `off_policy_threshold`), the logits
+ * are read twice. Logits of masked tokens are not looked at. The gradient is for an upstream gradient of 1.
  */
 int32_t ppok_logits_ppo_loss_cpu(const struct ppok_logits_ppo_loss_args *args);
 

@@ -206,7 +206,7 @@ struct LogitsArgs {
     const uint8_t* mask;       // [rows, columns], or null: ones
     const int64_t* offsets;    // [rows + 1], or null: rows of as many columns
     const float* row_weights;  // [rows] of count, or null: all 1
-    void* grad_logits;         // [rows, columns, vocab]; may be the logits
+    void* grad_logits;         // [rows, columns, vocab]; may be the logits; null: for another pass
     Divisor divisor;
     double entropy_coef;       // not 0 only where the entropy is written
     double kl_coef;
@@ -1164,7 +1164,8 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
     if (threadIdx.x == 0) *unit = 1.0 / divisor;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const T* logits = static_cast<const T*>(args.forward.logits) + row * vocab;
-        T* grad_logits = static_cast<T*>(args.grad_logits) + row * vocab;
+        T* grad_logits = nullptr;
+        if (args.grad_logits) grad_logits = static_cast<T*>(args.grad_logits) + row * vocab;
         const bool aligned = misalignment(logits, 16) == 0 && misalignment(grad_logits, 16) == 0;
         const Kept kept = {aligned ? groups : nullptr, args.kept_groups};
         const Forward<T> forward(args.forward, kept);
@@ -1179,7 +1180,7 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
             const RowValues values =
                 reads ? forward.values(item, sums) : values_unread_of(item.target);
             forward.write(row, values);
-            *shared = known_of_row(args, row, item.target, values, *unit);
+            if (grad_logits) *shared = known_of_row(args, row, item.target, values, *unit);
         }
         // The next row begins while this one is written.
         const int64_t next = row + gridDim.x;
@@ -1189,6 +1190,7 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
             if (column < vocab) prefetch(logits + gridDim.x * vocab + column);
         }
         __syncthreads();
+        if (!grad_logits) continue;
         const Share share = {0, 1, int(threadIdx.x), int(blockDim.x)};
         write_gradient(logits, grad_logits, vocab, *shared, args.forward.inverse_temperature, share,
                        kept);

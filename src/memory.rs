@@ -367,7 +367,7 @@ impl<T> Copy for Pointer<T> {}
 
 impl<T> Pointer<T> {
     /// The pointer; any for an array without elements, which may have none.
-    fn new(address: *mut T) -> Self {
+    pub(crate) fn new(address: *mut T) -> Self {
         Self(NonNull::new(address).unwrap_or(NonNull::dangling()))
     }
 

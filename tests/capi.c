@@ -206,6 +206,20 @@ static void check_values(const function *f) {
     }
 }
 
+/* Of scores, which may have any but those that leave nothing between them. */
+static void check_score_bounds(const function *f, double *min, double *max) {
+    *min = INFINITY;
+    refuses(f, "score_min", "infinite", PPOK_STATUS_OPTION);
+    *min = 2.0;
+    *max = 1.0;
+    refuses(f, "score_max", "below score_min", PPOK_STATUS_OPTION);
+    *max = NAN;
+    refuses(f, "score_max", "not a number", PPOK_STATUS_OPTION);
+    *max = INFINITY;
+    accepts(f, "score_max", "infinite");
+    *min = -INFINITY;
+}
+
 static void check_structs(const function *f) {
     for (int i = 0; i < MOST && f->structs[i].name; i++) {
         const growing *g = &f->structs[i];
@@ -702,13 +716,12 @@ static void check_gae(void) {
                     {"lambda", &gae_options.lambda, -1.0},
                     {"value_lambda", &gae_options.value_lambda, -0.5},
                     {"kl_coef", &gae_options.kl_coef, -1.0},
-                    {"score_std", &gae_options.score_std, 0.0},
-                    {"score_min", &gae_options.score_min, INFINITY},
-                    {"score_max", &gae_options.score_max, NAN}},
+                    {"score_std", &gae_options.score_std, 0.0}},
         .structs = {{"args", &gae_args, sizeof ga},
                     {"options", (void **)&ga.options, sizeof gae_options}},
     };
     check(&f);
+    check_score_bounds(&f, &gae_options.score_min, &gae_options.score_max);
     CHECK(ga.moments->count == TOKENS - 1, "moments of %g", ga.moments->count);
     CHECK(ga.advantages[0] == 0.0f && ga.returns[0] == 0.0f, "a masked token");
 
@@ -822,14 +835,7 @@ static void check_advantages(void) {
     CHECK(args->token_advantages[2] == args->advantages[0], "a token");
     CHECK(args->stats->zero_std_fraction == 0.0, "groups of equal scores");
 
-    ad.settings.score_min = 2.0;
-    ad.settings.score_max = 1.0;
-    refuses(&f, "score_max", "below score_min", PPOK_STATUS_OPTION);
-    ad.settings.score_max = NAN;
-    refuses(&f, "score_max", "not a number", PPOK_STATUS_OPTION);
-    ad.settings.score_max = INFINITY;
-    accepts(&f, "score_max", "infinite");
-    ad.settings.score_min = -INFINITY;
+    check_score_bounds(&f, &ad.settings.score_min, &ad.settings.score_max);
     ad.settings.baseline = PPOK_ADVANTAGES_BASELINE_RUNNER_UP;
     args->group_size = 1;
     refuses(&f, "baseline", "the runner-up of one", PPOK_STATUS_OPTION);

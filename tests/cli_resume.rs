@@ -75,11 +75,20 @@ fn left_by(run: &Path) -> Left {
     let metrics = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let metrics = metrics.lines().map(|line| {
         let mut line: Map<String, Value> = serde_json::from_str(line).unwrap();
+        line.keys().for_each(|name| assert_described(name));
         line.retain(|key, _| !key.starts_with("timing_s/") && !key.starts_with("perf/"));
         line
     });
     let samples = fs::read_to_string(run.join("samples.jsonl")).unwrap();
     (weights, samples, metrics.collect())
+}
+
+/// A metric has a row of its own in the docs; one of the examples held out that of its name without `eval/`.
+#[track_caller]
+fn assert_described(metric: &str) {
+    let described = include_str!("../docs/metrics.md");
+    let names = [metric, metric.trim_start_matches("eval/")];
+    assert!(names.iter().any(|name| described.contains(&format!("`{name}`"))), "{metric}");
 }
 
 #[track_caller]

@@ -263,13 +263,14 @@ options!(ppok_ppo_loss_options, PpoLossOptions, OP, [], {
     kl_weighted => kl_weighted,
 });
 
-/// Bytes of the workspace of the loss, from logits or not.
+/// Bytes of the workspace of the loss, from logits or not, by its length.
 fn loss_workspace_size(
     memory: &Memory,
     options: *const ppok_ppo_loss_options,
     [batch, tokens]: [usize; 2],
+    len: fn(usize, usize, &PpoLossOptions) -> usize,
 ) -> Result<usize> {
-    let len = cuda::workspace_len(batch, tokens, &memory.options(options)?);
+    let len = len(batch, tokens, &memory.options(options)?);
     Ok(size_of::<f32>().saturating_mul(len))
 }
 
@@ -352,7 +353,8 @@ unsafe impl Pass for ppok_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        loss_workspace_size(memory, self.options, [self.batch, self.shape().count_tokens()])
+        let sizes = [self.batch, self.shape().count_tokens()];
+        loss_workspace_size(memory, self.options, sizes, cuda::workspace_len)
     }
 }
 
@@ -454,7 +456,8 @@ unsafe impl Pass for ppok_logits_ppo_loss_args {
     }
 
     fn workspace_size(&self, memory: &Memory) -> Result<usize> {
-        loss_workspace_size(memory, self.options, [self.batch, self.shape().count_tokens()])
+        let sizes = [self.batch, self.shape().count_tokens()];
+        loss_workspace_size(memory, self.options, sizes, cuda::logits_workspace_len)
     }
 }
 
@@ -572,8 +575,8 @@ pub unsafe extern "C" fn ppok_ppo_loss_cpu(args: *const ppok_ppo_loss_args) -> i
 
 /// The PPO loss from logits, with its statistics and the gradient of the logits, in one pass over them:
 /// what ppok_logprob_forward_cpu(), ppok_ppo_loss_cpu() without values and ppok_logprob_backward_cpu()
-/// do one after the other. Logits of masked tokens are not looked at. The gradient is for an upstream
-/// gradient of 1.
+/// do one after the other. Where an option looks at a whole row (`ratio`, `off_policy_threshold`), the logits
+/// are read twice. Logits of masked tokens are not looked at. The gradient is for an upstream gradient of 1.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_logits_ppo_loss_cpu(args: *const ppok_logits_ppo_loss_args) -> i32 {
     capi::cpu(args)

@@ -126,7 +126,8 @@ const CACHED_LOGITS: usize = 512 << 10;
 /// Loss, statistics and the logits' gradient, for an upstream gradient of 1, of `batch` rows of `seq_len`
 /// tokens, or with offsets, of `seq_len` in all, from their logits over `vocab` tokens: what [`logprob`](logprob::cpu) and [`ppo_loss`] give, of
 /// which the values have a loss of their own. Some rows of logits at a time are read twice, the second
-/// time from the cache. Logits of masked tokens are not read.
+/// time from the cache; where an option looks at a whole row, all of them twice from memory. Logits of masked
+/// tokens are not read.
 ///
 /// # Errors
 /// As [`ppo_loss`], and of [`logprob`](logprob::cpu::forward). Nothing is written then.
@@ -145,7 +146,6 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     inputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.check_entropy(options)?;
-    options.check_by_token()?;
     let LogitsInputs {
         logits,
         targets,
@@ -186,6 +186,43 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         *id = target;
     }
     let logprob_options = LogprobOptions { ignore_index: Some(IGNORED), ..*logprob_options };
+    let wants_entropy = options.entropy_coef != 0.0;
+    if options.needs_rows() {
+        let [mut max, mut log_sum, mut grad_logp, mut grad_entropy] =
+            [(); 4].map(|()| vec![0.0; tokens]);
+        let forward = logprob::cpu::ForwardInputs { logits, targets: &ids };
+        let outputs = logprob::cpu::ForwardOutputs {
+            entropy: entropy.as_deref_mut(),
+            max: Some(&mut max),
+            log_sum: Some(&mut log_sum),
+            ..logprob::cpu::ForwardOutputs::new(logp)
+        };
+        logprob::cpu::forward(forward, tokens, vocab, &logprob_options, outputs)?;
+        let inputs = Inputs {
+            entropy: entropy.as_deref(),
+            ref_logp,
+            rollout_logp,
+            weights,
+            mask,
+            offsets,
+            ..Inputs::new(logp, old_logp, advantages)
+        };
+        let outputs = Outputs {
+            loss,
+            grad_logp: Some(&mut grad_logp),
+            grad_entropy: entropy.is_some().then_some(&mut grad_entropy),
+            ..Outputs::new(stats)
+        };
+        ppo_loss(inputs, batch, seq_len, options, outputs)?;
+        let inputs = logprob::cpu::BackwardInputs {
+            entropy: entropy.as_deref(),
+            grad_logp: Some(&grad_logp),
+            grad_entropy: wants_entropy.then_some(&grad_entropy),
+            ..logprob::cpu::BackwardInputs::new(forward, &max, &log_sum)
+        };
+        let outputs = logprob::cpu::BackwardOutputs { grad_logits };
+        return logprob::cpu::backward(inputs, tokens, vocab, &logprob_options, outputs);
+    }
     let row_weights: Vec<f64> = match options.aggregation.has_row_weights() {
         true => (0..batch)
             .map(|row| {
@@ -200,7 +237,6 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let plain =
         PpoLossOptions { aggregation: Aggregation::Constant(1.0), denominator: None, ..*options };
     let at_once = CACHED_LOGITS / vocab.saturating_mul(size_of::<T>());
-    let wants_entropy = options.entropy_coef != 0.0;
     let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
     let logits = Rows { data: logits, width: vocab };
     let grads = RowsMut { data: grad_logits, width: vocab };

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::kl::cuda::TokenKl;
 use crate::kl::limit;
 use crate::logprob::cuda::{ForwardArgs, MOST_PARTS};
-use crate::logprob::{Columns, ForwardInputs, ForwardOutputs, LogprobOptions};
+use crate::logprob::{self, Columns, ForwardInputs, ForwardOutputs, LogprobOptions};
 use crate::memory::{
     in_space, Array, Element, Lengths, Nowhere, Pointer, Pointers, Reads, Space, Writes,
 };
@@ -107,6 +107,16 @@ pub fn workspace_len(batch: usize, tokens: usize, options: &PpoLossOptions) -> u
     sums.saturating_add(weights).saturating_add(terms)
 }
 
+/// The least length of the workspace of [`logits_ppo_loss`]: that of [`workspace_len`], and 16 bytes a token
+/// where something of a whole row is looked at.
+pub fn logits_workspace_len(batch: usize, tokens: usize, options: &PpoLossOptions) -> usize {
+    let kept = if options.needs_rows() { tokens.saturating_mul(KEPT_OF_TOKENS) } else { 0 };
+    workspace_len(batch, tokens, options).saturating_add(kept)
+}
+
+/// What is kept of a token between the passes over its logits: maximum, sum, and two gradients.
+const KEPT_OF_TOKENS: usize = 4;
+
 /// Elements of f32 of the workspace that a row's terms take.
 const ROW_TERMS: usize = size_of::<RowTerms>() / size_of::<f32>();
 
@@ -149,7 +159,10 @@ pub fn ppo_loss(
 /// The log-probabilities have the bits of [`logprob`](crate::logprob::cuda::forward)'s where a row has more
 /// than 4 KiB, and for shorter ones those of another order of additions.
 ///
-/// `workspace` is that of [`ppo_loss`].
+/// Where an option looks at a whole row, the logits are read twice, the second time when all
+/// log-probabilities are there.
+///
+/// `workspace` has [`logits_workspace_len`] elements or more, of any content.
 ///
 /// # Errors
 /// As [`ppo_loss`], and of [`logprob`](crate::logprob::cuda::forward).
@@ -175,7 +188,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     });
     let logp = logp.expect("given");
     let wanted = outputs.try_map((shape, vocab), &mut Lengths(OP))?;
-    Error::check_workspace(OP, workspace.len(), workspace_len(batch, tokens, options))?;
+    let needed = logits_workspace_len(batch, tokens, options);
+    Error::check_workspace(OP, workspace.len(), needed)?;
     let of_pass = Inputs {
         entropy,
         ref_logp: inputs.ref_logp,
@@ -186,7 +200,11 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         ..Inputs::new(logp, inputs.old_logp, inputs.advantages)
     };
     of_pass.check_given(options)?;
-    options.check_by_token()?;
+    // With options of whole rows all log-probabilities must be there before the first gradient: what of the
+    // tokens is kept in between, in the order of `KEPT_OF_TOKENS`.
+    let needs_rows = options.needs_rows();
+    let kept_at = workspace.as_mut_ptr().wrapping_add(workspace_len(batch, tokens, options));
+    let kept_of_tokens = |which: usize| kept_at.wrapping_add(which * tokens);
 
     let of_rows = of_pass.try_map(shape, &mut Lengths(OP))?;
     let counted = Counted::new(stream, &of_rows, shape, options, &workspace)?;
@@ -198,8 +216,14 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         let room = (device.shared_bytes as usize / at_once).saturating_sub(LOGITS_SHARED);
         let kept = vocab.saturating_mul(size_of::<T>()).min(room) / 16 * 16;
         let forward_inputs = ForwardInputs { logits: given.logits, targets: given.targets };
-        let forward_outputs =
-            ForwardOutputs { entropy: wanted.entropy, ..ForwardOutputs::new(wanted.logp) };
+        let [max, log_sum] =
+            [0, 1].map(|which| needs_rows.then(|| Pointer::new(kept_of_tokens(which))));
+        let forward_outputs = ForwardOutputs {
+            entropy: wanted.entropy,
+            max,
+            log_sum,
+            ..ForwardOutputs::new(wanted.logp)
+        };
         let args = LogitsArgs::<Pointers, T, I> {
             forward: ForwardArgs::new(
                 forward_inputs,
@@ -220,7 +244,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             mask: given.mask,
             offsets: given.offsets,
             row_weights: counted.row_weights,
-            grad_logits: wanted.grad_logits,
+            grad_logits: (!needs_rows).then_some(wanted.grad_logits),
             divisor: counted.divisor,
             entropy_coef: options.entropy_coef,
             kl_coef: options.kl_coef,
@@ -236,8 +260,27 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         let launch = Launch::new(device, blocks, rows.block_threads()).with_shared(kept);
         stream.launch(&Kernel { op: OP, pass: "from_logits", dtype: T::NAME }, launch, &args)?;
     }
-    let outputs = Outputs { loss: outputs.loss, ..Outputs::new(outputs.stats) };
-    pass(stream, of_pass, shape, options, outputs, &workspace, &counted)
+    let mut of_loss = Outputs { loss: outputs.loss, ..Outputs::new(outputs.stats) };
+    if !needs_rows {
+        return pass(stream, of_pass, shape, options, of_loss, &workspace, &counted);
+    }
+    let wants_entropy = options.entropy_coef != 0.0;
+    // SAFETY: parts of the workspace, which is as long, that nothing else uses.
+    let written = |which| unsafe { SliceMut::from_raw(kept_of_tokens(which), tokens) };
+    of_loss.grad_logp = Some(written(2));
+    of_loss.grad_entropy = wants_entropy.then(|| written(3));
+    pass(stream, of_pass, shape, options, of_loss, &workspace, &counted)?;
+    // SAFETY: outputs of launches before the one that reads them as inputs, on the same stream.
+    let known = |which| unsafe { Slice::from_raw(kept_of_tokens(which), tokens) };
+    let forward = logprob::cuda::ForwardInputs { logits: inputs.logits, targets: inputs.targets };
+    let of_backward = logprob::cuda::BackwardInputs {
+        entropy,
+        grad_logp: Some(known(2)),
+        grad_entropy: wants_entropy.then(|| known(3)),
+        ..logprob::cuda::BackwardInputs::new(forward, known(0), known(1))
+    };
+    let gradient = logprob::cuda::BackwardOutputs { grad_logits: outputs.grad_logits };
+    logprob::cuda::backward(stream, of_backward, tokens, vocab, logprob_options, gradient)
 }
 
 /// The pass over the tokens, and the merge of what its blocks found.
@@ -692,7 +735,7 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
     mask: Option<S::In<'a, u8>>,
     offsets: Option<S::In<'a, i64>>,
     row_weights: *const f32,
-    grad_logits: S::Out<'a, T>,
+    grad_logits: Option<S::Out<'a, T>>,
     divisor: Divisor,
     entropy_coef: f64,
     kl_coef: f64,

@@ -66,7 +66,8 @@
 //! targets in, the loss with its statistics and the logits' gradient out, for an upstream gradient of 1.
 //! They do what [`logprob`](crate::logprob), the loss without values and the backward pass of `logprob`
 //! do, but read the logits from memory once where the cache or a multiprocessor's shared memory holds
-//! them that long. Logits of masked tokens are not read. Options that look at a whole row are refused.
+//! them that long; twice where an option looks at a whole row, whose log-probabilities must all be there
+//! first. Logits of masked tokens are not read.
 //!
 //! [`log_ratio_clamp`]: PpoLossOptions::log_ratio_clamp
 

@@ -568,22 +568,6 @@ impl PpoLossOptions {
         }
     }
 
-    /// `Ok` when a token's terms depend on nothing of other tokens; the error says what to call instead.
-    pub(crate) fn check_by_token(&self) -> Result<()> {
-        const INSTEAD: &str = "for a loss from logits; with it call logprob and ppo_loss";
-        let refuse = |option, expected: &str, got: String| {
-            let expected = format!("{expected} {INSTEAD}");
-            Err(Error::Option { op: OP, option, expected, got })
-        };
-        if self.ratio != RatioLevel::Token {
-            return refuse("ratio", "Token", format!("{:?}", self.ratio));
-        }
-        match self.off_policy_threshold {
-            Some(threshold) => refuse("off_policy_threshold", "none", threshold.to_string()),
-            None => Ok(()),
-        }
-    }
-
     /// The bounds of the clipped ratio, or of the clipped log-ratio.
     pub(crate) fn ratio_bounds(&self) -> (f64, f64) {
         let (low, high) = (self.clip_range, self.clip_range_high.unwrap_or(self.clip_range));

@@ -4,7 +4,7 @@
 use ppo_kernels::cpu::Logit;
 use ppo_kernels::logprob::{self, LogprobOptions};
 use ppo_kernels::ppo_loss::{
-    reference, Aggregation, KlGradient, KlRatio, PpoLossOptions, PpoStats, RatioLevel,
+    reference, Aggregation, KlGradient, KlRatio, PpoLossOptions, PpoStats, Surrogate,
 };
 use rand::rngs::StdRng;
 use rand::Rng;
@@ -85,15 +85,17 @@ impl<T: Logit> Case<T> {
         if let Some(first) = mask.as_mut().and_then(|mask| mask.first_mut()) {
             *first = 1;
         }
-        // Every surrogate of tokens in turn.
-        let members = ["ppo", "cispo", "sapo", "reinforce", "dppo", "ppo", "vespo"];
-        let member = PpoLossOptions::of(members[number % 7]).unwrap();
+        // Every surrogate in turn, of tokens and of rows.
+        let members =
+            ["ppo", "cispo", "sapo", "reinforce", "dppo", "gspo", "vespo", "gmpo", "gspo_token"];
+        let member = PpoLossOptions::of(members[number % 9]).unwrap();
+        let is_clip = member.surrogate == Surrogate::Clip;
         let options = PpoLossOptions {
             aggregation,
             kl_coef: if ref_logp.is_some() { 0.1 } else { 0.0 },
             entropy_coef: if number % 4 == 2 { 0.05 } else { 0.0 },
-            dual_clip: number.is_multiple_of(7).then_some(1.2),
-            ratio: RatioLevel::Token,
+            dual_clip: (is_clip && number.is_multiple_of(2)).then_some(1.2),
+            off_policy_threshold: (number % 11 == 3).then_some(0.05),
             trust_region_low: 0.02,
             kl_gradient: if number % 4 == 1 { KlGradient::Reverse } else { KlGradient::Own },
             kl_ratio: if number % 4 == 3 { KlRatio::Term } else { KlRatio::None },
@@ -168,6 +170,20 @@ impl<T: Logit> Case<T> {
         let abs = 1e-5 * largest + if T::NAME == "f16" { 1e-7 } else { 0.0 };
         assert_close(&format!("{what}: gradient"), &wide(&found.grad_logits), &grad, rel, abs);
     }
+}
+
+/// Asserts that nothing is looked at of masked tokens; the case.
+pub fn masked(rng: &mut StdRng, number: usize, run: impl Fn(&Case<f32>) -> Found) -> Case<f32> {
+    let mut case = Case::<f32>::new(rng, [2, 3], 300, number);
+    let vocab = case.vocab;
+    case.mask = Some(vec![1, 0, 1, 1, 1, 0]);
+    for masked in [1, 5] {
+        case.logits[masked * vocab..][..vocab].fill(f32::NAN);
+        case.old_logp[masked] = f32::NAN;
+        case.targets[masked] = 1 << 40;
+    }
+    case.check("masked", &run(&case));
+    case
 }
 
 /// The shapes: rows of a warp's length, of a block's and of several parts, aligned and not; the last of
