@@ -162,14 +162,16 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let ranges = RowRanges::new(OP, seq_len, offsets)?;
     let (kept, rows) = count(mask, batch, ranges, options.aggregation);
     let divisor = options.divisor(kept, rows, [batch, ranges.longest(batch)])?;
+    // Without what comes of the logits.
     let given = Inputs {
-        entropy: entropy.as_deref(),
         ref_logp,
         rollout_logp,
         weights,
-        ..Inputs::new(logp, old_logp, advantages)
+        mask,
+        offsets,
+        ..Inputs::new(&[], old_logp, advantages)
     };
-    given.check_given(options)?;
+    Inputs { entropy: entropy.as_deref(), ..given }.check_given(options)?;
 
     // Masked tokens are rows to ignore, by an id that no other token has: the others are looked at first.
     const IGNORED: i64 = -1;
@@ -187,41 +189,21 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     }
     let logprob_options = LogprobOptions { ignore_index: Some(IGNORED), ..*logprob_options };
     let wants_entropy = options.entropy_coef != 0.0;
+    let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
+    let of_logits = OfLogits { vocab, options: &logprob_options, wants_entropy, non_temporal };
     if options.needs_rows() {
-        let [mut max, mut log_sum, mut grad_logp, mut grad_entropy] =
-            [(); 4].map(|()| vec![0.0; tokens]);
         let forward = logprob::cpu::ForwardInputs { logits, targets: &ids };
-        let outputs = logprob::cpu::ForwardOutputs {
-            entropy: entropy.as_deref_mut(),
-            max: Some(&mut max),
-            log_sum: Some(&mut log_sum),
-            ..logprob::cpu::ForwardOutputs::new(logp)
-        };
-        logprob::cpu::forward(forward, tokens, vocab, &logprob_options, outputs)?;
-        let inputs = Inputs {
-            entropy: entropy.as_deref(),
-            ref_logp,
-            rollout_logp,
-            weights,
-            mask,
-            offsets,
-            ..Inputs::new(logp, old_logp, advantages)
-        };
+        let mut kept = Kept::new(tokens);
+        of_logits.forward(forward, logp, entropy.as_deref_mut(), &mut kept)?;
+        let entropy = entropy.as_deref();
         let outputs = Outputs {
             loss,
-            grad_logp: Some(&mut grad_logp),
-            grad_entropy: entropy.is_some().then_some(&mut grad_entropy),
+            grad_logp: Some(&mut kept.grad_logp),
+            grad_entropy: wants_entropy.then_some(&mut kept.grad_entropy),
             ..Outputs::new(stats)
         };
-        ppo_loss(inputs, batch, seq_len, options, outputs)?;
-        let inputs = logprob::cpu::BackwardInputs {
-            entropy: entropy.as_deref(),
-            grad_logp: Some(&grad_logp),
-            grad_entropy: wants_entropy.then_some(&grad_entropy),
-            ..logprob::cpu::BackwardInputs::new(forward, &max, &log_sum)
-        };
-        let outputs = logprob::cpu::BackwardOutputs { grad_logits };
-        return logprob::cpu::backward(inputs, tokens, vocab, &logprob_options, outputs);
+        ppo_loss(Inputs { logp, entropy, ..given }, batch, seq_len, options, outputs)?;
+        return of_logits.backward(forward, entropy, &kept, grad_logits);
     }
     let row_weights: Vec<f64> = match options.aggregation.has_row_weights() {
         true => (0..batch)
@@ -237,24 +219,16 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let plain =
         PpoLossOptions { aggregation: Aggregation::Constant(1.0), denominator: None, ..*options };
     let at_once = CACHED_LOGITS / vocab.saturating_mul(size_of::<T>());
-    let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
     let logits = Rows { data: logits, width: vocab };
     let grads = RowsMut { data: grad_logits, width: vocab };
     let items = (logits, grads, &mut *logp, entropy.as_deref_mut());
     let rows = |first: usize, count: usize, items: (Rows<T>, RowsMut<T>, &mut [f32], _)| {
         let (logits, grads, logp, mut entropy): (_, _, _, Option<&mut [f32]>) = items;
         let range = first..first + count;
-        let [mut max, mut log_sum, mut grad_logp, mut grad_entropy] =
-            [(); 4].map(|()| vec![0.0; count]);
         let forward =
             logprob::cpu::ForwardInputs { logits: logits.data, targets: &ids[range.clone()] };
-        let outputs = logprob::cpu::ForwardOutputs {
-            entropy: entropy.as_deref_mut(),
-            max: Some(&mut max),
-            log_sum: Some(&mut log_sum),
-            ..logprob::cpu::ForwardOutputs::new(logp)
-        };
-        logprob::cpu::forward(forward, count, vocab, &logprob_options, outputs)?;
+        let mut kept = Kept::new(count);
+        of_logits.forward(forward, logp, entropy.as_deref_mut(), &mut kept)?;
 
         let mut stats = [PpoStats::from_array([0.0; PpoStats::LEN])];
         let part = Inputs {
@@ -266,45 +240,89 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             ..Inputs::new(logp, &old_logp[range.clone()], &advantages[range.clone()])
         };
         let outputs = Outputs {
-            grad_logp: Some(&mut grad_logp),
-            grad_entropy: wants_entropy.then_some(&mut grad_entropy),
+            grad_logp: Some(&mut kept.grad_logp),
+            grad_entropy: wants_entropy.then_some(&mut kept.grad_entropy),
             ..Outputs::new(&mut stats)
         };
         ppo_loss(part, 1, count, &plain, outputs)?;
         for (i, t) in range.enumerate() {
             let weight = if row_weights.is_empty() { 1.0 } else { row_weights[ranges.row_of(t)] };
-            grad_logp[i] = scaled(grad_logp[i], (weight / divisor) as f32);
-            grad_entropy[i] = scaled(grad_entropy[i], (weight / divisor) as f32);
+            for gradient in [&mut kept.grad_logp[i], &mut kept.grad_entropy[i]] {
+                *gradient = scaled(*gradient, (weight / divisor) as f32);
+            }
         }
-
-        let inputs = logprob::cpu::BackwardInputs {
-            entropy: entropy.as_deref(),
-            grad_logp: Some(&grad_logp),
-            grad_entropy: wants_entropy.then_some(&grad_entropy),
-            ..logprob::cpu::BackwardInputs::new(forward, &max, &log_sum)
-        };
-        let outputs = logprob::cpu::BackwardOutputs { grad_logits: grads.data };
-        logprob::cpu::backward_of_part(
-            inputs,
-            count,
-            Columns::all(vocab),
-            &logprob_options,
-            outputs,
-            non_temporal,
-        )
+        of_logits.backward(forward, entropy.as_deref(), &kept, grads.data)
     };
     // All is checked, and no row fails.
     reduce(tokens, at_once, items, rows, Result::and)?;
-    let inputs = Inputs {
-        entropy: entropy.as_deref(),
-        ref_logp,
-        rollout_logp,
-        weights,
-        mask,
-        offsets,
-        ..Inputs::new(logp, old_logp, advantages)
-    };
+    let inputs = Inputs { logp, entropy: entropy.as_deref(), ..given };
     ppo_loss(inputs, batch, seq_len, options, Outputs { loss, ..Outputs::new(stats) })
+}
+
+/// What is kept of tokens between the passes over their logits.
+struct Kept {
+    max: Vec<f32>,
+    log_sum: Vec<f32>,
+    grad_logp: Vec<f32>,
+    grad_entropy: Vec<f32>,
+}
+
+impl Kept {
+    fn new(tokens: usize) -> Self {
+        let [max, log_sum, grad_logp, grad_entropy] = [(); 4].map(|()| vec![0.0; tokens]);
+        Self { max, log_sum, grad_logp, grad_entropy }
+    }
+}
+
+/// The passes over the logits of some tokens, before and after their loss.
+struct OfLogits<'a> {
+    vocab: usize,
+    options: &'a LogprobOptions,
+    wants_entropy: bool,
+    non_temporal: bool,
+}
+
+impl OfLogits<'_> {
+    fn forward<T: Logit>(
+        &self,
+        inputs: logprob::cpu::ForwardInputs<T, i64>,
+        logp: &mut [f32],
+        entropy: Option<&mut [f32]>,
+        kept: &mut Kept,
+    ) -> Result<()> {
+        let tokens = logp.len();
+        let outputs = logprob::cpu::ForwardOutputs {
+            entropy,
+            max: Some(&mut kept.max),
+            log_sum: Some(&mut kept.log_sum),
+            ..logprob::cpu::ForwardOutputs::new(logp)
+        };
+        logprob::cpu::forward(inputs, tokens, self.vocab, self.options, outputs)
+    }
+
+    fn backward<'a, T: Logit>(
+        &self,
+        forward: logprob::cpu::ForwardInputs<'a, T, i64>,
+        entropy: Option<&'a [f32]>,
+        kept: &'a Kept,
+        grad_logits: &mut [T],
+    ) -> Result<()> {
+        let Kept { max, log_sum, grad_logp, grad_entropy } = kept;
+        let inputs = logprob::cpu::BackwardInputs {
+            entropy,
+            grad_logp: Some(grad_logp),
+            grad_entropy: self.wants_entropy.then_some(grad_entropy),
+            ..logprob::cpu::BackwardInputs::new(forward, max, log_sum)
+        };
+        logprob::cpu::backward_of_part(
+            inputs,
+            grad_logp.len(),
+            Columns::all(self.vocab),
+            self.options,
+            logprob::cpu::BackwardOutputs { grad_logits },
+            self.non_temporal,
+        )
+    }
 }
 
 /// Writes gradients of [`ppo_loss`] times `upstream`, the gradient of whatever came of the loss. A 0

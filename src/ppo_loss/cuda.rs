@@ -10,6 +10,7 @@
 //! the tokens; and one that adds up what its blocks found. Up to 4096 tokens take a single one, and those
 //! for rows.
 
+use std::array::from_fn;
 use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
@@ -201,10 +202,11 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     };
     of_pass.check_given(options)?;
     // With options of whole rows all log-probabilities must be there before the first gradient: what of the
-    // tokens is kept in between, in the order of `KEPT_OF_TOKENS`.
+    // tokens is kept in between.
     let needs_rows = options.needs_rows();
     let kept_at = workspace.as_mut_ptr().wrapping_add(workspace_len(batch, tokens, options));
-    let kept_of_tokens = |which: usize| kept_at.wrapping_add(which * tokens);
+    let kept: [_; KEPT_OF_TOKENS] = from_fn(|which| kept_at.wrapping_add(which * tokens));
+    let [max, log_sum, grad_logp, grad_entropy] = kept;
 
     let of_rows = of_pass.try_map(shape, &mut Lengths(OP))?;
     let counted = Counted::new(stream, &of_rows, shape, options, &workspace)?;
@@ -216,12 +218,10 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         let room = (device.shared_bytes as usize / at_once).saturating_sub(LOGITS_SHARED);
         let kept = vocab.saturating_mul(size_of::<T>()).min(room) / 16 * 16;
         let forward_inputs = ForwardInputs { logits: given.logits, targets: given.targets };
-        let [max, log_sum] =
-            [0, 1].map(|which| needs_rows.then(|| Pointer::new(kept_of_tokens(which))));
         let forward_outputs = ForwardOutputs {
             entropy: wanted.entropy,
-            max,
-            log_sum,
+            max: needs_rows.then(|| Pointer::new(max)),
+            log_sum: needs_rows.then(|| Pointer::new(log_sum)),
             ..ForwardOutputs::new(wanted.logp)
         };
         let args = LogitsArgs::<Pointers, T, I> {
@@ -266,18 +266,18 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     }
     let wants_entropy = options.entropy_coef != 0.0;
     // SAFETY: parts of the workspace, which is as long, that nothing else uses.
-    let written = |which| unsafe { SliceMut::from_raw(kept_of_tokens(which), tokens) };
-    of_loss.grad_logp = Some(written(2));
-    of_loss.grad_entropy = wants_entropy.then(|| written(3));
+    let written = |kept| unsafe { SliceMut::from_raw(kept, tokens) };
+    of_loss.grad_logp = Some(written(grad_logp));
+    of_loss.grad_entropy = wants_entropy.then(|| written(grad_entropy));
     pass(stream, of_pass, shape, options, of_loss, &workspace, &counted)?;
     // SAFETY: outputs of launches before the one that reads them as inputs, on the same stream.
-    let known = |which| unsafe { Slice::from_raw(kept_of_tokens(which), tokens) };
+    let known = |kept: *mut f32| unsafe { Slice::from_raw(kept, tokens) };
     let forward = logprob::cuda::ForwardInputs { logits: inputs.logits, targets: inputs.targets };
     let of_backward = logprob::cuda::BackwardInputs {
         entropy,
-        grad_logp: Some(known(2)),
-        grad_entropy: wants_entropy.then(|| known(3)),
-        ..logprob::cuda::BackwardInputs::new(forward, known(0), known(1))
+        grad_logp: Some(known(grad_logp)),
+        grad_entropy: wants_entropy.then(|| known(grad_entropy)),
+        ..logprob::cuda::BackwardInputs::new(forward, known(max), known(log_sum))
     };
     let gradient = logprob::cuda::BackwardOutputs { grad_logits: outputs.grad_logits };
     logprob::cuda::backward(stream, of_backward, tokens, vocab, logprob_options, gradient)
