@@ -291,7 +291,7 @@ impl Learner {
         };
         let options = PpoLossOptions {
             kl_coef: kl_term.map_or(0.0, |term| term.coef),
-            denominator: self.denominator(&experience.sequences, minibatch),
+            denominator: self.denominator(&experience.sequences, minibatch)?,
             ..self.options
         };
         Ok((ppo_loss(&inputs, &options)?, fit))
@@ -299,21 +299,15 @@ impl Learner {
 
     /// What the loss of all rows of a minibatch is divided by, which a part of them cannot know; nor the
     /// padded length, that of the longest response of the rollout.
-    fn denominator(&self, sequences: &Sequences, minibatch: &[usize]) -> Option<f64> {
-        let rows = minibatch.len() as f64;
-        let tokens = || minibatch.iter().map(|&row| sequences.lengths[row] as f64).sum();
-        let longest = || sequences.lengths.iter().max().copied().unwrap_or(0) as f64;
-        match self.options.aggregation {
-            Aggregation::TokenMean => Some(tokens()),
-            // No response is empty.
-            Aggregation::SeqMeanTokenSum
-            | Aggregation::SeqMeanTokenMean
-            | Aggregation::BatchMeanTokenSum
-            | Aggregation::BatchMeanTokenMean => Some(rows),
-            Aggregation::SeqMeanTokenSumNorm => Some(longest()),
-            Aggregation::SeqMeanTokenSumNormRows => Some(longest() * rows),
-            Aggregation::Constant(_) => None,
+    fn denominator(&self, sequences: &Sequences, minibatch: &[usize]) -> Result<Option<f64>> {
+        if let Aggregation::Constant(_) = self.options.aggregation {
+            return Ok(None);
         }
+        let tokens = minibatch.iter().map(|&row| sequences.lengths[row]).sum();
+        let longest = sequences.lengths.iter().max().copied().unwrap_or(0);
+        // No response is empty.
+        let rows = minibatch.len();
+        Ok(Some(self.options.divisor(tokens, rows, [rows, longest])?))
     }
 }
 
