@@ -10,7 +10,7 @@ import peers
 import pytest
 
 import ppo_kernels
-from ppo_kernels import adapters
+from ppo_kernels import adapters, patch
 
 # A function of each, and a call of it.
 CALLS = {
@@ -69,6 +69,10 @@ def test_without_the_variable_nothing_is_imported():
     program += "; print(sum(each is patch._Finder for each in finders), 'torch' in sys.modules)"
     assert run(program, None)[1].strip() == "0 False"
     assert run(program, "verl")[1].strip() == "1 False"
+
+
+def test_every_package_with_adapters_can_be_named():
+    assert set(patch.PACKAGES) == set(adapters.PARTS)
 
 
 def test_unknown_names_are_refused():

@@ -143,7 +143,7 @@ def _before(theirs: Callable, ours: Callable) -> Callable:
 
 # What is done to a module of a package once it is there, by the module's name.
 Part = Callable[[Patch, ModuleType], None]
-PARTS: dict[str, dict[str, Part]] = {"trl": {}, "verl": {}, "openrlhf": {}}
+PARTS: dict[str, dict[str, Part]] = {package: {} for package in TESTED}
 
 
 def _part(module: str) -> Callable[[Part], Part]:
