@@ -8,6 +8,8 @@ use super::gpu as backend;
 #[cfg(feature = "simt")]
 use super::simt as backend;
 
+#[cfg(feature = "simt")]
+pub use backend::goes_unseen;
 pub use backend::{Buffer, Order};
 
 /// The orders that every case runs in.

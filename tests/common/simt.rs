@@ -1,8 +1,10 @@
 //! Streams and device memory of the CPU stand-in.
 
 use std::alloc::{alloc_zeroed, dealloc, Layout};
+use std::panic::{catch_unwind, UnwindSafe};
 
 use ppo_kernels::cuda::{simt, Slice, SliceMut, Stream};
+use ppo_kernels::{Error, Result};
 
 pub use ppo_kernels::cuda::simt::Order;
 
@@ -10,6 +12,16 @@ use super::device::Machine;
 
 pub fn stream(Machine { order, device, planted_bug }: Machine) -> Stream<'static> {
     Stream::simt(simt::Machine { order, device, planted_bug })
+}
+
+/// Whether a planted bug goes unseen in a run. It is seen by a panic, of a comparison with a reference, or
+/// by a launch's report. A call that is refused sees nothing: the test is wrong.
+pub fn goes_unseen(run: impl FnOnce() -> Result<()> + UnwindSafe) -> bool {
+    match catch_unwind(run) {
+        Ok(Ok(())) => true,
+        Err(_) | Ok(Err(Error::CudaLaunch { .. })) => false,
+        Ok(Err(refused)) => panic!("{refused}"),
+    }
 }
 
 /// Elements that begin `offset` elements after a 16-byte boundary, and end where their allocation

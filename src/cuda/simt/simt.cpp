@@ -405,11 +405,15 @@ void start_block(unsigned index) {
     }
 }
 
+// A bug is planted in the kernels of one file; those of others that a call needs have none.
 const simt::Kernel* find(const char* variant, const char* name) {
+    const simt::Kernel* sound = nullptr;
     for (const simt::Kernel* k = kernels; k; k = k->next) {
-        if (!strcmp(k->variant, variant) && !strcmp(k->name, name)) return k;
+        if (strcmp(k->name, name)) continue;
+        if (!strcmp(k->variant, variant)) return k;
+        if (!*k->variant) sound = k;
     }
-    return nullptr;
+    return sound;
 }
 
 }  // namespace
