@@ -1579,6 +1579,24 @@ typedef struct ppok_ppo_loss_options {
      * Whether `weights` are a factor of the KL term too (DRO); 0 by default, or 1.
      */
     int32_t kl_weighted;
+    /**
+     * Whether the entropy bonus is the mean over the unmasked tokens, whatever `aggregation` and `denominator`
+     * are; 0 by default, or 1, and so are the next three.
+     */
+    int32_t entropy_own_mean;
+    /**
+     * Whether `advantages` are `[batch]`, one for all tokens of a row.
+     */
+    int32_t advantages_per_row;
+    /**
+     * Whether `weights` are `[batch]`, one for all tokens of a row.
+     */
+    int32_t weights_per_row;
+    /**
+     * Whether the statistics have the extremes over rows of the clip fractions, which takes another look at
+     * the tokens.
+     */
+    int32_t row_extremes;
 } ppok_ppo_loss_options;
 
 /**
@@ -1618,6 +1636,15 @@ typedef struct ppok_ppo_loss_stats {
      * Share of tokens that are clipped, as above, and do not have A > 0.
      */
     double clip_low_fraction;
+    /**
+     * Largest share of a row's tokens that are clipped and have A > 0, over rows with an unmasked token;
+     * NaN without `row_extremes`.
+     */
+    double clip_high_row_max;
+    /**
+     * Smallest share of a row's tokens that are clipped and do not have A > 0, likewise.
+     */
+    double clip_low_row_min;
     /**
      * Share of tokens outside the trust region.
      */
@@ -1730,7 +1757,8 @@ typedef struct ppok_logits_ppo_loss_args {
      */
     const float *old_logp;
     /**
-     * Advantages, already whitened if they are to be, `[batch, seq_len]`.
+     * Advantages, already whitened if they are to be, `[batch, seq_len]`, or `[batch]` with
+     * `advantages_per_row`.
      */
     const float *advantages;
     /**
@@ -1743,7 +1771,8 @@ typedef struct ppok_logits_ppo_loss_args {
      */
     const float *rollout_logp;
     /**
-     * Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+     * Factors of the policy term, `[batch, seq_len]`, or `[batch]` with `weights_per_row`, 0 or above; null if
+     * all are 1.
      */
     const float *weights;
     /**
@@ -2078,7 +2107,8 @@ typedef struct ppok_ppo_loss_args {
      */
     const float *old_logp;
     /**
-     * Advantages, already whitened if they are to be, `[batch, seq_len]`.
+     * Advantages, already whitened if they are to be, `[batch, seq_len]`, or `[batch]` with
+     * `advantages_per_row`.
      */
     const float *advantages;
     /**
@@ -2109,7 +2139,8 @@ typedef struct ppok_ppo_loss_args {
      */
     const float *rollout_logp;
     /**
-     * Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+     * Factors of the policy term, `[batch, seq_len]`, or `[batch]` with `weights_per_row`, 0 or above; null if
+     * all are 1.
      */
     const float *weights;
     /**

@@ -28,6 +28,9 @@
 // makes the log-ratios and adds them up in f64. Where all tokens of the row get the gradient of its
 // ratio, it then reads advantages and weights, and adds up what the gradient would be of each token.
 //
+// row_clips, row_extremes. After it, if wanted: a block a row finds which share of its tokens is clipped, and
+// one block the extremes of those.
+//
 // merge. One block, a sum a warp: adds the partials in f64, in order, and writes the statistics. If
 // there is but one part, pass does so itself.
 //
@@ -114,6 +117,8 @@ struct PpoStats {
     double lower_clip_fraction;
     double clip_high_fraction;
     double clip_low_fraction;
+    double clip_high_row_max;
+    double clip_low_row_min;
     double outside_fraction;
     double off_policy_fraction;
     double value_clip_fraction;
@@ -133,6 +138,12 @@ struct PpoStats {
     double tokens;
 };
 
+// Which inputs have one number a row.
+struct PerRow {
+    int32_t advantages;
+    int32_t weights;
+};
+
 // What the tokens of a row share.
 struct RowTerms {
     float log_ratio;   // the logarithm of the row's ratio, before the clamp
@@ -143,14 +154,14 @@ struct RowTerms {
 struct PassArgs {
     const float* logp;         // [rows, columns]
     const float* old_logp;     // [rows, columns]
-    const float* advantages;   // [rows, columns]
+    const float* advantages;   // [rows, columns], or [rows]
     const float* values;       // [rows, columns], or null: no value term
     const float* old_values;   // [rows, columns], or null: no clip
     const float* returns;      // [rows, columns], or null as values
     const float* entropy;      // [rows, columns], or null
     const float* ref_logp;     // [rows, columns], what the KL term is against, or null
     const float* rollout_logp;  // not looked at
-    const float* weights;      // [rows, columns], or null: ones
+    const float* weights;      // [rows, columns], or [rows], or null: ones
     const uint8_t* mask;       // [rows, columns], or null: ones
     const int64_t* offsets;    // [rows + 1], or null: rows of as many columns
     PpoStats* stats;           // [1]
@@ -176,14 +187,19 @@ struct PassArgs {
     Clip clip;
     TokenKl kl;
     Family family;
+    // Last: before the others they cost the smallest pass registers on sm_120.
+    float* row_clips;          // [2, rows], by row_clips for row_extremes, or null
+    Divisor entropy_divisor;   // the unmasked tokens, with entropy_own_mean
+    int32_t entropy_own_mean;  // the entropy is divided by entropy_divisor, and has no weights
+    PerRow per_row;
 };
 
 struct RowsArgs {
     const float* logp;          // [rows, columns]
     const float* old_logp;      // [rows, columns]
-    const float* advantages;    // [rows, columns]
+    const float* advantages;    // [rows, columns], or [rows]
     const float* rollout_logp;  // [rows, columns]; old_logp where there is none
-    const float* weights;       // [rows, columns], or null: ones
+    const float* weights;       // [rows, columns], or [rows], or null: ones
     const uint8_t* mask;        // [rows, columns], or null: ones
     const int64_t* offsets;     // [rows + 1], or null: rows of as many columns
     const float* row_weights;   // [rows] of count, or null: all 1
@@ -192,6 +208,7 @@ struct RowsArgs {
     int64_t rows;
     int64_t columns;            // of all rows where there are offsets
     int32_t aligned;            // all of the above with a value a token are
+    PerRow per_row;
     int32_t of_mean;            // a row's ratio is of the mean of log-ratios, not of their sum
     Clip clip;
     Family family;
@@ -200,19 +217,22 @@ struct RowsArgs {
 struct LogitsArgs {
     ForwardArgs forward;       // of rows * columns rows of logits, or columns, where parts are side by side
     const float* old_logp;     // [rows, columns]
-    const float* advantages;   // [rows, columns]
+    const float* advantages;   // [rows, columns], or [rows]
     const float* ref_logp;     // [rows, columns], what the KL term is against, or null
-    const float* weights;      // [rows, columns], or null: ones
+    const float* weights;      // [rows, columns], or [rows], or null: ones
     const uint8_t* mask;       // [rows, columns], or null: ones
     const int64_t* offsets;    // [rows + 1], or null: rows of as many columns
     const float* row_weights;  // [rows] of count, or null: all 1
     void* grad_logits;         // [rows, columns, vocab]; may be the logits; null: for another pass
     Divisor divisor;
+    Divisor entropy_divisor;   // the unmasked tokens, with entropy_own_mean
     double entropy_coef;       // not 0 only where the entropy is written
     double kl_coef;
     int64_t batch;             // rows
     int64_t columns;           // of all rows where there are offsets
     int32_t kept_groups;       // vectors that the shared memory of the launch takes
+    int32_t entropy_own_mean;  // the entropy is divided by entropy_divisor, and has no weights
+    PerRow per_row;
     Clip clip;
     TokenKl kl;
     Family family;
@@ -412,11 +432,15 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
     Group g;
     const float* entropy = HAS != Has::NOTHING ? args.entropy : nullptr;
     const float* ref_logp = HAS != Has::NOTHING ? args.ref_logp : nullptr;
-    const float* weights = HAS == Has::FAMILY ? args.weights : nullptr;
+    // What is of rows comes with them.
+    const bool of_tokens = !(HAS == Has::FAMILY && args.per_row.advantages);
+    const float* advantages = of_tokens ? args.advantages : nullptr;
+    const float* weights =
+        HAS == Has::FAMILY && !args.per_row.weights ? args.weights : nullptr;
     if (args.aligned && at + QUAD <= args.tokens) {
         g.logp = load_group(args.logp, at);
         g.old_logp = load_group(args.old_logp, at);
-        g.advantages = load_group(args.advantages, at);
+        g.advantages = load_group(advantages, at);
         g.values = load_group(args.values, at);
         g.old_values = load_group(args.old_values, at);
         g.returns = load_group(args.returns, at);
@@ -429,7 +453,7 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
         const int64_t end = args.tokens;
         g.logp = load_edge(args.logp, at, end);
         g.old_logp = load_edge(args.old_logp, at, end);
-        g.advantages = load_edge(args.advantages, at, end);
+        g.advantages = load_edge(advantages, at, end);
         g.values = load_edge(args.values, at, end);
         g.old_values = load_edge(args.old_values, at, end);
         g.returns = load_edge(args.returns, at, end);
@@ -660,8 +684,8 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
 }
 
 // The entropy, and its gradient.
-static __device__ __forceinline__ void add_entropy(ThreadSums& s, const Group& g,
-                                                   const bool (&keep)[QUAD],
+static __device__ __forceinline__ void add_entropy(const PassArgs& args, ThreadSums& s,
+                                                   const Group& g, const bool (&keep)[QUAD],
                                                    const float (&w)[QUAD], float scale,
                                                    float (&grad)[QUAD]) {
     float entropy[QUAD];
@@ -669,9 +693,10 @@ static __device__ __forceinline__ void add_entropy(ThreadSums& s, const Group& g
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const float h = keep[i] ? entropy[i] : 0.0f;
-        s.sum[ENTROPY_LOSS] = fmaf(w[i], h, s.sum[ENTROPY_LOSS]);
+        const float weight = args.entropy_own_mean ? 1.0f : w[i];
+        s.sum[ENTROPY_LOSS] = fmaf(weight, h, s.sum[ENTROPY_LOSS]);
         s.sum[ENTROPY] += h;
-        grad[i] = keep[i] ? w[i] * scale : 0.0f;
+        grad[i] = keep[i] ? weight * scale : 0.0f;
     }
 }
 
@@ -696,7 +721,8 @@ static __device__ __forceinline__ int64_t row_in_pack(const int64_t* offsets, in
 // Whether anything depends on the row of a token.
 template <Has HAS>
 static __device__ __forceinline__ bool needs_rows(const PassArgs& args) {
-    return HAS != Has::NOTHING && (args.row_weights || (HAS == Has::FAMILY && args.row_terms));
+    const bool of_family = args.row_terms || args.per_row.advantages || args.per_row.weights;
+    return HAS != Has::NOTHING && (args.row_weights || (HAS == Has::FAMILY && of_family));
 }
 
 template <Has HAS>
@@ -706,10 +732,13 @@ static __device__ __forceinline__ RowColumn place_of(const PassArgs& args, int64
     return {token / args.columns, token % args.columns};
 }
 
-// The weights of four tokens in a row, and what they share with that; those past the end are not needed.
+// The weights of four tokens in a row, what they share with that, and in `g` what is of rows; those past the
+// end are not needed.
 template <Has HAS>
 static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t at, RowColumn place,
-                                                 float (&w)[QUAD], RowTerms (&rows)[QUAD]) {
+                                                 float (&w)[QUAD], RowTerms (&rows)[QUAD],
+                                                 Group& g) {
+    float advantages[QUAD] = {}, weights[QUAD] = {};
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         w[i] = 1.0f;
@@ -717,7 +746,11 @@ static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t a
         if (!needs_rows<HAS>(args)) continue;
         if (at + i < args.tokens) {
             if (args.row_weights) w[i] = args.row_weights[place.row];
-            if (HAS == Has::FAMILY && args.row_terms) rows[i] = args.row_terms[place.row];
+            if (HAS == Has::FAMILY) {
+                if (args.row_terms) rows[i] = args.row_terms[place.row];
+                if (args.per_row.advantages) advantages[i] = args.advantages[place.row];
+                if (args.per_row.weights && args.weights) weights[i] = args.weights[place.row];
+            }
         }
         if (args.offsets) {
             const int64_t next = at + i + 1;
@@ -729,6 +762,8 @@ static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t a
         place.column++;
         if (place.column == args.columns) place = {place.row + 1, 0};
     }
+    if (HAS == Has::FAMILY && args.per_row.advantages) g.advantages = pack(advantages, float{});
+    if (HAS == Has::FAMILY && args.per_row.weights) g.weights = pack(weights, float{});
 }
 
 // What one thread finds in `count` tokens, whose gradients it writes.
@@ -740,13 +775,13 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
     RowColumn place = place_of<HAS>(args, first + threadIdx.x * QUAD);
     for (int i = threadIdx.x * QUAD; i < count; i += TILE) {
         const int64_t at = first + i;
-        const Group g = load_group<HAS>(args, at);
+        Group g = load_group<HAS>(args, at);
         bool keep[QUAD];
 #pragma unroll
         for (int i = 0; i < QUAD; i++) keep[i] = g.mask & 0xffu << 8 * i;
         float w[QUAD], grad[QUAD];
         RowTerms rows[QUAD];
-        load_rows<HAS>(args, at, place, w, rows);
+        load_rows<HAS>(args, at, place, w, rows, g);
 
         if (HAS == Has::FAMILY) {
             add_family(args, s, g, keep, w, rows, scales.policy, grad);
@@ -762,7 +797,7 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
             if (args.grad_values) store_group(args, args.grad_values, at, grad);
         }
         if (HAS != Has::NOTHING && args.entropy) {
-            add_entropy(s, g, keep, w, scales.entropy, grad);
+            add_entropy(args, s, g, keep, w, scales.entropy, grad);
             if (args.grad_entropy) store_group(args, args.grad_entropy, at, grad);
         }
 
@@ -863,6 +898,7 @@ static __device__ __forceinline__ double squares_around_mean(double count, doubl
 }
 
 // The statistics, from the sums of all tokens. By one thread.
+template <Has HAS>
 static __device__ __forceinline__ void write_stats(const PassArgs& args, const double* sum,
                                                    double divisor) {
     const double count = sum[TOKENS];
@@ -878,7 +914,10 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     const double value_loss = 0.5 * sum[VALUE_LOSS] * scale;
     double loss = policy_loss;
     if (args.value_coef != 0.0) loss += args.value_coef * value_loss;
-    if (args.entropy_coef != 0.0) loss -= args.entropy_coef * (sum[ENTROPY_LOSS] * scale);
+    if (HAS != Has::NOTHING && args.entropy_coef != 0.0) {
+        const double of_entropy = args.entropy_own_mean ? (any ? share : 0.0) : scale;
+        loss -= args.entropy_coef * (sum[ENTROPY_LOSS] * of_entropy);
+    }
     if (args.kl_coef != 0.0) loss += args.kl_coef * (sum[KL_LOSS] * scale);
 
     const bool has_value = args.values != nullptr;
@@ -895,6 +934,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     stats.lower_clip_fraction = sum[LOWER_CLIPPED] * share;
     stats.clip_high_fraction = sum[CLIPPED_HIGH] * share;
     stats.clip_low_fraction = (sum[CLIPPED] - sum[CLIPPED_HIGH]) * share;
+    stats.clip_high_row_max = stats.clip_low_row_min = nan;  // row_extremes has them
     stats.outside_fraction = sum[OUTSIDE] * share;
     stats.off_policy_fraction = sum[OFF_POLICY] * share;
     stats.value_clip_fraction = has_value ? sum[VALUE_CLIPPED] * share : nan;
@@ -929,10 +969,14 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
     const double counted = divisor_of(args.divisor, args.mask, args.tokens, counts);
     if (threadIdx.x == 0) *divisor = counted;
     const double unit = 1.0 / counted;
+    double of_entropy = unit;
+    if (HAS != Has::NOTHING && args.entropy_own_mean) {
+        of_entropy = 1.0 / divisor_of(args.entropy_divisor, args.mask, args.tokens, counts);
+    }
     const Scales scales = {
         float(unit),
         float(args.value_coef * unit),
-        float(-args.entropy_coef * unit),
+        float(-args.entropy_coef * of_entropy),
         float(args.kl_coef * unit),
     };
     for (int part = int(blockIdx.x); part < args.parts; part += int(gridDim.x)) {
@@ -947,7 +991,7 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
         } else {
             totals[threadIdx.x] = total;
             __syncwarp((1u << PARTIAL_SUMS) - 1);
-            if (threadIdx.x == 0) write_stats(args, totals, *divisor);
+            if (threadIdx.x == 0) write_stats<HAS>(args, totals, *divisor);
         }
     }
 }
@@ -964,22 +1008,25 @@ struct RowGroup {
     bool keep[QUAD];
 };
 
-// `other` is rollout_logp or the weights, or null.
+// `other` is rollout_logp or the weights, or null. What is of rows is `own_advantage` for all tokens.
 static __device__ __forceinline__ RowGroup load_row_group(const RowsArgs& args, const float* other,
-                                                          int64_t at, int64_t end, bool aligned) {
+                                                          int64_t at, int64_t end, bool aligned,
+                                                          float own_advantage) {
+    const float* of_tokens = args.per_row.advantages ? nullptr : args.advantages;
     uint4 logp, old_logp, advantages, more;
     uint32_t mask = 0x01010101;
     if (aligned && at + QUAD <= end) {
         logp = load_shared_by_neighbours(args.logp + at);
         old_logp = load_shared_by_neighbours(args.old_logp + at);
-        advantages = load_shared_by_neighbours(args.advantages + at);
+        advantages = make_uint4(0, 0, 0, 0);
+        if (of_tokens) advantages = load_shared_by_neighbours(of_tokens + at);
         more = make_uint4(0, 0, 0, 0);
         if (other) more = load_shared_by_neighbours(other + at);
         if (args.mask) mask = *reinterpret_cast<const uint32_t*>(args.mask + at);
     } else {
         logp = load_edge(args.logp, at, end);
         old_logp = load_edge(args.old_logp, at, end);
-        advantages = load_edge(args.advantages, at, end);
+        advantages = load_edge(of_tokens, at, end);
         more = load_edge(other, at, end);
         mask = load_mask_edge(args.mask, at, end);
     }
@@ -989,7 +1036,10 @@ static __device__ __forceinline__ RowGroup load_row_group(const RowsArgs& args, 
     unpack(advantages, g.advantages, float{});
     unpack(more, g.other, float{});
 #pragma unroll
-    for (int i = 0; i < QUAD; i++) g.keep[i] = mask & 0xffu << 8 * i;
+    for (int i = 0; i < QUAD; i++) {
+        g.keep[i] = mask & 0xffu << 8 * i;
+        if (args.per_row.advantages) g.advantages[i] = own_advantage;
+    }
     return g;
 }
 
@@ -1002,9 +1052,11 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
         const RowRange range = range_of_row(args.offsets, row, args.columns);
         const int64_t first = range.first, end = first + range.tokens;
         const bool aligned = args.aligned && first % QUAD == 0;
+        const float own_advantage = args.per_row.advantages ? args.advantages[row] : 0.0f;
         double kept = 0.0, total = 0.0, excess = 0.0;
         for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
-            const RowGroup g = load_row_group(args, args.rollout_logp, at, end, aligned);
+            const RowGroup g =
+                load_row_group(args, args.rollout_logp, at, end, aligned, own_advantage);
 #pragma unroll
             for (int i = 0; i < QUAD; i++) {
                 if (!g.keep[i]) continue;
@@ -1026,12 +1078,16 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
         if (family.spreads) {
             // Without row_weights all rows have the same one, which is in D.
             const float w = args.row_weights ? args.row_weights[row] : 1.0f;
+            const float* weights = args.per_row.weights ? nullptr : args.weights;
+            const float own_weight =
+                args.per_row.weights && args.weights ? args.weights[row] : 1.0f;
             for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
-                const RowGroup g = load_row_group(args, args.weights, at, end, aligned);
+                const RowGroup g =
+                    load_row_group(args, weights, at, end, aligned, own_advantage);
 #pragma unroll
                 for (int i = 0; i < QUAD; i++) {
                     const float d = g.logp[i] - g.old_logp[i], a = g.advantages[i];
-                    const float given = args.weights ? g.other[i] : 1.0f;
+                    const float given = weights ? g.other[i] : own_weight;
                     const bool drops =
                         !g.keep[i] || given == 0.0f || (off_policy && a < 0.0f) ||
                         outside_trust_region(clip, family, g.logp[i], g.old_logp[i], d, a);
@@ -1049,6 +1105,66 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
                                    off_policy ? 1.0f : 0.0f};
         }
     }
+}
+
+// Block [THREADS], a row a block: the shares of the row's tokens that are clipped and have A > 0, and of those
+// that are clipped and do not; NaN without tokens.
+KERNEL(256, 2, ppo_loss_row_clips_f32, PassArgs) {
+    SHARED(double, warps, WARP);
+    for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+        const RowRange range = range_of_row(args.offsets, row, args.columns);
+        RowTerms terms = {0.0f, 0.0f, 0.0f};
+        if (args.row_terms) terms = args.row_terms[row];
+        double kept = 0.0, high = 0.0, low = 0.0;
+        for (int64_t t = range.first + threadIdx.x; t < range.first + range.tokens; t += THREADS) {
+            if (args.mask && !args.mask[t]) continue;
+            const float a = args.advantages[args.per_row.advantages ? row : t];
+            const float logp = args.logp[t], d = logp - args.old_logp[t];
+            const float log_ratio = args.family.of_rows ? terms.log_ratio : d;
+            const PolicyTerm term = policy_of_token(args.clip, args.family, log_ratio, logp, a);
+            const bool outside = term.ratio < args.clip.low || term.ratio > args.clip.high;
+            const bool clipped = args.count_outside
+                                     ? outside
+                                     : term.is_clipped || is_log_clipped(args.clip, args.family, d, a);
+            kept += 1.0;
+            high += clipped && a > 0.0f;
+            low += clipped && !(a > 0.0f);
+        }
+        kept = block_sum(kept, warps);
+        high = block_sum(high, warps);
+        low = block_sum(low, warps);
+        if (threadIdx.x == 0) {
+            args.row_clips[row] = float(high / kept);
+            args.row_clips[args.rows + row] = float(low / kept);
+        }
+    }
+}
+
+// One block [THREADS]: the extremes of those over rows, into the statistics that are there.
+KERNEL(256, 1, ppo_loss_row_extremes_f32, PassArgs) {
+    SHARED(float, highest, WARP);
+    SHARED(float, lowest, WARP);
+    float high = -INFINITY, low = INFINITY;
+    for (int64_t row = threadIdx.x; row < args.rows; row += THREADS) {
+        // NaN is less than no number, and more than none.
+        high = fmaxf(high, args.row_clips[row]);
+        low = fminf(low, args.row_clips[args.rows + row]);
+    }
+    high = warp_max(high);
+    low = -warp_max(-low);
+    if (threadIdx.x % WARP == 0) {
+        highest[threadIdx.x / WARP] = high;
+        lowest[threadIdx.x / WARP] = low;
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    for (int other = 1; other < WARPS; other++) {
+        high = fmaxf(high, highest[other]);
+        low = fminf(low, lowest[other]);
+    }
+    const bool any = high >= 0.0f;
+    args.stats->clip_high_row_max = any ? double(high) : double(NAN);
+    args.stats->clip_low_row_min = any ? double(low) : double(NAN);
 }
 
 // The first part that has tokens, or 0.
@@ -1109,33 +1225,40 @@ KERNEL(PARTIAL_SUMS * WARP, 1, ppo_loss_merge_f32, PassArgs) {
     if (threadIdx.x % WARP == 0) totals[which] = total;
     const double divisor = divisor_of(args.divisor, args.mask, args.tokens, counts);
     __syncthreads();
-    if (threadIdx.x == 0) write_stats(args, totals, divisor);
+    if (threadIdx.x == 0) write_stats<Has::MORE_TERMS>(args, totals, divisor);
 }
 
 // ---- from logits ----
 
-// The aggregation's weight of a token: that of its row.
-static __device__ __forceinline__ float weight_of_token(const LogitsArgs& args, int64_t token) {
-    if (!args.row_weights) return 1.0f;
-    const int64_t row = args.offsets ? row_in_pack(args.offsets, args.batch, token)
-                                     : token / args.columns;
-    return args.row_weights[row];
+// The row of a token, if something is of rows.
+static __device__ __forceinline__ int64_t row_of_token(const LogitsArgs& args, int64_t token) {
+    if (!args.row_weights && !args.per_row.advantages && !args.per_row.weights) return 0;
+    return args.offsets ? row_in_pack(args.offsets, args.batch, token) : token / args.columns;
 }
 
-// What the loss makes of a row of logits: by one thread.
-static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args, int64_t row,
+// The factors of a token's gradients that all share.
+struct Units {
+    double terms, entropy;
+};
+
+// What the loss makes of the logits of a token: by one thread.
+static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args, int64_t token,
                                                           Target target, const RowValues& values,
-                                                          double unit) {
-    const float w = weight_of_token(args, row);
+                                                          const Units& units) {
+    const int64_t row = row_of_token(args, token);
+    const float w = args.row_weights ? args.row_weights[row] : 1.0f;
     const Family& family = args.family;
-    const float logp = values.logp, old_logp = args.old_logp[row], a = args.advantages[row];
-    const float d = logp - old_logp, given = args.weights ? args.weights[row] : 1.0f;
+    const float logp = values.logp, old_logp = args.old_logp[token];
+    const float a = args.advantages[args.per_row.advantages ? row : token];
+    const float d = logp - old_logp;
+    const float given = args.weights ? args.weights[args.per_row.weights ? row : token] : 1.0f;
+    const double unit = units.terms;
     const PolicyTerm term = policy_of_token(args.clip, family, d, logp, a);
     const bool drops =
         given == 0.0f || outside_trust_region(args.clip, family, logp, old_logp, d, a);
     float grad = !drops && term.flows ? term.slope * (w * given) * float(unit) : 0.0f;
     if (args.ref_logp && args.kl_coef != 0.0) {
-        const float against[1] = {logp - args.ref_logp[row]};
+        const float against[1] = {logp - args.ref_logp[token]};
         float value[1], slope[1];
         kl_of_tokens(args.kl, against, value, slope);
         change_kl(args.clip, family, d, against[0], value[0], slope[0]);
@@ -1145,7 +1268,9 @@ static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args
         }
     }
     const bool has_entropy = args.entropy_coef != 0.0;
-    const float grad_entropy = has_entropy ? w * float(-args.entropy_coef * unit) : 0.0f;
+    const float weight = args.entropy_own_mean ? 1.0f : w;
+    const float grad_entropy =
+        has_entropy ? weight * float(-args.entropy_coef * units.entropy) : 0.0f;
     return {target, grad, grad_entropy, values.max, values.log_sum, values.entropy};
 }
 
@@ -1156,12 +1281,16 @@ template <class T>
 static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
     SHARED(uint32_t, counts, WARP);
     SHARED(KnownOfRow, shared, 1);
-    SHARED(double, unit, 1);
+    SHARED(Units, units, 1);
     DYNAMIC_SHARED(uint4, groups);
     const int64_t rows = args.forward.rows, vocab = args.forward.columns;
     const double divisor = divisor_of(args.divisor, args.mask, rows, counts);
-    // For the first thread, where it takes no register.
-    if (threadIdx.x == 0) *unit = 1.0 / divisor;
+    double of_entropy = divisor;
+    if (args.entropy_own_mean) {
+        of_entropy = divisor_of(args.entropy_divisor, args.mask, rows, counts);
+    }
+    // For the first thread, where they take no register.
+    if (threadIdx.x == 0) *units = {1.0 / divisor, 1.0 / of_entropy};
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const T* logits = static_cast<const T*>(args.forward.logits) + row * vocab;
         T* grad_logits = nullptr;
@@ -1180,7 +1309,7 @@ static __device__ __forceinline__ void from_logits(const LogitsArgs& args) {
             const RowValues values =
                 reads ? forward.values(item, sums) : values_unread_of(item.target);
             forward.write(row, values);
-            if (grad_logits) *shared = known_of_row(args, row, item.target, values, *unit);
+            if (grad_logits) *shared = known_of_row(args, row, item.target, values, *units);
         }
         // The next row begins while this one is written.
         const int64_t next = row + gridDim.x;

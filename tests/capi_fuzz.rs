@@ -236,8 +236,8 @@ struct Fuzz {
     options: Option<OptionsAt>,
     /// Where all structs of options are, which the library cannot see.
     options_at: Vec<u64>,
-    /// Where the offsets are, without which the other arrays would have to be longer.
-    offsets_at: u64,
+    /// Where offsets are, and options of numbers for rows, without which other arrays would have to be longer.
+    needed_at: Vec<u64>,
     /// The case, for messages.
     what: String,
     right: usize,
@@ -254,7 +254,7 @@ impl Fuzz {
             arrays: Vec::new(),
             options: None,
             options_at: Vec::new(),
-            offsets_at: 0,
+            needed_at: Vec::new(),
             what: String::new(),
             right: 0,
             counts: BTreeMap::new(),
@@ -298,7 +298,7 @@ impl Fuzz {
 
     fn put_offsets(&mut self, offsets: Option<&[i64]>) -> *const i64 {
         let at = self.put_some(offsets);
-        self.offsets_at = at as u64;
+        self.needed_at.push(at as u64);
         at
     }
 
@@ -374,7 +374,7 @@ impl Fuzz {
         }
         self.arrays.clear();
         self.options_at.clear();
-        self.offsets_at = 0;
+        self.needed_at.clear();
     }
 
     /// Makes a call and the same one with something wrong. Of a call that went well, as it should if that
@@ -500,7 +500,7 @@ impl Fuzz {
                 }
                 7 => {
                     let (i, ..) = self.one(&pointers);
-                    if words[i] != self.offsets_at {
+                    if !self.needed_at.contains(&words[i]) {
                         words[i] = 0;
                         return ("no array", same, false);
                     }
@@ -1369,6 +1369,10 @@ fn a_member_of_the_family(f: &mut Fuzz, own: &mut PpoLossOptions) {
         kl_ratio: f.one(&[KlRatio::Gradient, KlRatio::Term]),
         kl_ratio_cap: f.one(&[None, Some(1.5)]),
         kl_weighted: f.coin(0.5),
+        entropy_own_mean: f.coin(0.3),
+        advantages_per_row: f.coin(0.3),
+        weights_per_row: f.coin(0.3),
+        row_extremes: f.coin(0.3),
         dual_clip: own.dual_clip.filter(|_| member.surrogate == Surrogate::Clip),
         clip_fraction: match member.surrogate {
             Surrogate::LogClip => ClipFractionKind::ClippedBranch,
@@ -1382,7 +1386,7 @@ fn ppo_loss(f: &mut Fuzz) {
     let [batch, mut seq_len] = f.shape();
     let n = batch * seq_len;
     let mut own = PpoLossOptions::default();
-    let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 6), |f, c| {
+    let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 8), |f, c| {
         own.clip_range = f.one(&[0.2, 0.1, 0.0]);
         c.clip_range = own.clip_range;
         (c.clip_range_high, own.clip_range_high) = f.maybe(&[0.3]);
@@ -1448,6 +1452,10 @@ fn ppo_loss(f: &mut Fuzz) {
     data.entropy = data.entropy.filter(|_| own.entropy_coef != 0.0 || f.coin(0.7));
     data.old_values = data.old_values.filter(|_| own.value_clip_range.is_some() || f.coin(0.7));
     data.values = data.values.filter(|_| f.coin(0.7));
+    let data = data.for_options(&own);
+    if own.advantages_per_row || own.weights_per_row {
+        f.needed_at.push(options as u64);
+    }
     let given = data.inputs();
     let stats = f.out_struct::<PpoStats>();
     let (loss, grad_logp) = (f.some_out(PPOK_F32, 1), f.some_out(PPOK_F32, n));
@@ -1576,11 +1584,18 @@ fn logits_ppo_loss_of<T: Logit>(f: &mut Fuzz, kind: i32) {
         c.temperature = temperature;
     });
     let own = std::mem::take(&mut case.options);
-    let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 6), |_, c| {
+    let options = f.put_options(ppok_ppo_loss_options_init, (3..=10, 8), |_, c| {
         let struct_size = c.struct_size;
         *c = ppok_ppo_loss_options { struct_size, ..ppo_loss_cases::c_options(&own) };
         case.options = own;
     });
+    if options.is_null() {
+        // By default all are of tokens.
+        case.advantages.resize(n, 0.5);
+        case.weights.iter_mut().for_each(|weights| weights.resize(n, 1.0));
+    } else if own.advantages_per_row || own.weights_per_row {
+        f.needed_at.push(options as u64);
+    }
     let mut expected = PPOK_STATUS_OK;
     if f.coin(0.03) {
         let kept = (0..n).find(|&t| case.mask.as_ref().is_none_or(|mask| mask[t] != 0));

@@ -420,12 +420,17 @@ fn reference_equals_trl_grpo_losses() {
                     None => selected.clone(),
                 });
             }
+            let coef = case.optional("entropy_coef").unwrap_or(0.0);
+            options.row_extremes = true;
+            if share == 1.0 {
+                (options.entropy_coef, options.entropy_own_mean) = (coef, true);
+                data.entropy = Some(entropies.clone());
+            }
             let ours = run_or_nothing(&data, &options);
             let mut loss = ours.stats.loss;
-            let mut grad_entropy = vec![0.0; entropies.len()];
-            let coef = case.optional("entropy_coef").unwrap_or(0.0);
-            if coef != 0.0 {
-                // The mean over the selected tokens, whatever the aggregation: a call of its own.
+            let mut grad_entropy = ours.grad_entropy.clone();
+            if share < 1.0 && coef != 0.0 {
+                // The mean over the selected tokens: a call of its own.
                 let of_mask = data.mask.as_ref().unwrap().iter().zip(&selected);
                 let bonus = Data {
                     advantages: vec![0.0; entropies.len()],
@@ -460,6 +465,8 @@ fn reference_equals_trl_grpo_losses() {
                 ("clip_ratio/low_mean", ours.stats.clip_low_fraction),
                 ("clip_ratio/high_mean", ours.stats.clip_high_fraction),
                 ("clip_ratio/region_mean", ours.stats.clip_fraction),
+                ("clip_ratio/low_min", ours.stats.clip_low_row_min),
+                ("clip_ratio/high_max", ours.stats.clip_high_row_max),
                 ("kl", ours.stats.kl_mean),
             ] {
                 if metrics.contains_key(key) {

@@ -464,6 +464,48 @@ fn loss_at(data: &Data<f64>, options: &PpoLossOptions, x: &[f64]) -> f64 {
 }
 
 #[test]
+fn what_is_of_rows_and_of_the_entropy_alone_can_be_checked_by_eye() {
+    // Ratios 2, 1 and 1 | 1/2, 1/2 and a masked token | nothing.
+    let half = 0.5_f64.ln();
+    let data = Data::<f64> {
+        batch: 3,
+        seq_len: 3,
+        logp: vec![0.0, half, half, half, half, 9.0, 9.0, 9.0, 9.0],
+        old_logp: vec![half, half, half, 0.0, 0.0, 9.0, 9.0, 9.0, 9.0],
+        advantages: vec![1.0, -1.0, 5.0],
+        entropy: Some(vec![1.0, 2.0, 3.0, 4.0, 5.0, 9.0, 9.0, 9.0, 9.0]),
+        weights: Some(vec![1.0, 2.0, 5.0]),
+        mask: Some(vec![1, 1, 1, 1, 1, 0, 0, 0, 0]),
+        ..Default::default()
+    };
+    let options = PpoLossOptions {
+        aggregation: Aggregation::SeqMeanTokenMean,
+        entropy_coef: 0.5,
+        entropy_own_mean: true,
+        advantages_per_row: true,
+        weights_per_row: true,
+        row_extremes: true,
+        ..Default::default()
+    };
+    let ours = run(&data, &options);
+    // Policy terms -1.2, -1 and -1 | 0.8 and 0.8, twice; the mean over rows of their means.
+    let policy = ((-1.2 - 1.0 - 1.0) / 3.0 + 2.0 * 0.8) / 2.0;
+    assert_close("policy", &[ours.stats.policy_loss], &[policy], 1e-12, 0.0);
+    assert_close("loss", &[ours.stats.loss], &[policy - 0.5 * 3.0], 1e-12, 0.0);
+    assert_eq!(ours.grad_entropy[..6], [-0.1, -0.1, -0.1, -0.1, -0.1, 0.0]);
+    // A third of the first row is clipped with A > 0, all of the second without.
+    assert_close("high", &[ours.stats.clip_high_row_max], &[1.0 / 3.0], 1e-12, 0.0);
+    assert_eq!(ours.stats.clip_low_row_min, 0.0);
+    let masked = Data { mask: Some(vec![0; 9]), ..data };
+    let ours = run(&masked, &PpoLossOptions { denominator: Some(1.0), ..options });
+    assert_eq!(ours.stats.loss, 0.0);
+    assert!(ours.stats.clip_high_row_max.is_nan() && ours.stats.clip_low_row_min.is_nan());
+    let masked = masked.map(|x| x as f32);
+    let (stats, _) = run_cpu(&masked, &PpoLossOptions { denominator: Some(1.0), ..options });
+    assert_eq!(stats.loss, 0.0);
+}
+
+#[test]
 fn reference_gradient_is_the_derivative_of_the_reference() {
     for (name, mut options) in option_sets() {
         // Its own, so that another set of options leaves these tokens as they are.
@@ -472,6 +514,7 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
         let mut data = rollout(&mut rng, batch, seq_len).map(f64::from);
         data.mask = Some(random_mask(&mut rng, batch * seq_len, 0.7));
         data.weights = Some(wide(&some_weights(&mut rng, batch * seq_len)));
+        let mut data = data.for_options(&options);
         // A certain token is where a region ends.
         data.logp[batch * seq_len / 2] = -1.0;
         // By design no derivatives: what is a constant to the gradient, and one estimate's value with
@@ -617,11 +660,11 @@ fn cpu_agrees_with_the_reference_for_every_option_and_shape() {
             let mut rng = rng(4);
             let mut data = rollout(&mut rng, batch, seq_len);
             let what = format!("{name} [{batch}, {seq_len}]");
-            check_cpu(&what, &data, &options);
+            check_cpu(&what, &data.for_options(&options), &options);
             data.mask = Some(padded_mask(&mut rng, batch, seq_len));
-            check_cpu(&format!("{what} masked"), &data, &options);
+            check_cpu(&format!("{what} masked"), &data.for_options(&options), &options);
             data.weights = Some(some_weights(&mut rng, batch * seq_len));
-            check_cpu(&format!("{what} weighted"), &data, &options);
+            check_cpu(&format!("{what} weighted"), &data.for_options(&options), &options);
         }
     }
 }
@@ -631,7 +674,7 @@ fn packed_rows_have_the_bits_of_padded_ones() {
     let mut rng = rng(30);
     for (i, (name, options)) in option_sets().into_iter().enumerate() {
         for (batch, seq_len) in [(3, 8), (9, 40), (4, 1500), (5, 5000)] {
-            let sample = Packed::new(&mut rng, batch, seq_len, i % 3 != 0);
+            let sample = Packed::new(&mut rng, batch, seq_len, i % 3 != 0).for_options(&options);
             let what = format!("{name}: {batch}x{seq_len}");
             let padded = run_cpu(&sample.padded, &options);
             let packed = run_cpu(&sample.packed, &options);
@@ -646,7 +689,8 @@ fn packed_rows_have_the_bits_of_padded_ones() {
 fn a_packs_bits_do_not_depend_on_the_number_of_threads() {
     let sample = Packed::new(&mut rng(31), 64, 2048, true);
     for (name, options) in option_sets() {
-        let run = || bits(&run_cpu(&sample.packed, &options));
+        let packed = sample.packed.for_options(&options);
+        let run = || bits(&run_cpu(&packed, &options));
         let one = with_threads(1, run);
         for threads in [2, 3, 8] {
             assert!(with_threads(threads, run) == one, "{name}: {threads} threads");
@@ -718,7 +762,8 @@ fn optional_terms_fall_away() {
     check_cpu("policy only", &data, &PpoLossOptions::default());
     let (stats, _) = run_cpu(&data, &PpoLossOptions::default());
     assert_eq!(stats.loss, stats.policy_loss);
-    let absent = ["value", "return", "entropy", "kl_mean", "explained"];
+    let absent =
+        ["value", "return", "entropy", "kl_mean", "explained", "clip_high_row", "clip_low_row"];
     for (name, x) in PpoStats::NAMES.iter().zip(stats.to_array()) {
         assert_eq!(x.is_nan(), absent.iter().any(|a| name.starts_with(a)), "{name}");
     }
@@ -726,7 +771,8 @@ fn optional_terms_fall_away() {
     let full = rollout(&mut rng(6), 3, 30);
     let (mut none, options) = ([unwritten()], PpoLossOptions::default());
     cpu::ppo_loss(full.inputs(), 3, 30, &options, Outputs::new(&mut none)).unwrap();
-    assert_eq!(none[0], run_cpu(&full, &options).0);
+    let stats = |stats: PpoStats| stats.to_array().map(f64::to_bits);
+    assert_eq!(stats(none[0]), stats(run_cpu(&full, &options).0));
     // No clip, no old values.
     let mut full = full;
     full.old_values = None;
@@ -775,6 +821,7 @@ fn what_is_masked_may_hold_nan_and_gets_zero() {
             // The first token of a block too.
             mask[0] = 0;
             data.mask = Some(mask.clone());
+            let data = data.for_options(&options);
             let found = run_cpu(&data, &options);
             let with_nan = run_cpu(&with_nan_under_the_mask(&data), &options);
             assert_eq!(bits(&with_nan), bits(&found), "{name}");
@@ -905,7 +952,11 @@ impl Tensors {
             None => &[data.batch, data.seq_len][..],
             Some(_) => &[data.seq_len],
         };
-        let tensor = |x: &Vec<f32>| Tensor::from_slice(x, shape, device).unwrap();
+        let rows = [data.batch];
+        let tensor = |x: &Vec<f32>| {
+            let shape = if x.len() == data.logp.len() { shape } else { &rows[..] };
+            Tensor::from_slice(x, shape, device).unwrap()
+        };
         let offsets = |x: &Vec<i64>| Tensor::from_slice(x, x.len(), device).unwrap();
         let var = |x: &Vec<f32>| Var::from_tensor(&tensor(x)).unwrap();
         Self {
@@ -952,6 +1003,7 @@ fn tensors_agree_with_the_reference() {
             let mut data = rollout(&mut rng, 5, 23);
             data.mask = Some(random_mask(&mut rng, 5 * 23, 0.7));
             data.weights = name.contains("k").then(|| some_weights(&mut rng, 5 * 23));
+            let data = data.for_options(&options);
             let want = run(&data.map(f64::from), &options);
             let tensors = Tensors::new(&with_nan_under_the_mask(&data), &device);
             let output = ppo_loss(&tensors.inputs(), &options).unwrap();
@@ -982,7 +1034,7 @@ fn tensors_agree_with_the_reference() {
 fn tensors_may_be_packed() {
     for device in devices() {
         for (name, options) in option_sets() {
-            let sample = Packed::new(&mut rng(33), 5, 23, true);
+            let sample = Packed::new(&mut rng(33), 5, 23, true).for_options(&options);
             let tensors = Tensors::new(&sample.packed, &device);
             let output = ppo_loss(&tensors.inputs(), &options).unwrap();
             let grads = output.loss.backward().unwrap();
@@ -1098,7 +1150,11 @@ fn strided_and_offset_tensors_give_the_same() {
             offsets: None,
         };
         let other = ppo_loss(&inputs, &options).unwrap();
-        assert_eq!(to_vec(other.stats.tensor()), to_vec(plain.stats.tensor()));
+        let [other_stats, plain_stats] = [&other, &plain].map(|output| {
+            let stats = to_vec(output.stats.tensor());
+            stats.into_iter().map(f64::to_bits).collect::<Vec<_>>()
+        });
+        assert_eq!(other_stats, plain_stats);
         let (plain, other) = (plain.loss.backward().unwrap(), other.loss.backward().unwrap());
         for var in [&t.logp, t.values.as_ref().unwrap(), t.entropy.as_ref().unwrap()] {
             assert_eq!(to_vec(other.get(var).unwrap()), to_vec(plain.get(var).unwrap()));

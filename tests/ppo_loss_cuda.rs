@@ -140,13 +140,15 @@ fn agrees_with_the_reference_for_every_option() {
             let mut data = rollout(&mut rng, batch, seq_len);
             let call = Call { offset: i % 2, ..Call::new(ORDERS[i % 3]) };
             let what = format!("{name} [{batch}, {seq_len}] {:?}", call.machine.order);
-            check(&what, &data, &options, &call.run(&data, &options).unwrap());
+            let agrees = |what: &str, data: &Data<f32>| {
+                let data = data.for_options(&options);
+                check(what, &data, &options, &call.run(&data, &options).unwrap());
+            };
+            agrees(&what, &data);
             data.mask = Some(padded_mask(&mut rng, batch, seq_len));
-            let found = call.run(&data, &options).unwrap();
-            check(&format!("{what} masked"), &data, &options, &found);
+            agrees(&format!("{what} masked"), &data);
             data.weights = Some(some_weights(&mut rng, batch * seq_len));
-            let found = call.run(&data, &options).unwrap();
-            check(&format!("{what} weighted"), &data, &options, &found);
+            agrees(&format!("{what} weighted"), &data);
         }
     }
 }
@@ -231,6 +233,7 @@ fn packs_agree_with_the_reference(planted_bug: &'static str, orders: &[Order]) -
             true if i % 2 == 0 => sample.fewer(),
             _ => sample,
         };
+        let sample = sample.for_options(&options);
         let mut first = None;
         for (i, &order) in orders.iter().enumerate() {
             let machine = Machine { planted_bug, ..machine(order, 9, [3, 1 << 20][i % 2]) };
@@ -253,13 +256,35 @@ fn packs_agree_with_the_reference_and_with_padded_batches() {
     packs_agree_with_the_reference("", &ORDERS[..3]).unwrap();
 }
 
+/// The extremes of more rows than a warp has lanes, the largest share in the last of them.
+fn extremes_of_many_rows(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
+    let mut data = rollout(&mut rng(42), 100, 3);
+    data.logp[3 * 99..].fill(0.0);
+    data.old_logp[3 * 99..].fill(-1.0);
+    data.advantages[3 * 99..].fill(1.0);
+    let options = PpoLossOptions { row_extremes: true, ..Default::default() };
+    for &order in orders {
+        let machine = Machine { planted_bug, ..machine(order, 9, 3) };
+        let found = Call { machine, offset: 0 }.run(&data, &options)?;
+        check(&format!("{order:?}"), &data, &options, &found);
+        assert_eq!(found.0.clip_high_row_max, 1.0);
+    }
+    Ok(())
+}
+
+#[test]
+fn extremes_of_many_rows_agree_with_the_reference() {
+    extremes_of_many_rows("", &ORDERS).unwrap();
+}
+
 #[test]
 fn no_offsets_lead_out_of_bounds() {
-    for (_, options) in option_sets().into_iter().step_by(5) {
+    for (_, options) in option_sets().into_iter().rev().step_by(4) {
         for offsets in WILD_OFFSETS {
             for batch in [1, 2] {
                 let mut data = rollout(&mut rng(41), 1, 6);
                 (data.batch, data.offsets) = (batch, Some(offsets[..=batch].to_vec()));
+                let data = data.for_options(&options);
                 // Under a sanitizer what is out of bounds would be seen; elsewhere that it returns.
                 Call { machine: machine(Order::Fifo, 9, 3), offset: 1 }
                     .run(&data, &options)
@@ -287,6 +312,7 @@ fn what_is_masked_may_hold_nan_and_gets_zero() {
         // All of the first part.
         mask[..1024].fill(0);
         data.mask = Some(mask.clone());
+        let data = data.for_options(&options);
         let call = Call::new(ORDERS[i % 3]);
         let found = call.run(&data, &options).unwrap();
         let with_nan = call.run(&with_nan_under_the_mask(&data), &options).unwrap();
@@ -336,13 +362,15 @@ fn optional_terms_fall_away() {
         check_cuda("policy only", &data, &options);
         let (stats, _) = run_cuda(&data, &options);
         assert_eq!(stats.loss, stats.policy_loss);
-        let absent = ["value", "return", "entropy", "kl_mean", "explained"];
+        let absent =
+            ["value", "return", "entropy", "kl_mean", "explained", "clip_high_row", "clip_low_row"];
         for (name, x) in PpoStats::NAMES.iter().zip(stats.to_array()) {
             assert_eq!(x.is_nan(), absent.iter().any(|a| name.starts_with(a)), "{name}");
         }
         // Gradients that nobody wants change nothing, and are not written.
         let (none, grads) = Call::new(Order::Fifo).run_with(&full, &options, false).unwrap();
-        assert_eq!(none, run_cuda(&full, &options).0);
+        let bits = |stats: PpoStats| stats.to_array().map(f64::to_bits);
+        assert_eq!(bits(none), bits(run_cuda(&full, &options).0));
         assert!(grads.iter().flatten().all(|g| g.is_nan()));
         // No clip, no old values.
         let mut full = full;
@@ -790,6 +818,7 @@ mod planted {
 
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || {
+            extremes_of_many_rows(bug, orders)?;
             agrees_for_every_shape(bug, orders)?;
             packs_agree_with_the_reference(bug, orders)?;
             from_logits_agrees_with_the_reference::<bf16>(bug, orders)
@@ -804,6 +833,7 @@ mod planted {
             "loss_wrong_row",
             "loss_wrong_row_terms",
             "loss_wrong_row_of_a_pack",
+            "loss_advantage_of_another_row",
         ];
         for bug in bugs {
             for order in ORDERS {
@@ -816,7 +846,12 @@ mod planted {
     fn a_planted_race_is_seen_in_one_of_the_orders() {
         let seeds: Vec<Order> = (0..4).map(Order::Random).collect();
         let orders = [&ORDERS[..2], &seeds].concat();
-        for bug in ["loss_missing_barrier", "loss_rows_race", "loss_row_kept_too_short"] {
+        for bug in [
+            "loss_missing_barrier",
+            "loss_rows_race",
+            "loss_row_kept_too_short",
+            "loss_extremes_missing_barrier",
+        ] {
             assert!(!unseen(bug, &orders), "{bug}");
         }
     }
@@ -832,6 +867,7 @@ mod planted {
             "loss_shared_memory_race",
             "loss_rows_race",
             "loss_row_kept_too_short",
+            "loss_extremes_missing_barrier",
         ]
         .into_iter()
         .find(|name| *name == bug)
@@ -842,6 +878,7 @@ mod planted {
             "loss_row_kept_too_short" => {
                 from_logits_agrees_with_the_reference::<bf16>(name, &orders)
             }
+            "loss_extremes_missing_barrier" => extremes_of_many_rows(name, &orders),
             _ => agrees_for_every_shape(name, &orders),
         };
         found.unwrap();

@@ -149,12 +149,21 @@ def test_types_of_options(name, module):
     number = functional.Number if module is functional else float
     python = {"float": number, "bool": bool, "float?": number | None, "int?": int | None}
     for option, kind in options.kinds.items():
-        if isinstance(kind, str):
+        if option in _lists.PPO_LOSS_PER_ROW:
+            assert option not in types
+        elif isinstance(kind, str):
             assert types[option] == python[kind], option
         elif module is functional:
             assert typing.get_args(types[option]) == kind, option
         else:
             assert types[option] is str, option
+
+
+def defaults_of(parameters, options):
+    """Those of a function; which inputs are of rows is no parameter, their shapes say it."""
+    named = {option: parameters[option].default for option in options.kinds if option in parameters}
+    per_row = {option: False for option in _lists.PPO_LOSS_PER_ROW if option in options.kinds}
+    return {option: (per_row | named)[option] for option in options.kinds}
 
 
 @pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
@@ -163,7 +172,7 @@ def test_defaults(name, module):
     """Those of the public functions are those of the library."""
     options, function = OPTIONS[name]
     parameters = inspect.signature(getattr(module, function)).parameters
-    ours = options.among({option: parameters[option].default for option in options.kinds}).struct
+    ours = options.among(defaults_of(parameters, options)).struct
     theirs = options.struct()
     init = _lib.function(f"{name}_options_init")
     assert init(ctypes.byref(theirs), ctypes.sizeof(theirs)) == 0
@@ -196,13 +205,18 @@ TENSORS["index"] = torch.zeros(2, dtype=torch.int64)
 @pytest.mark.parametrize("module", [functional, ppo_kernels.numpy])
 @pytest.mark.parametrize(
     ("name", "option"),
-    [(name, option) for name, (options, _) in OPTIONS.items() for option in options.kinds],
+    [
+        (name, option)
+        for name, (options, _) in OPTIONS.items()
+        for option in options.kinds
+        if option not in _lists.PPO_LOSS_PER_ROW  # test_pack.py has them
+    ],
 )
 def test_options_arrive(name, option, module, monkeypatch):
     """One that is not its default is what the library gets for it, with the defaults of others."""
     options, function = OPTIONS[name]
     parameters = inspect.signature(getattr(module, function)).parameters
-    defaults = {each: parameters[each].default for each in options.kinds}
+    defaults = defaults_of(parameters, options)
     kind, address, arrived = options.kinds[option], options.address, []
     monkeypatch.setattr(options, "address", lambda *given: arrived.append(given) or address(*given))
     if isinstance(kind, tuple):

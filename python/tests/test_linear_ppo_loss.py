@@ -47,6 +47,12 @@ LOSSES = [
     *({**ppo_kernels.named_loss(name), "kl_coef": 0.1} for name in ("cispo", "sapo", "dppo")),
     {**ppo_kernels.named_loss("gspo"), "entropy_coef": 0.1},
     {"off_policy_threshold": 0.1},
+    {
+        "entropy_coef": 0.1,
+        "entropy_own_mean": True,
+        "aggregation": "seq_mean_token_mean",
+        "row_extremes": True,
+    },
 ]
 
 
@@ -88,6 +94,27 @@ def test_packs_equal_the_two_calls(loss, tiles):
     grads = torch.autograd.grad(ours.loss, wanted)
     for grad, want in zip(grads, torch.autograd.grad(expected, wanted)):
         torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("offsets", [None, torch.tensor([0, 3, 3, 12])])
+def test_numbers_for_rows(offsets):
+    hidden, weight, index, _ = inputs()
+    tokens = of_tokens()
+    rows = SHAPE[:-1]
+    if offsets is not None:
+        hidden, index = hidden.detach().reshape(-1, hidden.shape[-1])[:12], index.flatten()[:12]
+        hidden.requires_grad_()
+        tokens, rows = {name: x.flatten()[:12] for name, x in tokens.items()}, (3,)
+    of_rows = {"advantages": torch.randn(rows), "weights": torch.rand(rows)}
+    given = {**tokens, **of_rows, "offsets": offsets}
+    ours = functional.linear_ppo_loss(hidden, weight, index, **given)
+    expected, _ = composed(hidden, weight, index, mask=None, head={}, **given)
+    torch.testing.assert_close(ours.loss, expected, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(loss, [hidden, weight]) for loss in (ours.loss, expected)]
+    for grad, want in zip(*grads):
+        torch.testing.assert_close(grad, want, rtol=1e-5, atol=1e-6 * want.abs().max().item())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'advantages_per_row'"):
+        functional.linear_ppo_loss(hidden, weight, index, **given, advantages_per_row=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

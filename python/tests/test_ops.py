@@ -21,7 +21,10 @@ def options_of_loss(**changed):
     """Those of ppo_loss in the order of its op."""
     parameters = inspect.signature(functional.ppo_loss).parameters
     kinds = _lists.PPO_LOSS.options.kinds
-    return tuple(changed.get(name, parameters[name].default) for name in kinds)
+    # Which inputs are of rows is no parameter: the shapes say it.
+    defaults = dict.fromkeys(_lists.PPO_LOSS_PER_ROW, False)
+    defaults |= {name: parameters[name].default for name in kinds if name in parameters}
+    return tuple((defaults | changed)[name] for name in kinds)
 
 
 def samples():
@@ -125,6 +128,9 @@ def samples():
     nothing_else = (None,) * 9
     only = (leaf(2, 5), old_logp, advantages, *nothing_else, True, False, False)
     yield ops.ppo_loss, (*only, *options_of_loss(**ppo_kernels.named_loss("gspo")))
+    of_rows = (*tensors[:2], torch.randn(2), *tensors[3:9], torch.rand(2), mask, None)
+    per_row = options_of_loss(advantages_per_row=True, weights_per_row=True, row_extremes=True)
+    yield ops.ppo_loss, (*of_rows, True, True, True, *per_row)
     packed = [x.detach().flatten().requires_grad_(x.requires_grad) for x in tensors]
     given = (*packed, mask.flatten(), lengths, True, True, True)
     yield ops.ppo_loss, (*given, *options_of_loss(**ppo_kernels.named_loss("gspo")))

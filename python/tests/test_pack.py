@@ -133,6 +133,43 @@ def test_ppo_loss(pack, options):
         assert np.array_equal(gradients["logp"], leaves[1].grad.numpy())
 
 
+@pytest.mark.parametrize("options", [{}, ppo_kernels.named_loss("gspo")])
+def test_ppo_loss_with_numbers_for_rows(pack, options):
+    logp, old_logp = pack.draw(), pack.draw()
+    of_rows = {"advantages": pack.of_rows(), "weights": torch.rand(pack.rows, device=pack.device)}
+    of_tokens = {name: x[:, None].expand(-1, WIDTH) for name, x in of_rows.items()}
+    options = {**options, "row_extremes": True}
+
+    def run(logp, old_logp, mask, **more):
+        leaf = logp.detach().requires_grad_()
+        loss, stats = functional.ppo_loss(leaf, old_logp, mask=mask, **more, **options)
+        loss.backward()
+        return leaf.grad, stats
+
+    expected, stats = run(logp, old_logp, pack.mask, **of_tokens)
+    padded, padded_stats = run(logp, old_logp, pack.mask, **of_rows)
+    assert torch.equal(padded, expected)
+    torch.testing.assert_close(padded_stats, stats, equal_nan=True, rtol=0, atol=0)
+    assert stats["clip_high_row_max"] >= stats["clip_high_fraction"]
+    assert stats["clip_low_row_min"] <= stats["clip_low_fraction"]
+    given = [pack.pack(x) for x in (logp, old_logp, pack.mask)]
+    packed, packed_stats = run(*given, offsets=pack.offsets, **of_rows)
+    assert torch.equal(packed, pack.pack(expected))
+    torch.testing.assert_close(packed_stats, stats, equal_nan=True)
+    if pack.device == "cpu":
+        logp, old_logp, mask = (x.numpy() for x in given)
+        arrays = {name: x.numpy() for name, x in of_rows.items()}
+        more = {"mask": mask, "offsets": pack.offsets, **arrays, **options}
+        _, _, gradients = ppo_kernels.numpy.ppo_loss(logp, old_logp, **more)
+        assert np.array_equal(gradients["logp"], packed.numpy())
+
+
+def test_numbers_for_other_rows_are_refused(pack):
+    logp = pack.pack(pack.draw())
+    with pytest.raises(ValueError, match="`advantages` has shape \\[6\\]"):
+        functional.ppo_loss(logp, logp, pack.of_rows()[:6], offsets=pack.offsets)
+
+
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo", "kto"])
 def test_preference_loss(pack, loss):
     logp, ref_logp = pack.draw()[:6], pack.draw()[:6]

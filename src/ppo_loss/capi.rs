@@ -4,8 +4,8 @@ use std::ffi::{c_char, c_void};
 
 use super::{
     cpu, cuda, Aggregation, ClipFractionKind, Inputs, KlAgainst, KlGradient, KlRatio, LogitsInputs,
-    LogitsOutputs, Outputs, PpoLossOptions, PpoStats, RatioGradient, RatioLevel, ScaleInputs,
-    ScaleOutputs, Surrogate, TrustRegion, TrustRegionSides, OP,
+    LogitsOutputs, LossShape, Outputs, PpoLossOptions, PpoStats, RatioGradient, RatioLevel,
+    ScaleInputs, ScaleOutputs, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::capi::arguments::{
     choices, choose, list_of, options, with_logits, with_targets, Encoded, Memory, Raw,
@@ -179,6 +179,16 @@ pub struct ppok_ppo_loss_options {
     pub kl_ratio: i32,
     /// Whether `weights` are a factor of the KL term too (DRO); 0 by default, or 1.
     pub kl_weighted: i32,
+    /// Whether the entropy bonus is the mean over the unmasked tokens, whatever `aggregation` and `denominator`
+    /// are; 0 by default, or 1, and so are the next three.
+    pub entropy_own_mean: i32,
+    /// Whether `advantages` are `[batch]`, one for all tokens of a row.
+    pub advantages_per_row: i32,
+    /// Whether `weights` are `[batch]`, one for all tokens of a row.
+    pub weights_per_row: i32,
+    /// Whether the statistics have the extremes over rows of the clip fractions, which takes another look at
+    /// the tokens.
+    pub row_extremes: i32,
 }
 
 choices! {
@@ -261,6 +271,10 @@ options!(ppok_ppo_loss_options, PpoLossOptions, OP, [], {
     kl_gradient => kl_gradient,
     kl_ratio => kl_ratio,
     kl_weighted => kl_weighted,
+    entropy_own_mean => entropy_own_mean,
+    advantages_per_row => advantages_per_row,
+    weights_per_row => weights_per_row,
+    row_extremes => row_extremes,
 });
 
 /// Bytes of the workspace of the loss, from logits or not, by its length.
@@ -288,7 +302,8 @@ pub struct ppok_ppo_loss_args {
     pub logp: *const f32,
     /// Log-probabilities under the policy that made the rollout, `[batch, seq_len]`.
     pub old_logp: *const f32,
-    /// Advantages, already whitened if they are to be, `[batch, seq_len]`.
+    /// Advantages, already whitened if they are to be, `[batch, seq_len]`, or `[batch]` with
+    /// `advantages_per_row`.
     pub advantages: *const f32,
     /// The critic's predictions, which get the gradient, `[batch, seq_len]`; null for no value term.
     pub values: *const f32,
@@ -305,7 +320,8 @@ pub struct ppok_ppo_loss_args {
     pub ref_logp: *const f32,
     /// Log-probabilities of the rollout as its engine computed them, `[batch, seq_len]`; may be null.
     pub rollout_logp: *const f32,
-    /// Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+    /// Factors of the policy term, `[batch, seq_len]`, or `[batch]` with `weights_per_row`, 0 or above; null if
+    /// all are 1.
     pub weights: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
@@ -335,6 +351,7 @@ unsafe impl Pass for ppok_ppo_loss_args {
         let (batch, seq_len) = (self.batch, self.seq_len);
         let options = memory.options(self.options)?;
         let shape = self.shape();
+        let of_inputs = LossShape::new(shape, &options);
         let inputs = list_of!(
             self,
             Inputs,
@@ -345,7 +362,7 @@ unsafe impl Pass for ppok_ppo_loss_args {
             list_of!(self, Outputs, [stats], [loss, grad_logp, grad_values, grad_entropy]);
         run!(
             (on, memory),
-            [inputs, shape],
+            [inputs, of_inputs],
             [outputs, shape],
             |i, o| cpu::ppo_loss(i, batch, seq_len, &options, o),
             |stream, w| cuda::ppo_loss(stream, i, batch, seq_len, &options, o, w),
@@ -387,14 +404,16 @@ pub struct ppok_logits_ppo_loss_args {
     pub targets: *const c_void,
     /// Log-probabilities under the policy that made the rollout, `[batch, seq_len]`.
     pub old_logp: *const f32,
-    /// Advantages, already whitened if they are to be, `[batch, seq_len]`.
+    /// Advantages, already whitened if they are to be, `[batch, seq_len]`, or `[batch]` with
+    /// `advantages_per_row`.
     pub advantages: *const f32,
     /// Log-probabilities under the reference model, `[batch, seq_len]`; may be null where `kl_coef` is
     /// 0.
     pub ref_logp: *const f32,
     /// Log-probabilities of the rollout as its engine computed them, `[batch, seq_len]`; may be null.
     pub rollout_logp: *const f32,
-    /// Factors of the policy term, `[batch, seq_len]`, 0 or above; null if all are 1.
+    /// Factors of the policy term, `[batch, seq_len]`, or `[batch]` with `weights_per_row`, 0 or above; null if
+    /// all are 1.
     pub weights: *const f32,
     /// `[batch, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
@@ -427,6 +446,7 @@ impl ppok_logits_ppo_loss_args {
         let (sizes, shape) = ([batch, seq_len, vocab], (self.shape(), vocab));
         let logprob_options = memory.options(self.logprob_options)?;
         let options = memory.options(self.options)?;
+        let of_inputs = (LossShape::new(self.shape(), &options), vocab);
         let inputs: LogitsInputs<Raw, T, I> = list_of!(
             self,
             LogitsInputs,
@@ -437,7 +457,7 @@ impl ppok_logits_ppo_loss_args {
             list_of!(self, LogitsOutputs, [logp, stats, grad_logits], [entropy, loss]);
         run!(
             (on, memory),
-            [inputs, shape],
+            [inputs, of_inputs],
             [outputs, shape],
             |i, o| cpu::logits_ppo_loss(i, sizes, &logprob_options, &options, o),
             |stream, w| cuda::logits_ppo_loss(stream, i, sizes, &logprob_options, &options, o, w),

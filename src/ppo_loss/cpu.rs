@@ -6,8 +6,8 @@ use std::ops::Range;
 
 use super::surrogate::{with_surrogate, Clip, Of, Token};
 use super::{
-    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, PpoStats,
-    RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
+    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, LossShape, PpoLossOptions,
+    PpoStats, RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, select, sum_lanes, LANES};
 use crate::cpu::{
@@ -54,19 +54,24 @@ pub fn ppo_loss(
 ) -> Result<()> {
     options.validate()?;
     let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
-    inputs.try_map(shape, &mut Lengths(OP))?;
+    inputs.try_map(LossShape::new(shape, options), &mut Lengths(OP))?;
     inputs.check_given(options)?;
     outputs.try_map(shape, &mut Lengths(OP))?;
     let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
     let n = inputs.logp.len();
     outputs.check_wanted(&inputs, n)?;
-    check_weights(inputs.weights, inputs.mask)?;
+    check_weights(inputs.weights, inputs.mask, options.weights_per_row.then_some(ranges))?;
     let (kept, rows) = count(inputs.mask, batch, ranges, options.aggregation);
     let divisor = options.divisor(kept, rows, [batch, ranges.longest(batch)])?;
+    let entropy_divisor = options.entropy_divisor(kept, divisor);
 
-    let terms = Terms::new(options, divisor);
+    let terms = Terms::new(options, divisor, entropy_divisor);
     let has_row_weights = options.aggregation.has_row_weights();
-    let rows = match options.needs_rows() || (ranges.is_packed() && has_row_weights) {
+    let [advantages_per_row, weights_per_row] =
+        [options.advantages_per_row, options.weights_per_row && inputs.weights.is_some()];
+    let per_row = advantages_per_row || weights_per_row;
+    let splits = options.needs_rows() || (ranges.is_packed() && has_row_weights);
+    let rows = match splits || per_row {
         true => terms.rows(&inputs, batch, ranges, options),
         false => Vec::new(),
     };
@@ -74,20 +79,29 @@ pub fn ppo_loss(
     let bytes = |gradient: &Option<&mut [f32]>| gradient.as_deref().map_or(0, size_of_val);
     let non_temporal = prefers_non_temporal(gradients.map(bytes).iter().sum());
     // The rows that a block has tokens of, by their numbers if those are needed.
+    let sum_of_tokens = |block: Tokens, weight, rows| match non_temporal {
+        false => terms.sum::<false>(block, weight, rows, options),
+        true => terms.sum::<true>(block, weight, rows, options),
+    };
     let sum = |first: usize, block: Tokens, weight| {
         let rows = RowsOf { rows: &rows, first, ranges };
-        match non_temporal {
-            false => terms.sum::<false>(block, weight, rows, options),
-            true => terms.sum::<true>(block, weight, rows, options),
+        match per_row {
+            false => sum_of_tokens(block, weight, rows),
+            true => block.with_numbers_of_rows(rows, weights_per_row, |block| {
+                // Nothing else of rows leaves the loop as long as it is.
+                let rows = if splits { rows } else { RowsOf { rows: &[], ..rows } };
+                sum_of_tokens(block, weight, rows)
+            }),
         }
     };
     let value = inputs.values.zip(inputs.returns);
     let tokens = Tokens {
-        policy: (inputs.logp, inputs.old_logp, inputs.advantages),
+        policy: (inputs.logp, inputs.old_logp),
+        advantages: (!advantages_per_row).then_some(inputs.advantages),
         value: value.map(|(values, returns)| (values, inputs.old_values, returns)),
         entropy: inputs.entropy,
         against: against(&inputs, options),
-        weights: inputs.weights,
+        weights: inputs.weights.filter(|_| !weights_per_row),
         mask: inputs.mask,
         grad_logp: outputs.grad_logp,
         grad_values: outputs.grad_values,
@@ -112,7 +126,11 @@ pub fn ppo_loss(
     } else {
         blocks(0, tokens, RowWeight::Given(1.0))
     };
-    let stats = sums.stats(&inputs, options, divisor);
+    let mut stats = sums.stats(&inputs, options, [divisor, entropy_divisor]);
+    if options.row_extremes {
+        let [high_max, low_min] = terms.row_extremes(&inputs, &rows, batch, ranges, options);
+        (stats.clip_high_row_max, stats.clip_low_row_min) = (high_max, low_min);
+    }
     outputs.stats[0] = stats;
     if let Some(loss) = outputs.loss {
         loss[0] = stats.loss as f32;
@@ -143,7 +161,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     let tokens = shape.count_tokens();
     Error::check_logits(OP, inputs.logits.len(), tokens, vocab)?;
-    inputs.try_map((shape, vocab), &mut Lengths(OP))?;
+    inputs.try_map((LossShape::new(shape, options), vocab), &mut Lengths(OP))?;
     outputs.try_map((shape, vocab), &mut Lengths(OP))?;
     outputs.check_entropy(options)?;
     let LogitsInputs {
@@ -158,10 +176,11 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         offsets,
     } = inputs;
     let LogitsOutputs { logp, stats, grad_logits, mut entropy, loss } = outputs;
-    check_weights(weights, mask)?;
     let ranges = RowRanges::new(OP, seq_len, offsets)?;
+    check_weights(weights, mask, options.weights_per_row.then_some(ranges))?;
     let (kept, rows) = count(mask, batch, ranges, options.aggregation);
     let divisor = options.divisor(kept, rows, [batch, ranges.longest(batch)])?;
+    let entropy_divisor = options.entropy_divisor(kept, divisor);
     // Without what comes of the logits.
     let given = Inputs {
         ref_logp,
@@ -216,8 +235,23 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         false => Vec::new(),
     };
     // Of one token, before weight and denominator.
-    let plain =
-        PpoLossOptions { aggregation: Aggregation::Constant(1.0), denominator: None, ..*options };
+    let plain = PpoLossOptions {
+        aggregation: Aggregation::Constant(1.0),
+        denominator: None,
+        entropy_own_mean: false,
+        advantages_per_row: false,
+        weights_per_row: false,
+        row_extremes: false,
+        ..*options
+    };
+    let of_tokens =
+        |per_row: bool, numbers: &[f32]| per_row.then(|| spread_over_rows(numbers, batch, ranges));
+    let of_rows = [
+        of_tokens(options.advantages_per_row, advantages),
+        weights.and_then(|weights| of_tokens(options.weights_per_row, weights)),
+    ];
+    let advantages = of_rows[0].as_deref().unwrap_or(advantages);
+    let weights = of_rows[1].as_deref().or(weights);
     let at_once = CACHED_LOGITS / vocab.saturating_mul(size_of::<T>());
     let logits = Rows { data: logits, width: vocab };
     let grads = RowsMut { data: grad_logits, width: vocab };
@@ -247,8 +281,12 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
         ppo_loss(part, 1, count, &plain, outputs)?;
         for (i, t) in range.enumerate() {
             let weight = if row_weights.is_empty() { 1.0 } else { row_weights[ranges.row_of(t)] };
-            for gradient in [&mut kept.grad_logp[i], &mut kept.grad_entropy[i]] {
-                *gradient = scaled(*gradient, (weight / divisor) as f32);
+            let of_entropy = if options.entropy_own_mean { 1.0 } else { weight };
+            for (gradient, factor) in [
+                (&mut kept.grad_logp[i], weight / divisor),
+                (&mut kept.grad_entropy[i], of_entropy / entropy_divisor),
+            ] {
+                *gradient = scaled(*gradient, factor as f32);
             }
         }
         of_logits.backward(forward, entropy.as_deref(), &kept, grads.data)
@@ -393,8 +431,21 @@ fn against<'a>(inputs: &Inputs<'a>, options: &PpoLossOptions) -> Option<&'a [f32
     }
 }
 
-/// `Ok` when no unmasked token's weight is negative.
-fn check_weights(weights: Option<&[f32]>, mask: Option<&[u8]>) -> Result<()> {
+/// Numbers for rows as numbers for tokens.
+fn spread_over_rows(numbers: &[f32], batch: usize, ranges: RowRanges) -> Vec<f32> {
+    let mut spread = vec![0.0; ranges.start(batch)];
+    for (row, &number) in numbers.iter().enumerate() {
+        spread[ranges.range(row)].fill(number);
+    }
+    spread
+}
+
+/// `Ok` when no unmasked token's weight is negative, or that of a row with one, where weights are of `rows`.
+fn check_weights(
+    weights: Option<&[f32]>,
+    mask: Option<&[u8]>,
+    rows: Option<RowRanges>,
+) -> Result<()> {
     let Some(weights) = weights else {
         return Ok(());
     };
@@ -407,13 +458,14 @@ fn check_weights(weights: Option<&[f32]>, mask: Option<&[u8]>) -> Result<()> {
     if reduce(weights.len(), BLOCK_TOKENS, weights, any, |a, b| a | b) == 0 {
         return Ok(());
     }
-    let is_kept = |&t: &usize| mask.is_none_or(|mask| mask[t] != 0);
-    match (0..weights.len()).filter(is_kept).find(|&t| weights[t] < 0.0) {
-        Some(t) => Err(Error::Option {
+    let is_kept = |t: usize| mask.is_none_or(|mask| mask[t] != 0);
+    let counts = |i: usize| rows.map_or(is_kept(i), |rows| rows.range(i).any(is_kept));
+    match (0..weights.len()).find(|&i| weights[i] < 0.0 && counts(i)) {
+        Some(i) => Err(Error::Option {
             op: OP,
             option: "weights",
             expected: "0 or more".to_string(),
-            got: format!("{} at token {t}", weights[t]),
+            got: format!("{} at {} {i}", weights[i], if rows.is_some() { "row" } else { "token" }),
         }),
         None => Ok(()),
     }
@@ -466,8 +518,10 @@ type Value<'a> = (&'a [f32], Option<&'a [f32]>, &'a [f32]);
 
 /// A run of tokens: its part of every input and gradient.
 struct Tokens<'a> {
-    /// logp, old_logp, advantages.
-    policy: (&'a [f32], &'a [f32], &'a [f32]),
+    /// logp, old_logp.
+    policy: (&'a [f32], &'a [f32]),
+    /// `None`, as the weights, where they are of rows.
+    advantages: Option<&'a [f32]>,
     value: Option<Value<'a>>,
     entropy: Option<&'a [f32]>,
     /// What the KL term is against.
@@ -483,11 +537,33 @@ impl Tokens<'_> {
     fn len(&self) -> usize {
         self.policy.0.len()
     }
+
+    /// Calls `f` with a block in which what is there of rows is there of tokens.
+    fn with_numbers_of_rows<R>(
+        self,
+        rows: RowsOf,
+        weights_per_row: bool,
+        f: impl FnOnce(Tokens) -> R,
+    ) -> R {
+        let mut of_tokens = [[0.0; BLOCK_TOKENS]; 2];
+        let len = self.len();
+        let [advantages, weights] = of_tokens.each_mut().map(|numbers| &mut numbers[..len]);
+        for (range, row) in rows.runs(len) {
+            advantages[range.clone()].fill(row.advantage);
+            weights[range].fill(row.given_weight);
+        }
+        f(Tokens {
+            advantages: self.advantages.or(Some(advantages)),
+            weights: if weights_per_row { Some(weights) } else { self.weights },
+            ..self
+        })
+    }
 }
 
 impl Split for Tokens<'_> {
     fn split(self, mid: usize) -> (Self, Self) {
         let policy = self.policy.split(mid);
+        let advantages = self.advantages.split(mid);
         let value = self.value.split(mid);
         let entropy = self.entropy.split(mid);
         let against = self.against.split(mid);
@@ -499,6 +575,7 @@ impl Split for Tokens<'_> {
         (
             Self {
                 policy: policy.0,
+                advantages: advantages.0,
                 value: value.0,
                 entropy: entropy.0,
                 against: against.0,
@@ -510,6 +587,7 @@ impl Split for Tokens<'_> {
             },
             Self {
                 policy: policy.1,
+                advantages: advantages.1,
                 value: value.1,
                 entropy: entropy.1,
                 against: against.1,
@@ -694,6 +772,9 @@ struct Row {
     /// The gradient that all tokens get of it.
     spread: f32,
     off_policy: bool,
+    /// The row's own, where advantages and weights are of rows.
+    advantage: f32,
+    given_weight: f32,
 }
 
 /// A run of tokens, as the policy term's loop takes it.
@@ -706,9 +787,24 @@ struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    fn of(inputs: &Inputs<'a>, tokens: Range<usize>) -> Self {
+    /// The tokens of a row in a range of them. Where advantages and weights are of rows, `of_row` has at least
+    /// as many copies of its own.
+    fn of<'b: 'a>(
+        inputs: &Inputs<'b>,
+        tokens: Range<usize>,
+        of_row: [Option<&'a [f32]>; 2],
+    ) -> Self {
+        let part = |x: &'b [f32], own: Option<&'a [f32]>| match own {
+            Some(own) => &own[..tokens.len()],
+            None => &x[tokens.clone()],
+        };
         let Inputs { logp, old_logp, advantages, weights, .. } = *inputs;
-        Self { logp, old_logp, advantages, weights }.part(tokens)
+        Self {
+            logp: part(logp, None),
+            old_logp: part(old_logp, None),
+            advantages: part(advantages, of_row[0]),
+            weights: weights.map(|weights| part(weights, of_row[1])),
+        }
     }
 
     fn part(self, range: Range<usize>) -> Self {
@@ -816,6 +912,7 @@ struct Terms {
     kl_ratio: KlRatio,
     kl_ratio_cap: f32,
     kl_weighted: bool,
+    entropy_own_mean: bool,
     /// Factors of the gradients: coefficient over denominator.
     policy_scale: f32,
     value_scale: f32,
@@ -825,7 +922,7 @@ struct Terms {
 
 impl Terms {
     /// Of validated options.
-    fn new(options: &PpoLossOptions, divisor: f64) -> Self {
+    fn new(options: &PpoLossOptions, divisor: f64, entropy_divisor: f64) -> Self {
         let (low, high) = options.ratio_bounds();
         Self {
             log_ratio_limit: limit(options.log_ratio_clamp),
@@ -844,9 +941,10 @@ impl Terms {
             kl_ratio: options.kl_ratio,
             kl_ratio_cap: limit(options.kl_ratio_cap),
             kl_weighted: options.kl_weighted,
+            entropy_own_mean: options.entropy_own_mean,
             policy_scale: (1.0 / divisor) as f32,
             value_scale: (options.value_coef / divisor) as f32,
-            entropy_scale: (-options.entropy_coef / divisor) as f32,
+            entropy_scale: (-options.entropy_coef / entropy_divisor) as f32,
             kl_scale: (options.kl_coef / divisor) as f32,
         }
     }
@@ -863,7 +961,7 @@ impl Terms {
         let cut = move |first, count| ranges.middle(first, count, BLOCK_TOKENS);
         let leaf = |first, _, rows: &mut [Row]| {
             for (b, row) in (first..).zip(rows) {
-                *row = self.row(inputs, ranges.range(b), options);
+                *row = self.row(inputs, b, ranges.range(b), options);
             }
         };
         reduce_by(batch, cut, &mut rows[..], leaf, |(), ()| ());
@@ -871,12 +969,17 @@ impl Terms {
     }
 
     /// What the tokens of one row share.
-    fn row(self, inputs: &Inputs, tokens: Range<usize>, options: &PpoLossOptions) -> Row {
+    fn row(self, inputs: &Inputs, b: usize, tokens: Range<usize>, options: &PpoLossOptions) -> Row {
         let kept = count_kept(inputs.mask.map(|mask| &mask[tokens.clone()]), tokens.len());
         let weight = 1.0 / kept as f32;
+        let own = numbers_of_row(inputs, b, options);
+        let [advantage, given_weight] = own.map(Option::unwrap_or_default);
+        let of_row = Row { weight, advantage, given_weight, ..Row::default() };
         if !options.needs_rows() {
-            return Row { weight, ..Row::default() };
+            return of_row;
         }
+        let copies = copies_of_block(own, tokens.len());
+        let copies = copies.each_ref().map(Option::as_deref);
         let kept = kept as f64;
         let chunk = |first| first..tokens.end.min(first + BLOCK_TOKENS);
         let chunks = tokens.clone().step_by(BLOCK_TOKENS).map(chunk);
@@ -892,7 +995,7 @@ impl Terms {
         for chunk in chunks.clone() {
             let weights = &mut weights[..chunk.len()];
             write_weights(1.0, chunk.clone(), weights);
-            let run = Run::of(inputs, chunk.clone());
+            let run = Run::of(inputs, chunk.clone(), copies);
             let rollout_logp = inputs.rollout_logp.unwrap_or(inputs.old_logp);
             vectorise(
                 #[inline(always)]
@@ -905,14 +1008,13 @@ impl Terms {
             );
         }
         let mut row = Row {
-            weight,
             log_ratio: match options.ratio {
                 RatioLevel::Token => 0.0,
                 RatioLevel::SequenceMean => (log_ratio / kept) as f32,
                 RatioLevel::SequenceSum => log_ratio as f32,
             },
-            spread: 0.0,
             off_policy: options.off_policy_threshold.is_some_and(|limit| excess / kept > limit),
+            ..of_row
         };
         if !self.spreads || kept == 0.0 {
             return row;
@@ -924,7 +1026,7 @@ impl Terms {
         for chunk in chunks {
             let weights = &mut weights[..chunk.len()];
             write_weights(weight, chunk.clone(), weights);
-            let run = Run::of(inputs, chunk.clone());
+            let run = Run::of(inputs, chunk.clone(), copies);
             let mut grad = [0.0; BLOCK_TOKENS];
             let grad = &mut grad[..chunk.len()];
             with_surrogate!(options, surrogate => vectorise(
@@ -945,6 +1047,63 @@ impl Terms {
         let share = if options.ratio == RatioLevel::SequenceMean { 1.0 / kept } else { 1.0 };
         row.spread = (spread * share) as f32;
         row
+    }
+
+    /// The extremes over rows of the share of a row's tokens that are clipped: the largest of those with A > 0,
+    /// the smallest of the others. NaN where no token is unmasked.
+    fn row_extremes(
+        self,
+        inputs: &Inputs,
+        rows: &[Row],
+        batch: usize,
+        ranges: RowRanges,
+        options: &PpoLossOptions,
+    ) -> [f64; 2] {
+        let cut = move |first, count| ranges.middle(first, count, BLOCK_TOKENS);
+        let merge = |a: [f64; 2], b: [f64; 2]| [a[0].max(b[0]), a[1].min(b[1])];
+        let leaf = |first, count, ()| {
+            let of_row = |b: usize| {
+                let row = rows.get(b).copied().unwrap_or_default();
+                self.clip_fractions_of_row(inputs, b, row, ranges.range(b), options)
+            };
+            (first..first + count).map(of_row).fold([f64::NAN; 2], merge)
+        };
+        reduce_by(if ranges.start(batch) == 0 { 0 } else { batch }, cut, (), leaf, merge)
+    }
+
+    /// The shares of one row's tokens that are clipped and have A > 0, and of those that are clipped and do
+    /// not; NaN without tokens.
+    fn clip_fractions_of_row(
+        self,
+        inputs: &Inputs,
+        b: usize,
+        row: Row,
+        tokens: Range<usize>,
+        options: &PpoLossOptions,
+    ) -> [f64; 2] {
+        let copies = copies_of_block(numbers_of_row(inputs, b, options), tokens.len());
+        let copies = copies.each_ref().map(Option::as_deref);
+        let mut weights = [0.0; BLOCK_TOKENS];
+        let (mut lanes, mut kept) = (PolicyLanes::NONE, 0);
+        for first in tokens.clone().step_by(BLOCK_TOKENS) {
+            let chunk = first..tokens.end.min(first + BLOCK_TOKENS);
+            let mask = inputs.mask.map(|mask| &mask[chunk.clone()]);
+            let weights = &mut weights[..chunk.len()];
+            fill(1.0, mask, weights);
+            kept += count_kept(mask, chunk.len());
+            let run = Run::of(inputs, chunk, copies);
+            with_surrogate!(options, surrogate => vectorise(
+                #[inline(always)]
+                || {
+                    let writer = &Writer::<false>;
+                    self.policy::<_, FULL, false>(
+                        surrogate, weights, run, None, row, 0.0, None, &mut lanes, writer,
+                    );
+                },
+            ));
+        }
+        let [clipped, high] = [lanes.clipped, lanes.clipped_high].map(count_of);
+        [high, clipped - high].map(|count| count / kept as f64)
     }
 
     /// The sum of the log-ratios of unmasked tokens, exact differences: thousands of them may go into
@@ -990,7 +1149,8 @@ impl Terms {
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
         let writer = Writer::<NON_TEMPORAL>;
-        let (logp, old_logp, advantages) = block.policy;
+        let (logp, old_logp) = block.policy;
+        let advantages = block.advantages.expect("each token's by now");
         let run = Run { logp, old_logp, advantages, weights: block.weights };
         let grad_logp = &mut block.grad_logp;
         // Without a clip the old values are not looked at, whatever they are.
@@ -1490,10 +1650,12 @@ impl Terms {
                 let (w, h) = (load(weights, at, full), load(entropy, at, full));
                 let mut g = ZERO;
                 for i in 0..LANES {
-                    let h = select(w[i] != 0.0, h[i], 0.0);
-                    loss[i] += w[i] * h;
+                    let keep = w[i] != 0.0;
+                    let w = select(self.entropy_own_mean, 1.0, w[i]);
+                    let h = select(keep, h[i], 0.0);
+                    loss[i] += w * h;
                     total[i] += h;
-                    g[i] = select(w[i] != 0.0, w[i] * self.entropy_scale, 0.0);
+                    g[i] = select(keep, w * self.entropy_scale, 0.0);
                 }
                 if let Some(grad) = &mut grad {
                     store(grad, at, full, g, writer);
@@ -1503,6 +1665,19 @@ impl Terms {
         sums.entropy_loss = sum(loss);
         sums.entropy = sum(total);
     }
+}
+
+/// The advantage and the weight of a row, where they are of rows.
+fn numbers_of_row(inputs: &Inputs, b: usize, options: &PpoLossOptions) -> [Option<f32>; 2] {
+    [
+        options.advantages_per_row.then(|| inputs.advantages[b]),
+        inputs.weights.filter(|_| options.weights_per_row).map(|weights| weights[b]),
+    ]
+}
+
+/// As many copies of a row's numbers as a block has of its tokens.
+fn copies_of_block(numbers: [Option<f32>; 2], tokens: usize) -> [Option<Vec<f32>>; 2] {
+    numbers.map(|number| number.map(|number| vec![number; tokens.min(BLOCK_TOKENS)]))
 }
 
 /// The sum over unmasked tokens of rollout_logp - logp; NaN of the rollout counts as 0.
@@ -1641,7 +1816,13 @@ impl Sums {
         }
     }
 
-    fn stats(&self, inputs: &Inputs, options: &PpoLossOptions, divisor: f64) -> PpoStats {
+    /// But for the extremes over rows. The divisors are those of all terms, and of the entropy.
+    fn stats(
+        &self,
+        inputs: &Inputs,
+        options: &PpoLossOptions,
+        [divisor, entropy_divisor]: [f64; 2],
+    ) -> PpoStats {
         let given = |present: bool, x: f64| if present { x } else { f64::NAN };
         let (value, entropy) = (inputs.values.is_some(), inputs.entropy.is_some());
         // 0 / 0 is NaN where there is no token.
@@ -1649,11 +1830,14 @@ impl Sums {
         let any = self.tokens > 0;
 
         // A sum whose coefficient is 0 stays out, so that its NaN does.
-        let term = |coef: f64, sum: f64| if coef == 0.0 { 0.0 } else { coef * (sum / divisor) };
+        let term = |coef: f64, sum: f64, divisor: f64| match coef {
+            0.0 => 0.0,
+            _ => coef * (sum / divisor),
+        };
         let policy_loss = self.policy_loss / divisor;
-        let loss = policy_loss + term(options.value_coef, self.value_loss)
-            - term(options.entropy_coef, self.entropy_loss)
-            + term(options.kl_coef, self.kl_loss);
+        let loss = policy_loss + term(options.value_coef, self.value_loss, divisor)
+            - term(options.entropy_coef, self.entropy_loss, entropy_divisor)
+            + term(options.kl_coef, self.kl_loss, divisor);
         let explained = given(self.returns.m2 != 0.0, self.residuals.m2);
         PpoStats {
             loss,
@@ -1663,6 +1847,8 @@ impl Sums {
             lower_clip_fraction: mean(self.lower_clipped),
             clip_high_fraction: mean(self.clipped_high),
             clip_low_fraction: mean(self.clipped - self.clipped_high),
+            clip_high_row_max: f64::NAN,
+            clip_low_row_min: f64::NAN,
             outside_fraction: mean(self.outside),
             off_policy_fraction: mean(self.off_policy),
             value_clip_fraction: given(value, mean(self.value_clipped)),
@@ -1700,7 +1886,8 @@ mod tests {
         let [grad_logp, grad_values, grad_entropy] =
             grads.each_mut().map(|grad| Some(&mut grad[offset..]));
         let tokens = Tokens {
-            policy: (logp, old_logp, advantages),
+            policy: (logp, old_logp),
+            advantages: Some(advantages),
             value: Some((values, Some(old_values), returns)),
             entropy: Some(entropy),
             against: Some(ref_logp),
@@ -1712,7 +1899,8 @@ mod tests {
         };
         let options = PpoLossOptions { kl_coef: 0.1, entropy_coef: 0.1, ..Default::default() };
         let ranges = RowRanges::new(OP, len, None).unwrap();
-        let (terms, rows) = (Terms::new(&options, 1.0), RowsOf { rows: &[], first: 0, ranges });
+        let (terms, rows) =
+            (Terms::new(&options, 1.0, 1.0), RowsOf { rows: &[], first: 0, ranges });
         terms.sum::<NON_TEMPORAL>(tokens, RowWeight::Given(1.0), rows, &options);
         grads.into_iter().flatten().map(f32::to_bits).collect()
     }

@@ -15,8 +15,8 @@ use std::convert::Infallible;
 use std::ptr::{null, null_mut};
 
 use super::{
-    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, RatioLevel,
-    Surrogate, TrustRegion, TrustRegionSides, OP,
+    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, LossShape, PpoLossOptions,
+    RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::cpu::{Logit, TokenId};
 use crate::cuda::rows::{check_logits, Reduction};
@@ -98,14 +98,44 @@ in_space!(
 );
 
 /// The least length of the workspace of [`ppo_loss`] for `batch` rows with so many tokens in all: some 108
-/// bytes for every 1024 tokens or more, 2 KiB, 4 bytes a row where rows have weights, and 12 a row where the
-/// ratio is that of a row or rows may be dropped.
+/// bytes for every 1024 tokens or more, 3 KiB, 4 bytes a row where rows have weights, 12 a row where the
+/// ratio is that of a row or rows may be dropped, and 8 a row for the extremes over rows.
 pub fn workspace_len(batch: usize, tokens: usize, options: &PpoLossOptions) -> usize {
-    let (_, parts) = parts(tokens);
-    let weights = if options.aggregation.has_row_weights() { batch } else { 0 };
-    let terms = if options.needs_rows() { batch.saturating_mul(ROW_TERMS) } else { 0 };
-    let sums = PARTIAL_SUMS.saturating_mul(parts).saturating_add(2 * COUNT_PARTS);
-    sums.saturating_add(weights).saturating_add(terms)
+    Room::new(batch, tokens, options).len
+}
+
+/// Where what is in the workspace begins, in elements of f32.
+struct Room {
+    counts: usize,
+    longest: usize,
+    entropy_counts: usize,
+    weights: usize,
+    row_terms: usize,
+    row_clips: usize,
+    len: usize,
+}
+
+impl Room {
+    fn new(batch: usize, tokens: usize, options: &PpoLossOptions) -> Self {
+        let mut end = 0_usize;
+        // Where so many elements begin, behind all before.
+        let mut take = |elements: usize| {
+            let first = end;
+            end = end.saturating_add(elements);
+            first
+        };
+        let a_row = |there: bool, elements| if there { batch.saturating_mul(elements) } else { 0 };
+        take(PARTIAL_SUMS.saturating_mul(parts(tokens).1));
+        Self {
+            counts: take(COUNT_PARTS),
+            longest: take(COUNT_PARTS),
+            entropy_counts: take(COUNT_PARTS),
+            weights: take(a_row(options.aggregation.has_row_weights(), 1)),
+            row_terms: take(a_row(options.needs_rows(), ROW_TERMS)),
+            row_clips: take(a_row(options.row_extremes, ROW_CLIPS)),
+            len: take(0),
+        }
+    }
 }
 
 /// The least length of the workspace of [`logits_ppo_loss`]: that of [`workspace_len`], and 16 bytes a token
@@ -117,6 +147,9 @@ pub fn logits_workspace_len(batch: usize, tokens: usize, options: &PpoLossOption
 
 /// What is kept of a token between the passes over its logits: maximum, sum, and two gradients.
 const KEPT_OF_TOKENS: usize = 4;
+
+/// Numbers of a row for the extremes over rows.
+const ROW_CLIPS: usize = 2;
 
 /// Elements of f32 of the workspace that a row's terms take.
 const ROW_TERMS: usize = size_of::<RowTerms>() / size_of::<f32>();
@@ -141,13 +174,13 @@ pub fn ppo_loss(
 ) -> Result<()> {
     options.validate()?;
     let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
-    let given = inputs.try_map(shape, &mut Lengths(OP))?;
+    let given = inputs.try_map(LossShape::new(shape, options), &mut Lengths(OP))?;
     inputs.check_given(options)?;
     outputs.try_map(shape, &mut Lengths(OP))?;
     let tokens = shape.count_tokens();
     outputs.check_wanted(&inputs, tokens)?;
     Error::check_workspace(OP, workspace.len(), workspace_len(batch, tokens, options))?;
-    let counted = Counted::new(stream, &given, shape, options, &workspace)?;
+    let counted = AllCounted::new(stream, &given, shape, options, &workspace)?;
     pass(stream, inputs, shape, options, outputs, &workspace, &counted)
 }
 
@@ -181,7 +214,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
     let tokens = shape.count_tokens();
     check_logits(OP, inputs.logits.len(), tokens, vocab)?;
-    let given = inputs.try_map((shape, vocab), &mut Lengths(OP))?;
+    let of_inputs = LossShape::new(shape, options);
+    let given = inputs.try_map((of_inputs, vocab), &mut Lengths(OP))?;
     outputs.check_entropy(options)?;
     // SAFETY: outputs of a launch before the one that reads them as inputs, on the same stream.
     let [logp, entropy] = [Some(&outputs.logp), outputs.entropy.as_ref()].map(|written| {
@@ -208,8 +242,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     let kept: [_; KEPT_OF_TOKENS] = from_fn(|which| kept_at.wrapping_add(which * tokens));
     let [max, log_sum, grad_logp, grad_entropy] = kept;
 
-    let of_rows = of_pass.try_map(shape, &mut Lengths(OP))?;
-    let counted = Counted::new(stream, &of_rows, shape, options, &workspace)?;
+    let of_rows = of_pass.try_map(of_inputs, &mut Lengths(OP))?;
+    let counted = AllCounted::new(stream, &of_rows, shape, options, &workspace)?;
     if tokens > 0 {
         let device = stream.device();
         let rows = Reduction::side_by_side::<T>(device, tokens, vocab, MOST_PARTS);
@@ -243,14 +277,17 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
             weights: given.weights,
             mask: given.mask,
             offsets: given.offsets,
-            row_weights: counted.row_weights,
+            row_weights: counted.terms.row_weights,
             grad_logits: (!needs_rows).then_some(wanted.grad_logits),
-            divisor: counted.divisor,
+            divisor: counted.terms.divisor,
+            entropy_divisor: counted.entropy,
             entropy_coef: options.entropy_coef,
             kl_coef: options.kl_coef,
             batch: batch as i64,
             columns: seq_len as i64,
             kept_groups: (kept / 16) as i32,
+            entropy_own_mean: i32::from(options.entropy_own_mean),
+            per_row: PerRow::new(options),
             clip: Clip::new(options),
             kl: TokenKl::new(&options.kl),
             family: Family::new(options),
@@ -291,13 +328,14 @@ fn pass(
     options: &PpoLossOptions,
     mut outputs: Outputs,
     workspace: &SliceMut<f32>,
-    counted: &Counted,
+    counted: &AllCounted,
 ) -> Result<()> {
     let tokens = shape.count_tokens();
-    let mut inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    let mut inputs = inputs.try_map(LossShape::new(shape, options), &mut Lengths(OP))?;
     let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
     let (part_tiles, parts) = parts(tokens);
-    let aligned = Aligned::all(&inputs, outputs, shape);
+    let aligned = Aligned::all(&inputs, outputs, shape, options);
+    let room = Room::new(shape.batch(), tokens, options);
     let row_terms = match options.needs_rows() && tokens > 0 {
         true => rows(stream, &inputs, shape, options, workspace, counted, aligned)?,
         false => null(),
@@ -311,10 +349,15 @@ fn pass(
     let args = PassArgs {
         inputs,
         outputs,
-        row_weights: counted.row_weights,
+        row_weights: counted.terms.row_weights,
         row_terms,
+        row_clips: match options.row_extremes {
+            true => workspace.as_mut_ptr().wrapping_add(room.row_clips),
+            false => null_mut(),
+        },
         partials: workspace.as_mut_ptr(),
-        divisor: counted.divisor,
+        divisor: counted.terms.divisor,
+        entropy_divisor: counted.entropy,
         value_coef: options.value_coef,
         entropy_coef: options.entropy_coef,
         kl_coef: options.kl_coef,
@@ -324,6 +367,8 @@ fn pass(
         parts: parts as i32,
         part_tiles: part_tiles as i32,
         aligned: i32::from(aligned),
+        entropy_own_mean: i32::from(options.entropy_own_mean),
+        per_row: PerRow::new(options),
         count_outside: i32::from(options.clip_fraction == ClipFractionKind::RatioOutside),
         value_range: limit(options.value_clip_range),
         clip: Clip::new(options),
@@ -333,7 +378,8 @@ fn pass(
     if parts > 0 {
         let more = inputs.entropy.is_some() || inputs.ref_logp.is_some();
         let is_plain = options.is_clip_of_tokens() && options.is_plain_kl();
-        let pass = if !is_plain || inputs.weights.is_some() {
+        let is_family = inputs.weights.is_some() || options.advantages_per_row;
+        let pass = if !is_plain || is_family {
             "pass_family"
         } else if more || !args.row_weights.is_null() {
             "pass_full"
@@ -345,6 +391,10 @@ fn pass(
     if parts != 1 {
         stream.launch_f32([OP, "merge"], 1, MERGE_THREADS, &args)?;
     }
+    if options.row_extremes {
+        stream.launch_f32([OP, "row_clips"], shape.batch(), ROWS_THREADS, &args)?;
+        stream.launch_f32([OP, "row_extremes"], 1, ROWS_THREADS, &args)?;
+    }
     Ok(())
 }
 
@@ -355,13 +405,12 @@ fn rows(
     shape: BatchShape,
     options: &PpoLossOptions,
     workspace: &SliceMut<f32>,
-    counted: &Counted,
+    counted: &AllCounted,
     aligned: bool,
 ) -> Result<*const RowTerms> {
     let batch = shape.batch();
-    let weights = if options.aggregation.has_row_weights() { batch } else { 0 };
-    let before = PARTIAL_SUMS * parts(shape.count_tokens()).1 + 2 * COUNT_PARTS + weights;
-    let row_terms: *mut RowTerms = workspace.as_mut_ptr().wrapping_add(before).cast();
+    let room = Room::new(batch, shape.count_tokens(), options);
+    let row_terms: *mut RowTerms = workspace.as_mut_ptr().wrapping_add(room.row_terms).cast();
     let args = RowsArgs {
         logp: inputs.logp,
         old_logp: inputs.old_logp,
@@ -370,12 +419,13 @@ fn rows(
         weights: inputs.weights,
         mask: inputs.mask,
         offsets: inputs.offsets,
-        row_weights: counted.row_weights,
+        row_weights: counted.terms.row_weights,
         row_terms,
         off_policy_threshold: options.off_policy_threshold.unwrap_or(f64::INFINITY),
         rows: batch as i64,
         columns: shape.seq_len() as i64,
         aligned: i32::from(aligned),
+        per_row: PerRow::new(options),
         of_mean: i32::from(options.ratio == RatioLevel::SequenceMean),
         clip: Clip::new(options),
         family: Family::new(options),
@@ -390,14 +440,49 @@ struct Counted {
     row_weights: *const f32,
 }
 
-impl Counted {
-    /// Looks at them, if D or the weights depend on them.
+/// What is counted for all terms, and for an entropy that has a mean of its own.
+struct AllCounted {
+    terms: Counted,
+    /// That of all terms, if there is no other.
+    entropy: Divisor,
+}
+
+impl AllCounted {
     fn new(
         stream: &Stream,
         inputs: &super::Inputs<Pointers>,
         shape: BatchShape,
         options: &PpoLossOptions,
         workspace: &SliceMut<f32>,
+    ) -> Result<Self> {
+        let Room { counts, longest, entropy_counts, weights, .. } =
+            Room::new(shape.batch(), shape.count_tokens(), options);
+        let [counts, longest, entropy_counts, weights] = [counts, longest, entropy_counts, weights]
+            .map(|first| workspace.as_mut_ptr().wrapping_add(first));
+        let terms = Counted::new(stream, inputs, shape, options, [counts, longest, weights])?;
+        let by_tokens =
+            PpoLossOptions { aggregation: Aggregation::TokenMean, denominator: None, ..*options };
+        let is_same = options.aggregation == by_tokens.aggregation && options.denominator.is_none();
+        let entropy = match options.entropy_own_mean && !is_same && shape.count_tokens() > 0 {
+            true => {
+                let rooms = [entropy_counts, null_mut(), null_mut()];
+                Counted::new(stream, inputs, shape, &by_tokens, rooms)?.divisor
+            }
+            false => terms.divisor,
+        };
+        Ok(Self { terms, entropy })
+    }
+}
+
+impl Counted {
+    /// Looks at them, if D or the weights depend on them. The parts of the workspace are for counts, longest
+    /// rows and weights.
+    fn new(
+        stream: &Stream,
+        inputs: &super::Inputs<Pointers>,
+        shape: BatchShape,
+        options: &PpoLossOptions,
+        [counts, longest, weights]: [*mut f32; 3],
     ) -> Result<Self> {
         let tokens = shape.count_tokens();
         let by_tokens = options.aggregation == Aggregation::TokenMean;
@@ -424,9 +509,6 @@ impl Counted {
         };
         let depends = given.is_none() || needs_longest;
         if let Some(counting) = Counting::new(unknown, shape, options, depends) {
-            let counts = workspace.as_mut_ptr().wrapping_add(PARTIAL_SUMS * parts(tokens).1);
-            let longest = counts.wrapping_add(COUNT_PARTS);
-            let weights = longest.wrapping_add(COUNT_PARTS);
             let args = CountArgs {
                 mask: inputs.mask,
                 offsets: inputs.offsets.filter(|_| counting.count_rows),
@@ -552,10 +634,12 @@ impl Aligned {
         inputs: &super::Inputs<Pointers>,
         mut outputs: super::Outputs<Pointers>,
         shape: BatchShape,
+        options: &PpoLossOptions,
     ) -> bool {
         let mut aligned = Self { tokens: Some(shape.count_tokens()), so_far: true };
+        let of_inputs = LossShape::new(shape, options);
         let (Ok(_), Ok(_)) =
-            (inputs.try_map(shape, &mut aligned), outputs.try_map(shape, &mut aligned));
+            (inputs.try_map(of_inputs, &mut aligned), outputs.try_map(shape, &mut aligned));
         aligned.so_far
     }
 
@@ -594,6 +678,23 @@ struct Divisor {
     longest: *const u32,
     parts: i32,
     needs_tokens: i32,
+}
+
+/// Which inputs are of rows.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct PerRow {
+    advantages: i32,
+    weights: i32,
+}
+
+impl PerRow {
+    fn new(options: &PpoLossOptions) -> Self {
+        Self {
+            advantages: i32::from(options.advantages_per_row),
+            weights: i32::from(options.weights_per_row),
+        }
+    }
 }
 
 /// As in `kernels/common/policy.cuh`.
@@ -693,6 +794,7 @@ struct RowsArgs<'a, S: Space> {
     rows: i64,
     columns: i64,
     aligned: i32,
+    per_row: PerRow,
     of_mean: i32,
     clip: Clip,
     family: Family,
@@ -721,6 +823,10 @@ struct PassArgs<'a> {
     clip: Clip,
     kl: TokenKl,
     family: Family,
+    row_clips: *mut f32,
+    entropy_divisor: Divisor,
+    entropy_own_mean: i32,
+    per_row: PerRow,
 }
 
 /// Without the op's own lists: what the log-probabilities take of them is in their arguments.
@@ -737,11 +843,14 @@ struct LogitsArgs<'a, S: Space, T: Element, I: Element> {
     row_weights: *const f32,
     grad_logits: Option<S::Out<'a, T>>,
     divisor: Divisor,
+    entropy_divisor: Divisor,
     entropy_coef: f64,
     kl_coef: f64,
     batch: i64,
     columns: i64,
     kept_groups: i32,
+    entropy_own_mean: i32,
+    per_row: PerRow,
     clip: Clip,
     kl: TokenKl,
     family: Family,

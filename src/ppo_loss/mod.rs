@@ -43,11 +43,12 @@
 //! | argument | shape | type | gradient |
 //! |---|---|---|---|
 //! | logp | `[B, T]` | f32 | yes |
-//! | old_logp, advantages | `[B, T]` | f32 | no |
+//! | old_logp | `[B, T]` | f32 | no |
+//! | advantages, weights | `[B, T]`, or `[B]` if the options say so | f32 | no |
 //! | values | `[B, T]` | f32 | yes |
 //! | returns, old_values (for the clip) | `[B, T]` | f32 | no |
 //! | entropy | `[B, T]` | f32 | yes |
-//! | ref_logp, rollout_logp, weights | `[B, T]` | f32 | no |
+//! | ref_logp, rollout_logp | `[B, T]` | f32 | no |
 //! | mask | `[B, T]` | u8, 0 = masked | no |
 //! | offsets | `[B + 1]` | i64, where the rows of a [pack](crate::pack) begin; then `[N]` stands for `[B, T]` | no |
 //!
@@ -99,15 +100,55 @@ use crate::pack::BatchShape;
 
 const OP: &str = "ppo_loss";
 
+/// The sizes that the shapes of the inputs are made of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LossShape {
+    batch: BatchShape,
+    advantages_per_row: bool,
+    weights_per_row: bool,
+}
+
+impl LossShape {
+    pub(crate) fn new(batch: BatchShape, options: &PpoLossOptions) -> Self {
+        let PpoLossOptions { advantages_per_row, weights_per_row, .. } = *options;
+        Self { batch, advantages_per_row, weights_per_row }
+    }
+
+    fn tokens(&self) -> &[usize] {
+        self.batch.tokens()
+    }
+
+    fn offsets(&self) -> [usize; 1] {
+        self.batch.offsets()
+    }
+
+    fn advantages(&self) -> &[usize] {
+        if self.advantages_per_row {
+            self.batch.rows()
+        } else {
+            self.tokens()
+        }
+    }
+
+    fn weights(&self) -> &[usize] {
+        if self.weights_per_row {
+            self.batch.rows()
+        } else {
+            self.tokens()
+        }
+    }
+}
+
 list! {
     /// The inputs in some memory, each `[B, T]` but for the offsets.
-    inputs Inputs(shape: BatchShape) {
+    inputs Inputs(shape: LossShape) {
         /// Log-probabilities under the policy that is trained, which get the gradient.
         logp: f32 [shape.tokens()],
         /// Log-probabilities under the policy that made the rollout.
         old_logp: f32 [shape.tokens()],
-        /// Advantages, already whitened if they are to be.
-        advantages: f32 [shape.tokens()],
+        /// Advantages, already whitened if they are to be; `[B]` with
+        /// [`advantages_per_row`](PpoLossOptions::advantages_per_row).
+        advantages: f32 [shape.advantages()],
     } optional {
         /// The critic's predictions, which get the gradient; without them there is no value term.
         values: f32 [shape.tokens()],
@@ -121,8 +162,9 @@ list! {
         ref_logp: f32 [shape.tokens()],
         /// Log-probabilities of the rollout as its engine computed them.
         rollout_logp: f32 [shape.tokens()],
-        /// Factors of the policy term, 0 or more; 0 drops it, whatever the token holds.
-        weights: f32 [shape.tokens()],
+        /// Factors of the policy term, 0 or more; 0 drops it, whatever the token holds; `[B]` with
+        /// [`weights_per_row`](PpoLossOptions::weights_per_row).
+        weights: f32 [shape.weights()],
         /// 0 where masked; `None` keeps all.
         mask: u8 [shape.tokens()],
         /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
@@ -190,22 +232,22 @@ impl<S: Space> Outputs<'_, S> {
 
 list! {
     /// The inputs of the loss from logits in some memory: a row of logits for each of the `[B, T]` tokens.
-    inputs LogitsInputs<T, I>((shape, vocab): (BatchShape, usize)) {
+    inputs LogitsInputs<T, I>((shape, vocab): (LossShape, usize)) {
         /// Logits of the policy that is trained, which get the gradient, `[B, T, vocab]`.
         logits: T [shape.tokens(), &[vocab]],
         /// Ids of the tokens, `[B, T]`.
         targets: I [shape.tokens()],
         /// Log-probabilities under the policy that made the rollout, `[B, T]`.
         old_logp: f32 [shape.tokens()],
-        /// Advantages, already whitened if they are to be, `[B, T]`.
-        advantages: f32 [shape.tokens()],
+        /// Advantages, already whitened if they are to be, `[B, T]` or `[B]`.
+        advantages: f32 [shape.advantages()],
     } optional {
         /// Log-probabilities under the reference model, for the KL term, `[B, T]`.
         ref_logp: f32 [shape.tokens()],
         /// Log-probabilities of the rollout as its engine computed them, `[B, T]`.
         rollout_logp: f32 [shape.tokens()],
-        /// Factors of the policy term, 0 or more; 0 drops it, `[B, T]`.
-        weights: f32 [shape.tokens()],
+        /// Factors of the policy term, 0 or more; 0 drops it, `[B, T]` or `[B]`.
+        weights: f32 [shape.weights()],
         /// 0 where masked, `[B, T]`; `None` keeps all.
         mask: u8 [shape.tokens()],
         /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
@@ -310,6 +352,11 @@ pub struct PpoStats {
     pub clip_high_fraction: f64,
     /// Share of tokens that are clipped, as above, and do not have A > 0.
     pub clip_low_fraction: f64,
+    /// Largest share of a row's tokens that are clipped and have A > 0, over rows with an unmasked token;
+    /// NaN without `row_extremes`.
+    pub clip_high_row_max: f64,
+    /// Smallest share of a row's tokens that are clipped and do not have A > 0, likewise.
+    pub clip_low_row_min: f64,
     /// Share of tokens outside the trust region.
     pub outside_fraction: f64,
     /// Share of tokens with A < 0 in rows that are too far off the policy.
@@ -360,6 +407,8 @@ impl PpoStats {
         "lower_clip_fraction",
         "clip_high_fraction",
         "clip_low_fraction",
+        "clip_high_row_max",
+        "clip_low_row_min",
         "outside_fraction",
         "off_policy_fraction",
         "value_clip_fraction",

@@ -200,9 +200,8 @@ pub struct PpoLossOptions {
     pub value_clip_range: Option<f64>,
     /// Factor of the value term, which is there when values are given; 0.1 by default.
     pub value_coef: f64,
-    /// Factor of the entropy, subtracted; 0 by default. It is aggregated as the policy term is: a bonus that
-    /// is a mean over some of the tokens beside another aggregation (TRL's) is a loss of its own, with
-    /// advantages of 0 and those tokens as the mask.
+    /// Factor of the entropy, subtracted; 0 by default. It is aggregated as the policy term is, or as
+    /// [`PpoLossOptions::entropy_own_mean`] says.
     pub entropy_coef: f64,
     /// Factor of the KL term; 0 by default.
     pub kl_coef: f64,
@@ -263,6 +262,16 @@ pub struct PpoLossOptions {
     pub kl_ratio_cap: Option<f64>,
     /// Whether `weights` are a factor of the KL term too (DRO); `false` by default.
     pub kl_weighted: bool,
+    /// Whether the entropy bonus is the mean over the unmasked tokens (TRL), whatever aggregation and
+    /// denominator are; 0 where there are none. `false` by default.
+    pub entropy_own_mean: bool,
+    /// Whether `advantages` are `[B]`, one for all tokens of a row; `false` by default.
+    pub advantages_per_row: bool,
+    /// Whether `weights` are `[B]`, one for all tokens of a row; `false` by default.
+    pub weights_per_row: bool,
+    /// Whether the statistics have the extremes over rows of the clip fractions, which takes another look
+    /// at the tokens; `false` by default.
+    pub row_extremes: bool,
 }
 
 impl Default for PpoLossOptions {
@@ -304,6 +313,10 @@ impl Default for PpoLossOptions {
             kl_ratio: KlRatio::None,
             kl_ratio_cap: None,
             kl_weighted: false,
+            entropy_own_mean: false,
+            advantages_per_row: false,
+            weights_per_row: false,
+            row_extremes: false,
         }
     }
 }
@@ -634,6 +647,16 @@ impl PpoLossOptions {
     /// Whether the KL term is its estimate, with its own gradient.
     pub(crate) fn is_plain_kl(&self) -> bool {
         self.kl_gradient == KlGradient::Own && self.kl_ratio == KlRatio::None && !self.kl_weighted
+    }
+
+    /// What the entropy is divided by: the number of unmasked `tokens`, or the D of the other terms.
+    pub(crate) fn entropy_divisor(&self, tokens: usize, divisor: f64) -> f64 {
+        // The sum over no token is 0.
+        if self.entropy_own_mean {
+            tokens.max(1) as f64
+        } else {
+            divisor
+        }
     }
 
     /// Whether something of a whole row is looked at before its tokens.

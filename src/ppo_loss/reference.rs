@@ -1,8 +1,8 @@
 //! The loss in plain f64 loops, to be checked by eye. See [`super`] for the formulas.
 
 use super::{
-    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, PpoLossOptions, PpoStats,
-    RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
+    Aggregation, ClipFractionKind, KlAgainst, KlGradient, KlRatio, LossShape, PpoLossOptions,
+    PpoStats, RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::error::Result;
 use crate::kl::reference::{binary_kl, clamp, token as token_kl};
@@ -42,10 +42,17 @@ pub fn ppo_loss(
 ) -> Result<Output> {
     options.validate()?;
     let shape = BatchShape::new(batch, seq_len, inputs.offsets.is_some());
-    inputs.try_map(shape, &mut Lengths(OP))?;
+    inputs.try_map(LossShape::new(shape, options), &mut Lengths(OP))?;
     inputs.check_given(options)?;
     let n = inputs.logp.len();
     let ranges = RowRanges::new(OP, seq_len, inputs.offsets)?;
+    let of_tokens = |x: &[f64], per_row: bool| match per_row {
+        true => (0..batch).flat_map(|b| vec![x[b]; ranges.range(b).len()]).collect(),
+        false => x.to_vec(),
+    };
+    let advantages: Vec<f64> = of_tokens(inputs.advantages, options.advantages_per_row);
+    let given = inputs.weights.map(|weights| of_tokens(weights, options.weights_per_row));
+    let inputs = &Inputs { advantages: &advantages, weights: given.as_deref(), ..*inputs };
     let aggregation = weights(inputs.mask, batch, seq_len, inputs.offsets, options)?;
     let has_value = inputs.values.is_some();
     let has_kl = match options.kl_against {
@@ -56,6 +63,8 @@ pub fn ppo_loss(
 
     let (mut policy_loss, mut value_loss, mut entropy_loss, mut kl_loss) = (0.0, 0.0, 0.0, 0.0);
     let mut seen = Seen::default();
+    let (mut high_row_max, mut low_row_min) = (f64::NAN, f64::NAN);
+    let kept_tokens = (0..n).filter(|&t| keeps(inputs.mask, t)).count();
     let mut grad_logp = vec![0.0; n];
     let mut grad_values = vec![0.0; inputs.values.map_or(0, |_| n)];
     let mut grad_entropy = vec![0.0; inputs.entropy.map_or(0, |_| n)];
@@ -63,6 +72,7 @@ pub fn ppo_loss(
         let kept = |&t: &usize| keeps(inputs.mask, t);
         let tokens: Vec<usize> = ranges.range(b).filter(kept).collect();
         let row = Row::new(inputs, &tokens, options);
+        let (mut clipped_high, mut clipped_low) = (0.0, 0.0);
         // The sum over the row of what its ratio's logarithm changes, where all tokens share it.
         let mut shared = 0.0;
         for &t in &tokens {
@@ -86,6 +96,8 @@ pub fn ppo_loss(
                 ClipFractionKind::ClippedBranch => term.clipped || log_clipped,
                 ClipFractionKind::RatioOutside => term.outside,
             };
+            clipped_high += f64::from(clipped && a > 0.0);
+            clipped_low += f64::from(clipped && a <= 0.0);
             seen.log_ratio.push(d_clamped);
             seen.ratio.push(term.ratio);
             seen.advantage.push(a);
@@ -94,6 +106,10 @@ pub fn ppo_loss(
             seen.lower_clipped.push(term.lower_clipped);
             seen.outside.push(outside);
             seen.off_policy.push(off_policy);
+        }
+        if options.row_extremes && !tokens.is_empty() {
+            high_row_max = f64::max(high_row_max, clipped_high / tokens.len() as f64);
+            low_row_min = f64::min(low_row_min, clipped_low / tokens.len() as f64);
         }
         if options.spreads() {
             let share = match options.ratio {
@@ -131,8 +147,12 @@ pub fn ppo_loss(
                 seen.residual.push(returns[t] - values[t]);
             }
             if let Some(entropy) = inputs.entropy {
-                entropy_loss += aggregation[t] * entropy[t];
-                grad_entropy[t] = -options.entropy_coef * aggregation[t];
+                let weight = match options.entropy_own_mean {
+                    true => 1.0 / kept_tokens as f64,
+                    false => aggregation[t],
+                };
+                entropy_loss += weight * entropy[t];
+                grad_entropy[t] = -options.entropy_coef * weight;
                 seen.entropy.push(entropy[t]);
             }
         }
@@ -162,6 +182,8 @@ pub fn ppo_loss(
         lower_clip_fraction: share(&seen.lower_clipped),
         clip_high_fraction: share(&seen.clipped_high),
         clip_low_fraction: share(&seen.clipped) - share(&seen.clipped_high),
+        clip_high_row_max: high_row_max,
+        clip_low_row_min: low_row_min,
         outside_fraction: share(&seen.outside),
         off_policy_fraction: share(&seen.off_policy),
         value_clip_fraction: share(&seen.value_clipped),

@@ -5,7 +5,9 @@ use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{cpu, Inputs, Outputs, PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP};
+use super::{
+    cpu, Inputs, LossShape, Outputs, PpoLossOptions, PpoStats, ScaleInputs, ScaleOutputs, OP,
+};
 use crate::error::Result;
 use crate::memory::Tensors;
 use crate::pack::BatchShape;
@@ -59,7 +61,8 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
     let (shape, tokens) =
         (BatchShape::new(batch, seq_len, inputs.offsets.is_some()), logp.elem_count());
     let backend = Backend::of(OP, "logp", logp.device())?;
-    let tensors = inputs.try_map(shape, &mut Constants::new(OP, logp.device()))?;
+    let of_inputs = LossShape::new(shape, options);
+    let tensors = inputs.try_map(of_inputs, &mut Constants::new(OP, logp.device()))?;
 
     // An entropy that is only reported gets no gradient.
     let entropy = inputs.entropy.filter(|_| options.entropy_coef != 0.0);
@@ -76,7 +79,7 @@ pub fn ppo_loss(inputs: &PpoLossInputs, options: &PpoLossOptions) -> Result<PpoL
     };
     run!(
         (OP, backend),
-        [tensors, shape],
+        [tensors, of_inputs],
         [buffers, shape],
         |i, o| cpu::ppo_loss(i, batch, seq_len, options, o),
         |stream, w = [cuda::workspace_len(batch, tokens, options)]| {

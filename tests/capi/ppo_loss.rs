@@ -104,6 +104,7 @@ fn the_loss_is_that_of_rust() {
             if !full && (options.entropy_coef != 0.0 || options.kl_coef != 0.0) {
                 continue;
             }
+            let data = data.for_options(&options);
             let mut want = nothing_written(n);
             let (stats, loss, [grad_logp, grad_values, grad_entropy]) = &mut want;
             let outputs = Outputs {
@@ -264,21 +265,22 @@ mod on_the_stand_in {
 
     fn the_loss_of(data: &Data<f32>, machine: &Machine, stream: &Stream) {
         let (n, batch, seq_len) = (data.logp.len(), data.batch, data.seq_len);
-        let inputs = cuda::Inputs {
-            logp: slice(&data.logp),
-            old_logp: slice(&data.old_logp),
-            advantages: slice(&data.advantages),
-            values: data.values.as_deref().map(slice),
-            old_values: data.old_values.as_deref().map(slice),
-            returns: data.returns.as_deref().map(slice),
-            entropy: data.entropy.as_deref().map(slice),
-            ref_logp: data.ref_logp.as_deref().map(slice),
-            rollout_logp: data.rollout_logp.as_deref().map(slice),
-            weights: data.weights.as_deref().map(slice),
-            mask: data.mask.as_deref().map(slice),
-            offsets: data.offsets.as_deref().map(slice),
-        };
         for (name, options) in option_sets() {
+            let data = &data.for_options(&options);
+            let inputs = cuda::Inputs {
+                logp: slice(&data.logp),
+                old_logp: slice(&data.old_logp),
+                advantages: slice(&data.advantages),
+                values: data.values.as_deref().map(slice),
+                old_values: data.old_values.as_deref().map(slice),
+                returns: data.returns.as_deref().map(slice),
+                entropy: data.entropy.as_deref().map(slice),
+                ref_logp: data.ref_logp.as_deref().map(slice),
+                rollout_logp: data.rollout_logp.as_deref().map(slice),
+                weights: data.weights.as_deref().map(slice),
+                mask: data.mask.as_deref().map(slice),
+                offsets: data.offsets.as_deref().map(slice),
+            };
             let mut want = nothing_written(n);
             let (stats, loss, gradients) = &mut want;
             let [grad_logp, grad_values, grad_entropy] =

@@ -73,7 +73,7 @@ impl<T: Logit> Case<T> {
         let old_logp = near(rng);
         let ref_logp = (number % 2 == 1).then(|| near(rng));
         let rollout_logp = (number % 6 == 1).then(|| near(rng));
-        let weights = (number % 3 == 1).then(|| some_weights(rng, n));
+        let has_weights = number % 3 == 1;
         let aggregation = [
             Aggregation::TokenMean,
             Aggregation::SeqMeanTokenSum,
@@ -99,9 +99,14 @@ impl<T: Logit> Case<T> {
             trust_region_low: 0.02,
             kl_gradient: if number % 4 == 1 { KlGradient::Reverse } else { KlGradient::Own },
             kl_ratio: if number % 4 == 3 { KlRatio::Term } else { KlRatio::None },
+            entropy_own_mean: number % 8 == 2,
+            advantages_per_row: number % 5 == 3,
+            weights_per_row: number % 4 == 1,
             ..member
         };
-        let advantages = uniform(rng, n, 2.0);
+        let advantages = uniform(rng, if options.advantages_per_row { batch } else { n }, 2.0);
+        let weights =
+            has_weights.then(|| some_weights(rng, if options.weights_per_row { batch } else { n }));
         Self {
             shape,
             vocab,

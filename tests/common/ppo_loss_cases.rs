@@ -56,6 +56,22 @@ impl<T: Copy> Data<T> {
     }
 }
 
+impl<T: Copy + From<f32>> Data<T> {
+    /// The same, with numbers for rows where the options ask for them; some weights are 0.
+    pub fn for_options(&self, options: &PpoLossOptions) -> Self {
+        let of_rows = |f: fn(f32) -> f32| (0..self.batch).map(|b| f(b as f32).into()).collect();
+        let mut data = self.clone();
+        if options.advantages_per_row {
+            data.advantages = of_rows(|b| 1.5 * (1.7 * b + 0.3).sin());
+        }
+        if options.weights_per_row {
+            data.weights =
+                data.weights.map(|_| of_rows(|b| (1.2 + (2.3 * b).sin()).max(0.5) - 0.5));
+        }
+        data
+    }
+}
+
 macro_rules! inputs {
     ($($number:ty, $backend:ident;)*) => {$(
         impl Data<$number> {
@@ -181,6 +197,7 @@ pub fn padded_mask(rng: &mut StdRng, batch: usize, seq_len: usize) -> Vec<u8> {
 pub fn with_nan_under_the_mask(data: &Data<f32>) -> Data<f32> {
     let mut data = data.clone();
     let mask = data.mask.clone().unwrap();
+    let tokens = mask.len();
     let Data {
         logp,
         old_logp,
@@ -196,7 +213,8 @@ pub fn with_nan_under_the_mask(data: &Data<f32>) -> Data<f32> {
     } = &mut data;
     let optional = [values, old_values, returns, entropy, ref_logp, rollout_logp, weights];
     let optional = optional.into_iter().flatten();
-    for x in [logp, old_logp, advantages].into_iter().chain(optional) {
+    let all = [logp, old_logp, advantages].into_iter().chain(optional);
+    for x in all.filter(|x| x.len() == tokens) {
         for (x, _) in x.iter_mut().zip(&mask).filter(|(_, &m)| m == 0) {
             *x = f32::NAN;
         }
@@ -275,6 +293,14 @@ impl Packed {
     pub fn fewer(mut self) -> Self {
         for data in [&mut self.padded, &mut self.packed] {
             (data.values, data.entropy, data.weights) = (None, None, None);
+        }
+        self
+    }
+
+    /// [`Data::for_options`] of both.
+    pub fn for_options(mut self, options: &PpoLossOptions) -> Self {
+        for data in [&mut self.padded, &mut self.packed] {
+            *data = data.for_options(options);
         }
         self
     }
@@ -418,6 +444,43 @@ pub fn option_sets() -> Vec<(&'static str, PpoLossOptions)> {
             PpoLossOptions { kl_ratio: KlRatio::Gradient, kl_ratio_cap: Some(1.1), ..all_terms },
         ),
         ("weighted kl", PpoLossOptions { kl_weighted: true, ..all_terms }),
+        (
+            "entropy by its own mean",
+            PpoLossOptions {
+                entropy_own_mean: true,
+                ..aggregation(Aggregation::BatchMeanTokenMean)
+            },
+        ),
+        ("advantages of rows", PpoLossOptions { advantages_per_row: true, ..all_terms }),
+        (
+            "weights of rows",
+            PpoLossOptions {
+                weights_per_row: true,
+                kl_weighted: true,
+                ..aggregation(Aggregation::SeqMeanTokenMean)
+            },
+        ),
+        ("extremes over rows", PpoLossOptions { row_extremes: true, clip_range: 0.1, ..all_terms }),
+        (
+            "gspo of rows",
+            PpoLossOptions {
+                advantages_per_row: true,
+                weights_per_row: true,
+                row_extremes: true,
+                entropy_own_mean: true,
+                denominator: Some(77.0),
+                ..gspo
+            },
+        ),
+        (
+            "gmpo of rows",
+            PpoLossOptions {
+                clip_range: 0.3,
+                advantages_per_row: true,
+                row_extremes: true,
+                ..member("gmpo")
+            },
+        ),
     ]
 }
 
@@ -631,5 +694,9 @@ pub fn c_options(options: &PpoLossOptions) -> ppo_kernels::ppo_loss::capi::ppok_
     c.kl_ratio = options.kl_ratio as i32;
     c.kl_ratio_cap = or_none(options.kl_ratio_cap);
     c.kl_weighted = i32::from(options.kl_weighted);
+    c.entropy_own_mean = i32::from(options.entropy_own_mean);
+    c.advantages_per_row = i32::from(options.advantages_per_row);
+    c.weights_per_row = i32::from(options.weights_per_row);
+    c.row_extremes = i32::from(options.row_extremes);
     c
 }

@@ -420,6 +420,10 @@ class ppo_loss_options(Structure):
         ("kl_gradient", c_int32),
         ("kl_ratio", c_int32),
         ("kl_weighted", c_int32),
+        ("entropy_own_mean", c_int32),
+        ("advantages_per_row", c_int32),
+        ("weights_per_row", c_int32),
+        ("row_extremes", c_int32),
     ]
 
 
@@ -432,6 +436,8 @@ class ppo_loss_stats(Structure):
         ("lower_clip_fraction", c_double),
         ("clip_high_fraction", c_double),
         ("clip_low_fraction", c_double),
+        ("clip_high_row_max", c_double),
+        ("clip_low_row_min", c_double),
         ("outside_fraction", c_double),
         ("off_policy_fraction", c_double),
         ("value_clip_fraction", c_double),
@@ -976,6 +982,10 @@ OPTIONS = {
             "term",
         ),
         "kl_weighted": "bool",
+        "entropy_own_mean": "bool",
+        "advantages_per_row": "bool",
+        "weights_per_row": "bool",
+        "row_extremes": "bool",
     },
     "preference": {
         "beta": "float",

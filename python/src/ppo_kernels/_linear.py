@@ -679,8 +679,15 @@ class Loss:
             "aggregation": "constant",
             "aggregation_divisor": 1.0,
             "denominator": None,
+            "row_extremes": False,
         }
         self.entropy_coef = settings["entropy_coef"]
+        self.entropy_factors = self.factors
+        if settings["entropy_own_mean"]:
+            of_mean = _lists.PPO_LOSS.options.defaults() | {"surrogate": "reinforce"}
+            factors = torch.empty_like(ones)
+            self._pass(of_mean, numbers, sizes, factors)
+            self.entropy_factors = work.gather(factors)
 
     def _pass(
         self, settings: dict[str, Any], numbers: dict, sizes: tuple[int, int], grad: Tensor
@@ -707,11 +714,13 @@ class Loss:
         if not any(grad.numel() for grad in gradients.grads):
             return
         numbers = {name: None if x is None else x[rows] for name, x in self.of_tokens.items()}
-        grad_logp, factors = torch.empty_like(logp), self.factors[rows]
+        grad_logp = torch.empty_like(logp)
         settings = self.settings | {"entropy_coef": 0.0}
         self._pass(settings, {**numbers, "logp": logp}, (1, count), grad_logp)
-        grad_logp *= factors
-        grad_entropy = factors * -self.entropy_coef if self.entropy_coef else None
+        grad_logp *= self.factors[rows]
+        grad_entropy = None
+        if self.entropy_coef:
+            grad_entropy = self.entropy_factors[rows] * -self.entropy_coef
         known = [sums[0], log_sum, entropy, grad_logp, grad_entropy]
         lowered_sums = gradients.lowered_sums(lowered)
         gradients.add(rows, (0, vocab), z, lowered, lowered_sums, known)

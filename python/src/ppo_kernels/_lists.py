@@ -25,11 +25,14 @@ class Argument(NamedTuple):
     name: str
     type: str  # in the schema of the torch op
     kind: str = OTHER
-    per_row: bool = False  # of the shape of the op's first input without its last dimension
+    # Of the shape of the op's first input without its last dimension; or the option that says so.
+    per_row: bool | str = False
     stacked: int = 0  # that many of this shape
 
 
-def _tensor(name: str, kind: str = OTHER, per_row: bool = False, stacked: int = 0) -> Argument:
+def _tensor(
+    name: str, kind: str = OTHER, per_row: bool | str = False, stacked: int = 0
+) -> Argument:
     optional = "?" if name.endswith("?") else ""
     return Argument(name.removesuffix("?"), f"Tensor{optional}", kind, per_row, stacked)
 
@@ -342,18 +345,20 @@ def check_rollout(rollout_logp: object) -> None:
 _inputs = (
     _numbers("logp"),
     _numbers("old_logp"),
-    _numbers("advantages"),
+    _numbers("advantages", per_row="advantages_per_row"),
     _numbers("values?"),
     _numbers("old_values?"),
     _numbers("returns?"),
     _numbers("entropy?"),
     _numbers("ref_logp?"),
     _numbers("rollout_logp?"),
-    _numbers("weights?"),
+    _numbers("weights?", per_row="weights_per_row"),
     _flags("mask?"),
     _offsets,
 )
 PPO_LOSS = Op("ppo_loss", _inputs, Options("ppo_loss", "ppo_loss"))
+# The options that say which of them are of rows: made of their shapes.
+PPO_LOSS_PER_ROW = tuple(each.per_row for each in PPO_LOSS.inputs if each.per_row)
 # Which of them the loss has gradients of.
 PPO_LOSS_GRADIENTS = ("logp", "values", "entropy")
 _gradients = [f"grad_{name}" for name in PPO_LOSS_GRADIENTS]
@@ -365,6 +370,13 @@ _stored = _results.replace("grad_", "stored_")
 ppo_loss_scale = _pass(
     "ppo_loss_scale", PPO_LOSS_BACKWARD, "tokens", _results, f"upstream {_stored}"
 )
+
+
+def is_per_row(shape: Sequence[int], rows: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether an array of that shape has a number for each row, by the shapes of those and of the
+    tokens."""
+    return shape != tokens and shape in (rows, (*rows, 1))
+
 
 # --- the loss from hidden states ---
 

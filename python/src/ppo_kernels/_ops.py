@@ -17,7 +17,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from ctypes import byref, c_size_t
 from math import nan
 from typing import Any, NamedTuple
@@ -431,10 +431,12 @@ def _checked(
     like: Tensor | None = None,
     shape: tuple | None = None,
     rows: tuple | None = None,
+    per_row_too: Collection[str] = (),
 ) -> list[Tensor | None]:
     """An op's tensors as the library takes them, of a shape, or that of ``like``, and on its
-    device. Without those it is the first tensor. What there is one of for a row is of the shape
-    ``rows``, or of that without its last dimension."""
+    device. Without those it is the first tensor. What there is one of for a row, by the op's list
+    or by one of these options, is of the shape ``rows``, or of that without its last
+    dimension."""
     like = tensors[0] if like is None else like
     shape, device = like.shape if shape is None else shape, like.device
     rows = shape[:-1] if rows is None else rows
@@ -444,7 +446,8 @@ def _checked(
             dtypes, expected = _DTYPES[kind]
             if tensor.dtype not in dtypes:
                 _refuse_dtype(op.name, name, tensor, expected)
-            wanted = (3,) if kind == MOMENTS else rows if per_row else shape
+            by_row = per_row is True or per_row in per_row_too
+            wanted = (3,) if kind == MOMENTS else rows if by_row else shape
             wanted = (rows[0] + 1,) if kind == OFFSETS else wanted
             wanted = (stacked, *wanted) if stacked else wanted
             if tensor.shape != wanted:
@@ -456,12 +459,15 @@ def _checked(
     return checked
 
 
-def _check_rows(op: Op, tensors: tuple) -> tuple[tuple[int, int], list]:
+def _check_rows(
+    op: Op, tensors: tuple, per_row_too: Collection[str] = ()
+) -> tuple[tuple[int, int], list]:
     """How many rows of tokens, and tokens in each, or with offsets in all of them, and what
     :func:`_checked` gives."""
     shape, offsets = tensors[0].shape, _lists.offsets_among(op, tensors)
     rows = _lists.rows_of(op, shape, None if offsets is None else offsets.shape)
-    return (torch.Size(rows).numel(), shape[-1]), _checked(op, tensors, rows=rows)
+    checked = _checked(op, tensors, rows=rows, per_row_too=per_row_too)
+    return (torch.Size(rows).numel(), shape[-1]), checked
 
 
 # --- Logits ---
@@ -849,15 +855,19 @@ _STORED = " ".join(f"grad_{name}" for name in _lists.PPO_LOSS_GRADIENTS)
 _WANTS = " ".join(_lists.PPO_LOSS_GRADIENTS)
 _NAMES = [argument.name for argument in _lists.PPO_LOSS.inputs]
 _KEPT = [_NAMES.index(name) for name in _lists.PPO_LOSS_GRADIENTS]
+_PER_ROW = [
+    (name, list(_lists.PPO_LOSS.options.kinds).index(name)) for name in _lists.PPO_LOSS_PER_ROW
+]
 
 
 @_op(_lists.PPO_LOSS, f"loss stats {_STORED}", _backward_of_ppo_loss, _WANTS, kept=_KEPT)
 def ppo_loss(tensors: tuple, options: tuple) -> Results:
-    sizes, inputs = _check_rows(_lists.PPO_LOSS, tensors)
+    wanted, options = options[:3], options[3:]
+    per_row = [name for name, place in _PER_ROW if options[place]]
+    sizes, inputs = _check_rows(_lists.PPO_LOSS, tensors, per_row)
     f32, device = torch.float32, tensors[0].device
     loss = torch.empty((), dtype=f32, device=device)
     stats = torch.empty(len(_lib.STATS), dtype=f32, device=device)
-    wanted, options = options[:3], options[3:]
     gradients = [_result(tensors[0], want) for want in wanted]
     yield loss, stats, *gradients
     exact = torch.empty_like(stats, dtype=torch.float64)

@@ -774,6 +774,8 @@ def ppo_loss(
     kl_ratio: Literal["none", "gradient", "term"] = "none",
     kl_ratio_cap: Number | None = None,
     kl_weighted: bool = False,
+    entropy_own_mean: bool = False,
+    row_extremes: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The PPO loss and its statistics, from one pass that makes the gradients too.
 
@@ -794,7 +796,7 @@ def ppo_loss(
         old_logp: under the policy that made the rollout; ``None`` where that is the one that is
             trained, and r is 1. Like all that is not said to be differentiable, a constant.
         advantages: already whitened, if they are to be. As ``weights`` a number for each token, or
-            ``[...]``, one for each row.
+            ``[...]``, with offsets ``[rows]``, one for each row.
         mask: ``[..., seq_len]``.
         values, old_values, returns: for the value term: the critic's predictions, differentiable;
             those at the time of the rollout, needed unless ``value_clip_range`` is ``None``; and
@@ -806,8 +808,8 @@ def ppo_loss(
             drops a token, whatever it holds, from the sum and not from the denominator; a ratio of
             rows is of all unmasked tokens all the same.
         offsets: where the rows of a pack begin, ``[rows + 1]``; see :func:`gae`. What is
-            ``[..., seq_len]`` is ``[tokens]`` then, ``advantages`` and ``weights`` too, and the
-            ``seq_len`` of an aggregation is the longest row.
+            ``[..., seq_len]`` is ``[tokens]`` then, and the ``seq_len`` of an aggregation is the
+            longest row.
         clip_range, clip_range_high: low, and high if it is another; infinity for no clip.
         dual_clip: c, above 1 (3 in verl).
         log_ratio_clamp: clamps d to plus or minus this.
@@ -845,11 +847,16 @@ def ppo_loss(
         kl_ratio, kl_ratio_cap: what r of the token, bounded by the cap, is a factor of: the KL
             term's gradient, or all of the ``term``.
         kl_weighted: whether ``weights`` are factors of the KL term too.
+        entropy_own_mean: whether the entropy bonus is the mean over the unmasked tokens (TRL),
+            whatever ``aggregation`` and ``denominator`` are.
+        row_extremes: whether ``clip_high_row_max`` and ``clip_low_row_min`` are wanted, which takes
+            another look at the tokens.
 
     Returns:
         The loss, and the statistics, all float32 scalars on the same device: ``loss``,
         ``policy_loss``, ``value_loss``, ``clip_fraction``, ``lower_clip_fraction``,
         ``clip_high_fraction`` and ``clip_low_fraction`` (clipped with A > 0, and without),
+        ``clip_high_row_max`` and ``clip_low_row_min`` (their extremes over rows with a token),
         ``outside_fraction``, ``off_policy_fraction``, ``value_clip_fraction``,
         ``approx_kl_k1``, ``approx_kl_k2``, ``approx_kl_k3``,
         ``ratio_mean``, ``ratio_var``, ``ratio_min``, ``ratio_max``, ``entropy_mean``, ``kl_mean``,
@@ -858,7 +865,9 @@ def ppo_loss(
     """
     if old_logp is None:
         old_logp = logp.detach()
-    advantages, weights = _of_tokens(advantages, logp), _of_tokens(weights, logp)
+    rows = logp.shape[:-1] if offsets is None else _rows_of_pack(offsets)
+    advantages, advantages_per_row = _of_rows(advantages, rows, logp)
+    weights, weights_per_row = _of_rows(weights, rows, logp)
     of_terms = (values, old_values, returns, entropy, ref_logp, rollout_logp, weights)
     tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask, offsets)
     clips = (clip_range, clip_range_high, dual_clip, log_ratio_clamp, value_clip_range)
@@ -869,7 +878,8 @@ def ppo_loss(
     regions = (trust_region_low, trust_region_high, off_policy_threshold, kl_ratio_cap)
     kinds = (aggregation, clip_fraction, kl_estimator, surrogate, ratio, ratio_gradient)
     more = (trust_region, trust_region_sides, kl_against, kl_gradient, kl_ratio, kl_weighted)
-    options = (*clips, *terms, *means, *soft, *gamma, *regions, *kinds, *more)
+    rest = (entropy_own_mean, advantages_per_row, weights_per_row, row_extremes)
+    options = (*clips, *terms, *means, *soft, *gamma, *regions, *kinds, *more, *rest)
     wanted = map(_wants_gradient, (logp, values, entropy))
     loss, stats, *_ = _ops.call(_ops.ppo_loss, *tensors, *wanted, *options)
     return loss, dict(zip(_lib.STATS, stats.unbind()))
@@ -927,7 +937,7 @@ def linear_ppo_loss(
         seq_len]``, 0 where masked.
     """
     for name in options:
-        if name not in _LOSS_DEFAULTS:
+        if name not in _LOSS_DEFAULTS or name in _lists.PPO_LOSS_PER_ROW:
             raise TypeError(f"linear_ppo_loss() got an unexpected keyword argument {name!r}")
     if old_logp is None:
         raise ValueError("linear_ppo_loss: `old_logp` is None, expected a tensor")
@@ -959,8 +969,8 @@ def linear_ppo_loss(
         )
         return LinearPpoLossOutput(loss, stats, found.logp.detach(), found.entropy.detach())
     op = _lists.LINEAR_PPO_LOSS.name
-    shape_of = index.detach()
-    advantages, weights = _of_tokens(advantages, shape_of), _of_tokens(weights, shape_of)
+    advantages = _of_tokens(advantages, index, offsets)
+    weights = _of_tokens(weights, index, offsets)
     index, ignore_index = _skipped_index(op, index, mask, None, "mask")
     rows = None
     if isinstance(temperature, Tensor) and temperature.dim():
@@ -976,13 +986,30 @@ def linear_ppo_loss(
     return LinearPpoLossOutput(loss, dict(zip(_lib.STATS, stats.unbind())), logp, entropy)
 
 
-def _of_tokens(numbers: Tensor | None, logp: Tensor) -> Tensor | None:
+def _rows_of_pack(offsets: Tensor) -> tuple[int, ...]:
+    return (offsets.shape[0] - 1,) if offsets.dim() == 1 else ()
+
+
+def _of_rows(
+    numbers: Tensor | None, rows: Sequence[int], tokens: Tensor
+) -> tuple[Tensor | None, bool]:
+    """Numbers for tokens or for rows, and which of the two they are."""
+    if numbers is None or not tokens.dim():
+        return numbers, False
+    rows = tuple(rows)
+    per_row = _lists.is_per_row(tuple(numbers.shape), rows, tuple(tokens.shape))
+    return (numbers.reshape(rows) if per_row else numbers), per_row
+
+
+def _of_tokens(numbers: Tensor | None, tokens: Tensor, offsets: Tensor | None) -> Tensor | None:
     """Numbers for rows as numbers for tokens."""
-    if numbers is None or not logp.dim():
+    rows = tokens.shape[:-1] if offsets is None else _rows_of_pack(offsets)
+    numbers, per_row = _of_rows(numbers, rows, tokens)
+    if not per_row:
         return numbers
-    if numbers.shape == logp.shape[:-1]:
-        numbers = numbers.unsqueeze(-1)
-    return numbers.expand_as(logp) if numbers.shape == (*logp.shape[:-1], 1) else numbers
+    if offsets is None:
+        return numbers.unsqueeze(-1).expand(tokens.shape)
+    return numbers.repeat_interleave(offsets.diff(), output_size=tokens.numel())
 
 
 def _wants_gradient(tensor: Tensor | None) -> bool:

@@ -17,7 +17,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _FUNCTIONS, _header, _lib, _lists
 from ._lib import Pass
-from ._lists import FLAGS, INTEGERS, OFFSETS, Op, check_rows, check_shape, refuse, rows_of
+from ._lists import (
+    FLAGS,
+    INTEGERS,
+    OFFSETS,
+    Op,
+    check_rows,
+    check_shape,
+    is_per_row,
+    refuse,
+    rows_of,
+)
 
 # But for what is there for its gradient alone.
 _OF_TENSORS = ("LinearPpoLossOutput", "linear_ppo_loss")
@@ -67,7 +77,8 @@ def _checked(
                 continue
             dtype = np.int64 if kind == INTEGERS else np.float32
             array = _flags(array) if kind == FLAGS else np.require(array, dtype, _PLAIN)
-            check_shape(op.name, name, array.shape, rows if per_row else shape)
+            by_row = per_row is True or given.get(per_row, False)
+            check_shape(op.name, name, array.shape, rows if by_row else shape)
         checked.append(array)
     return checked
 
@@ -518,16 +529,6 @@ def correction(
     return CorrectionOutput(weights, kept, dict(zip(_lib.CORRECTION_STATS, stats.tolist())))
 
 
-def _of_tokens(numbers: ArrayLike | None, shape: tuple[int, ...]) -> ArrayLike | None:
-    """Numbers for rows as numbers for tokens."""
-    if numbers is None or not shape:
-        return numbers
-    if np.shape(numbers) == shape[:-1]:
-        numbers = np.expand_dims(numbers, -1)
-    whole = np.shape(numbers) == (*shape[:-1], 1)
-    return np.broadcast_to(numbers, shape) if whole else numbers
-
-
 def ppo_loss(
     logp: ArrayLike,
     old_logp: ArrayLike | None,
@@ -577,14 +578,22 @@ def ppo_loss(
     kl_ratio: str = "none",
     kl_ratio_cap: float | None = None,
     kl_weighted: bool = False,
+    entropy_own_mean: bool = False,
+    row_extremes: bool = False,
 ) -> tuple[float, dict[str, float], dict[str, Floats]]:
     """The PPO loss of ``[..., seq_len]``, or with offsets of ``[tokens]``; its statistics; and its
     gradients with respect to ``logp``, and to ``values`` and ``entropy`` where they are given."""
     shape = np.shape(logp)
     old_logp = logp if old_logp is None else old_logp
-    advantages, weights = _of_tokens(advantages, shape), _of_tokens(weights, shape)
     given = locals()
     sizes = _sizes(_lists.PPO_LOSS, logp, offsets)
+    rows = shape[:-1] if offsets is None else (len(offsets) - 1,)
+    for argument in _lists.PPO_LOSS.inputs:
+        if option := argument.per_row:
+            numbers = given[argument.name]
+            given[option] = numbers is not None and is_per_row(np.shape(numbers), rows, shape)
+            if given[option]:
+                given[argument.name] = np.reshape(numbers, rows)
     inputs = _checked(_lists.PPO_LOSS, given, shape)
     names = [name for name in _lists.PPO_LOSS_GRADIENTS if given[name] is not None]
     gradients = {name: np.empty(shape, np.float32) for name in names}

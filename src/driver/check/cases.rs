@@ -999,6 +999,8 @@ impl Draw<'_> {
             kl_gradient: self.pick(&[KlGradient::Own, KlGradient::Reverse]),
             kl_ratio: self.pick(&[KlRatio::None, KlRatio::Gradient, KlRatio::Term]),
             kl_weighted: self.pick(&[false, true]),
+            entropy_own_mean: self.pick(&[false, true]),
+            row_extremes: self.pick(&[false, true]),
             // A row's sum may be far from 0, where f32 leaves its exponential fewer digits.
             log_ratio_clamp: Some(3.0),
             ..PpoLossOptions::of(name).expect("a name of its own")
