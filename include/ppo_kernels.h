@@ -2952,8 +2952,8 @@ int32_t ppok_ppo_loss_options_init(struct ppok_ppo_loss_options *options, size_t
 
 /**
  * Gives options those of the loss of that name: "ppo", "dapo", "grpo", "dr_grpo", "bnpo", "luspo", "rloo",
- * "gspo", "gspo_token", "gmpo", "cispo", "dppo", "sapo", "vespo" or "reinforce", as their papers or the systems
- * that have them do. `struct_size` is as of ppok_ppo_loss_options_init().
+ * "gspo", "gspo_token", "gmpo", "cispo", "dppo", "sapo", "vespo", "reinforce" or "gpg", as their papers or the
+ * systems that have them do. `struct_size` is as of ppok_ppo_loss_options_init().
  */
 int32_t ppok_ppo_loss_options_named(struct ppok_ppo_loss_options *options,
                                     size_t struct_size,

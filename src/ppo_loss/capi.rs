@@ -561,8 +561,8 @@ unsafe impl Pass for ppok_ppo_loss_scale_args {
 }
 
 /// Gives options those of the loss of that name: "ppo", "dapo", "grpo", "dr_grpo", "bnpo", "luspo", "rloo",
-/// "gspo", "gspo_token", "gmpo", "cispo", "dppo", "sapo", "vespo" or "reinforce", as their papers or the systems
-/// that have them do. `struct_size` is as of ppok_ppo_loss_options_init().
+/// "gspo", "gspo_token", "gmpo", "cispo", "dppo", "sapo", "vespo", "reinforce" or "gpg", as their papers or the
+/// systems that have them do. `struct_size` is as of ppok_ppo_loss_options_init().
 #[no_mangle]
 pub unsafe extern "C" fn ppok_ppo_loss_options_named(
     options: *mut ppok_ppo_loss_options,

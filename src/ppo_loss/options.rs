@@ -325,7 +325,7 @@ impl Default for PpoLossOptions {
 /// of them; `kl_coef` turns it on.
 impl PpoLossOptions {
     /// The names that [`PpoLossOptions::of`] knows.
-    pub const NAMES: [&'static str; 15] = [
+    pub const NAMES: [&'static str; 16] = [
         "ppo",
         "dapo",
         "grpo",
@@ -341,6 +341,7 @@ impl PpoLossOptions {
         "sapo",
         "vespo",
         "reinforce",
+        "gpg",
     ];
 
     /// The loss of that name, one of [`PpoLossOptions::NAMES`]. Of Dr. GRPO, whose paper divides by the
@@ -366,6 +367,7 @@ impl PpoLossOptions {
             "sapo" => Self::sapo(),
             "vespo" => Self::vespo(),
             "reinforce" => Self::reinforce(),
+            "gpg" => Self::gpg(),
             _ => {
                 let (expected, got) = (Self::NAMES.join(", "), format!("{name:?}"));
                 return Err(Error::Option { op: OP, option: "name", expected, got });
@@ -482,9 +484,15 @@ impl PpoLossOptions {
         }
     }
 
-    /// REINFORCE, and GPG: -A logp.
+    /// REINFORCE (Williams 1992): -A logp.
     pub fn reinforce() -> Self {
         Self { surrogate: Surrogate::Reinforce, ..Self::default() }
+    }
+
+    /// GPG (Chu et al. 2025): the loss of REINFORCE; its advantages are
+    /// [its own](crate::advantages::AdvantageOptions::gpg).
+    pub fn gpg() -> Self {
+        Self::reinforce()
     }
 }
 

@@ -102,7 +102,8 @@ def named_loss(name: str) -> dict[str, Any]:
 
     Args:
         name: ``ppo``, ``dapo``, ``grpo``, ``dr_grpo``, ``bnpo``, ``luspo``, ``rloo``, ``gspo``,
-            ``gspo_token``, ``gmpo``, ``cispo``, ``dppo``, ``sapo``, ``vespo`` or ``reinforce``.
+            ``gspo_token``, ``gmpo``, ``cispo``, ``dppo``, ``sapo``, ``vespo``, ``reinforce`` or
+            ``gpg``.
 
     Returns:
         Those that differ from the defaults, by name, to be changed at will. The KL term is off in
