@@ -2717,6 +2717,12 @@ int32_t ppok_gae_cuda_workspace_size(const struct ppok_gae_args *args, void *str
 int32_t ppok_gae_options_init(struct ppok_gae_options *options, size_t struct_size);
 
 /**
+ * The vector instructions that the functions for the CPU use on this machine: "avx512", "avx2", "neon" or
+ * "scalar", never null. The results are the same.
+ */
+const char *ppok_instruction_set(void);
+
+/**
  * Gradients of ppok_kl_full_forward_cpu() with respect to the logits, in their own type.
  */
 int32_t ppok_kl_full_backward_cpu(const struct ppok_kl_full_backward_args *args);

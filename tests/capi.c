@@ -1656,6 +1656,10 @@ static void check_threads(void) {
         if (i < MANY) many.targets[i] = (int64_t)i * 31;
     }
     CHECK(ppok_num_threads() > 0, "threads");
+    const char *set = ppok_instruction_set();
+    const int known = strcmp(set, "avx512") == 0 || strcmp(set, "avx2") == 0 ||
+                      strcmp(set, "neon") == 0 || strcmp(set, "scalar") == 0;
+    CHECK(known, "instruction set %s", set);
     large_calls(NULL);
     for (int i = 0; i < CALLS; i++) CHECK(results.status[i] == PPOK_STATUS_OK, "large call %d", i);
     static unsigned char expected[sizeof results];

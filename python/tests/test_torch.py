@@ -503,7 +503,9 @@ def test_ppo_loss(options, device):
     assert not stats["loss"].requires_grad
 
 
-NAMED = "ppo dapo grpo dr_grpo bnpo luspo rloo gspo gspo_token gmpo cispo dppo sapo vespo reinforce gpg"
+NAMED = (
+    "ppo dapo grpo dr_grpo bnpo luspo rloo gspo gspo_token gmpo cispo dppo sapo vespo reinforce gpg"
+)
 
 
 @pytest.mark.parametrize("name", NAMED.split())

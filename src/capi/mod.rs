@@ -219,6 +219,19 @@ pub extern "C" fn ppok_version_string() -> *const c_char {
     concat!(env!("CARGO_PKG_VERSION"), "\0").as_ptr().cast()
 }
 
+/// The vector instructions that the functions for the CPU use on this machine: "avx512", "avx2", "neon" or
+/// "scalar", never null. The results are the same.
+#[no_mangle]
+pub extern "C" fn ppok_instruction_set() -> *const c_char {
+    match crate::cpu::instruction_set() {
+        "avx512" => c"avx512",
+        "avx2" => c"avx2",
+        "neon" => c"neon",
+        _ => c"scalar",
+    }
+    .as_ptr()
+}
+
 /// From now on the functions for the CPU work with threads of the program's: `team` has as many of them
 /// as it likes call `work(state)`, the caller's among them, and returns when all those calls have. It is
 /// called with 0 for `threads` and `flags`, from any thread that calls the library, and its threads need

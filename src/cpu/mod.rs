@@ -30,6 +30,21 @@ pub(crate) fn vectorise<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
+/// The vector instructions that the loops use on this machine: `avx512`, `avx2`, `neon` or `scalar`.
+pub fn instruction_set() -> &'static str {
+    #[cfg(all(target_arch = "x86_64", ppo_avx512))]
+    if has_avx512() {
+        return "avx512";
+    }
+    match pulp::Arch::new() {
+        #[cfg(target_arch = "x86_64")]
+        pulp::Arch::V3(_) => "avx2",
+        #[cfg(target_arch = "aarch64")]
+        pulp::Arch::Neon(_) => "neon",
+        _ => "scalar",
+    }
+}
+
 /// Tells whether [`with_avx512`] runs here. Not left to pulp, whose AVX-512 would ask a newer Rust of all
 /// who use this crate.
 #[cfg(all(target_arch = "x86_64", ppo_avx512))]

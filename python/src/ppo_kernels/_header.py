@@ -1058,6 +1058,7 @@ FUNCTIONS = {
     "gae_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "gae_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "gae_options_init": (c_int32, (c_void_p, c_size_t)),
+    "instruction_set": (c_char_p, ()),
     "kl_full_backward_cpu": (c_int32, (c_void_p,)),
     "kl_full_backward_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "kl_full_backward_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),

@@ -55,6 +55,7 @@ def function(name: str) -> Callable:
 
 last_error, version_string = function("last_error"), function("version_string")
 set_team, num_threads = function("set_team"), function("num_threads")
+instruction_set = function("instruction_set")
 
 
 def fail(status: int, renamed: Mapping[str, str]) -> NoReturn:
