@@ -272,12 +272,12 @@ struct Slopes {
 #pragma unroll
         for (int i = 0; i < N; i++) {
             const float x = logits[0][i] - max_z, y = logits[1][i] - max_w;
-            const float p = exp2_fast(x * scale) * norm_z;
+            const float p = exp2_gradual(x * scale) * norm_z;
             // 0 where p is, whatever x - y; where the KL is +inf, NaN in all columns but those of
             // -inf.
             const float excess = p == 0.0f ? 0.0f : fmaf(x - y, inverse_temperature, -gap);
             grad[0][i] = logits[0][i] == -INFINITY ? 0.0f : grad_z * p * excess;
-            grad[1][i] = grad_w * (exp2_fast(y * scale) * norm_w - p);
+            grad[1][i] = grad_w * (exp2_gradual(y * scale) * norm_w - p);
         }
     }
 };

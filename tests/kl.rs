@@ -5,7 +5,10 @@ mod common;
 
 use approx::abs_diff_eq;
 use candle_core::{DType, Device, Tensor, Var};
-use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, Pair, ROWS};
+use common::kl_cases::{
+    all_full_options, all_token_options, check_unlikely, pairs_of, special_row, Pair, ROWS,
+    UNLIKELY,
+};
 use common::*;
 use ppo_kernels::kl::cpu::{
     self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
@@ -310,6 +313,28 @@ fn backward(
     let outputs = FullBackwardOutputs { grad_logits: Some(&mut a), grad_ref_logits: Some(&mut b) };
     cpu::full_backward(inputs, z.len() / vocab, vocab, options, outputs).unwrap();
     (a, b)
+}
+
+#[test]
+fn a_clamp_bounds_the_estimate_of_a_token_that_cannot_be() {
+    let options =
+        KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: Some(10.0) };
+    let inputs = TokenForwardInputs { logp: &[f32::NEG_INFINITY], ref_logp: &[-1.0], mask: None };
+    let (mut kl, mut grad) = ([f32::NAN], [f32::NAN]);
+    cpu::token_forward(inputs, 1, &options, TokenForwardOutputs { kl: &mut kl }).unwrap();
+    let inputs = TokenBackwardInputs { forward: inputs, grad_kl: &[1.0] };
+    let outputs = TokenBackwardOutputs { grad_logp: Some(&mut grad), grad_ref_logp: None };
+    cpu::token_backward(inputs, 1, &options, outputs).unwrap();
+    assert_eq!((kl, grad), ([10.0], [0.0]));
+}
+
+#[test]
+fn gradients_of_unlikely_tokens_are_right_down_to_the_least_float() {
+    let [z, w] = &UNLIKELY;
+    for up in [1.0, 1e20, 1e-15] {
+        let (a, b) = backward(z, w, 8, &[up], &FullKlOptions::default());
+        check_unlikely([&a, &b], up, false);
+    }
 }
 
 #[test]

@@ -9,7 +9,9 @@ use approx::abs_diff_eq;
 use common::device::{
     blocks_and_kinds, machine, stream, vocabularies, Buffer, Machine, Order, FEW, MANY, ORDERS,
 };
-use common::kl_cases::{all_full_options, all_token_options, pairs_of, special_row, ROWS};
+use common::kl_cases::{
+    all_full_options, all_token_options, check_unlikely, pairs_of, special_row, ROWS, UNLIKELY,
+};
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::cpu::Logit;
@@ -245,6 +247,25 @@ impl<T: Logit> FullCall<'_, T> {
         assert!(bits(&to_f32(&a.read())) == bits(&apart), "both, and in place");
         assert!(bits(&to_f32(&b.read())) == bits(&apart_ref), "both, and in place");
         Ok(FullRun { stats: stats.read(), grad: apart, grad_ref: apart_ref })
+    }
+}
+
+#[test]
+fn gradients_of_unlikely_tokens_are_right_down_to_the_least_float() {
+    for up in [1.0, 1e20, 1e-15] {
+        let call = FullCall {
+            machine: machine(Order::Fifo, MANY, 4),
+            offsets: [0; 4],
+            logits: &UNLIKELY[0],
+            ref_logits: &UNLIKELY[1],
+            vocab: 8,
+            mask: None,
+            up: &[up],
+            options: FullKlOptions::default(),
+            in_place: false,
+        };
+        let run = call.run().unwrap();
+        check_unlikely([&run.grad, &run.grad_ref], up, true);
     }
 }
 

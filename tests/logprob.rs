@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{DType, Device, Tensor, Var};
-use common::logprob_cases::{rows_of, Case};
+use common::logprob_cases::{rows_of, unlikely, Case};
 use common::*;
 use half::{bf16, f16};
 use ppo_kernels::logprob::cpu::{
@@ -119,6 +119,27 @@ fn reference_gradient_is_the_derivative_of_the_reference() {
         let grad = reference::backward(&logits, &targets, vocab, &options, &up_logp, &up_entropy);
         assert_close("grad", &grad, &numeric, 1e-7, 1e-8);
     }
+}
+
+#[test]
+fn gradients_of_unlikely_tokens_are_right_down_to_the_least_float() {
+    let case = unlikely();
+    let (rows, vocab, options) = (case.targets.len(), case.vocab, LogprobOptions::default());
+    let (_, entropy, max, log_sum) = forward(&case.logits, &case.targets, vocab, &options);
+    let inputs = BackwardInputs {
+        entropy: Some(&entropy),
+        grad_logp: Some(&case.up_logp),
+        grad_entropy: Some(&case.up_entropy),
+        ..BackwardInputs::new(
+            ForwardInputs { logits: &case.logits, targets: &case.targets },
+            &max,
+            &log_sum,
+        )
+    };
+    let mut grad = vec![f32::NAN; rows * vocab];
+    let outputs = BackwardOutputs { grad_logits: &mut grad };
+    cpu::backward(inputs, rows, vocab, &options, outputs).unwrap();
+    case.check(&grad, false);
 }
 
 /// Odd vocabularies around every block and lane boundary.

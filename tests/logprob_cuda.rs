@@ -175,6 +175,23 @@ fn bf16_agrees_with_the_reference_in_every_order() {
     agrees_with_the_reference::<bf16>("", &ORDERS).unwrap();
 }
 
+#[test]
+fn gradients_of_unlikely_tokens_are_right_down_to_the_least_float() {
+    let case = logprob_cases::unlikely();
+    let call = Call {
+        machine: machine(Order::Fifo, MANY, 4),
+        offset: 0,
+        logits: &case.logits,
+        targets: &case.targets,
+        vocab: case.vocab,
+        options: LogprobOptions::default(),
+        up_logp: &case.up_logp,
+        up_entropy: &case.up_entropy,
+        in_place: false,
+    };
+    case.check(&call.run().unwrap().grad, true);
+}
+
 /// A pass over tiles one after the other, and over shards that are merged, with the gradient by tiles and
 /// in place.
 fn tiles_give_what_whole_rows_give_in<T: Logit>() {

@@ -739,6 +739,12 @@ fn statistics_of_numbers_that_agree_and_of_outliers_keep_their_digits() {
 }
 
 #[test]
+fn gradients_of_unlikely_ratios_are_right_down_to_the_least_float() {
+    let (data, options) = unlikely();
+    check_unlikely(&run_cpu(&data, &options));
+}
+
+#[test]
 fn statistics_keep_their_digits_far_from_zero() {
     let mut data = rollout(&mut rng(5), 7, 900);
     // Exact in f32, so that both see the same deviations.

@@ -340,6 +340,12 @@ fn far_from_zero() -> Data<f32> {
 }
 
 #[test]
+fn gradients_of_unlikely_ratios_are_right_down_to_the_least_float() {
+    let (data, options) = unlikely();
+    check_unlikely(&run_cuda(&data, &options));
+}
+
+#[test]
 fn statistics_keep_their_digits_far_from_zero() {
     let mut data = far_from_zero();
     check_cuda("offset", &data, &PpoLossOptions::default());

@@ -263,7 +263,8 @@ struct Slope {
 
     __device__ __forceinline__ float at(float z, float constant) const {
         const float log2_p = fmaf(z - max, scale, -shift);
-        const float p = exp2_fast(log2_p);
+        // Times an upstream gradient, what is below the normal numbers may be one.
+        const float p = exp2_gradual(log2_p);
         return p * (ENTROPY ? fmaf(slope, fmaxf(log2_p, FLOOR), constant) : constant);
     }
 

@@ -12,35 +12,36 @@ pub(crate) const LANES: usize = 16;
 /// the latency of the other's.
 pub(crate) const LOGIT_LANES: usize = 32;
 
-/// Below this [`exp_factors`] gives 0.
-pub(crate) const EXP_FLOOR: f32 = -88.0;
+/// Here the factors of [`Exp`] are 0.
+const EXP_FLOOR: f32 = -88.0;
 
 /// The least float whose exponential is none.
 const OVERFLOW: f32 = 88.722_84;
 /// The least whose exponential is a normal one.
 const UNDERFLOW: f32 = -87.336_54;
+/// One whose exponential is less than half of the least float.
+const NOTHING: f32 = -104.0;
 
-/// e^x within 2 ulp for every x with a normal result; 0 where e^x < 2^-126, +inf from 88.72284
+/// e^x within 2 ulp for every x with a normal result, and below 2^-126 next to it; +inf from 88.72284
 /// up, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    let (p, exponent) = Exp::NATURAL.parts(x);
+    // What is below the normal numbers is made among them, and brought down by a product, which rounds.
+    const LIFT: u32 = 32;
+    const DOWN: f32 = 1.0 / (1_u64 << LIFT) as f32;
+    const UNBIASED: Exp = Exp { round: Exp::NATURAL.round - 127.0, ..Exp::NATURAL };
+    let below = x < UNDERFLOW;
+    let (p, exponent) = UNBIASED.parts(at_least(x, NOTHING));
+    let lift = std::hint::select_unpredictable(below, LIFT << 23, 0);
     // An addition to the exponent, not a product: 2^128 is not a float, e^88.5 is.
-    let y = f32::from_bits(p.to_bits().wrapping_add(exponent.wrapping_sub(127) << 23));
-    let y = if x < UNDERFLOW { 0.0 } else { y };
+    let y = f32::from_bits(p.to_bits().wrapping_add(exponent << 23).wrapping_add(lift));
+    let y = select(below, y * DOWN, y);
     // Of NaN the sum is NaN.
     if x < OVERFLOW {
         y
     } else {
         x + f32::INFINITY
     }
-}
-
-/// Two factors of e^x, for x from [`EXP_FLOOR`] to 88 and NaN: a sum takes them in with one fused
-/// multiply-add. Their product is within 2 ulp where it is normal, and 0 from -87.7 down.
-#[inline(always)]
-pub(crate) fn exp_factors(x: f32) -> (f32, f32) {
-    Exp::NATURAL.factors(x)
 }
 
 /// e^x - 1 within 4 ulp, for x up to 0; NaN for NaN.
@@ -130,6 +131,8 @@ pub(crate) struct Exp {
     log2_low: f32,
     /// Below it e^(scale x) counts as 0.
     floor: f32,
+    /// Added to a number below 2^22, it leaves the nearest integer in the low bits, and 127 more, and the lift.
+    round: f32,
 }
 
 impl Exp {
@@ -139,7 +142,29 @@ impl Exp {
     pub(crate) const fn new(scale: f32) -> Self {
         let exact = scale as f64 * std::f64::consts::LOG2_E;
         let log2 = exact as f32;
-        Self { log2, log2_low: (exact - log2 as f64) as f32, floor: EXP_FLOOR / scale }
+        Self {
+            log2,
+            log2_low: (exact - log2 as f64) as f32,
+            floor: EXP_FLOOR / scale,
+            round: 12_582_912.0 + 127.0,
+        }
+    }
+
+    /// e^x for x up to 0, beside a factor in a product: both are made normal numbers, by a power of 2 that
+    /// goes from the one to the other, so that only the product is rounded to what is below them. Returns
+    /// 2^lift e^x and 2^-lift.
+    pub(crate) fn beside(factor: f32) -> (Self, f32) {
+        const MOST: i32 = 100;
+        // Lifted, the least float is normal; brought down, so is what is next to `factor`.
+        let exponent = (factor.to_bits() >> 23 & 0xff) as i32 - 127;
+        let lift = (exponent + MOST).clamp(0, MOST);
+        let natural = Self::NATURAL;
+        let lifted = Self {
+            floor: natural.floor - lift as f32 * std::f32::consts::LN_2,
+            round: natural.round + lift as f32,
+            ..natural
+        };
+        (lifted, f32::from_bits(((127 - lift) as u32) << 23))
     }
 
     /// `x`, or the floor if that is larger, for [`Exp::factors`].
@@ -148,24 +173,22 @@ impl Exp {
         at_least(x, self.floor)
     }
 
-    /// [`exp_factors`] of scale x.
+    /// Two factors of e^(scale x), for x from the floor to 88 / scale, and NaN: a sum takes them in with one
+    /// fused multiply-add. Their product is within 2 ulp where it is normal, and 0 from -87.7 / scale down.
     #[inline(always)]
     pub(crate) fn factors(self, x: f32) -> (f32, f32) {
         let (p, exponent) = self.parts(x);
         (p, f32::from_bits(exponent << 23))
     }
 
-    /// e^(scale x) = p 2^n with p in 0.7..1.42: p, and n + 127 in the lowest 9 bits.
+    /// e^(scale x) = p 2^n with p in 0.7..1.42: p, and n + 127 + lift in the lowest 9 bits.
     ///
     /// n is the integer next to scale x log2(e), and p the polynomial of degree 6 with the least relative
     /// error to 2^r over |r| <= 1/2, 2.6e-9, among those that are 1 at r = 0.
     #[inline(always)]
     fn parts(self, x: f32) -> (f32, u32) {
-        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
-        const ROUND: f32 = 12_582_912.0 + 127.0;
-
-        let shifted = x.mul_add(self.log2, ROUND);
-        let n = shifted - ROUND;
+        let shifted = x.mul_add(self.log2, self.round);
+        let n = shifted - self.round;
         let r = x.mul_add(self.log2, -n);
         let r = x.mul_add(self.log2_low, r);
 
@@ -353,9 +376,51 @@ mod tests {
     }
 
     #[test]
+    fn exp_below_the_normal_range_is_next_to_it() {
+        for i in 0..200_000 {
+            let x = -87.0 - i as f32 * 1e-4;
+            let mut y = [x];
+            vectorise(
+                #[inline(always)]
+                || y = y.map(exp),
+            );
+            let want = f64::from(x).exp();
+            // Good to 2 ulp, and then rounded to a multiple of the least float.
+            let rounding = if x < UNDERFLOW { 0.501 * f64::from(f32::from_bits(1)) } else { 0.0 };
+            let error = (f64::from(y[0]) - want).abs();
+            let bound = 2.0 * f64::from(f32::EPSILON) * want + rounding;
+            assert!(error <= bound, "e^{x} is {:e}, not {want:e}", y[0]);
+            assert!(x < UNDERFLOW || y[0] >= f32::MIN_POSITIVE);
+        }
+    }
+
+    #[test]
+    fn exponentials_beside_a_factor_are_rounded_once() {
+        for factor in [1.0, -3e38, 1e20, 0.3, 1e-6, -1e-15, 1e-28, 1e-40, 0.0, f32::INFINITY] {
+            for i in 0..30_000 {
+                let x = i as f32 * -0.01;
+                let (exp, down) = Exp::beside(factor);
+                let (p, power) = exp.factors(exp.clamp(x));
+                let (y, want) =
+                    (p * power * (factor * down), f64::from(x).exp() * f64::from(factor));
+                if factor.is_infinite() {
+                    assert!(y == factor || x < -100.0, "{x}");
+                    continue;
+                }
+                let error = (f64::from(y) - want).abs();
+                // p is good to 2 ulp. Beyond 2^-226 it is 0.
+                let least =
+                    f64::from(f32::from_bits(1)).max(f64::from(factor).abs() * 2_f64.powi(-226));
+                let bound = (2.0 * f64::from(f32::EPSILON) * want.abs()).max(least);
+                assert!(error <= bound, "e^{x} times {factor:e} is {y:e}, not {want:e}");
+            }
+        }
+    }
+
+    #[test]
     fn the_factors_of_exp_are_within_two_ulp_wherever_their_product_is_normal() {
         let product = |x| {
-            let (p, power) = exp_factors(at_least(x, EXP_FLOOR));
+            let (p, power) = Exp::NATURAL.factors(Exp::NATURAL.clamp(x));
             p * power
         };
         // Sums go no further than e^8.
@@ -400,7 +465,7 @@ mod tests {
     fn exp_of_nan_is_nan_whatever_its_payload() {
         for bits in [0x7f80_0001_u32, 0x7fc0_0000, 0x7fff_ffff, 0xffc0_0123] {
             let x = f32::from_bits(bits);
-            let (p, power) = exp_factors(at_least(x, EXP_FLOOR));
+            let (p, power) = Exp::NATURAL.factors(Exp::NATURAL.clamp(x));
             assert!(exp(x).is_nan() && (p * power).is_nan(), "{bits:#x}");
         }
     }

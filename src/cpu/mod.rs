@@ -1,11 +1,13 @@
 //! The CPU backend, shared by all ops: the element types that the ops take, vectorised math, and
 //! fixed-order parallel loops. It knows nothing of any op.
 
+mod compact;
 mod element;
 pub(crate) mod math;
 mod parallel;
 mod store;
 
+pub(crate) use compact::{gather, nonzero, spread};
 pub use element::{Logit, TokenId};
 pub(crate) use parallel::{for_each, reduce, reduce_by, Rows, RowsMut, Split};
 pub use parallel::{num_threads, use_team, Team};
@@ -56,6 +58,7 @@ fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("popcnt")
 }
 
 /// Calls `body`, compiled for AVX-512.
@@ -63,7 +66,7 @@ fn has_avx512() -> bool {
 /// # Safety
 /// The machine must have the features named here.
 #[cfg(all(target_arch = "x86_64", ppo_avx512))]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")]
 unsafe fn with_avx512<R>(body: impl FnOnce() -> R) -> R {
     body()
 }

@@ -11,7 +11,9 @@ use std::ops::Range;
 
 use super::{check_missing_eos, GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
-use crate::cpu::{prefers_non_temporal, prefetch, reduce_by, vectorise, Writer};
+use crate::cpu::{
+    gather, nonzero, prefers_non_temporal, prefetch, reduce_by, spread, vectorise, Writer,
+};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
 use crate::moments::cpu::{leaf_moments, LaneMoments, LEAF};
@@ -113,6 +115,8 @@ impl Job<'_, '_> {
     ) -> Moments {
         let (mut advantages, mut returns, mut rewards) = out;
         let (mut moments, writer) = (Moments::default(), Writer::<NON_TEMPORAL>);
+        let has_gaps = self.inputs.mask.is_some() || self.inputs.dones.is_some();
+        let mut table = has_gaps.then_some(Table::EMPTY);
         // From the last row, so that all goes one way through memory.
         for i in (0..count).rev() {
             let range = self.ranges.range(first + i);
@@ -132,7 +136,7 @@ impl Job<'_, '_> {
                 shaped_rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
                 moments: None,
             };
-            moments = scan(&row, coefficients, out, &writer).merge(moments);
+            moments = scan(&row, coefficients, out, &mut table, &writer).merge(moments);
         }
         moments
     }
@@ -299,10 +303,33 @@ impl State {
         (advantages, returns)
     }
 
-    /// Advantages and returns of the steps of an episode, or of a part of it, and the moments of the
-    /// advantages.
+    /// Advantages and returns of steps of which some begin an episode, that of the last first.
     #[inline(always)]
-    fn steps<const ONE: bool, const NON_TEMPORAL: bool>(
+    fn episodes<const ONE: bool>(
+        &mut self,
+        firsts: &[u16],
+        [values, rewards]: [&[f32]; 2],
+        [advantages, returns]: [&mut [f32]; 2],
+        c: &Coefficients,
+    ) {
+        let (writer, mut end) = (&Writer::<false>, values.len());
+        for episode in (0..=firsts.len()).rev() {
+            let first = if episode == 0 { 0 } else { usize::from(firsts[episode - 1]) };
+            let at = first..end;
+            let (values, rewards) = (&values[at.clone()], &rewards[at.clone()]);
+            let (advantages, returns) = (&mut advantages[at.clone()], &mut returns[at]);
+            self.steps::<ONE, false, false>(values, rewards, advantages, returns, c, writer);
+            if episode > 0 {
+                *self = State { next_value: 0.0, advantage: 0.0, value_advantage: 0.0 };
+            }
+            end = first;
+        }
+    }
+
+    /// Advantages and returns of the steps of an episode, or of a part of it, and if wanted the moments of
+    /// the advantages.
+    #[inline(always)]
+    fn steps<const ONE: bool, const NON_TEMPORAL: bool, const MOMENTS: bool>(
         &mut self,
         values: &[f32],
         rewards: &[f32],
@@ -330,6 +357,9 @@ impl State {
             let (a, r) = now.tokens::<ONE>(values[i], rewards[i], LANES, &c);
             writer.write(&mut advantages[i], a);
             writer.write(&mut returns[i], r);
+            if !MOMENTS {
+                continue;
+            }
             if i + 1 == tiles {
                 sums = LaneMoments::around(a[0]);
             }
@@ -341,10 +371,16 @@ impl State {
             let (a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
             first_advantages.copy_from_slice(&a[LANES - rest..]);
             first_returns.copy_from_slice(&r[LANES - rest..]);
-            moments = leaf_moments(first_advantages, None);
+            if MOMENTS {
+                moments = leaf_moments(first_advantages, None);
+            }
         }
         *self = now;
-        sums.moments(LANES * tiles).merge(moments)
+        if MOMENTS {
+            sums.moments(LANES * tiles).merge(moments)
+        } else {
+            moments
+        }
     }
 }
 
@@ -354,6 +390,7 @@ fn scan<const NON_TEMPORAL: bool>(
     row: &Row,
     c: &Coefficients,
     mut out: Outputs,
+    table: &mut Option<Table>,
     writer: &Writer<NON_TEMPORAL>,
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
@@ -381,10 +418,11 @@ fn scan<const NON_TEMPORAL: bool>(
         let chunk = row.chunk((end - 1) / CHUNK * CHUNK, end);
         end = chunk.at.start;
         let out = out.part(chunk.at.clone());
-        let of_chunk = match (chunk.is_plain(), c.is_one()) {
-            (true, true) => chunk.scan_plain::<true, NON_TEMPORAL>(&mut state, c, out, writer),
-            (true, false) => chunk.scan_plain::<false, NON_TEMPORAL>(&mut state, c, out, writer),
-            (false, _) => chunk.scan_any(&mut state, c, out),
+        let of_chunk = match (table.as_mut().filter(|_| !chunk.is_plain()), c.is_one()) {
+            (Some(table), true) => chunk.scan_any::<true>(table, &mut state, c, out),
+            (Some(table), false) => chunk.scan_any::<false>(table, &mut state, c, out),
+            (None, true) => chunk.scan_plain::<true, NON_TEMPORAL>(&mut state, c, out, writer),
+            (None, false) => chunk.scan_plain::<false, NON_TEMPORAL>(&mut state, c, out, writer),
         };
         moments = moments.merge(of_chunk);
     }
@@ -482,7 +520,7 @@ impl Chunk<'_> {
         if let Some(out) = out.shaped_rewards {
             writer.copy(out, rewards);
         }
-        state.steps::<ONE, NON_TEMPORAL>(
+        state.steps::<ONE, NON_TEMPORAL, true>(
             self.values,
             rewards,
             out.advantages,
@@ -492,42 +530,61 @@ impl Chunk<'_> {
         )
     }
 
-    /// Puts the steps together, without what is no step, and scans those of one episode after the other.
+    /// The same where tokens are masked or episodes end.
     #[inline(always)]
-    fn scan_any(&self, state: &mut State, c: &Coefficients, out: Outputs) -> Moments {
-        let mut shaped = [0.0; CHUNK];
-        let rewards = self.shaped_rewards(c, &mut shaped);
-        let all = Bits::first(self.values.len());
-        let kept = self.mask.map_or(all, Bits::of);
-        // Where masked tokens are steps too, they are of value and reward 0.
-        let multiply = c.mask_mode == MaskMode::Multiply;
-        let steps = if multiply { all } else { kept };
-        let mut table = Steps::EMPTY;
-        let mut end = steps.gather(self.values, &mut table.values);
-        steps.gather(rewards, &mut table.rewards);
-        if multiply {
-            self.zero_masked(&mut table.values);
-            self.zero_masked(&mut table.rewards);
-        }
-        let done = self.dones.map_or(Bits::first(0), |dones| Bits::of(dones).and(&kept));
-        for token in done.descending() {
-            let after = steps.rank(token) + 1;
-            table.scan(after..end, state, c);
-            *state = State { next_value: 0.0, advantage: 0.0, value_advantage: 0.0 };
-            end = after;
-        }
-        table.scan(0..end, state, c);
-        steps.scatter(&table.advantages, out.advantages);
-        steps.scatter(&table.returns, out.returns);
-        if multiply {
-            self.zero_masked(out.advantages);
-            self.zero_masked(out.returns);
-        }
+    fn scan_any<const ONE: bool>(
+        &self,
+        table: &mut Table,
+        state: &mut State,
+        c: &Coefficients,
+        out: Outputs,
+    ) -> Moments {
+        let mut shaped;
+        let rewards = match self.rewards_as_they_are() {
+            Some(rewards) => rewards,
+            None => {
+                shaped = [0.0; CHUNK];
+                self.shaped_rewards(c, &mut shaped)
+            }
+        };
         if let Some(out) = out.shaped_rewards {
             out.copy_from_slice(rewards);
             self.zero_masked(out);
         }
-        leaf_moments(out.advantages, self.mask)
+        let Outputs { advantages, returns, .. } = out;
+        let carry = c.mask_mode == MaskMode::Carry;
+        table.kept = [!0; CHUNK / LANES];
+        if let Some(mask) = self.mask {
+            nonzero(mask, &mut table.kept);
+        }
+        let firsts = self.dones.map_or(0, |dones| table.find_firsts(dones, carry));
+        if self.mask.is_some() && carry {
+            // Without what is no step.
+            let Table { values, rewards: to_rewards, kept, .. } = &mut *table;
+            let to = [&mut values[..], &mut to_rewards[..]];
+            let count = gather([self.values, rewards], kept, AHEAD, to);
+            let moments = table.scan::<ONE>(count, firsts, state, c);
+            let from = [&table.advantages[..], &table.returns[..]];
+            spread(from, &table.kept, AHEAD, [advantages, returns]);
+            return moments;
+        }
+        let (mut values, mut rewards) = (self.values, rewards);
+        if self.mask.is_some() {
+            // Masked tokens are steps too, of value and reward 0.
+            let len = values.len();
+            table.values[..len].copy_from_slice(values);
+            table.rewards[..len].copy_from_slice(rewards);
+            self.zero_masked(&mut table.values[..len]);
+            self.zero_masked(&mut table.rewards[..len]);
+            (values, rewards) = (&table.values[..len], &table.rewards[..len]);
+        }
+        let to = [&mut *advantages, &mut *returns];
+        state.episodes::<ONE>(&table.firsts[..firsts], [values, rewards], to, c);
+        if self.mask.is_some() {
+            self.zero_masked(advantages);
+            self.zero_masked(returns);
+        }
+        leaf_moments(advantages, self.mask)
     }
 
     #[inline(always)]
@@ -538,130 +595,67 @@ impl Chunk<'_> {
     }
 }
 
-/// The steps of a chunk, one behind the other.
-struct Steps {
-    values: [f32; CHUNK],
-    rewards: [f32; CHUNK],
-    advantages: [f32; CHUNK],
-    returns: [f32; CHUNK],
+/// The steps of a chunk one behind the other, with room for a vector behind them.
+struct Table {
+    values: [f32; CHUNK + LANES],
+    rewards: [f32; CHUNK + LANES],
+    advantages: [f32; CHUNK + LANES],
+    returns: [f32; CHUNK + LANES],
+    /// Which tokens are kept, a bit each.
+    kept: [u16; CHUNK / LANES],
+    /// The steps that begin an episode, but for the chunk's first.
+    firsts: [u16; CHUNK],
 }
 
-impl Steps {
+impl Table {
     const EMPTY: Self = Self {
-        values: [0.0; CHUNK],
-        rewards: [0.0; CHUNK],
-        advantages: [0.0; CHUNK],
-        returns: [0.0; CHUNK],
+        values: [0.0; CHUNK + LANES],
+        rewards: [0.0; CHUNK + LANES],
+        advantages: [0.0; CHUNK + LANES],
+        returns: [0.0; CHUNK + LANES],
+        kept: [0; CHUNK / LANES],
+        firsts: [0; CHUNK],
     };
 
+    /// Finds the steps that begin an episode, which are the tokens that are kept or all, and returns how
+    /// many.
     #[inline(always)]
-    fn scan(&mut self, at: Range<usize>, state: &mut State, c: &Coefficients) {
-        let Self { values, rewards, advantages, returns } = self;
-        let (values, rewards) = (&values[at.clone()], &rewards[at.clone()]);
-        let (advantages, returns) = (&mut advantages[at.clone()], &mut returns[at]);
+    fn find_firsts(&mut self, dones: &[u8], only_kept: bool) -> usize {
+        let (mut count, mut found, mut ends) = (0, 0, [0; CHUNK / LANES]);
+        nonzero(dones, &mut ends);
+        for (mut ends, &kept) in ends.into_iter().zip(&self.kept) {
+            let steps = if only_kept { kept } else { !0 };
+            ends &= kept;
+            while ends != 0 {
+                let until = steps & (ends ^ (ends - 1));
+                self.firsts[found] = count + until.count_ones() as u16;
+                found += 1;
+                ends &= ends - 1;
+            }
+            count += steps.count_ones() as u16;
+        }
+        found
+    }
+
+    /// Advantages and returns of the steps, and the moments of the advantages.
+    #[inline(always)]
+    fn scan<const ONE: bool>(
+        &mut self,
+        count: usize,
+        firsts: usize,
+        state: &mut State,
+        c: &Coefficients,
+    ) -> Moments {
+        let Self { values, rewards, advantages, returns, .. } = self;
+        let from = [&values[..count], &rewards[..count]];
+        let to = [&mut advantages[..count], &mut returns[..count]];
+        if firsts > 0 {
+            state.episodes::<ONE>(&self.firsts[..firsts], from, to, c);
+            return leaf_moments(&advantages[..count], None);
+        }
+        let ([values, rewards], [advantages, returns]) = (from, to);
         let writer = &Writer::<false>;
-        if c.is_one() {
-            state.steps::<true, false>(values, rewards, advantages, returns, c, writer);
-        } else {
-            state.steps::<false, false>(values, rewards, advantages, returns, c, writer);
-        }
-    }
-}
-
-/// A bit for each token of a chunk, the first one's lowest.
-#[derive(Clone, Copy)]
-struct Bits([u64; CHUNK / 64]);
-
-impl Bits {
-    /// Those that are not 0.
-    #[inline(always)]
-    fn of(bytes: &[u8]) -> Self {
-        let mut bits = Self::first(0);
-        for (bits, bytes) in bits.0.iter_mut().zip(bytes.chunks(64)) {
-            // Of one length, which is vectorised.
-            let mut all = [0; 64];
-            all[..bytes.len()].copy_from_slice(bytes);
-            for (i, &byte) in all.iter().enumerate() {
-                *bits |= u64::from(byte != 0) << i;
-            }
-        }
-        bits
-    }
-
-    /// The first `len`.
-    #[inline(always)]
-    fn first(len: usize) -> Self {
-        let of_word = |word: usize| match len.saturating_sub(64 * word) {
-            0 => 0,
-            len => !0 >> (64 - len.min(64)),
-        };
-        Self(std::array::from_fn(of_word))
-    }
-
-    #[inline(always)]
-    fn and(&self, other: &Self) -> Self {
-        Self(std::array::from_fn(|word| self.0[word] & other.0[word]))
-    }
-
-    /// Puts together the elements whose bit is set; returns how many.
-    #[inline(always)]
-    fn gather(&self, from: &[f32], to: &mut [f32; CHUNK]) -> usize {
-        let mut count = 0;
-        for (&bits, from) in self.0.iter().zip(from.chunks(64)) {
-            if bits == !0 {
-                to[count..count + 64].copy_from_slice(from);
-                count += 64;
-                continue;
-            }
-            let mut left = bits;
-            while left != 0 {
-                to[count] = from[left.trailing_zeros() as usize];
-                count += 1;
-                left &= left - 1;
-            }
-        }
-        count
-    }
-
-    /// Puts elements back where a bit is set. What is elsewhere is 0.
-    #[inline(always)]
-    fn scatter(&self, from: &[f32; CHUNK], to: &mut [f32]) {
-        let mut count = 0;
-        for (&bits, to) in self.0.iter().zip(to.chunks_mut(64)) {
-            if bits == !0 {
-                to.copy_from_slice(&from[count..count + 64]);
-                count += 64;
-                continue;
-            }
-            to.fill(0.0);
-            let mut left = bits;
-            while left != 0 {
-                to[left.trailing_zeros() as usize] = from[count];
-                count += 1;
-                left &= left - 1;
-            }
-        }
-    }
-
-    /// How many bits are set before one.
-    #[inline(always)]
-    fn rank(&self, bit: usize) -> usize {
-        let before: u32 = self.0[..bit / 64].iter().map(|bits| bits.count_ones()).sum();
-        let within = self.0[bit / 64] & !(!0 << (bit % 64));
-        (before + within.count_ones()) as usize
-    }
-
-    /// The bits that are set, the last first.
-    #[inline(always)]
-    fn descending(self) -> impl Iterator<Item = usize> {
-        (0..CHUNK / 64).rev().flat_map(move |word| {
-            let mut left = self.0[word];
-            std::iter::from_fn(move || {
-                let bit = left.checked_ilog2()?;
-                left ^= 1 << bit;
-                Some(64 * word + bit as usize)
-            })
-        })
+        state.steps::<ONE, false, true>(values, rewards, advantages, returns, c, writer)
     }
 }
 

@@ -7,8 +7,8 @@ use super::{
     SUM_Z, TOKEN_OP,
 };
 use crate::cpu::math::{
-    at_least, clip, exp, exp_factors, exp_m1, for_logits2, larger, ln_1p, max, max_lanes, select,
-    sum_lanes, Exp, EXP_FLOOR, LOGIT_LANES,
+    clip, exp, exp_m1, for_logits2, larger, ln_1p, max, max_lanes, select, sum_lanes, Exp,
+    LOGIT_LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut};
 use crate::error::{Error, Result};
@@ -518,16 +518,20 @@ struct Slopes {
     /// 1/P and 1/Q.
     norm_z: f32,
     norm_w: f32,
-    /// Upstream gradient over the temperature; to z it is NaN where the KL is +inf.
+    /// Makes probabilities that are lifted.
+    exp: Exp,
+    /// Upstream gradient over the temperature, brought down by as much; to z it is NaN where the KL is +inf.
     grad_z: f32,
     grad_w: f32,
 }
 
 impl Slopes {
     fn new(stats: [f32; STATS], scale: f32, grad_kl: f32) -> Slopes {
-        let grad = grad_kl * scale;
+        let (exp, down) = Exp::beside(grad_kl * scale);
+        let grad = grad_kl * scale * down;
         Slopes {
             scale,
+            exp,
             gap: stats[GAP],
             max_z: stats[MAX_Z],
             max_w: stats[MAX_W],
@@ -569,12 +573,13 @@ impl Slopes {
     #[inline(always)]
     fn z_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        let p = e_to(x) * self.norm_z;
+        let p = self.lifted(x) * self.norm_z;
         let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
         if z == f32::NEG_INFINITY {
             0.0
         } else {
-            self.grad_z * p * excess
+            // In this order: a lifted p times a large excess may be none.
+            p * (self.grad_z * excess)
         }
     }
 
@@ -582,15 +587,15 @@ impl Slopes {
     #[inline(always)]
     fn w_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        self.grad_w * (e_to(y) * self.norm_w - e_to(x) * self.norm_z)
+        self.grad_w * (self.lifted(y) * self.norm_w - self.lifted(x) * self.norm_z)
     }
-}
 
-/// e^x for x up to 0.
-#[inline(always)]
-fn e_to(x: f32) -> f32 {
-    let (p, power) = exp_factors(at_least(x, EXP_FLOOR));
-    p * power
+    /// e^x for x up to 0, lifted.
+    #[inline(always)]
+    fn lifted(self, x: f32) -> f32 {
+        let (p, power) = self.exp.factors(self.exp.clamp(x));
+        p * power
+    }
 }
 
 #[cfg(test)]

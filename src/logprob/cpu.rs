@@ -4,8 +4,7 @@
 
 use super::{Columns, LogprobOptions, OP};
 use crate::cpu::math::{
-    at_least, exp, exp_factors, exp_m1, for_logits, larger, max, max_lanes, sum_lanes, Exp,
-    EXP_FLOOR, LOGIT_LANES,
+    exp, exp_m1, for_logits, larger, max, max_lanes, sum_lanes, Exp, LOGIT_LANES,
 };
 use crate::cpu::{
     for_each, prefers_non_temporal, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer,
@@ -298,14 +297,7 @@ fn write_gradients<T: Logit, I: TokenId>(
                 grad.fill(T::ZERO);
                 continue;
             }
-            let slope = Slope {
-                max: max[row],
-                scale,
-                log_sum: log_sum[row],
-                entropy: entropy[row],
-                grad_logp: g,
-                grad_entropy: h,
-            };
+            let slope = Slope::new([max[row], log_sum[row], entropy[row]], scale, g, h);
             let place = columns.place(target);
             match logits.map(|logits| &logits[row * width..][..width]) {
                 None => slope.write_over(grad, place),
@@ -617,12 +609,35 @@ struct Slope {
     scale: f32,
     log_sum: f32,
     entropy: f32,
-    /// Upstream gradients, the temperature's factor included.
+    /// The upstream gradient of logp, the temperature's factor included.
     grad_logp: f32,
-    grad_entropy: f32,
+    /// Makes probabilities that are lifted, and both upstream gradients, brought down by as much.
+    exp: Exp,
+    low_grad_logp: f32,
+    low_grad_entropy: f32,
 }
 
 impl Slope {
+    /// Of the upstream gradients of logp and entropy, the temperature's factor included.
+    fn new(
+        [max, log_sum, entropy]: [f32; 3],
+        scale: f32,
+        grad_logp: f32,
+        grad_entropy: f32,
+    ) -> Slope {
+        let (exp, down) = Exp::beside(grad_logp.abs().max(grad_entropy.abs()));
+        Slope {
+            max,
+            scale,
+            log_sum,
+            entropy,
+            grad_logp,
+            exp,
+            low_grad_logp: grad_logp * down,
+            low_grad_entropy: grad_entropy * down,
+        }
+    }
+
     fn write_row<T: Logit, const NON_TEMPORAL: bool>(
         self,
         z: &[T],
@@ -633,11 +648,12 @@ impl Slope {
             vectorise(
                 #[inline(always)]
                 || {
+                    let slope = self;
                     Writer::<NON_TEMPORAL>.map(
                         grad,
                         z,
                         #[inline(always)]
-                        |z: T| T::from_f32(self.at(z.to_f32())),
+                        |z: T| T::from_f32(slope.at(z.to_f32())),
                     );
                 },
             );
@@ -676,7 +692,7 @@ impl Slope {
     #[inline(always)]
     fn at_target(self, z: f32) -> f32 {
         let ln_p = self.ln_p(z);
-        let of_entropy = Slope { grad_logp: 0.0, ..self };
+        let of_entropy = Slope { low_grad_logp: 0.0, ..self };
         self.grad_logp.mul_add(-exp_m1(ln_p), of_entropy.at(z))
     }
 
@@ -688,9 +704,9 @@ impl Slope {
     /// -p (g + h (ln p + H)), the gradient of every column but the target's.
     #[inline(always)]
     fn at(self, z: f32) -> f32 {
-        let ln_p = at_least(self.ln_p(z), EXP_FLOOR);
-        let (p, power) = exp_factors(ln_p);
-        -p * power * self.grad_entropy.mul_add(ln_p + self.entropy, self.grad_logp)
+        let ln_p = self.exp.clamp(self.ln_p(z));
+        let (p, power) = self.exp.factors(ln_p);
+        -p * power * self.low_grad_entropy.mul_add(ln_p + self.entropy, self.low_grad_logp)
     }
 }
 
@@ -701,14 +717,7 @@ mod tests {
 
     fn gradients_past_the_caches_have_the_same_bits<T: Logit>() {
         let z: Vec<T> = (0..301).map(|i| T::from_f32((i as f32).sin())).collect();
-        let slope = Slope {
-            max: 1.0,
-            scale: 0.8,
-            log_sum: 5.0,
-            entropy: 5.5,
-            grad_logp: 0.7,
-            grad_entropy: -0.1,
-        };
+        let slope = Slope::new([1.0, 5.0, 5.5], 0.8, 0.7, -0.1);
         for offset in 0..3 {
             let (mut cached, mut past) = (vec![T::ZERO; 304], vec![T::ZERO; 304]);
             slope.write_row::<T, false>(&z, Some(300), &mut cached[offset..][..301]);

@@ -1,10 +1,10 @@
 //! The options and inputs on which every backend of the kl op is tested.
 
-use ppo_kernels::kl::{FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use ppo_kernels::kl::{reference, FullKlOptions, KlDirection, KlEstimator, KlOptions};
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use super::uniform;
+use super::{uniform, wide};
 
 pub const ESTIMATORS: [KlEstimator; 5] = [
     KlEstimator::K1,
@@ -35,6 +35,35 @@ pub fn all_full_options() -> Vec<FullKlOptions> {
         of(KlDirection::Forward, 0.7),
         of(KlDirection::Reverse, 2.5),
     ]
+}
+
+/// Two rows of logits whose probabilities go down through the least floats.
+pub const UNLIKELY: [[f32; 8]; 2] = [
+    [0.0, -1.0, -20.0, -80.0, -88.0, -90.0, -95.0, -100.0],
+    [0.0, -2.0, -19.0, -85.0, -84.0, -92.0, -90.0, -101.0],
+];
+
+/// Asserts what the gradients of the exact KL of [`UNLIKELY`] can be, as in the cases of logprob.
+#[track_caller]
+pub fn check_unlikely(grads: [&[f32]; 2], up: f32, twice: bool) {
+    let [z, w] = UNLIKELY.map(|z| wide(&z));
+    let options = FullKlOptions::default();
+    let (a, b) = reference::full_kl_backward(&z, &w, 8, None, &[f64::from(up)], &options);
+    let least = f64::from(f32::from_bits(1));
+    let factor = if twice { 20.0 * f64::from(up) } else { 0.0 };
+    for (got, want) in grads.into_iter().zip([a, b]) {
+        for i in 2..8 {
+            let bound = 2e-5 * want[i].abs() + least * (1.0 + factor);
+            let error = (f64::from(got[i]) - want[i]).abs();
+            assert!(
+                error <= bound,
+                "logit {}, times {up:e}: {:e}, not {:e}",
+                z[i],
+                got[i],
+                want[i]
+            );
+        }
+    }
 }
 
 /// A pair of logits as it is met in practice, or worse.

@@ -3,9 +3,9 @@
 use rand::rngs::StdRng;
 use rand::Rng;
 
-use ppo_kernels::logprob::Columns;
+use ppo_kernels::logprob::{reference, Columns, LogprobOptions};
 
-use super::uniform;
+use super::{uniform, wide};
 
 /// Rows as they are met in practice, and worse.
 pub struct Case {
@@ -90,5 +90,50 @@ pub fn tile<T: Copy>(rows: &[T], columns: Columns) -> Vec<T> {
 pub fn put_tile<T: Copy>(rows: &mut [T], columns: Columns, tile: &[T]) {
     for (row, tile) in rows.chunks_mut(columns.vocab).zip(tile.chunks(columns.count)) {
         row[columns.first..][..columns.count].copy_from_slice(tile);
+    }
+}
+
+/// Rows of columns whose probabilities go down through the least floats, with their targets, and upstream
+/// gradients of log-probability and entropy.
+pub struct Unlikely {
+    pub vocab: usize,
+    pub logits: Vec<f32>,
+    pub targets: Vec<i64>,
+    pub up_logp: Vec<f32>,
+    pub up_entropy: Vec<f32>,
+}
+
+pub fn unlikely() -> Unlikely {
+    let row = [0.0, -1.0, -20.0, -60.0, -80.0, -86.0, -87.0, -87.5, -88.0, -90.0, -95.0, -100.0];
+    let up_logp = vec![1.0, -0.3, 0.0, 1e20, 1e-15, 1e-30];
+    Unlikely {
+        vocab: row.len(),
+        logits: row.repeat(up_logp.len()),
+        targets: vec![1; up_logp.len()],
+        up_entropy: vec![0.0, 0.2, 1.0, 0.0, 0.0, 0.0],
+        up_logp,
+    }
+}
+
+impl Unlikely {
+    /// Asserts what the gradients of the unlikely columns can be: some units in the last place of x = -100
+    /// make 1e-5 of e^x, and a result below the normal range is rounded to one of the least floats. A
+    /// backend that rounds the probability there too (`twice`) does it times the upstream gradient.
+    #[track_caller]
+    pub fn check(&self, grad: &[f32], twice: bool) {
+        let (z, a, b) = (wide(&self.logits), wide(&self.up_logp), wide(&self.up_entropy));
+        let options = LogprobOptions::default();
+        let want = reference::backward(&z, &self.targets, self.vocab, &options, &a, &b);
+        let least = f64::from(f32::from_bits(1));
+        for (i, (&got, &want)) in grad.iter().zip(&want).enumerate() {
+            if i % self.vocab < 2 {
+                continue;
+            }
+            let row = i / self.vocab;
+            let factor = if twice { a[row].abs() + 110.0 * b[row].abs() } else { 0.0 };
+            let bound = 1e-5 * want.abs() + least * (1.0 + factor);
+            let error = (f64::from(got) - want).abs();
+            assert!(error <= bound, "row {row}, logit {}: {got:e}, not {want:e}", z[i]);
+        }
     }
 }

@@ -170,6 +170,39 @@ pub fn check_hard_to_sum(data: &Data<f32>, stats: &PpoStats) {
     close("return_mean", stats.return_mean, want.return_mean, 4.0 * ulp);
 }
 
+/// Ratios down to the least floats, which advantages make normal numbers of, and the options that clip
+/// nothing.
+pub fn unlikely() -> (Data<f32>, PpoLossOptions) {
+    let d = [-1.0, -20.0, -80.0, -87.0, -87.5, -88.0, -90.0, -95.0, -100.0];
+    let data = Data {
+        batch: 1,
+        seq_len: d.len(),
+        logp: d.iter().map(|d| d - 2.0).collect(),
+        old_logp: vec![-2.0; d.len()],
+        advantages: vec![-1e20; d.len()],
+        ..Default::default()
+    };
+    let options = PpoLossOptions {
+        clip_range: f64::INFINITY,
+        log_ratio_clamp: None,
+        aggregation: Aggregation::Constant(1.0),
+        ..Default::default()
+    };
+    (data, options)
+}
+
+/// Asserts that the gradients of [`unlikely`] are good to what its ratios are: the least float.
+#[track_caller]
+pub fn check_unlikely(found: &Found) {
+    let (data, options) = unlikely();
+    let want = &run(&data.map(f64::from), &options).grad_logp;
+    for (i, (&got, &want)) in found.1[0].iter().zip(want).enumerate() {
+        let bound = 2e-6 * want.abs() + 1e20 * f64::from(f32::from_bits(1));
+        let error = (f64::from(got) - want).abs();
+        assert!(error <= bound, "logp {}: {got:e}, not {want:e}", data.logp[i]);
+    }
+}
+
 pub fn run(data: &Data<f64>, options: &PpoLossOptions) -> reference::Output {
     reference::ppo_loss(&data.inputs(), data.batch, data.seq_len, options).unwrap()
 }
