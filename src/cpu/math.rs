@@ -15,33 +15,20 @@ pub(crate) const LOGIT_LANES: usize = 32;
 /// Here the factors of [`Exp`] are 0.
 const EXP_FLOOR: f32 = -88.0;
 
-/// The least float whose exponential is none.
-const OVERFLOW: f32 = 88.722_84;
-/// The least whose exponential is a normal one.
-const UNDERFLOW: f32 = -87.336_54;
-/// One whose exponential is less than half of the least float.
-const NOTHING: f32 = -104.0;
+/// Below the first the exponential is less than half of the least float, above the second more than the largest.
+const EXP_RANGE: [f32; 2] = [-104.0, 89.0];
 
 /// e^x within 2 ulp for every x with a normal result, and below 2^-126 next to it; +inf from 88.72284
 /// up, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // What is below the normal numbers is made among them, and brought down by a product, which rounds.
-    const LIFT: u32 = 32;
-    const DOWN: f32 = 1.0 / (1_u64 << LIFT) as f32;
-    const UNBIASED: Exp = Exp { round: Exp::NATURAL.round - 127.0, ..Exp::NATURAL };
-    let below = x < UNDERFLOW;
-    let (p, exponent) = UNBIASED.parts(at_least(x, NOTHING));
-    let lift = std::hint::select_unpredictable(below, LIFT << 23, 0);
-    // An addition to the exponent, not a product: 2^128 is not a float, e^88.5 is.
-    let y = f32::from_bits(p.to_bits().wrapping_add(exponent << 23).wrapping_add(lift));
-    let y = select(below, y * DOWN, y);
-    // Of NaN the sum is NaN.
-    if x < OVERFLOW {
-        y
-    } else {
-        x + f32::INFINITY
-    }
+    // 2^n in two factors, of half of n each: both are normal, and only the last product is rounded to what is
+    // below the normal numbers, or to +inf.
+    const BIASED_TWICE: Exp = Exp { round: Exp::NATURAL.round + 127.0, ..Exp::NATURAL };
+    let (p, exponent) = BIASED_TWICE.parts(clip(x, EXP_RANGE[0], EXP_RANGE[1]));
+    let half = exponent >> 1;
+    let power = |n: u32| f32::from_bits(n << 23);
+    p * power(half) * power(exponent.wrapping_sub(half))
 }
 
 /// e^x - 1 within 4 ulp, for x up to 0; NaN for NaN.
@@ -386,11 +373,15 @@ mod tests {
             );
             let want = f64::from(x).exp();
             // Good to 2 ulp, and then rounded to a multiple of the least float.
-            let rounding = if x < UNDERFLOW { 0.501 * f64::from(f32::from_bits(1)) } else { 0.0 };
+            let rounding = if want < f64::from(f32::MIN_POSITIVE) {
+                0.501 * f64::from(f32::from_bits(1))
+            } else {
+                0.0
+            };
             let error = (f64::from(y[0]) - want).abs();
             let bound = 2.0 * f64::from(f32::EPSILON) * want + rounding;
             assert!(error <= bound, "e^{x} is {:e}, not {want:e}", y[0]);
-            assert!(x < UNDERFLOW || y[0] >= f32::MIN_POSITIVE);
+            assert!(x < -87.336_54 || y[0] >= f32::MIN_POSITIVE);
         }
     }
 
