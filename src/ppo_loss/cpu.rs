@@ -1092,15 +1092,7 @@ impl Terms {
             fill(1.0, mask, weights);
             kept += count_kept(mask, chunk.len());
             let run = Run::of(inputs, chunk, copies);
-            with_surrogate!(options, surrogate => vectorise(
-                #[inline(always)]
-                || {
-                    let writer = &Writer::<false>;
-                    self.policy::<_, FULL, false>(
-                        surrogate, weights, run, None, row, 0.0, None, &mut lanes, writer,
-                    );
-                },
-            ));
+            self.policy_of_any(options, weights, run, None, row, 0.0, None, &mut lanes);
         }
         let [clipped, high] = [lanes.clipped, lanes.clipped_high].map(count_of);
         [high, clipped - high].map(|count| count / kept as f64)
@@ -1213,15 +1205,7 @@ impl Terms {
                 let value = value.map(|value| value.map(|x| &x[range.clone()]));
                 let (lanes, grad) =
                     (&mut lanes, grad_logp.as_deref_mut().map(|grad| &mut grad[range]));
-                with_surrogate!(options, surrogate => vectorise(
-                    #[inline(always)]
-                    || {
-                        let writer = &Writer::<false>;
-                        self.policy::<_, FULL, false>(
-                            surrogate, weights, run, value, row, centre_of_ratio, grad, lanes, writer,
-                        );
-                    },
-                ));
+                self.policy_of_any(options, weights, run, value, row, centre_of_ratio, grad, lanes);
             }
         }
         lanes.add_to(&mut sums, centre_of_ratio);
@@ -1254,6 +1238,32 @@ impl Terms {
             );
         }
         sums
+    }
+
+    /// [`Terms::policy`] of any surrogate, with all options. Not inlined: the loops for all surrogates and
+    /// instruction sets are half a megabyte.
+    #[inline(never)]
+    #[allow(clippy::too_many_arguments)]
+    fn policy_of_any(
+        self,
+        options: &PpoLossOptions,
+        weights: &[f32],
+        run: Run,
+        value: Option<[&[f32]; 3]>,
+        row: Row,
+        centre_of_ratio: f32,
+        grad: Option<&mut [f32]>,
+        lanes: &mut PolicyLanes,
+    ) {
+        with_surrogate!(options, surrogate => vectorise(
+            #[inline(always)]
+            || {
+                let writer = &Writer::<false>;
+                self.policy::<_, FULL, false>(
+                    surrogate, weights, run, value, row, centre_of_ratio, grad, lanes, writer,
+                );
+            },
+        ));
     }
 
     /// The policy term of a run of tokens, which are in one row if that has something to say.
