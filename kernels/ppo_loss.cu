@@ -1009,7 +1009,8 @@ struct RowGroup {
 };
 
 // `other` is rollout_logp or the weights, or null. What is of rows is `own_advantage` for all tokens.
-static __device__ __forceinline__ RowGroup load_row_group(const RowsArgs& args, const float* other,
+template <class Args>
+static __device__ __forceinline__ RowGroup load_row_group(const Args& args, const float* other,
                                                           int64_t at, int64_t end, bool aligned,
                                                           float own_advantage) {
     const float* of_tokens = args.per_row.advantages ? nullptr : args.advantages;
@@ -1115,20 +1116,35 @@ KERNEL(256, 2, ppo_loss_row_clips_f32, PassArgs) {
         const RowRange range = range_of_row(args.offsets, row, args.columns);
         RowTerms terms = {0.0f, 0.0f, 0.0f};
         if (args.row_terms) terms = args.row_terms[row];
+        const int64_t first = range.first, end = first + range.tokens;
+        const bool aligned = args.aligned && first % QUAD == 0;
+        const float own_advantage = args.per_row.advantages ? args.advantages[row] : 0.0f;
         double kept = 0.0, high = 0.0, low = 0.0;
-        for (int64_t t = range.first + threadIdx.x; t < range.first + range.tokens; t += THREADS) {
-            if (args.mask && !args.mask[t]) continue;
-            const float a = args.advantages[args.per_row.advantages ? row : t];
-            const float logp = args.logp[t], d = logp - args.old_logp[t];
-            const float log_ratio = args.family.of_rows ? terms.log_ratio : d;
-            const PolicyTerm term = policy_of_token(args.clip, args.family, log_ratio, logp, a);
-            const bool outside = term.ratio < args.clip.low || term.ratio > args.clip.high;
-            const bool clipped = args.count_outside
-                                     ? outside
-                                     : term.is_clipped || is_log_clipped(args.clip, args.family, d, a);
-            kept += 1.0;
-            high += clipped && a > 0.0f;
-            low += clipped && !(a > 0.0f);
+        const auto count = [&](const RowGroup& g) {
+#pragma unroll
+            for (int i = 0; i < QUAD; i++) {
+                if (!g.keep[i]) continue;
+                const float a = g.advantages[i], d = g.logp[i] - g.old_logp[i];
+                const float log_ratio = args.family.of_rows ? terms.log_ratio : d;
+                const PolicyTerm term =
+                    policy_of_token(args.clip, args.family, log_ratio, g.logp[i], a);
+                const bool outside = term.ratio < args.clip.low || term.ratio > args.clip.high;
+                const bool log_clipped = is_log_clipped(args.clip, args.family, d, a);
+                const bool clipped =
+                    args.count_outside ? outside : term.is_clipped || log_clipped;
+                kept += 1.0;
+                high += clipped && a > 0.0f;
+                low += clipped && !(a > 0.0f);
+            }
+        };
+        // Of two tiles the loads are in flight at once.
+        for (int64_t at = first + threadIdx.x * QUAD; at < end; at += 2 * TILE) {
+            const auto load = [&](int64_t at) {
+                return load_row_group(args, nullptr, at, end, aligned, own_advantage);
+            };
+            const RowGroup one = load(at), two = load(at + TILE);
+            count(one);
+            count(two);
         }
         kept = block_sum(kept, warps);
         high = block_sum(high, warps);
