@@ -180,7 +180,7 @@ def terms_of_named_loss(name, logp, old_logp, advantages, mask, weights):
     elif name in ("rloo", "vespo"):
         d = d.sum(-1, keepdim=True)
     ratio = d.exp()
-    if name == "reinforce":
+    if name in ("reinforce", "gpg"):
         loss = -a * logp
     elif name == "gmpo":
         loss = -ratio * a
