@@ -510,13 +510,19 @@ struct Scales {
     float policy, value, entropy, kl;
 };
 
+// Whether a token counts as clipped.
+static __device__ __forceinline__ bool counts_as_clipped(const PassArgs& args,
+                                                         const PolicyTerm& term, bool keep) {
+    const bool outside = keep && (term.ratio < args.clip.low || term.ratio > args.clip.high);
+    return args.count_outside ? outside : term.is_clipped;
+}
+
 // The statistics of a token's policy term; of a masked one only ratio 1 and advantage 0 are seen.
 static __device__ __forceinline__ void add_policy_stats(const PassArgs& args, ThreadSums& s,
                                                         const PolicyTerm& term, bool keep, float d,
                                                         float a) {
     const float ratio = term.ratio;
-    const bool outside = keep && (ratio < args.clip.low || ratio > args.clip.high);
-    const bool clipped = args.count_outside ? outside : term.is_clipped;
+    const bool clipped = counts_as_clipped(args, term, keep);
     count(s, CLIPPED, clipped);
     count(s, CLIPPED_HIGH, clipped && a > 0.0f);
     count(s, LOWER_CLIPPED, term.is_lower);
@@ -1126,12 +1132,10 @@ KERNEL(256, 2, ppo_loss_row_clips_f32, PassArgs) {
                 if (!g.keep[i]) continue;
                 const float a = g.advantages[i], d = g.logp[i] - g.old_logp[i];
                 const float log_ratio = args.family.of_rows ? terms.log_ratio : d;
-                const PolicyTerm term =
+                PolicyTerm term =
                     policy_of_token(args.clip, args.family, log_ratio, g.logp[i], a);
-                const bool outside = term.ratio < args.clip.low || term.ratio > args.clip.high;
-                const bool log_clipped = is_log_clipped(args.clip, args.family, d, a);
-                const bool clipped =
-                    args.count_outside ? outside : term.is_clipped || log_clipped;
+                term.is_clipped |= is_log_clipped(args.clip, args.family, d, a);
+                const bool clipped = counts_as_clipped(args, term, true);
                 kept += 1.0;
                 high += clipped && a > 0.0f;
                 low += clipped && !(a > 0.0f);

@@ -500,6 +500,15 @@ impl Chunk<'_> {
         shaped
     }
 
+    /// The rewards, in `shaped` if they are not as they were given.
+    #[inline(always)]
+    fn rewards<'a>(&'a self, c: &Coefficients, shaped: &'a mut Option<[f32; CHUNK]>) -> &'a [f32] {
+        match self.rewards_as_they_are() {
+            Some(rewards) => rewards,
+            None => self.shaped_rewards(c, shaped.insert([0.0; CHUNK])),
+        }
+    }
+
     /// Returns the moments of the advantages, as does [`Self::scan_any`].
     #[inline(always)]
     fn scan_plain<const ONE: bool, const NON_TEMPORAL: bool>(
@@ -509,14 +518,8 @@ impl Chunk<'_> {
         out: Outputs,
         writer: &Writer<NON_TEMPORAL>,
     ) -> Moments {
-        let mut shaped;
-        let rewards = match self.rewards_as_they_are() {
-            Some(rewards) => rewards,
-            None => {
-                shaped = [0.0; CHUNK];
-                self.shaped_rewards(c, &mut shaped)
-            }
-        };
+        let mut shaped = None;
+        let rewards = self.rewards(c, &mut shaped);
         if let Some(out) = out.shaped_rewards {
             writer.copy(out, rewards);
         }
@@ -539,14 +542,8 @@ impl Chunk<'_> {
         c: &Coefficients,
         out: Outputs,
     ) -> Moments {
-        let mut shaped;
-        let rewards = match self.rewards_as_they_are() {
-            Some(rewards) => rewards,
-            None => {
-                shaped = [0.0; CHUNK];
-                self.shaped_rewards(c, &mut shaped)
-            }
-        };
+        let mut shaped = None;
+        let rewards = self.rewards(c, &mut shaped);
         if let Some(out) = out.shaped_rewards {
             out.copy_from_slice(rewards);
             self.zero_masked(out);

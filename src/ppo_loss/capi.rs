@@ -446,7 +446,7 @@ impl ppok_logits_ppo_loss_args {
         let (sizes, shape) = ([batch, seq_len, vocab], (self.shape(), vocab));
         let logprob_options = memory.options(self.logprob_options)?;
         let options = memory.options(self.options)?;
-        let of_inputs = (LossShape::new(self.shape(), &options), vocab);
+        let of_inputs = (LossShape::new(shape.0, &options), vocab);
         let inputs: LogitsInputs<Raw, T, I> = list_of!(
             self,
             LogitsInputs,

@@ -549,8 +549,8 @@ impl Tokens<'_> {
         let len = self.len();
         let [advantages, weights] = of_tokens.each_mut().map(|numbers| &mut numbers[..len]);
         for (range, row) in rows.runs(len) {
-            advantages[range.clone()].fill(row.advantage);
-            weights[range].fill(row.given_weight);
+            advantages[range.clone()].fill(row.advantage.unwrap_or_default());
+            weights[range].fill(row.given_weight.unwrap_or_default());
         }
         f(Tokens {
             advantages: self.advantages.or(Some(advantages)),
@@ -773,8 +773,16 @@ struct Row {
     spread: f32,
     off_policy: bool,
     /// The row's own, where advantages and weights are of rows.
-    advantage: f32,
-    given_weight: f32,
+    advantage: Option<f32>,
+    given_weight: Option<f32>,
+}
+
+impl Row {
+    /// As many copies of its own advantage and weight as a block has of its tokens.
+    fn copies(&self, tokens: usize) -> [Option<Vec<f32>>; 2] {
+        [self.advantage, self.given_weight]
+            .map(|number| number.map(|number| vec![number; tokens.min(BLOCK_TOKENS)]))
+    }
 }
 
 /// A run of tokens, as the policy term's loop takes it.
@@ -972,13 +980,17 @@ impl Terms {
     fn row(self, inputs: &Inputs, b: usize, tokens: Range<usize>, options: &PpoLossOptions) -> Row {
         let kept = count_kept(inputs.mask.map(|mask| &mask[tokens.clone()]), tokens.len());
         let weight = 1.0 / kept as f32;
-        let own = numbers_of_row(inputs, b, options);
-        let [advantage, given_weight] = own.map(Option::unwrap_or_default);
-        let of_row = Row { weight, advantage, given_weight, ..Row::default() };
+        let weights = inputs.weights.filter(|_| options.weights_per_row);
+        let of_row = Row {
+            weight,
+            advantage: options.advantages_per_row.then(|| inputs.advantages[b]),
+            given_weight: weights.map(|weights| weights[b]),
+            ..Row::default()
+        };
         if !options.needs_rows() {
             return of_row;
         }
-        let copies = copies_of_block(own, tokens.len());
+        let copies = of_row.copies(tokens.len());
         let copies = copies.each_ref().map(Option::as_deref);
         let kept = kept as f64;
         let chunk = |first| first..tokens.end.min(first + BLOCK_TOKENS);
@@ -1064,7 +1076,7 @@ impl Terms {
         let leaf = |first, count, ()| {
             let of_row = |b: usize| {
                 let row = rows.get(b).copied().unwrap_or_default();
-                self.clip_fractions_of_row(inputs, b, row, ranges.range(b), options)
+                self.clip_fractions_of_row(inputs, row, ranges.range(b), options)
             };
             (first..first + count).map(of_row).fold([f64::NAN; 2], merge)
         };
@@ -1076,12 +1088,11 @@ impl Terms {
     fn clip_fractions_of_row(
         self,
         inputs: &Inputs,
-        b: usize,
         row: Row,
         tokens: Range<usize>,
         options: &PpoLossOptions,
     ) -> [f64; 2] {
-        let copies = copies_of_block(numbers_of_row(inputs, b, options), tokens.len());
+        let copies = row.copies(tokens.len());
         let copies = copies.each_ref().map(Option::as_deref);
         let mut weights = [0.0; BLOCK_TOKENS];
         let (mut lanes, mut kept) = (PolicyLanes::NONE, 0);
@@ -1675,19 +1686,6 @@ impl Terms {
         sums.entropy_loss = sum(loss);
         sums.entropy = sum(total);
     }
-}
-
-/// The advantage and the weight of a row, where they are of rows.
-fn numbers_of_row(inputs: &Inputs, b: usize, options: &PpoLossOptions) -> [Option<f32>; 2] {
-    [
-        options.advantages_per_row.then(|| inputs.advantages[b]),
-        inputs.weights.filter(|_| options.weights_per_row).map(|weights| weights[b]),
-    ]
-}
-
-/// As many copies of a row's numbers as a block has of its tokens.
-fn copies_of_block(numbers: [Option<f32>; 2], tokens: usize) -> [Option<Vec<f32>>; 2] {
-    numbers.map(|number| number.map(|number| vec![number; tokens.min(BLOCK_TOKENS)]))
 }
 
 /// The sum over unmasked tokens of rollout_logp - logp; NaN of the rollout counts as 0.

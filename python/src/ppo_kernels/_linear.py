@@ -664,16 +664,20 @@ class Loss:
         of_batch = ("mask", "offsets")
         self.of_tokens = {name: work.gather(x) for name, x in given.items() if name not in of_batch}
         settings = dict(zip(_OPTIONS, options))
-        # What the loss multiplies a token by is its gradient where the term is logp itself.
-        of_logp = _lists.PPO_LOSS.options.defaults() | {"surrogate": "reinforce"}
-        for name in ("aggregation", "aggregation_divisor", "denominator"):
-            of_logp[name] = settings[name]
         ones = torch.ones(shape, dtype=torch.float32, device=work.hidden.device)
         numbers = {"logp": ones, "old_logp": ones, "advantages": -ones}
         numbers |= {name: given[name] for name in of_batch}
-        factors = torch.empty_like(ones)
-        self._pass(of_logp, numbers, sizes, factors)
-        self.factors = work.gather(factors)
+
+        def factors(**aggregation: Any) -> Tensor:
+            """What the loss multiplies a token by: its gradient where the term is logp itself."""
+            of_logp = _lists.PPO_LOSS.options.defaults() | {"surrogate": "reinforce"}
+            found = torch.empty_like(ones)
+            self._pass(of_logp | aggregation, numbers, sizes, found)
+            return work.gather(found)
+
+        of_terms = ("aggregation", "aggregation_divisor", "denominator")
+        self.factors = factors(**{name: settings[name] for name in of_terms})
+        self.entropy_factors = factors() if settings["entropy_own_mean"] else self.factors
         # Of a token by itself, before that.
         self.settings = settings | {
             "aggregation": "constant",
@@ -682,12 +686,6 @@ class Loss:
             "row_extremes": False,
         }
         self.entropy_coef = settings["entropy_coef"]
-        self.entropy_factors = self.factors
-        if settings["entropy_own_mean"]:
-            of_mean = _lists.PPO_LOSS.options.defaults() | {"surrogate": "reinforce"}
-            factors = torch.empty_like(ones)
-            self._pass(of_mean, numbers, sizes, factors)
-            self.entropy_factors = work.gather(factors)
 
     def _pass(
         self, settings: dict[str, Any], numbers: dict, sizes: tuple[int, int], grad: Tensor

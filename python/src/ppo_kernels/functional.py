@@ -865,9 +865,8 @@ def ppo_loss(
     """
     if old_logp is None:
         old_logp = logp.detach()
-    rows = logp.shape[:-1] if offsets is None else _rows_of_pack(offsets)
-    advantages, advantages_per_row = _of_rows(advantages, rows, logp)
-    weights, weights_per_row = _of_rows(weights, rows, logp)
+    advantages, advantages_per_row = _of_rows(advantages, logp, offsets)
+    weights, weights_per_row = _of_rows(weights, logp, offsets)
     of_terms = (values, old_values, returns, entropy, ref_logp, rollout_logp, weights)
     tensors = _taken(_lists.PPO_LOSS, logp, old_logp, advantages, *of_terms, mask, offsets)
     clips = (clip_range, clip_range_high, dual_clip, log_ratio_clamp, value_clip_range)
@@ -986,25 +985,22 @@ def linear_ppo_loss(
     return LinearPpoLossOutput(loss, dict(zip(_lib.STATS, stats.unbind())), logp, entropy)
 
 
-def _rows_of_pack(offsets: Tensor) -> tuple[int, ...]:
-    return (offsets.shape[0] - 1,) if offsets.dim() == 1 else ()
-
-
 def _of_rows(
-    numbers: Tensor | None, rows: Sequence[int], tokens: Tensor
+    numbers: Tensor | None, tokens: Tensor, offsets: Tensor | None
 ) -> tuple[Tensor | None, bool]:
-    """Numbers for tokens or for rows, and which of the two they are."""
+    """Numbers for tokens or for rows, and whether they are for rows."""
     if numbers is None or not tokens.dim():
         return numbers, False
-    rows = tuple(rows)
+    rows = tuple(tokens.shape[:-1])
+    if offsets is not None:
+        rows = (offsets.shape[0] - 1,) if offsets.dim() == 1 else ()
     per_row = _lists.is_per_row(tuple(numbers.shape), rows, tuple(tokens.shape))
     return (numbers.reshape(rows) if per_row else numbers), per_row
 
 
 def _of_tokens(numbers: Tensor | None, tokens: Tensor, offsets: Tensor | None) -> Tensor | None:
     """Numbers for rows as numbers for tokens."""
-    rows = tokens.shape[:-1] if offsets is None else _rows_of_pack(offsets)
-    numbers, per_row = _of_rows(numbers, rows, tokens)
+    numbers, per_row = _of_rows(numbers, tokens, offsets)
     if not per_row:
         return numbers
     if offsets is None:

@@ -66,8 +66,7 @@ def _checked(
 ) -> list[NDArray | None]:
     """An op's inputs of those given, from the first, as the library takes them, for tokens of a
     shape."""
-    offsets = given.get("offsets")
-    rows = shape[:-1] if offsets is None else (len(offsets) - 1,)
+    rows = _rows(shape, given.get("offsets"))
     checked = []
     for name, _, kind, per_row, _ in op.inputs[first:]:
         array = given[name]
@@ -81,6 +80,11 @@ def _checked(
             check_shape(op.name, name, array.shape, rows if by_row else shape)
         checked.append(array)
     return checked
+
+
+def _rows(shape: tuple[int, ...], offsets: ArrayLike | None) -> tuple[int, ...]:
+    """The shape of what there is one of for a row, by that of the tokens."""
+    return shape[:-1] if offsets is None else (len(offsets) - 1,)
 
 
 def _offsets(op: Op, offsets: ArrayLike) -> NDArray[np.int64]:
@@ -587,7 +591,7 @@ def ppo_loss(
     old_logp = logp if old_logp is None else old_logp
     given = locals()
     sizes = _sizes(_lists.PPO_LOSS, logp, offsets)
-    rows = shape[:-1] if offsets is None else (len(offsets) - 1,)
+    rows = _rows(shape, offsets)
     for argument in _lists.PPO_LOSS.inputs:
         if option := argument.per_row:
             numbers = given[argument.name]
