@@ -466,7 +466,8 @@ def policy_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]
     yield Group(f"policy loss forward + backward {batch} x {seq_len}", present(candidates), size)
 
 
-NAMED_LOSSES = "dapo dr_grpo gspo gspo_token luspo gmpo cispo dppo sapo vespo reinforce".split()
+# DRO, whose factor has no default, has no name.
+DRO = {"surrogate": "reinforce", "kl_estimator": "k2", "kl_against": "old", "kl_coef": 0.1}
 
 
 def named_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
@@ -477,15 +478,16 @@ def named_loss_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     advantages = torch.randn(batch, 1, device=device).expand(batch, seq_len).contiguous()
     mask = torch.rand(batch, seq_len, device=device) > 0.1
     tensors = (logp, old_logp, advantages, mask)
-    for name in NAMED_LOSSES:
+    for name in [*formulas.NAMED, "dro"]:
 
         def of(loss: Callable, name: str = name) -> Callable:
             return gradients_of(functools.partial(loss, name), (logp,), *tensors)
 
         both = formulas.named_loss_and_stats
+        options = DRO if name == "dro" else ppo_kernels.named_loss(name)
         candidates = {
             "ours, with statistics": gradients_of(
-                ppo_kernels.ppo_loss, (logp,), *tensors, **ppo_kernels.named_loss(name)
+                ppo_kernels.ppo_loss, (logp,), *tensors, **options
             ),
             "eager, with statistics": of(both),
             "torch.compile, with statistics": of(torch.compile(both, dynamic=False)),

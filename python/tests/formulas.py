@@ -118,6 +118,12 @@ def correction(old_logp, rollout_logp, mask):
     return torch.where(mask & (k3 <= 0.01), d.exp().clamp(max=2.0), 0.0)
 
 
+# The losses that have names in ppo_kernels.
+NAMED = (
+    "ppo dapo grpo dr_grpo bnpo luspo rloo gspo gspo_token gmpo cispo dppo sapo vespo reinforce gpg"
+).split()
+
+
 def named_loss(name, logp, old_logp, advantages, mask, weights=1.0):
     """The losses that have names, by the defaults of their papers."""
     return terms_of_named_loss(name, logp, old_logp, advantages, mask, weights)[0]
@@ -182,6 +188,8 @@ def terms_of_named_loss(name, logp, old_logp, advantages, mask, weights):
     ratio = d.exp()
     if name in ("reinforce", "gpg"):
         loss = -a * logp
+    elif name == "dro":
+        loss = -a * logp + 0.1 * d**2 / 2
     elif name == "gmpo":
         loss = -ratio * a
     elif name in ("cispo", "dppo"):

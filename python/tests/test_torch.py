@@ -503,12 +503,7 @@ def test_ppo_loss(options, device):
     assert not stats["loss"].requires_grad
 
 
-NAMED = (
-    "ppo dapo grpo dr_grpo bnpo luspo rloo gspo gspo_token gmpo cispo dppo sapo vespo reinforce gpg"
-)
-
-
-@pytest.mark.parametrize("name", NAMED.split())
+@pytest.mark.parametrize("name", formulas.NAMED)
 @pytest.mark.parametrize("kind", ["plain", "tokens", "rows"])
 def test_losses_with_names(name, kind, device):
     """The advantages and the weights may be of tokens or of rows."""
