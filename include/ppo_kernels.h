@@ -132,6 +132,16 @@
 #define PPOK_ADVANTAGES_SINGLETON_KEEP 1
 
 /**
+ * Those of one column have a baseline in common (verl's `optimal_token_baseline`).
+ */
+#define PPOK_TOKEN_STEP_COLUMN 0
+
+/**
+ * Those before which as many are unmasked (verl's `tir_optimal_token_baseline`, for several turns).
+ */
+#define PPOK_TOKEN_STEP_UNMASKED 1
+
+/**
  * The version of this header: 10000 times the major number, 100 times the minor one, and the patch.
  */
 #define PPOK_VERSION 100
@@ -2085,6 +2095,85 @@ typedef struct ppok_logprob_partial_args {
 } ppok_logprob_partial_args;
 
 /**
+ * Options of ppok_optimal_token_baseline_*; the defaults are verl's.
+ */
+typedef struct ppok_optimal_token_baseline_options {
+    size_t struct_size;
+    /**
+     * Added to the sum of the weights; finite, 0 or above; 1e-8 by default.
+     */
+    double eps;
+    /**
+     * Which tokens of a group: `PPOK_TOKEN_STEP_COLUMN`, the default, or `PPOK_TOKEN_STEP_UNMASKED`.
+     */
+    int32_t step;
+    /**
+     * 1, the default: the one longest row of a group has no baseline from where the second longest ends,
+     * where it would be compared with itself; 0: it has.
+     */
+    int32_t lone_tail;
+} ppok_optimal_token_baseline_options;
+
+/**
+ * Arguments of ppok_optimal_token_baseline_*.
+ */
+typedef struct ppok_optimal_token_baseline_args {
+    size_t struct_size;
+    /**
+     * Rows: sequences.
+     */
+    size_t batch;
+    /**
+     * Tokens of a row, or with `offsets` of all rows.
+     */
+    size_t seq_len;
+    /**
+     * Rows of a group where those stand after each other; it divides `batch`. 0 where `groups` is given.
+     */
+    size_t group_size;
+    /**
+     * Rewards of the tokens, `[batch, seq_len]`, or with `offsets` `[seq_len]`, as all that has a number a
+     * token.
+     */
+    const float *rewards;
+    /**
+     * Log-probabilities of the tokens, `[batch, seq_len]`.
+     */
+    const float *logp;
+    /**
+     * Logarithms of the sums of the squared probabilities of the whole vocabulary, `[batch, seq_len]`.
+     */
+    const float *log_sum_sq_probs;
+    /**
+     * Ids of any values in any order, `[batch]`: rows of equal ids are a group. May be null.
+     */
+    const int64_t *groups;
+    /**
+     * Importance weights, `[batch, seq_len]`, whose squares are factors of the tokens' weights; null stands for
+     * ones.
+     */
+    const float *weights;
+    /**
+     * `[batch, seq_len]`, 0 where masked; null if nothing is.
+     */
+    const uint8_t *mask;
+    /**
+     * Where the rows of a pack begin, `[batch + 1]`, as of ppok_advantages_*. Null if all rows have `seq_len`
+     * tokens.
+     */
+    const int64_t *offsets;
+    const struct ppok_optimal_token_baseline_options *options;
+    /**
+     * Advantages of the tokens, `[batch, seq_len]`, 0 where masked; written.
+     */
+    float *advantages;
+    /**
+     * Sums of the rewards from each token on, `[batch, seq_len]`, 0 where masked; written; null if not wanted.
+     */
+    float *returns;
+} ppok_optimal_token_baseline_args;
+
+/**
  * Arguments of ppok_ppo_loss_*.
  */
 typedef struct ppok_ppo_loss_args {
@@ -2924,6 +3013,30 @@ int32_t ppok_moments_merge(const struct ppok_moments *a,
  * How many threads a call by this thread would work with at most, its own included.
  */
 size_t ppok_num_threads(void);
+
+/**
+ * Advantages of tokens against verl's optimal token baseline. With G_it the sum of the rewards of row i from
+ * token t on, and W_it that of w^2 |onehot - p|^2 up to it,
+ *
+ * ```text
+ * A_it = G_it - sum_i W_it G_it / (sum_i W_it + eps)      over the rows i of the group
+ * ```
+ *
+ * The row of a group of one has no baseline: A = G. The function for the CPU allocates two f64 a token.
+ */
+int32_t ppok_optimal_token_baseline_cpu(const struct ppok_optimal_token_baseline_args *args);
+
+int32_t ppok_optimal_token_baseline_cuda(const struct ppok_optimal_token_baseline_args *args,
+                                         void *workspace,
+                                         size_t bytes,
+                                         void *stream);
+
+int32_t ppok_optimal_token_baseline_cuda_workspace_size(const struct ppok_optimal_token_baseline_args *args,
+                                                        void *stream,
+                                                        size_t *bytes);
+
+int32_t ppok_optimal_token_baseline_options_init(struct ppok_optimal_token_baseline_options *options,
+                                                 size_t struct_size);
 
 /**
  * The PPO loss: clipped surrogate, clipped value loss, entropy bonus and KL penalty, with their

@@ -11,6 +11,11 @@
 //     rows    a warp takes a group after the other: its statistics, then the advantages of its rows
 //     finish  statistics: one warp
 //     spread  the tokens of a row, a range of them a unit of threads
+// For the optimal token baseline of verl sort and merge, and then
+//     steps           a warp a row: its returns and the sums of its weights, in f64 in the workspace
+//     baselines       a block a group, a thread a step
+//     less_baselines  a warp a row
+// 12 bytes read and 8 written a token, and 16 written and read twice of the workspace.
 // No two pairs of id and row are equal, so there is one order to sort them into, whichever way; and a
 // group is summed in the order of its rows by one warp, so no bit depends on ids or on the grid.
 //
@@ -23,6 +28,7 @@
 
 #include "common/map.cuh"
 #include "common/moments.cuh"
+#include "common/token_kl.cuh"
 #include "common/tokens.cuh"
 
 // Pairs that a block sorts in its shared memory.
@@ -422,5 +428,185 @@ KERNEL(256, 4, advantages_spread_f32, PassArgs) {
         const uint8_t* mask = args.mask ? args.mask + range.first : nullptr;
         fill_columns<true>(args.token_advantages + range.first, args.advantages[row], range.tokens,
                            share, mask);
+    });
+}
+
+// ---- the optimal token baseline ----
+
+struct TokenArgs {
+    const float* rewards;           // [rows, tokens]
+    const float* logp;              // [rows, tokens]
+    const float* log_sum_sq_probs;  // [rows, tokens]
+    const int64_t* groups;          // [rows], or null
+    const float* weights;           // [rows, tokens], or null: ones
+    const uint8_t* mask;            // [rows, tokens], or null: ones
+    const int64_t* offsets;         // [rows + 1], or null: rows of as many tokens
+    float* advantages;              // [rows, tokens]
+    float* returns;                 // [rows, tokens], or null: not wanted
+    const Key* keys;                // [rows], sorted, or null: the rows are in order
+    double* step_returns;           // [rows, tokens], by steps, from the first token of a row on
+    double* step_weights;           // [rows, tokens], likewise; baselines in the end
+    int64_t* lengths;               // [rows], unmasked tokens
+    double eps;
+    int64_t rows;
+    int64_t tokens;                 // of a row; of all where there are offsets
+    int64_t group_size;             // 0: none
+    int32_t by_unmasked;            // a step is an unmasked token, not a column
+    int32_t lone_tail;
+};
+
+// 32 tokens of a row, one a lane, and their steps.
+struct StepTokens {
+    int64_t at, step;
+    bool keep;
+    int kept;  // of all lanes
+};
+
+// Those from `first` of the row on, of which as many as `before` are unmasked ahead of them. By all lanes.
+static __device__ __forceinline__ StepTokens step_tokens(const TokenArgs& args,
+                                                         const RowRange& row, int64_t first,
+                                                         int64_t before) {
+    const int lane = threadIdx.x % WARP;
+    const int64_t t = first + lane, at = row.first + t;
+    const bool keep = t < row.tokens && (!args.mask || args.mask[at]);
+    const unsigned kept = __ballot_sync(ALL_LANES, keep);
+    const int64_t rank = before + __popc(kept & ((1u << lane) - 1));
+    return {at, args.by_unmasked ? rank : t, keep, __popc(kept)};
+}
+
+// |onehot - p|^2 of a token, and its factor: that of itself and of all others, neither as a difference of
+// numbers near 1.
+static __device__ __forceinline__ double step_weight(const TokenArgs& args, int64_t at) {
+    const float logp = args.logp[at], log_sum = args.log_sum_sq_probs[at];
+    float excess = log_sum - 2.0f * logp;
+    // That much below 0 is rounding.
+    if (excess < 0.0f && excess >= -1e-5f) excess = 0.0f;
+    const float own = expm1f(logp), others = probability_moved(log_sum, 2.0f * logp, excess);
+    const double importance = args.weights ? double(args.weights[at]) : 1.0;
+    return double(fmaf(own, own, others)) * importance * importance;
+}
+
+// The sum of this lane's and all lower ones', or all higher ones'.
+static __device__ __forceinline__ double sum_from_below(double x) {
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const double other = __shfl_up_sync(ALL_LANES, x, step);
+        if (int(threadIdx.x % WARP) >= step) x += other;
+    }
+    return x;
+}
+
+static __device__ __forceinline__ double sum_from_above(double x) {
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const double other = __shfl_down_sync(ALL_LANES, x, step);
+        if (int(threadIdx.x % WARP) + step < WARP) x += other;
+    }
+    return x;
+}
+
+// Calls work(row) for the rows of a warp.
+template <class Work>
+static __device__ __forceinline__ void for_rows(const TokenArgs& args, Work work) {
+    const int64_t warps = blockDim.x / WARP;
+    const int64_t unit = int64_t(blockIdx.x) * warps + threadIdx.x / WARP;
+    for (int64_t row = unit; row < args.rows; row += gridDim.x * warps) work(row);
+}
+
+// Block [warps x 32], a row a warp: the sums up to each step, and from each step on. In chunks from the row's
+// first token on, so that padding changes no bit.
+KERNEL(256, 2, advantages_steps_f32, TokenArgs) {
+    const int lane = threadIdx.x % WARP;
+    for_rows(args, [&](int64_t row) {
+        const RowRange range = range_of_row(args.offsets, row, args.tokens);
+        double* weights = args.step_weights + range.first;
+        double* returns = args.step_returns + range.first;
+        int64_t length = 0;
+        double before = 0.0;
+        for (int64_t first = 0; first < range.tokens; first += WARP) {
+            const StepTokens s = step_tokens(args, range, first, length);
+            const double own = s.keep ? step_weight(args, s.at) : 0.0;
+            const double total = before + sum_from_below(own);
+            // A column without a token has weight 0, and is a step all the same.
+            const bool is_step = s.keep || (!args.by_unmasked && first + lane < range.tokens);
+            if (is_step) {
+                weights[s.step] = s.keep ? total : 0.0;
+                returns[s.step] = s.keep ? double(args.rewards[s.at]) : 0.0;
+            }
+            before = __shfl_sync(ALL_LANES, total, WARP - 1);
+            length += s.kept;
+        }
+        if (lane == 0) args.lengths[row] = length;
+        // What one lane wrote another reads.
+        __syncwarp();
+        const int64_t steps = args.by_unmasked ? length : range.tokens;
+        double after = 0.0;
+        for (int64_t first = (steps - 1) / WARP * WARP; steps > 0 && first >= 0; first -= WARP) {
+            const int64_t step = first + lane;
+            const double total = after + sum_from_above(step < steps ? returns[step] : 0.0);
+            if (step < steps) returns[step] = total;
+            after = __shfl_sync(ALL_LANES, total, 0);
+        }
+    });
+}
+
+// Block [threads], a place a block: of the group that begins there, a step a thread, whose weights become
+// baselines.
+KERNEL(256, 2, advantages_baselines_f32, TokenArgs) {
+    const auto row_at = [&](int64_t place) { return args.keys ? args.keys[place].row : place; };
+    const auto together = [&](int64_t a, int64_t b) {
+        return args.keys ? args.keys[a].id == args.keys[b].id
+                         : a / args.group_size == b / args.group_size;
+    };
+    for (int64_t start = blockIdx.x; start < args.rows; start += gridDim.x) {
+        if (start > 0 && together(start - 1, start)) continue;
+        int64_t end = start, most = 0, longest = 0, second = 0, rows = 0;
+        for (; end < args.rows && together(start, end); end++) {
+            const int64_t row = row_at(end), length = args.lengths[row];
+            const int64_t tokens = range_of_row(args.offsets, row, args.tokens).tokens;
+            most = max(most, args.by_unmasked ? length : tokens);
+            second = max(second, min(length, longest));
+            longest = max(longest, length);
+            rows += length > 0;
+        }
+        for (int64_t step = threadIdx.x; step < most; step += blockDim.x) {
+            double sum = 0.0, total = 0.0;
+            // The rows that have this step.
+            const auto for_each = [&](auto work) {
+                for (int64_t place = start; place < end; place++) {
+                    const int64_t row = row_at(place), length = args.lengths[row];
+                    const RowRange range = range_of_row(args.offsets, row, args.tokens);
+                    const int64_t steps = args.by_unmasked ? length : range.tokens;
+                    if (length > 0 && step < steps) work(range.first + step, length);
+                }
+            };
+            for_each([&](int64_t at, int64_t) {
+                sum = fma(args.step_weights[at], args.step_returns[at], sum);
+                total += args.step_weights[at];
+            });
+            const double baseline = rows > 1 ? sum / (total + args.eps) : 0.0;
+            for_each([&](int64_t at, int64_t length) {
+                const bool alone = args.lone_tail && length > second && step >= second;
+                args.step_weights[at] = alone ? 0.0 : baseline;
+            });
+        }
+    }
+}
+
+// Block [warps x 32], a row a warp.
+KERNEL(256, 4, advantages_less_baselines_f32, TokenArgs) {
+    const int lane = threadIdx.x % WARP;
+    for_rows(args, [&](int64_t row) {
+        const RowRange range = range_of_row(args.offsets, row, args.tokens);
+        int64_t length = 0;
+        for (int64_t first = 0; first < range.tokens; first += WARP) {
+            const StepTokens s = step_tokens(args, range, first, length);
+            length += s.kept;
+            if (first + lane >= range.tokens) continue;
+            const int64_t at = range.first + s.step;
+            const double total = s.keep ? args.step_returns[at] : 0.0;
+            args.advantages[s.at] = s.keep ? float(total - args.step_weights[at]) : 0.0f;
+            if (args.returns) args.returns[s.at] = float(total);
+        }
     });
 }

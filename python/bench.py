@@ -388,6 +388,33 @@ def advantages_groups(batch: int, seq_len: int, size: int, device: str) -> Itera
     yield Group(f"grpo, scattered {shape}", present(scattered), bytes)
 
 
+def token_baseline_groups(batch: int, seq_len: int, size: int, device: str) -> Iterator[Group]:
+    """Groups of rows after each other, of which two at least have all tokens."""
+    rewards = torch.zeros(batch, seq_len, device=device)
+    rewards[:, -1] = torch.randn(batch, device=device)
+    logp = -torch.rand(batch, seq_len, device=device) * 3
+    log_sums = (2 * logp).exp().add(0.5 * (1 - (2 * logp).exp())).log()
+    mask = torch.ones(batch, seq_len, dtype=torch.bool, device=device)
+    groups = torch.arange(batch, device=device) // size
+    given, squares = (rewards, logp, log_sums, groups, mask), log_sums.exp()
+    name = "compute_optimal_token_baseline_advantage"
+    theirs = function_of("verl.trainer.ppo.core_algos", name)
+    index = groups.cpu().numpy()
+
+    def verl() -> Tensor:
+        return theirs(rewards, mask.float(), index, logp, squares)
+
+    candidates = {
+        "ours": bound(ppo_kernels.optimal_token_baseline, *given),
+        "eager": bound(formulas.optimal_token_baseline, *given),
+        "verl": theirs and verl,
+    }
+    shape = f"{batch} x {seq_len} in groups of {size}"
+    # Three inputs and the mask; advantages and returns.
+    size = 5 * rewards.nbytes + mask.nbytes
+    yield Group(f"optimal_token_baseline {shape}", present(candidates), size)
+
+
 def whiten_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:
     """With nothing masked, as verl leaves that as it is."""
     values = torch.randn(batch, seq_len, device=device)
@@ -658,6 +685,7 @@ def groups(device: str) -> Iterator[Callable[[], Iterator[Group]]]:
             yield lambda b=batch, s=seq_len: gae_groups(b, s, device)
     for seq_len in (32, 1024):
         yield lambda s=seq_len: advantages_groups(4096, s, 8, device)
+    yield lambda: token_baseline_groups(512, 1024, 8, device)
     batch = 64 if device == "cpu" else 8192
     makers = (token_kl_groups, whiten_groups, correction_groups, ppo_loss_groups)
     for make in (*makers, policy_loss_groups, named_loss_groups):

@@ -13,6 +13,8 @@
 //! - `gae`: some roundings of each delta, of magnitude up to 10, add up over the 1 / (1 - γ λ) steps
 //!   that a discounted sum sees, or over the whole row where γ λ = 1.
 //! - `advantages`: all is in f64, and one result rounded to f32: 2 u.
+//! - The optimal token baseline: weights good to 8 u, by which the baseline is a mean of returns, of magnitude up
+//!   to 20; the sums are in f64.
 //! - `whiten`: mean and variance are merged in f64, so what remains are some roundings of values of
 //!   magnitude up to 5; the gradient is a difference of three such terms.
 //! - `correction`: exp of a log-ratio of magnitude up to 20, good to its rounding, 10 u; what is summed over
@@ -105,6 +107,14 @@ pub const ADVANTAGES: Tolerances = Tolerances {
     tests: Tolerance::new(1e-9, 1.2e-7),
     forward: Tolerance::new(1e-9, 1.2e-7),
     backward: Tolerance::new(1e-9, 1.2e-7),
+    benches: Tolerance::new(1e-4, 1e-4),
+};
+
+/// Tolerances of the optimal token baseline, which [`advantages`](crate::advantages) has.
+pub const TOKEN_BASELINE: Tolerances = Tolerances {
+    tests: Tolerance::new(5e-6, 5e-7),
+    forward: Tolerance::new(1e-5, 5e-7),
+    backward: Tolerance::new(1e-5, 5e-7),
     benches: Tolerance::new(1e-4, 1e-4),
 };
 

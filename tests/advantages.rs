@@ -8,8 +8,9 @@ use common::advantages_cases::*;
 use common::*;
 use ppo_kernels::advantages::cpu::{self, Inputs, Outputs};
 use ppo_kernels::advantages::{
-    gdpo, outcome_advantages, reference, AdvantageInputs, AdvantageOptions, AdvantageStats,
-    Baseline, Scale, Singleton, Sizes,
+    gdpo, optimal_token_baseline, outcome_advantages, reference, AdvantageInputs, AdvantageOptions,
+    AdvantageStats, Baseline, Scale, Singleton, Sizes, TokenBaselineInputs, TokenBaselineOptions,
+    TokenStep,
 };
 use ppo_kernels::gae::{self, GaeOptions, RewardShaping};
 use ppo_kernels::whiten::{self, EpsPlacement, WhitenOptions};
@@ -760,4 +761,182 @@ fn tensors_that_do_not_fit_are_refused_by_name() {
         &AdvantageInputs { mask: Some(&scores), ..AdvantageInputs::new(&scores) },
         &["`mask`", "[4]", "[B, T]"],
     );
+}
+
+// ---- the optimal token baseline ----
+
+#[test]
+fn reference_equals_verls_optimal_token_baseline() {
+    let mut ran = [0; 2];
+    for case in golden("outcome_advantages").into_iter().chain(golden("advantages2")) {
+        if !case.function.contains("optimal_token_baseline") {
+            continue;
+        }
+        let several_turns = case.function.contains("multi_turn");
+        let shape = case.shape("response_mask");
+        let (mask, groups) = (case.mask("response_mask"), ids(&case, "index"));
+        let ln = |x: Vec<f64>| x.into_iter().map(f64::ln).collect::<Vec<_>>();
+        let log_sums = ln(case.input("sum_pi_squared"));
+        let weights = case.inputs["rollout_is_weights"].is_array();
+        let weights = weights.then(|| case.input("rollout_is_weights"));
+        let (rewards, logp) = (case.input("token_level_rewards"), case.input("old_log_probs"));
+        let inputs = reference::TokenInputs {
+            groups: Some(&groups),
+            weights: weights.as_deref(),
+            mask: Some(&mask),
+            ..reference::TokenInputs::new(&rewards, &logp, &log_sums)
+        };
+        let options = TokenBaselineOptions {
+            step: if several_turns { TokenStep::Unmasked } else { TokenStep::Column },
+            lone_tail: case.inputs["handle_zero_tail"] == true,
+            ..TokenBaselineOptions::default()
+        };
+        let sizes = Sizes { batch: shape[0], seq_len: shape[1], group_size: 0 };
+        let [advantages, returns] = reference::optimal_token_baseline(&inputs, sizes, &options);
+        // Their returns go on over what is masked.
+        let kept = |x: &[f64]| -> Vec<f64> {
+            x.iter().zip(&mask).filter(|(_, &m)| m != 0).map(|(&x, _)| x).collect()
+        };
+        for (name, ours) in [("advantages", advantages), ("returns", returns)] {
+            let what = format!("{} {name}", case.id);
+            assert_close(&what, &kept(&ours), &kept(&case.output(name)), GOLDEN, GOLDEN);
+        }
+        ran[usize::from(several_turns)] += 1;
+    }
+    assert_eq!(ran, [16, 4]);
+}
+
+/// Advantages and returns on the CPU.
+fn run_baseline(tokens: &Tokens, options: &TokenBaselineOptions) -> Result<[Vec<f32>; 2], Error> {
+    let [mut advantages, mut returns] = [(); 2].map(|()| vec![f32::NAN; tokens.rewards.len()]);
+    let outputs = cpu::TokenOutputs {
+        returns: Some(&mut returns),
+        ..cpu::TokenOutputs::new(&mut advantages)
+    };
+    cpu::optimal_token_baseline(tokens.inputs(), tokens.sizes, options, outputs)?;
+    Ok([advantages, returns])
+}
+
+#[test]
+fn the_token_baseline_on_the_cpu_is_that_of_the_reference() {
+    let mut rng = rng(50);
+    for number in 0..24 {
+        let (batch, seq_len) = [(6, 5), (12, 33), (3, 1), (9, 20)][number % 4];
+        let tokens = Tokens::new(&mut rng, batch, seq_len, number);
+        for options in baseline_options() {
+            let found = run_baseline(&tokens, &options).unwrap();
+            tokens.check(&format!("{number} {options:?}"), &options, &found);
+        }
+    }
+}
+
+#[test]
+fn the_token_baseline_of_tensors_is_that_of_the_cpu() {
+    let (mut rng, device) = (rng(54), Device::Cpu);
+    for number in 0..4 {
+        let (padded, packed, _) = Tokens::padded_and_packed(&mut rng, number);
+        for tokens in [padded, packed] {
+            let Sizes { batch, seq_len, group_size } = tokens.sizes;
+            let is_packed = tokens.offsets.is_some();
+            let shape = if is_packed { vec![seq_len] } else { vec![batch, seq_len] };
+            let of_tokens = |x: &[f32]| Tensor::from_slice(x, &shape[..], &device).unwrap();
+            let rows = |x: &Vec<i64>| Tensor::from_slice(x, x.len(), &device).unwrap();
+            let [rewards, logp, log_sums] =
+                [&tokens.rewards, &tokens.logp, &tokens.log_sums].map(|x| of_tokens(x));
+            let mask = tokens.mask.as_deref();
+            let mask = mask.map(|x| Tensor::from_slice(x, &shape[..], &device).unwrap());
+            let weights = tokens.weights.as_deref().map(of_tokens);
+            let [groups, offsets] = [&tokens.groups, &tokens.offsets].map(|x| x.as_ref().map(rows));
+            let inputs = TokenBaselineInputs {
+                groups: groups.as_ref(),
+                weights: weights.as_ref(),
+                mask: mask.as_ref(),
+                offsets: offsets.as_ref(),
+                ..TokenBaselineInputs::new(&rewards, &logp, &log_sums)
+            };
+            let options = baseline_options()[number];
+            let found = optimal_token_baseline(&inputs, group_size, &options).unwrap();
+            let want = run_baseline(&tokens, &options).unwrap();
+            for (found, want) in found.iter().zip(&want) {
+                assert_eq!(found.dims(), &shape);
+                let found: Vec<f32> = found.flatten_all().unwrap().to_vec1().unwrap();
+                assert_eq!(found, *want);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_token_baseline_of_a_pack_has_the_bits_of_padded_rows() {
+    let mut rng = rng(51);
+    for number in 0..8 {
+        let (padded, packed, pack) = Tokens::padded_and_packed(&mut rng, number);
+        for options in baseline_options() {
+            let [a, b] = [&padded, &packed].map(|tokens| run_baseline(tokens, &options).unwrap());
+            for (a, b) in a.iter().zip(&b) {
+                assert_eq!(pack.pack(a), *b, "{number} {options:?}");
+            }
+            packed.check(&format!("{number} {options:?}"), &options, &b);
+        }
+    }
+}
+
+#[test]
+fn the_token_baseline_does_not_depend_on_threads_or_on_what_is_masked() {
+    let mut tokens = Tokens::new(&mut rng(52), 60, 3000, 5);
+    let options = TokenBaselineOptions::default();
+    let bits = |tokens: &Tokens| {
+        let found = run_baseline(tokens, &options).unwrap();
+        found.map(|x| x.into_iter().map(f32::to_bits).collect::<Vec<_>>())
+    };
+    let one = with_threads(1, || bits(&tokens));
+    for threads in [2, 5] {
+        assert!(with_threads(threads, || bits(&tokens)) == one, "{threads} threads");
+    }
+    let mask = tokens.mask.clone().unwrap();
+    for x in [&mut tokens.rewards, &mut tokens.logp, &mut tokens.log_sums] {
+        x.iter_mut().zip(&mask).filter(|(_, &m)| m == 0).for_each(|(x, _)| *x = f32::NAN);
+    }
+    assert!(bits(&tokens) == one);
+    let [advantages, returns] = run_baseline(&tokens, &options).unwrap();
+    let masked = advantages.iter().zip(&returns).zip(&mask).filter(|(_, &m)| m == 0);
+    assert!(masked.into_iter().all(|(x, _)| x == (&0.0, &0.0)));
+}
+
+#[test]
+fn certain_tokens_keep_their_weight() {
+    // 1 - p is 1e-6 and 2e-6, all of it at one other token: 2 (1 - p)^2 each.
+    let p = [1.0 - 1e-6, 1.0 - 2e-6_f64];
+    let sum = |p: f64| (p * p + (1.0 - p).powi(2)).ln() as f32;
+    let tokens = Tokens {
+        rewards: vec![1.0, 0.0],
+        logp: p.map(|p| p.ln() as f32).to_vec(),
+        log_sums: p.map(sum).to_vec(),
+        groups: None,
+        weights: None,
+        mask: None,
+        offsets: None,
+        sizes: Sizes { batch: 2, seq_len: 1, group_size: 2 },
+    };
+    let options = TokenBaselineOptions { eps: 0.0, ..Default::default() };
+    let [advantages, _] = run_baseline(&tokens, &options).unwrap();
+    // The baseline is 1 / (1 + 4). What is not certain is as good as float32 has ln p.
+    assert_close("advantages", &wide(&advantages), &[0.8, -0.2], 0.0, 0.1);
+}
+
+#[test]
+fn a_token_baseline_without_groups_is_refused() {
+    let mut tokens = Tokens::new(&mut rng(53), 6, 2, 1);
+    let says = |tokens: &Tokens, options: &TokenBaselineOptions, words: &[&str]| {
+        let text = run_baseline(tokens, options).unwrap_err().to_string();
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    };
+    let default = TokenBaselineOptions::default();
+    says(&tokens, &TokenBaselineOptions { eps: -1.0, ..default }, &["eps"]);
+    tokens.sizes.group_size = 4;
+    says(&tokens, &default, &["`rewards`", "[k * 4]", "[6]"]);
+    tokens.sizes.group_size = 0;
+    says(&tokens, &default, &["`groups`"]);
+    (tokens.groups, tokens.sizes.group_size) = (Some(vec![0; 6]), 2);
+    says(&tokens, &default, &["group_size"]);
 }

@@ -870,6 +870,70 @@ static void check_advantages(void) {
     free_all();
 }
 
+/* the optimal token baseline */
+
+static struct {
+    ppok_optimal_token_baseline_args args;
+    void *at; /* where those are */
+    ppok_optimal_token_baseline_options settings;
+} tb;
+
+PASS(optimal_token_baseline, tb.at)
+
+static void check_optimal_token_baseline(void) {
+    unsigned char *mask = memory(TOKENS);
+    mask[1] = 0;
+    ppok_optimal_token_baseline_args *args = &tb.args;
+    *args = (ppok_optimal_token_baseline_args){
+        .struct_size = sizeof *args,
+        .batch = BATCH,
+        .seq_len = SEQ_LEN,
+        .group_size = BATCH,
+        .rewards = floats(TOKENS, 1.0f, 0.5f),
+        .logp = floats(TOKENS, -0.7f, 0.0f),
+        .log_sum_sq_probs = floats(TOKENS, -0.7f, 0.0f),
+        .weights = floats(TOKENS, 1.0f, 0.5f),
+        .mask = mask,
+        .options = &tb.settings,
+        .advantages = memory(TOKENS * 4),
+        .returns = memory(TOKENS * 4),
+    };
+    tb.at = args;
+    CHECK(ppok_optimal_token_baseline_options_init(&tb.settings, sizeof tb.settings) == PPOK_STATUS_OK,
+          "init");
+    CHECK(tb.settings.eps == 1e-8 && tb.settings.lone_tail == 1, "default");
+    function f = {
+        .name = "ppok_optimal_token_baseline_cpu",
+        .run = optimal_token_baseline_cpu,
+        .pointers = {{"rewards", (void **)&args->rewards, TOKENS * 4, 4, NEEDED, READ},
+                     {"logp", (void **)&args->logp, TOKENS * 4, 4, NEEDED, READ},
+                     {"log_sum_sq_probs", (void **)&args->log_sum_sq_probs, TOKENS * 4, 4, NEEDED,
+                      READ},
+                     {"weights", (void **)&args->weights, TOKENS * 4, 4, OPTIONAL, READ},
+                     {"mask", (void **)&args->mask, TOKENS, 1, OPTIONAL, READ},
+                     {"advantages", (void **)&args->advantages, TOKENS * 4, 4, NEEDED, WRITTEN},
+                     {"returns", (void **)&args->returns, TOKENS * 4, 4, OPTIONAL, WRITTEN}},
+        .sizes = {{"batch", &args->batch, PPOK_STATUS_OK},
+                  {"seq_len", &args->seq_len, PPOK_STATUS_OK},
+                  {"group_size", &args->group_size, PPOK_STATUS_NULL_POINTER}},
+        .numbers = {{"step", &tb.settings.step, 1, PPOK_STATUS_OPTION},
+                    {"lone_tail", &tb.settings.lone_tail, 1, PPOK_STATUS_OPTION}},
+        .options = {{"eps", &tb.settings.eps, -1.0}},
+        .structs = {{"args", &tb.at, sizeof *args},
+                    {"options", (void **)&args->options, sizeof tb.settings}},
+    };
+    check(&f);
+    refuses_no_args(&f, &tb.at);
+    CHECK(args->advantages[1] == 0.0f && args->returns[1] == 0.0f, "a masked token");
+    CHECK(args->returns[SEQ_LEN] >= args->returns[SEQ_LEN + 1], "rewards from a token on");
+
+    f.name = "ppok_optimal_token_baseline_cuda";
+    f.run = optimal_token_baseline_cuda;
+    check_cuda(f, optimal_token_baseline_workspace);
+    CHECK_QUERY(ppok_optimal_token_baseline_cuda_workspace_size(args, stream, NULL));
+    free_all();
+}
+
 /* whiten */
 
 static struct {
@@ -1535,6 +1599,7 @@ static void check_library(void) {
     CHECK_INIT(ppok_kl_full_options);
     CHECK_INIT(ppok_gae_options);
     CHECK_INIT(ppok_advantages_options);
+    CHECK_INIT(ppok_optimal_token_baseline_options);
     CHECK_INIT(ppok_whiten_options);
     CHECK_INIT(ppok_correction_options);
     CHECK_INIT(ppok_ppo_loss_options);
@@ -1696,6 +1761,7 @@ int main(int argc, char **argv) {
     check_kl_full();
     check_gae();
     check_advantages();
+    check_optimal_token_baseline();
     check_whiten();
     check_correction();
     check_ppo_loss();

@@ -21,7 +21,8 @@ use common::{
 };
 use half::{bf16, f16};
 use ppo_kernels::advantages::{
-    capi::*, AdvantageOptions, AdvantageStats, Baseline, Singleton, Sizes,
+    capi::*, AdvantageOptions, AdvantageStats, Baseline, Singleton, Sizes, TokenBaselineOptions,
+    TokenStep,
 };
 use ppo_kernels::capi::{functions::*, *};
 use ppo_kernels::correction::{
@@ -57,13 +58,14 @@ const SWITCH: u64 = 200;
 const UNWRITTEN: u8 = 0xfe;
 
 /// The passes; each may make several calls.
-const PASSES: [fn(&mut Fuzz); 14] = [
+const PASSES: [fn(&mut Fuzz); 15] = [
     logprob,
     logprob_of_a_tile,
     token_kl,
     full_kl,
     gae,
     advantages,
+    optimal_token_baseline,
     whiten_moments,
     whiten_with,
     correction,
@@ -1138,6 +1140,49 @@ fn advantages(f: &mut Fuzz) {
             let [got, want] = [&stats.read()[0], &want.stats].map(advantages_cases::numbers);
             assert_close(&format!("{what}: stats"), &got, &want, within.rel, within.abs);
         }
+    });
+}
+
+fn optimal_token_baseline(f: &mut Fuzz) {
+    let [rows, seq_len] = f.shape();
+    let number = f.rng.random_range(0..12);
+    // In three groups where they are after each other.
+    let mut tokens = advantages_cases::Tokens::new(&mut f.rng, 3 * rows, seq_len, number);
+    let (offsets, of_offsets) = f.offsets(tokens.sizes.batch, &mut tokens.sizes.seq_len);
+    tokens.offsets = offsets;
+    let mut own = TokenBaselineOptions::default();
+    let options = f.put_options(ppok_optimal_token_baseline_options_init, (1..=1, 1), |f, c| {
+        own.eps = f.one(&[1e-8, 0.1]);
+        c.eps = own.eps;
+        (c.step, own.step) = f.choice(&[TokenStep::Column, TokenStep::Unmasked]);
+        (c.lone_tail, own.lone_tail) = f.choice(&[false, true]);
+    });
+    let Sizes { batch, seq_len, group_size } = tokens.sizes;
+    let inputs = tokens.inputs();
+    let advantages = f.out(PPOK_F32, tokens.rewards.len());
+    let returns = f.some_out(PPOK_F32, tokens.rewards.len());
+    let args = ppok_optimal_token_baseline_args {
+        struct_size: 0,
+        batch,
+        seq_len,
+        group_size,
+        rewards: f.put(inputs.rewards),
+        logp: f.put(inputs.logp),
+        log_sum_sq_probs: f.put(inputs.log_sum_sq_probs),
+        groups: f.put_some(inputs.groups),
+        weights: f.put_some(inputs.weights),
+        mask: f.put_some(inputs.mask),
+        offsets: f.put_offsets(inputs.offsets),
+        options,
+        advantages: at(advantages),
+        returns: at(returns),
+    };
+    let pass = ppok_optimal_token_baseline_cpu;
+    f.call("optimal_token_baseline", pass, 3, args, of_offsets, |_, what| {
+        let want = advantages_cases::baseline_of_reference(&tokens, &own);
+        let within = tolerance::TOKEN_BASELINE.tests;
+        close(what, "advantages", advantages, &want[0], within);
+        close(what, "returns", returns, &want[1], within);
     });
 }
 

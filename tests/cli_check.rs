@@ -43,7 +43,10 @@ fn passes(device: &str) {
     for op in ["token_kl", "whiten", "ppo_loss", "preference"] {
         rows.extend(["forward", "backward"].map(|pass| format!("| {op} | {pass} | f32 |")));
     }
-    rows.extend(["gae", "advantages", "correction"].map(|op| format!("| {op} | forward | f32 |")));
+    rows.extend(
+        ["gae", "advantages", "token_baseline", "correction"]
+            .map(|op| format!("| {op} | forward | f32 |")),
+    );
     for row in &rows {
         assert_eq!(table.matches(row).count(), 1, "{row} in\n{table}");
     }

@@ -220,6 +220,20 @@ def terms_of_named_loss(name, logp, old_logp, advantages, mask, weights):
     return total, ratio, clipped
 
 
+def optimal_token_baseline(rewards, logp, log_sum_sq_probs, groups, mask):
+    """Of groups by their numbers from 0 on; all rows of two or more and of equal lengths, as sums
+    over the rows of each group at each column."""
+    rewards = torch.where(mask, rewards, 0.0)
+    returns = rewards.flip(-1).cumsum(-1).flip(-1) * mask
+    norms = (1 - 2 * logp.exp() + log_sum_sq_probs.exp()) * mask
+    weights = norms.cumsum(-1) * mask
+    sums = logp.new_zeros(2, int(groups.max()) + 1, logp.shape[-1])
+    sums[0].index_add_(0, groups, weights * returns)
+    sums[1].index_add_(0, groups, weights)
+    baselines = sums[0] / (sums[1] + 1e-8)
+    return (returns - baselines[groups]) * mask, returns
+
+
 def preference_loss(logp, ref_logp, mask, loss="sigmoid", beta=0.1, label_smoothing=0.0):
     """Of rows [chosen..., rejected...] of tokens, and a reference of tokens or of rows."""
     sums = torch.where(mask, logp, 0.0).sum(-1)

@@ -80,6 +80,12 @@ CASES = [
         "outcome_advantages: `groups` has dtype float32, expected int64",
     ),
     (functional.outcome_advantages, (rows, index[0]), "`groups` has shape \\[3\\]"),
+    (functional.optimal_token_baseline, (rows, rows, rows), "`groups` is missing"),
+    (
+        functional.optimal_token_baseline,
+        (rows, rows, rows[0]),
+        "optimal_token_baseline: `log_sum_sq_probs` has shape",
+    ),
     (functional.outcome_advantages, (rows, index, one), "`mask` has shape \\[2, 3\\]"),
     (functional.outcome_advantages, (rows[0, 0], None, rows[0, 0]), "`mask` has shape \\[\\]"),
     (functional.outcome_advantages, (rows.double(), index), "`scores` has dtype float64"),

@@ -180,6 +180,27 @@ def test_outcome_advantages_of_verl(function, inputs, outputs):
     close(ours, outputs["advantages"])
 
 
+@pytest.mark.parametrize("number", ["", "multi_turn_"])
+def test_optimal_token_baseline_of_verl(number):
+    function = f"{CORE}{number}optimal_token_baseline_advantage"
+    several = [*cases("outcome_advantages", function), *cases("advantages2", function)]
+    assert len(several) == (4 if number else 16)
+    for inputs, outputs in (case.values for case in several):
+        mask, weights = f32(inputs["response_mask"]) != 0, inputs["rollout_is_weights"]
+        ours = functional.optimal_token_baseline(
+            f32(inputs["token_level_rewards"]),
+            f32(inputs["old_log_probs"]),
+            f32(inputs["sum_pi_squared"]).log(),
+            inputs["index"],
+            mask,
+            weights=weights and f32(weights),
+            step="unmasked" if number else "column",
+            lone_tail=inputs["handle_zero_tail"],
+        )
+        close(ours.advantages, outputs["advantages"], mask, rtol=1e-4)
+        close(ours.returns, outputs["returns"], mask)
+
+
 HELPER = "verl.trainer.ppo.rollout_corr_helper.compute_rollout_"
 
 

@@ -29,6 +29,7 @@ OPTIONS = {
     "kl_full": (_lists.FULL_KL.options, "full_kl"),
     "gae": (_lists.GAE.options, "gae"),
     "advantages": (_lists.ADVANTAGES.options, "outcome_advantages"),
+    "optimal_token_baseline": (_lists.TOKEN_BASELINE.options, "optimal_token_baseline"),
     "whiten": (_lists.MASKED_WHITEN.options, "masked_whiten"),
     "correction": (_lists.CORRECTION.options, "correction"),
     "ppo_loss": (_lists.PPO_LOSS.options, "ppo_loss"),
@@ -126,6 +127,7 @@ KINDS = {
         (_lists.FULL_KL_BACKWARD.inputs, ("kl_full_backward",)),
         (_lists.GAE.inputs, ("gae",)),
         (_lists.ADVANTAGES.inputs, ("advantages",)),
+        (_lists.TOKEN_BASELINE.inputs, ("optimal_token_baseline",)),
         (_lists.CORRECTION.inputs, ("correction",)),
         (_lists.PPO_LOSS.inputs, ("ppo_loss",)),
         (_lists.PREFERENCE.inputs, ("preference_loss",)),
@@ -196,6 +198,7 @@ def test_statistics_are_documented():
 
 
 TENSORS = {name: torch.zeros(2, 3) for name in "logits ref_logits logp ref_logp values".split()}
+TENSORS |= {name: torch.zeros(2, 3) for name in "rewards log_sum_sq_probs".split()}
 TENSORS["scores"] = torch.zeros(4)
 TENSORS |= {name: torch.zeros(3) for name in "chosen rejected".split()}
 TENSORS |= {name: torch.zeros(2, 3) for name in "old_logp rollout_logp advantages".split()}

@@ -96,6 +96,10 @@ def samples():
     yield ops.outcome_advantages, (scores, *none, None, None, 2, *grpo)
     given = (torch.randn(3), *none, mask.flatten(), lengths)
     yield ops.outcome_advantages, (*given, 3, *grpo)
+    given = (rows, more, more.abs(), groups, None, mask, None, 0, 1e-8, "unmasked", False)
+    yield ops.optimal_token_baseline, given
+    given = (rows.flatten(), more.flatten(), more.flatten(), None, rows.flatten(), None, lengths)
+    yield ops.optimal_token_baseline, (*given, 3, 1e-8, "column", True)
     of_rules = ("zero", True, "ratio", "token", "k3", "sequence_mean")
     bounds = (20.0, 0.5, 2.0, 0.4, None, None, 1.5, "sequence_sum")
     yield ops.correction, (rows, more, mask, None, *bounds, *of_rules)
@@ -244,6 +248,7 @@ def step(logits, ref_logits, index, values, old_logp, rewards, mask):
     )
     sums = functional.gdpo_advantages(rewards.T, [0.5] * 7, ids, mask, over="tokens")
     more = by_ids.advantages + sums + by_ids.stats["score_mean"] + by_rank.advantages[:, None]
+    more = more + functional.optimal_token_baseline(rewards, logp, logp, ids, mask).advantages
     out = out._replace(advantages=out.advantages + more)
     icepop = functional.correction(old_logp, rewards, mask, **ICEPOP)
     loss, stats = functional.ppo_loss(

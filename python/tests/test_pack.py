@@ -86,6 +86,24 @@ def test_outcome_advantages(pack, name):
         functional.outcome_advantages(scores, group_size=1, offsets=pack.offsets)
 
 
+@pytest.mark.parametrize("step", ["column", "unmasked"])
+def test_optimal_token_baseline(pack, step):
+    rewards, logp = pack.draw(), -pack.draw().abs()
+    tensors, groups = (rewards, logp, logp, pack.draw()), [0, 1, 1, 1, 0, 0, 1]
+    padded = functional.optimal_token_baseline(
+        *tensors[:3], groups, pack.mask, weights=tensors[3], step=step
+    )
+    *given, weights, mask = (pack.pack(x) for x in (*tensors, pack.mask))
+    options = {"weights": weights, "offsets": pack.offsets, "step": step}
+    ours = functional.optimal_token_baseline(*given, groups, mask, **options)
+    for name, found in ours._asdict().items():
+        assert torch.equal(found, pack.pack(getattr(padded, name)))
+    if pack.device == "cpu":
+        arrays = [np.asarray(x) for x in (*given, groups, mask)]
+        arrays = ppo_kernels.numpy.optimal_token_baseline(*arrays, **options)
+        assert all(np.array_equal(a, b.numpy()) for a, b in zip(arrays, ours))
+
+
 @pytest.mark.parametrize("level", ["token", "sequence_mean", "sequence_sum"])
 def test_correction(pack, level):
     old_logp = pack.draw()

@@ -2,7 +2,7 @@
 
 use super::{
     cpu, cuda, AdvantageOptions, AdvantageStats, Baseline, Inputs, Outputs, Scale, Singleton,
-    Sizes, OP,
+    Sizes, TokenBaselineOptions, TokenInputs, TokenOutputs, TokenStep, OP,
 };
 use crate::capi::arguments::{choices, list_of, options, Memory};
 use crate::capi::{self, run, On, Pass, Result};
@@ -73,6 +73,7 @@ choices! {
     Baseline { None, Group, LeaveOneOut, Batch, LengthWeighted, RunnerUp }
     Scale { None, Group, LeaveOneOut, Batch, Mean, Nonzero }
     Singleton { Zero, Keep }
+    TokenStep { Column, Unmasked }
 }
 
 options!(ppok_advantages_options, AdvantageOptions, OP, [reserved], {
@@ -161,5 +162,115 @@ unsafe impl Pass for ppok_advantages_args {
 /// function for the CPU allocates a number a row for `groups` that do not ascend.
 #[no_mangle]
 pub unsafe extern "C" fn ppok_advantages_cpu(args: *const ppok_advantages_args) -> i32 {
+    capi::cpu(args)
+}
+
+/// Those of one column have a baseline in common (verl's `optimal_token_baseline`).
+pub const PPOK_TOKEN_STEP_COLUMN: i32 = 0;
+/// Those before which as many are unmasked (verl's `tir_optimal_token_baseline`, for several turns).
+pub const PPOK_TOKEN_STEP_UNMASKED: i32 = 1;
+
+/// Options of ppok_optimal_token_baseline_*; the defaults are verl's.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ppok_optimal_token_baseline_options {
+    pub struct_size: usize,
+    /// Added to the sum of the weights; finite, 0 or above; 1e-8 by default.
+    pub eps: f64,
+    /// Which tokens of a group: `PPOK_TOKEN_STEP_COLUMN`, the default, or `PPOK_TOKEN_STEP_UNMASKED`.
+    pub step: i32,
+    /// 1, the default: the one longest row of a group has no baseline from where the second longest ends,
+    /// where it would be compared with itself; 0: it has.
+    pub lone_tail: i32,
+}
+
+options!(ppok_optimal_token_baseline_options, TokenBaselineOptions, OP, [], {
+    eps => eps,
+    step => step,
+    lone_tail => lone_tail,
+});
+
+/// Arguments of ppok_optimal_token_baseline_*.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ppok_optimal_token_baseline_args {
+    pub struct_size: usize,
+    /// Rows: sequences.
+    pub batch: usize,
+    /// Tokens of a row, or with `offsets` of all rows.
+    pub seq_len: usize,
+    /// Rows of a group where those stand after each other; it divides `batch`. 0 where `groups` is given.
+    pub group_size: usize,
+    /// Rewards of the tokens, `[batch, seq_len]`, or with `offsets` `[seq_len]`, as all that has a number a
+    /// token.
+    pub rewards: *const f32,
+    /// Log-probabilities of the tokens, `[batch, seq_len]`.
+    pub logp: *const f32,
+    /// Logarithms of the sums of the squared probabilities of the whole vocabulary, `[batch, seq_len]`.
+    pub log_sum_sq_probs: *const f32,
+    /// Ids of any values in any order, `[batch]`: rows of equal ids are a group. May be null.
+    pub groups: *const i64,
+    /// Importance weights, `[batch, seq_len]`, whose squares are factors of the tokens' weights; null stands for
+    /// ones.
+    pub weights: *const f32,
+    /// `[batch, seq_len]`, 0 where masked; null if nothing is.
+    pub mask: *const u8,
+    /// Where the rows of a pack begin, `[batch + 1]`, as of ppok_advantages_*. Null if all rows have `seq_len`
+    /// tokens.
+    pub offsets: *const i64,
+    pub options: *const ppok_optimal_token_baseline_options,
+    /// Advantages of the tokens, `[batch, seq_len]`, 0 where masked; written.
+    pub advantages: *mut f32,
+    /// Sums of the rewards from each token on, `[batch, seq_len]`, 0 where masked; written; null if not wanted.
+    pub returns: *mut f32,
+}
+
+// SAFETY: of numbers and pointers without padding, its size first.
+unsafe impl Pass for ppok_optimal_token_baseline_args {
+    const OP: &'static str = OP;
+
+    fn run(&self, memory: &mut Memory, on: On) -> Result<()> {
+        let Self { batch, seq_len, group_size, .. } = *self;
+        let (sizes, options) =
+            (Sizes { batch, seq_len, group_size }, memory.options(self.options)?);
+        let shape = sizes.shape(!self.offsets.is_null());
+        run!(
+            (on, memory),
+            [
+                list_of!(
+                    self,
+                    TokenInputs,
+                    [rewards, logp, log_sum_sq_probs],
+                    [groups, weights, mask, offsets]
+                ),
+                shape
+            ],
+            [list_of!(self, TokenOutputs, [advantages], [returns]), shape],
+            |i, o| cpu::optimal_token_baseline(i, sizes, &options, o),
+            |stream, w| cuda::optimal_token_baseline(stream, i, sizes, &options, o, w),
+        )
+    }
+
+    fn workspace_size(&self, _: &Memory) -> Result<usize> {
+        let tokens = Sizes { batch: self.batch, seq_len: self.seq_len, group_size: 0 }
+            .shape(!self.offsets.is_null())
+            .count_tokens();
+        let len = cuda::token_workspace_len(self.batch, tokens);
+        Ok(size_of::<f64>().saturating_mul(len))
+    }
+}
+
+/// Advantages of tokens against verl's optimal token baseline. With G_it the sum of the rewards of row i from
+/// token t on, and W_it that of w^2 |onehot - p|^2 up to it,
+///
+/// ```text
+/// A_it = G_it - sum_i W_it G_it / (sum_i W_it + eps)      over the rows i of the group
+/// ```
+///
+/// The row of a group of one has no baseline: A = G. The function for the CPU allocates two f64 a token.
+#[no_mangle]
+pub unsafe extern "C" fn ppok_optimal_token_baseline_cpu(
+    args: *const ppok_optimal_token_baseline_args,
+) -> i32 {
     capi::cpu(args)
 }

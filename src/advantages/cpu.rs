@@ -4,16 +4,18 @@
 use std::ops::Range;
 
 use super::{
-    no_runner_up, AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes, OP,
+    no_runner_up, AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes,
+    TokenBaselineOptions, TokenStep, OP,
 };
-use crate::cpu::math::{sum_lanes, LANES};
+use crate::cpu::math::{exp_m1, select, sum_lanes, LANES};
 use crate::cpu::{prefers_non_temporal, reduce, reduce_by, vectorise, Writer};
 use crate::error::Result;
+use crate::kl::cpu::probability_moved;
 use crate::memory::{in_space, Lengths};
 use crate::moments::Moments;
 use crate::pack::{RangesMut, RowRanges};
 
-in_space!(Host: Inputs, Outputs);
+in_space!(Host: Inputs, Outputs, TokenInputs, TokenOutputs);
 
 /// Rows of a leaf of the batch's moments, and tokens of one of those that are written.
 const ROWS_LEAF: usize = 2048;
@@ -39,7 +41,7 @@ pub fn outcome_advantages(
     let (wants_stats, grouped) =
         (outputs.stats.is_some(), inputs.groups.is_some() || sizes.group_size > 0);
     let by_group = options.by_group() || (wants_stats && grouped);
-    let places = Places::new(&inputs, sizes, by_group);
+    let places = Places::new(inputs.groups, sizes, by_group);
     if options.baseline == Baseline::RunnerUp {
         if let Some(single) = places.groups().find(|group| group.len() == 1) {
             return Err(no_runner_up(places.row(single.start)));
@@ -115,9 +117,9 @@ struct Places<'a> {
 }
 
 impl<'a> Places<'a> {
-    fn new(inputs: &Inputs<'a>, sizes: Sizes, by_group: bool) -> Self {
+    fn new(groups: Option<&'a [i64]>, sizes: Sizes, by_group: bool) -> Self {
         let Sizes { batch, group_size, .. } = sizes;
-        let ids = inputs.groups.filter(|_| by_group);
+        let ids = groups.filter(|_| by_group);
         let order = ids.filter(|ids| !ids.is_sorted()).map(in_groups);
         Self { ids, order, batch, group_size: group_size.max(1) }
     }
@@ -383,6 +385,220 @@ impl Difference {
             _ => (x - self.baseline) * self.factor,
         }
     }
+}
+
+/// Advantages against verl's optimal token baseline, and returns. See [the module](super). Allocates two f64
+/// a token.
+///
+/// # Errors
+/// If a length does not fit, an option is out of range, or rows are in no groups. Nothing is written then.
+pub fn optimal_token_baseline(
+    inputs: TokenInputs,
+    sizes: Sizes,
+    options: &TokenBaselineOptions,
+    mut outputs: TokenOutputs,
+) -> Result<()> {
+    options.check(&inputs, sizes)?;
+    let shape = sizes.shape(inputs.offsets.is_some());
+    inputs.try_map(shape, &mut Lengths(OP))?;
+    outputs.try_map(shape, &mut Lengths(OP))?;
+    let ranges = RowRanges::new(OP, sizes.seq_len, inputs.offsets)?;
+    let tokens = ranges.start(sizes.batch);
+    let batch = if tokens == 0 { 0 } else { sizes.batch };
+    let cut = move |first, count| ranges.middle(first, count, TOKENS_LEAF);
+
+    // Of each row its steps from its first token's place on, and how many tokens are unmasked.
+    let [mut returns, mut weights] = [(); 2].map(|()| vec![0.0; tokens]);
+    let mut lengths = vec![0; batch];
+    let rows = |first: usize, _, (mut returns, mut weights, lengths): StepsOfRows| {
+        vectorise(
+            #[inline(always)]
+            || {
+                for (i, length) in lengths.iter_mut().enumerate() {
+                    let (range, returns) = (ranges.range(first + i), returns.row(i));
+                    *length = steps_of_row(&inputs, range, options, returns, weights.row(i));
+                }
+            },
+        );
+    };
+    let items = (
+        RangesMut::new(&mut returns, ranges),
+        RangesMut::new(&mut weights, ranges),
+        &mut lengths[..],
+    );
+    reduce_by(batch, cut, items, rows, |(), ()| ());
+
+    let places = Places::new(inputs.groups, Sizes { batch, ..sizes }, true);
+    let groups: Vec<Range<usize>> = places.groups().collect();
+    let mut baselines: Vec<Vec<f64>> = vec![Vec::new(); groups.len()];
+    // Of each row its group, and the step from which it has no baseline.
+    let mut of_rows = vec![(0, usize::MAX); batch];
+    for (g, group) in groups.iter().enumerate() {
+        let rows = group.clone().map(|place| places.row(place));
+        let second = rows
+            .clone()
+            .map(|row| lengths[row])
+            .fold([0; 2], |[a, b], length| [length.max(a), length.min(a).max(b)])[1];
+        for row in rows {
+            let is_longest = lengths[row] > second;
+            of_rows[row] = (g, if options.lone_tail && is_longest { second } else { usize::MAX });
+        }
+    }
+    let per_group = tokens / groups.len().max(1);
+    let cut_groups =
+        move |_, count: usize| (count > 1 && count * per_group > TOKENS_LEAF).then_some(count / 2);
+    let of_groups = |first: usize, _, baselines: &mut [Vec<f64>]| {
+        for (g, baseline) in (first..).zip(baselines) {
+            let rows = groups[g].clone().map(|place| places.row(place));
+            let rows = rows.filter(|&row| lengths[row] > 0);
+            if rows.clone().count() > 1 {
+                *baseline = vectorise(
+                    #[inline(always)]
+                    || baseline_of_group(rows, ranges, &returns, &weights, options.eps),
+                );
+            }
+        }
+    };
+    reduce_by(groups.len(), cut_groups, &mut baselines[..], of_groups, |(), ()| ());
+
+    let write = |first: usize, count: usize, (mut advantages, mut to): AdvantagesOfRows| {
+        vectorise(
+            #[inline(always)]
+            || {
+                for i in 0..count {
+                    let range = ranges.range(first + i);
+                    let (group, tail) = of_rows[first + i];
+                    let baseline = &baselines[group][..tail.min(baselines[group].len())];
+                    let returns = &returns[range.clone()];
+                    let mask = inputs.mask.map(|mask| &mask[range]);
+                    let to = to.as_mut().map(|to| to.row(i));
+                    write_row(returns, baseline, mask, options.step, advantages.row(i), to);
+                }
+            },
+        );
+    };
+    let of_returns = outputs.returns.map(|returns| RangesMut::new(returns, ranges));
+    let items = (RangesMut::new(outputs.advantages, ranges), of_returns);
+    reduce_by(batch, cut, items, write, |(), ()| ());
+    Ok(())
+}
+
+type StepsOfRows<'a> = (RangesMut<'a, f64>, RangesMut<'a, f64>, &'a mut [usize]);
+type AdvantagesOfRows<'a> = (RangesMut<'a, f32>, Option<RangesMut<'a, f32>>);
+
+/// Writes the sum of a row's rewards from each step on, and that of its weights up to it, 0 where there is no
+/// token; how many there are.
+#[inline(always)]
+fn steps_of_row(
+    inputs: &TokenInputs,
+    tokens: Range<usize>,
+    options: &TokenBaselineOptions,
+    returns: &mut [f64],
+    weights: &mut [f64],
+) -> usize {
+    let (mut total, mut unmasked) = (0.0, 0);
+    for first in tokens.clone().step_by(NORMS) {
+        let chunk = first..tokens.end.min(first + NORMS);
+        let of_chunk =
+            inputs.logp[chunk.clone()].iter().zip(&inputs.log_sum_sq_probs[chunk.clone()]);
+        let mut norms = [0.0; NORMS];
+        for (norm, (&logp, &log_sum)) in norms.iter_mut().zip(of_chunk) {
+            *norm = norm_of_gradient(logp, log_sum);
+        }
+        for (&norm, at) in norms.iter().zip(chunk) {
+            if inputs.mask.is_some_and(|mask| mask[at] == 0) {
+                continue;
+            }
+            let step = if options.step == TokenStep::Column { at - tokens.start } else { unmasked };
+            unmasked += 1;
+            let importance = inputs.weights.map_or(1.0, |weights| f64::from(weights[at]));
+            total += f64::from(norm) * importance * importance;
+            weights[step] = total;
+            returns[step] = f64::from(inputs.rewards[at]);
+        }
+    }
+    let mut rest = 0.0;
+    for reward in returns.iter_mut().rev() {
+        rest += *reward;
+        *reward = rest;
+    }
+    unmasked
+}
+
+/// How many of them are made at once.
+const NORMS: usize = 64;
+
+/// ‖onehot - p‖² of a token: that of itself and of all others, neither as a difference of numbers near 1.
+#[inline(always)]
+fn norm_of_gradient(logp: f32, log_sum_sq_probs: f32) -> f32 {
+    let excess = log_sum_sq_probs - 2.0 * logp;
+    let excess = select((-1e-5..0.0).contains(&excess), 0.0, excess);
+    let own = exp_m1(logp);
+    own.mul_add(own, probability_moved(log_sum_sq_probs, 2.0 * logp, excess))
+}
+
+/// Writes the advantages and returns of a row's tokens; `baseline` is of the steps that have one.
+#[inline(always)]
+fn write_row(
+    returns: &[f64],
+    baseline: &[f64],
+    mask: Option<&[u8]>,
+    step: TokenStep,
+    advantages: &mut [f32],
+    to: Option<&mut [f32]>,
+) {
+    let kept = |t: usize| mask.is_none_or(|mask| mask[t] != 0);
+    match step {
+        TokenStep::Column => {
+            let count = baseline.len().min(returns.len());
+            for t in 0..count {
+                advantages[t] = select(kept(t), (returns[t] - baseline[t]) as f32, 0.0);
+            }
+            for t in count..returns.len() {
+                advantages[t] = select(kept(t), returns[t] as f32, 0.0);
+            }
+            let Some(to) = to else { return };
+            for (t, to) in to.iter_mut().enumerate() {
+                *to = select(kept(t), returns[t] as f32, 0.0);
+            }
+        }
+        TokenStep::Unmasked => {
+            let (mut to, mut step) = (to, 0);
+            for (t, advantage) in advantages.iter_mut().enumerate() {
+                let (mut of_token, mut less) = (0.0, 0.0);
+                if kept(t) {
+                    (of_token, less) = (returns[step], *baseline.get(step).unwrap_or(&0.0));
+                    step += 1;
+                }
+                *advantage = (of_token - less) as f32;
+                if let Some(to) = &mut to {
+                    to[t] = of_token as f32;
+                }
+            }
+        }
+    }
+}
+
+/// The baseline at each step of a group.
+#[inline(always)]
+fn baseline_of_group(
+    rows: impl Iterator<Item = usize> + Clone,
+    ranges: RowRanges,
+    returns: &[f64],
+    weights: &[f64],
+    eps: f64,
+) -> Vec<f64> {
+    let steps = rows.clone().map(|row| ranges.range(row).len()).max().unwrap_or(0);
+    let [mut sums, mut totals] = [(); 2].map(|()| vec![0.0; steps]);
+    for row in rows {
+        let range = ranges.range(row);
+        let of_row = returns[range.clone()].iter().zip(&weights[range]);
+        for ((sum, total), (g, w)) in sums.iter_mut().zip(&mut totals).zip(of_row) {
+            *sum = w.mul_add(*g, *sum);
+            *total += w;
+        }
+    }
+    sums.iter().zip(totals).map(|(sum, total)| sum / (total + eps)).collect()
 }
 
 /// Writes the advantage of each row to its unmasked tokens.

@@ -4,7 +4,9 @@
 //! Refuses what [`cpu`](super::cpu) refuses, but for groups of one row by their ids where the baseline is
 //! [`Baseline::RunnerUp`]: to look for them here would cost a wait. Their rows come out as NaN.
 
-use super::{AdvantageOptions, Baseline, Scale, Singleton, Sizes, OP};
+use super::{
+    AdvantageOptions, Baseline, Scale, Singleton, Sizes, TokenBaselineOptions, TokenStep, OP,
+};
 use crate::cuda::rows::Map;
 use crate::cuda::{Args, Kernel, SliceMut, Stream};
 use crate::error::{Error, Result};
@@ -24,7 +26,7 @@ const PLACES: usize = 8;
 /// The most blocks that go through groups, each of whose warps leaves counts of them.
 const MOST_BLOCKS: usize = 1024;
 
-in_space!(Device: Inputs, Outputs);
+in_space!(Device: Inputs, Outputs, TokenInputs, TokenOutputs);
 
 /// The least length of the workspace of [`outcome_advantages`] for so many rows: 32 bytes a row, and 128
 /// KiB of f64 at most.
@@ -98,6 +100,63 @@ pub fn outcome_advantages(
         map.launch(stream, &Kernel { op: OP, pass: "spread", dtype: "f32" }, &args)?;
     }
     Ok(())
+}
+
+/// The least length of the workspace of [`optimal_token_baseline`] for so many rows with so many tokens in all: 16
+/// bytes a token, and 40 a row.
+pub fn token_workspace_len(batch: usize, tokens: usize) -> usize {
+    let of_row = 1 + 2 * size_of::<Key>() / size_of::<f64>();
+    tokens.saturating_mul(2).saturating_add(batch.saturating_mul(of_row))
+}
+
+/// Advantages against verl's optimal token baseline, and returns. See [the module](super). `workspace` has
+/// [`token_workspace_len`] values or more, of any content, and can be used again for the next call on the same
+/// stream.
+///
+/// # Errors
+/// If a length does not fit, an option is out of range, rows are in no groups, or a kernel cannot be launched.
+pub fn optimal_token_baseline(
+    stream: &Stream,
+    inputs: TokenInputs,
+    sizes: Sizes,
+    options: &TokenBaselineOptions,
+    mut outputs: TokenOutputs,
+    workspace: SliceMut<f64>,
+) -> Result<()> {
+    options.check(&inputs, sizes)?;
+    let shape = sizes.shape(inputs.offsets.is_some());
+    let inputs = inputs.try_map(shape, &mut Lengths(OP))?;
+    let outputs = outputs.try_map(shape, &mut Lengths(OP))?;
+    let Sizes { batch: rows, seq_len, group_size } = sizes;
+    let tokens = shape.count_tokens();
+    Error::check_workspace(OP, workspace.len(), token_workspace_len(rows, tokens))?;
+    if rows == 0 || tokens == 0 {
+        return Ok(());
+    }
+    let step_returns = workspace.as_mut_ptr();
+    let step_weights = step_returns.wrapping_add(tokens);
+    let lengths = step_weights.wrapping_add(tokens);
+    let keys = lengths.wrapping_add(rows).cast();
+    let args = TokenArgs {
+        inputs,
+        outputs,
+        keys: match inputs.groups {
+            Some(groups) => sort(stream, groups.as_ptr(), rows, keys)?,
+            None => std::ptr::null(),
+        },
+        step_returns,
+        step_weights,
+        lengths: lengths.cast(),
+        eps: options.eps,
+        rows: rows as i64,
+        tokens: seq_len as i64,
+        group_size: group_size as i64,
+        by_unmasked: i32::from(options.step == TokenStep::Unmasked),
+        lone_tail: i32::from(options.lone_tail),
+    };
+    stream.launch_f32([OP, "steps"], rows.div_ceil(WARPS), BLOCK, &args)?;
+    stream.launch_f32([OP, "baselines"], rows, BLOCK, &args)?;
+    stream.launch_f32([OP, "less_baselines"], rows.div_ceil(WARPS), BLOCK, &args)
 }
 
 /// Launches what puts the rows in the order of their groups into one of two arrays of so many pairs, and
@@ -209,6 +268,24 @@ struct PassArgs<'a> {
     chunk_threads: i32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct TokenArgs<'a> {
+    inputs: super::TokenInputs<'a, Pointers>,
+    outputs: super::TokenOutputs<'a, Pointers>,
+    keys: *const Key,
+    step_returns: *mut f64,
+    step_weights: *mut f64,
+    lengths: *mut i64,
+    eps: f64,
+    rows: i64,
+    tokens: i64,
+    group_size: i64,
+    by_unmasked: i32,
+    lone_tail: i32,
+}
+
 // SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.
 unsafe impl Args for SortArgs {}
+unsafe impl Args for TokenArgs<'_> {}
 unsafe impl Args for PassArgs<'_> {}

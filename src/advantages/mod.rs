@@ -33,8 +33,18 @@
 //!
 //! Several rewards, each normalised by itself before they are added up (GDPO), are a call for each and one
 //! with `Baseline::Batch` and `Scale::Batch` of their weighted sum: `gdpo`. REINFORCE++ is
-//! [`gae`](crate::gae) with values of 0 and λ = 1, whitened. verl's optimal token baseline, which is another
-//! number for each token of a group, is not here.
+//! [`gae`](crate::gae) with values of 0 and λ = 1, whitened.
+//!
+//! verl's optimal token baseline, another number for each token of a group, is a function of its own,
+//! `optimal_token_baseline`. With G_it the sum of the rewards from token t on, and W_it that of w² ‖onehot - p‖²,
+//! the squared norms of the gradients to the logits, up to it,
+//!
+//! ```text
+//! A_it = G_it - Σ_i W_it G_it / (Σ_i W_it + eps)      over the rows i of the group
+//! ```
+//!
+//! with ‖onehot - p‖² = (1 - p_t)² + (Σ_v p_v² - p_t²), where a sum of squares up to 1e-5 of it below p_t² is
+//! taken for p_t²: it is rounding.
 //!
 //! | argument | shape | type | absent means |
 //! |---|---|---|---|
@@ -73,7 +83,8 @@ mod tensor;
 use bytemuck::{Pod, Zeroable};
 #[cfg(feature = "candle")]
 pub use tensor::{
-    gdpo, outcome_advantages, AdvantageInputs, AdvantageOutput, AdvantageStatsTensor,
+    gdpo, optimal_token_baseline, outcome_advantages, AdvantageInputs, AdvantageOutput,
+    AdvantageStatsTensor, TokenBaselineInputs,
 };
 
 use crate::error::{Error, Result};
@@ -255,24 +266,7 @@ impl AdvantageOptions {
     fn check<S: Space>(&self, inputs: &Inputs<S>, sizes: Sizes) -> Result<()> {
         self.validate()?;
         let Sizes { batch, group_size, .. } = sizes;
-        if inputs.groups.is_some() && group_size != 0 {
-            return Err(Error::Option {
-                op: OP,
-                option: "group_size",
-                expected: "0 where `groups` is given".into(),
-                got: group_size.to_string(),
-            });
-        }
-        if group_size != 0 && !batch.is_multiple_of(group_size) {
-            return Err(Error::Shape {
-                op: OP,
-                arg: "scores",
-                expected: format!(
-                    "[k * {group_size}] for groups of {group_size}; or give `groups`"
-                ),
-                got: format!("[{batch}]"),
-            });
-        }
+        check_groups("scores", inputs.groups.is_some(), sizes)?;
         let grouped = inputs.groups.is_some() || group_size != 0;
         let needed_by = if self.baseline.of_group() { "baseline" } else { "scale" };
         Error::check_given(OP, [needed_by, "groups"], [self.by_group(), grouped])?;
@@ -308,6 +302,29 @@ impl AdvantageOptions {
             scale => scale + self.eps,
         }
     }
+}
+
+/// `Ok` when rows are in groups by their ids or by their places, not by both, and the batch is made of whole
+/// ones; `arg` is the input of which there is too much or too little.
+fn check_groups(arg: &'static str, has_ids: bool, sizes: Sizes) -> Result<()> {
+    let Sizes { batch, group_size, .. } = sizes;
+    if has_ids && group_size != 0 {
+        return Err(Error::Option {
+            op: OP,
+            option: "group_size",
+            expected: "0 where `groups` is given".into(),
+            got: group_size.to_string(),
+        });
+    }
+    if group_size != 0 && !batch.is_multiple_of(group_size) {
+        return Err(Error::Shape {
+            op: OP,
+            arg,
+            expected: format!("[k * {group_size}] for groups of {group_size}; or give `groups`"),
+            got: format!("[{batch}]"),
+        });
+    }
+    Ok(())
 }
 
 /// The error for a row that has no other to be better than.
@@ -367,6 +384,78 @@ list! {
         token_advantages: f32 [shape.tokens()],
         /// Statistics, `[1]`, if wanted.
         stats: AdvantageStats [&[1]],
+    }
+}
+
+/// Which tokens of a group's rows have a baseline in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(i32)]
+pub enum TokenStep {
+    /// Those of one column, as verl's `optimal_token_baseline` has it.
+    #[default]
+    Column,
+    /// Those before which as many are unmasked, as its form for several turns has it.
+    Unmasked,
+}
+
+/// How the optimal token baseline is made; the default is verl's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenBaselineOptions {
+    /// Added to the sum of the weights; finite, 0 or above. Default 1e-8.
+    pub eps: f64,
+    /// Which tokens have a baseline in common. Default [`TokenStep::Column`].
+    pub step: TokenStep,
+    /// Whether the one longest row of a group has no baseline from where the second longest ends. There it
+    /// would be compared with itself. Default true.
+    pub lone_tail: bool,
+}
+
+impl Default for TokenBaselineOptions {
+    fn default() -> Self {
+        Self { eps: 1e-8, step: TokenStep::Column, lone_tail: true }
+    }
+}
+
+impl TokenBaselineOptions {
+    /// `Ok` when the options are in range, and what they look at is there and fits.
+    fn check<S: Space>(&self, inputs: &TokenInputs<S>, sizes: Sizes) -> Result<()> {
+        let eps = self.eps;
+        Error::check_option(OP, "eps", eps, eps >= 0.0, "finite and 0 or above")?;
+        check_groups("rewards", inputs.groups.is_some(), sizes)?;
+        let grouped = inputs.groups.is_some() || sizes.group_size != 0;
+        Error::check_given(OP, ["optimal_token_baseline", "groups"], [true, grouped])
+    }
+}
+
+list! {
+    /// The inputs of the optimal token baseline in some memory. Masked tokens may hold anything.
+    inputs TokenInputs(shape: BatchShape) {
+        /// Rewards, `[B, T]`.
+        rewards: f32 [shape.tokens()],
+        /// Log-probabilities of the tokens, `[B, T]`.
+        logp: f32 [shape.tokens()],
+        /// Logarithms of the sums of the squared probabilities of the whole vocabulary, `[B, T]`.
+        log_sum_sq_probs: f32 [shape.tokens()],
+    } optional {
+        /// Which rows belong together, `[B]`: those of equal ids.
+        groups: i64 [shape.rows()],
+        /// Importance weights of the tokens, `[B, T]`, whose squares are factors of ‖onehot - p‖².
+        weights: f32 [shape.tokens()],
+        /// 0 where masked, `[B, T]`.
+        mask: u8 [shape.tokens()],
+        /// Where the rows of a [pack](crate::pack) begin, `[B + 1]`; all that is `[B, T]` is `[N]` then.
+        offsets: i64 [&shape.offsets()],
+    }
+}
+
+list! {
+    /// The outputs of the optimal token baseline in some memory. None may be the memory of an input.
+    outputs TokenOutputs(shape: BatchShape) {
+        /// Advantages, `[B, T]`, 0 where masked.
+        advantages: f32 [shape.tokens()],
+    } optional {
+        /// Sums of the rewards from a token on, `[B, T]`, 0 where masked; if wanted.
+        returns: f32 [shape.tokens()],
     }
 }
 

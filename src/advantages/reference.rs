@@ -1,12 +1,15 @@
 //! Advantages in plain f64 loops: every row looks through the batch for its group.
 
-use super::{AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes, OP};
+use super::{
+    AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes, TokenBaselineOptions,
+    TokenStep, OP,
+};
 use crate::memory::in_space;
 use crate::moments::Moments;
 use crate::pack::RowRanges;
 use crate::whiten::EpsPlacement;
 
-in_space!(HostF64: Inputs);
+in_space!(HostF64: Inputs, TokenInputs);
 
 /// What [`outcome_advantages`] returns.
 #[derive(Debug, Clone)]
@@ -132,6 +135,68 @@ pub fn outcome_advantages(inputs: &Inputs, sizes: Sizes, options: &AdvantageOpti
         zero_std_fraction: if grouped { zero } else { f64::NAN },
     };
     Advantages { advantages, token_advantages, stats }
+}
+
+/// Advantages against the optimal token baseline, and returns, `[B, T]`, or `[N]` of a pack; 0 where masked.
+pub fn optimal_token_baseline(
+    inputs: &TokenInputs,
+    sizes: Sizes,
+    options: &TokenBaselineOptions,
+) -> [Vec<f64>; 2] {
+    let Sizes { batch, seq_len, group_size } = sizes;
+    let ranges = RowRanges::new(OP, seq_len, inputs.offsets).expect("offsets");
+    let kept = |&at: &usize| inputs.mask.is_none_or(|mask| mask[at] != 0);
+    let row = |i: usize| ranges.range(i).filter(kept).collect::<Vec<_>>();
+    let rows: Vec<Vec<usize>> = (0..batch).map(row).collect();
+    // Those of no token are in no group.
+    let together = |i: usize, j: usize| {
+        !rows[j].is_empty()
+            && match inputs.groups {
+                Some(groups) => groups[i] == groups[j],
+                None => i / group_size == j / group_size,
+            }
+    };
+    let step = |i: usize, nth: usize| match options.step {
+        TokenStep::Column => rows[i][nth] - ranges.start(i),
+        TokenStep::Unmasked => nth,
+    };
+    let returns =
+        |i: usize, nth: usize| -> f64 { rows[i][nth..].iter().map(|&at| inputs.rewards[at]).sum() };
+    let weight = |i: usize, nth: usize| -> f64 {
+        let of_token = |&at: &usize| {
+            let (logp, log_sum) = (inputs.logp[at], inputs.log_sum_sq_probs[at]);
+            let p = logp.exp();
+            let is_rounding = (-1e-5..0.0).contains(&(log_sum - 2.0 * logp));
+            let others = if is_rounding { 0.0 } else { log_sum.exp() - p * p };
+            ((1.0 - p).powi(2) + others) * inputs.weights.map_or(1.0, |weights| weights[at]).powi(2)
+        };
+        rows[i][..=nth].iter().map(of_token).sum()
+    };
+
+    let all = vec![0.0; ranges.start(batch)];
+    let [mut advantages, mut all_returns] = [all.clone(), all];
+    for i in 0..batch {
+        let group: Vec<usize> = (0..batch).filter(|&j| together(i, j)).collect();
+        let longest_other =
+            group.iter().filter(|&&j| j != i).map(|&j| rows[j].len()).max().unwrap_or(0);
+        for nth in 0..rows[i].len() {
+            let at = step(i, nth);
+            let (mut sum, mut weights) = (0.0, 0.0);
+            for &j in &group {
+                for other in (0..rows[j].len()).filter(|&other| step(j, other) == at) {
+                    sum += weight(j, other) * returns(j, other);
+                    weights += weight(j, other);
+                }
+            }
+            // Where all others have ended: those are as many steps as they have tokens.
+            let is_tail = rows[i].len() > longest_other && at >= longest_other;
+            let alone = group.len() == 1 || (options.lone_tail && is_tail);
+            let baseline = if alone { 0.0 } else { sum / (weights + options.eps) };
+            advantages[rows[i][nth]] = returns(i, nth) - baseline;
+            all_returns[rows[i][nth]] = returns(i, nth);
+        }
+    }
+    [advantages, all_returns]
 }
 
 /// Mean and sum of squared deviations; NaN if one of the values is infinite, and exact if all are equal.

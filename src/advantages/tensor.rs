@@ -4,7 +4,10 @@ use candle_core::{DType, Tensor};
 
 #[cfg(feature = "cuda")]
 use super::cuda;
-use super::{cpu, AdvantageOptions, AdvantageStats, Baseline, Inputs, Outputs, Scale, Sizes, OP};
+use super::{
+    cpu, AdvantageOptions, AdvantageStats, Baseline, Inputs, Outputs, Scale, Sizes,
+    TokenBaselineOptions, TokenInputs, TokenOutputs, OP,
+};
 use crate::error::{Error, Result};
 use crate::memory::Tensors;
 use crate::tensor::{batch_and_seq_len, check_dtype, run, Backend, Constants, Owned};
@@ -145,4 +148,59 @@ pub fn gdpo(
         ..AdvantageOptions::of(Baseline::Batch, Scale::Batch)
     };
     Ok(outcome_advantages(&AdvantageInputs::new(&total), 0, &over_batch)?.advantages)
+}
+
+/// The inputs of [`optimal_token_baseline`] as tensors.
+pub type TokenBaselineInputs<'a> = TokenInputs<'a, Tensors>;
+
+/// Advantages of tokens against verl's optimal token baseline, and returns: f32 `[B, T]`, or `[N]` of a pack, 0
+/// where masked, constants to the gradient. See [the module](super) for formula, groups and the meaning of the
+/// inputs; `group_size` is 0 where `groups` is given.
+///
+/// # Errors
+/// If a shape, dtype or device does not fit, an option is out of range, or rows are in no groups.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use ppo_kernels::advantages::{optimal_token_baseline, TokenBaselineInputs};
+///
+/// # fn main() -> ppo_kernels::Result<()> {
+/// // Two answers of two tokens; of the whole vocabulary p is 1/2 and 1/2.
+/// let rewards = Tensor::new(&[[0f32, 1.0], [0.0, 0.0]], &Device::Cpu)?;
+/// let logp = Tensor::full(0.5f32.ln(), (2, 2), &Device::Cpu)?;
+/// let inputs = TokenBaselineInputs::new(&rewards, &logp, &logp);
+/// let [advantages, returns] = optimal_token_baseline(&inputs, 2, &Default::default())?;
+/// assert_eq!(returns.to_vec2::<f32>()?, [[1.0, 1.0], [0.0, 0.0]]);
+/// assert_eq!(advantages.to_vec2::<f32>()?, [[0.5, 0.5], [-0.5, -0.5]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn optimal_token_baseline(
+    inputs: &TokenBaselineInputs,
+    group_size: usize,
+    options: &TokenBaselineOptions,
+) -> Result<[Tensor; 2]> {
+    let rewards = inputs.rewards;
+    check_dtype(OP, "rewards", rewards, &[DType::F32])?;
+    let [batch, seq_len] = batch_and_seq_len(OP, "rewards", rewards, inputs.offsets)?;
+    let sizes = Sizes { batch, seq_len, group_size };
+    let shape = sizes.shape(inputs.offsets.is_some());
+    let backend = Backend::of(OP, "rewards", rewards.device())?;
+    let tensors = inputs.try_map(shape, &mut Constants::new(OP, rewards.device()))?;
+    let tokens = shape.count_tokens();
+    let mut buffers = TokenOutputs::<Owned> {
+        advantages: backend.buffer(tokens)?,
+        returns: Some(backend.buffer(tokens)?),
+    };
+    run!(
+        (OP, backend),
+        [tensors, shape],
+        [buffers, shape],
+        |i, o| cpu::optimal_token_baseline(i, sizes, options, o),
+        |stream, w = [cuda::token_workspace_len(batch, tokens)]| {
+            cuda::optimal_token_baseline(stream, i, sizes, options, o, w)
+        },
+    );
+    let TokenOutputs { advantages, returns } = buffers;
+    Ok([advantages, returns.expect("asked for")].map(|each| each.into_tensor(shape.tokens())))
 }

@@ -23,6 +23,14 @@ pub unsafe extern "C" fn ppok_advantages_options_init(
 }
 
 #[no_mangle]
+pub unsafe extern "C" fn ppok_optimal_token_baseline_options_init(
+    options: *mut ppok_optimal_token_baseline_options,
+    struct_size: usize,
+) -> i32 {
+    capi::init(options, struct_size)
+}
+
+#[no_mangle]
 pub unsafe extern "C" fn ppok_advantages_cuda(
     args: *const ppok_advantages_args,
     workspace: *mut c_void,
@@ -35,6 +43,25 @@ pub unsafe extern "C" fn ppok_advantages_cuda(
 #[no_mangle]
 pub unsafe extern "C" fn ppok_advantages_cuda_workspace_size(
     args: *const ppok_advantages_args,
+    stream: *mut c_void,
+    bytes: *mut usize,
+) -> i32 {
+    capi::workspace_size(args, stream, bytes)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_optimal_token_baseline_cuda(
+    args: *const ppok_optimal_token_baseline_args,
+    workspace: *mut c_void,
+    bytes: usize,
+    stream: *mut c_void,
+) -> i32 {
+    capi::cuda(args, workspace, bytes, stream)
+}
+
+#[no_mangle]
+pub unsafe extern "C" fn ppok_optimal_token_baseline_cuda_workspace_size(
+    args: *const ppok_optimal_token_baseline_args,
     stream: *mut c_void,
     bytes: *mut usize,
 ) -> i32 {

@@ -68,6 +68,8 @@ pub enum Op {
     Gae,
     /// `outcome_advantages`, with its statistics.
     Advantages,
+    /// `optimal_token_baseline`.
+    TokenBaseline,
     /// `masked_whiten`, `masked_whiten_with`.
     Whiten,
     /// `correction` with its statistics.
@@ -87,6 +89,7 @@ impl Op {
             Op::FullKl => "full_kl",
             Op::Gae => "gae",
             Op::Advantages => "advantages",
+            Op::TokenBaseline => "token_baseline",
             Op::Whiten => "whiten",
             Op::Correction => "correction",
             Op::PpoLoss => "ppo_loss",
@@ -104,6 +107,7 @@ pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
         Op::FullKl => tolerance::FULL_KL,
         Op::Gae => tolerance::GAE,
         Op::Advantages => tolerance::ADVANTAGES,
+        Op::TokenBaseline => tolerance::TOKEN_BASELINE,
         Op::Whiten => tolerance::WHITEN,
         Op::Correction => tolerance::CORRECTION,
         Op::PpoLoss => tolerance::PPO_LOSS,

@@ -1,14 +1,16 @@
 //! The functions of the advantages op.
 
 use ppo_kernels::advantages::capi::*;
-use ppo_kernels::advantages::cpu::{self, Inputs, Outputs};
-use ppo_kernels::advantages::{AdvantageOptions, Baseline, Scale, Singleton, Sizes};
+use ppo_kernels::advantages::cpu::{self, Inputs, Outputs, TokenOutputs};
+use ppo_kernels::advantages::{
+    AdvantageOptions, Baseline, Scale, Singleton, Sizes, TokenBaselineOptions, TokenStep,
+};
 use ppo_kernels::capi::functions::*;
 use ppo_kernels::whiten::capi::{PPOK_WHITEN_EPS_IN_STD, PPOK_WHITEN_EPS_IN_VARIANCE};
 use ppo_kernels::whiten::EpsPlacement;
 
 use super::*;
-use crate::common::advantages_cases::{Grouping, Run, Sample, NO_STATS};
+use crate::common::advantages_cases::{Grouping, Run, Sample, Tokens, NO_STATS};
 
 /// Every option away from its default, and every number of the enumerations.
 fn option_sets() -> Vec<(AdvantageOptions, ppok_advantages_options)> {
@@ -137,6 +139,73 @@ fn advantages_are_those_of_rust() {
     });
 }
 
+type TokenPair = (TokenBaselineOptions, ppok_optimal_token_baseline_options);
+
+fn token_option_sets() -> [TokenPair; 2] {
+    let init = || defaults(ppok_optimal_token_baseline_options_init);
+    let own = TokenBaselineOptions { eps: 0.3, step: TokenStep::Unmasked, lone_tail: false };
+    let c = ppok_optimal_token_baseline_options {
+        eps: 0.3,
+        step: PPOK_TOKEN_STEP_UNMASKED,
+        lone_tail: 0,
+        ..init()
+    };
+    assert_eq!(init().step, PPOK_TOKEN_STEP_COLUMN);
+    [(TokenBaselineOptions::default(), init()), (own, c)]
+}
+
+fn token_args(
+    tokens: &Tokens,
+    options: &ppok_optimal_token_baseline_options,
+    [advantages, returns]: &mut [Vec<f32>; 2],
+) -> ppok_optimal_token_baseline_args {
+    let (inputs, Sizes { batch, seq_len, group_size }) = (tokens.inputs(), tokens.sizes);
+    ppok_optimal_token_baseline_args {
+        struct_size: size_of::<ppok_optimal_token_baseline_args>(),
+        batch,
+        seq_len,
+        group_size,
+        rewards: inputs.rewards.as_ptr(),
+        logp: inputs.logp.as_ptr(),
+        log_sum_sq_probs: inputs.log_sum_sq_probs.as_ptr(),
+        groups: pointer(inputs.groups),
+        weights: pointer(inputs.weights),
+        mask: pointer(inputs.mask),
+        offsets: pointer(inputs.offsets),
+        options,
+        advantages: advantages.as_mut_ptr(),
+        returns: returns.as_mut_ptr(),
+    }
+}
+
+/// Calls `check` with padded rows and with packs, in groups by ids and of rows after each other.
+fn with_tokens(check: impl Fn(&Tokens)) {
+    let rng = &mut rng(5);
+    for number in 0..4 {
+        let (padded, packed, _) = Tokens::padded_and_packed(rng, number);
+        check(&padded);
+        check(&packed);
+    }
+}
+
+#[test]
+fn optimal_token_baselines_are_those_of_rust() {
+    with_tokens(|tokens| {
+        let unwritten = || [(); 2].map(|()| vec![f32::NAN; tokens.rewards.len()]);
+        for (options, c) in token_option_sets() {
+            let mut want = unwritten();
+            let [advantages, returns] = &mut want;
+            let outputs = TokenOutputs { returns: Some(returns), ..TokenOutputs::new(advantages) };
+            cpu::optimal_token_baseline(tokens.inputs(), tokens.sizes, &options, outputs).unwrap();
+
+            let mut got = unwritten();
+            // SAFETY: lengths as said.
+            ok(unsafe { ppok_optimal_token_baseline_cpu(&token_args(tokens, &c, &mut got)) });
+            assert_eq!(got, want, "{options:?}");
+        }
+    });
+}
+
 #[cfg(feature = "simt")]
 mod on_the_stand_in {
     use ppo_kernels::advantages::cuda;
@@ -187,6 +256,51 @@ mod on_the_stand_in {
             }
         });
     }
+
+    #[test]
+    fn optimal_token_baselines_are_those_of_rust() {
+        let machine = machines()[0];
+        let stream = Stream::simt(machine);
+        with_tokens(|tokens| {
+            let (inputs, sizes) = (tokens.inputs(), tokens.sizes);
+            let unwritten = || [(); 2].map(|()| vec![f32::NAN; tokens.rewards.len()]);
+            for (options, c) in token_option_sets() {
+                let device_inputs = cuda::TokenInputs {
+                    rewards: slice(inputs.rewards),
+                    logp: slice(inputs.logp),
+                    log_sum_sq_probs: slice(inputs.log_sum_sq_probs),
+                    groups: inputs.groups.map(slice),
+                    weights: inputs.weights.map(slice),
+                    mask: inputs.mask.map(slice),
+                    offsets: inputs.offsets.map(slice),
+                };
+                let mut want = unwritten();
+                let [advantages, returns] = &mut want;
+                let outputs =
+                    cuda::TokenOutputs { advantages: out(advantages), returns: Some(out(returns)) };
+                let len = cuda::token_workspace_len(sizes.batch, tokens.rewards.len());
+                let workspace = &mut vec![f64::NAN; len][..];
+                let workspace = out(workspace);
+                cuda::optimal_token_baseline(
+                    &stream,
+                    device_inputs,
+                    sizes,
+                    &options,
+                    outputs,
+                    workspace,
+                )
+                .unwrap();
+
+                let mut got = unwritten();
+                let args = token_args(tokens, &c, &mut got);
+                let pass = ppok_optimal_token_baseline_cuda;
+                let size = ppok_optimal_token_baseline_cuda_workspace_size;
+                // SAFETY: lengths as said.
+                unsafe { run(pass, size, &args, &machine) };
+                assert_eq!(got, want, "{options:?}");
+            }
+        });
+    }
 }
 
 #[test]
@@ -218,5 +332,21 @@ fn errors_name_the_field_of_the_struct() {
         };
         // SAFETY: the arrays are as long as the sizes say.
         refused(unsafe { ppok_advantages_cpu(&args) }, field);
+    }
+    type TokenChange = fn(&mut ppok_optimal_token_baseline_options);
+    let changes: &[(&str, TokenChange)] = &[
+        ("eps", |options| options.eps = f64::INFINITY),
+        ("step", |options| options.step = 2),
+        ("lone_tail", |options| options.lone_tail = -1),
+    ];
+    for &(field, change) in changes {
+        let mut options = defaults(ppok_optimal_token_baseline_options_init);
+        change(&mut options);
+        let tokens = Tokens::new(&mut rng(6), 6, 2, 1);
+        let mut found = [(); 2].map(|()| vec![0.0; 12]);
+        // SAFETY: lengths as said.
+        let status =
+            unsafe { ppok_optimal_token_baseline_cpu(&token_args(&tokens, &options, &mut found)) };
+        refused(status, field);
     }
 }

@@ -1,8 +1,9 @@
 //! The batches on which every backend of the advantages op is tested.
 
-use ppo_kernels::advantages::cpu::Inputs;
+use ppo_kernels::advantages::cpu::{self, Inputs};
 use ppo_kernels::advantages::{
     reference, AdvantageOptions, AdvantageStats, Baseline, Scale, Singleton, Sizes,
+    TokenBaselineOptions, TokenStep,
 };
 use ppo_kernels::tolerance;
 use ppo_kernels::whiten::EpsPlacement;
@@ -10,6 +11,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::Rng;
 
+use super::pack::Pack;
 use super::{assert_close, random_mask, uniform, wide};
 
 pub const REL: f64 = tolerance::ADVANTAGES.tests.rel;
@@ -232,4 +234,109 @@ impl Run {
 
 pub fn numbers(stats: &AdvantageStats) -> [f64; 3] {
     [stats.score_mean, stats.score_std, stats.zero_std_fraction]
+}
+
+/// What the optimal token baseline is made of.
+#[derive(Clone)]
+pub struct Tokens {
+    pub rewards: Vec<f32>,
+    pub logp: Vec<f32>,
+    pub log_sums: Vec<f32>,
+    pub groups: Option<Vec<i64>>,
+    pub weights: Option<Vec<f32>>,
+    pub mask: Option<Vec<u8>>,
+    pub offsets: Option<Vec<i64>>,
+    pub sizes: Sizes,
+}
+
+impl Tokens {
+    /// With what may be left out there or not, by the number.
+    pub fn new(rng: &mut StdRng, batch: usize, seq_len: usize, number: usize) -> Self {
+        let n = batch * seq_len;
+        let logp: Vec<f32> = uniform(rng, n, 2.0).into_iter().map(|x| x - 2.0).collect();
+        // The square of the token's own probability and more, up to 1.
+        let more = uniform(rng, n, 0.5).into_iter().map(|x| f64::from(x) + 0.5);
+        let log_sum = |(&logp, more): (&f32, f64)| {
+            let own = (2.0 * f64::from(logp)).exp();
+            (own + more * (1.0 - own)).ln() as f32
+        };
+        let log_sums = logp.iter().zip(more).map(log_sum).collect();
+        let by_ids = number.is_multiple_of(2);
+        Self {
+            rewards: uniform(rng, n, 1.0),
+            logp,
+            log_sums,
+            groups: by_ids.then(|| (0..batch).map(|_| rng.random_range(-3..3)).collect()),
+            weights: number.is_multiple_of(3).then(|| uniform(rng, n, 1.0)),
+            mask: (!number.is_multiple_of(4)).then(|| random_mask(rng, n, 0.7)),
+            offsets: None,
+            sizes: Sizes {
+                batch,
+                seq_len,
+                group_size: if by_ids { 0 } else { (batch / 3).max(1) },
+            },
+        }
+    }
+
+    /// Nine rows of up to 61 tokens, some masked, with padding and as a pack.
+    pub fn padded_and_packed(rng: &mut StdRng, number: usize) -> (Self, Self, Pack) {
+        let (batch, seq_len) = (9, 61);
+        let mut padded = Self::new(rng, batch, seq_len, number);
+        let pack = Pack::random(rng, batch, seq_len);
+        let holes = random_mask(rng, batch * seq_len, 0.8);
+        padded.mask = Some(pack.hide(&holes));
+        let mut packed = padded.clone();
+        for x in [&mut packed.rewards, &mut packed.logp, &mut packed.log_sums] {
+            *x = pack.pack(x);
+        }
+        packed.weights = packed.weights.map(|x| pack.pack(&x));
+        packed.mask = Some(pack.pack(&holes));
+        packed.offsets = Some(pack.offsets.clone());
+        packed.sizes.seq_len = pack.tokens();
+        (padded, packed, pack)
+    }
+
+    pub fn inputs(&self) -> cpu::TokenInputs<'_> {
+        cpu::TokenInputs {
+            groups: self.groups.as_deref(),
+            weights: self.weights.as_deref(),
+            mask: self.mask.as_deref(),
+            offsets: self.offsets.as_deref(),
+            ..cpu::TokenInputs::new(&self.rewards, &self.logp, &self.log_sums)
+        }
+    }
+
+    /// Asserts that advantages and returns are those of the reference.
+    #[track_caller]
+    pub fn check(&self, what: &str, options: &TokenBaselineOptions, found: &[Vec<f32>; 2]) {
+        for (got, want) in found.iter().zip(baseline_of_reference(self, options)) {
+            let within = tolerance::TOKEN_BASELINE.tests;
+            assert_close(what, &wide(got), &want, within.rel, within.abs);
+        }
+    }
+}
+
+pub fn baseline_of_reference(tokens: &Tokens, options: &TokenBaselineOptions) -> [Vec<f64>; 2] {
+    let [rewards, logp, log_sums] =
+        [&tokens.rewards, &tokens.logp, &tokens.log_sums].map(|x| wide(x));
+    let weights = tokens.weights.as_deref().map(wide);
+    let inputs = reference::TokenInputs {
+        groups: tokens.groups.as_deref(),
+        weights: weights.as_deref(),
+        mask: tokens.mask.as_deref(),
+        offsets: tokens.offsets.as_deref(),
+        ..reference::TokenInputs::new(&rewards, &logp, &log_sums)
+    };
+    reference::optimal_token_baseline(&inputs, tokens.sizes, options)
+}
+
+/// All that is not a number.
+pub fn baseline_options() -> [TokenBaselineOptions; 4] {
+    let of = |step, lone_tail| TokenBaselineOptions { step, lone_tail, ..Default::default() };
+    [
+        of(TokenStep::Column, true),
+        of(TokenStep::Column, false),
+        of(TokenStep::Unmasked, true),
+        of(TokenStep::Unmasked, false),
+    ]
 }

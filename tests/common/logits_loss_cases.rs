@@ -172,7 +172,12 @@ impl<T: Logit> Case<T> {
         // The policy's gradient of a token and that of the KL may cancel, each good for some units in the
         // last place. Below its normal range f16 has no more than units of 2^-24.
         let largest = grad.iter().fold(0.0, |most: f64, g| most.max(g.abs()));
-        let abs = 1e-5 * largest + if T::NAME == "f16" { 1e-7 } else { 0.0 };
+        // A weight e^x is as good as x, in which e^d is a term: an error of d is as many times as large there.
+        let exponent = match self.options.surrogate {
+            Surrogate::GammaWeight => largest.max(f64::MIN_POSITIVE).ln().abs().max(1.0),
+            _ => 1.0,
+        };
+        let abs = 1e-5 * largest * exponent + if T::NAME == "f16" { 1e-7 } else { 0.0 };
         assert_close(&format!("{what}: gradient"), &wide(&found.grad_logits), &grad, rel, abs);
     }
 }

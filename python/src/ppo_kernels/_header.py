@@ -16,6 +16,8 @@ ADVANTAGES_SCALE_MEAN = 4
 ADVANTAGES_SCALE_NONZERO = 5
 ADVANTAGES_SINGLETON_ZERO = 0
 ADVANTAGES_SINGLETON_KEEP = 1
+TOKEN_STEP_COLUMN = 0
+TOKEN_STEP_UNMASKED = 1
 VERSION = 100
 STATUS_OK = 0
 STATUS_SHAPE = 1
@@ -579,6 +581,34 @@ class logprob_partial_args(Structure):
     ]
 
 
+class optimal_token_baseline_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("eps", c_double),
+        ("step", c_int32),
+        ("lone_tail", c_int32),
+    ]
+
+
+class optimal_token_baseline_args(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("batch", c_size_t),
+        ("seq_len", c_size_t),
+        ("group_size", c_size_t),
+        ("rewards", c_void_p),
+        ("logp", c_void_p),
+        ("log_sum_sq_probs", c_void_p),
+        ("groups", c_void_p),
+        ("weights", c_void_p),
+        ("mask", c_void_p),
+        ("offsets", c_void_p),
+        ("options", c_void_p),
+        ("advantages", c_void_p),
+        ("returns", c_void_p),
+    ]
+
+
 class ppo_loss_args(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -987,6 +1017,14 @@ OPTIONS = {
         "weights_per_row": "bool",
         "row_extremes": "bool",
     },
+    "optimal_token_baseline": {
+        "eps": "float",
+        "step": (
+            "column",
+            "unmasked",
+        ),
+        "lone_tail": "bool",
+    },
     "preference": {
         "beta": "float",
         "label_smoothing": "float",
@@ -1095,6 +1133,10 @@ FUNCTIONS = {
     "logprob_partial_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "moments_merge": (c_int32, (c_void_p, c_void_p, c_void_p)),
     "num_threads": (c_size_t, ()),
+    "optimal_token_baseline_cpu": (c_int32, (c_void_p,)),
+    "optimal_token_baseline_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
+    "optimal_token_baseline_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),
+    "optimal_token_baseline_options_init": (c_int32, (c_void_p, c_size_t)),
     "ppo_loss_cpu": (c_int32, (c_void_p,)),
     "ppo_loss_cuda": (c_int32, (c_void_p, c_void_p, c_size_t, c_void_p)),
     "ppo_loss_cuda_workspace_size": (c_int32, (c_void_p, c_void_p, c_void_p)),

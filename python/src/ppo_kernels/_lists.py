@@ -268,6 +268,21 @@ ADVANTAGES = Op("outcome_advantages", _inputs, Options("advantages", "outcome_ad
 _sizes, _results = "batch seq_len group_size", "advantages token_advantages stats"
 advantages = _pass("advantages", ADVANTAGES, _sizes, _results)
 
+_inputs = (
+    _numbers("rewards"),
+    _numbers("logp"),
+    _numbers("log_sum_sq_probs"),
+    _tensor("groups?", INTEGERS, per_row=True),
+    _numbers("weights?"),
+    _flags("mask?"),
+    _offsets,
+)
+TOKEN_BASELINE = Op(
+    "optimal_token_baseline", _inputs, Options("optimal_token_baseline", "optimal_token_baseline")
+)
+_sizes, _results = "batch seq_len group_size", "advantages returns"
+optimal_token_baseline = _pass("optimal_token_baseline", TOKEN_BASELINE, _sizes, _results)
+
 # The estimators that the field has names for, as arguments of outcome_advantages.
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "grpo": {"baseline": "group", "scale": "group"},
@@ -448,7 +463,7 @@ def units_of(rows: int, options: Sequence) -> int:
 
 _OFFSETS_AT = {
     op.name: place
-    for op in (GAE, CORRECTION, PPO_LOSS)
+    for op in (GAE, TOKEN_BASELINE, CORRECTION, PPO_LOSS)
     for place, argument in enumerate(op.inputs)
     if argument.kind == OFFSETS
 }

@@ -764,6 +764,19 @@ def outcome_advantages(given: tuple, options: tuple) -> Results:
     _call(_lists.advantages, scores, options, *sizes, *_addresses(inputs, outputs))
 
 
+_ROWS = range(len(_lists.TOKEN_BASELINE.inputs))
+
+
+@_op(_lists.TOKEN_BASELINE, "advantages returns", size="group_size", kept=_ROWS)
+def optimal_token_baseline(given: tuple, options: tuple) -> Results:
+    *tensors, group_size = given
+    sizes, inputs = _check_rows(_lists.TOKEN_BASELINE, tuple(tensors))
+    outputs = (_result(tensors[0]), _result(tensors[0]))
+    yield outputs
+    addresses = _addresses(inputs, outputs)
+    _call(_lists.optimal_token_baseline, inputs[0], options, *sizes, group_size, *addresses)
+
+
 # --- whiten ---
 
 

@@ -520,6 +520,64 @@ def outcome_advantages(
     return AdvantagesOutput(advantages, dict(zip(_lib.ADVANTAGE_STATS, stats.unbind())))
 
 
+class TokenBaselineOutput(NamedTuple):
+    """What :func:`optimal_token_baseline` returns, ``[..., seq_len]`` and 0 where masked."""
+
+    advantages: Tensor
+    returns: Tensor
+    """The sum of the rewards from a token on."""
+
+
+def optimal_token_baseline(
+    rewards: Tensor,
+    logp: Tensor,
+    log_sum_sq_probs: Tensor,
+    groups: Tensor | Sequence[Hashable] | None = None,
+    mask: Tensor | None = None,
+    *,
+    group_size: int | None = None,
+    weights: Tensor | None = None,
+    offsets: Tensor | None = None,
+    step: Literal["column", "unmasked"] = "column",
+    lone_tail: bool = True,
+    eps: Number = 1e-8,
+) -> TokenBaselineOutput:
+    """Advantages of tokens against verl's optimal token baseline, the baseline of least variance
+    that is the same for the tokens of a group at one step.
+
+    With G the sum of the rewards from a token on, and W the sum up to it of ``weights``² times
+    ‖onehot - p‖², the squared norm of the gradient of its log-probability to the logits::
+
+        A = G - sum(W G) / (sum(W) + eps)      over the tokens of the group at the same step
+
+    A row that is alone in its group has no baseline. Not differentiable: the results are constants.
+
+    Args:
+        rewards: of the tokens, ``[..., seq_len]``.
+        logp: log-probabilities of the tokens.
+        log_sum_sq_probs: the logarithm of the sum of the squared probabilities of the whole
+            vocabulary, which :func:`linear_logprobs` gives; of verl's ``sum_pi_squared`` the log.
+        groups: which rows belong together, as of :func:`outcome_advantages`.
+        mask: 0 where masked.
+        group_size: in place of ``groups``: so many rows after each other are a group.
+        weights: importance weights of the tokens.
+        offsets: where the rows of a pack begin, ``[rows + 1]``; see :func:`gae`. All that is
+            ``[..., seq_len]`` is ``[tokens]`` then.
+        step: which tokens of a group have a baseline in common: those of one ``column``, or those
+            before which as many are ``unmasked`` (verl's form for several turns).
+        lone_tail: whether the one longest row of a group has no baseline from where the second
+            longest ends (verl's ``handle_zero_tail``). It would be compared with itself there.
+        eps: added to the sum of the weights.
+    """
+    if groups is not None and not isinstance(groups, Tensor):
+        groups = _numbered(groups, rewards.device)
+    inputs = (rewards, logp, log_sum_sq_probs, groups, weights, mask, offsets)
+    tensors = map(_constant, _taken(_lists.TOKEN_BASELINE, *inputs))
+    options = (eps, step, lone_tail)
+    found = _ops.call(_ops.optimal_token_baseline, *tensors, group_size or 0, *options)
+    return TokenBaselineOutput(*found)
+
+
 def _lengths(kept: Tensor, offsets: Tensor | None) -> Tensor:
     """How many tokens are kept of each row."""
     if offsets is None:

@@ -409,9 +409,7 @@ def outcome_advantages(
     ``[tokens]``, those of its tokens.
     ``groups`` is of anything that can be sorted."""
     given, shape = locals(), np.shape(scores)
-    if groups is not None and np.asarray(groups).dtype.kind not in "iu":
-        _, ids = np.unique(groups, return_inverse=True)
-        given["groups"] = ids.reshape(np.shape(groups))
+    given["groups"] = _numbered(groups)
     shapes = (None if array is None else np.shape(array) for array in (mask, offsets))
     of_tokens = _lists.tokens_of(shape, *shapes)
     if mask is not None:
@@ -428,6 +426,45 @@ def outcome_advantages(
     _call(_lists.advantages, given, *sizes, *inputs, rows, tokens, stats)
     named = dict(zip(_lib.ADVANTAGE_STATS, stats.tolist()))
     return AdvantagesOutput(rows if tokens is None else tokens, named)
+
+
+def _numbered(groups: ArrayLike | None) -> NDArray | None:
+    """Integers, the same where groups are equal."""
+    if groups is None or np.asarray(groups).dtype.kind in "iu":
+        return groups
+    _, ids = np.unique(groups, return_inverse=True)
+    return ids.reshape(np.shape(groups))
+
+
+class TokenBaselineOutput(NamedTuple):
+    """What :func:`optimal_token_baseline` returns."""
+
+    advantages: Floats
+    returns: Floats
+
+
+def optimal_token_baseline(
+    rewards: ArrayLike,
+    logp: ArrayLike,
+    log_sum_sq_probs: ArrayLike,
+    groups: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    group_size: int | None = None,
+    weights: ArrayLike | None = None,
+    offsets: ArrayLike | None = None,
+    step: str = "column",
+    lone_tail: bool = True,
+    eps: float = 1e-8,
+) -> TokenBaselineOutput:
+    """Advantages of tokens ``[..., seq_len]``, or with offsets ``[tokens]``, of groups of rows
+    ``[...]``, and returns."""
+    given, shape = {**locals(), "groups": _numbered(groups)}, np.shape(rewards)
+    sizes = _sizes(_lists.TOKEN_BASELINE, rewards, offsets)
+    inputs = _checked(_lists.TOKEN_BASELINE, given, shape)
+    outputs = TokenBaselineOutput(*(np.empty(shape, np.float32) for _ in range(2)))
+    _call(_lists.optimal_token_baseline, given, *sizes, group_size or 0, *inputs, *outputs)
+    return outputs
 
 
 ESTIMATORS = _lists.ESTIMATORS

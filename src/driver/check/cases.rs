@@ -8,7 +8,8 @@ use rand::{Rng, SeedableRng};
 
 use super::{Op, Pass, Row};
 use crate::advantages::{
-    self, outcome_advantages, AdvantageInputs, AdvantageOptions, Baseline, Scale, Singleton, Sizes,
+    self, optimal_token_baseline, outcome_advantages, AdvantageInputs, AdvantageOptions, Baseline,
+    Scale, Singleton, Sizes, TokenBaselineInputs, TokenBaselineOptions, TokenStep,
 };
 use crate::correction::{
     self, correction, CorrectionInputs, CorrectionOptions, CorrectionStats, Outside, Rejection,
@@ -81,6 +82,7 @@ pub(super) fn all(device: &Device, seed: u64, bound_scale: f64) -> Result<Vec<Ro
     }
     check(Op::Gae, DType::F32, &check_gae)?;
     check(Op::Advantages, DType::F32, &check_advantages)?;
+    check(Op::TokenBaseline, DType::F32, &check_token_baseline)?;
     check(Op::Whiten, DType::F32, &check_whiten)?;
     check(Op::PpoLoss, DType::F32, &check_ppo_loss)?;
     check(Op::Preference, DType::F32, &check_preference)?;
@@ -500,6 +502,66 @@ fn check_advantages(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
             let numbers: [f64; 3] = bytemuck::cast(stats);
             row.compare(&numbers, &bytemuck::cast::<_, [f64; 3]>(want.stats))?;
         }
+    }
+    Ok(())
+}
+
+fn check_token_baseline(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
+    // What the reference takes goes with the square of the longer ones.
+    for &padded in &TOKEN_SHAPES[..3] {
+        for _ in 0..DRAWS {
+            token_baseline_case(draw, &mut pair.forward, padded.into())?;
+        }
+    }
+    Ok(())
+}
+
+fn token_baseline_case(
+    draw: &mut Draw,
+    row: &mut Row,
+    padded @ [batch, _]: [usize; 2],
+) -> Result<()> {
+    let mask = draw.mask(padded);
+    let groups: Vec<i64> = (0..batch).map(|_| draw.rng.random_range(-1..1)).collect();
+    let (offsets, shape, seq_len) = draw.packed(padded);
+    let n = mask.len();
+    let (rewards, weights) = (draw.values(n, 0.0, 1.0), draw.values(n, 1.0, 1.0));
+    let logp = draw.values(n, -2.0, 2.0);
+    // Of the token's own probability and more, up to 1.
+    let log_sum = |&logp: &f32| {
+        let own = (2.0 * logp).exp();
+        (own + draw.rng.random_range(0.0..1.0) * (1.0 - own)).ln()
+    };
+    let log_sums: Vec<f32> = logp.iter().map(log_sum).collect();
+    let options = TokenBaselineOptions {
+        eps: draw.pick(&[1e-8, 0.1]),
+        step: draw.pick(&[TokenStep::Column, TokenStep::Unmasked]),
+        lone_tail: draw.rng.random_bool(0.5),
+    };
+    let tensor = |x: &[f32]| draw.tensor(x, &shape);
+    let (r, l, s, w) = (tensor(&rewards)?, tensor(&logp)?, tensor(&log_sums)?, tensor(&weights)?);
+    let offsets_tensor = draw.offsets(offsets.as_deref())?;
+    let inputs = TokenBaselineInputs {
+        groups: Some(&Tensor::from_slice(&groups, batch, draw.device)?),
+        weights: Some(&w),
+        mask: Some(&draw.bytes(&mask, &shape)?),
+        offsets: offsets_tensor.as_ref(),
+        ..TokenBaselineInputs::new(&r, &l, &s)
+    };
+    let computed = optimal_token_baseline(&inputs, 0, &options)?;
+
+    let [rewards, logp, log_sums, weights] = [rewards, logp, log_sums, weights].map(|x| widen(&x));
+    let inputs = advantages::reference::TokenInputs {
+        groups: Some(&groups),
+        weights: Some(&weights),
+        mask: Some(&mask),
+        offsets: offsets.as_deref(),
+        ..advantages::reference::TokenInputs::new(&rewards, &logp, &log_sums)
+    };
+    let sizes = Sizes { batch, seq_len, group_size: 0 };
+    let want = advantages::reference::optimal_token_baseline(&inputs, sizes, &options);
+    for (computed, want) in computed.iter().zip(&want) {
+        row.compare(&wide(computed)?, want)?;
     }
     Ok(())
 }
