@@ -23,7 +23,7 @@ use ppo_kernels::driver::model::Critic;
 use ppo_kernels::driver::optim::{Optimizer, Schedule};
 use ppo_kernels::driver::report::Progress;
 use ppo_kernels::driver::reward::{self, Reward, Sample};
-use ppo_kernels::driver::rollout::{Prompts, Sampler};
+use ppo_kernels::driver::rollout::{Prompts, Rollout, Sampler};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::train;
 use ppo_kernels::driver::trainer::{Step, Trainer};
@@ -428,6 +428,96 @@ fn outcome_advantages_compare_the_responses_to_a_prompt() {
         assert_close("reward_std", &[metric("reward_std")], &[stds], REL, ABS);
         assert_eq!(metric("frac_reward_zero_std"), 0.0);
     }
+}
+
+/// By the formula, from the probabilities of the whole vocabulary.
+#[test]
+fn the_optimal_token_baseline_weighs_with_the_norms_of_gradients() {
+    // The KL is in the loss, and the reward of a token but the last 0.
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        advantages: Some(AdvantageEstimator::OptimalTokenBaseline),
+        group_size: Some(4),
+        lm_steps: 100,
+        max_new_tokens: 16,
+        temperature: 0.8,
+        ..short(Path::new("unused"))
+    };
+    let (trainer, experience, scores) = collected(&settings, &SHAPING);
+    let (policy, sequences) = (&trainer.learner.policy, &experience.sequences);
+    let hidden = policy.hidden(&sequences.ids, &sequences.pads).unwrap();
+    let logits = (policy.logits(&hidden).unwrap() / settings.temperature).unwrap();
+    let probabilities = candle_nn::ops::softmax(&logits, D::Minus1).unwrap();
+    let squares = probabilities.sqr().unwrap().sum(D::Minus1).unwrap().to_vec2::<f32>().unwrap();
+    let got = advantages(&experience);
+    let (lengths, mut old_logp) = (&sequences.lengths, to_vec(&experience.old_logp).into_iter());
+    let mut weights = Vec::new();
+    for (row, &length) in lengths.iter().enumerate() {
+        let (mut total, mut of_row) = (0.0, Vec::new());
+        for t in 0..length {
+            let p = old_logp.next().unwrap().exp();
+            let square = f64::from(squares[row][sequences.prompt_len + t - 1]);
+            total += 1.0 - 2.0 * p + square;
+            of_row.push(total);
+        }
+        weights.push(of_row);
+    }
+    for group in 0..2 {
+        let rows: Vec<usize> = (4 * group..4 * group + 4).collect();
+        for &row in &rows {
+            let others = rows.iter().filter(|&&other| other != row);
+            let longest_other = others.map(|&other| lengths[other]).max().unwrap();
+            for t in 0..lengths[row] {
+                let there = rows.iter().filter(|&&row| t < lengths[row]);
+                let sum: f64 = there.clone().map(|&r| weights[r][t] * scores[r]).sum();
+                let total: f64 = there.map(|&r| weights[r][t]).sum();
+                let baseline = if t < longest_other { sum / (total + 1e-8) } else { 0.0 };
+                let what = format!("{row} {t}");
+                assert_close(&what, &[got[row][t]], &[scores[row] - baseline], 1e-4, 1e-5);
+            }
+        }
+    }
+    let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+    assert!(metric("reward").is_finite() && metric("reward_std") > 0.0);
+}
+
+#[test]
+fn remax_compares_each_answer_with_that_of_the_likeliest_tokens() {
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        advantages: Some(AdvantageEstimator::Remax),
+        group_size: Some(2),
+        score_clip: Some(2.0),
+        missing_eos_penalty: Some(0.5),
+        ..short(Path::new("unused"))
+    };
+    let mut trainer = trainer(&settings, reward::build(&settings, &Device::Cpu).unwrap());
+    let rollout = trainer.step(&mut |_| {}, &mut || {}).unwrap().rollout;
+    let greedy = rollout.greedy.as_ref().expect("it is made");
+    let text = |rollout: &Rollout, row: usize| rollout.answers.prompts[row].text.clone();
+    for row in 0..8 {
+        assert_eq!(text(&rollout, row), text(greedy, row / 2));
+    }
+    assert_eq!((greedy.scores.len(), settings.group_size()), (4, 2));
+
+    // One that has ended, one that has not, and one whose score is clipped.
+    let mut rollout = trainer.show(8).unwrap();
+    let mut greedy = trainer.show(4).unwrap();
+    greedy.scores = vec![0.25, 0.25, 3.0, -1.0];
+    greedy.answers.generation.finished = vec![true, false, true, true];
+    rollout.scores = vec![1.0, 0.5, 0.0, -0.5, 1.5, 2.5, 0.0, 0.75];
+    rollout.answers.generation.finished = vec![true; 8];
+    rollout.greedy = Some(Box::new(greedy));
+    let policy = &trainer.learner.policy;
+    let reference = policy.frozen().unwrap();
+    let experience =
+        Experience::collect(&rollout, policy, &reference, None, &SHAPING, &settings).unwrap();
+    let want = [0.75, 0.25, 0.25, -0.25, -0.5, 0.0, 1.0, 1.75];
+    for (row, want) in advantages(&experience).iter().zip(want) {
+        assert_close("advantages", row, &vec![want; row.len()], 1e-6, 1e-6);
+    }
+    let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+    assert_close("reward", &[metric("greedy_reward")], &[0.25], 1e-6, 0.0);
 }
 
 #[test]

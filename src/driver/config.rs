@@ -812,7 +812,7 @@ impl Settings {
             "--group-size is {group_size}, expected a divisor of --batch-size {batch_size}"
         );
         ensure!(
-            group_size > 1 || estimator.outcome().is_none(),
+            group_size > 1 || !estimator.has_groups(),
             "--group-size is 1 (of --batch-size {batch_size}), expected at least 2 with --advantages \
              {}, which compares the responses to a prompt",
             name(estimator)
@@ -988,8 +988,8 @@ impl RunSettings for Settings {
         );
         let estimator = self.estimator();
         ensure!(
-            estimator.outcome().is_none() || !given("gamma"),
-            "--gamma has no effect with --advantages {}, which scores whole responses; add \
+            estimator.discounts() || !given("gamma"),
+            "--gamma has no effect with --advantages {}, which discounts nothing; add \
              --advantages reinforce++ or gae",
             name(estimator)
         );

@@ -13,14 +13,17 @@
 //! ```
 
 use anyhow::{ensure, Result};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde_json::{json, Map, Value};
 
 use super::config::{AdvantageEstimator, KlPlacement, Settings};
 use super::model::{Critic, Decoder};
 use super::rollout::Rollout;
 use super::sequences::Sequences;
-use crate::advantages::{outcome_advantages, AdvantageInputs, AdvantageStats};
+use crate::advantages::{
+    optimal_token_baseline, outcome_advantages, AdvantageInputs, AdvantageStats,
+    TokenBaselineInputs, TokenBaselineOptions,
+};
 use crate::correction::{correction, CorrectionInputs, CorrectionOutput, CorrectionStats};
 use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping, ScoreScale};
 use crate::kl::{token_kl, KlEstimator, KlOptions};
@@ -94,6 +97,14 @@ impl Experience {
         };
         let old_logp = logp(&policy.no_grad())?;
         let ref_logp = logp(reference)?;
+        let log_sums = match settings.estimator() {
+            AdvantageEstimator::OptimalTokenBaseline => {
+                let policy = policy.no_grad();
+                let of = |some: &Sequences| some.log_sum_sq_probs(&policy, settings.temperature);
+                Some(in_chunks(&sequences, chunk, of)?)
+            }
+            _ => None,
+        };
         let values = match critic.map(Critic::no_grad) {
             Some(critic) => Some(in_chunks(&sequences, chunk, |some| some.values(&critic))?),
             None => None,
@@ -106,17 +117,6 @@ impl Experience {
         let estimated = token_kl(settings.kl_estimator())?;
         let penalty = Some(&estimated).filter(|_| settings.kl_placement() == KlPlacement::Reward);
         let mut metrics = response_metrics(rollout);
-        let shaped = estimate(rollout, &sequences, values.as_ref(), penalty, shaping, settings)?;
-        let Estimate { advantages, returns, rewards, metrics: of_groups } = shaped;
-        metrics.extend(of_groups);
-
-        // The only estimator whose sum over a response is one of the responses' KL, by which runs with
-        // different penalties compare, and to which --kl-target refers.
-        let k1 = match settings.kl_estimator() {
-            KlEstimator::K1 => estimated.clone(),
-            _ => token_kl(KlEstimator::K1)?,
-        };
-        let kl = sequences.sums(&k1)?;
         let weights = match settings.correction_options()? {
             Some(options) => {
                 let rollout_logp = &rollout.answers.generation.logp;
@@ -131,6 +131,24 @@ impl Experience {
             }
             None => None,
         };
+        let of_tokens = OfTokens {
+            old_logp: &old_logp,
+            log_sums: log_sums.as_ref(),
+            values: values.as_ref(),
+            kl: penalty,
+            weights: weights.as_ref(),
+        };
+        let shaped = estimate(rollout, &sequences, &of_tokens, shaping, settings)?;
+        let Estimate { advantages, returns, rewards, metrics: of_groups } = shaped;
+        metrics.extend(of_groups);
+
+        // The only estimator whose sum over a response is one of the responses' KL, by which runs with
+        // different penalties compare, and to which --kl-target refers.
+        let k1 = match settings.kl_estimator() {
+            KlEstimator::K1 => estimated.clone(),
+            _ => token_kl(KlEstimator::K1)?,
+        };
+        let kl = sequences.sums(&k1)?;
         let mut put = |name: String, value: f64| metrics.insert(name, json!(value));
         put("objective/kl".into(), mean(&kl));
         put("objective/kl_coef".into(), kl_coef);
@@ -161,6 +179,17 @@ impl Experience {
     }
 }
 
+/// What advantages are made of besides the scores: f32 `[N]`.
+struct OfTokens<'a> {
+    old_logp: &'a Tensor,
+    /// Logarithms of the sums of squared probabilities, for the optimal token baseline.
+    log_sums: Option<&'a Tensor>,
+    values: Option<&'a Tensor>,
+    /// What is taken off the rewards.
+    kl: Option<&'a Tensor>,
+    weights: Option<&'a Tensor>,
+}
+
 struct Estimate {
     advantages: Tensor,
     returns: Tensor,
@@ -174,25 +203,22 @@ struct Estimate {
 fn estimate(
     rollout: &Rollout,
     sequences: &Sequences,
-    values: Option<&Tensor>,
-    kl: Option<&Tensor>,
+    of_tokens: &OfTokens,
     shaping: &Shaping,
     settings: &Settings,
 ) -> Result<Estimate> {
     let device = sequences.ids.device();
     let (tokens, offsets) = (sequences.count_tokens(), sequences.offsets()?);
-    let scores = Tensor::new(rollout.scores.as_slice(), device)?;
-    let has_eos: Vec<u8> =
-        rollout.answers.generation.finished.iter().map(|&f| u8::from(f)).collect();
-    let has_eos = Tensor::new(has_eos, device)?;
+    let (scores, has_eos) = scores_of(rollout, device)?;
     let estimator = settings.estimator();
-    let outcome = estimator.outcome();
     // Without a critic the returns are sums of the rewards to come, those of a response undiscounted.
     let zeros = Tensor::zeros(tokens, DType::F32, device)?;
-    let (values, lambda) = values.map_or((&zeros, 1.0), |values| (values, settings.lambda));
-    let gamma = if outcome.is_none() { settings.gamma } else { 1.0 };
+    let (values, lambda) =
+        of_tokens.values.map_or((&zeros, 1.0), |values| (values, settings.lambda));
+    let gamma = if estimator.discounts() { settings.gamma } else { 1.0 };
     let plain = GaeInputs { offsets: Some(&offsets), ..GaeInputs::new(values) };
-    let shaped = GaeInputs { kl, scores: Some(&scores), has_eos: Some(&has_eos), ..plain };
+    let shaped =
+        GaeInputs { kl: of_tokens.kl, scores: Some(&scores), has_eos: Some(&has_eos), ..plain };
 
     let options = GaeOptions { gamma, lambda, ..GaeOptions::default() };
     let missing_eos = settings.missing_eos_penalty.map_or(MissingEos::Keep, MissingEos::Subtract);
@@ -209,28 +235,46 @@ fn estimate(
 
     // One token alone has no variance to whiten by.
     let can_whiten = tokens > 1;
-    let GaeOutput { mut advantages, returns, moments, .. } =
-        if settings.whiten_rewards && can_whiten {
-            let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
-            let scaled = masked_whiten(&rewards, None, &scaling)?;
-            gae(&GaeInputs { rewards: Some(&scaled), ..plain }, &options)?
-        } else {
-            out
-        };
-    let mut moments = Some(moments);
-    let mut metrics = Map::new();
-    if let Some(options) = outcome {
+    let out = if settings.whiten_rewards && can_whiten {
+        let scaling = WhitenOptions { shift_mean: false, ..WhitenOptions::default() };
+        let scaled = masked_whiten(&rewards, None, &scaling)?;
+        gae(&GaeInputs { rewards: Some(&scaled), ..plain }, &options)?
+    } else {
+        out
+    };
+    let GaeOutput { mut advantages, returns, rewards: rewards_used, moments } = out;
+    let (mut moments, mut metrics) = (Some(moments), Map::new());
+    if !estimator.discounts() {
+        let group_size = settings.group_size();
         let scores = returns.index_select(&sequences.first_tokens()?, 0)?;
         let lengths = Tensor::new(response_lengths(rollout), device)?;
         let mask = Tensor::ones(tokens, DType::U8, device)?;
+        let of_greedy = match &rollout.greedy {
+            Some(greedy) => Some(score_baselines(greedy, &shaping, group_size, device)?),
+            None => None,
+        };
         let inputs = AdvantageInputs {
             lengths: Some(&lengths),
+            score_baselines: of_greedy.as_ref(),
             mask: Some(&mask),
             offsets: Some(&offsets),
             ..AdvantageInputs::new(&scores)
         };
-        let group_size = settings.group_size();
-        let out = outcome_advantages(&inputs, group_size, &options)?;
+        let out =
+            outcome_advantages(&inputs, group_size, &estimator.outcome().unwrap_or_default())?;
+        advantages = match of_tokens.log_sums {
+            Some(log_sums) => {
+                let inputs = TokenBaselineInputs {
+                    weights: of_tokens.weights,
+                    offsets: Some(&offsets),
+                    ..TokenBaselineInputs::new(&rewards_used, of_tokens.old_logp, log_sums)
+                };
+                let [advantages, _] =
+                    optimal_token_baseline(&inputs, group_size, &TokenBaselineOptions::default())?;
+                advantages
+            }
+            None => out.token_advantages.expect("there is a mask"),
+        };
         let scores: Vec<f32> = scores.to_vec1()?;
         if estimator == AdvantageEstimator::MaxRl {
             let least = scores.iter().copied().fold(f32::INFINITY, f32::min);
@@ -239,8 +283,13 @@ fn estimate(
                 "--advantages max_rl is for rewards of 0 and above, and a response has {least}"
             );
         }
-        metrics = group_metrics(&scores, group_size, &out.stats.to_host()?);
-        advantages = out.token_advantages.expect("there is a mask");
+        metrics = match of_greedy {
+            Some(greedy) => {
+                let greedy: Vec<f32> = greedy.to_vec1()?;
+                named([("reward", mean(&scores)), ("greedy_reward", mean(&greedy))])
+            }
+            None => group_metrics(&scores, group_size, &out.stats.to_host()?),
+        };
         moments = None;
     }
     if settings.whiten_advantages() && can_whiten {
@@ -251,6 +300,30 @@ fn estimate(
         };
     }
     Ok(Estimate { advantages, returns, rewards, metrics })
+}
+
+/// The scores, and whether each response has ended: `[B]`.
+fn scores_of(rollout: &Rollout, device: &Device) -> Result<(Tensor, Tensor)> {
+    let finished = &rollout.answers.generation.finished;
+    let has_eos: Vec<u8> = finished.iter().map(|&finished| u8::from(finished)).collect();
+    Ok((Tensor::new(&rollout.scores[..], device)?, Tensor::new(has_eos, device)?))
+}
+
+/// The scores of greedy answers as rewards, each as often as its prompt has answers: `[B]`.
+fn score_baselines(
+    greedy: &Rollout,
+    shaping: &RewardShaping,
+    group_size: usize,
+    device: &Device,
+) -> Result<Tensor> {
+    let (scores, has_eos) = scores_of(greedy, device)?;
+    let count = greedy.scores.len();
+    // Of one token, which is the last.
+    let values = Tensor::zeros((count, 1), DType::F32, device)?;
+    let inputs =
+        GaeInputs { scores: Some(&scores), has_eos: Some(&has_eos), ..GaeInputs::new(&values) };
+    let rewards = gae(&inputs, &GaeOptions { shaping: *shaping, ..GaeOptions::default() })?.rewards;
+    Ok(rewards.repeat((1, group_size))?.flatten_all()?)
 }
 
 /// How the responses to a prompt differ; as TRL calls it.

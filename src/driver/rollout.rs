@@ -156,6 +156,9 @@ pub struct Rollout {
     pub answers: Answers,
     /// What the reward gave each response.
     pub scores: Vec<f32>,
+    /// The answers of the likeliest tokens, where they are asked for: one to so many of these after each
+    /// other as have a prompt in common.
+    pub greedy: Option<Box<Rollout>>,
 }
 
 /// What turns prompts into a [`Rollout`], besides the policy.
@@ -180,7 +183,21 @@ impl Sampler {
     ) -> Result<Rollout> {
         let answers = answer(policy, &self.tokenizer, &self.sampling, prompts, rng, on_token)?;
         let scores = score(self.reward.as_mut(), &answers)?;
-        Ok(Rollout { answers, scores })
+        Ok(Rollout { answers, scores, greedy: None })
+    }
+
+    /// Answers the prompts with the likeliest tokens, and scores the answers.
+    pub fn answer_greedily(
+        &mut self,
+        policy: &Decoder,
+        prompts: Vec<Prompt>,
+        rng: &mut impl Rng,
+    ) -> Result<Rollout> {
+        let likeliest = Sampling { temperature: 0.0, ..self.sampling.clone() };
+        let sampling = std::mem::replace(&mut self.sampling, likeliest);
+        let rollout = self.answer(policy, prompts, rng, &mut |_| {});
+        self.sampling = sampling;
+        rollout
     }
 }
 

@@ -10,7 +10,7 @@
 use std::iter::{once, repeat_n};
 
 use anyhow::Result;
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor, D};
 
 use super::examples::Example;
 use super::generate::Generation;
@@ -138,6 +138,13 @@ impl Sequences {
     ) -> Result<(Tensor, Tensor)> {
         let options = LogprobOptions { temperature, ..LogprobOptions::default() };
         Ok(logprobs_and_entropy(&self.logits(decoder)?, &self.targets()?, &options)?)
+    }
+
+    /// Logarithms of the sums of the squared probabilities in those distributions: f32 `[N]`.
+    pub fn log_sum_sq_probs(&self, decoder: &Decoder, temperature: f64) -> Result<Tensor> {
+        let logits = (self.logits(decoder)?.to_dtype(DType::F32)? / temperature)?;
+        let [of_squares, of_all] = [(&logits * 2.0)?, logits].map(|x| x.log_sum_exp(D::Minus1));
+        Ok((of_squares? - (of_all? * 2.0)?)?)
     }
 
     /// Log-probabilities of the response's tokens: f32 `[N]`.

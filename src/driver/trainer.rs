@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{json, Map, Value};
 
 use super::checkpoint::{Fingerprint, Resumable, Tensors};
-use super::config::{KlControllerKind, LrScheduleKind, Settings};
+use super::config::{AdvantageEstimator, KlControllerKind, LrScheduleKind, Settings};
 use super::experience::{mean, named, Experience, Shaping};
 use super::kl_controller::KlController;
 use super::model::{Critic, Decoder};
@@ -117,9 +117,13 @@ impl Trainer {
         let batch_size = self.settings.batch_size;
         let group_size = self.settings.group_size();
         let drawn = self.prompts.draw(batch_size / group_size, &mut self.rng);
-        let prompts = drawn.into_iter().flat_map(|prompt| repeat_n(prompt, group_size)).collect();
-        let rollout =
-            self.sampler.answer(&self.learner.policy, prompts, &mut self.rng, on_token)?;
+        let prompts = drawn.iter().flat_map(|prompt| repeat_n(prompt.clone(), group_size));
+        let (policy, rng) = (&self.learner.policy, &mut self.rng);
+        let mut rollout = self.sampler.answer(policy, prompts.collect(), rng, on_token)?;
+        if self.settings.estimator() == AdvantageEstimator::Remax {
+            let greedy = self.sampler.answer_greedily(policy, drawn, rng)?;
+            rollout.greedy = Some(Box::new(greedy));
+        }
         watch.lap("rollout");
 
         let Learner { policy, critic, .. } = &self.learner;

@@ -53,6 +53,11 @@ pub enum AdvantageEstimator {
     MaxRl,
     /// Less the mean of the answers to the prompt, divided by the share of scores that are not 0
     Gpg,
+    /// Less the score of the answer of the likeliest tokens to the prompt, which is made besides
+    Remax,
+    /// The return from each token on, less the mean of the answers to the prompt weighted for the least
+    /// variance
+    OptimalTokenBaseline,
 }
 
 impl AdvantageEstimator {
@@ -61,11 +66,21 @@ impl AdvantageEstimator {
         self == Self::Gae
     }
 
-    /// The estimator of the op for one score a response, compared within groups; none where each token
-    /// has an advantage of its own.
+    /// Whether what comes later counts for less, by gamma.
+    pub fn discounts(self) -> bool {
+        matches!(self, Self::Gae | Self::ReinforcePlusPlus)
+    }
+
+    /// Whether the answers to a prompt are compared, of which there must be two then.
+    pub fn has_groups(self) -> bool {
+        !(self.discounts() || self == Self::Remax)
+    }
+
+    /// The estimator of the op for one score a response; none where each token has an advantage of its
+    /// own.
     pub fn outcome(self) -> Option<AdvantageOptions> {
         match self {
-            Self::Gae | Self::ReinforcePlusPlus => None,
+            Self::Gae | Self::ReinforcePlusPlus | Self::OptimalTokenBaseline => None,
             Self::ReinforcePlusPlusBaseline => {
                 Some(AdvantageOptions::reinforce_plus_plus_baseline())
             }
@@ -76,6 +91,7 @@ impl AdvantageEstimator {
             Self::PassAtK => Some(AdvantageOptions::pass_at_k()),
             Self::MaxRl => Some(AdvantageOptions::max_rl()),
             Self::Gpg => Some(AdvantageOptions::gpg()),
+            Self::Remax => Some(AdvantageOptions::remax()),
         }
     }
 
@@ -117,12 +133,12 @@ impl Settings {
 
     /// Responses to each prompt.
     pub fn group_size(&self) -> usize {
-        self.group_size.unwrap_or_else(|| match self.estimator().outcome() {
-            Some(_) => {
+        self.group_size.unwrap_or_else(|| match self.estimator().has_groups() {
+            true => {
                 let fits = |size: &usize| self.batch_size.is_multiple_of(*size);
                 (1..=Self::MAX_GROUP).rev().find(fits).unwrap_or(1)
             }
-            None => 1,
+            false => 1,
         })
     }
 
