@@ -29,7 +29,9 @@ The project's docs/options.md and the header of the C library say more about eac
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Collection, Hashable, Sequence
+from itertools import count
 from math import inf, nan
 from typing import Any, Literal, NamedTuple
 
@@ -590,7 +592,7 @@ def _lengths(kept: Tensor, offsets: Tensor | None) -> Tensor:
 def _numbered(groups: Sequence[Hashable], device: torch.device) -> Tensor:
     """A number for each, the same where they are equal."""
     values = groups.tolist() if hasattr(groups, "tolist") else groups  # of arrays
-    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    numbers: dict[Hashable, int] = defaultdict(count().__next__)
     # Through an array, in a sixth of the time of a tensor of a list; of nothing there is no buffer.
     ids = array("q", list(map(numbers.__getitem__, values)))
     of_cpu = torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0).long()
