@@ -16,12 +16,13 @@ use ppo_kernels::kl::cpu::{
     self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
     TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
 };
-use ppo_kernels::kl::{full_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS};
+use ppo_kernels::kl::{full_kl, Divergence, FullKlOptions, KlEstimator, KlOptions, STATS};
 use ppo_kernels::tolerance;
 
 const SAMPLED: KlOptions =
     KlOptions { estimator: KlEstimator::K3, log_ratio_clamp: None, output_clamp: None };
-const FULL: FullKlOptions = FullKlOptions { direction: KlDirection::Forward, temperature: 1.0 };
+const FULL: FullKlOptions =
+    FullKlOptions { divergence: Divergence::Forward, temperature: 1.0, beta: 0.5, skew: 0.1 };
 
 const TOLERANCE: f32 = tolerance::FULL_KL.benches.rel as f32;
 
@@ -119,6 +120,37 @@ fn full_forward(criterion: &mut Criterion, size: Full) {
     });
 }
 
+/// The divergences that look at the rows twice, forward and backward.
+fn divergences(criterion: &mut Criterion, size: Full) {
+    type Composition = fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>;
+    let all: [(_, _, Composition); 2] = [
+        ("kl_jsd", Divergence::Jsd, compositions::jsd),
+        ("kl_total_variation", Divergence::TotalVariation, compositions::total_variation),
+    ];
+    for (name, divergence, composition) in all {
+        let walks = [
+            Walk { read: 2 * size.bytes(), write: 4 * size.rows },
+            Walk { read: 2 * size.bytes(), write: size.bytes() },
+        ];
+        compare(criterion, name, &size.name(), &walks, || {
+            let (z, w) = size.logits();
+            let options = FullKlOptions { divergence, ..FULL };
+            let [of_fused, of_candle] = [(); 2].map(|()| Var::from_tensor(&z).unwrap());
+            let theirs = w.clone();
+            let fused = move || {
+                let sum = full_kl(&of_fused, &w, None, &options).unwrap().sum_all().unwrap();
+                sum.backward().unwrap().remove(&of_fused).unwrap()
+            };
+            let candle = move || {
+                let values = composition(&of_candle, &theirs).unwrap();
+                values.sum_all().unwrap().backward().unwrap().remove(&of_candle).unwrap()
+            };
+            tensors_agree("gradient", &fused(), &candle(), TOLERANCE);
+            (fused, candle)
+        });
+    }
+}
+
 fn full_backward<T: Logit + candle_core::WithDType>(criterion: &mut Criterion, size: Full) {
     let walk = Walk { read: 2 * size.bytes(), write: size.bytes() };
     on_cpu(criterion, "kl_full_backward", &size.name(), &[walk], || {
@@ -178,6 +210,7 @@ fn benches(criterion: &mut Criterion) {
         full_backward::<f32>(criterion, *size);
     }
     full_backward::<bf16>(criterion, size(DType::BF16, 512, 49152));
+    divergences(criterion, size(DType::F32, if quick() { 64 } else { 512 }, 49152));
 }
 
 criterion_group!(group, benches);

@@ -443,9 +443,30 @@
 #define PPOK_KL_REVERSE 1
 
 /**
+ * beta KL(reference || m) + (1 - beta) KL(policy || m), m = (1 - beta) policy + beta reference: the generalised
+ * Jensen-Shannon divergence (GKD).
+ */
+#define PPOK_KL_JSD 2
+
+/**
+ * KL(policy || skew policy + (1 - skew) reference).
+ */
+#define PPOK_KL_SKEW_FORWARD 3
+
+/**
+ * KL(reference || skew reference + (1 - skew) policy).
+ */
+#define PPOK_KL_SKEW_REVERSE 4
+
+/**
+ * 1 - sum_i min(p_i, q_i).
+ */
+#define PPOK_KL_TOTAL_VARIATION 5
+
+/**
  * Values a row that ppok_kl_full_forward_* leaves.
  */
-#define PPOK_KL_FULL_STATS 6
+#define PPOK_KL_FULL_STATS 7
 
 /**
  * sum m L / sum m: every token counts the same.
@@ -1257,9 +1278,17 @@ typedef struct ppok_kl_full_options {
      */
     double temperature;
     /**
-     * `PPOK_KL_FORWARD`, the default, or `PPOK_KL_REVERSE`.
+     * Of `PPOK_KL_JSD`; above 0 and below 1, 0.5 by default.
      */
-    int32_t direction;
+    double beta;
+    /**
+     * Of the skewed KLs; above 0 and below 1, 0.1 by default (DistiLLM).
+     */
+    double skew;
+    /**
+     * `PPOK_KL_FORWARD`, the default, to `PPOK_KL_TOTAL_VARIATION`.
+     */
+    int32_t divergence;
     int32_t reserved;
 } ppok_kl_full_options;
 
@@ -2828,7 +2857,8 @@ int32_t ppok_kl_full_backward_cuda_workspace_size(const struct ppok_kl_full_back
 /**
  * Exact KL divergence between the distributions of two rows of logits, in nats: with
  * p = softmax(logits / temperature) and q = softmax(ref_logits / temperature), forward
- * sum_i p_i (ln p_i - ln q_i), or reverse with the two exchanged. Reads both logits once.
+ * sum_i p_i (ln p_i - ln q_i), or reverse with the two exchanged; or another divergence, as the options say.
+ * Reads both logits once, or of another divergence twice.
  *
  * A logit of -inf is a token of probability 0: under q where p is above 0 the KL is +inf. A row with
  * NaN or +inf, or of -inf only, in either tensor gives NaN in that row and in no other.

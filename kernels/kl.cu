@@ -16,7 +16,7 @@
 //     dz_j = g p_j (x_j - y_j - gap) / temperature              p_j = e^{x_j} / P
 //     dw_j = g (q_j - p_j) / temperature                        q_j = e^{y_j} / Q
 //
-// Forward writes KL, gap, max z, P, max w and Q, [6, rows] in f32, of which backward makes
+// Forward writes KL, gap, max z, P, max w, Q and for others than the KL the mean of h_w, [7, rows] in f32, of which backward makes
 // gradients in the type of the logits. It walks the two rows once, side by side: a warp or a block a row
 // (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight. With so many
 // at hand it looks for their maxima first, 16-bit floats two at a time, and takes the sums anew for
@@ -24,8 +24,11 @@
 // instructions; an H200's memory leaves time for thirty.
 // Backward takes each column by itself (common/map.cuh), two vectors of both in flight.
 //
-// Bytes, with S for each tensor of logits and N rows: forward reads 2 S and writes 24 N; backward
-// reads 2 S + 28 N and writes S for each gradient. Rows that are masked out are not read, nor are,
+// The divergence to a mixture of both, and the total variation, look at the rows a second time
+// (kl_divergence_*), when the sums are known: most of it is in the L2 cache still where rows are long.
+//
+// Bytes, with S for each tensor of logits and N rows: forward reads 2 S and writes 28 N, the second look
+// as much again and 36 N less what the L2 cache has; backward reads 2 S + 32 N and writes S for each gradient. Rows that are masked out are not read, nor are,
 // in backward, rows without upstream gradient or of KL NaN.
 //
 // Numbers. Everything is in f32. exp is 2^y by the hardware, to 2 ulp. The maxima are subtracted
@@ -75,8 +78,18 @@ struct PairSums {
 // digits; and it must leave the scale of the lowest temperature, 1e-30, finite.
 constexpr float UNIT = 1.0f / (1 << 24);
 
-// Rows of the stats: KL, gap, max z, P, max w and Q.
-enum Stat { KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W, STATS };
+// Rows of the stats: KL, gap, max z, P, max w, Q and the mean of h_w. After a second look KL is the
+// divergence and gap the mean of h_z.
+enum Stat { KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W, GAP_W, STATS };
+
+// What a divergence other than the KL is made of: c_z KL(p || m) + c_w KL(q || m) with m = a p + (1 - a) q.
+struct Divergence {
+    float share;  // a
+    float rest;   // 1 - a
+    float coef_z;
+    float coef_w;
+    int32_t is_total_variation;  // in its place
+};
 
 struct FullForwardArgs {
     const void* z;        // [rows, vocab]
@@ -88,6 +101,7 @@ struct FullForwardArgs {
     int32_t parts;  // of a row
     int32_t ahead;
     float inverse_temperature;
+    Divergence divergence;
 };
 
 struct FullBackwardArgs {
@@ -103,6 +117,7 @@ struct FullBackwardArgs {
     int32_t chunks;         // ranges of columns of a row
     int32_t chunk_threads;  // a warp, or the whole block
     float inverse_temperature;
+    Divergence divergence;
 };
 
 struct TokenValue {
@@ -241,6 +256,7 @@ struct FullForward {
         stats[SUM_Z] = s.sum_z;
         stats[MAX_W] = s.max_w;
         stats[SUM_W] = s.sum_w;
+        stats[GAP_W] = 0.0f;
         write_stats(row, stats);
     }
 
@@ -282,8 +298,182 @@ struct Slopes {
     }
 };
 
-// Block [threads], a chunk of a row a warp or a block.
+// g - ln(1 + g), without what would cancel near 0: of the series of ln(1 + g), by Cephes.
+static __device__ __forceinline__ float less_ln_1p(float g) {
+    float p = fmaf(7.0376836292e-2f, g, -1.1514610310e-1f);
+    p = fmaf(p, g, 1.1676998740e-1f);
+    p = fmaf(p, g, -1.2420140846e-1f);
+    p = fmaf(p, g, 1.4249322787e-1f);
+    p = fmaf(p, g, -1.6668057665e-1f);
+    p = fmaf(p, g, 2.0000714765e-1f);
+    p = fmaf(p, g, -2.4999993993e-1f);
+    p = fmaf(p, g, 3.3333331174e-1f);
+    return fabsf(g) < 0.29f ? g * g * fmaf(-g, p, 0.5f) : g - log1pf(g);
+}
+
+// A column's term of the divergence, and h of z and of w.
+struct Column {
+    float term;
+    float h_z;
+    float h_w;
+};
+
+// Of p, q and r = ln p - ln q, which is NaN where both are 0.
+static __device__ __forceinline__ Column column_of(const Divergence& of, float p, float q,
+                                                   float r) {
+    const float d = fabsf(r), e = expm1f(-d);  // the less probable side over the other, less 1
+    if (of.is_total_variation) {
+        const bool above = r > 0.0f;
+        return {above ? -p * e : 0.0f, above ? 0.0f : -1.0f, above ? -1.0f : 0.0f};
+    }
+    const bool z_is_high = r >= 0.0f;
+    const float high = z_is_high ? p : q, low = z_is_high ? q : p;
+    const float share = z_is_high ? of.share : of.rest;
+    const float g = e - share * e;  // m / high - 1
+    const float ln_high = -log1pf(g), ln_low = ln_high - d;
+    // m / low - 1 is without bound: from 1/4 on not to be multiplied with what may be 0.
+    const float beyond = -share * e, g_low = beyond / (1.0f + e);
+    const bool near = g_low < 0.25f;
+    const float of_high = high * less_ln_1p(g);
+    const float of_low = near ? low * less_ln_1p(g_low)
+                              : fmaf(high, beyond, low == 0.0f ? 0.0f : low * ln_low);
+    const float inverse = 1.0f / (1.0f + g);
+    const float over_high = -g * inverse, over_low = (e - g) * inverse;  // side / m - 1
+    const float term_z = z_is_high ? of_high : of_low, term_w = z_is_high ? of_low : of_high;
+    const float ln_z = z_is_high ? ln_high : ln_low, ln_w = z_is_high ? ln_low : ln_high;
+    const float over_z = z_is_high ? over_high : over_low;
+    const float over_w = z_is_high ? over_low : over_high;
+    return {
+        fmaf(of.coef_z, term_z, of.coef_w * term_w),
+        of.coef_z * (ln_z - of.share * over_z) - of.share * (of.coef_w * over_w),
+        of.coef_w * (ln_w - of.rest * over_w) - of.rest * (of.coef_z * over_z),
+    };
+}
+
+// What is known of a pair of rows before a second look.
+struct Pair {
+    float max_z, max_w;
+    float norm_z, norm_w;  // 1 / P and 1 / Q
+    float offset;          // ln(P / Q), which (x - y) is too much for ln p - ln q
+
+    float inverse_temperature;
+
+    static __device__ __forceinline__ Pair of(const float* stats, int64_t row, int64_t rows,
+                                              float inverse_temperature) {
+        const float max_z = stats[MAX_Z * rows + row], sum_z = stats[SUM_Z * rows + row];
+        const float max_w = stats[MAX_W * rows + row], sum_w = stats[SUM_W * rows + row];
+        return {max_z,        max_w, 1.0f / sum_z, 1.0f / sum_w, logf(sum_z / sum_w),
+                inverse_temperature};
+    }
+
+    // Of x and y times the temperature.
+    __device__ __forceinline__ float log_ratio(float x, float y) const {
+        return fmaf(x - y, inverse_temperature, -offset);
+    }
+};
+
+struct LookSums {
+    float term;
+    float of_z;  // p h_z
+    float of_w;  // q h_w
+};
+
+// The second look, for common/rows.cuh. What KL the first one has found is NaN where a row has no
+// distribution, and stays so.
 template <class T>
+struct LookAgain {
+    const FullForwardArgs& args;
+
+    static constexpr int MOST_PARTS = 2;
+
+    __device__ __forceinline__ bool item(int64_t row) const {
+        return (!args.mask || args.mask[row]) && !isnan(args.stats[KL * args.rows + row]);
+    }
+
+    __device__ __forceinline__ bool reads(bool legal) const { return legal; }
+
+    __device__ __forceinline__ LookSums none() const { return {0.0f, 0.0f, 0.0f}; }
+
+    __device__ __forceinline__ LookSums sum(int64_t row, int part, int thread, int threads) const {
+        const Row<T> z = Row<T>::of(args.z, row, args.rows, args.vocab);
+        const Row<T> w = Row<T>::of(args.w, row, args.rows, args.vocab);
+        const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
+        const Pair pair = Pair::of(args.stats, row, args.rows, args.inverse_temperature);
+        LookSums s = none();
+        // One vector at a time: it is the arithmetic that takes the time.
+        for (int tile = range.first; tile < range.end; tile += threads) {
+            uint4 from_z[1], from_w[1];
+            z.load(tile, thread, threads, range.end, from_z);
+            w.load(tile, thread, threads, range.end, from_w);
+            add(s, pair, from_z[0], from_w[0]);
+        }
+        return s;
+    }
+
+    __device__ __forceinline__ void add(LookSums& s, const Pair& pair, const uint4& from_z,
+                                        const uint4& from_w) const {
+        const float scale = args.inverse_temperature * LOG2_E;
+        float z[WIDTH<T>], w[WIDTH<T>];
+        unpack(from_z, z, T{});
+        unpack(from_w, w, T{});
+        LookSums more = none();
+#pragma unroll
+        for (int j = 0; j < WIDTH<T>; j++) {
+            const float x = z[j] - pair.max_z, y = w[j] - pair.max_w;
+            const float p = exp2_fast(x * scale) * pair.norm_z;
+            const float q = exp2_fast(y * scale) * pair.norm_w;
+            const Column c = column_of(args.divergence, p, q, pair.log_ratio(x, y));
+            // Where both are 0 there is nothing; where one is, it has no h.
+            more.term += p + q == 0.0f ? 0.0f : c.term;
+            more.of_z += p == 0.0f ? 0.0f : p * c.h_z;
+            more.of_w += q == 0.0f ? 0.0f : q * c.h_w;
+        }
+        s = merge(s, more);
+    }
+
+    __device__ __forceinline__ LookSums merge(LookSums a, LookSums b) const {
+        return {a.term + b.term, a.of_z + b.of_z, a.of_w + b.of_w};
+    }
+
+    __device__ __forceinline__ LookSums warp_merge(LookSums s) const {
+        return {warp_sum(s.term), warp_sum(s.of_z), warp_sum(s.of_w)};
+    }
+
+    __device__ __forceinline__ void write(int64_t row, bool, LookSums s) const {
+        args.stats[KL * args.rows + row] = s.term;
+        args.stats[GAP * args.rows + row] = s.of_z;
+        args.stats[GAP_W * args.rows + row] = s.of_w;
+    }
+
+    // What the first look has written.
+    __device__ __forceinline__ void write_unread(int64_t, bool) const {}
+};
+
+// The gradients after a second look, likewise.
+struct PairSlopes {
+    Pair pair;
+    Divergence divergence;
+    float gap_z, gap_w;
+    float grad;  // upstream gradient over the temperature
+
+    template <int N>
+    __device__ __forceinline__ void operator()(const float (&logits)[2][N], int64_t,
+                                               float (&grads)[2][N]) const {
+        const float scale = pair.inverse_temperature * LOG2_E;
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float x = logits[0][i] - pair.max_z, y = logits[1][i] - pair.max_w;
+            const float p = exp2_gradual(x * scale) * pair.norm_z;
+            const float q = exp2_gradual(y * scale) * pair.norm_w;
+            const Column c = column_of(divergence, p, q, pair.log_ratio(x, y));
+            grads[0][i] = p == 0.0f ? 0.0f : p * (grad * (c.h_z - gap_z));
+            grads[1][i] = q == 0.0f ? 0.0f : q * (grad * (c.h_w - gap_w));
+        }
+    }
+};
+
+// Block [threads], a chunk of a row a warp or a block.
+template <class T, bool IS_KL>
 static __device__ __forceinline__ void full_backward(const FullBackwardArgs& args) {
     for_each_share(args, [&](int64_t row, Share share) {
         const int64_t start = row * args.vocab;
@@ -311,6 +501,12 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
             return;
         }
         const float grad = upstream * args.inverse_temperature;
+        if constexpr (!IS_KL) {
+            const Pair pair = Pair::of(args.stats, row, args.rows, args.inverse_temperature);
+            const PairSlopes slopes = {pair, args.divergence, stats[GAP], stats[GAP_W], grad};
+            map_columns(in, out, nullptr, args.vocab, share, slopes);
+            return;
+        }
         const Slopes slopes = {
             stats[MAX_Z],
             stats[MAX_W],
@@ -362,6 +558,42 @@ KERNEL(512, 1, kl_full_forward_wide_f16, FullForwardArgs) {
 KERNEL(512, 1, kl_full_forward_wide_bf16, FullForwardArgs) {
     reduce_by_blocks<true>(FullForward<bf16>(args));
 }
-KERNEL(256, 3, kl_full_backward_f32, FullBackwardArgs) { full_backward<float>(args); }
-KERNEL(256, 3, kl_full_backward_f16, FullBackwardArgs) { full_backward<f16>(args); }
-KERNEL(256, 3, kl_full_backward_bf16, FullBackwardArgs) { full_backward<bf16>(args); }
+KERNEL(256, 3, kl_full_backward_f32, FullBackwardArgs) { full_backward<float, true>(args); }
+KERNEL(256, 3, kl_full_backward_f16, FullBackwardArgs) { full_backward<f16, true>(args); }
+KERNEL(256, 3, kl_full_backward_bf16, FullBackwardArgs) { full_backward<bf16, true>(args); }
+KERNEL(256, 2, kl_divergence_warp_f32, FullForwardArgs) {
+    reduce_by_warps(LookAgain<float>{args});
+}
+KERNEL(256, 2, kl_divergence_block_f32, FullForwardArgs) {
+    reduce_by_blocks<false>(LookAgain<float>{args});
+}
+KERNEL(512, 1, kl_divergence_wide_f32, FullForwardArgs) {
+    reduce_by_blocks<true>(LookAgain<float>{args});
+}
+KERNEL(256, 2, kl_divergence_backward_f32, FullBackwardArgs) {
+    full_backward<float, false>(args);
+}
+KERNEL(256, 2, kl_divergence_warp_f16, FullForwardArgs) {
+    reduce_by_warps(LookAgain<f16>{args});
+}
+KERNEL(256, 2, kl_divergence_block_f16, FullForwardArgs) {
+    reduce_by_blocks<false>(LookAgain<f16>{args});
+}
+KERNEL(512, 1, kl_divergence_wide_f16, FullForwardArgs) {
+    reduce_by_blocks<true>(LookAgain<f16>{args});
+}
+KERNEL(256, 2, kl_divergence_backward_f16, FullBackwardArgs) {
+    full_backward<f16, false>(args);
+}
+KERNEL(256, 2, kl_divergence_warp_bf16, FullForwardArgs) {
+    reduce_by_warps(LookAgain<bf16>{args});
+}
+KERNEL(256, 2, kl_divergence_block_bf16, FullForwardArgs) {
+    reduce_by_blocks<false>(LookAgain<bf16>{args});
+}
+KERNEL(512, 1, kl_divergence_wide_bf16, FullForwardArgs) {
+    reduce_by_blocks<true>(LookAgain<bf16>{args});
+}
+KERNEL(256, 2, kl_divergence_backward_bf16, FullBackwardArgs) {
+    full_backward<bf16, false>(args);
+}

@@ -279,6 +279,15 @@ def full_kl_groups(rows: int, vocab: int, dtype: torch.dtype, device: str) -> It
     yield Group(f"full_kl forward {shape}", forwards, 2 * logits.nbytes)
     gradients = {n: both(f, upstream, logits, ref_logits) for n, f in functions.items()}
     yield Group(f"full_kl forward + backward {shape}", gradients, 5 * logits.nbytes)
+    for divergence in ("jsd", "total_variation"):
+        given = {"divergence": divergence}
+        functions = {
+            "ours": functools.partial(ppo_kernels.full_kl, **given),
+            "eager": functools.partial(formulas.full_kl, **given),
+            "torch.compile": torch.compile(functools.partial(formulas.full_kl, **given)),
+        }
+        gradients = {n: both(f, upstream, logits, ref_logits) for n, f in functions.items()}
+        yield Group(f"{divergence} forward + backward {shape}", gradients, 5 * logits.nbytes)
 
 
 def token_kl_groups(batch: int, seq_len: int, device: str) -> Iterator[Group]:

@@ -576,9 +576,11 @@ static int32_t kl_full_backward_workspace(void) {
     .sizes = {{"rows", &(args).rows, PPOK_STATUS_OK}, {"vocab", &(args).vocab, PPOK_STATUS_SHAPE}}, \
     .numbers = {{"logits_type", &(args).logits_type, PPOK_BF16, PPOK_STATUS_DTYPE},         \
                 {"reserved", &(args).reserved, 0, PPOK_STATUS_STRUCT_SIZE},                 \
-                {"direction", &kf.settings.direction, PPOK_KL_REVERSE, PPOK_STATUS_OPTION}, \
+                {"divergence", &kf.settings.divergence, PPOK_KL_TOTAL_VARIATION, PPOK_STATUS_OPTION}, \
                 {"reserved", &kf.settings.reserved, 0, PPOK_STATUS_STRUCT_SIZE}},           \
-    .options = {{"temperature", &kf.settings.temperature, -1.0}},                           \
+    .options = {{"temperature", &kf.settings.temperature, -1.0},                            \
+                {"beta", &kf.settings.beta, 1.0},                                           \
+                {"skew", &kf.settings.skew, 0.0}},                                          \
     .structs = {{"args", &(address), sizeof(args)},                                         \
                 {"options", (void **)&(args).options, sizeof kf.settings}}
 

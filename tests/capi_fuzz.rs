@@ -921,8 +921,16 @@ fn full_kl(f: &mut Fuzz) {
     let kind = f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]);
     let mut own = FullKlOptions::default();
     let options = f.put_options(ppok_kl_full_options_init, (1..=1, 1), |f, c| {
-        (c.direction, own.direction) =
-            f.choice(&[kl::KlDirection::Forward, kl::KlDirection::Reverse]);
+        (c.divergence, own.divergence) = f.choice(&[
+            kl::Divergence::Forward,
+            kl::Divergence::Reverse,
+            kl::Divergence::Jsd,
+            kl::Divergence::SkewForward,
+            kl::Divergence::SkewReverse,
+            kl::Divergence::TotalVariation,
+        ]);
+        (own.beta, own.skew) = (f.one(&[0.5, 0.1, 0.9]), f.one(&[0.1, 0.6]));
+        (c.beta, c.skew) = (own.beta, own.skew);
         own.temperature = f.one(&[1.0, 0.7, 1.6]);
         c.temperature = own.temperature;
     });
@@ -931,7 +939,7 @@ fn full_kl(f: &mut Fuzz) {
     let mut z = f.logits([rows, vocab]);
     let mut w: Vec<f32> = z.iter().map(|z| z + f.rng.random_range(-1.0..1.0)).collect();
     // Where the KL is infinite; in reverse it would only be large.
-    if vocab > 0 && own.direction == kl::KlDirection::Forward && f.coin(0.05) {
+    if vocab > 0 && own.divergence == kl::Divergence::Forward && f.coin(0.05) {
         w.iter_mut().step_by(vocab).for_each(|w| *w = f32::NEG_INFINITY);
     }
     [&mut z, &mut w].into_iter().for_each(|x| hide(mask, vocab, x));

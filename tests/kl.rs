@@ -15,7 +15,7 @@ use ppo_kernels::kl::cpu::{
     TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
 };
 use ppo_kernels::kl::{
-    full_kl, reference, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS,
+    full_kl, reference, token_kl, Divergence, FullKlOptions, KlEstimator, KlOptions, STATS,
 };
 use ppo_kernels::tolerance;
 use ppo_kernels::Error;
@@ -99,6 +99,80 @@ fn reference_equals_the_kl_in_verls_rewards() {
     let rewards: Vec<f64> =
         scores.iter().zip(&kl).map(|(score, kl)| score - case.number("kl_ratio") * kl).collect();
     assert_close(&case.id, &rewards, &case.output("rewards"), 1e-9, 1e-10);
+}
+
+#[test]
+fn reference_equals_the_peers_divergences() {
+    let mut ran = 0;
+    for case in golden("divergence") {
+        let vocab = *case.shape("student_logits").last().unwrap();
+        let (z, w) = (case.input("student_logits"), case.input("teacher_logits"));
+        let of = |divergence, beta, temperature| {
+            let options =
+                FullKlOptions { divergence, beta, temperature, ..FullKlOptions::default() };
+            let values = reference::full_kl(&z, &w, vocab, None, &options);
+            (values, options)
+        };
+        let gradient = |up: &[f64], options: &FullKlOptions| {
+            reference::full_kl_backward(&z, &w, vocab, None, up, options).0
+        };
+        let close = |key: &str, got: &[f64]| {
+            assert_close(&format!("{} {key}", case.id), got, &case.output(key), 1e-6, 1e-7);
+        };
+        ran += 1;
+        if case.function.ends_with("generalized_jsd_loss") {
+            let (beta, temperature) = (case.number("beta"), case.number("temperature"));
+            let (values, options) = match beta {
+                0.0 => of(Divergence::Reverse, 0.5, temperature),
+                1.0 => of(Divergence::Forward, 0.5, temperature),
+                _ => of(Divergence::Jsd, beta, temperature),
+            };
+            let labels = case.input("labels");
+            let kept = || labels.iter().map(|&label| f64::from(label != -100.0));
+            let count = case.optional("num_items_in_batch").unwrap_or_else(|| kept().sum());
+            let up: Vec<f64> = kept().map(|kept| kept / count).collect();
+            let loss: f64 = values.iter().zip(&up).map(|(value, up)| value * up).sum();
+            close("loss", &[loss]);
+            close("grad_student_logits", &gradient(&up, &options));
+            continue;
+        }
+        // speculators; the last two are made of the total variation and the KL.
+        let up = case.input("grad_out");
+        let (tv, tv_options) = of(Divergence::TotalVariation, 0.5, 1.0);
+        let (kl, kl_options) = of(Divergence::Reverse, 0.5, 1.0);
+        let overlap = || tv.iter().map(|tv| 1.0 - tv);
+        let (values, gradient) = match case.function.rsplit('.').next().unwrap() {
+            "kl_div_loss" => (kl.clone(), gradient(&up, &kl_options)),
+            "reverse_kl_div_loss" => {
+                let (values, options) = of(Divergence::Forward, 0.5, 1.0);
+                (values, gradient(&up, &options))
+            }
+            "js_div_loss" => {
+                let (values, options) = of(Divergence::Jsd, 0.5, 1.0);
+                (values, gradient(&up, &options))
+            }
+            "tv_loss" => (tv.clone(), gradient(&up, &tv_options)),
+            "neg_log_acceptance_loss" => {
+                let up: Vec<f64> = up.iter().zip(overlap()).map(|(up, a)| up / a).collect();
+                (overlap().map(|a| -a.ln()).collect(), gradient(&up, &tv_options))
+            }
+            "lk_hybrid_loss" => {
+                let shares: Vec<f64> = overlap().map(|a| (-3.0 * a).exp()).collect();
+                let mixed = |i: usize| shares[i] * kl[i] + (1.0 - shares[i]) * tv[i];
+                let up_kl: Vec<f64> = up.iter().zip(&shares).map(|(up, s)| up * s).collect();
+                let up_tv: Vec<f64> =
+                    up.iter().zip(&shares).map(|(up, s)| up * (1.0 - s)).collect();
+                let of_kl = gradient(&up_kl, &kl_options);
+                let of_tv = gradient(&up_tv, &tv_options);
+                let sum = of_kl.iter().zip(&of_tv).map(|(a, b)| a + b).collect();
+                ((0..kl.len()).map(mixed).collect(), sum)
+            }
+            other => panic!("{other}"),
+        };
+        close("divergence", &values);
+        close("grad_student_logits", &gradient);
+    }
+    assert_eq!(ran, 14);
 }
 
 #[test]
@@ -382,16 +456,70 @@ fn a_token_the_reference_excludes_makes_the_kl_infinite() {
             let want = reference::full_kl_backward(&z64, &w64, vocab, None, &wide(&up), &options);
             assert_close("grad", &wide(&got.0), &want.0, REL, ABS);
             assert_close("grad ref", &wide(&got.1), &want.1, REL, ABS);
-            if options.direction == KlDirection::Forward {
+            if options.divergence == Divergence::Forward {
                 assert_eq!(kl, [f64::INFINITY]);
                 assert!(got.0.iter().all(|g| g.is_nan()) && got.1.iter().all(|g| g.is_finite()));
             } else {
+                // Others are finite always.
                 assert!(kl[0].is_finite());
             }
         }
         // Excluded by both is no difference.
         z[0] = f32::NEG_INFINITY;
         assert!(forward(&z, &w, vocab, &FullKlOptions::default())[0].is_finite());
+    }
+}
+
+/// Against series in d, the difference of the logits, of which p and q are nearly the same.
+#[test]
+fn divergences_of_nearly_equal_rows_keep_their_digits() {
+    let (vocab, mut rng) = (5000, rng(17));
+    let z = uniform(&mut rng, vocab, 3.0);
+    for size in [1e-2_f32, 1e-3, 1e-4] {
+        let w: Vec<f32> = z.iter().map(|z| z + size * rng.random_range(-1.0..1.0f32)).collect();
+        let (z64, w64) = (wide(&z), wide(&w));
+        for options in all_full_options().into_iter().filter(|options| {
+            !matches!(options.divergence, Divergence::Forward | Divergence::Reverse)
+        }) {
+            let options = FullKlOptions { temperature: 1.0, ..options };
+            let got = f64::from(forward(&z, &w, vocab, &options)[0]);
+            let want = reference::full_kl(&z64, &w64, vocab, None, &options)[0];
+            // The total variation is of the first order in d, and so is what rounding of d does to it.
+            let is_first = options.divergence == Divergence::TotalVariation;
+            let within = 1e-4 * want + if is_first { 1e-7 } else { 0.0 };
+            assert!((got - want).abs() <= within, "{options:?} {size}: {got:e} {want:e}");
+            if is_first {
+                // Its gradient jumps where p = q.
+                continue;
+            }
+            let grads = backward(&z, &w, vocab, &[1.0], &options);
+            let want = reference::full_kl_backward(&z64, &w64, vocab, None, &[1.0], &options);
+            for (got, want) in [(grads.0, want.0), (grads.1, want.1)] {
+                let largest = want.iter().fold(0.0_f64, |most, g| most.max(g.abs()));
+                assert_close("gradient", &wide(&got), &want, 1e-3, 1e-3 * largest);
+            }
+        }
+    }
+}
+
+/// Of probabilities that can be worked out by eye.
+#[test]
+fn divergences_by_hand() {
+    let (z, w) = ([3f32.ln(), 0.0], [0.0, 0.0]);
+    let of = |divergence, beta, skew| {
+        let options = FullKlOptions { divergence, beta, skew, ..Default::default() };
+        f64::from(forward(&z, &w, 2, &options)[0])
+    };
+    let kl = |p: [f64; 2], m: [f64; 2]| p[0] * (p[0] / m[0]).ln() + p[1] * (p[1] / m[1]).ln();
+    let (p, q) = ([0.75, 0.25], [0.5, 0.5]);
+    let mixed = |a: f64| [a * p[0] + (1.0 - a) * q[0], a * p[1] + (1.0 - a) * q[1]];
+    for (got, want) in [
+        (of(Divergence::TotalVariation, 0.5, 0.5), 0.25),
+        (of(Divergence::Jsd, 0.1, 0.5), 0.1 * kl(q, mixed(0.9)) + 0.9 * kl(p, mixed(0.9))),
+        (of(Divergence::SkewForward, 0.5, 0.1), kl(p, mixed(0.1))),
+        (of(Divergence::SkewReverse, 0.5, 0.1), kl(q, mixed(0.9))),
+    ] {
+        assert_close("divergence", &[got], &[want], 1e-6, 1e-7);
     }
 }
 
@@ -576,10 +704,10 @@ fn the_exact_kl_is_never_negative() {
 fn special_values_anywhere_give_what_the_reference_gives() {
     let mut rng = rng(9);
     let (mut finite, mut infinite, mut nan) = (0, 0, 0);
-    for round in 0..5000 {
+    for round in 0..10_000 {
         let vocab = [1, 2, 5, 16, 17, 40, 1030][rng.random_range(0..7)];
         let (z, w) = special_row(&mut rng, vocab);
-        let options = all_full_options()[round % 4];
+        let options = all_full_options()[round % all_full_options().len()];
         let kl = wide(&forward(&z, &w, vocab, &options)[..1]);
         let (a, b) = backward(&z, &w, vocab, &[1.0], &options);
 
@@ -807,6 +935,12 @@ fn bad_full_input_is_refused_by_name() {
         let error = fails(&a, &a, &mask, &FullKlOptions { temperature, ..ok });
         assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
     }
+    for end in [0.0, 1.0, -0.1, f64::NAN] {
+        let error = fails(&a, &a, &mask, &FullKlOptions { beta: end, ..ok });
+        assert!(matches!(error, Error::Option { option: "beta", .. }), "{error}");
+        let error = fails(&a, &a, &mask, &FullKlOptions { skew: end, ..ok });
+        assert!(matches!(error, Error::Option { option: "skew", .. }), "{error}");
+    }
     let error = fails(&a.to_dtype(DType::F64).unwrap(), &a, &mask, &ok);
     assert!(matches!(error, Error::Dtype { arg: "logits", .. }), "{error}");
     let error = fails(&a, &half, &mask, &ok);
@@ -843,23 +977,23 @@ fn bad_full_input_is_refused_by_name() {
     };
     for (error, text) in [
         (
-            run(FullForwardInputs { logits: &five, ..plain }, 12),
+            run(FullForwardInputs { logits: &five, ..plain }, 14),
             "`logits` has shape [5] for a vocabulary of 3, expected [2, 3]",
         ),
-        (run_wide(plain, 0, 12), "`logits` has shape [6] for a vocabulary of 0, expected [2, 1]"),
+        (run_wide(plain, 0, 14), "`logits` has shape [6] for a vocabulary of 0, expected [2, 1]"),
         (
-            run(FullForwardInputs { ref_logits: &five, ..plain }, 12),
+            run(FullForwardInputs { ref_logits: &five, ..plain }, 14),
             "`ref_logits` has shape [5], expected [6]",
         ),
         (
-            run(FullForwardInputs { mask: Some(&[1]), ..plain }, 12),
+            run(FullForwardInputs { mask: Some(&[1]), ..plain }, 14),
             "`mask` has shape [1], expected [2]",
         ),
-        (run(plain, 11), "`stats` has shape [11], expected [12]"),
-        (back(11, &[1.0; 2], 6, 6), "`stats` has shape [11], expected [12]"),
-        (back(12, &[1.0; 3], 6, 6), "`grad_kl` has shape [3], expected [2]"),
-        (back(12, &[1.0; 2], 5, 6), "`grad_logits` has shape [5], expected [6]"),
-        (back(12, &[1.0; 2], 6, 5), "`grad_ref_logits` has shape [5], expected [6]"),
+        (run(plain, 13), "`stats` has shape [13], expected [14]"),
+        (back(13, &[1.0; 2], 6, 6), "`stats` has shape [13], expected [14]"),
+        (back(14, &[1.0; 3], 6, 6), "`grad_kl` has shape [3], expected [2]"),
+        (back(14, &[1.0; 2], 5, 6), "`grad_logits` has shape [5], expected [6]"),
+        (back(14, &[1.0; 2], 6, 5), "`grad_ref_logits` has shape [5], expected [6]"),
     ] {
         assert_eq!(error.to_string(), format!("full_kl: {text}"));
     }

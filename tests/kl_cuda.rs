@@ -19,7 +19,7 @@ use ppo_kernels::kl::cuda::{
     self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
     TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
 };
-use ppo_kernels::kl::{cpu, reference, FullKlOptions, KlDirection, KlEstimator, KlOptions, STATS};
+use ppo_kernels::kl::{cpu, reference, Divergence, FullKlOptions, KlEstimator, KlOptions, STATS};
 use ppo_kernels::tolerance;
 use ppo_kernels::{Error, Result};
 
@@ -277,7 +277,8 @@ fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Orde
         for (case, pair) in pairs_of(&mut rng, vocab).into_iter().enumerate().take(kinds) {
             let (logits, ref_logits) = (narrow::<T>(&pair.z), narrow::<T>(&pair.w));
             let up = uniform(&mut rng, ROWS, 1.0);
-            let options = all_full_options()[(round + case) % 4];
+            let all = all_full_options();
+            let options = all[(round + case) % all.len()];
             let (z, w) = (to_f64(&logits), to_f64(&ref_logits));
             let kl = reference::full_kl(&z, &w, vocab, None, &options);
             let grads = reference::full_kl_backward(&z, &w, vocab, None, &wide(&up), &options);
@@ -499,7 +500,7 @@ fn a_token_the_reference_excludes_makes_the_kl_infinite() {
             let (z64, w64) = (wide(&z), wide(&w));
             let kl = reference::full_kl(&z64, &w64, vocab, None, &options);
             let grads = reference::full_kl_backward(&z64, &w64, vocab, None, &[0.5], &options);
-            assert_eq!(kl[0] == f64::INFINITY, options.direction == KlDirection::Forward);
+            assert_eq!(kl[0] == f64::INFINITY, options.divergence == Divergence::Forward);
             assert_close("kl", &wide(run.kl()), &kl, REL, ABS);
             assert_close("policy", &wide(&run.grad), &grads.0, REL, ABS);
             assert_close("reference", &wide(&run.grad_ref), &grads.1, REL, ABS);
@@ -591,7 +592,7 @@ fn maxima_that_grow_along_the_rows_cost_no_digits() {
     let slopes = [1e-3, -1e-3, 2e-5, -2e-5];
     for (i, (a, b)) in slopes.into_iter().flat_map(|a| slopes.map(|b| (a, b))).enumerate() {
         let (z, w) = (ramp(a), ramp(b));
-        let options = all_full_options()[(i + i / 4) % 4];
+        let options = all_full_options()[(i + i / 4) % all_full_options().len()];
         let machine = machine(Order::Fifo, FEW, 1 << 20);
         let run = call(machine, &z, &w, vocab, &[1.0], options).run().unwrap();
         let kl = f64::from(run.kl()[0]);
@@ -703,25 +704,25 @@ fn bad_full_input_is_refused_by_name() {
         cuda::full_backward(&stream, inputs, 2, 3, &ok, outputs).unwrap_err()
     };
     for temperature in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-40, 1e300] {
-        let error = forward([6, 6, 2, 12], 3, FullKlOptions { temperature, ..ok });
+        let error = forward([6, 6, 2, 14], 3, FullKlOptions { temperature, ..ok });
         assert!(matches!(error, Error::Option { option: "temperature", .. }), "{error}");
     }
     for (error, text) in [
         (
-            forward([5, 6, 2, 12], 3, ok),
+            forward([5, 6, 2, 14], 3, ok),
             "`logits` has shape [5] for a vocabulary of 3, expected [2, 3]",
         ),
         (
-            forward([6, 6, 2, 12], 0, ok),
+            forward([6, 6, 2, 14], 0, ok),
             "`logits` has shape [6] for a vocabulary of 0, expected [2, 1]",
         ),
-        (forward([6, 5, 2, 12], 3, ok), "`ref_logits` has shape [5], expected [6]"),
-        (forward([6, 6, 1, 12], 3, ok), "`mask` has shape [1], expected [2]"),
-        (forward([6, 6, 2, 11], 3, ok), "`stats` has shape [11], expected [12]"),
-        (backward(11, 2, 6, 6), "`stats` has shape [11], expected [12]"),
-        (backward(12, 3, 6, 6), "`grad_kl` has shape [3], expected [2]"),
-        (backward(12, 2, 5, 6), "`grad_logits` has shape [5], expected [6]"),
-        (backward(12, 2, 6, 5), "`grad_ref_logits` has shape [5], expected [6]"),
+        (forward([6, 5, 2, 14], 3, ok), "`ref_logits` has shape [5], expected [6]"),
+        (forward([6, 6, 1, 14], 3, ok), "`mask` has shape [1], expected [2]"),
+        (forward([6, 6, 2, 13], 3, ok), "`stats` has shape [13], expected [14]"),
+        (backward(13, 2, 6, 6), "`stats` has shape [13], expected [14]"),
+        (backward(14, 3, 6, 6), "`grad_kl` has shape [3], expected [2]"),
+        (backward(14, 2, 5, 6), "`grad_logits` has shape [5], expected [6]"),
+        (backward(14, 2, 6, 5), "`grad_ref_logits` has shape [5], expected [6]"),
     ] {
         assert_eq!(error.to_string(), format!("full_kl: {text}"));
     }
@@ -742,7 +743,12 @@ mod planted {
 
     #[test]
     fn planted_bugs_that_change_results_are_seen() {
-        for bug in ["kl_unshifted_differences", "kl_misaligned_store"] {
+        for bug in [
+            "kl_unshifted_differences",
+            "kl_misaligned_store",
+            "kl_share_of_the_other",
+            "kl_gap_of_the_other",
+        ] {
             for order in ORDERS {
                 assert!(!unseen(bug, &[order, order]), "{bug} {order:?}");
             }

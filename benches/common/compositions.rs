@@ -37,6 +37,21 @@ pub fn full_kl(logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
     ln_p.exp()?.mul(&ln_p.sub(&ln_q)?)?.sum(D::Minus1)
 }
 
+/// The Jensen-Shannon divergence of the rows of two tensors of logits.
+pub fn jsd(logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
+    let (ln_p, ln_q) = (log_softmax(logits)?, log_softmax(ref_logits)?);
+    let (p, q) = (ln_p.exp()?, ln_q.exp()?);
+    let ln_m = ((&p + &q)? * 0.5)?.log()?;
+    let of = |p: Tensor, ln_p: Tensor| p.mul(&(ln_p - &ln_m)?)?.sum(D::Minus1);
+    (of(p, ln_p)? + of(q, ln_q)?)? * 0.5
+}
+
+/// Their total variation.
+pub fn total_variation(logits: &Tensor, ref_logits: &Tensor) -> Result<Tensor> {
+    let (ln_p, ln_q) = (log_softmax(logits)?, log_softmax(ref_logits)?);
+    1.0 - ln_p.minimum(&ln_q)?.exp()?.sum(D::Minus1)?
+}
+
 /// Advantages and returns, column after column from the last one, as every loop over time in a tensor
 /// library.
 pub fn gae(rewards: &Tensor, values: &Tensor, options: &GaeOptions) -> Result<(Tensor, Tensor)> {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -26,10 +28,22 @@ def token_kl(logp, ref_logp, estimator, log_ratio_clamp=None, output_clamp=None)
     return kl if output_clamp is None else kl.clamp(-output_clamp, output_clamp)
 
 
-def full_kl(logits, ref_logits, direction="forward", temperature=1.0):
+def full_kl(logits, ref_logits, divergence="forward", beta=0.5, skew=0.1, temperature=1.0):
     p, q = (F.log_softmax(z / temperature, -1) for z in (logits, ref_logits))
-    p, q = (p, q) if direction == "forward" else (q, p)
-    return (p.exp() * (p - q)).sum(-1)
+
+    def kl(p, q):
+        return (p.exp() * (p - q)).sum(-1)
+
+    def mixture(p, q, share):
+        return torch.logaddexp(p + math.log(share), q + math.log1p(-share))
+
+    if divergence == "total_variation":
+        return 1 - torch.minimum(p, q).exp().sum(-1)
+    if divergence == "jsd":
+        m = mixture(p, q, 1 - beta)
+        return beta * kl(q, m) + (1 - beta) * kl(p, m)
+    p, q = (q, p) if "reverse" in divergence else (p, q)
+    return kl(p, mixture(p, q, skew) if "skew" in divergence else q)
 
 
 def gae(values, rewards, mask, gamma, lam, multiply=False):

@@ -49,9 +49,12 @@ def test_per_token_ops():
         functional.token_kl(t["logp"], t["ref_logp"], t["mask"], estimator="k3"),
     )
     same(
-        ppok.full_kl(logp, ref_logp, direction="reverse"),
-        functional.full_kl(t["logp"], t["ref_logp"], direction="reverse"),
+        ppok.full_kl(logp, ref_logp, divergence="reverse"),
+        functional.full_kl(t["logp"], t["ref_logp"], divergence="reverse"),
     )
+    options = {"divergence": "jsd", "beta": 0.2}
+    jsd = functional.full_kl(t["logp"], t["ref_logp"], **options)
+    same(ppok.full_kl(logp, ref_logp, **options), jsd)
     options = {"gamma": 0.9, "whiten": True, "return_rewards": True}
     ours = ppok.gae(values, rewards, mask64, scores=scores, **options)
     expected = functional.gae(

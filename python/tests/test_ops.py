@@ -80,10 +80,10 @@ def samples():
     yield ops.linear_logprob_backward, (*given, True, *nothing, *options)
     yield ops.token_kl, (leaf(2, 5), leaf(2, 5), mask, *kl)
     yield ops.token_kl_backward, (rows, more, mask, rows, True, False, *kl)
-    yield ops.full_kl, (leaf(2, 5, 33), leaf(2, 5, 33), mask, 0.7, "reverse")
-    _, stats = ops.full_kl(torch.zeros(2, 5, 33), torch.ones(2, 5, 33), None, 1.0, "forward")
+    yield ops.full_kl, (leaf(2, 5, 33), leaf(2, 5, 33), mask, 0.7, 0.5, 0.1, "reverse")
+    _, stats = ops.full_kl(torch.zeros(2, 5, 33), torch.ones(2, 5, 33), None, 1.0, 0.3, 0.1, "jsd")
     both = (torch.zeros(2, 5, 33), torch.ones(2, 5, 33))
-    yield ops.full_kl_backward, (*both, None, stats, rows, False, True, 1.0, "forward")
+    yield ops.full_kl_backward, (*both, None, stats, rows, False, True, 1.0, 0.3, 0.1, "jsd")
     none = (None,) * 5
     yield ops.gae, (rows, more, mask, None, rows[:, 0], *none, True, *gae)
     lengths = torch.tensor([0, 4, 4, 10])

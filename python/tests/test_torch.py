@@ -247,12 +247,15 @@ def test_token_kl(estimator, clamps, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
-def test_full_kl(direction, dtype, device):
+@pytest.mark.parametrize(
+    "divergence",
+    ["forward", "reverse", "jsd", "skew_forward", "skew_reverse", "total_variation"],
+)
+def test_full_kl(divergence, dtype, device):
     (a, _, exact_a), (b, _, exact_b) = (
         logits_and_index((2, 3, 70), dtype, device) for _ in range(2)
     )
-    options = {"direction": direction, "temperature": 0.8}
+    options = {"divergence": divergence, "beta": 0.3, "skew": 0.2, "temperature": 0.8}
     ours = functional.full_kl(a, b, **options)
     exact = formulas.full_kl(exact_a, exact_b, **options)
     check(ours, exact, [a, b], [exact_a, exact_b], TOLERANCE[dtype])

@@ -51,15 +51,16 @@ pub(crate) fn ln_1p(x: f32) -> f32 {
     ln(y) + select(y > 0.0 && y < f32::INFINITY, lost, 0.0)
 }
 
-/// ln x within 2 ulp; -inf below 2^-126, NaN below 0 and for NaN.
+/// g - ln(1 + g) for g from -1 up, without what would cancel near 0; +inf at -1, NaN for NaN.
 #[inline(always)]
-fn ln(x: f32) -> f32 {
-    // x = 2^n (1 + f) with 1 + f in sqrt(1/2)..sqrt(2).
-    const SQRT_HALF: u32 = 0x3f35_04f3;
-    let shifted = x.to_bits().wrapping_sub(SQRT_HALF);
-    let n = (shifted as i32 >> 23) as f32;
-    let f = f32::from_bits((shifted & 0x007f_ffff) + SQRT_HALF) - 1.0;
-    // (ln(1 + f) - f + f²/2) / f³: Cephes' polynomial.
+pub(crate) fn less_ln_1p(g: f32) -> f32 {
+    let near = (g * g) * (-g).mul_add(ln_tail(g), 0.5);
+    select(g.abs() < 0.29, near, g - ln_1p(g))
+}
+
+/// (ln(1 + f) - f + f²/2) / f³ for 1 + f in sqrt(1/2)..sqrt(2): Cephes' polynomial.
+#[inline(always)]
+fn ln_tail(f: f32) -> f32 {
     let p = 7.037_683_6e-2_f32;
     let p = p.mul_add(f, -1.151_461e-1);
     let p = p.mul_add(f, 1.167_699_9e-1);
@@ -68,7 +69,18 @@ fn ln(x: f32) -> f32 {
     let p = p.mul_add(f, -1.666_805_8e-1);
     let p = p.mul_add(f, 2.000_071_5e-1);
     let p = p.mul_add(f, -2.499_999_4e-1);
-    let p = p.mul_add(f, 3.333_333e-1);
+    p.mul_add(f, 3.333_333e-1)
+}
+
+/// ln x within 2 ulp; -inf below 2^-126, NaN below 0 and for NaN.
+#[inline(always)]
+fn ln(x: f32) -> f32 {
+    // x = 2^n (1 + f) with 1 + f in sqrt(1/2)..sqrt(2).
+    const SQRT_HALF: u32 = 0x3f35_04f3;
+    let shifted = x.to_bits().wrapping_sub(SQRT_HALF);
+    let n = (shifted as i32 >> 23) as f32;
+    let f = f32::from_bits((shifted & 0x007f_ffff) + SQRT_HALF) - 1.0;
+    let p = ln_tail(f);
     // ln 2 in two parts, the first of which has a few bits only.
     let tail = (p * f).mul_add(f * f, n * -2.121_944_4e-4);
     let y = n.mul_add(0.693_359_4, f + (-0.5 * f).mul_add(f, tail));

@@ -3,9 +3,9 @@
 use std::ffi::c_void;
 
 use super::{
-    cpu, cuda, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
-    FullKlOptions, KlDirection, KlEstimator, KlOptions, TokenBackwardInputs, TokenBackwardOutputs,
-    TokenForwardInputs, TokenForwardOutputs, FULL_OP, TOKEN_OP,
+    cpu, cuda, Divergence, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs,
+    FullForwardOutputs, FullKlOptions, KlEstimator, KlOptions, TokenBackwardInputs,
+    TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs, FULL_OP, TOKEN_OP,
 };
 use crate::capi::arguments::{check_reserved, choices, list_of, options, with_logits, Memory, Raw};
 use crate::capi::{self, run, On, Pass, Result};
@@ -26,9 +26,18 @@ pub const PPOK_KL_K3_STRAIGHT_THROUGH: i32 = 4;
 pub const PPOK_KL_FORWARD: i32 = 0;
 /// KL(reference || policy), the mean over the reference, as in distillation.
 pub const PPOK_KL_REVERSE: i32 = 1;
+/// beta KL(reference || m) + (1 - beta) KL(policy || m), m = (1 - beta) policy + beta reference: the generalised
+/// Jensen-Shannon divergence (GKD).
+pub const PPOK_KL_JSD: i32 = 2;
+/// KL(policy || skew policy + (1 - skew) reference).
+pub const PPOK_KL_SKEW_FORWARD: i32 = 3;
+/// KL(reference || skew reference + (1 - skew) policy).
+pub const PPOK_KL_SKEW_REVERSE: i32 = 4;
+/// 1 - sum_i min(p_i, q_i).
+pub const PPOK_KL_TOTAL_VARIATION: i32 = 5;
 
 /// Values a row that ppok_kl_full_forward_* leaves.
-pub const PPOK_KL_FULL_STATS: usize = 6;
+pub const PPOK_KL_FULL_STATS: usize = 7;
 
 /// Options of ppok_kl_token_*.
 #[derive(Debug, Clone, Copy)]
@@ -48,7 +57,7 @@ pub struct ppok_kl_token_options {
 
 choices! {
     KlEstimator { K1, Abs, K2, K3, K3StraightThrough }
-    KlDirection { Forward, Reverse }
+    Divergence { Forward, Reverse, Jsd, SkewForward, SkewReverse, TotalVariation }
 }
 
 options!(ppok_kl_token_options, KlOptions, TOKEN_OP, [reserved], {
@@ -64,14 +73,20 @@ pub struct ppok_kl_full_options {
     pub struct_size: usize,
     /// Divides both logits; 1e-30 to 1e30, 1 by default.
     pub temperature: f64,
-    /// `PPOK_KL_FORWARD`, the default, or `PPOK_KL_REVERSE`.
-    pub direction: i32,
+    /// Of `PPOK_KL_JSD`; above 0 and below 1, 0.5 by default.
+    pub beta: f64,
+    /// Of the skewed KLs; above 0 and below 1, 0.1 by default (DistiLLM).
+    pub skew: f64,
+    /// `PPOK_KL_FORWARD`, the default, to `PPOK_KL_TOTAL_VARIATION`.
+    pub divergence: i32,
     pub reserved: i32,
 }
 
 options!(ppok_kl_full_options, FullKlOptions, FULL_OP, [reserved], {
-    direction => direction,
+    divergence => divergence,
     temperature => temperature,
+    beta => beta,
+    skew => skew,
 });
 
 /// Arguments of ppok_kl_token_forward_*.
@@ -261,7 +276,8 @@ pub unsafe extern "C" fn ppok_kl_token_backward_cpu(
 
 /// Exact KL divergence between the distributions of two rows of logits, in nats: with
 /// p = softmax(logits / temperature) and q = softmax(ref_logits / temperature), forward
-/// sum_i p_i (ln p_i - ln q_i), or reverse with the two exchanged. Reads both logits once.
+/// sum_i p_i (ln p_i - ln q_i), or reverse with the two exchanged; or another divergence, as the options say.
+/// Reads both logits once, or of another divergence twice.
 ///
 /// A logit of -inf is a token of probability 0: under q where p is above 0 the KL is +inf. A row with
 /// NaN or +inf, or of -inf only, in either tensor gives NaN in that row and in no other.

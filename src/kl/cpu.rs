@@ -3,12 +3,12 @@
 //! shared out to threads, and merged in an order that depends on the rows' length only.
 
 use super::{
-    limit, FullKlOptions, KlEstimator, KlOptions, FULL_OP, GAP, KL, MAX_W, MAX_Z, STATS, SUM_W,
-    SUM_Z, TOKEN_OP,
+    limit, Divergence, FullKlOptions, KlEstimator, KlOptions, Mixture, FULL_OP, GAP, GAP_W, KL,
+    MAX_W, MAX_Z, STATS, SUM_W, SUM_Z, TOKEN_OP,
 };
 use crate::cpu::math::{
-    clip, exp, exp_m1, for_logits2, larger, ln_1p, max, max_lanes, select, sum_lanes, Exp,
-    LOGIT_LANES,
+    clip, exp, exp_m1, for_logits2, larger, less_ln_1p, ln_1p, max, max_lanes, select, sum_lanes,
+    Exp, LOGIT_LANES,
 };
 use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut};
 use crate::error::{Error, Result};
@@ -245,8 +245,8 @@ pub(crate) fn binary_kl(logp: f32, old_logp: f32, d: f32) -> f32 {
     of_rest - select(p_old > 0.0, p_old * d, 0.0)
 }
 
-/// Exact KL of every one of `rows` rows, with what the backward pass needs to know of them. Reads both
-/// logits once.
+/// Exact KL, or another divergence, of every one of `rows` rows, with what the backward pass needs to know of
+/// them. Reads both logits once, or where that is not the KL twice, the second time from the caches.
 ///
 /// # Errors
 /// If a length does not fit or an option is out of range. Nothing is written then.
@@ -265,15 +265,23 @@ pub fn full_forward<T: Logit>(
     let scale = (1.0 / options.temperature) as f32;
     let (z, w) = inputs.in_order(vocab, options);
     let stats = RowsMut { data: outputs.stats, width: rows };
-    let [kl, gap, max_z, sum_z, max_w, sum_w] =
-        stats.disjoint([KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W]);
-    let items = (kl, gap, max_z, sum_z, max_w, sum_w);
+    let [kl, gap, max_z, sum_z, max_w, sum_w, gap_w] =
+        stats.disjoint([KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W, GAP_W]);
+    let items = ((kl, gap, gap_w), (max_z, sum_z, max_w, sum_w));
+    let to_mixture = pairwise(options);
     for_each(rows, GRAIN / vocab, items, |first, count, items| {
-        let (kl, gap, max_z, sum_z, max_w, sum_w) = items;
+        let ((kl, gap, gap_w), (max_z, sum_z, max_w, sum_w)) = items;
         for i in 0..count {
             let row = first + i;
             let of_row = if inputs.keeps(row) {
-                Sums::of_rows(z.row(row), w.row(row), scale).stats()
+                let (z, w) = (z.row(row), w.row(row));
+                let mut stats = Sums::of_rows(z, w, scale).stats();
+                match to_mixture {
+                    None => {}
+                    Some(Pairwise::Mixture(of)) => of.look_again(z, w, scale, &mut stats),
+                    Some(Pairwise::TotalVariation(of)) => of.look_again(z, w, scale, &mut stats),
+                }
+                stats
             } else {
                 [0.0; STATS]
             };
@@ -283,6 +291,7 @@ pub fn full_forward<T: Logit>(
             sum_z[i] = of_row[SUM_Z];
             max_w[i] = of_row[MAX_W];
             sum_w[i] = of_row[SUM_W];
+            gap_w[i] = of_row[GAP_W];
         }
     });
     Ok(())
@@ -312,6 +321,7 @@ pub fn full_backward<T: Logit>(
     let (grad_z, grad_w) = options.order(grad_logits, grad_ref_logits);
     let in_rows = |grad: Option<_>| grad.map(|data| RowsMut { data, width: vocab });
     let grads = (in_rows(grad_z), in_rows(grad_w));
+    let to_mixture = pairwise(options);
     for_each(rows, GRAIN / vocab, grads, |first, count, (mut grad_z, mut grad_w)| {
         for i in 0..count {
             let row = first + i;
@@ -323,8 +333,16 @@ pub fn full_backward<T: Logit>(
             } else if of_row[KL].is_nan() {
                 fill(grad_z, grad_w, T::from_f32(f32::NAN));
             } else {
-                let slopes = Slopes::new(of_row, scale, grad_kl[row]);
-                slopes.write_rows(z.row(row), w.row(row), grad_z, grad_w);
+                let (z, w, upstream) = (z.row(row), w.row(row), grad_kl[row]);
+                match to_mixture {
+                    None => Slopes::new(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w),
+                    Some(Pairwise::Mixture(of)) => {
+                        of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w)
+                    }
+                    Some(Pairwise::TotalVariation(of)) => {
+                        of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w)
+                    }
+                }
             }
         }
     });
@@ -541,6 +559,13 @@ impl Slopes {
             grad_w: grad,
         }
     }
+}
+
+/// The gradients of a pair of rows as functions of the logits.
+trait Gradients: Copy + Sync {
+    fn z_slope(self, z: f32, w: f32) -> f32;
+
+    fn w_slope(self, z: f32, w: f32) -> f32;
 
     fn write_rows<T: Logit>(
         self,
@@ -568,12 +593,14 @@ impl Slopes {
             );
         });
     }
+}
 
+impl Gradients for Slopes {
     /// p (x - y - gap), and 0 where z is -inf.
     #[inline(always)]
     fn z_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        let p = self.lifted(x) * self.norm_z;
+        let p = lifted(self.exp, x) * self.norm_z;
         let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
         if z == f32::NEG_INFINITY {
             0.0
@@ -587,14 +614,239 @@ impl Slopes {
     #[inline(always)]
     fn w_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        self.grad_w * (self.lifted(y) * self.norm_w - self.lifted(x) * self.norm_z)
+        self.grad_w * (lifted(self.exp, y) * self.norm_w - lifted(self.exp, x) * self.norm_z)
+    }
+}
+
+/// A divergence whose columns need the sums over both rows first, from a second look at them.
+#[derive(Clone, Copy)]
+enum Pairwise {
+    Mixture(OfMixture),
+    TotalVariation(OfTotalVariation),
+}
+
+fn pairwise(options: &FullKlOptions) -> Option<Pairwise> {
+    if options.divergence == Divergence::TotalVariation {
+        return Some(Pairwise::TotalVariation(OfTotalVariation));
+    }
+    let Mixture { share, coef_z, coef_w } = options.mixture()?;
+    let [share, rest, coef_z, coef_w] = [share, 1.0 - share, coef_z, coef_w].map(|x| x as f32);
+    Some(Pairwise::Mixture(OfMixture { share, rest, coef_z, coef_w }))
+}
+
+/// A column of a pair of rows: its term of the divergence, and h of z and of w in the terms of [the
+/// module](super).
+struct Column {
+    term: f32,
+    h_z: f32,
+    h_w: f32,
+}
+
+trait Columns: Copy + Sync {
+    /// Of p, q and r = ln p - ln q, which may be NaN where both are 0.
+    fn column(self, p: f32, q: f32, r: f32) -> Column;
+
+    /// Puts the divergence and the means of h into the statistics of a row, which have the other sums.
+    fn look_again<T: Logit>(self, z: &[T], w: &[T], scale: f32, stats: &mut [f32; STATS]) {
+        let pair = Pair::new(stats, scale);
+        let of_segment = |_, _, (z, w): (&[T], &[T])| {
+            vectorise(
+                #[inline(always)]
+                || {
+                    let mut totals = [0.0; 3];
+                    for (z, w) in z.chunks(BLOCK).zip(w.chunks(BLOCK)) {
+                        let of_block = pair.sums(self, z, w);
+                        for (total, sum) in totals.iter_mut().zip(of_block) {
+                            *total += f64::from(sum);
+                        }
+                    }
+                    totals
+                },
+            )
+        };
+        let add = |a: [f64; 3], b: [f64; 3]| [a[0] + b[0], a[1] + b[1], a[2] + b[2]];
+        let [value, of_z, of_w] = reduce(z.len(), GRAIN, (z, w), of_segment, add);
+        // A row that has no distribution has no sums, and the divergence of the others is finite.
+        let legal = stats[SUM_Z] + stats[SUM_W] < f32::INFINITY
+            && stats[MAX_Z].is_finite()
+            && stats[MAX_W].is_finite();
+        stats[KL] = if legal { value as f32 } else { f32::NAN };
+        (stats[GAP], stats[GAP_W]) = (of_z as f32, of_w as f32);
     }
 
-    /// e^x for x up to 0, lifted.
+    fn slopes(self, stats: [f32; STATS], scale: f32, upstream: f32) -> PairSlopes<Self> {
+        let (exp, down) = Exp::beside(upstream * scale);
+        PairSlopes {
+            columns: self,
+            pair: Pair::new(&stats, scale),
+            exp,
+            grad: upstream * scale * down,
+            gap_z: stats[GAP],
+            gap_w: stats[GAP_W],
+        }
+    }
+}
+
+/// What is known of a pair of rows before a second look.
+#[derive(Clone, Copy)]
+struct Pair {
+    exp: Exp,
+    scale: f32,
+    max_z: f32,
+    max_w: f32,
+    /// 1/P and 1/Q.
+    norm_z: f32,
+    norm_w: f32,
+    /// ln(P/Q), which x - y is too much for ln p - ln q.
+    offset: f32,
+}
+
+impl Pair {
+    fn new(stats: &[f32; STATS], scale: f32) -> Pair {
+        let [sum_z, sum_w] = [SUM_Z, SUM_W].map(|i| f64::from(stats[i]));
+        Pair {
+            exp: Exp::new(scale),
+            scale,
+            max_z: stats[MAX_Z],
+            max_w: stats[MAX_W],
+            norm_z: 1.0 / stats[SUM_Z],
+            norm_w: 1.0 / stats[SUM_W],
+            offset: (sum_z / sum_w).ln() as f32,
+        }
+    }
+
+    /// Of x and y over the scale.
     #[inline(always)]
-    fn lifted(self, x: f32) -> f32 {
-        let (p, power) = self.exp.factors(self.exp.clamp(x));
-        p * power
+    fn log_ratio(self, x: f32, y: f32) -> f32 {
+        (x - y).mul_add(self.scale, -self.offset)
+    }
+
+    /// Sums over a block: of the terms, of p h and of q h.
+    #[inline(always)]
+    fn sums<T: Logit>(self, columns: impl Columns, z: &[T], w: &[T]) -> [f32; 3] {
+        let [mut terms, mut of_z, mut of_w] = [[0.0; LOGIT_LANES]; 3];
+        let e = |x: f32| {
+            let (p, power) = self.exp.factors(self.exp.clamp(x));
+            p * power
+        };
+        for_logits2(
+            z,
+            w,
+            #[inline(always)]
+            |z, w| {
+                let (z, w) = (T::widen(z), T::widen(w));
+                for lane in 0..LOGIT_LANES {
+                    let (x, y) = (z[lane] - self.max_z, w[lane] - self.max_w);
+                    let (p, q) = (e(x) * self.norm_z, e(y) * self.norm_w);
+                    let Column { term, h_z, h_w } = columns.column(p, q, self.log_ratio(x, y));
+                    // Where both are 0 there is nothing; where one is, it has no h.
+                    let none = p + q == 0.0;
+                    terms[lane] += select(none, 0.0, term);
+                    of_z[lane] += select(p == 0.0, 0.0, p * h_z);
+                    of_w[lane] += select(q == 0.0, 0.0, q * h_w);
+                }
+            },
+        );
+        [terms, of_z, of_w].map(sum_lanes)
+    }
+}
+
+#[derive(Clone, Copy)]
+struct PairSlopes<C> {
+    columns: C,
+    pair: Pair,
+    /// Makes probabilities that are lifted.
+    exp: Exp,
+    /// Upstream gradient over the temperature, brought down by as much.
+    grad: f32,
+    gap_z: f32,
+    gap_w: f32,
+}
+
+impl<C: Columns> Gradients for PairSlopes<C> {
+    #[inline(always)]
+    fn z_slope(self, z: f32, w: f32) -> f32 {
+        let (x, y) = (z - self.pair.max_z, w - self.pair.max_w);
+        let p = lifted(self.exp, x * self.pair.scale) * self.pair.norm_z;
+        // Its term is not asked for.
+        let h = self.columns.column(0.0, 0.0, self.pair.log_ratio(x, y)).h_z;
+        select(p == 0.0, 0.0, p * (self.grad * (h - self.gap_z)))
+    }
+
+    #[inline(always)]
+    fn w_slope(self, z: f32, w: f32) -> f32 {
+        let (x, y) = (z - self.pair.max_z, w - self.pair.max_w);
+        let q = lifted(self.exp, y * self.pair.scale) * self.pair.norm_w;
+        let h = self.columns.column(0.0, 0.0, self.pair.log_ratio(x, y)).h_w;
+        select(q == 0.0, 0.0, q * (self.grad * (h - self.gap_w)))
+    }
+}
+
+/// e^x for x up to 0, lifted.
+#[inline(always)]
+fn lifted(exp: Exp, x: f32) -> f32 {
+    let (p, power) = exp.factors(exp.clamp(x));
+    p * power
+}
+
+/// [`Mixture`] in f32.
+#[derive(Clone, Copy)]
+struct OfMixture {
+    /// Of p in the mixture, and of q.
+    share: f32,
+    rest: f32,
+    coef_z: f32,
+    coef_w: f32,
+}
+
+impl Columns for OfMixture {
+    #[inline(always)]
+    fn column(self, p: f32, q: f32, r: f32) -> Column {
+        // By the more probable side: all exponentials are of what is up to 0.
+        let z_is_high = r >= 0.0;
+        let (high, low) = (select(z_is_high, p, q), select(z_is_high, q, p));
+        let share = select(z_is_high, self.share, self.rest);
+        let d = r.abs();
+        let e = exp_m1(-d); // low / high - 1
+        let g = e - share * e; // m / high - 1
+        let ln_high = -ln_1p(g); // ln(high / m)
+        let ln_low = ln_high - d;
+        let of_high = high * less_ln_1p(g);
+        // m / low - 1 is without bound: from 1/4 on not to be multiplied with what may be 0.
+        let beyond = -share * e;
+        let g_low = beyond / (1.0 + e);
+        let near = low * less_ln_1p(select(g_low < 0.25, g_low, 0.0));
+        let far = high.mul_add(beyond, select(low == 0.0, 0.0, low * ln_low));
+        let of_low = select(g_low < 0.25, near, far);
+
+        let inverse = 1.0 / (1.0 + g); // high / m
+        let (over_high, over_low) = (-g * inverse, (e - g) * inverse); // side / m - 1
+        let pick = |high, low| (select(z_is_high, high, low), select(z_is_high, low, high));
+        let (term_z, term_w) = pick(of_high, of_low);
+        let (ln_z, ln_w) = pick(ln_high, ln_low);
+        let (over_z, over_w) = pick(over_high, over_low);
+        let common = self.share * (self.coef_w * over_w);
+        let common_w = self.rest * (self.coef_z * over_z);
+        Column {
+            term: self.coef_z.mul_add(term_z, self.coef_w * term_w),
+            h_z: self.coef_z * (ln_z - self.share * over_z) - common,
+            h_w: self.coef_w * (ln_w - self.rest * over_w) - common_w,
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct OfTotalVariation;
+
+impl Columns for OfTotalVariation {
+    #[inline(always)]
+    fn column(self, p: f32, _: f32, r: f32) -> Column {
+        let above = r > 0.0;
+        Column {
+            term: select(above, -p * exp_m1(-r.abs()), 0.0),
+            h_z: select(above, 0.0, -1.0),
+            h_w: select(above, -1.0, 0.0),
+        }
     }
 }
 

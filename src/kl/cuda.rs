@@ -3,7 +3,7 @@
 //!
 //! Refuses what [`cpu`](super::cpu) refuses. A vocabulary may have up to 2^32 - 1 columns.
 
-use super::{limit, FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
+use super::{limit, FullKlOptions, KlEstimator, KlOptions, Mixture, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::cuda::rows::{check_logits, launch_over_tokens, Map, Passes, Reduction};
 use crate::cuda::{Args, Kernel, Stream};
@@ -98,11 +98,21 @@ pub fn full_forward<T: Logit>(
         parts: reduction.parts,
         ahead: reduction.ahead.into(),
         inverse_temperature: (1.0 / options.temperature) as f32,
+        divergence: Divergence::new(options),
     };
     let passes = Passes {
         warp: Kernel { op: FILE, pass: "full_forward_warp", dtype: T::NAME },
         block: Kernel { op: FILE, pass: "full_forward_block", dtype: T::NAME },
         wide: Kernel { op: FILE, pass: "full_forward_wide", dtype: T::NAME },
+    };
+    reduction.launch(stream, &passes, &args)?;
+    if options.is_kl() {
+        return Ok(());
+    }
+    let passes = Passes {
+        warp: Kernel { op: FILE, pass: "divergence_warp", dtype: T::NAME },
+        block: Kernel { op: FILE, pass: "divergence_block", dtype: T::NAME },
+        wide: Kernel { op: FILE, pass: "divergence_wide", dtype: T::NAME },
     };
     reduction.launch(stream, &passes, &args)
 }
@@ -143,8 +153,10 @@ pub fn full_backward<T: Logit>(
         chunks: map.chunks,
         chunk_threads: map.threads,
         inverse_temperature: (1.0 / options.temperature) as f32,
+        divergence: Divergence::new(options),
     };
-    map.launch(stream, &Kernel { op: FILE, pass: "full_backward", dtype: T::NAME }, &args)
+    let pass = if options.is_kl() { "full_backward" } else { "divergence_backward" };
+    map.launch(stream, &Kernel { op: FILE, pass, dtype: T::NAME }, &args)
 }
 
 /// As in `kernels/common/token_kl.cuh`.
@@ -164,6 +176,27 @@ impl TokenKl {
             log_ratio_limit: limit(options.log_ratio_clamp),
             output_limit: limit(options.output_clamp),
         }
+    }
+}
+
+/// The kernels' form of what is no KL; of a KL it is not looked at.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Divergence {
+    share: f32,
+    rest: f32,
+    coef_z: f32,
+    coef_w: f32,
+    is_total_variation: i32,
+}
+
+impl Divergence {
+    fn new(options: &FullKlOptions) -> Self {
+        let none = Mixture { share: 0.0, coef_z: 0.0, coef_w: 0.0 };
+        let Mixture { share, coef_z, coef_w } = options.mixture().unwrap_or(none);
+        let [share, rest, coef_z, coef_w] = [share, 1.0 - share, coef_z, coef_w].map(|x| x as f32);
+        let is_total_variation = options.divergence == super::Divergence::TotalVariation;
+        Self { share, rest, coef_z, coef_w, is_total_variation: is_total_variation.into() }
     }
 }
 
@@ -199,6 +232,7 @@ struct FullForwardArgs<'a, S: Space, T: Element> {
     parts: i32,
     ahead: i32,
     inverse_temperature: f32,
+    divergence: Divergence,
 }
 
 #[repr(C)]
@@ -216,6 +250,7 @@ struct FullBackwardArgs<'a, S: Space, T: Element> {
     chunks: i32,
     chunk_threads: i32,
     inverse_temperature: f32,
+    divergence: Divergence,
 }
 
 // SAFETY: each has the kernels' fields, in order; tests/kernel_arguments.rs compares them.

@@ -30,8 +30,12 @@
 //! From two tensors of logits [.., V], f32, f16 or bf16, z of the policy and w of the reference,
 //! with p = softmax(z/temperature) and q = softmax(w/temperature), one f32 for each row [..]:
 //!
-//! - [`KlDirection::Forward`]: KL(p || q) = sum_i p_i (ln p_i - ln q_i)
-//! - [`KlDirection::Reverse`]: KL(q || p) = sum_i q_i (ln q_i - ln p_i)
+//! - [`Divergence::Forward`]: KL(p || q) = sum_i p_i (ln p_i - ln q_i)
+//! - [`Divergence::Reverse`]: KL(q || p) = sum_i q_i (ln q_i - ln p_i)
+//! - [`Divergence::Jsd`]: β KL(q || m) + (1 - β) KL(p || m) with m = (1 - β) p + β q
+//! - [`Divergence::SkewForward`]: KL(p || m) with m = λ p + (1 - λ) q
+//! - [`Divergence::SkewReverse`]: KL(q || m) with m = λ q + (1 - λ) p
+//! - [`Divergence::TotalVariation`]: 1 - sum_i min(p_i, q_i)
 //!
 //! Reverse is forward with the two exchanged, so the rest is said for forward. With each row's
 //! maximum taken off before anything else, x = (z - max z)/temperature and
@@ -41,15 +45,26 @@
 //! - dKL/dz_i = p_i (x_i - y_i - gap)/temperature, which is p_i (ln p_i - ln q_i - KL)/temperature
 //! - dKL/dw_i = (q_i - p_i)/temperature
 //!
+//! Those of a mixture m = a p + (1 - a) q are c_p KL(p || m) + c_q KL(q || m). Their terms are
+//! p_i (ln(p_i/m_i) - 1 + m_i/p_i), and q's likewise: never negative, so that nothing cancels where p and q are
+//! nearly equal. Of the gradients only what differs between columns counts, so that in
+//!
+//! - dD/dz_i = p_i (h_i - sum_j p_j h_j)/temperature
+//!
+//! h_i is c_p (ln(p_i/m_i) - a (p_i/m_i - 1)) - c_q a (q_i/m_i - 1); that of w is the same with p, q, c_p, c_q and
+//! a, 1 - a exchanged. Of the total variation h_i is -1 where p_i <= q_i and 0 elsewhere, and to w -1 where
+//! q_i < p_i. All are finite. They are from the papers of GKD (arXiv 2306.13649, whose JSD has teacher and β as
+//! here q and β), DistiLLM (arXiv 2402.03898, which calls the teacher's mean forward), and TRL.
+//!
 //! A logit of -inf is probability 0: p_i = 0 adds nothing, and q_i = 0 under p_i > 0 makes the KL
 //! +inf. There dKL/dw is still as above, but dKL/dz does not exist: it is NaN in that row, except
 //! 0 where z_i = -inf. A row with NaN or +inf, or all -inf, in either tensor gives NaN in that
 //! row's value and gradients, and in no other. Rows masked out (mask byte 0 of [..]) are not
 //! read; they give 0 and gradient 0. Nor is a row read in backward whose upstream gradient is 0.
 //!
-//! Cost, for logits of S bytes in each tensor and N rows: forward reads 2 S and writes 24 N (six
-//! f32 per row, kept for backward); backward reads 2 S + 28 N and writes S for each gradient, in
-//! the dtype of the logits.
+//! Cost, for logits of S bytes in each tensor and N rows: forward reads 2 S, or of a mixture or the total
+//! variation 4 S, the second half of it again what was just read, and writes 28 N (seven f32 per row, kept for
+//! backward); backward reads 2 S + 32 N and writes S for each gradient, in the dtype of the logits.
 
 #[cfg(feature = "capi")]
 #[allow(missing_docs, clippy::missing_safety_doc)]
@@ -70,9 +85,9 @@ const TOKEN_OP: &str = "token_kl";
 const FULL_OP: &str = "full_kl";
 
 /// Values a row that the forward pass of the exact KL leaves, in this order: KL, gap, max z, P, max w,
-/// Q in the terms of [the module](self), z being the policy's logits in the forward direction and the
-/// reference's in reverse.
-pub const STATS: usize = 6;
+/// Q in the terms of [the module](self), z being the policy's logits, and the reference's in reverse; of a mixture
+/// and the total variation KL is the divergence, gap sum p h, and the last one sum q h.
+pub const STATS: usize = 7;
 
 /// The rows of those values, by the names that the kernels have for them too.
 pub(crate) const KL: usize = 0;
@@ -81,6 +96,7 @@ pub(crate) const MAX_Z: usize = 2;
 pub(crate) const SUM_Z: usize = 3;
 pub(crate) const MAX_W: usize = 4;
 pub(crate) const SUM_W: usize = 5;
+pub(crate) const GAP_W: usize = 6;
 
 /// Which estimator of the KL divergence is made of d = logp - ref_logp.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -130,45 +146,94 @@ impl KlOptions {
     }
 }
 
-/// Over which of the two distributions the exact KL takes its mean.
+/// Which divergence of the two distributions is computed; p is the policy's and q the reference's, the teacher's
+/// in distillation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum KlDirection {
-    /// KL(policy || reference), the mean over the policy: what the sampled estimators estimate.
+#[repr(i32)]
+pub enum Divergence {
+    /// KL(p || q), the mean over the policy: what the sampled estimators estimate.
     #[default]
     Forward,
-    /// KL(reference || policy), the mean over the reference, as in distillation.
+    /// KL(q || p), the mean over the reference, as in distillation.
     Reverse,
+    /// The Jensen-Shannon divergence, generalised by β: β KL(q || m) + (1 - β) KL(p || m) with
+    /// m = (1 - β) p + β q (GKD). Towards the ends of β it goes to 0, and not to the KLs.
+    Jsd,
+    /// KL(p || λ p + (1 - λ) q): the skewed KL, which stays finite.
+    SkewForward,
+    /// KL(q || λ q + (1 - λ) p).
+    SkewReverse,
+    /// 1 - sum min(p, q), which is half of sum |p - q|.
+    TotalVariation,
 }
 
-/// How the exact KL is computed from two tensors of logits.
+/// How the exact KL, or another divergence, is computed from two tensors of logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FullKlOptions {
-    /// The direction; `Forward` by default.
-    pub direction: KlDirection,
+    /// The divergence; `Forward` by default.
+    pub divergence: Divergence,
     /// Divides both logits; 1e-30 to 1e30, 1 by default.
     pub temperature: f64,
+    /// β of [`Divergence::Jsd`], above 0 and below 1; 0.5 by default.
+    pub beta: f64,
+    /// λ of the skewed KLs, above 0 and below 1; 0.1 by default (DistiLLM).
+    pub skew: f64,
 }
 
 impl Default for FullKlOptions {
     fn default() -> Self {
-        Self { direction: KlDirection::Forward, temperature: 1.0 }
+        Self { divergence: Divergence::Forward, temperature: 1.0, beta: 0.5, skew: 0.1 }
     }
 }
 
+/// The mixture m = a p + (1 - a) q, and how much the KLs to it count.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Mixture {
+    /// a.
+    pub share: f64,
+    /// c_p.
+    pub coef_z: f64,
+    /// c_q.
+    pub coef_w: f64,
+}
+
 impl FullKlOptions {
-    /// `Ok` when the temperature is in range; the error names `op`.
+    /// `Ok` when the options are in range; the error names `op`.
     pub(crate) fn validate(&self, op: &'static str) -> Result<()> {
         let t = self.temperature;
         // Its inverse has to fit into f32: a scale of 0 or infinity makes NaN of legal logits.
-        Error::check_option(op, "temperature", t, (1e-30..=1e30).contains(&t), "1e-30 to 1e30")
+        Error::check_option(op, "temperature", t, (1e-30..=1e30).contains(&t), "1e-30 to 1e30")?;
+        let inside = |x: f64| x > 0.0 && x < 1.0;
+        let expected = "above 0 and below 1, of which the KLs themselves are the ends";
+        Error::check_option(op, "beta", self.beta, inside(self.beta), expected)?;
+        Error::check_option(op, "skew", self.skew, inside(self.skew), expected)
     }
 
     /// The pair as (the distribution of the mean, the other one), from (policy, reference) and
     /// back.
     pub(crate) fn order<T>(&self, policy: T, reference: T) -> (T, T) {
-        match self.direction {
-            KlDirection::Forward => (policy, reference),
-            KlDirection::Reverse => (reference, policy),
+        match self.divergence {
+            Divergence::Reverse | Divergence::SkewReverse => (reference, policy),
+            _ => (policy, reference),
+        }
+    }
+
+    /// Whether the divergence is one of the KLs, for which one look at the logits is enough.
+    pub(crate) fn is_kl(&self) -> bool {
+        matches!(self.divergence, Divergence::Forward | Divergence::Reverse)
+    }
+
+    /// The mixture of the pair in that order, where the divergence is to one.
+    pub(crate) fn mixture(&self) -> Option<Mixture> {
+        match self.divergence {
+            Divergence::Jsd => {
+                let rest = 1.0 - self.beta;
+                Some(Mixture { share: rest, coef_z: rest, coef_w: self.beta })
+            }
+            Divergence::SkewForward | Divergence::SkewReverse => {
+                Some(Mixture { share: self.skew, coef_z: 1.0, coef_w: 0.0 })
+            }
+            _ => None,
         }
     }
 }
@@ -238,7 +303,7 @@ list! {
 list! {
     /// The output of the exact KL in some memory.
     outputs FullForwardOutputs(leading: &[usize]) {
-        /// The values that [`STATS`] lists, `[STATS, rows]`: the first row is the KL.
+        /// The values that [`STATS`] lists, `[STATS, rows]`: the first row is the KL, or the other divergence.
         stats: f32 [&[STATS], leading],
     }
 }

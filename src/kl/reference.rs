@@ -1,6 +1,6 @@
 //! The KL divergences in plain f64 loops, to be checked by eye. See [`super`] for the formulas.
 
-use super::{FullKlOptions, KlEstimator, KlOptions};
+use super::{Divergence, FullKlOptions, KlEstimator, KlOptions, Mixture};
 
 /// The sampled KL of one token and its derivative, both by d = logp - ref_logp.
 pub fn token(d: f64, options: &KlOptions) -> (f64, f64) {
@@ -63,7 +63,7 @@ pub fn token_kl_backward(
         .unzip()
 }
 
-/// The exact KL of every row of `vocab` logits; 0 where the row's `mask` is 0.
+/// The exact KL, or another divergence, of every row of `vocab` logits; 0 where the row's `mask` is 0.
 pub fn full_kl(
     logits: &[f64],
     ref_logits: &[f64],
@@ -80,9 +80,77 @@ pub fn full_kl(
             let (z, w) = options.order(z, w);
             let ln_p = log_softmax(z, options.temperature);
             let ln_q = log_softmax(w, options.temperature);
-            divergence(&ln_p, &ln_q)
+            if options.divergence == Divergence::TotalVariation {
+                return total_variation(&ln_p, &ln_q);
+            }
+            match options.mixture() {
+                None => divergence(&ln_p, &ln_q),
+                Some(of) => {
+                    let ln_m = ln_mixture(&of, &ln_p, &ln_q);
+                    of.coef_z * divergence(&ln_p, &ln_m) + of.coef_w * divergence(&ln_q, &ln_m)
+                }
+            }
         })
         .collect()
+}
+
+/// ln(a p + (1 - a) q).
+fn ln_mixture(of: &Mixture, ln_p: &[f64], ln_q: &[f64]) -> Vec<f64> {
+    let ln_m = |(a, b): (&f64, &f64)| {
+        let (a, b) = (a + of.share.ln(), b + (1.0 - of.share).ln());
+        // Not from the probabilities, which may be less than f64 has.
+        match a.max(b) {
+            f64::NEG_INFINITY => f64::NEG_INFINITY,
+            larger => larger + ((a - larger).exp() + (b - larger).exp()).ln(),
+        }
+    };
+    ln_p.iter().zip(ln_q).map(ln_m).collect()
+}
+
+/// 1 - sum min(p, q), as the sum of what p is above q.
+fn total_variation(ln_p: &[f64], ln_q: &[f64]) -> f64 {
+    let above = |(a, b): (&f64, &f64)| {
+        let above = a.exp() - b.exp();
+        if above < 0.0 {
+            0.0
+        } else {
+            above
+        }
+    };
+    ln_p.iter().zip(ln_q).map(above).sum()
+}
+
+/// What dD/dz and dD/dw are made of at every column, where D is to a mixture or the total variation: p (h - sum
+/// p h) and q (h - sum q h) are the gradients for a temperature of 1.
+fn slopes(options: &FullKlOptions, ln_p: &[f64], ln_q: &[f64]) -> [Vec<f64>; 2] {
+    let pairs = ln_p.iter().zip(ln_q);
+    let Some(Mixture { share: a, coef_z, coef_w }) = options.mixture() else {
+        let is_below = |below: bool| if below { -1.0 } else { 0.0 };
+        return [
+            pairs.clone().map(|(p, q)| is_below(p <= q)).collect(),
+            pairs.map(|(p, q)| is_below(q < p)).collect(),
+        ];
+    };
+    // d/dp of c_p p ln(p/m) + c_q q ln(q/m), with dm/dp = a; and by q.
+    let by_one = |[ln_p, ln_q]: [f64; 2], a: f64, [coef_p, coef_q]: [f64; 2]| {
+        let (p, q) = (ln_p.exp(), ln_q.exp());
+        let m = a * p + (1.0 - a) * q;
+        if p == 0.0 {
+            0.0
+        } else {
+            coef_p * ((p / m).ln() + 1.0 - a * p / m) - coef_q * a * q / m
+        }
+    };
+    [
+        pairs.clone().map(|(&p, &q)| by_one([p, q], a, [coef_z, coef_w])).collect(),
+        pairs.map(|(&p, &q)| by_one([q, p], 1.0 - a, [coef_w, coef_z])).collect(),
+    ]
+}
+
+/// p (h - sum p h).
+fn through_softmax(ln_p: &[f64], h: &[f64]) -> Vec<f64> {
+    let mean: f64 = ln_p.iter().zip(h).map(|(p, h)| p.exp() * h).sum();
+    ln_p.iter().zip(h).map(|(p, h)| p.exp() * (h - mean)).collect()
 }
 
 /// The gradients of `full_kl` to `logits` and `ref_logits`, for the upstream gradient `grad` of
@@ -106,6 +174,18 @@ pub fn full_kl_backward(
         let g = g / options.temperature;
         let ln_p = log_softmax(&z[row.clone()], options.temperature);
         let ln_q = log_softmax(&w[row.clone()], options.temperature);
+        if !options.is_kl() {
+            let [h_z, h_w] = slopes(options, &ln_p, &ln_q);
+            // A NaN in either is one in both.
+            let nan = if ln_p.iter().chain(&ln_q).any(|x| x.is_nan()) { f64::NAN } else { 0.0 };
+            for (grads, ln, h) in [(&mut grad_z, &ln_p, &h_z), (&mut grad_w, &ln_q, &h_w)] {
+                let of_row = through_softmax(ln, h);
+                for (to, from) in grads[row.clone()].iter_mut().zip(of_row) {
+                    *to = g * from + nan;
+                }
+            }
+            continue;
+        }
         let kl = divergence(&ln_p, &ln_q);
         for (i, (&a, &b)) in row.zip(ln_p.iter().zip(&ln_q)) {
             grad_z[i] = if kl == f64::INFINITY { f64::NAN } else { g * a.exp() * (a - b - kl) };

@@ -6,7 +6,7 @@ use ppo_kernels::kl::cpu::{
     self, FullBackwardInputs, FullBackwardOutputs, FullForwardInputs, FullForwardOutputs,
     TokenBackwardInputs, TokenBackwardOutputs, TokenForwardInputs, TokenForwardOutputs,
 };
-use ppo_kernels::kl::{FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use ppo_kernels::kl::{Divergence, FullKlOptions, KlEstimator, KlOptions};
 
 use super::common::kl_cases::{all_full_options, all_token_options};
 use super::*;
@@ -33,9 +33,15 @@ fn token_options(options: &KlOptions) -> ppok_kl_token_options {
 fn full_options(options: &FullKlOptions) -> ppok_kl_full_options {
     ppok_kl_full_options {
         temperature: options.temperature,
-        direction: match options.direction {
-            KlDirection::Forward => PPOK_KL_FORWARD,
-            KlDirection::Reverse => PPOK_KL_REVERSE,
+        beta: options.beta,
+        skew: options.skew,
+        divergence: match options.divergence {
+            Divergence::Forward => PPOK_KL_FORWARD,
+            Divergence::Reverse => PPOK_KL_REVERSE,
+            Divergence::Jsd => PPOK_KL_JSD,
+            Divergence::SkewForward => PPOK_KL_SKEW_FORWARD,
+            Divergence::SkewReverse => PPOK_KL_SKEW_REVERSE,
+            Divergence::TotalVariation => PPOK_KL_TOTAL_VARIATION,
         },
         ..defaults(ppok_kl_full_options_init)
     }

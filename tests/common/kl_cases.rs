@@ -1,6 +1,6 @@
 //! The options and inputs on which every backend of the kl op is tested.
 
-use ppo_kernels::kl::{reference, FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use ppo_kernels::kl::{reference, Divergence, FullKlOptions, KlEstimator, KlOptions};
 use rand::rngs::StdRng;
 use rand::Rng;
 
@@ -28,12 +28,18 @@ pub fn all_token_options() -> Vec<KlOptions> {
 }
 
 pub fn all_full_options() -> Vec<FullKlOptions> {
-    let of = |direction, temperature| FullKlOptions { direction, temperature };
+    let of =
+        |divergence, temperature| FullKlOptions { divergence, temperature, ..Default::default() };
     vec![
-        of(KlDirection::Forward, 1.0),
-        of(KlDirection::Reverse, 1.0),
-        of(KlDirection::Forward, 0.7),
-        of(KlDirection::Reverse, 2.5),
+        of(Divergence::Forward, 1.0),
+        of(Divergence::Reverse, 1.0),
+        of(Divergence::Forward, 0.7),
+        of(Divergence::Reverse, 2.5),
+        FullKlOptions { beta: 0.1, ..of(Divergence::Jsd, 0.7) },
+        FullKlOptions { beta: 0.9, ..of(Divergence::Jsd, 1.0) },
+        FullKlOptions { skew: 0.3, ..of(Divergence::SkewForward, 1.0) },
+        of(Divergence::SkewReverse, 2.5),
+        of(Divergence::TotalVariation, 0.7),
     ]
 }
 

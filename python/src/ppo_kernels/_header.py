@@ -77,7 +77,11 @@ KL_K3 = 3
 KL_K3_STRAIGHT_THROUGH = 4
 KL_FORWARD = 0
 KL_REVERSE = 1
-KL_FULL_STATS = 6
+KL_JSD = 2
+KL_SKEW_FORWARD = 3
+KL_SKEW_REVERSE = 4
+KL_TOTAL_VARIATION = 5
+KL_FULL_STATS = 7
 PPO_LOSS_TOKEN_MEAN = 0
 PPO_LOSS_SEQ_MEAN_TOKEN_SUM = 1
 PPO_LOSS_SEQ_MEAN_TOKEN_MEAN = 2
@@ -300,7 +304,9 @@ class kl_full_options(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
         ("temperature", c_double),
-        ("direction", c_int32),
+        ("beta", c_double),
+        ("skew", c_double),
+        ("divergence", c_int32),
         ("reserved", c_int32),
     ]
 
@@ -905,9 +911,15 @@ OPTIONS = {
     },
     "kl_full": {
         "temperature": "float",
-        "direction": (
+        "beta": "float",
+        "skew": "float",
+        "divergence": (
             "forward",
             "reverse",
+            "jsd",
+            "skew_forward",
+            "skew_reverse",
+            "total_variation",
         ),
     },
     "kl_token": {

@@ -55,6 +55,7 @@ Aggregation = Literal[
     "batch_mean_token_mean",
     "seq_mean_token_sum_norm_rows",
 ]
+Divergence = Literal["forward", "reverse", "jsd", "skew_forward", "skew_reverse", "total_variation"]
 Surrogate = Literal["clip", "log_clip", "reinforce", "clipped_weight", "gamma_weight", "soft_gate"]
 TrustRegion = Literal["none", "total_variation", "binary_kl", "ratio"]
 RejectionMetric = Literal[
@@ -305,23 +306,33 @@ def full_kl(
     ref_logits: Tensor,
     mask: Tensor | None = None,
     *,
-    direction: Literal["forward", "reverse"] = "forward",
+    divergence: Divergence = "forward",
+    beta: Number = 0.5,
+    skew: Number = 0.1,
     temperature: Number = 1.0,
 ) -> Tensor:
-    """Exact KL divergence between the distributions of two rows of logits, from one pass over both.
+    """Exact KL, or another divergence, between the distributions of two rows of logits: p of
+    ``logits``, q of ``ref_logits``, the teacher's in distillation.
 
     Args:
         logits, ref_logits: ``[..., vocab]`` of one dtype: float32, float16 or bfloat16.
             Differentiable.
         mask: ``[...]``; rows that are masked are not read.
-        direction: ``forward``, KL(policy || reference), or ``reverse``, KL(reference || policy).
+        divergence: ``forward``, KL(p || q); ``reverse``, KL(q || p); ``jsd``, the generalised
+            Jensen-Shannon divergence of TRL's GKD, beta KL(q || m) + (1 - beta) KL(p || m) with
+            m = (1 - beta) p + beta q; ``skew_forward``, KL(p || skew p + (1 - skew) q);
+            ``skew_reverse`` the same with p and q exchanged; or ``total_variation``,
+            1 - sum min(p, q). All but the KLs look at the logits twice, and are always finite.
+        beta, skew: above 0 and below 1. The ends of ``jsd`` are the KLs by definition, not as
+            limits: in GKD beta is 0 for ``reverse`` and 1 for ``forward``.
         temperature: divides both logits.
 
     Returns:
         float32, ``[...]``, in nats; 0 where masked, +inf where a token that one gives a probability
         has none under the other.
     """
-    return _ops.call(_ops.full_kl, logits, ref_logits, _mask(mask), temperature, direction)[0]
+    options = (temperature, beta, skew, divergence)
+    return _ops.call(_ops.full_kl, logits, ref_logits, _mask(mask), *options)[0]
 
 
 def targets_from_tokens(tokens: Tensor, offsets: Tensor, ignore: int = -100) -> Tensor:

@@ -297,10 +297,12 @@ def full_kl(
     ref_logits: ArrayLike,
     mask: ArrayLike | None = None,
     *,
-    direction: str = "forward",
+    divergence: str = "forward",
+    beta: float = 0.5,
+    skew: float = 0.1,
     temperature: float = 1.0,
 ) -> Floats:
-    """Exact KL between rows of logits ``[..., vocab]``: ``[...]``."""
+    """Exact KL, or another divergence, between rows of logits ``[..., vocab]``: ``[...]``."""
     op, given = _lists.FULL_KL, locals()
     logits, logits_type = _logits(op, "logits", logits)
     ref_logits, _ = _logits(op, "ref_logits", ref_logits)

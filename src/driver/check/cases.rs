@@ -19,7 +19,7 @@ use crate::gae::{
     self, gae, GaeInputs, GaeOptions, MaskMode, MissingEos, RewardShaping, ScoreOrder,
     ScorePlacement, ScoreScale,
 };
-use crate::kl::{self, full_kl, token_kl, FullKlOptions, KlDirection, KlEstimator, KlOptions};
+use crate::kl::{self, full_kl, token_kl, Divergence, FullKlOptions, KlEstimator, KlOptions};
 use crate::linear::{self, linear_logprobs, LinearInputs, LinearOptions};
 use crate::logprob::{self, logprobs, logprobs_and_entropy, LogprobOptions};
 use crate::moments::{Moments, MomentsTensor};
@@ -348,8 +348,20 @@ fn token_kl_case(
 
 fn check_full_kl(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
     for (rows, vocab) in LOGIT_SHAPES {
-        for direction in [KlDirection::Forward, KlDirection::Reverse] {
-            let options = FullKlOptions { direction, temperature: draw.pick(&[1.0, 0.7, 1.6]) };
+        for divergence in [
+            Divergence::Forward,
+            Divergence::Reverse,
+            Divergence::Jsd,
+            Divergence::SkewForward,
+            Divergence::SkewReverse,
+            Divergence::TotalVariation,
+        ] {
+            let options = FullKlOptions {
+                divergence,
+                temperature: draw.pick(&[1.0, 0.7, 1.6]),
+                beta: draw.pick(&[0.1, 0.5, 0.9]),
+                skew: draw.pick(&[0.1, 0.5]),
+            };
             let shape = [rows, vocab];
             let mut z = draw.logits(rows, vocab);
             let mut w: Vec<f32> = z.iter().map(|&z| z + draw.f32(1.0)).collect();
