@@ -221,7 +221,18 @@ fn what_means_nothing_beside_the_algorithm_is_refused() {
     refused(&["--advantages", "max_rl"], "add --kl-in loss or --kl-coef 0");
     assert!(resolve(&["--advantages", "max_rl", "--kl-coef", "0"]).is_ok());
     refused(&["--algorithm", "grpp"], "possible values: ppo, grpo, rloo, reinforce++");
-    refused(&["--advantages", "remax"], "possible values: gae, reinforce++, ");
+    refused(&["--advantages", "gdpo"], "possible values: gae, reinforce++, ");
+    // One answer to a prompt is compared with the likeliest one, but with no other.
+    let one = ["--group-size", "1", "--advantages"];
+    assert!(resolve(&[&one[..], &["remax"]].concat()).is_ok());
+    refused(
+        &[&one[..], &["optimal_token_baseline"]].concat(),
+        "--group-size is 1 (of --batch-size 8), expected at least 2",
+    );
+    for advantages in ["remax", "optimal_token_baseline"] {
+        let flags = ["--gamma", "0.9", "--advantages", advantages];
+        refused(&flags, "which discounts nothing; add");
+    }
     let model = ["--algorithm", "rloo", "--reward", "model:some/where"];
     assert_eq!(resolve(&model).unwrap().critic_dir(), None);
 }
