@@ -38,6 +38,7 @@ def _samples(rng: np.random.Generator) -> dict[str, Any]:
     mask = rng.random(_SHAPE) > 0.2
     mask[:, 0] = True
     logp = -np.abs(draw(*_SHAPE, centre=1.0))
+    own = np.exp(2 * logp)
     return {
         "logits": draw(rows, _VOCAB, scale=3.0),
         "ref_logits": draw(rows, _VOCAB, scale=3.0),
@@ -45,6 +46,8 @@ def _samples(rng: np.random.Generator) -> dict[str, Any]:
         "hidden": draw(rows, 16),
         "weight": draw(_VOCAB, 16),
         "logp": logp,
+        "log_sums": np.log(own + 0.5 * (1 - own)),
+        "one_group": np.zeros(rows, np.int64),
         "old_logp": logp + draw(*_SHAPE, scale=0.3),
         "advantages": draw(*_SHAPE),
         "values": draw(*_SHAPE),
@@ -92,6 +95,20 @@ def _grpo(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
     assert (groups == np.repeat(np.arange(len(of_groups)), 4)).all()
     centred = of_groups - of_groups.mean(1, keepdims=True)
     return (centred / (of_groups.std(1, ddof=1, keepdims=True) + 1e-4)).ravel()
+
+
+def _token_baseline(
+    rewards: np.ndarray, logp: np.ndarray, log_sums: np.ndarray, mask: np.ndarray
+) -> np.ndarray:
+    """Of rows that are all one group."""
+    returns = np.where(mask, rewards, 0.0)[:, ::-1].cumsum(1)[:, ::-1]
+    norms = np.where(mask, 1 - 2 * np.exp(logp) + np.exp(log_sums), 0.0)
+    weights = np.where(mask, norms.cumsum(1), 0.0)
+    baseline = (weights * returns).sum(0) / (weights.sum(0) + 1e-8)
+    lengths = mask.sum(1)
+    second = np.sort(lengths)[-2]
+    in_tail = (lengths > second)[:, None] & (np.arange(mask.shape[1]) >= second)
+    return np.where(mask, returns - np.where(in_tail, 0.0, baseline), 0.0)
 
 
 def _whitened(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -146,6 +163,9 @@ def _compared(run: Any, given: dict[str, Any]) -> Iterator[Compared]:
     yield "gae", found, _gae(*pick("values rewards mask", exact))
     found = run.outcome_advantages(*pick("scores groups")).advantages
     yield "outcome_advantages", found, _grpo(*pick("scores groups", exact))
+    names = "rewards logp log_sums"
+    found = run.optimal_token_baseline(*pick(f"{names} one_group mask")).advantages
+    yield "optimal_token_baseline", found, _token_baseline(*pick(f"{names} mask", exact))
     found = run.masked_whiten(*pick("values mask"))
     yield "masked_whiten", found, _whitened(*pick("values mask", exact))
     found = run.correction(*pick("logp old_logp mask")).weights
