@@ -378,16 +378,18 @@ struct LookSums {
     float of_w;  // q h_w
 };
 
-// The second look, for common/rows.cuh. What KL the first one has found is NaN where a row has no
-// distribution, and stays so.
+// The second look, for common/rows.cuh. Where a row has no distribution the KL that the first one has
+// found is NaN, and stays so.
 template <class T>
 struct LookAgain {
     const FullForwardArgs& args;
 
     static constexpr int MOST_PARTS = 2;
 
+    // Not by the KL, which a lane writes while another may not have read it yet. False for NaN too.
     __device__ __forceinline__ bool item(int64_t row) const {
-        return (!args.mask || args.mask[row]) && !isnan(args.stats[KL * args.rows + row]);
+        return (!args.mask || args.mask[row]) && args.stats[SUM_Z * args.rows + row] > 0.0f &&
+               args.stats[SUM_W * args.rows + row] > 0.0f;
     }
 
     __device__ __forceinline__ bool reads(bool legal) const { return legal; }
