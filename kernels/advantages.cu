@@ -223,12 +223,14 @@ KERNEL(512, 1, advantages_batch_f32, PassArgs) {
 
 // ---- groups ----
 
-static __device__ __forceinline__ int64_t row_at(const PassArgs& args, int64_t place) {
+template <class Args>
+static __device__ __forceinline__ int64_t row_at(const Args& args, int64_t place) {
     return args.keys ? args.keys[place].row : place;
 }
 
 // Whether a group begins at a place; without groups every row is by itself.
-static __device__ __forceinline__ bool begins_group(const PassArgs& args, int64_t place) {
+template <class Args>
+static __device__ __forceinline__ bool begins_group(const Args& args, int64_t place) {
     if (args.keys) return place == 0 || args.keys[place - 1].id != args.keys[place].id;
     return args.group_size == 0 || place % args.group_size == 0;
 }
@@ -243,7 +245,8 @@ static __device__ __forceinline__ void for_places(int64_t start, int64_t end, Wo
 }
 
 // The place behind the last of the group that begins at `start`.
-static __device__ __forceinline__ int64_t end_of_group(const PassArgs& args, int64_t start) {
+template <class Args>
+static __device__ __forceinline__ int64_t end_of_group(const Args& args, int64_t start) {
     if (!args.keys) return start + max(args.group_size, int64_t(1));
     const int64_t id = args.keys[start].id;
     for (int64_t first = start + 1;; first += WARP) {
@@ -553,16 +556,12 @@ KERNEL(256, 2, advantages_steps_f32, TokenArgs) {
 // Block [threads], a place a block: of the group that begins there, a step a thread, whose weights become
 // baselines.
 KERNEL(256, 2, advantages_baselines_f32, TokenArgs) {
-    const auto row_at = [&](int64_t place) { return args.keys ? args.keys[place].row : place; };
-    const auto together = [&](int64_t a, int64_t b) {
-        return args.keys ? args.keys[a].id == args.keys[b].id
-                         : a / args.group_size == b / args.group_size;
-    };
     for (int64_t start = blockIdx.x; start < args.rows; start += gridDim.x) {
-        if (start > 0 && together(start - 1, start)) continue;
-        int64_t end = start, most = 0, longest = 0, second = 0, rows = 0;
-        for (; end < args.rows && together(start, end); end++) {
-            const int64_t row = row_at(end), length = args.lengths[row];
+        if (!begins_group(args, start)) continue;
+        const int64_t end = end_of_group(args, start);
+        int64_t most = 0, longest = 0, second = 0, rows = 0;
+        for (int64_t place = start; place < end; place++) {
+            const int64_t row = row_at(args, place), length = args.lengths[row];
             const int64_t tokens = range_of_row(args.offsets, row, args.tokens).tokens;
             most = max(most, args.by_unmasked ? length : tokens);
             second = max(second, min(length, longest));
@@ -574,7 +573,7 @@ KERNEL(256, 2, advantages_baselines_f32, TokenArgs) {
             // The rows that have this step.
             const auto for_each = [&](auto work) {
                 for (int64_t place = start; place < end; place++) {
-                    const int64_t row = row_at(place), length = args.lengths[row];
+                    const int64_t row = row_at(args, place), length = args.lengths[row];
                     const RowRange range = range_of_row(args.offsets, row, args.tokens);
                     const int64_t steps = args.by_unmasked ? length : range.tokens;
                     if (length > 0 && step < steps) work(range.first + step, length);

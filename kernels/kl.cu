@@ -16,8 +16,8 @@
 //     dz_j = g p_j (x_j - y_j - gap) / temperature              p_j = e^{x_j} / P
 //     dw_j = g (q_j - p_j) / temperature                        q_j = e^{y_j} / Q
 //
-// Forward writes KL, gap, max z, P, max w, Q and for others than the KL the mean of h_w, [7, rows] in f32, of which backward makes
-// gradients in the type of the logits. It walks the two rows once, side by side: a warp or a block a row
+// Forward writes KL, gap, max z, P, max w, Q and, for others than the KL, the mean of h_w, [7, rows] in f32, of which
+// backward makes gradients in the type of the logits. It walks the two rows once, side by side: a warp or a block a row
 // (common/rows.cuh), a thread every `threads`-th vector of both, four of each in flight. With so many
 // at hand it looks for their maxima first, 16-bit floats two at a time, and takes the sums anew for
 // larger maxima once for all of them. Then a column of 16-bit logits costs two exp and about eighteen
@@ -28,8 +28,9 @@
 // (kl_divergence_*), when the sums are known: most of it is in the L2 cache still where rows are long.
 //
 // Bytes, with S for each tensor of logits and N rows: forward reads 2 S and writes 28 N, the second look
-// as much again and 36 N less what the L2 cache has; backward reads 2 S + 32 N and writes S for each gradient. Rows that are masked out are not read, nor are,
-// in backward, rows without upstream gradient or of KL NaN.
+// as much again and 36 N less what the L2 cache has; backward reads 2 S + 32 N and writes S for each
+// gradient. Rows that are masked out are not read, nor are, in backward, rows without upstream gradient or
+// of KL NaN.
 //
 // Numbers. Everything is in f32. exp is 2^y by the hardware, to 2 ulp. The maxima are subtracted
 // before scaling, so offsets common to a row cost nothing, and equal rows have a KL of exactly 0.
@@ -355,13 +356,10 @@ struct Pair {
     float max_z, max_w;
     float norm_z, norm_w;  // 1 / P and 1 / Q
     float offset;          // ln(P / Q), which (x - y) is too much for ln p - ln q
-
     float inverse_temperature;
 
-    static __device__ __forceinline__ Pair of(const float* stats, int64_t row, int64_t rows,
+    static __device__ __forceinline__ Pair of(float max_z, float sum_z, float max_w, float sum_w,
                                               float inverse_temperature) {
-        const float max_z = stats[MAX_Z * rows + row], sum_z = stats[SUM_Z * rows + row];
-        const float max_w = stats[MAX_W * rows + row], sum_w = stats[SUM_W * rows + row];
         return {max_z,        max_w, 1.0f / sum_z, 1.0f / sum_w, logf(sum_z / sum_w),
                 inverse_temperature};
     }
@@ -400,7 +398,9 @@ struct LookAgain {
         const Row<T> z = Row<T>::of(args.z, row, args.rows, args.vocab);
         const Row<T> w = Row<T>::of(args.w, row, args.rows, args.vocab);
         const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
-        const Pair pair = Pair::of(args.stats, row, args.rows, args.inverse_temperature);
+        const auto stat = [&](Stat i) { return args.stats[i * args.rows + row]; };
+        const Pair pair = Pair::of(stat(MAX_Z), stat(SUM_Z), stat(MAX_W), stat(SUM_W),
+                                   args.inverse_temperature);
         LookSums s = none();
         // One vector at a time: it is the arithmetic that takes the time.
         for (int tile = range.first; tile < range.end; tile += threads) {
@@ -504,7 +504,8 @@ static __device__ __forceinline__ void full_backward(const FullBackwardArgs& arg
         }
         const float grad = upstream * args.inverse_temperature;
         if constexpr (!IS_KL) {
-            const Pair pair = Pair::of(args.stats, row, args.rows, args.inverse_temperature);
+            const Pair pair = Pair::of(stats[MAX_Z], stats[SUM_Z], stats[MAX_W], stats[SUM_W],
+                                       args.inverse_temperature);
             const PairSlopes slopes = {pair, args.divergence, stats[GAP], stats[GAP_W], grad};
             map_columns(in, out, nullptr, args.vocab, share, slopes);
             return;

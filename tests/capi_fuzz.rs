@@ -921,14 +921,7 @@ fn full_kl(f: &mut Fuzz) {
     let kind = f.one(&[PPOK_F32, PPOK_F16, PPOK_BF16]);
     let mut own = FullKlOptions::default();
     let options = f.put_options(ppok_kl_full_options_init, (1..=1, 1), |f, c| {
-        (c.divergence, own.divergence) = f.choice(&[
-            kl::Divergence::Forward,
-            kl::Divergence::Reverse,
-            kl::Divergence::Jsd,
-            kl::Divergence::SkewForward,
-            kl::Divergence::SkewReverse,
-            kl::Divergence::TotalVariation,
-        ]);
+        (c.divergence, own.divergence) = f.choice(&kl::Divergence::ALL);
         (own.beta, own.skew) = (f.one(&[0.5, 0.1, 0.9]), f.one(&[0.1, 0.6]));
         (c.beta, c.skew) = (own.beta, own.skew);
         own.temperature = f.one(&[1.0, 0.7, 1.6]);

@@ -271,13 +271,12 @@ fn gradients_of_unlikely_tokens_are_right_down_to_the_least_float() {
 
 /// Every case against the reference, all orders, parts side by side and one after the other.
 fn agrees_with_the_reference<T: Logit>(planted_bug: &'static str, orders: &[Order]) -> Result<()> {
-    let mut rng = rng(2);
+    let (mut rng, all) = (rng(2), all_full_options());
     for (round, vocab) in vocabularies::<T>().into_iter().enumerate() {
         let (blocks, kinds) = blocks_and_kinds::<T>(vocab);
         for (case, pair) in pairs_of(&mut rng, vocab).into_iter().enumerate().take(kinds) {
             let (logits, ref_logits) = (narrow::<T>(&pair.z), narrow::<T>(&pair.w));
             let up = uniform(&mut rng, ROWS, 1.0);
-            let all = all_full_options();
             let options = all[(round + case) % all.len()];
             let (z, w) = (to_f64(&logits), to_f64(&ref_logits));
             let kl = reference::full_kl(&z, &w, vocab, None, &options);
@@ -589,10 +588,10 @@ fn nearly_equal_models_keep_their_digits() {
 fn maxima_that_grow_along_the_rows_cost_no_digits() {
     let vocab = 100_003;
     let ramp = |slope: f32| (0..vocab).map(|i| i as f32 * slope).collect::<Vec<f32>>();
-    let slopes = [1e-3, -1e-3, 2e-5, -2e-5];
+    let (slopes, all) = ([1e-3, -1e-3, 2e-5, -2e-5], all_full_options());
     for (i, (a, b)) in slopes.into_iter().flat_map(|a| slopes.map(|b| (a, b))).enumerate() {
         let (z, w) = (ramp(a), ramp(b));
-        let options = all_full_options()[(i + i / 4) % all_full_options().len()];
+        let options = all[(i + i / 4) % all.len()];
         let machine = machine(Order::Fifo, FEW, 1 << 20);
         let run = call(machine, &z, &w, vocab, &[1.0], options).run().unwrap();
         let kl = f64::from(run.kl()[0]);

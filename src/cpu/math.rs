@@ -465,6 +465,27 @@ mod tests {
     }
 
     #[test]
+    fn less_ln_1p_keeps_its_digits_near_0() {
+        // Beyond the series in f64 too what cancels in g - ln(1 + g) is less than f32 sees.
+        let exact = |g: f64| {
+            if g.abs() < 1e-3 {
+                g * g * (0.5 - g / 3.0 + g * g / 4.0 - g.powi(3) / 5.0)
+            } else {
+                g - g.ln_1p()
+            }
+        };
+        for i in 0..=20_000 {
+            let size = 10f32.powf(i as f32 * 6e-4 - 10.0);
+            for g in [size, -size].into_iter().filter(|&g| g > -1.0) {
+                let (got, want) = (f64::from(less_ln_1p(g)), exact(f64::from(g)));
+                assert!((got - want).abs() <= 2e-6 * want, "{g}: {got:e} {want:e}");
+            }
+        }
+        assert_eq!(less_ln_1p(-1.0), f32::INFINITY);
+        assert!(less_ln_1p(f32::NAN).is_nan() && less_ln_1p(0.0) == 0.0);
+    }
+
+    #[test]
     fn exp_of_nan_is_nan_whatever_its_payload() {
         for bits in [0x7f80_0001_u32, 0x7fc0_0000, 0x7fff_ffff, 0xffc0_0123] {
             let x = f32::from_bits(bits);

@@ -91,22 +91,27 @@ impl Experience {
         let sequences = Sequences::from(&rollout.answers.generation);
         let chunk = settings.part_size();
         let logp = |decoder: &Decoder| {
-            in_chunks(&sequences, chunk, |some| {
-                Ok(some.logp_and_entropy(decoder, settings.temperature)?.0)
-            })
+            let [logp] = in_chunks(&sequences, chunk, |some| {
+                Ok([some.logp_and_entropy(decoder, settings.temperature)?.0])
+            })?;
+            anyhow::Ok(logp)
         };
-        let old_logp = logp(&policy.no_grad())?;
-        let ref_logp = logp(reference)?;
-        let log_sums = match settings.estimator() {
+        let policy = policy.no_grad();
+        let (old_logp, log_sums) = match settings.estimator() {
             AdvantageEstimator::OptimalTokenBaseline => {
-                let policy = policy.no_grad();
-                let of = |some: &Sequences| some.log_sum_sq_probs(&policy, settings.temperature);
-                Some(in_chunks(&sequences, chunk, of)?)
+                let [logp, log_sums] = in_chunks(&sequences, chunk, |some| {
+                    some.logp_and_log_sum_sq_probs(&policy, settings.temperature)
+                })?;
+                (logp, Some(log_sums))
             }
-            _ => None,
+            _ => (logp(&policy)?, None),
         };
+        let ref_logp = logp(reference)?;
         let values = match critic.map(Critic::no_grad) {
-            Some(critic) => Some(in_chunks(&sequences, chunk, |some| some.values(&critic))?),
+            Some(critic) => {
+                let [values] = in_chunks(&sequences, chunk, |some| Ok([some.values(&critic)?]))?;
+                Some(values)
+            }
             None => None,
         };
 
@@ -260,8 +265,9 @@ fn estimate(
             offsets: Some(&offsets),
             ..AdvantageInputs::new(&scores)
         };
-        let out =
-            outcome_advantages(&inputs, group_size, &estimator.outcome().unwrap_or_default())?;
+        // Of the token baseline for the statistics of the groups.
+        let of_rows = estimator.outcome().unwrap_or_default();
+        let out = outcome_advantages(&inputs, group_size, &of_rows)?;
         advantages = match of_tokens.log_sums {
             Some(log_sums) => {
                 let inputs = TokenBaselineInputs {
@@ -375,16 +381,18 @@ pub(super) fn named<const N: usize>(metrics: [(&str, f64); N]) -> Map<String, Va
 }
 
 /// Evaluates `size` sequences at a time, which bounds the memory of logits and activations.
-fn in_chunks(
+fn in_chunks<const N: usize>(
     sequences: &Sequences,
     size: usize,
-    mut evaluate: impl FnMut(&Sequences) -> Result<Tensor>,
-) -> Result<Tensor> {
+    mut evaluate: impl FnMut(&Sequences) -> Result<[Tensor; N]>,
+) -> Result<[Tensor; N]> {
     let rows: Vec<usize> = (0..sequences.len()).collect();
-    let parts: Vec<Tensor> = (rows.chunks(size))
+    let parts: Vec<[Tensor; N]> = (rows.chunks(size))
         .map(|rows| evaluate(&sequences.select(rows)?))
         .collect::<Result<_>>()?;
-    Ok(Tensor::cat(&parts, 0)?)
+    let joined = |k| Tensor::cat(&parts.iter().map(|part| &part[k]).collect::<Vec<_>>(), 0);
+    let joined: Vec<Tensor> = (0..N).map(joined).collect::<candle_core::Result<_>>()?;
+    Ok(joined.try_into().expect("N of them"))
 }
 
 /// The mean of f32 values, in f64.

@@ -182,8 +182,7 @@ impl Sampler {
         on_token: &mut dyn FnMut(usize),
     ) -> Result<Rollout> {
         let answers = answer(policy, &self.tokenizer, &self.sampling, prompts, rng, on_token)?;
-        let scores = score(self.reward.as_mut(), &answers)?;
-        Ok(Rollout { answers, scores, greedy: None })
+        self.scored(answers)
     }
 
     /// Answers the prompts with the likeliest tokens, and scores the answers.
@@ -194,10 +193,13 @@ impl Sampler {
         rng: &mut impl Rng,
     ) -> Result<Rollout> {
         let likeliest = Sampling { temperature: 0.0, ..self.sampling.clone() };
-        let sampling = std::mem::replace(&mut self.sampling, likeliest);
-        let rollout = self.answer(policy, prompts, rng, &mut |_| {});
-        self.sampling = sampling;
-        rollout
+        let answers = answer(policy, &self.tokenizer, &likeliest, prompts, rng, &mut |_| {})?;
+        self.scored(answers)
+    }
+
+    fn scored(&mut self, answers: Answers) -> Result<Rollout> {
+        let scores = score(self.reward.as_mut(), &answers)?;
+        Ok(Rollout { answers, scores, greedy: None })
     }
 }
 

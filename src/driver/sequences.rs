@@ -136,15 +136,26 @@ impl Sequences {
         decoder: &Decoder,
         temperature: f64,
     ) -> Result<(Tensor, Tensor)> {
-        let options = LogprobOptions { temperature, ..LogprobOptions::default() };
-        Ok(logprobs_and_entropy(&self.logits(decoder)?, &self.targets()?, &options)?)
+        self.logp_and_entropy_of(&self.logits(decoder)?, temperature)
     }
 
-    /// Logarithms of the sums of the squared probabilities in those distributions: f32 `[N]`.
-    pub fn log_sum_sq_probs(&self, decoder: &Decoder, temperature: f64) -> Result<Tensor> {
-        let logits = (self.logits(decoder)?.to_dtype(DType::F32)? / temperature)?;
+    /// Those log-probabilities, and the logarithms of the sums of the squared probabilities in the same
+    /// distributions: f32 `[N]` both.
+    pub fn logp_and_log_sum_sq_probs(
+        &self,
+        decoder: &Decoder,
+        temperature: f64,
+    ) -> Result<[Tensor; 2]> {
+        let logits = self.logits(decoder)?;
+        let (logp, _) = self.logp_and_entropy_of(&logits, temperature)?;
+        let logits = (logits.to_dtype(DType::F32)? / temperature)?;
         let [of_squares, of_all] = [(&logits * 2.0)?, logits].map(|x| x.log_sum_exp(D::Minus1));
-        Ok((of_squares? - (of_all? * 2.0)?)?)
+        Ok([logp, (of_squares? - (of_all? * 2.0)?)?])
+    }
+
+    fn logp_and_entropy_of(&self, logits: &Tensor, temperature: f64) -> Result<(Tensor, Tensor)> {
+        let options = LogprobOptions { temperature, ..LogprobOptions::default() };
+        Ok(logprobs_and_entropy(logits, &self.targets()?, &options)?)
     }
 
     /// Log-probabilities of the response's tokens: f32 `[N]`.

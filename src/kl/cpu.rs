@@ -3,8 +3,8 @@
 //! shared out to threads, and merged in an order that depends on the rows' length only.
 
 use super::{
-    limit, Divergence, FullKlOptions, KlEstimator, KlOptions, Mixture, FULL_OP, GAP, GAP_W, KL,
-    MAX_W, MAX_Z, STATS, SUM_W, SUM_Z, TOKEN_OP,
+    limit, Divergence, FullKlOptions, KlEstimator, KlOptions, FULL_OP, GAP, GAP_W, KL, MAX_W,
+    MAX_Z, STATS, SUM_W, SUM_Z, TOKEN_OP,
 };
 use crate::cpu::math::{
     clip, exp, exp_m1, for_logits2, larger, less_ln_1p, ln_1p, max, max_lanes, select, sum_lanes,
@@ -268,7 +268,7 @@ pub fn full_forward<T: Logit>(
     let [kl, gap, max_z, sum_z, max_w, sum_w, gap_w] =
         stats.disjoint([KL, GAP, MAX_Z, SUM_Z, MAX_W, SUM_W, GAP_W]);
     let items = ((kl, gap, gap_w), (max_z, sum_z, max_w, sum_w));
-    let to_mixture = pairwise(options);
+    let pairwise = Pairwise::new(options);
     for_each(rows, GRAIN / vocab, items, |first, count, items| {
         let ((kl, gap, gap_w), (max_z, sum_z, max_w, sum_w)) = items;
         for i in 0..count {
@@ -276,10 +276,8 @@ pub fn full_forward<T: Logit>(
             let of_row = if inputs.keeps(row) {
                 let (z, w) = (z.row(row), w.row(row));
                 let mut stats = Sums::of_rows(z, w, scale).stats();
-                match to_mixture {
-                    None => {}
-                    Some(Pairwise::Mixture(of)) => of.look_again(z, w, scale, &mut stats),
-                    Some(Pairwise::TotalVariation(of)) => of.look_again(z, w, scale, &mut stats),
+                if let Some(divergence) = pairwise {
+                    divergence.look_again(z, w, scale, &mut stats);
                 }
                 stats
             } else {
@@ -321,7 +319,7 @@ pub fn full_backward<T: Logit>(
     let (grad_z, grad_w) = options.order(grad_logits, grad_ref_logits);
     let in_rows = |grad: Option<_>| grad.map(|data| RowsMut { data, width: vocab });
     let grads = (in_rows(grad_z), in_rows(grad_w));
-    let to_mixture = pairwise(options);
+    let pairwise = Pairwise::new(options);
     for_each(rows, GRAIN / vocab, grads, |first, count, (mut grad_z, mut grad_w)| {
         for i in 0..count {
             let row = first + i;
@@ -334,7 +332,7 @@ pub fn full_backward<T: Logit>(
                 fill(grad_z, grad_w, T::from_f32(f32::NAN));
             } else {
                 let (z, w, upstream) = (z.row(row), w.row(row), grad_kl[row]);
-                match to_mixture {
+                match pairwise {
                     None => Slopes::new(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w),
                     Some(Pairwise::Mixture(of)) => {
                         of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w)
@@ -600,7 +598,7 @@ impl Gradients for Slopes {
     #[inline(always)]
     fn z_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        let p = lifted(self.exp, x) * self.norm_z;
+        let p = exp_by(self.exp, x) * self.norm_z;
         let excess = if p == 0.0 { 0.0 } else { x - y - self.gap };
         if z == f32::NEG_INFINITY {
             0.0
@@ -614,7 +612,7 @@ impl Gradients for Slopes {
     #[inline(always)]
     fn w_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = ((z - self.max_z) * self.scale, (w - self.max_w) * self.scale);
-        self.grad_w * (lifted(self.exp, y) * self.norm_w - lifted(self.exp, x) * self.norm_z)
+        self.grad_w * (exp_by(self.exp, y) * self.norm_w - exp_by(self.exp, x) * self.norm_z)
     }
 }
 
@@ -625,13 +623,22 @@ enum Pairwise {
     TotalVariation(OfTotalVariation),
 }
 
-fn pairwise(options: &FullKlOptions) -> Option<Pairwise> {
-    if options.divergence == Divergence::TotalVariation {
-        return Some(Pairwise::TotalVariation(OfTotalVariation));
+impl Pairwise {
+    /// `None` for a KL, for which one look is enough.
+    fn new(options: &FullKlOptions) -> Option<Self> {
+        if options.divergence == Divergence::TotalVariation {
+            return Some(Self::TotalVariation(OfTotalVariation));
+        }
+        let [share, rest, coef_z, coef_w] = options.mixture()?.in_f32();
+        Some(Self::Mixture(OfMixture { share, rest, coef_z, coef_w }))
     }
-    let Mixture { share, coef_z, coef_w } = options.mixture()?;
-    let [share, rest, coef_z, coef_w] = [share, 1.0 - share, coef_z, coef_w].map(|x| x as f32);
-    Some(Pairwise::Mixture(OfMixture { share, rest, coef_z, coef_w }))
+
+    fn look_again<T: Logit>(self, z: &[T], w: &[T], scale: f32, stats: &mut [f32; STATS]) {
+        match self {
+            Self::Mixture(of) => of.look_again(z, w, scale, stats),
+            Self::TotalVariation(of) => of.look_again(z, w, scale, stats),
+        }
+    }
 }
 
 /// A column of a pair of rows: its term of the divergence, and h of z and of w in the terms of [the
@@ -725,10 +732,6 @@ impl Pair {
     #[inline(always)]
     fn sums<T: Logit>(self, columns: impl Columns, z: &[T], w: &[T]) -> [f32; 3] {
         let [mut terms, mut of_z, mut of_w] = [[0.0; LOGIT_LANES]; 3];
-        let e = |x: f32| {
-            let (p, power) = self.exp.factors(self.exp.clamp(x));
-            p * power
-        };
         for_logits2(
             z,
             w,
@@ -737,7 +740,8 @@ impl Pair {
                 let (z, w) = (T::widen(z), T::widen(w));
                 for lane in 0..LOGIT_LANES {
                     let (x, y) = (z[lane] - self.max_z, w[lane] - self.max_w);
-                    let (p, q) = (e(x) * self.norm_z, e(y) * self.norm_w);
+                    let p = exp_by(self.exp, x) * self.norm_z;
+                    let q = exp_by(self.exp, y) * self.norm_w;
                     let Column { term, h_z, h_w } = columns.column(p, q, self.log_ratio(x, y));
                     // Where both are 0 there is nothing; where one is, it has no h.
                     let none = p + q == 0.0;
@@ -767,7 +771,7 @@ impl<C: Columns> Gradients for PairSlopes<C> {
     #[inline(always)]
     fn z_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = (z - self.pair.max_z, w - self.pair.max_w);
-        let p = lifted(self.exp, x * self.pair.scale) * self.pair.norm_z;
+        let p = exp_by(self.exp, x * self.pair.scale) * self.pair.norm_z;
         // Its term is not asked for.
         let h = self.columns.column(0.0, 0.0, self.pair.log_ratio(x, y)).h_z;
         select(p == 0.0, 0.0, p * (self.grad * (h - self.gap_z)))
@@ -776,20 +780,20 @@ impl<C: Columns> Gradients for PairSlopes<C> {
     #[inline(always)]
     fn w_slope(self, z: f32, w: f32) -> f32 {
         let (x, y) = (z - self.pair.max_z, w - self.pair.max_w);
-        let q = lifted(self.exp, y * self.pair.scale) * self.pair.norm_w;
+        let q = exp_by(self.exp, y * self.pair.scale) * self.pair.norm_w;
         let h = self.columns.column(0.0, 0.0, self.pair.log_ratio(x, y)).h_w;
         select(q == 0.0, 0.0, q * (self.grad * (h - self.gap_w)))
     }
 }
 
-/// e^x for x up to 0, lifted.
+/// The exponential of x up to 0, scaled or lifted as `exp` is.
 #[inline(always)]
-fn lifted(exp: Exp, x: f32) -> f32 {
+fn exp_by(exp: Exp, x: f32) -> f32 {
     let (p, power) = exp.factors(exp.clamp(x));
     p * power
 }
 
-/// [`Mixture`] in f32.
+/// [`super::Mixture`] in f32.
 #[derive(Clone, Copy)]
 struct OfMixture {
     /// Of p in the mixture, and of q.

@@ -3,7 +3,7 @@
 //!
 //! Refuses what [`cpu`](super::cpu) refuses. A vocabulary may have up to 2^32 - 1 columns.
 
-use super::{limit, FullKlOptions, KlEstimator, KlOptions, Mixture, FULL_OP, TOKEN_OP};
+use super::{limit, FullKlOptions, KlEstimator, KlOptions, FULL_OP, TOKEN_OP};
 use crate::cpu::Logit;
 use crate::cuda::rows::{check_logits, launch_over_tokens, Map, Passes, Reduction};
 use crate::cuda::{Args, Kernel, Stream};
@@ -192,9 +192,8 @@ struct Divergence {
 
 impl Divergence {
     fn new(options: &FullKlOptions) -> Self {
-        let none = Mixture { share: 0.0, coef_z: 0.0, coef_w: 0.0 };
-        let Mixture { share, coef_z, coef_w } = options.mixture().unwrap_or(none);
-        let [share, rest, coef_z, coef_w] = [share, 1.0 - share, coef_z, coef_w].map(|x| x as f32);
+        let mixture = options.mixture();
+        let [share, rest, coef_z, coef_w] = mixture.map_or([0.0; 4], |mixture| mixture.in_f32());
         let is_total_variation = options.divergence == super::Divergence::TotalVariation;
         Self { share, rest, coef_z, coef_w, is_total_variation: is_total_variation.into() }
     }

@@ -167,6 +167,18 @@ pub enum Divergence {
     TotalVariation,
 }
 
+impl Divergence {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Forward,
+        Self::Reverse,
+        Self::Jsd,
+        Self::SkewForward,
+        Self::SkewReverse,
+        Self::TotalVariation,
+    ];
+}
+
 /// How the exact KL, or another divergence, is computed from two tensors of logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct FullKlOptions {
@@ -195,6 +207,13 @@ pub(crate) struct Mixture {
     pub coef_z: f64,
     /// c_q.
     pub coef_w: f64,
+}
+
+impl Mixture {
+    /// a, 1 - a, c_p and c_q, as the passes have them.
+    pub(crate) fn in_f32(&self) -> [f32; 4] {
+        [self.share, 1.0 - self.share, self.coef_z, self.coef_w].map(|x| x as f32)
+    }
 }
 
 impl FullKlOptions {

@@ -60,6 +60,7 @@ def _op(
     kinds = takes.options.kinds.items() if takes.options else ()
     options = [f"{_schema_type(kind)} {name}" for name, kind in kinds]
     flags, count = [f"bool want_{name}" for name in wants.split()], len(tensors)
+    kept.setdefault("kept", range(len(takes.inputs)))  # sizes are no tensors
     gives = ", ".join(f"Tensor {name}" for name in results.split())
 
     def define(function: Callable[..., Results]) -> Any:
@@ -191,23 +192,22 @@ def _differentiate(
     implementation: Callable,
     backward: Callable | None,
     moves: bool = False,
+    *,
+    kept: Sequence[int],
     differentiable: int = 1,
-    kept: Sequence[int] | None = None,
     saved: int | None = None,
 ) -> None:
     """Gives an op its gradient, ``backward(ctx, *upstream)``, which returns those of the arguments
     that come first; without it there is none, and asking for it is an error. ``ctx`` has the
-    ``tensors`` that went in, or those that are ``kept``, which are all that have a gradient at
-    least, with all results but the first, or so many of them as are ``saved``, and as ``options``
-    the rest of the arguments. Results
-    after the first ``differentiable`` ones are constants. ``moves`` is true for the form of an op
-    that takes numbers from a tensor.
+    tensors that are ``kept`` of those that went in, which are all that have a gradient at least,
+    with all results but the first, or so many of them as are ``saved``, and as ``options`` what
+    comes behind the first ``tensors`` arguments. Results after the first ``differentiable`` ones
+    are constants. ``moves`` is true for the form of an op that takes numbers from a tensor.
 
     It does what ``torch.library.register_autograd`` does, with less to do for each call: where the
     dispatcher would go on to our own implementation, that is called at once.
     """
     count = len(op._schema.arguments)
-    kept = range(tensors) if kept is None else kept
     moving = _moving.get(op)
 
     def below(keys: Any, inputs: tuple) -> Any:
@@ -747,10 +747,8 @@ def gae(tensors: tuple, options: tuple) -> Results:
 
 # --- advantages ---
 
-_ROWS = range(len(_lists.ADVANTAGES.inputs))
 
-
-@_op(_lists.ADVANTAGES, "advantages token_advantages stats", size="group_size", kept=_ROWS)
+@_op(_lists.ADVANTAGES, "advantages token_advantages stats", size="group_size")
 def outcome_advantages(given: tuple, options: tuple) -> Results:
     *tensors, group_size = given
     scores, *_, mask, offsets = tensors
@@ -764,10 +762,7 @@ def outcome_advantages(given: tuple, options: tuple) -> Results:
     _call(_lists.advantages, scores, options, *sizes, *_addresses(inputs, outputs))
 
 
-_ROWS = range(len(_lists.TOKEN_BASELINE.inputs))
-
-
-@_op(_lists.TOKEN_BASELINE, "advantages returns", size="group_size", kept=_ROWS)
+@_op(_lists.TOKEN_BASELINE, "advantages returns", size="group_size")
 def optimal_token_baseline(given: tuple, options: tuple) -> Results:
     *tensors, group_size = given
     sizes, inputs = _check_rows(_lists.TOKEN_BASELINE, tuple(tensors))

@@ -521,8 +521,7 @@ def outcome_advantages(
         unbiased: whether sums of squares are divided by n - 1, or else by n.
         score_min, score_max: bounds that scores are clipped to first.
     """
-    if groups is not None and not isinstance(groups, Tensor):
-        groups = _numbered(groups, scores.device)
+    groups = _numbered(groups, scores.device)
     if baseline == "length_weighted" and lengths is None and mask is not None:
         lengths = _lengths(mask != 0, offsets)
     inputs = (scores, groups, lengths, score_baselines, mask, offsets)
@@ -582,8 +581,7 @@ def optimal_token_baseline(
             longest ends (verl's ``handle_zero_tail``). It would be compared with itself there.
         eps: added to the sum of the weights.
     """
-    if groups is not None and not isinstance(groups, Tensor):
-        groups = _numbered(groups, rewards.device)
+    groups = _numbered(groups, rewards.device)
     inputs = (rewards, logp, log_sum_sq_probs, groups, weights, mask, offsets)
     tensors = map(_constant, _taken(_lists.TOKEN_BASELINE, *inputs))
     options = (eps, step, lone_tail)
@@ -600,8 +598,10 @@ def _lengths(kept: Tensor, offsets: Tensor | None) -> Tensor:
     return (counts[1:] - counts[:-1]).float()
 
 
-def _numbered(groups: Sequence[Hashable], device: torch.device) -> Tensor:
-    """A number for each, the same where they are equal."""
+def _numbered(groups: Tensor | Sequence[Hashable] | None, device: torch.device) -> Tensor | None:
+    """A number for each, the same where they are equal; a tensor has them."""
+    if groups is None or isinstance(groups, Tensor):
+        return groups
     values = groups.tolist() if hasattr(groups, "tolist") else groups  # of arrays
     numbers: dict[Hashable, int] = defaultdict(count().__next__)
     # Through an array, in a sixth of the time of a tensor of a list; of nothing there is no buffer.
@@ -642,8 +642,7 @@ def gdpo_advantages(
     """
     weights = [1.0] * len(rewards) if weights is None else weights
     _lists.check_gdpo(rewards.shape, len(weights), over, mask is not None)
-    if groups is not None and not isinstance(groups, Tensor):
-        groups = _numbered(groups, rewards.device)
+    groups = _numbered(groups, rewards.device)
     given = {"group_size": group_size, "singleton": singleton, "eps": eps}
     total = torch.zeros(rewards.shape[1:], device=rewards.device)
     for scores, weight in zip(rewards, weights):

@@ -348,14 +348,7 @@ fn token_kl_case(
 
 fn check_full_kl(draw: &mut Draw, dtype: DType, pair: &mut Pair) -> Result<()> {
     for (rows, vocab) in LOGIT_SHAPES {
-        for divergence in [
-            Divergence::Forward,
-            Divergence::Reverse,
-            Divergence::Jsd,
-            Divergence::SkewForward,
-            Divergence::SkewReverse,
-            Divergence::TotalVariation,
-        ] {
+        for divergence in Divergence::ALL {
             let options = FullKlOptions {
                 divergence,
                 temperature: draw.pick(&[1.0, 0.7, 1.6]),
