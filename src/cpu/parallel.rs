@@ -151,7 +151,7 @@ pub fn reduce<S: Split, A: Send>(
 #[inline(always)]
 pub fn reduce_by<S: Split, A: Send>(
     len: usize,
-    cut: impl Cut,
+    cut: impl Fn(usize, usize) -> Option<usize> + Sync,
     items: S,
     leaf: impl Fn(usize, usize, S) -> A + Sync,
     merge: impl Fn(A, A) -> A + Sync,
@@ -159,26 +159,108 @@ pub fn reduce_by<S: Split, A: Send>(
     if cut(0, len).is_none() {
         return leaf(0, len, items);
     }
-    share_out(len, cut, items, &leaf, &merge)
+    let mut root = Node::new(items, &leaf, &merge);
+    share_out(len, &cut, &mut root);
+    root.into_result()
 }
 
 /// Where work is cut in two: see [`reduce_by`].
-pub trait Cut: Fn(usize, usize) -> Option<usize> + Copy + Sync {}
-impl<F: Fn(usize, usize) -> Option<usize> + Copy + Sync> Cut for F {}
+type Cut<'a> = dyn Fn(usize, usize) -> Option<usize> + Sync + 'a;
+
+/// A node of the tree as those see it who walk it: they are compiled once for all work.
+trait Branch: Send {
+    /// Does the work on the items, which are `len` from `first` on.
+    fn leaf(&mut self, first: usize, len: usize);
+
+    /// Gives its items to two nodes, `mid` of them to the first.
+    fn split(&mut self, mid: usize) -> [&mut dyn Branch; 2];
+
+    /// Merges the results of the nodes below it, if it was split.
+    fn merge(&mut self);
+}
+
+/// Work on the items `S` that comes to an `A`.
+struct Node<'a, S, A, L, M> {
+    state: State<S, A, Box<[Self; 2]>>,
+    leaf: &'a L,
+    merge: &'a M,
+}
+
+/// What a node has: its items, two nodes or its result.
+enum State<S, A, N> {
+    Todo(S),
+    Split(N),
+    Done(A),
+    /// Also where the work ended in a panic.
+    Begun,
+}
+
+impl<'a, S, A, L, M> Node<'a, S, A, L, M> {
+    fn new(items: S, leaf: &'a L, merge: &'a M) -> Self {
+        Self { state: State::Todo(items), leaf, merge }
+    }
+
+    fn into_result(self) -> A {
+        match self.state {
+            State::Done(result) => result,
+            _ => not_done(),
+        }
+    }
+}
+
+fn not_done() -> ! {
+    panic!("a part of the work was not done")
+}
+
+impl<S, A, L, M> Branch for Node<'_, S, A, L, M>
+where
+    S: Split,
+    A: Send,
+    L: Fn(usize, usize, S) -> A + Sync,
+    M: Fn(A, A) -> A + Sync,
+{
+    fn leaf(&mut self, first: usize, len: usize) {
+        if let State::Todo(items) = std::mem::replace(&mut self.state, State::Begun) {
+            self.state = State::Done((self.leaf)(first, len, items));
+        }
+    }
+
+    fn split(&mut self, mid: usize) -> [&mut dyn Branch; 2] {
+        let State::Todo(items) = std::mem::replace(&mut self.state, State::Begun) else {
+            not_done()
+        };
+        let (left, right) = items.split(mid);
+        let node = |items| Self::new(items, self.leaf, self.merge);
+        self.state = State::Split(Box::new([node(left), node(right)]));
+        match &mut self.state {
+            State::Split(nodes) => {
+                let [left, right] = &mut **nodes;
+                [left, right]
+            }
+            _ => not_done(),
+        }
+    }
+
+    fn merge(&mut self) {
+        self.state = match std::mem::replace(&mut self.state, State::Begun) {
+            State::Split(nodes) => {
+                let [mut left, mut right] = *nodes;
+                left.merge();
+                right.merge();
+                State::Done((self.merge)(left.into_result(), right.into_result()))
+            }
+            state => state,
+        };
+    }
+}
 
 /// Apart, so that what is not shared out has nothing to do with it.
 #[inline(never)]
-fn share_out<S: Split, A: Send>(
-    len: usize,
-    cut: impl Cut,
-    items: S,
-    leaf: &(impl Fn(usize, usize, S) -> A + Sync),
-    merge: &(impl Fn(A, A) -> A + Sync),
-) -> A {
+fn share_out(len: usize, cut: &Cut, root: &mut dyn Branch) {
     match Threads::now() {
-        Threads::Callers => alone(0, len, cut, ALL_LEVELS, items, &mut &*leaf, merge),
-        Threads::Pool => in_pool(0, len, cut, items, leaf, merge),
-        Threads::Team(team) => in_team(team, len, cut, items, leaf, merge),
+        Threads::Callers => alone(0, len, cut, root),
+        Threads::Pool => in_pool(0, len, cut, root),
+        Threads::Team(team) => in_team(team, len, cut, root),
     }
 }
 
@@ -287,86 +369,60 @@ fn middle(len: usize, grain: usize) -> Option<usize> {
     (len > grain).then(|| len.div_ceil(grain).div_ceil(2) * grain)
 }
 
-/// More than any tree has.
-const ALL_LEVELS: u32 = u32::MAX;
-
-/// The upper levels of the tree, by this thread.
-fn alone<S: Split, A>(
-    first: usize,
-    len: usize,
-    cut: impl Cut,
-    levels: u32,
-    items: S,
-    leaf: &mut impl FnMut(usize, usize, S) -> A,
-    merge: &impl Fn(A, A) -> A,
-) -> A {
-    let Some(mid) = cut(first, len).filter(|_| levels > 0) else {
-        return leaf(first, len, items);
+/// The tree, by this thread.
+fn alone(first: usize, len: usize, cut: &Cut, node: &mut dyn Branch) {
+    let Some(mid) = cut(first, len) else {
+        return node.leaf(first, len);
     };
-    let (left, right) = items.split(mid);
-    let left = alone(first, mid, cut, levels - 1, left, leaf, merge);
-    let right = alone(first + mid, len - mid, cut, levels - 1, right, leaf, merge);
-    merge(left, right)
+    let [left, right] = node.split(mid);
+    alone(first, mid, cut, left);
+    alone(first + mid, len - mid, cut, right);
+    node.merge();
 }
 
 /// The tree, by rayon's threads.
-fn in_pool<S: Split, A: Send>(
-    first: usize,
-    len: usize,
-    cut: impl Cut,
-    items: S,
-    leaf: &(impl Fn(usize, usize, S) -> A + Sync),
-    merge: &(impl Fn(A, A) -> A + Sync),
-) -> A {
+fn in_pool(first: usize, len: usize, cut: &Cut, node: &mut dyn Branch) {
     let Some(mid) = cut(first, len) else {
-        return leaf(first, len, items);
+        return node.leaf(first, len);
     };
-    let (left, right) = items.split(mid);
-    let (a, b) = rayon::join(
-        || in_pool(first, mid, cut, left, leaf, merge),
-        || in_pool(first + mid, len - mid, cut, right, leaf, merge),
-    );
-    merge(a, b)
+    let [left, right] = node.split(mid);
+    rayon::join(|| in_pool(first, mid, cut, left), || in_pool(first + mid, len - mid, cut, right));
+    node.merge();
 }
 
 /// How often the work of a team is halved, at most: parts enough for many threads to end together.
 const TEAM_LEVELS: u32 = 8;
 
-/// A part of a team's work: what is to be done, and then what has come of it.
-enum Part<S, A> {
-    Todo(usize, usize, S),
-    Begun,
-    Done(A),
+/// A part of a team's work.
+struct Part<'a> {
+    first: usize,
+    len: usize,
+    node: &'a mut dyn Branch,
+}
+
+/// Cuts a part at most `levels` times, and appends what it becomes.
+fn cut_into<'a>(parts: &mut Vec<Mutex<Part<'a>>>, levels: u32, part: Part<'a>, cut: &Cut) {
+    let Part { first, len, node } = part;
+    let Some(mid) = cut(first, len).filter(|_| levels > 0) else {
+        return parts.push(Mutex::new(Part { first, len, node }));
+    };
+    let [left, right] = node.split(mid);
+    cut_into(parts, levels - 1, Part { first, len: mid, node: left }, cut);
+    cut_into(parts, levels - 1, Part { first: first + mid, len: len - mid, node: right }, cut);
 }
 
 /// The tree, by a team: its upper levels are cut beforehand, and merged afterwards.
-fn in_team<S: Split, A: Send>(
-    team: Team,
-    len: usize,
-    cut: impl Cut,
-    items: S,
-    leaf: &(impl Fn(usize, usize, S) -> A + Sync),
-    merge: &(impl Fn(A, A) -> A + Sync),
-) -> A {
+fn in_team(team: Team, len: usize, cut: &Cut, root: &mut dyn Branch) {
     let mut parts = Vec::new();
-    let mut todo = |first, len, items| parts.push(Mutex::new(Part::Todo(first, len, items)));
-    alone(0, len, cut, TEAM_LEVELS, items, &mut todo, &|(), ()| ());
+    cut_into(&mut parts, TEAM_LEVELS, Part { first: 0, len, node: root }, cut);
     let next = AtomicUsize::new(0);
     run(team, &|| {
         while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
             let mut part = part.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Part::Todo(first, len, items) = std::mem::replace(&mut *part, Part::Begun) {
-                let result = alone(first, len, cut, ALL_LEVELS, items, &mut &*leaf, merge);
-                *part = Part::Done(result);
-            }
+            alone(part.first, part.len, cut, &mut *part.node);
         }
     });
-    let mut parts = parts.into_iter();
-    let mut result = |_, _, ()| match parts.next().map(Mutex::into_inner) {
-        Some(Ok(Part::Done(result))) => result,
-        _ => panic!("a part of the work was not done"),
-    };
-    alone(0, len, cut, TEAM_LEVELS, (), &mut result, merge)
+    root.merge();
 }
 
 /// Has the threads of a team do the work. A panic stays in its thread: it must not unwind through the

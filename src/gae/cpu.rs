@@ -419,8 +419,7 @@ fn scan<const NON_TEMPORAL: bool>(
         end = chunk.at.start;
         let out = out.part(chunk.at.clone());
         let of_chunk = match (table.as_mut().filter(|_| !chunk.is_plain()), c.is_one()) {
-            (Some(table), true) => chunk.scan_any::<true>(table, &mut state, c, out),
-            (Some(table), false) => chunk.scan_any::<false>(table, &mut state, c, out),
+            (Some(table), _) => chunk.scan_any(table, &mut state, c, out),
             (None, true) => chunk.scan_plain::<true, NON_TEMPORAL>(&mut state, c, out, writer),
             (None, false) => chunk.scan_plain::<false, NON_TEMPORAL>(&mut state, c, out, writer),
         };
@@ -533,9 +532,27 @@ impl Chunk<'_> {
         )
     }
 
-    /// The same where tokens are masked or episodes end.
+    /// The same where tokens are masked or episodes end. Compiled once, and not into every form of the loop
+    /// over rows.
+    #[inline(never)]
+    fn scan_any(
+        &self,
+        table: &mut Table,
+        state: &mut State,
+        c: &Coefficients,
+        out: Outputs,
+    ) -> Moments {
+        vectorise(
+            #[inline(always)]
+            || match c.is_one() {
+                true => self.scan_steps::<true>(table, state, c, out),
+                false => self.scan_steps::<false>(table, state, c, out),
+            },
+        )
+    }
+
     #[inline(always)]
-    fn scan_any<const ONE: bool>(
+    fn scan_steps<const ONE: bool>(
         &self,
         table: &mut Table,
         state: &mut State,

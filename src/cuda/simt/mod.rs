@@ -29,24 +29,27 @@ pub struct Machine {
     pub planted_bug: &'static str,
 }
 
+/// `simt_run` of simt.cpp.
+type Run = unsafe extern "C" fn(
+    variant: *const c_char,
+    name: *const c_char,
+    grid: u32,
+    threads: u32,
+    dynamic_shared: usize,
+    args: *const c_void,
+    args_bytes: usize,
+    order: c_int,
+    seed: u64,
+    report: *mut c_char,
+    report_bytes: usize,
+) -> c_int;
+
 extern "C" {
-    fn simt_launch(
-        variant: *const c_char,
-        name: *const c_char,
-        grid: u32,
-        threads: u32,
-        dynamic_shared: usize,
-        args: *const c_void,
-        args_bytes: usize,
-        order: c_int,
-        seed: u64,
-        report: *mut c_char,
-        report_bytes: usize,
-    ) -> c_int;
+    fn simt_launcher() -> Run;
 }
 
-/// There is one scheduler a process.
-static LAUNCH: Mutex<()> = Mutex::new(());
+/// The scheduler, of which there is one a process.
+static SCHEDULER: Mutex<Option<Run>> = Mutex::new(None);
 
 impl Machine {
     pub(super) fn launch(
@@ -64,11 +67,13 @@ impl Machine {
             Order::Random(seed) => (2, seed),
         };
         let mut report: [c_char; 4096] = [0; 4096];
-        let _one_at_a_time = LAUNCH.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scheduler = SCHEDULER.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: it looks at the environment, and may load a library.
+        let run = *scheduler.get_or_insert_with(|| unsafe { simt_launcher() });
         // SAFETY: strings end in zero, the scheduler writes no more than the report's size, and it
         // compares `args_bytes` with the size of the struct that the kernel takes.
         let failed = unsafe {
-            simt_launch(
+            run(
                 variant.as_ptr(),
                 name.as_ptr(),
                 launch.blocks,

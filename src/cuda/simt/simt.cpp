@@ -8,6 +8,7 @@
 
 #include "simt.h"
 
+#include <dlfcn.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,6 +17,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -490,10 +492,14 @@ void simt::fail(const char* what, const Here& here) {
 }
 
 // Runs a kernel to its end. Returns 0, or 1 with a text in `report`. One launch at a time.
-extern "C" int simt_launch(const char* variant, const char* name, unsigned grid, unsigned threads,
-                           size_t dynamic_shared, const void* args, size_t args_bytes, int order,
-                           uint64_t seed,
-                           char* report, size_t report_bytes) {
+extern "C" int simt_run(const char* variant, const char* name, unsigned grid, unsigned threads,
+                        size_t dynamic_shared, const void* args, size_t args_bytes, int order,
+                        uint64_t seed, char* report, size_t report_bytes) {
+    // The caller sees to it that launches do not overlap, with locks that ThreadSanitizer does not see.
+    struct Turn {
+        Turn() { acquire(&S); }
+        ~Turn() { release(&S); }
+    } turn;
     S.report = report;
     S.report_bytes = report_bytes;
     *report = 0;
@@ -540,4 +546,19 @@ extern "C" int simt_launch(const char* variant, const char* name, unsigned grid,
         if (S.failed) return 1;
     }
     return 0;
+}
+
+// That, or the same function of the library that PPO_KERNELS_SIMT names, whose kernels are compiled
+// with a sanitizer; see build.rs.
+extern "C" decltype(simt_run)* simt_launcher() {
+    const char* name = getenv("PPO_KERNELS_SIMT");
+    if (!name || !*name) return simt_run;
+    const std::string path = std::string(SIMT_LIBRARIES "/simt_") + name + ".so";
+    void* library = dlopen(path.c_str(), RTLD_NOW);
+    void* run = library ? dlsym(library, "simt_run") : nullptr;
+    if (!run) {
+        fprintf(stderr, "PPO_KERNELS_SIMT: %s\n", dlerror());
+        abort();
+    }
+    return reinterpret_cast<decltype(simt_run)*>(run);
 }
