@@ -190,7 +190,9 @@ mod simt {
 
     use super::{fail, kernels, out_dir, package};
 
-    /// `address`, `undefined`, `thread`, or several with commas between them.
+    /// Sanitizers for which the kernels are compiled once more, each time into a library of their own:
+    /// `address,undefined;thread` makes two. Tests run with one of them if PPO_KERNELS_SIMT is its first
+    /// sanitizer's name, and that sanitizer's runtime is loaded before all else.
     const SANITIZE: &str = "PPO_KERNELS_SIMT_SANITIZE";
 
     /// Bugs for the tests to find; the file says in which form.
@@ -200,11 +202,36 @@ mod simt {
         println!("cargo:rerun-if-env-changed={SANITIZE}");
         println!("cargo:rerun-if-changed=src/cuda/simt");
         println!("cargo:rerun-if-changed={PLANTED}");
+        // Kernels are found by name at run time: the linker must keep what nobody calls.
+        let mut build = kernels_for(&[]);
+        build.link_lib_modifier("+whole-archive").compile("ppo_kernels_simt_kernels");
+        scheduler().compile("ppo_kernels_simt");
         let sanitizers = std::env::var(SANITIZE).unwrap_or_default();
-        let sanitizers: Vec<&str> = sanitizers.split(',').filter(|s| !s.is_empty()).collect();
+        for of_library in sanitizers.split(';').filter(|names| !names.is_empty()) {
+            shared_library(&of_library.split(',').collect::<Vec<_>>());
+        }
+    }
 
-        compiler().file(package("src/cuda/simt/simt.cpp")).compile("ppo_kernels_simt");
+    /// The kernels and a scheduler of their own, as the scheduler of the tests loads them.
+    fn shared_library(sanitizers: &[&str]) {
+        if let Some(other) =
+            sanitizers.iter().find(|s| !["address", "undefined", "thread"].contains(s))
+        {
+            fail(&format!("{SANITIZE} names {other:?}; there are address, undefined and thread"));
+        }
+        let build = kernels_for(sanitizers);
+        let mut link = build.get_compiler().to_command();
+        link.args(["-shared", "-Wl,-Bsymbolic", "-o"]);
+        link.arg(out_dir().join(format!("simt_{}.so", sanitizers[0])));
+        link.args(build.compile_intermediates()).args(scheduler().compile_intermediates());
+        let status = link.status();
+        if !status.as_ref().is_ok_and(|status| status.success()) {
+            fail(&format!("{link:?} did not link the kernels: {status:?}"));
+        }
+    }
 
+    /// The kernels, and those with the planted bugs that these sanitizers are to report, or all.
+    fn kernels_for(sanitizers: &[&str]) -> cc::Build {
         let mut build = compiler();
         // Types are read through pointers to bytes, as on the device.
         build.flag("-fno-strict-aliasing").flag("-ffp-contract=off").flag("-g1");
@@ -215,28 +242,20 @@ mod simt {
         for name in kernels() {
             build.file(wrapper("", &name, &package("kernels")));
         }
-        // Under a sanitizer only the bugs that it is to report are run.
         let wanted =
             |bug: &Bug| sanitizers.is_empty() || sanitizers.contains(&bug.sanitizer.as_str());
         for bug in planted_bugs().into_iter().filter(wanted) {
             build.file(wrapper(&bug.name, &bug.kernel, &bug.plant()));
         }
-        // Kernels are found by name at run time: the linker must keep what nobody calls.
-        build.link_lib_modifier("+whole-archive").compile("ppo_kernels_simt_kernels");
+        build
+    }
 
-        // rustc links without the compiler's default libraries, and so without the sanitizers'.
-        for sanitizer in sanitizers {
-            let library = match sanitizer {
-                "address" => "asan",
-                "undefined" => "ubsan",
-                "thread" => "tsan",
-                other => fail(&format!(
-                    "{SANITIZE} names {other:?}; there are address, undefined and thread"
-                )),
-            };
-            println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
-            println!("cargo:rustc-link-arg=-l{library}");
-        }
+    /// Never compiled with a sanitizer.
+    fn scheduler() -> cc::Build {
+        let mut build = compiler();
+        build.define("SIMT_LIBRARIES", format!("{:?}", out_dir()).as_str());
+        build.file(package("src/cuda/simt/simt.cpp"));
+        build
     }
 
     fn compiler() -> cc::Build {

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Distribution, setup
@@ -41,9 +42,12 @@ def build_library() -> Path:
     features = "capi,cuda" if wanted == "1" or (wanted is None and has_nvcc()) else "capi"
     if shutil.which("cargo") is None:
         raise SystemExit("ppo-kernels is compiled by cargo, which is not on PATH: install Rust")
-    command = ["cargo", "rustc", "--release", "--lib", "--crate-type", "cdylib", "--locked"]
-    command += ["--no-default-features", "--features", features]
+    # As in docs/c.md, so that one build serves both.
+    command = ["cargo", "rustc", "--release", "--lib", "--crate-type", "cdylib,staticlib"]
+    command += ["--locked", "--no-default-features", "--features", features]
     command += ["--message-format", "json-render-diagnostics"]
+    if sys.platform == "linux":
+        command += ["--", "-C", "link-arg=-Wl,-soname,libppo_kernels.so"]
     messages = subprocess.run(command, cwd=CRATE, check=True, stdout=subprocess.PIPE, text=True)
     for line in messages.stdout.splitlines():
         message = json.loads(line)
