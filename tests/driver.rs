@@ -22,7 +22,7 @@ use ppo_kernels::driver::load::{load, load_critic, Loaded};
 use ppo_kernels::driver::model::Critic;
 use ppo_kernels::driver::optim::{Optimizer, Schedule};
 use ppo_kernels::driver::report::Progress;
-use ppo_kernels::driver::reward::{self, Reward, Sample};
+use ppo_kernels::driver::reward::{self, sentiment, Reward, Sample, Scores};
 use ppo_kernels::driver::rollout::{Prompts, Rollout, Sampler};
 use ppo_kernels::driver::sequences::Sequences;
 use ppo_kernels::driver::train;
@@ -428,6 +428,61 @@ fn outcome_advantages_compare_the_responses_to_a_prompt() {
         assert_close("reward_std", &[metric("reward_std")], &[stds], REL, ABS);
         assert_eq!(metric("frac_reward_zero_std"), 0.0);
     }
+}
+
+/// By the formulas, from the scores of two rewards.
+#[test]
+fn gdpo_normalises_each_reward_by_itself() {
+    let settings = Settings {
+        algorithm: Algorithm::Grpo,
+        advantages: Some(AdvantageEstimator::Gdpo),
+        reward: "sentiment,length*-0.5".parse().unwrap(),
+        reward_length: 5,
+        group_size: Some(4),
+        lm_steps: 100,
+        max_new_tokens: 16,
+        ..short(Path::new("unused"))
+    };
+    let reward = reward::build(&settings, &Device::Cpu).unwrap();
+    assert_eq!(reward.name(), "sentiment,length*-0.5");
+    let mut trainer = trainer(&settings, reward);
+    let reference = trainer.learner.policy.frozen().unwrap();
+    let rollout = trainer.show(8).unwrap();
+    let policy = &trainer.learner.policy;
+    let experience =
+        Experience::collect(&rollout, policy, &reference, None, &SHAPING, &settings).unwrap();
+
+    let [of_words, of_lengths] = [0, 1].map(|k| &rollout.parts[k]);
+    assert_eq!((&of_words.name[..], of_words.weight), ("sentiment", 1.0));
+    assert_eq!((&of_lengths.name[..], of_lengths.weight), ("length", -0.5));
+    for (i, response) in rollout.answers.responses.iter().enumerate() {
+        let near = reward::nearness(response.split_whitespace().count(), 5);
+        assert_eq!([of_words.scores[i], of_lengths.scores[i]], [sentiment(response), near]);
+        assert_eq!(rollout.scores[i], sentiment(response) - 0.5 * near);
+    }
+    let mean = |of: &[f64]| of.iter().sum::<f64>() / of.len() as f64;
+    let normalised = |of: &[f64]| -> Vec<f64> {
+        let centre = mean(of);
+        let squares: f64 = of.iter().map(|x| (x - centre).powi(2)).sum();
+        let std = (squares / (of.len() as f64 - 1.0)).sqrt();
+        of.iter().map(|x| (x - centre) / (std + 1e-4)).collect()
+    };
+    let by_group = |part: &Scores| -> Vec<f64> {
+        let scores: Vec<f64> = part.scores.iter().map(|&x| f64::from(x)).collect();
+        scores.chunks(4).flat_map(normalised).collect()
+    };
+    let sums: Vec<f64> = by_group(of_words)
+        .iter()
+        .zip(by_group(of_lengths))
+        .map(|(words, lengths)| words - 0.5 * lengths)
+        .collect();
+    for (row, want) in advantages(&experience).iter().zip(normalised(&sums)) {
+        assert_close("advantages", row, &vec![want; row.len()], 1e-4, 1e-5);
+    }
+    let metric = |name: &str| experience.metrics[name].as_f64().unwrap();
+    let [words, lengths] =
+        ["sentiment", "length"].map(|name| metric(&format!("rewards/{name}/mean")));
+    assert_close("sum", &[metric("objective/scores")], &[words - 0.5 * lengths], 1e-6, 1e-7);
 }
 
 /// By the formula, from the probabilities of the whole vocabulary.

@@ -221,7 +221,18 @@ fn what_means_nothing_beside_the_algorithm_is_refused() {
     refused(&["--advantages", "max_rl"], "add --kl-in loss or --kl-coef 0");
     assert!(resolve(&["--advantages", "max_rl", "--kl-coef", "0"]).is_ok());
     refused(&["--algorithm", "grpp"], "possible values: ppo, grpo, rloo, reinforce++");
-    refused(&["--advantages", "gdpo"], "possible values: gae, reinforce++, ");
+    refused(&["--advantages", "gdpp"], "possible values: gae, reinforce++, ");
+    refused(&["--advantages", "gdpo"], "add --kl-in loss or --kl-coef 0");
+    let gdpo = |flags: &[&'static str]| grpo(&[&["--advantages", "gdpo"], flags].concat());
+    assert!(resolve(&gdpo(&["--reward", "sentiment,length"])).is_ok());
+    for flags in [
+        &["--score-scaling"][..],
+        &["--score-clip", "1"],
+        &["--missing-eos-penalty", "1"],
+        &["--whiten-rewards"],
+    ] {
+        refused(&gdpo(flags), &format!("{} changes the sum of the rewards", flags[0]));
+    }
     // One answer to a prompt is compared with the likeliest one, but with no other.
     let one = ["--group-size", "1", "--advantages"];
     assert!(resolve(&[&one[..], &["remax"]].concat()).is_ok());
@@ -448,6 +459,26 @@ fn settings_that_do_not_fit_together_are_refused() {
     refused(&["--out", ""], "--out");
     refused(&["--reward", "kindness"], "kindness");
     refused(&["--reward", "model:"], "command or model:DIR");
+    for (text, wrong) in [
+        ("sentiment,", "reward \"\": expected sentiment"),
+        ("sentiment,sweetness", "reward \"sweetness\": expected sentiment"),
+        ("sentiment*much", "reward \"sentiment*much\": expected NAME*WEIGHT"),
+        ("sentiment*inf,length", "expected NAME*WEIGHT, the weight a finite number"),
+        ("sentiment*2*3", "expected NAME*WEIGHT"),
+    ] {
+        refused(&["--reward", text], wrong);
+    }
+    refused(
+        &["--reward", "length,regex*2"],
+        "--reward-pattern is missing: --reward regex needs it",
+    );
+    let several = ["--reward", "sentiment*0.5,regex,model:a/dir*-1", "--reward-pattern", "a"];
+    let settings = resolve(&several).unwrap();
+    assert_eq!(settings.reward.to_string(), several[1]);
+    assert_eq!(settings.critic_dir(), None);
+    let dir = tempfile::tempdir().unwrap();
+    let file = write(&dir.path().join("config.toml"), settings.to_toml().unwrap());
+    assert_eq!(resolve(&["--config", &file]).unwrap(), settings);
     refused(&["--score-norm"], "--score-norm has no effect without --score-scaling");
     refused(&["--critic-from", "reward"], "--critic-from reward has no model with --reward length");
     refused(&["--no-such-flag"], "--no-such-flag");

@@ -115,8 +115,9 @@ impl From<DeviceName> for String {
     }
 }
 
-/// What a response is scored by: `sentiment`, `length`, `regex`, `command` or `model:DIR`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What a response is scored by: `sentiment`, `length`, `regex`, `command`, `model:DIR`, or several of them
+/// with commas between, each with its weight behind a `*` if that is not 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum RewardKind {
     /// Positive and negative English words, in [-1, 1].
@@ -129,9 +130,21 @@ pub enum RewardKind {
     Command,
     /// The reward model in that folder.
     Model(PathBuf),
+    /// The sum of others, which are no sums, with these finite weights.
+    Sum(Vec<(RewardKind, f64)>),
 }
 
-/// The names of the rewards, but for the one with a folder.
+impl RewardKind {
+    /// The rewards that are summed up, itself if it is no sum.
+    pub fn parts(&self) -> Vec<(&RewardKind, f64)> {
+        match self {
+            RewardKind::Sum(parts) => parts.iter().map(|(kind, weight)| (kind, *weight)).collect(),
+            one => vec![(one, 1.0)],
+        }
+    }
+}
+
+/// The names of the rewards, but for the one with a folder and sums.
 const REWARDS: [(&str, RewardKind); 4] = [
     ("sentiment", RewardKind::Sentiment),
     ("length", RewardKind::Length),
@@ -144,6 +157,13 @@ impl Display for RewardKind {
         if let RewardKind::Model(dir) = self {
             return write!(f, "model:{}", dir.display());
         }
+        if let RewardKind::Sum(parts) = self {
+            let part = |(kind, weight): &(RewardKind, f64)| match weight {
+                1.0 => kind.to_string(),
+                weight => format!("{kind}*{weight}"),
+            };
+            return f.write_str(&parts.iter().map(part).collect::<Vec<_>>().join(","));
+        }
         let named = REWARDS.iter().find(|(_, kind)| kind == self);
         f.write_str(named.expect("all others have a name").0)
     }
@@ -153,6 +173,9 @@ impl FromStr for RewardKind {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains([',', '*']) {
+            return text.split(',').map(weighted).collect::<Result<_, _>>().map(RewardKind::Sum);
+        }
         let named = REWARDS.into_iter().find(|(name, _)| *name == text);
         let dir = || text.strip_prefix("model:").filter(|dir| !dir.is_empty());
         let model = || dir().map(|dir| RewardKind::Model(dir.into()));
@@ -160,6 +183,17 @@ impl FromStr for RewardKind {
             let names = REWARDS.map(|(name, _)| name).join(", ");
             format!("reward {text:?}: expected {names} or model:DIR")
         })
+    }
+}
+
+/// Reads `NAME` or `NAME*WEIGHT`.
+fn weighted(text: &str) -> Result<(RewardKind, f64), String> {
+    let Some((name, weight)) = text.rsplit_once('*') else {
+        return Ok((text.parse()?, 1.0));
+    };
+    match weight.parse() {
+        Ok(weight) if f64::is_finite(weight) && !name.contains('*') => Ok((name.parse()?, weight)),
+        _ => Err(format!("reward {text:?}: expected NAME*WEIGHT, the weight a finite number")),
     }
 }
 
@@ -351,8 +385,9 @@ pub struct Settings {
 
     /// What a response is scored by: sentiment, positive and negative English words, in [-1, 1];
     /// length, nearness to --reward-length words, in [0, 1]; regex, 1 if --reward-pattern matches,
-    /// else 0; command, whatever the program --reward-command answers; or model:DIR, the reward
-    /// model in that folder, such as the weights of `reward`
+    /// else 0; command, whatever the program --reward-command answers; model:DIR, the reward model
+    /// in that folder, such as the weights of `reward`; or the sum of several, as in
+    /// sentiment,length*0.5
     #[arg(long, value_name = "NAME", default_value_t = RewardKind::Sentiment,
         help_heading = "Reward")]
     pub reward: RewardKind,
@@ -824,6 +859,25 @@ impl Settings {
             "--advantages max_rl is for rewards of 0 and above, and the KL makes them less; add \
              --kl-in loss or --kl-coef 0"
         );
+        if estimator == AdvantageEstimator::Gdpo {
+            ensure!(
+                self.kl_placement() == KlPlacement::Loss || self.kl_coef == 0.0,
+                "--advantages gdpo looks at each reward by itself, and the KL belongs to none; add \
+                 --kl-in loss or --kl-coef 0"
+            );
+            for (flag, given) in [
+                ("--score-scaling", self.score_scaling),
+                ("--score-clip", self.score_clip.is_some()),
+                ("--missing-eos-penalty", self.missing_eos_penalty.is_some()),
+                ("--whiten-rewards", self.whiten_rewards),
+            ] {
+                ensure!(
+                    !given,
+                    "{flag} changes the sum of the rewards, and --advantages gdpo looks at each reward by \
+                     itself"
+                );
+            }
+        }
         Ok(())
     }
 
@@ -972,11 +1026,14 @@ impl RunSettings for Settings {
             "--critic-from reward has no model with --reward {}; add --reward model:DIR",
             self.reward
         );
-        match self.reward {
-            RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, &self.reward),
-            RewardKind::Command => needed("--reward-command", &self.reward_command, &self.reward),
-            RewardKind::Sentiment | RewardKind::Length | RewardKind::Model(_) => Ok(()),
+        for (kind, _) in self.reward.parts() {
+            match kind {
+                RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, kind)?,
+                RewardKind::Command => needed("--reward-command", &self.reward_command, kind)?,
+                _ => {}
+            }
         }
+        Ok(())
     }
 
     fn check_given(&self, given: &dyn Fn(&str) -> bool) -> Result<()> {
@@ -999,7 +1056,7 @@ impl RunSettings for Settings {
             ("reward_command", RewardKind::Command),
         ] {
             ensure!(
-                !given(key) || self.reward == needs,
+                !given(key) || self.reward.parts().iter().any(|(kind, _)| **kind == needs),
                 "{} has no effect with --reward {}; add --reward {needs}",
                 flag_of(key),
                 self.reward

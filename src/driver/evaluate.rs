@@ -21,8 +21,8 @@ use super::load::{load, Loaded};
 use super::model::Decoder;
 use super::prompts;
 use super::report::Progress;
-use super::reward::{self, Reward};
-use super::rollout::{answer, score, Answers, Prompt, Prompts};
+use super::reward::{self, weighted_sum, Reward};
+use super::rollout::{answer, Answers, Prompt, Prompts};
 use super::sequences::Sequences;
 use super::session::fit;
 use super::tokenizer::Tokenizer;
@@ -87,7 +87,8 @@ pub struct EvalArgs {
     #[arg(long, value_name = "PATH", value_parser = utf8_path)]
     pub reference: Option<PathBuf>,
 
-    /// What a response is scored by, as in `train`: sentiment, length, regex, command or model:DIR
+    /// What a response is scored by, as in `train`: sentiment, length, regex, command, model:DIR, or the
+    /// sum of several
     #[arg(long, value_name = "NAME", default_value_t = RewardKind::Sentiment)]
     pub reward: RewardKind,
 
@@ -162,9 +163,11 @@ impl Answered {
 
     /// One score an answer.
     pub fn scores(&self, reward: &mut dyn Reward) -> Result<Vec<f32>> {
-        let scores: Vec<Vec<f32>> =
-            self.answers.iter().map(|some| score(reward, some)).collect::<Result<_>>()?;
-        Ok(scores.concat())
+        let mut scores = Vec::new();
+        for answers in &self.answers {
+            scores.extend(weighted_sum(&reward.parts(&answers.samples())?));
+        }
+        Ok(scores)
     }
 
     /// ln p(response) - ln p_reference(response) of each answer: its mean estimates the KL.

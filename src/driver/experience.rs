@@ -18,11 +18,12 @@ use serde_json::{json, Map, Value};
 
 use super::config::{AdvantageEstimator, KlPlacement, Settings};
 use super::model::{Critic, Decoder};
+use super::reward::Scores;
 use super::rollout::Rollout;
 use super::sequences::Sequences;
 use crate::advantages::{
-    optimal_token_baseline, outcome_advantages, AdvantageInputs, AdvantageStats,
-    TokenBaselineInputs, TokenBaselineOptions,
+    gdpo, optimal_token_baseline, outcome_advantages, AdvantageInputs, AdvantageOptions,
+    AdvantageStats, TokenBaselineInputs, TokenBaselineOptions,
 };
 use crate::correction::{correction, CorrectionInputs, CorrectionOutput, CorrectionStats};
 use crate::gae::{gae, GaeInputs, GaeOptions, GaeOutput, MissingEos, RewardShaping, ScoreScale};
@@ -269,6 +270,17 @@ fn estimate(
         let of_rows = estimator.outcome().unwrap_or_default();
         let out = outcome_advantages(&inputs, group_size, &of_rows)?;
         advantages = match of_tokens.log_sums {
+            _ if estimator == AdvantageEstimator::Gdpo => {
+                let parts: Vec<&[f32]> =
+                    rollout.parts.iter().map(|part| &part.scores[..]).collect();
+                let weights: Vec<f64> = rollout.parts.iter().map(|part| part.weight).collect();
+                let each = Tensor::new(parts, device)?;
+                let of_rows = gdpo(&each, &weights, None, group_size, &of_rows)?;
+                // As they are, over the tokens.
+                let inputs = AdvantageInputs { scores: &of_rows, score_baselines: None, ..inputs };
+                let out = outcome_advantages(&inputs, 0, &AdvantageOptions::remax())?;
+                out.token_advantages.expect("there is a mask")
+            }
             Some(log_sums) => {
                 let inputs = TokenBaselineInputs {
                     weights: of_tokens.weights,
@@ -349,12 +361,18 @@ fn response_metrics(rollout: &Rollout) -> Map<String, Value> {
     let lengths = response_lengths(rollout);
     let num_eos = generation.finished.iter().filter(|&&finished| finished).count();
     let cut = 1.0 - num_eos as f64 / lengths.len() as f64;
-    named([
+    let mut metrics = named([
         ("objective/scores", mean(&rollout.scores)),
         ("val/num_eos_tokens", num_eos as f64),
         ("response_length/mean", mean(&lengths)),
         ("response_length/clip_ratio", cut),
-    ])
+    ]);
+    if rollout.parts.len() > 1 {
+        for Scores { name, scores, .. } in &rollout.parts {
+            metrics.insert(format!("rewards/{name}/mean"), json!(mean(scores)));
+        }
+    }
+    metrics
 }
 
 /// In tokens.

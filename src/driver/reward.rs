@@ -1,4 +1,4 @@
-//! What a response is worth: one trait, five rewards.
+//! What a response is worth: one trait, five rewards, and their weighted sums.
 //!
 //! | `--reward` | score |
 //! |---|---|
@@ -7,6 +7,7 @@
 //! | `regex` | 1 if `--reward-pattern` matches anywhere in the response, else 0 |
 //! | `command` | [`CommandReward`]: what the program `--reward-command` answers |
 //! | `model:DIR` | [`ModelReward`]: what the reward model in that folder says |
+//! | `NAME*WEIGHT,..` | the sum of several with their weights |
 //!
 //! The first three look at the response alone, the others see the prompt too.
 
@@ -16,7 +17,7 @@ mod sentiment;
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use candle_core::Device;
 use regex::Regex;
 use serde::Serialize;
@@ -52,6 +53,19 @@ pub trait Reward: Send {
     /// One score a sample, in order.
     fn score(&mut self, samples: &[Sample]) -> Result<Vec<f32>>;
 
+    /// The scores of all rewards whose weighted sum this is: its own, of weight 1, if it is none.
+    fn parts(&mut self, samples: &[Sample]) -> Result<Vec<Scores>> {
+        let scores = self.score(samples)?;
+        let name = self.name().to_owned();
+        ensure!(
+            scores.len() == samples.len(),
+            "the reward {name} gave {} scores for {} responses",
+            scores.len(),
+            samples.len()
+        );
+        Ok(vec![Scores { name, weight: 1.0, scores }])
+    }
+
     /// The longest prompt and response together, in tokens of the policy.
     ///
     /// # Errors
@@ -61,13 +75,36 @@ pub trait Reward: Send {
     }
 }
 
+/// What one reward says of some samples.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores {
+    /// The reward's name.
+    pub name: String,
+    /// Its weight in the sum.
+    pub weight: f64,
+    /// One score a sample, without the weight.
+    pub scores: Vec<f32>,
+}
+
+/// The sums of the scores with their weights; as they are where there is one of weight 1.
+pub fn weighted_sum(parts: &[Scores]) -> Vec<f32> {
+    let count = parts.first().map_or(0, |part| part.scores.len());
+    let of_sample =
+        |i| parts.iter().map(|part| part.weight * f64::from(part.scores[i])).sum::<f64>();
+    (0..count).map(|i| of_sample(i) as f32).collect()
+}
+
 /// The reward that the settings ask for. A pattern is compiled and a command tried on a sample, so
 /// that neither fails only when the first rollout is done; a model is loaded onto `device`.
 ///
 /// # Errors
 /// Names `--reward`, `--reward-pattern` or `--reward-command`, and says what is wrong with it.
 pub fn build(settings: &Settings, device: &Device) -> Result<Box<dyn Reward>> {
-    Ok(match &settings.reward {
+    build_kind(&settings.reward, settings, device)
+}
+
+fn build_kind(kind: &RewardKind, settings: &Settings, device: &Device) -> Result<Box<dyn Reward>> {
+    Ok(match kind {
         RewardKind::Sentiment => Box::new(Sentiment),
         RewardKind::Length => Box::new(Length { target: settings.reward_length }),
         RewardKind::Regex => {
@@ -90,7 +127,49 @@ pub fn build(settings: &Settings, device: &Device) -> Result<Box<dyn Reward>> {
             let model = load_reward(dir, device).context("--reward model is refused")?;
             Box::new(ModelReward::new(model))
         }
+        RewardKind::Sum(parts) => {
+            let part = |(kind, weight): &(RewardKind, f64)| {
+                Ok((kind.to_string(), *weight, build_kind(kind, settings, device)?))
+            };
+            Box::new(Sum {
+                name: kind.to_string(),
+                parts: parts.iter().map(part).collect::<Result<_>>()?,
+            })
+        }
     })
+}
+
+/// Rewards with their names and weights.
+struct Sum {
+    name: String,
+    parts: Vec<(String, f64, Box<dyn Reward>)>,
+}
+
+impl Reward for Sum {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn score(&mut self, samples: &[Sample]) -> Result<Vec<f32>> {
+        Ok(weighted_sum(&self.parts(samples)?))
+    }
+
+    fn parts(&mut self, samples: &[Sample]) -> Result<Vec<Scores>> {
+        let mut all = Vec::new();
+        for (name, weight, reward) in &mut self.parts {
+            let parts = reward.parts(samples)?;
+            all.push(Scores { name: name.clone(), weight: *weight, scores: weighted_sum(&parts) });
+        }
+        Ok(all)
+    }
+
+    fn context(&self, policy: &Tokenizer) -> Result<usize> {
+        let mut least = usize::MAX;
+        for (_, _, reward) in &self.parts {
+            least = least.min(reward.context(policy)?);
+        }
+        Ok(least)
+    }
 }
 
 struct Sentiment;

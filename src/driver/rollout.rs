@@ -7,7 +7,7 @@ use rand::Rng;
 use super::chat::Text;
 use super::generate::{generate, Generation, Sampling};
 use super::model::Decoder;
-use super::reward::{Reward, Sample};
+use super::reward::{weighted_sum, Reward, Sample, Scores};
 use super::tokenizer::Tokenizer;
 use super::tuning;
 
@@ -156,6 +156,8 @@ pub struct Rollout {
     pub answers: Answers,
     /// What the reward gave each response.
     pub scores: Vec<f32>,
+    /// Of what they are the weighted sums.
+    pub parts: Vec<Scores>,
     /// The answers of the likeliest tokens, where they are asked for: one to so many of these after each
     /// other as have a prompt in common.
     pub greedy: Option<Box<Rollout>>,
@@ -198,21 +200,7 @@ impl Sampler {
     }
 
     fn scored(&mut self, answers: Answers) -> Result<Rollout> {
-        let scores = score(self.reward.as_mut(), &answers)?;
-        Ok(Rollout { answers, scores, greedy: None })
+        let parts = self.reward.parts(&answers.samples())?;
+        Ok(Rollout { answers, scores: weighted_sum(&parts), parts, greedy: None })
     }
-}
-
-/// One score a response.
-pub fn score(reward: &mut dyn Reward, answers: &Answers) -> Result<Vec<f32>> {
-    let samples = answers.samples();
-    let scores = reward.score(&samples)?;
-    ensure!(
-        scores.len() == samples.len(),
-        "the reward {} gave {} scores for {} responses",
-        reward.name(),
-        scores.len(),
-        samples.len()
-    );
-    Ok(scores)
 }

@@ -58,6 +58,9 @@ pub enum AdvantageEstimator {
     /// The return from each token on, less the mean of the answers to the prompt weighted for the least
     /// variance
     OptimalTokenBaseline,
+    /// As grpo of each of several rewards by itself; their weighted sum in standard deviations of the
+    /// batch
+    Gdpo,
 }
 
 impl AdvantageEstimator {
@@ -84,7 +87,7 @@ impl AdvantageEstimator {
             Self::ReinforcePlusPlusBaseline => {
                 Some(AdvantageOptions::reinforce_plus_plus_baseline())
             }
-            Self::Grpo => Some(AdvantageOptions::grpo()),
+            Self::Grpo | Self::Gdpo => Some(AdvantageOptions::grpo()),
             Self::DrGrpo => Some(AdvantageOptions::dr_grpo()),
             Self::Rloo => Some(AdvantageOptions::rloo()),
             Self::Opo => Some(AdvantageOptions::opo()),
