@@ -80,7 +80,7 @@ def cbindgen() -> str:
         subprocess.run(install, check=True, cwd=ROOT)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / HEADER.name
-        config = ["--quiet", "--config", "cbindgen.toml", "--crate", "ppo-kernels"]
+        config = ["--quiet", "--config", "include/cbindgen.toml", "--crate", "ppo-kernels"]
         subprocess.run([program, *config, "--output", made], check=True, cwd=ROOT)
         return made.read_text()
 

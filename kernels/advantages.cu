@@ -76,7 +76,7 @@ struct OptionsArgs {
     Singleton singleton;
     int32_t eps_at_std;  // it is added to the standard deviation, not to the variance
     int32_t unbiased;
-    int32_t by_group;    // statistics of groups are looked at, by options or for statistics
+    int32_t by_group;  // statistics of groups are looked at, by options or for statistics
 };
 
 struct SortArgs {
@@ -84,29 +84,29 @@ struct SortArgs {
     const Key* from;        // [count], in sorted runs
     Key* to;                // [count]
     int64_t count;
-    int64_t run;            // pairs of a run
+    int64_t run;  // pairs of a run
 };
 
 struct PassArgs {
-    const float* scores;       // [rows]
-    const int64_t* groups;     // [rows], or null
-    const float* lengths;      // [rows], or null
-    const float* score_baselines;    // [rows], or null: zeros
-    const uint8_t* mask;       // [rows, tokens], or null: ones
-    const int64_t* offsets;    // [rows + 1], or null: rows of as many tokens
-    float* advantages;         // [rows]
-    float* token_advantages;   // [rows, tokens], or null: not wanted
-    AdvantageStats* stats;     // [1], or null: not wanted
-    const Key* keys;           // [rows], sorted, or null: the rows are in order
-    Batch* batch;              // [1]
-    Counts* counts;            // [units]
+    const float* scores;           // [rows]
+    const int64_t* groups;         // [rows], or null
+    const float* lengths;          // [rows], or null
+    const float* score_baselines;  // [rows], or null: zeros
+    const uint8_t* mask;           // [rows, tokens], or null: ones
+    const int64_t* offsets;        // [rows + 1], or null: rows of as many tokens
+    float* advantages;             // [rows]
+    float* token_advantages;       // [rows, tokens], or null: not wanted
+    AdvantageStats* stats;         // [1], or null: not wanted
+    const Key* keys;               // [rows], sorted, or null: the rows are in order
+    Batch* batch;                  // [1]
+    Counts* counts;                // [units]
     int64_t rows;
-    int64_t tokens;            // of a row; of all where there are offsets
-    int64_t group_size;        // 0: none
-    int64_t units;             // warps that count groups
+    int64_t tokens;      // of a row; of all where there are offsets
+    int64_t group_size;  // 0: none
+    int64_t units;       // warps that count groups
     OptionsArgs options;
-    int32_t chunks;            // ranges of the tokens of a row
-    int32_t chunk_threads;     // threads that share a range
+    int32_t chunks;         // ranges of the tokens of a row
+    int32_t chunk_threads;  // threads that share a range
 };
 
 // ---- the order of rows ----
@@ -126,7 +126,8 @@ static __device__ __forceinline__ T place_in_both(const Key* keys, T i, T run, T
     const Key key = keys[i];
     while (low < high) {
         const T at = low + (high - low) / 2;
-        if (keys[at] < key) low = at + 1; else high = at;
+        if (keys[at] < key) low = at + 1;
+        else high = at;
     }
     return i - (in_second ? middle - start : 0) + (low - others);
 }
@@ -261,8 +262,8 @@ static __device__ __forceinline__ int64_t end_of_group(const Args& args, int64_t
 struct Group {
     int64_t start, end;  // places
     Moments moments;
-    double weighted;     // the mean weighted by lengths, where that is the baseline
-    double best, next;   // the largest scores, where those are
+    double weighted;    // the mean weighted by lengths, where that is the baseline
+    double best, next;  // the largest scores, where those are
 };
 
 // The moments of a group, or of all of it but one place.
@@ -337,10 +338,14 @@ static __device__ __forceinline__ double difference_of(const PassArgs& args, con
     if (baseline == Baseline::RUNNER_UP && g.end == g.start + 1) return NAN;
     if (n == 1.0) return args.options.singleton == Singleton::KEEP ? x : 0.0;
     switch (baseline) {
-        case Baseline::GROUP: return x - g.moments.mean;
-        case Baseline::LEAVE_ONE_OUT: return (x - g.moments.mean) * (n / (n - 1.0));
-        case Baseline::LENGTH_WEIGHTED: return isnan(g.weighted) ? 0.0 : x - g.weighted;
-        default: return x == g.best ? g.best - g.next : 0.0;
+        case Baseline::GROUP:
+            return x - g.moments.mean;
+        case Baseline::LEAVE_ONE_OUT:
+            return (x - g.moments.mean) * (n / (n - 1.0));
+        case Baseline::LENGTH_WEIGHTED:
+            return isnan(g.weighted) ? 0.0 : x - g.weighted;
+        default:
+            return x == g.best ? g.best - g.next : 0.0;
     }
 }
 
@@ -388,14 +393,23 @@ KERNEL(256, 2, advantages_rows_f32, PassArgs) {
                 const double x = there ? score_of(args, row) : NAN;
                 double a = difference_of(args, g, x);
                 switch (o.scale) {
-                    case Scale::GROUP: a = divide_by_std(o, a, m); break;
+                    case Scale::GROUP:
+                        a = divide_by_std(o, a, m);
+                        break;
                     case Scale::LEAVE_ONE_OUT:
                         a = divide_by_std(o, a, others_of(args, g, place, x));
                         break;
-                    case Scale::BATCH: a = divide_by_std(o, a, args.batch->moments); break;
-                    case Scale::MEAN: a = m.count == 1.0 ? a : divide(o, a, m.mean); break;
-                    case Scale::NONZERO: a = divide(o, a, args.batch->nonzero); break;
-                    default: break;
+                    case Scale::BATCH:
+                        a = divide_by_std(o, a, args.batch->moments);
+                        break;
+                    case Scale::MEAN:
+                        a = m.count == 1.0 ? a : divide(o, a, m.mean);
+                        break;
+                    case Scale::NONZERO:
+                        a = divide(o, a, args.batch->nonzero);
+                        break;
+                    default:
+                        break;
                 }
                 const bool single = o.baseline == Baseline::RUNNER_UP && g.end == g.start + 1;
                 if (there) args.advantages[row] = isnan(x) ? single ? NAN : 0.0f : float(a);
@@ -452,9 +466,9 @@ struct TokenArgs {
     int64_t* lengths;               // [rows], unmasked tokens
     double eps;
     int64_t rows;
-    int64_t tokens;                 // of a row; of all where there are offsets
-    int64_t group_size;             // 0: none
-    int32_t by_unmasked;            // a step is an unmasked token, not a column
+    int64_t tokens;       // of a row; of all where there are offsets
+    int64_t group_size;   // 0: none
+    int32_t by_unmasked;  // a step is an unmasked token, not a column
     int32_t lone_tail;
 };
 
@@ -466,9 +480,8 @@ struct StepTokens {
 };
 
 // Those from `first` of the row on, of which as many as `before` are unmasked ahead of them. By all lanes.
-static __device__ __forceinline__ StepTokens step_tokens(const TokenArgs& args,
-                                                         const RowRange& row, int64_t first,
-                                                         int64_t before) {
+static __device__ __forceinline__ StepTokens step_tokens(const TokenArgs& args, const RowRange& row,
+                                                         int64_t first, int64_t before) {
     const int lane = threadIdx.x % WARP;
     const int64_t t = first + lane, at = row.first + t;
     const bool keep = t < row.tokens && (!args.mask || args.mask[at]);

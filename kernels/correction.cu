@@ -29,7 +29,8 @@
 #include "common/tokens.cuh"
 
 // Segments of both inputs that a warp loads before it uses the first. Metrics take registers.
-template <bool REJECTS> constexpr int SEGMENTS = REJECTS ? 1 : IN_FLIGHT / 2;
+template <bool REJECTS>
+constexpr int SEGMENTS = REJECTS ? 1 : IN_FLIGHT / 2;
 
 constexpr int MAX_WARPS = 256 / WARP;
 
@@ -117,7 +118,7 @@ struct RuleArgs {
     Outside outside;
     int32_t needs_rows;  // something of a whole row decides
     float log_ratio_limit;
-    float low;           // of the weight
+    float low;  // of the weight
     float high;
     RejectionArgs rejections[2];
 };
@@ -134,7 +135,7 @@ struct PassArgs {
     double* factor;             // [1], of the normalisation
     int64_t rows;
     int64_t columns;
-    int64_t part_rows;          // rows of a part
+    int64_t part_rows;  // rows of a part
     int32_t parts;
     int32_t normalise;
     RuleArgs rule;
@@ -194,11 +195,16 @@ static __device__ NOINLINE float metric_of(RejectionMetric metric, float limit, 
     const float k = clamp(d, limit);
     // The same way for all threads.
     switch (metric) {
-        case RejectionMetric::RATIO: return k;
-        case RejectionMetric::K2: return 0.5f * k * k;
-        case RejectionMetric::K3: return k3_of(k);
-        case RejectionMetric::REVERSE_K3: return k3_of(-k);
-        case RejectionMetric::BINARY_KL: return binary_kl(old_logp, rollout_logp, d);
+        case RejectionMetric::RATIO:
+            return k;
+        case RejectionMetric::K2:
+            return 0.5f * k * k;
+        case RejectionMetric::K3:
+            return k3_of(k);
+        case RejectionMetric::REVERSE_K3:
+            return k3_of(-k);
+        case RejectionMetric::BINARY_KL:
+            return binary_kl(old_logp, rollout_logp, d);
         case RejectionMetric::BINARY_KL_MAX: {
             const float a = binary_kl(old_logp, rollout_logp, d);
             const float b = binary_kl(rollout_logp, old_logp, -d);
@@ -206,7 +212,8 @@ static __device__ NOINLINE float metric_of(RejectionMetric metric, float limit, 
         }
         case RejectionMetric::TOTAL_VARIATION:
             return fabsf(probability_moved(old_logp, rollout_logp, d));
-        default: return 0.0f;
+        default:
+            return 0.0f;
     }
 }
 
@@ -329,8 +336,7 @@ static __device__ __forceinline__ bool rejects_row(const RejectionArgs& rejectio
         return m.low < rejection.low || m.high > rejection.high;
     }
     const double sum = rejection.metric == RejectionMetric::RATIO ? s.d : m.sum;
-    const double x =
-        rejection.level == RejectionLevel::SEQUENCE_MEAN ? sum / double(s.kept) : sum;
+    const double x = rejection.level == RejectionLevel::SEQUENCE_MEAN ? sum / double(s.kept) : sum;
     return x < double(rejection.low) || x > double(rejection.high);
 }
 
@@ -455,9 +461,8 @@ static __device__ __forceinline__ bool leads() {
 
 // One row, by a warp, or by all warps of a block.
 template <bool BLOCK, bool REJECTS>
-static __device__ __forceinline__ void correct_row(const PassArgs& args, int64_t row,
-                                                   ThreadSums& s, LeaderSums* leader,
-                                                   RowSums* warps) {
+static __device__ __forceinline__ void correct_row(const PassArgs& args, int64_t row, ThreadSums& s,
+                                                   LeaderSums* leader, RowSums* warps) {
     constexpr int N = SEGMENTS<REJECTS>, CHUNK = N * SEGMENT;
     const RuleArgs& rule = args.rule;
     const RowRange range = range_of_row(args.offsets, row, args.columns);
@@ -563,7 +568,7 @@ template <bool BLOCK, bool REJECTS>
 static __device__ __forceinline__ void correct(const PassArgs& args) {
     SHARED(RowSums, rows, MAX_WARPS);
     SHARED(LeaderSums, leaders, MAX_WARPS);
-    SHARED(double, sums, MAX_WARPS * PARTIAL_SUMS);
+    SHARED(double, sums, MAX_WARPS* PARTIAL_SUMS);
     LeaderSums* leader = leaders + threadIdx.x / WARP;
     const int64_t own = BLOCK ? 0 : threadIdx.x / WARP;
     const int64_t step = BLOCK ? 1 : blockDim.x / WARP;
@@ -621,7 +626,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
 }
 
 // One block [PARTIAL_SUMS x 32], a sum a warp.
-KERNEL(PARTIAL_SUMS * WARP, 1, correction_merge_f32, PassArgs) {
+KERNEL(PARTIAL_SUMS* WARP, 1, correction_merge_f32, PassArgs) {
     SHARED(double, totals, PARTIAL_SUMS);
     const int which = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const double* mine = args.partials + int64_t(which) * args.parts;
@@ -631,7 +636,8 @@ KERNEL(PARTIAL_SUMS * WARP, 1, correction_merge_f32, PassArgs) {
         total = warp_sum(total);
     } else {
         float most = which == MINUS_WEIGHT_MIN ? -INFINITY : 0.0f;
-        for (int part = lane; part < args.parts; part += WARP) most = fmaxf(most, float(mine[part]));
+        for (int part = lane; part < args.parts; part += WARP)
+            most = fmaxf(most, float(mine[part]));
         total = warp_max(most);
     }
     if (lane == 0) totals[which] = total;

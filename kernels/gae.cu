@@ -62,17 +62,17 @@ constexpr int ENDED = 1 << 16;
 
 // lambda in the forms it is used in.
 struct Decay {
-    float rest;                  // gamma (1 - lambda)
-    float powers[SEGMENT + 1];   // of gamma lambda
+    float rest;                 // gamma (1 - lambda)
+    float powers[SEGMENT + 1];  // of gamma lambda
 };
 
 // How a row's score becomes a reward.
 struct Shaping {
     double mean;
     double inverse_std;
-    double min;            // after or before it is scaled
+    double min;  // after or before it is scaled
     double max;
-    double missing;        // for what has no end of sequence: subtracted, or taken instead
+    double missing;  // for what has no end of sequence: subtracted, or taken instead
     int32_t clips_first;
     int32_t replaces;
 };
@@ -101,34 +101,34 @@ constexpr float JUST_ADD = -1.0f;
 constexpr int NO_TOKEN = -2;
 
 struct GaeArgs {
-    const float* values;      // [rows, tokens]
-    const float* rewards;     // [rows, tokens], or null: zeros
-    const float* kl;          // [rows, tokens], or null: zeros
-    const float* scores;      // [rows], or null: zeros
-    const uint8_t* has_eos;   // [rows], or null: ones
-    const uint8_t* mask;      // [rows, tokens], or null: ones
-    const uint8_t* dones;     // [rows, tokens], or null: zeros
-    const float* bootstrap;   // [rows], or null: zeros
-    const int64_t* offsets;   // [rows + 1], or null: rows of as many tokens
+    const float* values;          // [rows, tokens]
+    const float* rewards;         // [rows, tokens], or null: zeros
+    const float* kl;              // [rows, tokens], or null: zeros
+    const float* scores;          // [rows], or null: zeros
+    const uint8_t* has_eos;       // [rows], or null: ones
+    const uint8_t* mask;          // [rows, tokens], or null: ones
+    const uint8_t* dones;         // [rows, tokens], or null: zeros
+    const float* bootstrap;       // [rows], or null: zeros
+    const int64_t* offsets;       // [rows + 1], or null: rows of as many tokens
     const float* lambda_per_row;  // [rows], or null
-    float* advantages;        // [rows, tokens]
-    float* returns;           // [rows, tokens]
-    float* shaped_rewards;    // [rows, tokens], or null
-    Moments* moments;         // not looked at: the merge's
-    Moments* partials;        // a block's work; or null
-    int64_t* last;            // a row: its last unmasked token, or NO_TOKEN
-    Total* totals;            // a segment
-    State* carries;           // a segment: u after it
+    float* advantages;            // [rows, tokens]
+    float* returns;               // [rows, tokens]
+    float* shaped_rewards;        // [rows, tokens], or null
+    Moments* moments;             // not looked at: the merge's
+    Moments* partials;            // a block's work; or null
+    int64_t* last;                // a row: its last unmasked token, or NO_TOKEN
+    Total* totals;                // a segment
+    State* carries;               // a segment: u after it
     int64_t rows;
-    int64_t tokens;           // of a row; of all where there are offsets
-    int64_t segments;         // of a row
-    int32_t tiles;            // of a row: what a block has in registers
+    int64_t tokens;    // of a row; of all where there are offsets
+    int64_t segments;  // of a row
+    int32_t tiles;     // of a row: what a block has in registers
     Shaping shaping;
     double gamma;
     float minus_kl_coef;
-    int32_t multiply;         // gaps are steps
-    int32_t after_last;       // the score is a step of its own, if there is room
-    int32_t two;              // returns have a decay of their own; looked at by the carry alone
+    int32_t multiply;    // gaps are steps
+    int32_t after_last;  // the score is a step of its own, if there is room
+    int32_t two;         // returns have a decay of their own; looked at by the carry alone
     Decay decay;
     Decay returns_decay;
 };
@@ -159,9 +159,9 @@ constexpr int CARRY_SEGMENTS = 1024;
 struct Shared {
     Chain<BLOCK_SEGMENTS> chain;
     float powers[2][SEGMENT + 1];
-    Decay own;                        // of the row's lambda
-    int last[MAX_WARPS];              // a warp: its last unmasked token in the tile, or NO_TOKEN
-    Score score;                      // of the row
+    Decay own;            // of the row's lambda
+    int last[MAX_WARPS];  // a warp: its last unmasked token in the tile, or NO_TOKEN
+    Score score;          // of the row
     Deviations warps[MAX_WARPS];
     Deviations threads[MAX_THREADS];  // of the advantages that a thread wrote
 };
@@ -175,7 +175,9 @@ enum Flag { KEPT, DONE, STEP, OUTPUT };
 enum Content { NONE, SOME, ALL };
 
 template <Content CONTENT>
-struct Known { static constexpr Content value = CONTENT; };
+struct Known {
+    static constexpr Content value = CONTENT;
+};
 
 // Some segments of a row: four tokens of each a lane. Eight bits for each flag say what they are,
 // all in one register.
@@ -246,8 +248,7 @@ static __device__ __forceinline__ void make_own_decay(const GaeArgs& args, int64
 }
 
 template <bool OWN>
-static __device__ __forceinline__ const Decay& decay_of(const GaeArgs& args,
-                                                        const Shared* shared) {
+static __device__ __forceinline__ const Decay& decay_of(const GaeArgs& args, const Shared* shared) {
     if (OWN) return shared->own;
     return args.decay;
 }
@@ -369,8 +370,7 @@ static __device__ __forceinline__ int last_kept(const Tokens& t) {
 static __device__ __forceinline__ void classify(const GaeArgs& args, const Place& place, int last,
                                                 const Score& score, Tokens& t) {
     const int score_here = last + (args.after_last && last + 1 < place.left);
-    const bool has_score =
-        args.scores && score_here >= 0 && score_here < WARP_SEGMENTS * SEGMENT;
+    const bool has_score = args.scores && score_here >= 0 && score_here < WARP_SEGMENTS * SEGMENT;
     constexpr unsigned ALL_KEPT = (1u << THREAD_TOKENS) - 1;
     if (__ballot_sync(ALL_LANES, t.flags == ALL_KEPT << 8 * KEPT) == ALL_LANES) {
         t.content = ALL;
@@ -439,11 +439,10 @@ static __device__ __forceinline__ void scan(const GaeArgs& args, const Tokens& t
                 // All that a lane adds to are as many steps.
                 const int steps = QUAD * distance;
                 if (inside) {
-                    map.add = {
-                        fmaf(decay.powers[steps], later.u, map.add.u),
-                        TWO ? fmaf(args.returns_decay.powers[steps], later.of_returns,
-                                   map.add.of_returns)
-                            : 0.0f};
+                    map.add = {fmaf(decay.powers[steps], later.u, map.add.u),
+                               TWO ? fmaf(args.returns_decay.powers[steps], later.of_returns,
+                                          map.add.of_returns)
+                                   : 0.0f};
                 }
             } else {
                 const int steps = __shfl_down_sync(ALL_LANES, map.steps, distance);
@@ -491,8 +490,7 @@ static __device__ __forceinline__ void unroll(const Decay& decay, const Tokens& 
 template <bool TWO, bool OWN, Content CONTENT>
 static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens& t, int j,
                                                const Map& map, State s, Shared* shared,
-                                               float (&advantages)[QUAD],
-                                               float (&returns)[QUAD]) {
+                                               float (&advantages)[QUAD], float (&returns)[QUAD]) {
     if (CONTENT != NONE) {
         // The tokens from the next lane's first on.
         Map later = {CONTENT == ALL ? map.steps - QUAD : __shfl_down_sync(ALL_LANES, map.steps, 1),
@@ -523,8 +521,7 @@ static __device__ __forceinline__ void outputs(const GaeArgs& args, const Tokens
 template <bool TWO, bool OWN = false>
 static __device__ __forceinline__ void finish(const GaeArgs& args, const Place& place, Tokens& t,
                                               const Map (&maps)[WARP_SEGMENTS],
-                                              const State (&after)[WARP_SEGMENTS],
-                                              Shared* shared) {
+                                              const State (&after)[WARP_SEGMENTS], Shared* shared) {
     // Flags cost an instruction each; kept in registers since the scan they would crowd out others.
     t.flags = afresh(t.flags);
 #pragma unroll
@@ -675,8 +672,8 @@ static __device__ __forceinline__ void block_rows(const GaeArgs& args, Shared* s
             __syncthreads();
             if (find) {
                 const int lane = lane_of_thread();
-                const unsigned some = __ballot_sync(
-                    ALL_LANES, lane < warps && shared->last[lane] != NO_TOKEN);
+                const unsigned some =
+                    __ballot_sync(ALL_LANES, lane < warps && shared->last[lane] != NO_TOKEN);
                 if (some) last = shared->last[WARP - 1 - __clz(some)];
             }
             const int last_here = args.mask ? last - mine * SEGMENT : place.left - 1;
@@ -854,7 +851,7 @@ static __device__ __forceinline__ void carry(const GaeArgs& args, Chain<CARRY_SE
             }
             __syncthreads();
             if (lane == 0 && warp < states) {
-                float(&adds)[CARRY_SEGMENTS] = chain->adds[warp];
+                float (&adds)[CARRY_SEGMENTS] = chain->adds[warp];
                 u = args.dones ? follow<true>(chain->factors[warp], adds, count, u)
                                : follow<false>(chain->factors[warp], adds, count, u);
             }
@@ -877,26 +874,26 @@ constexpr int OWN_BLOCKS = 3;
 
 // Returns with a lambda of their own are rare, and have kernels of their own: in the same they would
 // cost all others registers.
-#define KERNELS(two, name, own_name)                                                               \
-    KERNEL(256, two ? 2 : 3, gae_warp##name, GaeArgs) {                                           \
-        SHARED(Shared, shared, 1);                                                                \
-        warp_rows<two>(args, shared);                                                             \
-    }                                                                                             \
-    KERNEL(256, two ? 2 : 3, gae_block##name, GaeArgs) {                                          \
-        SHARED(Shared, shared, 1);                                                                \
-        block_rows<two>(args, shared);                                                            \
-    }                                                                                             \
-    KERNEL(256, two ? 2 : OWN_BLOCKS, gae_block##own_name, GaeArgs) {                                      \
-        SHARED(Shared, shared, 1);                                                                \
-        block_rows<two, true>(args, shared);                                                      \
-    }                                                                                             \
-    KERNEL(256, two ? 2 : 4, gae_totals##name, GaeArgs) {                                         \
-        SHARED(Shared, shared, 1);                                                                \
-        for_tiles<two, false>(args, shared);                                                      \
-    }                                                                                             \
-    KERNEL(256, two ? 2 : 3, gae_apply##name, GaeArgs) {                                          \
-        SHARED(Shared, shared, 1);                                                                \
-        for_tiles<two, true>(args, shared);                                                       \
+#define KERNELS(two, name, own_name)                                  \
+    KERNEL(256, two ? 2 : 3, gae_warp##name, GaeArgs) {               \
+        SHARED(Shared, shared, 1);                                    \
+        warp_rows<two>(args, shared);                                 \
+    }                                                                 \
+    KERNEL(256, two ? 2 : 3, gae_block##name, GaeArgs) {              \
+        SHARED(Shared, shared, 1);                                    \
+        block_rows<two>(args, shared);                                \
+    }                                                                 \
+    KERNEL(256, two ? 2 : OWN_BLOCKS, gae_block##own_name, GaeArgs) { \
+        SHARED(Shared, shared, 1);                                    \
+        block_rows<two, true>(args, shared);                          \
+    }                                                                 \
+    KERNEL(256, two ? 2 : 4, gae_totals##name, GaeArgs) {             \
+        SHARED(Shared, shared, 1);                                    \
+        for_tiles<two, false>(args, shared);                          \
+    }                                                                 \
+    KERNEL(256, two ? 2 : 3, gae_apply##name, GaeArgs) {              \
+        SHARED(Shared, shared, 1);                                    \
+        for_tiles<two, true>(args, shared);                           \
     }
 
 KERNELS(false, _f32, _own_f32)

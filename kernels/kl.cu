@@ -336,8 +336,8 @@ static __device__ __forceinline__ Column column_of(const Divergence& of, float p
     const float beyond = -share * e, g_low = beyond / (1.0f + e);
     const bool near = g_low < 0.25f;
     const float of_high = high * less_ln_1p(g);
-    const float of_low = near ? low * less_ln_1p(g_low)
-                              : fmaf(high, beyond, low == 0.0f ? 0.0f : low * ln_low);
+    const float of_low =
+        near ? low * less_ln_1p(g_low) : fmaf(high, beyond, low == 0.0f ? 0.0f : low * ln_low);
     const float inverse = 1.0f / (1.0f + g);
     const float over_high = -g * inverse, over_low = (e - g) * inverse;  // side / m - 1
     const float term_z = z_is_high ? of_high : of_low, term_w = z_is_high ? of_low : of_high;
@@ -360,8 +360,7 @@ struct Pair {
 
     static __device__ __forceinline__ Pair of(float max_z, float sum_z, float max_w, float sum_w,
                                               float inverse_temperature) {
-        return {max_z,        max_w, 1.0f / sum_z, 1.0f / sum_w, logf(sum_z / sum_w),
-                inverse_temperature};
+        return {max_z, max_w, 1.0f / sum_z, 1.0f / sum_w, logf(sum_z / sum_w), inverse_temperature};
     }
 
     // Of x and y times the temperature.
@@ -399,8 +398,8 @@ struct LookAgain {
         const Row<T> w = Row<T>::of(args.w, row, args.rows, args.vocab);
         const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
         const auto stat = [&](Stat i) { return args.stats[i * args.rows + row]; };
-        const Pair pair = Pair::of(stat(MAX_Z), stat(SUM_Z), stat(MAX_W), stat(SUM_W),
-                                   args.inverse_temperature);
+        const Pair pair =
+            Pair::of(stat(MAX_Z), stat(SUM_Z), stat(MAX_W), stat(SUM_W), args.inverse_temperature);
         LookSums s = none();
         // One vector at a time: it is the arithmetic that takes the time.
         for (int tile = range.first; tile < range.end; tile += threads) {
@@ -564,39 +563,27 @@ KERNEL(512, 1, kl_full_forward_wide_bf16, FullForwardArgs) {
 KERNEL(256, 3, kl_full_backward_f32, FullBackwardArgs) { full_backward<float, true>(args); }
 KERNEL(256, 3, kl_full_backward_f16, FullBackwardArgs) { full_backward<f16, true>(args); }
 KERNEL(256, 3, kl_full_backward_bf16, FullBackwardArgs) { full_backward<bf16, true>(args); }
-KERNEL(256, 2, kl_divergence_warp_f32, FullForwardArgs) {
-    reduce_by_warps(LookAgain<float>{args});
-}
+KERNEL(256, 2, kl_divergence_warp_f32, FullForwardArgs) { reduce_by_warps(LookAgain<float>{args}); }
 KERNEL(256, 2, kl_divergence_block_f32, FullForwardArgs) {
     reduce_by_blocks<false>(LookAgain<float>{args});
 }
 KERNEL(512, 1, kl_divergence_wide_f32, FullForwardArgs) {
     reduce_by_blocks<true>(LookAgain<float>{args});
 }
-KERNEL(256, 2, kl_divergence_backward_f32, FullBackwardArgs) {
-    full_backward<float, false>(args);
-}
-KERNEL(256, 2, kl_divergence_warp_f16, FullForwardArgs) {
-    reduce_by_warps(LookAgain<f16>{args});
-}
+KERNEL(256, 2, kl_divergence_backward_f32, FullBackwardArgs) { full_backward<float, false>(args); }
+KERNEL(256, 2, kl_divergence_warp_f16, FullForwardArgs) { reduce_by_warps(LookAgain<f16>{args}); }
 KERNEL(256, 2, kl_divergence_block_f16, FullForwardArgs) {
     reduce_by_blocks<false>(LookAgain<f16>{args});
 }
 KERNEL(512, 1, kl_divergence_wide_f16, FullForwardArgs) {
     reduce_by_blocks<true>(LookAgain<f16>{args});
 }
-KERNEL(256, 2, kl_divergence_backward_f16, FullBackwardArgs) {
-    full_backward<f16, false>(args);
-}
-KERNEL(256, 2, kl_divergence_warp_bf16, FullForwardArgs) {
-    reduce_by_warps(LookAgain<bf16>{args});
-}
+KERNEL(256, 2, kl_divergence_backward_f16, FullBackwardArgs) { full_backward<f16, false>(args); }
+KERNEL(256, 2, kl_divergence_warp_bf16, FullForwardArgs) { reduce_by_warps(LookAgain<bf16>{args}); }
 KERNEL(256, 2, kl_divergence_block_bf16, FullForwardArgs) {
     reduce_by_blocks<false>(LookAgain<bf16>{args});
 }
 KERNEL(512, 1, kl_divergence_wide_bf16, FullForwardArgs) {
     reduce_by_blocks<true>(LookAgain<bf16>{args});
 }
-KERNEL(256, 2, kl_divergence_backward_bf16, FullBackwardArgs) {
-    full_backward<bf16, false>(args);
-}
+KERNEL(256, 2, kl_divergence_backward_bf16, FullBackwardArgs) { full_backward<bf16, false>(args); }

@@ -102,7 +102,8 @@ KERNEL(256, 4, logprob_finish_f32, FinishSumsArgs) {
         const float weighted = args.weighted ? args.weighted[row] : 0.0f;
         const Seen seen = {args.max[row], args.rest[row], weighted, args.logit[row]};
         const RowValues values = target.kind == Kind::TOKEN
-            ? values_of(seen, args.inverse_temperature) : values_unread_of(target);
+                                     ? values_of(seen, args.inverse_temperature)
+                                     : values_unread_of(target);
         args.logp[row] = values.logp;
         args.log_sum[row] = values.log_sum;
         if (args.entropy) args.entropy[row] = values.entropy;
@@ -132,12 +133,24 @@ static __device__ __forceinline__ void backward(const BackwardArgs& args) {
 KERNEL(256, 4, logprob_forward_warp_f32, ForwardArgs) { reduce_by_warps(Forward<float>(args)); }
 KERNEL(256, 4, logprob_forward_warp_f16, ForwardArgs) { reduce_by_warps(Forward<f16>(args)); }
 KERNEL(256, 4, logprob_forward_warp_bf16, ForwardArgs) { reduce_by_warps(Forward<bf16>(args)); }
-KERNEL(256, 4, logprob_forward_block_f32, ForwardArgs) { reduce_by_blocks<false>(Forward<float>(args)); }
-KERNEL(256, 4, logprob_forward_block_f16, ForwardArgs) { reduce_by_blocks<false>(Forward<f16>(args)); }
-KERNEL(256, 4, logprob_forward_block_bf16, ForwardArgs) { reduce_by_blocks<false>(Forward<bf16>(args)); }
-KERNEL(768, 1, logprob_forward_wide_f32, ForwardArgs) { reduce_by_blocks<true>(Forward<float>(args)); }
-KERNEL(768, 1, logprob_forward_wide_f16, ForwardArgs) { reduce_by_blocks<true>(Forward<f16>(args)); }
-KERNEL(768, 1, logprob_forward_wide_bf16, ForwardArgs) { reduce_by_blocks<true>(Forward<bf16>(args)); }
+KERNEL(256, 4, logprob_forward_block_f32, ForwardArgs) {
+    reduce_by_blocks<false>(Forward<float>(args));
+}
+KERNEL(256, 4, logprob_forward_block_f16, ForwardArgs) {
+    reduce_by_blocks<false>(Forward<f16>(args));
+}
+KERNEL(256, 4, logprob_forward_block_bf16, ForwardArgs) {
+    reduce_by_blocks<false>(Forward<bf16>(args));
+}
+KERNEL(768, 1, logprob_forward_wide_f32, ForwardArgs) {
+    reduce_by_blocks<true>(Forward<float>(args));
+}
+KERNEL(768, 1, logprob_forward_wide_f16, ForwardArgs) {
+    reduce_by_blocks<true>(Forward<f16>(args));
+}
+KERNEL(768, 1, logprob_forward_wide_bf16, ForwardArgs) {
+    reduce_by_blocks<true>(Forward<bf16>(args));
+}
 KERNEL(256, 3, logprob_backward_f32, BackwardArgs) { backward<float>(args); }
 KERNEL(256, 3, logprob_backward_f16, BackwardArgs) { backward<f16>(args); }
 KERNEL(256, 3, logprob_backward_bf16, BackwardArgs) { backward<bf16>(args); }

@@ -100,9 +100,9 @@ constexpr int TILE = THREADS * QUAD;
 
 // Where D comes from.
 struct Divisor {
-    double given;            // or 0: it is counted
-    double factor;           // of what is counted
-    const uint32_t* counts;  // [parts] of count, with the sum D; or null: the unmasked tokens
+    double given;             // or 0: it is counted
+    double factor;            // of what is counted
+    const uint32_t* counts;   // [parts] of count, with the sum D; or null: the unmasked tokens
     const uint32_t* longest;  // [parts] of count: D is times the longest of all rows; or null
     int32_t parts;
     int32_t needs_tokens;  // D is 0 where no token is unmasked, although it is given
@@ -152,36 +152,36 @@ struct RowTerms {
 };
 
 struct PassArgs {
-    const float* logp;         // [rows, columns]
-    const float* old_logp;     // [rows, columns]
-    const float* advantages;   // [rows, columns], or [rows]
-    const float* values;       // [rows, columns], or null: no value term
-    const float* old_values;   // [rows, columns], or null: no clip
-    const float* returns;      // [rows, columns], or null as values
-    const float* entropy;      // [rows, columns], or null
-    const float* ref_logp;     // [rows, columns], what the KL term is against, or null
+    const float* logp;          // [rows, columns]
+    const float* old_logp;      // [rows, columns]
+    const float* advantages;    // [rows, columns], or [rows]
+    const float* values;        // [rows, columns], or null: no value term
+    const float* old_values;    // [rows, columns], or null: no clip
+    const float* returns;       // [rows, columns], or null as values
+    const float* entropy;       // [rows, columns], or null
+    const float* ref_logp;      // [rows, columns], what the KL term is against, or null
     const float* rollout_logp;  // not looked at
-    const float* weights;      // [rows, columns], or [rows], or null: ones
-    const uint8_t* mask;       // [rows, columns], or null: ones
-    const int64_t* offsets;    // [rows + 1], or null: rows of as many columns
-    PpoStats* stats;           // [1]
-    float* loss;               // [1], or null
-    float* grad_logp;          // [rows, columns], or null
-    float* grad_values;        // [rows, columns], or null
-    float* grad_entropy;       // [rows, columns], or null
-    const float* row_weights;  // [rows] of count, or null: all 1
+    const float* weights;       // [rows, columns], or [rows], or null: ones
+    const uint8_t* mask;        // [rows, columns], or null: ones
+    const int64_t* offsets;     // [rows + 1], or null: rows of as many columns
+    PpoStats* stats;            // [1]
+    float* loss;                // [1], or null
+    float* grad_logp;           // [rows, columns], or null
+    float* grad_values;         // [rows, columns], or null
+    float* grad_entropy;        // [rows, columns], or null
+    const float* row_weights;   // [rows] of count, or null: all 1
     const RowTerms* row_terms;  // [rows] of rows, or null
-    float* partials;           // [PARTIAL_SUMS, parts]
+    float* partials;            // [PARTIAL_SUMS, parts]
     Divisor divisor;
     double value_coef;
     double entropy_coef;
     double kl_coef;
-    int64_t tokens;            // rows * columns; columns where there are offsets
+    int64_t tokens;  // rows * columns; columns where there are offsets
     int64_t rows;
     int64_t columns;
     int32_t parts;
-    int32_t part_tiles;        // tiles of a part
-    int32_t aligned;           // all of the above that have a value a token are
+    int32_t part_tiles;  // tiles of a part
+    int32_t aligned;     // all of the above that have a value a token are
     int32_t count_outside;
     float value_range;  // infinity is off
     Clip clip;
@@ -195,27 +195,28 @@ struct PassArgs {
 };
 
 struct RowsArgs {
-    const float* logp;          // [rows, columns]
-    const float* old_logp;      // [rows, columns]
-    const float* advantages;    // [rows, columns], or [rows]
-    const float* rollout_logp;  // [rows, columns]; old_logp where there is none
-    const float* weights;       // [rows, columns], or [rows], or null: ones
-    const uint8_t* mask;        // [rows, columns], or null: ones
-    const int64_t* offsets;     // [rows + 1], or null: rows of as many columns
-    const float* row_weights;   // [rows] of count, or null: all 1
-    RowTerms* row_terms;        // [rows]
+    const float* logp;            // [rows, columns]
+    const float* old_logp;        // [rows, columns]
+    const float* advantages;      // [rows, columns], or [rows]
+    const float* rollout_logp;    // [rows, columns]; old_logp where there is none
+    const float* weights;         // [rows, columns], or [rows], or null: ones
+    const uint8_t* mask;          // [rows, columns], or null: ones
+    const int64_t* offsets;       // [rows + 1], or null: rows of as many columns
+    const float* row_weights;     // [rows] of count, or null: all 1
+    RowTerms* row_terms;          // [rows]
     double off_policy_threshold;  // infinity is off
     int64_t rows;
-    int64_t columns;            // of all rows where there are offsets
-    int32_t aligned;            // all of the above with a value a token are
+    int64_t columns;  // of all rows where there are offsets
+    int32_t aligned;  // all of the above with a value a token are
     PerRow per_row;
-    int32_t of_mean;            // a row's ratio is of the mean of log-ratios, not of their sum
+    int32_t of_mean;  // a row's ratio is of the mean of log-ratios, not of their sum
     Clip clip;
     Family family;
 };
 
 struct LogitsArgs {
-    ForwardArgs forward;       // of rows * columns rows of logits, or columns, where parts are side by side
+    ForwardArgs
+        forward;  // of rows * columns rows of logits, or columns, where parts are side by side
     const float* old_logp;     // [rows, columns]
     const float* advantages;   // [rows, columns], or [rows]
     const float* ref_logp;     // [rows, columns], what the KL term is against, or null
@@ -225,8 +226,8 @@ struct LogitsArgs {
     const float* row_weights;  // [rows] of count, or null: all 1
     void* grad_logits;         // [rows, columns, vocab]; may be the logits; null: for another pass
     Divisor divisor;
-    Divisor entropy_divisor;   // the unmasked tokens, with entropy_own_mean
-    double entropy_coef;       // not 0 only where the entropy is written
+    Divisor entropy_divisor;  // the unmasked tokens, with entropy_own_mean
+    double entropy_coef;      // not 0 only where the entropy is written
     double kl_coef;
     int64_t batch;             // rows
     int64_t columns;           // of all rows where there are offsets
@@ -239,18 +240,18 @@ struct LogitsArgs {
 };
 
 struct CountArgs {
-    const uint8_t* mask;  // [tokens], or null: ones
+    const uint8_t* mask;     // [tokens], or null: ones
     const int64_t* offsets;  // [rows + 1], or null: rows of as many tokens
-    uint32_t* counts;     // [parts]
-    uint32_t* longest;    // [parts], tokens of the part's longest row; or null
-    float* row_weights;   // [rows], or null
+    uint32_t* counts;        // [parts]
+    uint32_t* longest;       // [parts], tokens of the part's longest row; or null
+    float* row_weights;      // [rows], or null
     int64_t tokens;
-    int64_t width;        // of a row; the last one may be shorter
+    int64_t width;  // of a row; the last one may be shorter
     int64_t rows;
-    int64_t part_rows;    // rows of a part
+    int64_t part_rows;  // rows of a part
     int32_t parts;
-    int32_t team;         // threads that share a row: 1, 2, .. 32, or all of the block
-    int32_t count_rows;   // with an unmasked token, and not the tokens
+    int32_t team;        // threads that share a row: 1, 2, .. 32, or all of the block
+    int32_t count_rows;  // with an unmasked token, and not the tokens
 };
 
 struct ScaleArgs {
@@ -336,7 +337,8 @@ KERNEL(512, 2, ppo_loss_count_f32, CountArgs) {
             const int64_t row = first + team;
             uint32_t count = 0;
             if (row < end) {
-                RowRange range = {row * args.width, min(args.width, args.tokens - row * args.width)};
+                RowRange range = {row * args.width,
+                                  min(args.width, args.tokens - row * args.width)};
                 if (args.offsets) range = range_in_pack(args.offsets, row, args.tokens);
                 if (args.mask) {
                     count = count_kept(args.mask + range.first, range.tokens, rank, args.team);
@@ -435,8 +437,7 @@ static __device__ __forceinline__ Group load_group(const PassArgs& args, int64_t
     // What is of rows comes with them.
     const bool of_tokens = !(HAS == Has::FAMILY && args.per_row.advantages);
     const float* advantages = of_tokens ? args.advantages : nullptr;
-    const float* weights =
-        HAS == Has::FAMILY && !args.per_row.weights ? args.weights : nullptr;
+    const float* weights = HAS == Has::FAMILY && !args.per_row.weights ? args.weights : nullptr;
     if (args.aligned && at + QUAD <= args.tokens) {
         g.logp = load_group(args.logp, at);
         g.old_logp = load_group(args.old_logp, at);
@@ -506,9 +507,7 @@ static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool coun
 }
 
 // The factors of the terms' gradients.
-struct Scales {
-    float policy, value, entropy, kl;
-};
+struct Scales { float policy, value, entropy, kl; };
 
 // Whether a token counts as clipped.
 static __device__ __forceinline__ bool counts_as_clipped(const PassArgs& args,
@@ -604,8 +603,7 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
         count(s, OFF_POLICY, off_policy);
         const float clamped = clamp(d, clip.log_ratio_limit);
         add_policy_stats(args, s, term, keep[i], clamped, a);
-        s.sum[LOG_RATIO_K3] +=
-            k3_of_ratio(clamped, family.of_rows ? expf(clamped) : term.ratio);
+        s.sum[LOG_RATIO_K3] += k3_of_ratio(clamped, family.of_rows ? expf(clamped) : term.ratio);
     }
 }
 
@@ -646,8 +644,7 @@ static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& 
 
 // The value term, and its gradient.
 static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSums& s,
-                                                 const Group& g,
-                                                 const bool (&keep)[QUAD],
+                                                 const Group& g, const bool (&keep)[QUAD],
                                                  const float (&w)[QUAD], float scale,
                                                  float (&grad)[QUAD]) {
     float values[QUAD], old_values[QUAD], returns[QUAD];
@@ -707,9 +704,7 @@ static __device__ __forceinline__ void add_entropy(const PassArgs& args, ThreadS
 }
 
 // A token's row and column; in a pack the column is not known.
-struct RowColumn {
-    int64_t row, column;
-};
+struct RowColumn { int64_t row, column; };
 
 // The row that a token of a pack is in: the last that begins there or before. Whatever the offsets hold, it
 // is one of the rows.
@@ -958,8 +953,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     stats.advantage_mean = sum[ADVANTAGE] * share;
     stats.return_mean = has_value ? returns : nan;
     stats.value_mean = has_value ? returns - residual : nan;
-    stats.explained_variance =
-        has_value && return_m2 != 0.0 ? 1.0 - residual_m2 / return_m2 : nan;
+    stats.explained_variance = has_value && return_m2 != 0.0 ? 1.0 - residual_m2 / return_m2 : nan;
     stats.tokens = count;
     *args.stats = stats;
     if (args.loss) *args.loss = float(loss);
@@ -1089,8 +1083,7 @@ KERNEL(256, 2, ppo_loss_rows_f32, RowsArgs) {
             const float own_weight =
                 args.per_row.weights && args.weights ? args.weights[row] : 1.0f;
             for (int64_t at = first + threadIdx.x * QUAD; at < end; at += TILE) {
-                const RowGroup g =
-                    load_row_group(args, weights, at, end, aligned, own_advantage);
+                const RowGroup g = load_row_group(args, weights, at, end, aligned, own_advantage);
 #pragma unroll
                 for (int i = 0; i < QUAD; i++) {
                     const float d = g.logp[i] - g.old_logp[i], a = g.advantages[i];
@@ -1132,8 +1125,7 @@ KERNEL(256, 2, ppo_loss_row_clips_f32, PassArgs) {
                 if (!g.keep[i]) continue;
                 const float a = g.advantages[i], d = g.logp[i] - g.old_logp[i];
                 const float log_ratio = args.family.of_rows ? terms.log_ratio : d;
-                PolicyTerm term =
-                    policy_of_token(args.clip, args.family, log_ratio, g.logp[i], a);
+                PolicyTerm term = policy_of_token(args.clip, args.family, log_ratio, g.logp[i], a);
                 term.is_clipped |= is_log_clipped(args.clip, args.family, d, a);
                 const bool clipped = counts_as_clipped(args, term, true);
                 kept += 1.0;
@@ -1237,7 +1229,7 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
 }
 
 // One block [PARTIAL_SUMS x 32], a sum a warp.
-KERNEL(PARTIAL_SUMS * WARP, 1, ppo_loss_merge_f32, PassArgs) {
+KERNEL(PARTIAL_SUMS* WARP, 1, ppo_loss_merge_f32, PassArgs) {
     SHARED(double, totals, PARTIAL_SUMS);
     SHARED(uint32_t, counts, WARP);
     const int which = threadIdx.x / WARP;
@@ -1257,9 +1249,7 @@ static __device__ __forceinline__ int64_t row_of_token(const LogitsArgs& args, i
 }
 
 // The factors of a token's gradients that all share.
-struct Units {
-    double terms, entropy;
-};
+struct Units { double terms, entropy; };
 
 // What the loss makes of the logits of a token: by one thread.
 static __device__ __forceinline__ KnownOfRow known_of_row(const LogitsArgs& args, int64_t token,

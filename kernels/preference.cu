@@ -98,7 +98,7 @@ struct RowSums {
     double policy;     // the same with the weights of tails
     double reference;  // likewise
     double length;
-    int64_t tail;      // the first of the tokens that the other response does not have
+    int64_t tail;  // the first of the tokens that the other response does not have
 };
 
 // The gradient of a row's tokens, but for the factors of the whole batch.
@@ -139,10 +139,10 @@ struct PassArgs {
     double* partials;        // [parts, PARTIAL_SUMS]
     float* factors;          // [2]: of gradients, and of the likelihood term's
     int64_t rows;
-    int64_t columns;         // of all rows where there are offsets
+    int64_t columns;  // of all rows where there are offsets
     int64_t units;
     int32_t parts;
-    int32_t row_threads;     // threads that share a row: a warp, or all of the block
+    int32_t row_threads;  // threads that share a row: a warp, or all of the block
     Scales scales;
     Terms terms;
 };
@@ -305,7 +305,8 @@ static __device__ __forceinline__ Score score_of(const PassArgs& args, int64_t r
     Score score = {mean, 1.0 / n, mean, length};
     // The same way for all threads.
     switch (terms.transform) {
-        case Transform::IDENTITY: break;
+        case Transform::IDENTITY:
+            break;
         case Transform::FORWARD_KL:
         case Transform::ALPHA:
             score.value = expm1(e * x) / e / n;
@@ -345,7 +346,8 @@ static __device__ __forceinline__ double sorted_value(const PassArgs& args, int 
     const RowSums chosen = args.sums[unit], rejected = args.sums[other];
     const double x = side ? chosen.reference : chosen.policy;
     const double y = side ? rejected.reference : rejected.policy;
-    return x / divisor_of(args, length_of(args, unit)) - y / divisor_of(args, length_of(args, other));
+    return x / divisor_of(args, length_of(args, unit)) -
+           y / divisor_of(args, length_of(args, other));
 }
 
 // Numbers in the order of their values, NaN at the ends.
@@ -369,7 +371,8 @@ KERNEL(256, 1, preference_merge_ranks_f32, PassArgs) {
             const int64_t theirs = first + threadIdx.x;
             // Others may still be reading the tile before.
             __syncthreads();
-            if (theirs < args.units) orders[threadIdx.x] = order_of(sorted_value(args, side, theirs));
+            if (theirs < args.units)
+                orders[threadIdx.x] = order_of(sorted_value(args, side, theirs));
             __syncthreads();
             const int count = int(min(int64_t(THREADS), args.units - first));
             for (int i = 0; i < count; i++) {
@@ -386,9 +389,7 @@ KERNEL(256, 1, preference_merge_ranks_f32, PassArgs) {
 // ---- losses ----
 
 // ln s(h), ln s(-h), s(h) and s(-h), with one exponential and one logarithm.
-struct Logistic {
-    float ln, ln_of_minus, s, of_minus;
-};
+struct Logistic { float ln, ln_of_minus, s, of_minus; };
 
 static __device__ __forceinline__ Logistic logistic(float h) {
     const float z = expf(-fabsf(h));
@@ -400,9 +401,7 @@ static __device__ __forceinline__ Logistic logistic(float h) {
 }
 
 // A loss and its derivatives by a and b.
-struct Loss {
-    float loss, a, b;
-};
+struct Loss { float loss, a, b; };
 
 // Of h alone: a loss and its derivative.
 static __device__ __forceinline__ Loss of_h(float loss, float slope) {
@@ -463,16 +462,16 @@ static __device__ __forceinline__ Loss loss_of(const Terms& terms, float a, floa
             // e^-h g, whose factors may be infinite and 0: below 0 as one exponential.
             const bool below = h < 0.0f;
             const float product = expf(below ? h / tau - h : -h) * (below ? g.of_minus : g.s);
-            return of_h(product - l.ln * g.of_minus,
-                        l.ln * (g.s * g.of_minus / tau) - l.of_minus * g.of_minus +
-                            product * (g.of_minus / tau - 1.0f));
+            return of_h(product - l.ln * g.of_minus, l.ln * (g.s * g.of_minus / tau) -
+                                                         l.of_minus * g.of_minus +
+                                                         product * (g.of_minus / tau - 1.0f));
         }
         default: {
             const Logistic x = logistic(a);
             const float slope = x.s * x.of_minus;
             const float weight = float(desirable ? terms.desirable : terms.undesirable);
-            return {weight * (desirable ? x.of_minus : x.s), desirable ? -weight * slope : weight * slope,
-                    0.0f};
+            return {weight * (desirable ? x.of_minus : x.s),
+                    desirable ? -weight * slope : weight * slope, 0.0f};
         }
     }
 }
@@ -481,7 +480,7 @@ static __device__ __forceinline__ Loss loss_of(const Terms& terms, float a, floa
 enum Sum {
     UNITS,
     LOSS,
-    SFT,         // negative log-likelihood of the chosen responses
+    SFT,  // negative log-likelihood of the chosen responses
     SFT_TOKENS,
     CORRECT,
     CHOSEN,
@@ -493,9 +492,7 @@ enum Sum {
     PARTIAL_SUMS,
 };
 
-struct UnitSums {
-    double sum[PARTIAL_SUMS];
-};
+struct UnitSums { double sum[PARTIAL_SUMS]; };
 
 // How they are added up.
 struct AddUnits {

@@ -46,7 +46,7 @@ struct MomentsArgs {
     const uint8_t* mask;  // [count], or null: ones
     Moments* partials;    // [runs]
     int64_t count;
-    int64_t run;          // elements of a partial
+    int64_t run;  // elements of a partial
 };
 
 struct ForwardArgs {
@@ -57,7 +57,7 @@ struct ForwardArgs {
     Moments known;
     int64_t count;
     OptionsArgs options;
-    int32_t scale_only;      // y = x / sqrt(..), the gradient with moments that are constants
+    int32_t scale_only;  // y = x / sqrt(..), the gradient with moments that are constants
 };
 
 struct SumsArgs {
@@ -68,7 +68,7 @@ struct SumsArgs {
     Moments known;
     GradientSums* partials;  // [runs]
     int64_t count;
-    int64_t run;             // elements of a partial
+    int64_t run;  // elements of a partial
 };
 
 struct MergeSumsArgs {
@@ -78,11 +78,11 @@ struct MergeSumsArgs {
 };
 
 struct BackwardArgs {
-    const float* x;            // [count]
-    const float* grad_y;       // [count]
-    const uint8_t* mask;       // [count], or null: ones
-    const Moments* moments;    // [1], or null: those that the host knows
-    float* grad_x;             // [count]; may be grad_y
+    const float* x;          // [count]
+    const float* grad_y;     // [count]
+    const uint8_t* mask;     // [count], or null: ones
+    const Moments* moments;  // [1], or null: those that the host knows
+    float* grad_x;           // [count]; may be grad_y
     Moments known;
     const GradientSums* sums;  // [1]
     int64_t count;
@@ -117,7 +117,7 @@ struct Scale {
 // The same for the gradient.
 struct GradientScale {
     Mean mean;
-    float slope;    // the factor of x - mean
+    float slope;  // the factor of x - mean
     Mean mean_g;
     float inverse;  // the factor of g - mean g: without a deviation in x, up to 1 / eps
     float offset;   // added last
@@ -276,8 +276,8 @@ KERNEL(256, 4, whiten_backward_f32, BackwardArgs) {
         const Inverse inverse(m, args.options);
         const double mean_g = args.sums->g / m.count;
         const double slope = args.sums->product * (2.0 * inverse.slope / inverse.divisor);
-        *shared = {in_two_floats(m.mean), float(slope), in_two_floats(mean_g),
-                   float(inverse.value), args.options.shift_mean ? 0.0f : float(mean_g)};
+        *shared = {in_two_floats(m.mean), float(slope), in_two_floats(mean_g), float(inverse.value),
+                   args.options.shift_mean ? 0.0f : float(mean_g)};
     }
     __syncthreads();
     const GradientScale scale = *shared;

@@ -56,11 +56,9 @@ pub mod whiten;
 
 pub use error::{Error, Result};
 
-/// The examples of README and docs, run as tests.
+/// The example of the README, run as a test.
 #[cfg(all(doctest, feature = "candle"))]
 mod examples {
     #[doc = include_str!("../README.md")]
     struct Readme;
-    #[doc = include_str!("../docs/rust.md")]
-    struct Rust;
 }

@@ -14,15 +14,15 @@ struct bf16 { uint16_t bits; };
 // twin in Rust. `threads` is the largest block, and `blocks` is how many of those a multiprocessor
 // shall hold: together they say how many registers a thread may have.
 #ifdef SIMT
-#define KERNEL(threads, blocks, name, Args)                                                       \
-    static void name(const Args& args);                                                           \
-    static const simt::Kernel name##_kernel(                                                      \
-        SIMT_VARIANT, #name, threads, sizeof(Args),                                               \
-        [](const void* args) { name(*static_cast<const Args*>(args)); });                         \
+#define KERNEL(threads, blocks, name, Args)                               \
+    static void name(const Args& args);                                   \
+    static const simt::Kernel name##_kernel(                              \
+        SIMT_VARIANT, #name, threads, sizeof(Args),                       \
+        [](const void* args) { name(*static_cast<const Args*>(args)); }); \
     static void name(const Args& args)
 #else
-#define KERNEL(threads, blocks, name, Args)                                                       \
-    extern "C" __global__ void __launch_bounds__(threads, blocks)                                 \
+#define KERNEL(threads, blocks, name, Args)                       \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) \
         name(const __grid_constant__ Args args)
 #endif
 
@@ -38,8 +38,8 @@ constexpr float LARGEST = 3.40282347e38f;
 
 // An array in the block's shared memory. Its contents are undefined at first.
 #ifdef SIMT
-#define SHARED(T, name, count)                                                                    \
-    static const char name##_key = 0;                                                             \
+#define SHARED(T, name, count)        \
+    static const char name##_key = 0; \
     T* const name = static_cast<T*>(simt::shared(&name##_key, sizeof(T) * (count)))
 #else
 #define SHARED(T, name, count) __shared__ T name[count]
@@ -119,7 +119,7 @@ static __device__ __forceinline__ void prefetch(const void* address) {
 #ifdef SIMT
     (void)address;
 #else
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(address));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 #endif
 }
 
@@ -128,8 +128,9 @@ static __device__ __forceinline__ void store_once(void* address, uint4 v) {
 #ifdef SIMT
     simt::store16(address, v);
 #else
-    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
-                 :: "l"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
 #endif
 }
 

@@ -103,9 +103,7 @@ static __device__ __forceinline__ SoftmaxSums sum_groups(const Row<T>& row, Rang
 }
 
 // What is known of a row from the columns seen so far, in the terms of src/logprob/mod.rs.
-struct Seen {
-    float max, rest, weighted, logit;
-};
+struct Seen { float max, rest, weighted, logit; };
 
 static __device__ __forceinline__ Seen merge(Seen a, Seen b, float inverse_temperature) {
     const float logit = isnan(a.logit) ? b.logit : a.logit;
@@ -124,9 +122,7 @@ static __device__ __forceinline__ Seen merge(Seen a, Seen b, float inverse_tempe
 }
 
 // What the forward pass finds in a row.
-struct RowValues {
-    float logp, entropy, max, log_sum;
-};
+struct RowValues { float logp, entropy, max, log_sum; };
 
 // Those of a row of which all columns have been seen.
 static __device__ __forceinline__ RowValues values_of(Seen seen, float inverse_temperature) {
@@ -176,8 +172,9 @@ struct Forward {
                                                int threads) const {
         const Row<T> z = Row<T>::of(args.logits, row, args.rows, args.columns);
         const Range range = part_of_row(z.groups(), part, args.parts, IN_FLIGHT * threads);
-        return args.entropy ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead, kept)
-                            : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead, kept);
+        return args.entropy
+                   ? sum_groups<T, true>(z, range, thread, threads, scale, args.ahead, kept)
+                   : sum_groups<T, false>(z, range, thread, threads, scale, args.ahead, kept);
     }
 
     __device__ __forceinline__ SoftmaxSums merge(SoftmaxSums a, SoftmaxSums b) const {
@@ -235,8 +232,8 @@ struct KnownOfRow {
 };
 
 static __device__ __forceinline__ bool is_zero_gradient(const KnownOfRow& known) {
-    return known.target.kind == Kind::IGNORED
-        || (known.grad_logp == 0.0f && known.grad_entropy == 0.0f);
+    return known.target.kind == Kind::IGNORED ||
+           (known.grad_logp == 0.0f && known.grad_entropy == 0.0f);
 }
 
 // The gradient of one row as a function of the logit, with that of the entropy or without.
@@ -294,8 +291,8 @@ struct Slope {
 
 // The gradient of a row's logits, a range of the columns; `load` is as of map_columns.
 template <class T, class L = LoadRows>
-static __device__ __forceinline__ void write_gradient(const T* logits, T* grad_logits, int64_t vocab,
-                                                      const KnownOfRow& known,
+static __device__ __forceinline__ void write_gradient(const T* logits, T* grad_logits,
+                                                      int64_t vocab, const KnownOfRow& known,
                                                       float inverse_temperature, Share share,
                                                       const L& load = {}) {
     const T* const in[1] = {logits};

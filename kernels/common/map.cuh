@@ -37,7 +37,8 @@ struct Share {
 
 // Vectors of each input that a thread loads before it uses the first: of several fewer, so that
 // registers are left for more threads.
-template <int IN> constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
+template <int IN>
+constexpr int VECTORS = IN == 1 ? IN_FLIGHT : IN_FLIGHT / 2;
 
 // Loads a tile of an input's vectors, as far as they are below `end`, and has the next one brought into
 // L2, if it is not negative.
@@ -47,9 +48,7 @@ struct LoadRows {
                                                Share share, int end, uint4 (&v)[N]) const {
         const Row<T> row(in, columns, 0, 0);
         row.load(tile, share.thread, share.threads, end, v);
-        if (next >= 0) {
-            row.template prefetch_tile<N>(next, share.thread, share.threads, end);
-        }
+        if (next >= 0) { row.template prefetch_tile<N>(next, share.thread, share.threads, end); }
     }
 };
 
@@ -62,11 +61,10 @@ struct LoadRows {
 // No thread reads by vectors what another writes: an output may be the memory of an input of the
 // same column count. (If it is, it is aligned like that input; and if outputs are not all aligned
 // alike, columns go one by one.)
-template <bool MASKED = false, class T, int IN, int OUT, class F,
-          class L = LoadRows>
+template <bool MASKED = false, class T, int IN, int OUT, class F, class L = LoadRows>
 static __device__ __forceinline__ void map_columns(const T* const (&in)[IN], T* const (&out)[OUT],
-                                                   const uint8_t* mask, int64_t columns, Share share,
-                                                   const F& f, const L& load = {}) {
+                                                   const uint8_t* mask, int64_t columns,
+                                                   Share share, const F& f, const L& load = {}) {
     static_assert(!MASKED || WIDTH<T> == 4);
     const T* a = out[0] ? out[0] : out[OUT - 1];
     const T* b = out[OUT - 1] ? out[OUT - 1] : a;
@@ -154,8 +152,8 @@ static __device__ __forceinline__ void map_tokens(const float* const (&in)[IN],
 // One value in all columns, shared out in the same way. With MASKED columns are f32, and where `mask` is
 // not null and 0, they are 0.
 template <bool MASKED = false, class T>
-static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns, Share share,
-                                                    const uint8_t* mask = nullptr) {
+static __device__ __forceinline__ void fill_columns(T* out, float value, int64_t columns,
+                                                    Share share, const uint8_t* mask = nullptr) {
     static_assert(!MASKED || WIDTH<T> == 4);
     const Split<T> split(out, out, columns);
     const int rank = share.chunk * share.threads + share.thread;

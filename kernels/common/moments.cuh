@@ -91,7 +91,7 @@ static __device__ __forceinline__ Moments moments_of(const Deviations& d) {
 
 struct MergeArgs {
     const Moments* partials;
-    Moments* moments;   // one for every `run` partials
+    Moments* moments;  // one for every `run` partials
     int64_t count;
     int64_t run;
 };

@@ -6,7 +6,7 @@
 // Bounds of the policy term; infinity is off.
 struct Clip {
     float log_ratio_limit;
-    float low;   // of the ratio
+    float low;  // of the ratio
     float high;
     float dual_clip;
 };
@@ -15,7 +15,7 @@ struct PolicyTerm {
     float log_ratio;  // clamped
     float ratio;
     float loss;
-    float slope;      // of the loss by logp, if it flows; else the gradient is 0
+    float slope;  // of the loss by logp, if it flows; else the gradient is 0
     bool flows;
     bool is_clipped;  // the clipped branch is the larger one
     bool is_lower;    // the dual clip bounds it
@@ -87,9 +87,9 @@ static __device__ __forceinline__ float at_most(float x, float bound) {
 }
 
 // The term of any surrogate. `log_ratio` is that of the token or of its row.
-static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip,
-                                                             const Family& family, float log_ratio,
-                                                             float logp, float advantage) {
+static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip, const Family& family,
+                                                             float log_ratio, float logp,
+                                                             float advantage) {
     const float a = advantage;
     if (family.surrogate == Surrogate::CLIP) {
         return policy_of_token(clip, log_ratio, a, family.ratio_cap);
@@ -119,9 +119,7 @@ static __device__ __forceinline__ PolicyTerm policy_of_token(const Clip& clip,
     // A weight without gradient times logp.
     float weight = 1.0f;
     if (family.surrogate == Surrogate::CLIPPED_WEIGHT) {
-        weight = term.ratio < clip.low    ? clip.low
-                 : term.ratio > clip.high ? clip.high
-                                          : term.ratio;
+        weight = term.ratio < clip.low ? clip.low : term.ratio > clip.high ? clip.high : term.ratio;
         term.is_clipped = term.ratio < clip.low || term.ratio > clip.high;
     } else if (family.surrogate == Surrogate::GAMMA_WEIGHT) {
         const bool is_pos = a >= 0.0f;

@@ -27,11 +27,8 @@
 // Threads for a part of a row.
 constexpr int PART_THREADS = 256;
 
-
 // A range of a row's groups.
-struct Range {
-    int first, end;
-};
+struct Range { int first, end; };
 
 // The groups of a part: whole tiles, but for the row's last.
 static __device__ __forceinline__ Range part_of_row(int groups, int part, int parts, int tile) {

@@ -18,9 +18,7 @@ static __device__ __forceinline__ unsigned misalignment(const void* address, uns
 }
 
 // Where a row's tokens are in arrays of one value a token.
-struct RowRange {
-    int64_t first, tokens;
-};
+struct RowRange { int64_t first, tokens; };
 
 // Row `row` of a pack of `total` tokens: offsets [rows + 1]. Whatever they hold, it is within the tokens.
 static __device__ __forceinline__ RowRange range_in_pack(const int64_t* offsets, int64_t row,
@@ -44,7 +42,8 @@ struct Place {
     bool inner;      // not the row's first token
 
     __device__ __forceinline__ Place(const RowRange& row, int64_t first)
-        : offset(row.first + first), left(int(min(row.tokens - first, int64_t(1) << 30))),
+        : offset(row.first + first),
+          left(int(min(row.tokens - first, int64_t(1) << 30))),
           inner(first > 0) {}
 
     __device__ __forceinline__ Place(int64_t row, int64_t tokens, int64_t first)

@@ -5,20 +5,26 @@
 #include "device.cuh"
 
 // Columns of a vector.
-template <class T> constexpr int WIDTH = 16 / sizeof(T);
+template <class T>
+constexpr int WIDTH = 16 / sizeof(T);
 
 // Vectors of a row that a thread loads before it uses the first.
 constexpr int IN_FLIGHT = 4;
 
 // A word of columns that hold -inf.
-template <class T> constexpr uint32_t NOTHING = 0xff800000;
-template <> constexpr uint32_t NOTHING<f16> = 0xfc00fc00;
-template <> constexpr uint32_t NOTHING<bf16> = 0xff80ff80;
+template <class T>
+constexpr uint32_t NOTHING = 0xff800000;
+template <>
+constexpr uint32_t NOTHING<f16> = 0xfc00fc00;
+template <>
+constexpr uint32_t NOTHING<bf16> = 0xff80ff80;
 
 static __device__ __forceinline__ uint32_t bits_of(float x) { return __float_as_uint(x); }
 
 template <class T>
-static __device__ __forceinline__ uint32_t bits_of(T x) { return x.bits; }
+static __device__ __forceinline__ uint32_t bits_of(T x) {
+    return x.bits;
+}
 
 static __device__ __forceinline__ void unpack(uint4 v, float (&x)[4], float) {
     x[0] = __uint_as_float(v.x);
@@ -138,10 +144,14 @@ static __device__ __forceinline__ void extract(const uint4 (&low)[N], const uint
         for (int i = 0; i < N; i++) v[i] = extract(low[i], high[i], skip);
     };
     switch (skip / 4) {
-        case 0: return all(in_word);
-        case 1: return all(4 | in_word);
-        case 2: return all(8 | in_word);
-        default: return all(12 | in_word);
+        case 0:
+            return all(in_word);
+        case 1:
+            return all(4 | in_word);
+        case 2:
+            return all(8 | in_word);
+        default:
+            return all(12 | in_word);
     }
 }
 
@@ -193,7 +203,8 @@ struct Row {
     // Begins to bring the tile of N groups a thread into L2, as far as they are below `end`: it takes no
     // registers, unlike loads.
     template <int N>
-    __device__ __forceinline__ void prefetch_tile(int tile, int thread, int threads, int end) const {
+    __device__ __forceinline__ void prefetch_tile(int tile, int thread, int threads,
+                                                  int end) const {
         constexpr int GROUPS_IN_LINE = 8;
         const int group = tile + thread * GROUPS_IN_LINE;
         if (thread < N * threads / GROUPS_IN_LINE && group < end) prefetch(at(group));
@@ -213,7 +224,8 @@ struct Row {
                 for (int i = 0; i < N; i++) v[i] = load_once(at(mine + i * threads));
             } else {
 #pragma unroll
-                for (int i = 0; i < N; i++) v[i] = load_shared_by_neighbours(low_of(mine + i * threads));
+                for (int i = 0; i < N; i++)
+                    v[i] = load_shared_by_neighbours(low_of(mine + i * threads));
                 // Half of the others at a time: they come from L1, and registers are few.
                 constexpr int HALF = (N + 1) / 2;
 #pragma unroll
@@ -222,7 +234,8 @@ struct Row {
 #pragma unroll
                     for (int i = 0; i < HALF; i++) {
                         low[i] = v[first + i];
-                        high[i] = load_shared_by_neighbours(low_of(mine + (first + i) * threads) + 16);
+                        high[i] =
+                            load_shared_by_neighbours(low_of(mine + (first + i) * threads) + 16);
                     }
                     extract(low, high, skip, low);
 #pragma unroll
@@ -254,7 +267,7 @@ struct Row {
         }
     }
 
-  private:
+private:
     static __device__ __forceinline__ uint4 nothing() {
         return make_uint4(NOTHING<T>, NOTHING<T>, NOTHING<T>, NOTHING<T>);
     }

@@ -2,7 +2,7 @@
 //! which every call goes. It knows nothing of any op.
 //!
 //! `include/ppo_kernels.h` is made of this module and of every op's `capi.rs` by cbindgen, with
-//! `cbindgen.toml`, whose first page says what holds for all functions; names and comments are
+//! `include/cbindgen.toml`, whose first page says what holds for all functions; names and comments are
 //! written for its readers. An op's `capi.rs` has the functions for the CPU, with what there is to say
 //! of the pass; those that follow from its structs, for CUDA and for defaults, are in [`functions`].
 //!

@@ -135,8 +135,12 @@ std::vector<char*> stacks, shared_memories;
 std::vector<void*> tsan_fibers;
 const simt::Kernel* kernels;
 
-void acquire(void* token) { if (__tsan_acquire) __tsan_acquire(token); }
-void release(void* token) { if (__tsan_release) __tsan_release(token); }
+void acquire(void* token) {
+    if (__tsan_acquire) __tsan_acquire(token);
+}
+void release(void* token) {
+    if (__tsan_release) __tsan_release(token);
+}
 
 uint64_t next_random() {
     S.random ^= S.random << 13;
@@ -267,8 +271,8 @@ void append_line(const Here& here) {
     for (unsigned first = 0, t = 0; t < S.threads; t = first) {
         const Fiber& fiber = S.fibers[t];
         const auto same = [&](const Fiber& o) {
-            return o.state == fiber.state
-                && (o.state == State::ENDED || o.here.line() == fiber.here.line());
+            return o.state == fiber.state &&
+                   (o.state == State::ENDED || o.here.line() == fiber.here.line());
         };
         while (first < S.threads && same(S.fibers[first])) first++;
         append("\n  %u thread(s) from ", first - t);
@@ -291,7 +295,8 @@ Fiber* take_ready() {
     if (S.head == S.tail) return nullptr;
     if (S.order == LIFO) return S.ready[--S.tail % size];
     if (S.order == RANDOM) {
-        std::swap(S.ready[S.head % size], S.ready[(S.head + next_random() % (S.tail - S.head)) % size]);
+        std::swap(S.ready[S.head % size],
+                  S.ready[(S.head + next_random() % (S.tail - S.head)) % size]);
     }
     return S.ready[S.head++ % size];
 }
@@ -321,8 +326,8 @@ void try_warp_op(Fiber& fiber) {
         if (!(fiber.mask >> lane & 1)) continue;
         const Fiber& other = lanes[lane];
         if (other.state != State::AT_WARP_OP) return;
-        const bool same_op = other.op == fiber.op && other.mask == fiber.mask
-            && other.here.line() == fiber.here.line();
+        const bool same_op = other.op == fiber.op && other.mask == fiber.mask &&
+                             other.here.line() == fiber.here.line();
         if (!same_op) fail("lanes of a warp are in different operations", fiber, &other);
     }
     uint32_t ballot = 0;
@@ -335,11 +340,21 @@ void try_warp_op(Fiber& fiber) {
         Fiber& self = lanes[lane];
         unsigned source = lane;
         switch (self.op) {
-            case WarpOp::SHUFFLE: source = self.argument % WARP; break;
-            case WarpOp::SHUFFLE_UP: source = lane >= self.argument ? lane - self.argument : lane; break;
-            case WarpOp::SHUFFLE_DOWN: source = lane + self.argument < WARP ? lane + self.argument : lane; break;
-            case WarpOp::SHUFFLE_XOR: source = (lane ^ self.argument) % WARP; break;
-            case WarpOp::BALLOT: case WarpOp::SYNC: break;
+            case WarpOp::SHUFFLE:
+                source = self.argument % WARP;
+                break;
+            case WarpOp::SHUFFLE_UP:
+                source = lane >= self.argument ? lane - self.argument : lane;
+                break;
+            case WarpOp::SHUFFLE_DOWN:
+                source = lane + self.argument < WARP ? lane + self.argument : lane;
+                break;
+            case WarpOp::SHUFFLE_XOR:
+                source = (lane ^ self.argument) % WARP;
+                break;
+            case WarpOp::BALLOT:
+            case WarpOp::SYNC:
+                break;
         }
         if (!(fiber.mask >> source & 1)) fail("a shuffle reads a lane outside its mask", self);
         self.result = self.op == WarpOp::BALLOT ? ballot : lanes[source].value;
@@ -420,9 +435,13 @@ const simt::Kernel* find(const char* variant, const char* name) {
 
 }  // namespace
 
-simt::Kernel::Kernel(const char* variant, const char* name, unsigned max_threads,
-                     size_t args_bytes, void (*run)(const void*))
-    : variant(variant), name(name), max_threads(max_threads), args_bytes(args_bytes), run(run),
+simt::Kernel::Kernel(const char* variant, const char* name, unsigned max_threads, size_t args_bytes,
+                     void (*run)(const void*))
+    : variant(variant),
+      name(name),
+      max_threads(max_threads),
+      args_bytes(args_bytes),
+      run(run),
       next(kernels) {
     kernels = this;
 }
@@ -536,7 +555,8 @@ extern "C" int simt_run(const char* variant, const char* name, unsigned grid, un
     std::iota(blocks.begin(), blocks.end(), 0u);
     if (S.order == LIFO) std::reverse(blocks.begin(), blocks.end());
     if (S.order == RANDOM) {
-        for (size_t i = blocks.size(); i > 1; i--) std::swap(blocks[i - 1], blocks[next_random() % i]);
+        for (size_t i = blocks.size(); i > 1; i--)
+            std::swap(blocks[i - 1], blocks[next_random() % i]);
     }
     for (unsigned index : blocks) {
         start_block(index);
