@@ -60,7 +60,7 @@ fn parts(tokens: usize) -> (usize, usize) {
 }
 
 /// Values of f32 that a part leaves for the merge, which has a warp for each.
-const PARTIAL_SUMS: usize = 27;
+const PARTIAL_SUMS: usize = 28;
 
 const WARP: usize = 32;
 
@@ -145,7 +145,7 @@ pub fn logits_workspace_len(batch: usize, tokens: usize, options: &PpoLossOption
     workspace_len(batch, tokens, options).saturating_add(kept)
 }
 
-/// What is kept of a token between the passes over its logits: maximum, sum, and two gradients.
+/// Numbers of a token that are kept between the passes over its logits: maximum, sum, and two gradients.
 const KEPT_OF_TOKENS: usize = 4;
 
 /// Numbers of a row for the extremes over rows.
@@ -398,7 +398,7 @@ fn pass(
     Ok(())
 }
 
-/// What the tokens of each row share, where the pass finds it.
+/// The numbers that the tokens of each row share, where the pass finds them.
 fn rows(
     stream: &Stream,
     inputs: &super::Inputs<Pointers>,
@@ -434,16 +434,16 @@ fn rows(
     Ok(row_terms)
 }
 
-/// What the mask and the offsets say, for the kernels: D, and the weights of rows, if they have any.
+/// The counts of mask and offsets, for the kernels: D, and the weights of rows, if they have any.
 struct Counted {
     divisor: Divisor,
     row_weights: *const f32,
 }
 
-/// What is counted for all terms, and for an entropy that has a mean of its own.
+/// The counts of all terms, and of an entropy that has a mean of its own.
 struct AllCounted {
     terms: Counted,
-    /// That of all terms, if there is no other.
+    /// The divisor of the entropy: that of all terms, if there is no other.
     entropy: Divisor,
 }
 
@@ -697,7 +697,7 @@ impl PerRow {
     }
 }
 
-/// As in `kernels/common/policy.cuh`.
+/// The struct of that name in `kernels/common/policy.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Clip {
@@ -719,7 +719,7 @@ impl Clip {
     }
 }
 
-/// As in `kernels/common/policy.cuh`.
+/// The struct of that name in `kernels/common/policy.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Family {
@@ -769,7 +769,7 @@ impl Family {
     }
 }
 
-/// What the tokens of a row share.
+/// The numbers that the tokens of a row share.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct RowTerms {
