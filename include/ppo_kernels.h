@@ -86,7 +86,7 @@
 #define PPOK_ADVANTAGES_BASELINE_LENGTH_WEIGHTED 4
 
 /**
- * From the best of the group the second best; all others get 0 (pass@k).
+ * The second best of the group, for the best one; all others get 0 (pass@k).
  */
 #define PPOK_ADVANTAGES_BASELINE_RUNNER_UP 5
 
@@ -132,12 +132,12 @@
 #define PPOK_ADVANTAGES_SINGLETON_KEEP 1
 
 /**
- * Those of one column have a baseline in common (verl's `optimal_token_baseline`).
+ * Tokens of one column have a baseline in common (verl's `optimal_token_baseline`).
  */
 #define PPOK_TOKEN_STEP_COLUMN 0
 
 /**
- * Those before which as many are unmasked (verl's `tir_optimal_token_baseline`, for several turns).
+ * Tokens with as many unmasked ones before them have (verl's `tir_optimal_token_baseline`, for several turns).
  */
 #define PPOK_TOKEN_STEP_UNMASKED 1
 
@@ -265,7 +265,7 @@
 #define PPOK_I64 1
 
 /**
- * For an option that may be left out: it is. So a clamp of `PPOK_NONE` clamps nothing.
+ * The value of an option that is left out, where it may be. So a clamp of `PPOK_NONE` clamps nothing.
  */
 #define PPOK_NONE -1.0
 
@@ -569,17 +569,17 @@
 #define PPOK_TRUST_REGION_NONE 0
 
 /**
- * Those with p - p_old within the bounds (DPPO-TV).
+ * Tokens with p - p_old within the bounds (DPPO-TV).
  */
 #define PPOK_TRUST_REGION_TOTAL_VARIATION 1
 
 /**
- * Those with the KL of (p_old, 1 - p_old) from (p, 1 - p) within the bounds (DPPO-KL).
+ * Tokens with the KL of (p_old, 1 - p_old) from (p, 1 - p) within the bounds (DPPO-KL).
  */
 #define PPOK_TRUST_REGION_BINARY_KL 2
 
 /**
- * Those with the token's r within 1 - low and 1 + high (IcePop).
+ * Tokens with r of the token within 1 - low and 1 + high (IcePop).
  */
 #define PPOK_TRUST_REGION_RATIO 3
 
@@ -664,7 +664,7 @@
 #define PPOK_PREFERENCE_IPO 3
 
 /**
- * As `PPOK_PREFERENCE_SIGMOID`, always averaged.
+ * `PPOK_PREFERENCE_SIGMOID`, always averaged.
  */
 #define PPOK_PREFERENCE_SIGMOID_NORM 4
 
@@ -704,22 +704,22 @@
 #define PPOK_PREFERENCE_DISCOPOP 11
 
 /**
- * As `PPOK_PREFERENCE_SIGMOID`, of the sorted log-ratios of policy and reference.
+ * `PPOK_PREFERENCE_SIGMOID` of the sorted log-ratios of policy and reference.
  */
 #define PPOK_PREFERENCE_AOT 12
 
 /**
- * As `PPOK_PREFERENCE_SIGMOID`, of the sorted x and the sorted y.
+ * `PPOK_PREFERENCE_SIGMOID` of the sorted x and the sorted y.
  */
 #define PPOK_PREFERENCE_AOT_UNPAIRED 13
 
 /**
- * As `PPOK_PREFERENCE_SIGMOID`, without a reference, always averaged, with margin `gamma`.
+ * `PPOK_PREFERENCE_SIGMOID` without a reference, always averaged, with margin `gamma`.
  */
 #define PPOK_PREFERENCE_SIMPO 14
 
 /**
- * As `PPOK_PREFERENCE_SIGMOID`, without a reference.
+ * `PPOK_PREFERENCE_SIGMOID` without a reference.
  */
 #define PPOK_PREFERENCE_CPO 15
 
@@ -729,7 +729,7 @@
 #define PPOK_PREFERENCE_ORPO 16
 
 /**
- * As `PPOK_PREFERENCE_SIMPO`, of (1 - exp(-alpha t)) / alpha.
+ * `PPOK_PREFERENCE_SIMPO` of (1 - exp(-alpha t)) / alpha.
  */
 #define PPOK_PREFERENCE_ALPHAPO 17
 
@@ -820,7 +820,7 @@ typedef struct ppok_advantages_options {
 } ppok_advantages_options;
 
 /**
- * What is worth knowing of a batch's scores, after clip and `score_baselines`. NaN stands for what is not
+ * Statistics of a batch's scores, after clip and `score_baselines`. NaN stands for what is not
  * defined: there are too few scores, or no groups.
  */
 typedef struct ppok_advantages_stats {
@@ -919,19 +919,19 @@ typedef struct ppok_correction_options {
      */
     double high;
     /**
-     * What is below is rejected; 0 or above, or `PPOK_NONE`, which is the default, as in the next three.
+     * The lower bound of what is kept; 0 or above, or `PPOK_NONE`, which is the default, as in the next three.
      */
     double rejection_low;
     /**
-     * What is above is rejected; 0 or above, or `PPOK_NONE`.
+     * The upper bound of what is kept; 0 or above, or `PPOK_NONE`.
      */
     double rejection_high;
     /**
-     * As `rejection_low`, or `PPOK_NONE`.
+     * The lower bound of the second rejection, or `PPOK_NONE`.
      */
     double second_rejection_low;
     /**
-     * As `rejection_high`, or `PPOK_NONE`.
+     * The upper bound of the second rejection, or `PPOK_NONE`.
      */
     double second_rejection_high;
     /**
@@ -1154,7 +1154,7 @@ typedef struct ppok_gae_options {
      */
     double score_max;
     /**
-     * What `missing_eos` subtracts or puts in place; 0 by default.
+     * The number that `missing_eos` subtracts or puts in place; 0 by default.
      */
     double missing_eos_value;
     /**
@@ -1278,11 +1278,11 @@ typedef struct ppok_kl_full_options {
      */
     double temperature;
     /**
-     * Of `PPOK_KL_JSD`; above 0 and below 1, 0.5 by default.
+     * The weight of the reference in the mixture of `PPOK_KL_JSD`; above 0 and below 1, 0.5 by default.
      */
     double beta;
     /**
-     * Of the skewed KLs; above 0 and below 1, 0.1 by default (DistiLLM).
+     * The skew of the skewed KLs; above 0 and below 1, 0.1 by default (DistiLLM).
      */
     double skew;
     /**
@@ -1507,11 +1507,11 @@ typedef struct ppok_ppo_loss_options {
      */
     double kl_coef;
     /**
-     * As in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
+     * The clamp of the log-ratio, as in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
      */
     double kl_log_ratio_clamp;
     /**
-     * As in `ppok_kl_token_options`; `PPOK_NONE` by default.
+     * The clamp of the estimate, as in `ppok_kl_token_options`; `PPOK_NONE` by default.
      */
     double kl_output_clamp;
     /**
@@ -2118,7 +2118,7 @@ typedef struct ppok_logprob_partial_args {
      */
     float *logit;
     /**
-     * The same sum weighted by (max - z) / T, `[rows]`; null if no entropy is wanted.
+     * The sum of the exponentials weighted by (max - z) / T, `[rows]`; null if no entropy is wanted.
      */
     float *weighted;
 } ppok_logprob_partial_args;
@@ -2314,11 +2314,11 @@ typedef struct ppok_ppo_loss_scale_args {
      */
     const float *stored_logp;
     /**
-     * That with respect to values, `[tokens]`.
+     * The gradient with respect to values, `[tokens]`.
      */
     const float *stored_values;
     /**
-     * That with respect to entropy, `[tokens]`.
+     * The gradient with respect to entropy, `[tokens]`.
      */
     const float *stored_entropy;
     /**
@@ -2494,7 +2494,7 @@ typedef struct ppok_preference_loss_args {
      */
     const uint8_t *mask;
     /**
-     * What averages are divided by, `[rows]`, 0 or above; null for the number of unmasked tokens.
+     * The divisors of averages, `[rows]`, 0 or above; null for the number of unmasked tokens.
      */
     const int64_t *lengths;
     /**
@@ -2908,7 +2908,7 @@ int32_t ppok_kl_token_forward_cuda_workspace_size(const struct ppok_kl_token_for
 int32_t ppok_kl_token_options_init(struct ppok_kl_token_options *options, size_t struct_size);
 
 /**
- * What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
+ * The error of this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
  * the argument, what was expected and what came, in UTF-8. Empty before the first. A call that goes
  * well leaves it as it is. The text is the library's, and stays until the thread's next failing
  * call.
@@ -3181,7 +3181,7 @@ int32_t ppok_reward_model_options_init(struct ppok_reward_model_options *options
 ppok_team ppok_set_team(ppok_team team);
 
 /**
- * What a status means, in a few words: a string of the library's, never null.
+ * The meaning of a status, in a few words: a string of the library's, never null.
  */
 const char *ppok_status_string(int32_t status);
 

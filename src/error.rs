@@ -1,7 +1,7 @@
 //! The one error type of the crate. Every variant names the op and the argument, what was expected
 //! and what came.
 
-/// What went wrong in a call of this crate.
+/// An error of a call of this crate.
 #[non_exhaustive]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -104,13 +104,13 @@ pub enum Error {
     /// There is no CUDA driver on this machine, or it is too old.
     #[error("no CUDA driver: {reason}")]
     CudaDriver {
-        /// What the driver's library said, or what the search for it.
+        /// The message of the driver's library, or of the search for it.
         reason: String,
     },
     /// The driver has no device or no context to offer.
     #[error("no CUDA device: {reason}")]
     CudaDevice {
-        /// What the driver said.
+        /// The driver's message.
         reason: String,
     },
     /// The kernels were not compiled for the device's architecture.
@@ -125,7 +125,7 @@ pub enum Error {
         op: &'static str,
         /// Major and minor number.
         compute_capability: (u32, u32),
-        /// What the driver said.
+        /// The driver's message.
         reason: String,
     },
     /// The device is out of memory.
@@ -141,7 +141,7 @@ pub enum Error {
         op: &'static str,
         /// The kernel.
         kernel: String,
-        /// What the driver said.
+        /// The driver's message.
         reason: String,
     },
     /// An error of the tensor library.

@@ -247,7 +247,7 @@ pub(crate) use in_space;
 /// A shape in parts: leading dimensions, say, and those behind them.
 pub(crate) type Shape<'a> = &'a [&'a [usize]];
 
-/// What a list says of one of its arrays.
+/// One of the arrays of a list.
 pub(crate) struct Array<'a> {
     pub name: &'static str,
     pub shape: Shape<'a>,

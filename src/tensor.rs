@@ -237,7 +237,7 @@ unsafe fn ask_for_large_pages(memory: *mut u8, bytes: usize) {
     #[cfg(target_os = "linux")]
     {
         const LARGE_PAGE: usize = 2 << 20;
-        /// From here on glibc gives every allocation a mapping of its own; a smaller one may have its pages.
+        /// The size from which on glibc gives every allocation a mapping of its own; a smaller one may have its pages.
         const OWN_MAPPING: usize = 32 << 20;
         if bytes >= OWN_MAPPING {
             let head = memory.align_offset(LARGE_PAGE);

@@ -23,7 +23,7 @@
 //! - `preference`: sums are in f64, so what remains is the rounding of a score of magnitude up to 20, which
 //!   an exponential makes a relative error of its result, and that of a few products.
 
-/// What an element may differ by: abs + rel |reference|.
+/// The bound of an element's error: abs + rel |reference|.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Tolerance {
     /// The absolute part.
@@ -58,7 +58,7 @@ pub struct Tolerances {
     pub forward: Tolerance,
     /// Gradients of the same, for upstream gradients of magnitude 1.
     pub backward: Tolerance,
-    /// In the benches, against candle's own f32 arithmetic.
+    /// The tolerance of the benches, against candle's own f32 arithmetic.
     pub benches: Tolerance,
 }
 

@@ -17,7 +17,7 @@ pub const PPOK_ADVANTAGES_BASELINE_LEAVE_ONE_OUT: i32 = 2;
 pub const PPOK_ADVANTAGES_BASELINE_BATCH: i32 = 3;
 /// The mean of the group, every row as often as it is long (OPO).
 pub const PPOK_ADVANTAGES_BASELINE_LENGTH_WEIGHTED: i32 = 4;
-/// From the best of the group the second best; all others get 0 (pass@k).
+/// The second best of the group, for the best one; all others get 0 (pass@k).
 pub const PPOK_ADVANTAGES_BASELINE_RUNNER_UP: i32 = 5;
 
 /// The difference is divided by nothing.
@@ -165,9 +165,9 @@ pub unsafe extern "C" fn ppok_advantages_cpu(args: *const ppok_advantages_args) 
     capi::cpu(args)
 }
 
-/// Those of one column have a baseline in common (verl's `optimal_token_baseline`).
+/// Tokens of one column have a baseline in common (verl's `optimal_token_baseline`).
 pub const PPOK_TOKEN_STEP_COLUMN: i32 = 0;
-/// Those before which as many are unmasked (verl's `tir_optimal_token_baseline`, for several turns).
+/// Tokens with as many unmasked ones before them have (verl's `tir_optimal_token_baseline`, for several turns).
 pub const PPOK_TOKEN_STEP_UNMASKED: i32 = 1;
 
 /// Options of ppok_optimal_token_baseline_*; the defaults are verl's.

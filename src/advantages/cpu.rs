@@ -107,7 +107,7 @@ fn score(inputs: &Inputs, options: &AdvantageOptions, row: usize) -> f64 {
 
 /// The rows of a batch in places, in which those of a group stand after each other, in their order.
 struct Places<'a> {
-    /// What tells groups apart, if anything does.
+    /// The rows' group ids, if groups are told apart by ids.
     ids: Option<&'a [i64]>,
     /// The rows in these places, where they are not those of the batch.
     order: Option<Vec<usize>>,
@@ -286,7 +286,7 @@ struct Group {
 }
 
 impl Group {
-    /// Those of rows and their scores.
+    /// Reads the rows' scores and finds their groups.
     #[inline(always)]
     fn new(
         rows: impl Iterator<Item = (usize, f64)> + Clone,
@@ -320,7 +320,7 @@ impl Group {
         group
     }
 
-    /// What a score less its baseline is.
+    /// How a score less its baseline is computed.
     fn difference(&self, options: &AdvantageOptions, batch: &Batch) -> Difference {
         let Moments { count: n, mean, .. } = self.moments;
         let less = |baseline| Difference { baseline, factor: 1.0, only: None };
@@ -343,7 +343,7 @@ impl Group {
         }
     }
 
-    /// What a difference is divided by, if that is not another number for each row.
+    /// The divisor of a difference, where it is the same for every row.
     fn divisor(&self, options: &AdvantageOptions, batch: &Batch) -> f64 {
         match options.scale {
             Scale::None | Scale::LeaveOneOut => 1.0,

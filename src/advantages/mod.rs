@@ -110,7 +110,7 @@ pub enum Baseline {
     Batch,
     /// The mean of the group, every row as often as it is long (OPO).
     LengthWeighted,
-    /// From the best of the group the second best; all others get 0 (pass@k).
+    /// The second best of the group, for the best one; all others get 0 (pass@k).
     RunnerUp,
 }
 
@@ -391,10 +391,10 @@ list! {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum TokenStep {
-    /// Those of one column, as verl's `optimal_token_baseline` has it.
+    /// Tokens of one column, as in verl's `optimal_token_baseline`.
     #[default]
     Column,
-    /// Those before which as many are unmasked, as its form for several turns has it.
+    /// Tokens with as many unmasked ones before them, as in its form for several turns.
     Unmasked,
 }
 
@@ -459,7 +459,7 @@ list! {
     }
 }
 
-/// What is worth knowing of a batch's scores, after clip and `score_baselines`. NaN stands for what is not
+/// Statistics of a batch's scores, after clip and `score_baselines`. NaN stands for what is not
 /// defined: there are too few scores, or no groups.
 #[derive(Debug, Clone, Copy, PartialEq, Pod, Zeroable)]
 #[repr(C)]

@@ -11,7 +11,7 @@ use crate::whiten::EpsPlacement;
 
 in_space!(HostF64: Inputs, TokenInputs);
 
-/// What [`outcome_advantages`] returns.
+/// The results of [`outcome_advantages`].
 #[derive(Debug, Clone)]
 pub struct Advantages {
     /// `[B]`.

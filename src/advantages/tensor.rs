@@ -15,12 +15,12 @@ use crate::tensor::{batch_and_seq_len, check_dtype, run, Backend, Constants, Own
 /// The inputs of [`outcome_advantages`] as tensors.
 pub type AdvantageInputs<'a> = Inputs<'a, Tensors>;
 
-/// What [`outcome_advantages`] returns; constants to the gradient.
+/// The results of [`outcome_advantages`]; constants to the gradient.
 #[derive(Debug, Clone)]
 pub struct AdvantageOutput {
     /// Advantages of the rows, `[B]` in f32.
     pub advantages: Tensor,
-    /// The same on their unmasked tokens, `[B, T]` in f32, or `[N]` of a pack, where there is a mask.
+    /// The advantages on the rows' unmasked tokens, `[B, T]` in f32, or `[N]` of a pack, where there is a mask.
     pub token_advantages: Option<Tensor>,
     /// Statistics of the scores, on the device of the inputs.
     pub stats: AdvantageStatsTensor,

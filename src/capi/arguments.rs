@@ -8,7 +8,7 @@ use crate::cuda::{Slice, SliceMut};
 use crate::error::Error;
 use crate::memory::{Array, Device, Element, Host, Reads, Space, Writes};
 
-/// What a C caller gave: pointers that have not been looked at.
+/// The memory of a C caller: pointers that have not been looked at.
 pub(crate) struct Raw;
 
 impl Space for Raw {
@@ -74,7 +74,7 @@ struct Span {
 }
 
 impl Memory {
-    /// For the arrays of the pass whose arguments these are.
+    /// Checks the arrays of the pass with these arguments.
     ///
     /// # Safety
     /// Every pointer it is then given leads to as many elements as are asked of it, in the memory that it
@@ -86,7 +86,7 @@ impl Memory {
         unsafe { Self::of(A::OP) }
     }
 
-    /// For up to [`MOST_ARRAYS`] arrays of a function that is no pass.
+    /// Checks up to [`MOST_ARRAYS`] arrays of a function that is no pass.
     ///
     /// # Safety
     /// As of [`Memory::new`].
@@ -221,7 +221,7 @@ pub(crate) struct Workspace {
     pub needed: usize,
 }
 
-/// What the header asks of every workspace, whatever is kept there today.
+/// The alignment that the header asks of every workspace, whatever is kept there today.
 const WORKSPACE_ALIGN: usize = 16;
 
 fn too_large(op: &'static str, arg: &'static str, shape: &[usize]) -> Fault {
@@ -385,7 +385,7 @@ pub(crate) unsafe trait Growing: Copy {
     /// Its size in the first version that had it.
     const FIRST_SIZE: usize = size_of::<Self>();
 
-    /// What a caller has that sets nothing: zeros and null pointers, and in options the defaults.
+    /// The struct of a caller that sets nothing: zeros and null pointers, and in options the defaults.
     fn initial() -> Self {
         // SAFETY: of numbers and pointers only, by the trait.
         unsafe { std::mem::zeroed() }
@@ -402,7 +402,7 @@ pub(crate) trait Options: Growing {
 
     fn options(&self) -> Result<Self::Options>;
 
-    /// Those options as the header has them.
+    /// The options as a struct of the header.
     fn encoded(options: Self::Options) -> Self;
 }
 

@@ -79,7 +79,7 @@ pub const PPOK_U32: i32 = 0;
 /// Token ids as `int64_t`, as PyTorch has them.
 pub const PPOK_I64: i32 = 1;
 
-/// For an option that may be left out: it is. So a clamp of `PPOK_NONE` clamps nothing.
+/// The value of an option that is left out, where it may be. So a clamp of `PPOK_NONE` clamps nothing.
 pub const PPOK_NONE: f64 = -1.0;
 
 /// Why a call was refused.
@@ -171,7 +171,7 @@ thread_local! {
     static LAST_ERROR: Cell<[u8; TEXT]> = const { Cell::new([0; TEXT]) };
 }
 
-/// What was wrong with this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
+/// The error of this thread's last call that returned anything but `PPOK_STATUS_OK`: the op,
 /// the argument, what was expected and what came, in UTF-8. Empty before the first. A call that goes
 /// well leaves it as it is. The text is the library's, and stays until the thread's next failing
 /// call.
@@ -180,7 +180,7 @@ pub extern "C" fn ppok_last_error() -> *const c_char {
     LAST_ERROR.with(|text| text.as_ptr().cast_const().cast())
 }
 
-/// What a status means, in a few words: a string of the library's, never null.
+/// The meaning of a status, in a few words: a string of the library's, never null.
 #[no_mangle]
 pub extern "C" fn ppok_status_string(status: i32) -> *const c_char {
     let text: &CStr = match status {
@@ -426,7 +426,7 @@ unsafe fn stream<'a>(handle: *mut c_void) -> Result<Stream<'a>> {
     Ok(unsafe { Stream::from_raw(handle) }?)
 }
 
-/// For tests: a handle is the address of a [`Machine`](crate::cuda::simt::Machine), null one that is
+/// The stream of a handle, for tests: the address of a [`Machine`](crate::cuda::simt::Machine), null one that is
 /// like an H100.
 ///
 /// # Safety

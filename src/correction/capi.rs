@@ -61,13 +61,13 @@ pub struct ppok_correction_options {
     pub low: f64,
     /// The upper bound of the weight; 0 or above, or `PPOK_NONE`. 2 by default.
     pub high: f64,
-    /// What is below is rejected; 0 or above, or `PPOK_NONE`, which is the default, as in the next three.
+    /// The lower bound of what is kept; 0 or above, or `PPOK_NONE`, which is the default, as in the next three.
     pub rejection_low: f64,
-    /// What is above is rejected; 0 or above, or `PPOK_NONE`.
+    /// The upper bound of what is kept; 0 or above, or `PPOK_NONE`.
     pub rejection_high: f64,
-    /// As `rejection_low`, or `PPOK_NONE`.
+    /// The lower bound of the second rejection, or `PPOK_NONE`.
     pub second_rejection_low: f64,
-    /// As `rejection_high`, or `PPOK_NONE`.
+    /// The upper bound of the second rejection, or `PPOK_NONE`.
     pub second_rejection_high: f64,
     /// `PPOK_CORRECTION_LEVEL_TOKEN`, the default, to `PPOK_CORRECTION_LEVEL_NONE`.
     pub level: i32,

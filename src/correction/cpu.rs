@@ -117,14 +117,14 @@ struct Chunk {
     scored: Tokens,
 }
 
-/// What is added up over a row.
+/// Sums over a row.
 #[derive(Clone, Copy, Default)]
 struct RowSums {
     kept: f64,
     scored: f64,
-    /// Of the log-ratios before the clamp, exact differences: thousands of them may go into one exponential.
+    /// The sum of the log-ratios before the clamp, exact differences: thousands of them may go into one exponential.
     d: f64,
-    /// Of scored tokens, as the next.
+    /// The sum over scored tokens, as the next.
     old_logp: f64,
     rollout_logp: f64,
 }
@@ -311,7 +311,7 @@ struct Rule {
 }
 
 impl Rule {
-    /// Of validated options.
+    /// Takes validated options.
     fn new(options: &CorrectionOptions) -> Self {
         let (low, high) = match options.level {
             WeightLevel::None => (f64::NEG_INFINITY, f64::INFINITY),

@@ -75,7 +75,7 @@ use crate::pack::BatchShape;
 
 const OP: &str = "correction";
 
-/// Of how many tokens a weight is.
+/// The tokens whose ratio a weight is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum WeightLevel {
@@ -90,7 +90,7 @@ pub enum WeightLevel {
     None,
 }
 
-/// What becomes of a weight that is outside its bounds.
+/// The treatment of a weight that is outside its bounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum Outside {
@@ -101,7 +101,7 @@ pub enum Outside {
     Zero,
 }
 
-/// What a rejection looks at: see [the module](self).
+/// The quantity that a rejection looks at: see [the module](self).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum RejectionMetric {
@@ -136,7 +136,7 @@ impl RejectionMetric {
     }
 }
 
-/// What of a token or its row a rejection's bounds hold for.
+/// The part of a row that a rejection's bounds hold for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum RejectionLevel {
@@ -155,13 +155,13 @@ pub enum RejectionLevel {
 /// A rule by which tokens or rows are rejected.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Rejection {
-    /// What is looked at; `None`, nothing, by default.
+    /// The quantity that is looked at; `None`, nothing, by default.
     pub metric: RejectionMetric,
     /// Whether it is of a token or of its row; `Token` by default.
     pub level: RejectionLevel,
-    /// What is below is rejected; 0 or more, of `Ratio` above 0; `None` by default.
+    /// The lower bound of what is kept; 0 or more, of `Ratio` above 0; `None` by default.
     pub low: Option<f64>,
-    /// What is above is rejected; 0 or more, of `Ratio` above 0; `None` by default.
+    /// The upper bound of what is kept; 0 or more, of `Ratio` above 0; `None` by default.
     pub high: Option<f64>,
 }
 
@@ -311,7 +311,7 @@ fn check_bounds(names: [&'static str; 2], bounds: [Option<f64>; 2], takes_log: b
 /// Options of the op. Default: truncated importance sampling of tokens at 2, as in verl.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CorrectionOptions {
-    /// Of how many tokens a weight is; `Token` by default.
+    /// The tokens whose ratio a weight is; `Token` by default.
     pub level: WeightLevel,
     /// Clamps d, its sum or its mean to ± this before e^x; above 0. `None` clamps nothing, and then w above
     /// e^88 is infinite in f32. 20 by default, as in verl. Metrics and statistics are of the clamped d as
@@ -321,7 +321,7 @@ pub struct CorrectionOptions {
     pub low: Option<f64>,
     /// The upper bound of the weight; 0 or more, 2 by default.
     pub high: Option<f64>,
-    /// What becomes of a weight that is outside; `Truncate` by default.
+    /// The treatment of a weight that is outside; `Truncate` by default.
     pub outside: Outside,
     /// Divides all weights by the mean of those that there are before rejections, over tokens, or of a row's
     /// weights over rows (verl's `rollout_is_batch_normalize`); weights that are all 0 stay so. `false` by
@@ -380,7 +380,7 @@ impl CorrectionOptions {
         }
     }
 
-    /// The same of the whole row's ratio: verl's and SkyRL's `sequence`, TRL's `sequence_truncate`.
+    /// TIS of the whole row's ratio: verl's and SkyRL's `sequence`, TRL's `sequence_truncate`.
     pub const fn sequence_tis(cap: f64) -> Self {
         Self { level: WeightLevel::SequenceSum, ..Self::tis(cap) }
     }
@@ -563,12 +563,12 @@ impl CorrectionStats {
         "ess",
     ];
 
-    /// Of no token.
+    /// The statistics of no token.
     pub fn none() -> Self {
         Self { weight_min: f64::INFINITY, ..Zeroable::zeroed() }
     }
 
-    /// Those of both batches together, the weights of either as they are.
+    /// Adds the statistics of another batch, the weights of either as they are.
     #[must_use]
     pub fn merge(self, other: Self) -> Self {
         self.plus(other).with_ess()
@@ -605,7 +605,7 @@ impl CorrectionStats {
         Self { ess, ..self }
     }
 
-    /// Where all weights are multiplied by a factor.
+    /// The statistics where all weights are multiplied by a factor.
     fn scaled(self, factor: f64) -> Self {
         Self {
             weight_sum: self.weight_sum * factor,
@@ -623,7 +623,7 @@ impl Element for CorrectionStats {
     type Number = f64;
 }
 
-/// What a run of rows adds up to.
+/// Sums over a run of rows.
 #[derive(Debug, Clone, Copy)]
 struct Sums {
     stats: CorrectionStats,
@@ -641,7 +641,7 @@ impl Sums {
         Self { stats: self.stats.plus(other.stats), normaliser: [a + b, m + n] }
     }
 
-    /// What all weights are multiplied by.
+    /// The factor of all weights.
     fn factor(&self, options: &CorrectionOptions) -> f64 {
         match self.normaliser {
             [sum, count] if options.normalise && sum != 0.0 => count / sum,

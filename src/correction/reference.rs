@@ -55,7 +55,7 @@ pub fn correction(
 struct Token {
     at: usize,
     old_logp: f64,
-    /// That of the trainer, where there is none.
+    /// The rollout's log-probability, or the trainer's where there is none.
     rollout_logp: f64,
     is_scored: bool,
     /// Before the clamp.

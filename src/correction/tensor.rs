@@ -16,7 +16,7 @@ pub type CorrectionInputs<'a> = Inputs<'a, Tensors>;
 /// The statistics where they were computed, so that nobody has to wait for them.
 pub type CorrectionStatsTensor = StatsTensor<CorrectionStats>;
 
-/// What [`correction`] returns: constants to the gradient.
+/// The results of [`correction`]: constants to the gradient.
 #[derive(Debug, Clone)]
 pub struct CorrectionOutput {
     /// Weights, f32 `[B, T]`, or `[N]` of a pack, 0 where masked or rejected: [`ppo_loss`](crate::ppo_loss::ppo_loss)'s input

@@ -12,7 +12,7 @@ pub(crate) const LANES: usize = 16;
 /// the latency of the other's.
 pub(crate) const LOGIT_LANES: usize = 32;
 
-/// Here the factors of [`Exp`] are 0.
+/// The largest argument for which the factors of [`Exp`] are 0.
 const EXP_FLOOR: f32 = -88.0;
 
 /// Below the first the exponential is less than half of the least float, above the second more than the largest.
@@ -90,7 +90,7 @@ fn ln(x: f32) -> f32 {
     select(x < f32::INFINITY, y, x)
 }
 
-/// Of an `if` the compiler may make two ways through a loop, which it does not vectorise well.
+/// Chooses without a branch: an `if` may become two ways through a loop, which is not vectorised well.
 #[inline(always)]
 pub(crate) fn select(condition: bool, yes: f32, no: f32) -> f32 {
     std::hint::select_unpredictable(condition, yes, no)
@@ -137,7 +137,7 @@ pub(crate) struct Exp {
 impl Exp {
     const NATURAL: Self = Self::new(1.0);
 
-    /// For a scale above 0.
+    /// The exponential of x times a scale above 0.
     pub(crate) const fn new(scale: f32) -> Self {
         let exact = scale as f64 * std::f64::consts::LOG2_E;
         let log2 = exact as f32;

@@ -186,12 +186,12 @@ struct Node<'a, S, A, L, M> {
     merge: &'a M,
 }
 
-/// What a node has: its items, two nodes or its result.
+/// The contents of a node: its items, two nodes or its result.
 enum State<S, A, N> {
     Todo(S),
     Split(N),
     Done(A),
-    /// Also where the work ended in a panic.
+    /// Nothing: its work has begun, or ended in a panic.
     Begun,
 }
 
@@ -303,7 +303,7 @@ pub unsafe fn use_team(team: Option<Team>) -> Option<Team> {
     as_team(TEAM.swap(team.map_or(0, |team| team as usize), Ordering::AcqRel))
 }
 
-/// What is stored in [`TEAM`].
+/// The team whose address is stored in [`TEAM`].
 fn as_team(address: usize) -> Option<Team> {
     // SAFETY: null is none, and all else was stored as a team.
     unsafe { std::mem::transmute::<usize, Option<Team>>(address) }

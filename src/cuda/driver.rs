@@ -20,7 +20,7 @@ struct Image<Bytes: ?Sized>(Bytes);
 /// The image of every op.
 static IMAGES: &[(&str, &Image<[u8]>)] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
-/// What is known of contexts, and what has been loaded, by the context's number, which the driver never
+/// Contexts, and the modules loaded in them, by the context's number, which the driver never
 /// uses again for another. Handles are kept as integers; they are the driver's to look into, and go with
 /// their context.
 #[derive(Default)]

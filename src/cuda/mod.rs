@@ -41,7 +41,7 @@ pub fn device_count() -> Result<usize> {
     driver::device_count()
 }
 
-/// What the launches need to know of a device.
+/// The properties of a device that launches need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
     /// Major and minor number.
@@ -170,18 +170,18 @@ impl Kernel {
 pub(crate) struct Launch {
     blocks: u32,
     threads: u32,
-    /// What a block has of shared memory besides the kernel's own variables.
+    /// The dynamic shared memory of a block, besides the kernel's own variables.
     shared_bytes: u32,
 }
 
 impl Launch {
-    /// So many blocks of threads, or as many as the device's grid takes: the kernel loops over the rest.
+    /// A launch of so many blocks of threads, or as many as the device's grid takes: the kernel loops over the rest.
     pub(crate) fn new(device: Device, blocks: usize, threads: usize) -> Self {
         let blocks = u32::try_from(blocks).map_or(device.max_blocks, |n| n.min(device.max_blocks));
         Self { blocks, threads: threads as u32, shared_bytes: 0 }
     }
 
-    /// The same with so many bytes of shared memory, which the kernel knows of.
+    /// Adds so many bytes of dynamic shared memory, which the kernel knows of.
     pub(crate) fn with_shared(self, bytes: usize) -> Self {
         Self { shared_bytes: bytes as u32, ..self }
     }

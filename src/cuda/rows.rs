@@ -79,7 +79,7 @@ impl Reduction {
         Self { rows, threads, parts, ahead: false, wide }.with_width::<T>(vocab, wide)
     }
 
-    /// The same, with all parts of a row side by side in a block, however many rows there are.
+    /// The layout with all parts of a row side by side in a block, however many rows there are.
     pub fn side_by_side<T>(device: Device, rows: usize, vocab: usize, most_parts: i32) -> Self {
         let found = Self::new::<T>(device, rows, vocab, most_parts);
         found.with_width::<T>(vocab, found.parts > 1)

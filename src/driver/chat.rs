@@ -20,7 +20,7 @@ use super::tokenizer::Tokenizer;
 /// A message of a conversation: its `role` and `content`, and what else a template reads, all of it text.
 pub type Message = BTreeMap<String, String>;
 
-/// What is answered.
+/// A prompt: a text or a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Text {
@@ -86,7 +86,7 @@ impl Text {
         }
     }
 
-    /// What is shown, and what a reward reads: the text, or that of the last message.
+    /// The text that is shown and that a reward reads: the whole, or that of the last message.
     pub fn last(&self) -> &str {
         match self {
             Self::Plain(text) => text,

@@ -98,7 +98,7 @@ impl Op {
     }
 }
 
-/// What the results of an op may differ by from its reference's.
+/// The tolerance of an op's results.
 pub fn tolerance(op: Op, pass: Pass, dtype: DType) -> Tolerance {
     let tolerances = match op {
         Op::Logprob => tolerance::LOGPROB,
@@ -130,7 +130,7 @@ struct Row {
     bound: Tolerance,
     elements: usize,
     worst_abs: f64,
-    /// Of the elements large enough for the relative part of the bound to be the larger one.
+    /// The worst relative error of elements for which the relative part of the bound is the larger one.
     worst_rel: f64,
     /// The worst error as a share of what the bound allows that element.
     share: f64,
@@ -169,7 +169,7 @@ impl Row {
     }
 }
 
-/// What a check found.
+/// The findings of a check.
 #[derive(Debug)]
 pub struct Report {
     seed: u64,

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 /// Something that goes on from a checkpoint.
 pub trait Resumable {
-    /// What it keeps besides tensors.
+    /// The state besides tensors.
     type State: Serialize + DeserializeOwned;
 
     /// Its tensors by name.
@@ -101,7 +101,7 @@ pub fn prefixed<'a>(
 pub struct Fingerprint(OnceCell<u64>);
 
 impl Fingerprint {
-    /// That of the weights.
+    /// The fingerprint of the weights.
     ///
     /// # Errors
     /// If they cannot be read from their device.

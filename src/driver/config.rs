@@ -269,7 +269,7 @@ pub enum KlControllerKind {
     Adaptive,
 }
 
-/// What the critic is before its first step.
+/// The network that the critic starts as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CriticFrom {

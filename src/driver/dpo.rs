@@ -24,7 +24,7 @@ use crate::preference::{preference_loss, PreferenceInputs, PreferenceOptions, Pr
 pub struct Dpo<'a> {
     /// The policy.
     pub policy: &'a Decoder,
-    /// What it starts from, if the loss has a reference; does not learn.
+    /// The policy before the run, if the loss has a reference; does not learn.
     pub reference: Option<Decoder>,
     /// The pairs.
     pub pairs: Vec<Pair>,

@@ -25,11 +25,11 @@ const PROMPTS: &str = include_str!("embedded/prompts.txt");
 
 /// The settings of `train` without a model, as TOML.
 pub const TRAIN: &str = include_str!("embedded/train.toml");
-/// Those of `sft`.
+/// The settings of `sft` on embedded data.
 pub const SFT: &str = include_str!("embedded/sft.toml");
-/// Those of `reward`.
+/// The settings of `reward` on embedded data.
 pub const REWARD: &str = include_str!("embedded/reward.toml");
-/// Those of `dpo`.
+/// The settings of `dpo` on embedded data.
 pub const DPO: &str = include_str!("embedded/dpo.toml");
 
 /// The settings in one of these texts.

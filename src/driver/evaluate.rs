@@ -303,7 +303,7 @@ impl Drop for Out {
     }
 }
 
-/// What `generate` and `eval` have after everything is opened that could be refused.
+/// Everything that could be refused, opened, of `generate` and `eval`.
 struct Opened {
     models: Vec<(String, Loaded)>,
     prompts: Vec<Vec<Prompt>>,

@@ -46,7 +46,7 @@ pub struct Preference {
 }
 
 impl Preference {
-    /// What the sentiment reward prefers; nothing if it gives both the same score.
+    /// The answer that the sentiment reward prefers; nothing if it gives both the same score.
     pub fn judge(prompt: &str, one: &str, other: &str) -> Option<Self> {
         let (chosen, rejected) = match sentiment(one).partial_cmp(&sentiment(other))? {
             Ordering::Greater => (one, other),
@@ -133,9 +133,9 @@ pub fn read_preferences(path: &Path) -> Result<Vec<Preference>> {
 /// A prompt and a response as tokens, at least one each.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
-    /// What is given.
+    /// The tokens that are given.
     pub prompt: Vec<u32>,
-    /// What is learned, the end of sequence with it.
+    /// The tokens that are learned, the end of sequence with them.
     pub response: Vec<u32>,
 }
 

@@ -31,7 +31,7 @@ use crate::kl::{token_kl, KlEstimator, KlOptions};
 use crate::moments::RunningMoments;
 use crate::whiten::{masked_whiten, masked_whiten_with, WhitenOptions};
 
-/// What the update needs of a rollout; all tensors f32 `[N]`, the tokens of the responses one behind the
+/// A rollout as the update needs it; all tensors f32 `[N]`, the tokens of the responses one behind the
 /// other, without gradient.
 pub struct Experience {
     /// Prompts with responses.
@@ -40,7 +40,7 @@ pub struct Experience {
     pub old_logp: Tensor,
     /// Advantages, whitened if the settings say so.
     pub advantages: Tensor,
-    /// What the critic learns from, if there is one.
+    /// The critic's values and targets, if there is one.
     pub critic: Option<CriticExperience>,
     /// The KL term of the loss, if the KL goes there.
     pub kl_term: Option<KlTerm>,
@@ -53,7 +53,7 @@ pub struct Experience {
     pub metrics: Map<String, Value>,
 }
 
-/// What a critic learns from.
+/// The values and targets of a critic.
 pub struct CriticExperience {
     /// Its values at the time of the rollout.
     pub values: Tensor,
@@ -74,7 +74,7 @@ pub struct KlTerm {
 pub struct Shaping {
     /// Weight of the KL, in the reward or the loss.
     pub kl_coef: f64,
-    /// What the scores are scaled by, if they are.
+    /// The scale of the scores, if they are scaled.
     pub score_scale: Option<ScoreScale>,
 }
 
@@ -185,13 +185,13 @@ impl Experience {
     }
 }
 
-/// What advantages are made of besides the scores: f32 `[N]`.
+/// The tensors that advantages are made of besides the scores: f32 `[N]`.
 struct OfTokens<'a> {
     old_logp: &'a Tensor,
     /// Logarithms of the sums of squared probabilities, for the optimal token baseline.
     log_sums: Option<&'a Tensor>,
     values: Option<&'a Tensor>,
-    /// What is taken off the rewards.
+    /// The KL that is taken off the rewards.
     kl: Option<&'a Tensor>,
     weights: Option<&'a Tensor>,
 }
@@ -199,9 +199,9 @@ struct OfTokens<'a> {
 struct Estimate {
     advantages: Tensor,
     returns: Tensor,
-    /// As shaped, before any whitening.
+    /// The rewards as shaped, before any whitening.
     rewards: Tensor,
-    /// Of the groups, where they are compared.
+    /// The metrics of the groups, where they are compared.
     metrics: Map<String, Value>,
 }
 
@@ -375,7 +375,7 @@ fn response_metrics(rollout: &Rollout) -> Map<String, Value> {
     metrics
 }
 
-/// In tokens.
+/// The lengths of the responses in tokens.
 fn response_lengths(rollout: &Rollout) -> Vec<f32> {
     rollout.answers.generation.responses.iter().map(|response| response.len() as f32).collect()
 }

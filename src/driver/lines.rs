@@ -15,7 +15,7 @@ use super::chat::Text;
 /// The key of conversations in data sets of chats.
 pub const MESSAGES: &str = "messages";
 
-/// What a file holds, as its errors call it.
+/// The contents of a file, as its errors call them.
 pub struct Format {
     /// The flag that names the file.
     pub flag: &'static str,
@@ -29,9 +29,9 @@ pub struct Format {
 
 /// One line.
 pub enum Line<'a> {
-    /// Of a text file.
+    /// A line of a text file.
     Text(&'a str),
-    /// Of a `.jsonl` file.
+    /// A line of a `.jsonl` file.
     Object(Map<String, Value>),
 }
 

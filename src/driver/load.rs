@@ -19,7 +19,7 @@ use self::config::Task;
 use super::model::{Critic, Decoder, DecoderConfig, Lora};
 use super::tokenizer::{self, Tokenizer};
 
-/// What a folder or file holds.
+/// The model and tokenizer of a folder or file.
 pub struct Loaded {
     /// The trainable model.
     pub decoder: Decoder,
@@ -28,7 +28,7 @@ pub struct Loaded {
 }
 
 impl Loaded {
-    /// The same with new adapters, if any are wanted, which alone are trainable from now on.
+    /// Adds new adapters, if any are wanted, which alone are trainable from now on.
     ///
     /// # Errors
     /// Those of [`Decoder::with_lora`].
@@ -185,7 +185,7 @@ fn load_whole(dir: &Path, device: &Device) -> Result<Loaded> {
     Ok(Loaded { decoder, tokenizer })
 }
 
-/// What of a folder can be read and refused before its weights are.
+/// Reads what can be refused of a folder before its weights are read.
 fn read_shape(dir: &Path, task: Task) -> Result<(DecoderConfig, Tokenizer)> {
     let path = dir.join(CONFIG);
     let json = read_json(&path)?;

@@ -60,7 +60,7 @@ struct Layer {
     q: Linear,
     k: Linear,
     v: Linear,
-    /// Of each query and of each key, in architectures that have them.
+    /// The weights of the norms of each query and each key, in architectures that have them.
     head_norms: Option<(Tensor, Tensor)>,
     o: Linear,
     post_attention_norm: Tensor,
@@ -100,7 +100,7 @@ const HEAD: &str = "lm_head.weight";
 pub struct KvCache {
     capacity: usize,
     len: usize,
-    /// For each layer, keys and values `[B, key heads, capacity, head_dim]`.
+    /// The keys and values of each layer, `[B, key heads, capacity, head_dim]`.
     layers: Vec<(Tensor, Tensor)>,
 }
 
@@ -121,7 +121,7 @@ impl KvCache {
     }
 }
 
-/// What all layers of one pass share.
+/// The state that all layers of one pass share.
 struct Pass {
     batch: usize,
     len: usize,
@@ -130,7 +130,7 @@ struct Pass {
     key_rope: (Tensor, Tensor),
     /// `[B, 1, T, S]`, 0 where the key is seen; `None` when every query sees every key.
     mask: Option<Tensor>,
-    /// The same in layers with a window.
+    /// The mask of layers with a window.
     window_mask: Option<Tensor>,
 }
 
@@ -257,7 +257,7 @@ impl Decoder {
         })
     }
 
-    /// The same weights, seen without building a graph; later updates of the variables show.
+    /// The model with the same weights, seen without building a graph; later updates of the variables show.
     pub fn no_grad(&self) -> Self {
         self.map(|_, tensor| Ok(tensor.detach())).expect("detaching cannot fail")
     }
@@ -483,7 +483,7 @@ impl Decoder {
         })
     }
 
-    /// What the `len` tokens behind the first `start` see: those so far that are no pads, and of them
+    /// The mask of the `len` tokens behind the first `start`: they see those so far that are no pads, and of them
     /// the last `window`, if there is one.
     fn mask(
         &self,
@@ -507,7 +507,7 @@ impl Decoder {
         Ok(Some(Tensor::from_vec(mask, (pads.len(), 1, len, total), self.device())?))
     }
 
-    /// What scores of attention are multiplied by.
+    /// The factor of the scores of attention.
     fn attention_scale(&self) -> f64 {
         1.0 / (self.config.head_dim as f64).sqrt()
     }
@@ -671,7 +671,7 @@ impl Critic {
         tensors
     }
 
-    /// The same weights, seen without building a graph; later updates of the variables show.
+    /// The model with the same weights, seen without building a graph; later updates of the variables show.
     pub fn no_grad(&self) -> Self {
         Self { backbone: self.backbone.no_grad(), head: self.head.detach() }
     }

@@ -54,7 +54,7 @@ const BETA_SQUARE: f64 = 0.999;
 const EPS: f64 = 1e-8;
 
 impl Optimizer {
-    /// For these parameters. Gradients of a global norm above `max_grad_norm` are scaled down to it.
+    /// An optimiser of these parameters. Gradients of a global norm above `max_grad_norm` are scaled down to it.
     pub fn new(
         parameters: &[(String, Var)],
         weight_decay: f64,

@@ -53,7 +53,7 @@ pub struct SampleRecord<'a> {
     pub prompt: &'a str,
     /// The response's text.
     pub response: &'a str,
-    /// What the reward gave, where there is one.
+    /// The score, where there is a reward.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub score: Option<f32>,
     /// KL to the reference, in nats over the response, where it was measured.
@@ -351,7 +351,7 @@ pub fn step_line(
     line
 }
 
-/// With fixed decimals, or in exponential form where that would break the column.
+/// A number with fixed decimals, or in exponential form where that would break the column.
 fn number(x: f64, width: usize, decimals: usize) -> String {
     let fixed = format!("{x:.decimals$}");
     if fixed.len() <= width {

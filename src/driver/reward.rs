@@ -75,7 +75,7 @@ pub trait Reward: Send {
     }
 }
 
-/// What one reward says of some samples.
+/// The scores of some samples by one reward.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Scores {
     /// The reward's name.

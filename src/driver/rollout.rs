@@ -14,7 +14,7 @@ use super::tuning;
 /// A prompt as text and as tokens.
 #[derive(Debug, Clone)]
 pub struct Prompt {
-    /// As it was given; of a conversation the last message.
+    /// The text as it was given; of a conversation the last message.
     pub text: String,
     /// Its token ids; at least one.
     pub ids: Vec<u32>,
@@ -120,7 +120,7 @@ pub struct Answers {
 }
 
 impl Answers {
-    /// What a reward reads, in order.
+    /// The samples for a reward, in order.
     pub fn samples(&self) -> Vec<Sample<'_>> {
         (self.prompts.iter().zip(&self.responses).zip(&self.generation.responses))
             .map(|((prompt, response), ids)| Sample {
@@ -154,16 +154,16 @@ pub fn answer(
 pub struct Rollout {
     /// The answers.
     pub answers: Answers,
-    /// What the reward gave each response.
+    /// The score of each response.
     pub scores: Vec<f32>,
-    /// Of what they are the weighted sums.
+    /// The scores by each reward, of which `scores` are the weighted sums.
     pub parts: Vec<Scores>,
     /// The answers of the likeliest tokens, where they are asked for: one to so many of these after each
     /// other as have a prompt in common.
     pub greedy: Option<Box<Rollout>>,
 }
 
-/// What turns prompts into a [`Rollout`], besides the policy.
+/// Everything that turns prompts into a [`Rollout`] besides the policy.
 pub struct Sampler {
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,

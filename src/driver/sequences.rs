@@ -113,7 +113,7 @@ impl Sequences {
         Ok(self.starts().windows(2).map(|row| sum(row) as f32).collect())
     }
 
-    /// Those of the given rows, in their order, without the padding that they all have.
+    /// The given rows, in their order, without the padding that they all have.
     pub fn select(&self, rows: &[usize]) -> Result<Self> {
         let of_rows = |all: &[usize]| -> Vec<usize> { rows.iter().map(|&row| all[row]).collect() };
         let (pads, lengths) = (of_rows(&self.pads), of_rows(&self.lengths));
@@ -139,7 +139,7 @@ impl Sequences {
         self.logp_and_entropy_of(&self.logits(decoder)?, temperature)
     }
 
-    /// Those log-probabilities, and the logarithms of the sums of the squared probabilities in the same
+    /// Log-probabilities, and the logarithms of the sums of the squared probabilities in the same
     /// distributions: f32 `[N]` both.
     pub fn logp_and_log_sum_sq_probs(
         &self,

@@ -65,7 +65,7 @@ pub struct Session<'a> {
     /// Steps of the run, and from one checkpoint to the next.
     steps: usize,
     save_every: usize,
-    /// What it goes on from.
+    /// The checkpoint that it goes on from.
     checkpoint: Option<(PathBuf, Position)>,
     /// The step of the last checkpoint; 0 needs none.
     saved: usize,

@@ -34,14 +34,14 @@ pub struct Trainer {
     reference: Decoder,
     fingerprint: Fingerprint,
     controller: KlController,
-    /// Of all scores so far.
+    /// The moments of all scores so far.
     scores: RunningMoments,
-    /// What StdRng is, with a state that can be saved.
+    /// The generator behind StdRng, with a state that can be saved.
     rng: ChaCha12Rng,
     steps: usize,
 }
 
-/// What a checkpoint of a trainer holds besides tensors.
+/// The checkpoint of a trainer, besides tensors.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct TrainerState {
     steps: usize,
@@ -51,11 +51,11 @@ pub struct TrainerState {
     kl_coef: f64,
     /// Count, mean and sum of squares of the scores so far.
     scores: [f64; 3],
-    /// Of the reference's weights, which are not saved.
+    /// The fingerprint of the reference's weights, which are not saved.
     reference: u64,
 }
 
-/// What a step did.
+/// The results of a step.
 pub struct Step {
     /// The responses it sampled.
     pub rollout: Rollout,
@@ -235,7 +235,7 @@ impl Resumable for Trainer {
     }
 }
 
-/// What the scores are scaled by: the standard deviation of all so far, after their mean is subtracted
+/// The scale of the scores: the standard deviation of all so far, after their mean is subtracted
 /// if `norm`. Equal scores, which have none, are left as they are.
 fn score_scale(scores: &RunningMoments, norm: bool) -> ScoreScale {
     let ScoreScale { mean, std } = scores.into();

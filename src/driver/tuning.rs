@@ -42,13 +42,13 @@ pub trait Objective {
 pub struct Loss {
     /// The mean loss, with its graph: f32, a scalar.
     pub loss: Tensor,
-    /// What the mean is over: how many tokens, say.
+    /// The number of elements that the mean is over, tokens for instance.
     pub count: usize,
     /// Further means over the same, by name.
     pub metrics: Vec<(&'static str, f64)>,
 }
 
-/// What an optimiser step did.
+/// The results of an optimiser step.
 pub struct Learned {
     /// Steps so far.
     pub step: usize,
@@ -71,7 +71,7 @@ pub struct Course<'a, O> {
     fingerprint: Fingerprint,
 }
 
-/// What a checkpoint of a training on examples holds besides tensors.
+/// The checkpoint of a training on examples, besides tensors.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct CourseState {
     rng: ChaCha12Rng,
@@ -80,7 +80,7 @@ pub struct CourseState {
     optimizer_steps: usize,
     /// How many examples are learned from.
     examples: usize,
-    /// Of the weights that the learned ones are held against or adapt, which are not saved.
+    /// The fingerprint of the weights that the learned ones are held against or adapt, which are not saved.
     reference: u64,
 }
 

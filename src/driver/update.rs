@@ -45,7 +45,7 @@ pub struct Learner {
     temperature: f64,
 }
 
-/// What an optimiser step left behind.
+/// The results of an optimiser step.
 struct MinibatchStep {
     of_loss: MinibatchStats,
     policy_norm: f64,
@@ -53,18 +53,18 @@ struct MinibatchStep {
 }
 
 impl MinibatchStep {
-    /// Of a term of the loss, whose parts add up.
+    /// The sum of a term of the loss over its parts.
     fn sum(&self, of: impl Fn(&PpoStats) -> f64) -> f64 {
         self.of_loss.parts.iter().map(of).sum()
     }
 
-    /// Of a mean over tokens.
+    /// The mean of a statistic over tokens.
     fn over_tokens(&self, of: impl Fn(&PpoStats) -> f64) -> f64 {
         self.sum(|part| of(part) * part.tokens) / self.sum(|part| part.tokens)
     }
 }
 
-/// What there is to know of a minibatch's loss.
+/// The statistics of a minibatch's loss.
 pub struct MinibatchStats {
     /// The statistics of its parts, whose losses add up.
     pub parts: Vec<PpoStats>,
@@ -101,7 +101,7 @@ impl ValueFit {
     }
 }
 
-/// What the optimiser steps of one update did.
+/// The results of the optimiser steps of one update.
 pub struct Update {
     /// Optimiser steps that were not applied, as their loss or a gradient norm was not finite.
     pub skipped: usize,
@@ -112,7 +112,7 @@ pub struct Update {
 }
 
 impl Learner {
-    /// For a trainable policy, and a critic where the advantages are made of one.
+    /// A learner of a trainable policy, and of a critic where the advantages are made of one.
     pub fn new(policy: Decoder, critic: Option<Critic>, settings: &Settings) -> Result<Self> {
         let optimizer = |parameters: Vec<_>| {
             Optimizer::new(&parameters, settings.weight_decay, settings.max_grad_norm)
@@ -297,7 +297,7 @@ impl Learner {
         Ok((ppo_loss(&inputs, &options)?, fit))
     }
 
-    /// What the loss of all rows of a minibatch is divided by, which a part of them cannot know; nor the
+    /// The divisor of the loss of all rows of a minibatch, which a part of them cannot know; nor the
     /// padded length, that of the longest response of the rollout.
     fn denominator(&self, sequences: &Sequences, minibatch: &[usize]) -> Result<Option<f64>> {
         if let Aggregation::Constant(_) = self.options.aggregation {

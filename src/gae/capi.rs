@@ -55,7 +55,7 @@ pub struct ppok_gae_options {
     pub score_min: f64,
     /// The most that scores are clipped to; not below `score_min`; INFINITY by default.
     pub score_max: f64,
-    /// What `missing_eos` subtracts or puts in place; 0 by default.
+    /// The number that `missing_eos` subtracts or puts in place; 0 by default.
     pub missing_eos_value: f64,
     /// `PPOK_GAE_MASK_CARRY`, the default, or `PPOK_GAE_MASK_MULTIPLY`.
     pub mask_mode: i32,

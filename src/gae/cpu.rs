@@ -93,7 +93,7 @@ fn check_lambdas(lambdas: Option<&[f32]>) -> Result<()> {
     })
 }
 
-/// What all rows have in common.
+/// The inputs and options that all rows have in common.
 struct Job<'a, 'b> {
     inputs: Inputs<'a>,
     ranges: RowRanges<'a>,
@@ -245,7 +245,7 @@ fn last_kept(mask: &[u8]) -> Option<usize> {
     mask[..end].iter().rposition(|&m| m != 0)
 }
 
-/// What a step sees of the steps after it.
+/// The state that a step passes to the step before it.
 #[derive(Clone, Copy)]
 struct State {
     next_value: f32,
@@ -532,7 +532,7 @@ impl Chunk<'_> {
         )
     }
 
-    /// The same where tokens are masked or episodes end. Compiled once, and not into every form of the loop
+    /// Scans a chunk where tokens are masked or episodes end. Compiled once, and not into every form of the loop
     /// over rows.
     #[inline(never)]
     fn scan_any(

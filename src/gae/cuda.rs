@@ -190,7 +190,7 @@ pub fn gae(
     moments.map_or(Ok(()), |moments| merge(stream, OP, workspace, blocks, moments))
 }
 
-/// What a step passes to the one before it.
+/// The state that a step passes to the step before it.
 #[allow(dead_code)] // only its size is looked at here
 #[repr(C)]
 struct State {
@@ -198,7 +198,7 @@ struct State {
     of_returns: f32,
 }
 
-/// What a segment makes of a state.
+/// The map from the state after a segment to that before it.
 #[allow(dead_code)] // only its size is looked at here
 #[repr(C)]
 struct Total {

@@ -74,7 +74,7 @@ pub struct GaeOptions {
     /// λ of the advantages that the returns are made of, if it is another (NeMo's
     /// `gae_lambda_value`). Default none.
     pub value_lambda: Option<f64>,
-    /// What a masked token between unmasked ones is. Default [`MaskMode::Carry`].
+    /// The treatment of a masked token between unmasked ones. Default [`MaskMode::Carry`].
     pub mask_mode: MaskMode,
     /// How the rewards are made.
     pub shaping: RewardShaping,
@@ -92,7 +92,7 @@ impl Default for GaeOptions {
     }
 }
 
-/// What a masked token between unmasked ones is. Padding is the same in both.
+/// The treatment of a masked token between unmasked ones. Padding is the same in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum MaskMode {
     /// No step: V and A are carried over it, so that the output of a tool, say, does not discount
@@ -120,7 +120,7 @@ pub struct RewardShaping {
     pub score_max: f64,
     /// Which of the two comes first. Default [`ScoreOrder::ScaleThenClip`].
     pub score_order: ScoreOrder,
-    /// What happens to the score of a sequence without end-of-sequence token. Default
+    /// The treatment of the score of a sequence without end-of-sequence token. Default
     /// [`MissingEos::Keep`]; the others need `scores` and `has_eos`.
     pub missing_eos: MissingEos,
 }
@@ -182,7 +182,7 @@ pub enum ScoreOrder {
     ClipThenScale,
 }
 
-/// What happens to the score, already scaled and clipped, of a sequence that was cut off before an
+/// The treatment of the score, already scaled and clipped, of a sequence that was cut off before an
 /// end-of-sequence token.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum MissingEos {
@@ -237,7 +237,7 @@ impl RewardShaping {
         }
     }
 
-    /// What becomes of a sequence's score before it is added to the rewards.
+    /// The score of a sequence as it is added to the rewards.
     fn score(&self, raw: f64, has_eos: bool) -> f64 {
         let scale = |score: f64| self.score_scale.map_or(score, |s| (score - s.mean) / s.std);
         let clip = |score: f64| score.clamp(self.score_min, self.score_max);

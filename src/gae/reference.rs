@@ -10,7 +10,7 @@ use crate::whiten;
 
 in_space!(HostF64: Inputs);
 
-/// What [`gae`] returns, each `[B, T]`, or `[N]` of a pack, and 0 where masked.
+/// The results of [`gae`], each `[B, T]`, or `[N]` of a pack, and 0 where masked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Gae {
     /// Advantages.

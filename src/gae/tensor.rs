@@ -14,7 +14,7 @@ use crate::tensor::{batch_and_seq_len, check_dtype, run, Backend, Constants, Own
 /// The inputs of [`gae`] as tensors.
 pub type GaeInputs<'a> = Inputs<'a, Tensors>;
 
-/// What [`gae`] returns. The tensors are `[B, T]` in f32, or `[N]` of a pack, 0 where masked, and constants to the
+/// The results of [`gae`]. The tensors are `[B, T]` in f32, or `[N]` of a pack, 0 where masked, and constants to the
 /// gradient.
 #[derive(Debug, Clone)]
 pub struct GaeOutput {

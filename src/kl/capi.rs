@@ -73,9 +73,9 @@ pub struct ppok_kl_full_options {
     pub struct_size: usize,
     /// Divides both logits; 1e-30 to 1e30, 1 by default.
     pub temperature: f64,
-    /// Of `PPOK_KL_JSD`; above 0 and below 1, 0.5 by default.
+    /// The weight of the reference in the mixture of `PPOK_KL_JSD`; above 0 and below 1, 0.5 by default.
     pub beta: f64,
-    /// Of the skewed KLs; above 0 and below 1, 0.1 by default (DistiLLM).
+    /// The skew of the skewed KLs; above 0 and below 1, 0.1 by default (DistiLLM).
     pub skew: f64,
     /// `PPOK_KL_FORWARD`, the default, to `PPOK_KL_TOTAL_VARIATION`.
     pub divergence: i32,

@@ -149,7 +149,7 @@ pub(crate) struct TokenKl {
 }
 
 impl TokenKl {
-    /// Of validated options.
+    /// Takes validated options.
     pub(crate) fn new(options: &KlOptions) -> Self {
         let is = |estimator| options.estimator == estimator;
         Self {
@@ -407,7 +407,7 @@ impl Sums {
         reduce(z.len(), GRAIN, (z, w), of_segment, |a, b| a.merge(b, scale))
     }
 
-    /// With one more block.
+    /// Adds one more block.
     #[inline(always)]
     fn add<T: Logit>(self, z: &[T], w: &[T], scale: f32) -> Sums {
         let empty = self.max_z == f32::NEG_INFINITY || self.max_w == f32::NEG_INFINITY;
@@ -433,7 +433,7 @@ impl Sums {
         }
     }
 
-    /// The same sums with respect to maxima that include these.
+    /// Moves the sums to maxima that include these.
     fn rebase(self, max_z: f32, max_w: f32, scale: f32) -> Sums {
         if !(max_z > self.max_z || max_w > self.max_w) {
             return self;
@@ -457,7 +457,7 @@ impl Sums {
         }
     }
 
-    /// With one more block whose logits are not far above the maxima, and their own maxima.
+    /// Adds one more block whose logits are not far above the maxima, and their own maxima.
     #[inline(always)]
     fn add_below<T: Logit>(self, z: &[T], w: &[T], scale: f32) -> (Sums, f32, f32) {
         // With -inf throughout, -inf - -inf would make NaN of legal columns of probability 0.
@@ -650,7 +650,7 @@ struct Column {
 }
 
 trait Columns: Copy + Sync {
-    /// Of p, q and r = ln p - ln q, which may be NaN where both are 0.
+    /// The terms of a column of p, q and r = ln p - ln q, which may be NaN where both are 0.
     fn column(self, p: f32, q: f32, r: f32) -> Column;
 
     /// Puts the divergence and the means of h into the statistics of a row, which have the other sums.
@@ -694,7 +694,7 @@ trait Columns: Copy + Sync {
     }
 }
 
-/// What is known of a pair of rows before a second look.
+/// The statistics of a pair of rows before a second look.
 #[derive(Clone, Copy)]
 struct Pair {
     exp: Exp,
@@ -722,7 +722,7 @@ impl Pair {
         }
     }
 
-    /// Of x and y over the scale.
+    /// The log-ratio of x and y over the scale.
     #[inline(always)]
     fn log_ratio(self, x: f32, y: f32) -> f32 {
         (x - y).mul_add(self.scale, -self.offset)
@@ -796,7 +796,7 @@ fn exp_by(exp: Exp, x: f32) -> f32 {
 /// [`super::Mixture`] in f32.
 #[derive(Clone, Copy)]
 struct OfMixture {
-    /// Of p in the mixture, and of q.
+    /// The shares of p in the mixture, and of q.
     share: f32,
     rest: f32,
     coef_z: f32,

@@ -159,7 +159,7 @@ pub fn full_backward<T: Logit>(
     map.launch(stream, &Kernel { op: FILE, pass, dtype: T::NAME }, &args)
 }
 
-/// As in `kernels/common/token_kl.cuh`.
+/// The struct of that name in `kernels/common/token_kl.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub(crate) struct TokenKl {

@@ -334,7 +334,7 @@ list! {
         /// The inputs of the forward pass.
         forward: FullForwardInputs<'a, S, T>
     {
-        /// What the forward pass left, `[STATS, rows]`.
+        /// The statistics that the forward pass wrote, `[STATS, rows]`.
         stats: f32 [&[STATS], leading],
         /// Upstream gradient, `[rows]`. A row where it is 0 is not read, and has gradient 0.
         grad_kl: f32 [leading],

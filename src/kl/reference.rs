@@ -120,8 +120,8 @@ fn total_variation(ln_p: &[f64], ln_q: &[f64]) -> f64 {
     ln_p.iter().zip(ln_q).map(above).sum()
 }
 
-/// What dD/dz and dD/dw are made of at every column, where D is to a mixture or the total variation: p (h - sum
-/// p h) and q (h - sum q h) are the gradients for a temperature of 1.
+/// The slopes that dD/dz and dD/dw are made of at every column, where D is to a mixture or the total
+/// variation: p (h - sum p h) and q (h - sum q h) are the gradients for a temperature of 1.
 fn slopes(options: &FullKlOptions, ln_p: &[f64], ln_q: &[f64]) -> [Vec<f64>; 2] {
     let pairs = ln_p.iter().zip(ln_q);
     let Some(Mixture { share: a, coef_z, coef_w }) = options.mixture() else {

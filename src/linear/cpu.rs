@@ -76,7 +76,7 @@ pub fn forward<T: Logit, I: TokenId>(
     Ok(())
 }
 
-/// Those of the gradients of hidden states, weight and bias that are wanted, each in the type of its
+/// Writes those of the gradients of hidden states, weight and bias that are wanted, each in the type of its
 /// argument: sums are in f32 and rounded once.
 ///
 /// # Errors
@@ -168,9 +168,9 @@ struct Work<'a, T> {
     kept: Option<Vec<usize>>,
     sizes: Sizes,
     tile_bytes: usize,
-    /// What each row's products are multiplied by, where the row passes do not know it.
+    /// The factor of each row's products, where the row passes do not know it.
     scales: Option<Vec<f32>>,
-    /// Of each row the largest number that a logit may be.
+    /// The largest number that a logit of each row may be.
     limit: Option<Vec<f32>>,
     options: LogprobOptions,
 }
@@ -316,7 +316,7 @@ impl<'a, T: Logit> Work<'a, T> {
         tile
     }
 
-    /// Of one value for each row those of the rows that take part.
+    /// The values of the rows that take part, out of one for each row.
     fn gather(&self, values: &[f32]) -> Vec<f32> {
         match &self.kept {
             None => values.to_vec(),

@@ -93,7 +93,7 @@ impl LinearOptions {
         Error::check_option(OP, "softcap", cap, cap > 0.0, "above 0")
     }
 
-    /// Those of the row passes, which ignored rows do not reach, for logits that are the products, or that
+    /// The options of the row passes, which ignored rows do not reach, for logits that are the products, or that
     /// have been made of them.
     pub(crate) fn of_rows(&self, made: bool) -> Result<LogprobOptions> {
         let temperature = if made { 1.0 } else { self.temperature / self.logit_scale };

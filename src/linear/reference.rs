@@ -3,7 +3,7 @@
 use super::{LinearOptions, Sizes};
 use crate::logprob::{reference, LogprobOptions};
 
-/// What the op is given, in f64; see [the op](super).
+/// The arguments of the op, in f64; see [the op](super).
 #[derive(Debug, Clone, Copy)]
 pub struct Arguments<'a> {
     /// `[rows, hidden_size]`.

@@ -97,7 +97,7 @@ pub fn linear_logprobs(
     Ok(LinearOutput { logp: output(LOGP)?, entropy })
 }
 
-/// What both passes need to know besides their lists.
+/// The parameters of both passes besides their lists.
 struct Pass {
     sizes: Sizes,
     options: LinearOptions,

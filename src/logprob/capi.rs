@@ -128,7 +128,7 @@ pub struct ppok_logprob_partial_args {
     pub rest: *mut f32,
     /// The target's logit, `[rows]`; NaN while its column is not among those so far.
     pub logit: *mut f32,
-    /// The same sum weighted by (max - z) / T, `[rows]`; null if no entropy is wanted.
+    /// The sum of the exponentials weighted by (max - z) / T, `[rows]`; null if no entropy is wanted.
     pub weighted: *mut f32,
 }
 

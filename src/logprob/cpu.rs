@@ -215,7 +215,7 @@ pub fn backward<T: Logit, I: TokenId>(
     backward_of_columns(inputs, rows, Columns::all(vocab), options, outputs)
 }
 
-/// The same for a tile of columns: logits and gradient are `[rows, columns.count]`.
+/// [`backward`] of a tile of columns: logits and gradient are `[rows, columns.count]`.
 ///
 /// # Errors
 /// As [`backward`], or if the columns are not in the vocabulary.
@@ -230,7 +230,7 @@ pub fn backward_of_columns<T: Logit, I: TokenId>(
     backward_of_part(inputs, rows, columns, options, outputs, non_temporal)
 }
 
-/// The same with the gradient in the place of the logits.
+/// [`backward_of_columns`] with the gradient in the place of the logits.
 ///
 /// # Errors
 /// As [`backward_of_columns`].
@@ -441,7 +441,7 @@ impl Sums {
     }
 }
 
-/// What is known of a row from the columns seen so far.
+/// The running sums of a row over the columns seen so far.
 #[derive(Clone, Copy)]
 struct Seen {
     sums: Sums,
@@ -450,7 +450,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// What is kept of a row.
+    /// Reads the running sums of a row.
     fn read(sums: &RunningSums, row: usize) -> Seen {
         let weighted = sums.weighted.as_ref().map_or(0.0, |weighted| weighted[row]);
         let logit = sums.logit[row];
@@ -475,7 +475,7 @@ impl Seen {
 /// Running sums in lanes, every lane's maximum left out of its own.
 #[derive(Clone, Copy)]
 struct Lanes {
-    /// What x = z - base is counted from: no less than the maxima by more than [`HEADROOM`], so that no
+    /// The number that x = z - base is counted from: no less than the maxima by more than [`HEADROOM`], so that no
     /// block has to wait for the maximum of the one before it. -inf until there is a finite logit.
     base: f32,
     /// The largest logits.
@@ -494,7 +494,7 @@ impl Lanes {
         weighted: [0.0; LOGIT_LANES],
     };
 
-    /// With one more block.
+    /// Adds one more block.
     #[inline(always)]
     fn add<T: Logit, const ENTROPY: bool>(mut self, z: &[T], scale: f32) -> Lanes {
         if self.base == f32::NEG_INFINITY {
@@ -510,7 +510,7 @@ impl Lanes {
         }
     }
 
-    /// The same sums with respect to a higher base.
+    /// Moves the sums to a higher base.
     #[inline(always)]
     fn rebase(mut self, base: f32, scale: f32) -> Lanes {
         let shift = self.base - base;
@@ -523,7 +523,7 @@ impl Lanes {
         Lanes { base, ..self }
     }
 
-    /// With one more block whose logits are not far above the base.
+    /// Adds one more block whose logits are not far above the base.
     #[inline(always)]
     fn add_below<T: Logit, const ENTROPY: bool>(self, z: &[T], scale: f32) -> Lanes {
         let base = origin(self.base);
@@ -581,7 +581,7 @@ impl Lanes {
     }
 }
 
-/// What logits are counted from. With -inf throughout, -inf - -inf would make NaN of legal masked columns.
+/// The number that logits are counted from. With -inf throughout, -inf - -inf would make NaN of legal masked columns.
 #[inline(always)]
 fn origin(base: f32) -> f32 {
     if base == f32::NEG_INFINITY {
@@ -618,7 +618,7 @@ struct Slope {
 }
 
 impl Slope {
-    /// Of the upstream gradients of logp and entropy, the temperature's factor included.
+    /// Takes the upstream gradients of logp and entropy, the temperature's factor included.
     fn new(
         [max, log_sum, entropy]: [f32; 3],
         scale: f32,

@@ -185,7 +185,7 @@ pub fn backward<T: Logit, I: TokenId>(
     backward_of_columns(stream, inputs, rows, Columns::all(vocab), options, outputs)
 }
 
-/// The same for a tile of columns: logits and gradient are `[rows, columns.count]`.
+/// [`backward`] of a tile of columns: logits and gradient are `[rows, columns.count]`.
 ///
 /// # Errors
 /// As [`backward`], or if the columns are not in the vocabulary.
@@ -221,7 +221,7 @@ pub fn backward_of_columns<T: Logit, I: TokenId>(
     map.launch(stream, &Kernel { op: OP, pass: "backward", dtype: T::NAME }, &args)
 }
 
-/// What of a row's columns the forward kernel is given, and what it writes.
+/// The columns that the forward kernel is given, and its outputs.
 enum Tile {
     /// All of them: what they come to.
     Whole,

@@ -239,7 +239,7 @@ list! {
 }
 
 list! {
-    /// What running sums over all columns come to, in some memory.
+    /// The results of running sums over all columns, in some memory.
     outputs FinishOutputs(leading: &[usize]) {
         /// Log-probability of the target, `[rows]`.
         logp: f32 [leading],
@@ -280,7 +280,7 @@ list! {
 }
 
 impl<'a, S: Space, T: Element, I: Element> BackwardInputs<'a, S, T, I> {
-    /// The same without the logits.
+    /// The inputs without the logits.
     fn without_logits(self) -> InPlaceInputs<'a, S, I> {
         InPlaceInputs {
             targets: self.forward.targets,

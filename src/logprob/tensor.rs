@@ -81,7 +81,7 @@ fn apply(
     with_logits!(logits, T => pass.apply::<T>(logits, targets))
 }
 
-/// What both passes need to know besides their lists.
+/// The parameters of both passes besides their lists.
 struct Pass {
     rows: usize,
     vocab: usize,

@@ -59,11 +59,11 @@ pub const PPOK_RATIO_GRADIENT_OWN_TOKEN: i32 = 1;
 
 /// All tokens have a policy term.
 pub const PPOK_TRUST_REGION_NONE: i32 = 0;
-/// Those with p - p_old within the bounds (DPPO-TV).
+/// Tokens with p - p_old within the bounds (DPPO-TV).
 pub const PPOK_TRUST_REGION_TOTAL_VARIATION: i32 = 1;
-/// Those with the KL of (p_old, 1 - p_old) from (p, 1 - p) within the bounds (DPPO-KL).
+/// Tokens with the KL of (p_old, 1 - p_old) from (p, 1 - p) within the bounds (DPPO-KL).
 pub const PPOK_TRUST_REGION_BINARY_KL: i32 = 2;
-/// Those with the token's r within 1 - low and 1 + high (IcePop).
+/// Tokens with r of the token within 1 - low and 1 + high (IcePop).
 pub const PPOK_TRUST_REGION_RATIO: i32 = 3;
 
 /// The upper bound holds where A > 0, else the lower one.
@@ -121,9 +121,9 @@ pub struct ppok_ppo_loss_options {
     pub entropy_coef: f64,
     /// Factor of the KL term; 0 by default.
     pub kl_coef: f64,
-    /// As in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
+    /// The clamp of the log-ratio, as in `ppok_kl_token_options`; above 0, or `PPOK_NONE`. 20 by default.
     pub kl_log_ratio_clamp: f64,
-    /// As in `ppok_kl_token_options`; `PPOK_NONE` by default.
+    /// The clamp of the estimate, as in `ppok_kl_token_options`; `PPOK_NONE` by default.
     pub kl_output_clamp: f64,
     /// The divisor of `PPOK_PPO_LOSS_CONSTANT`, above 0; not looked at with others.
     pub aggregation_divisor: f64,
@@ -493,9 +493,9 @@ pub struct ppok_ppo_loss_scale_args {
     pub upstream: *const f32,
     /// The gradient with respect to logp that ppok_ppo_loss_* left, `[tokens]`.
     pub stored_logp: *const f32,
-    /// That with respect to values, `[tokens]`.
+    /// The gradient with respect to values, `[tokens]`.
     pub stored_values: *const f32,
-    /// That with respect to entropy, `[tokens]`.
+    /// The gradient with respect to entropy, `[tokens]`.
     pub stored_entropy: *const f32,
     /// Gradient with respect to logp, `[tokens]`, written; may be `stored_logp`.
     pub grad_logp: *mut f32,

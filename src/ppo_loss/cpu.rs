@@ -297,7 +297,7 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     ppo_loss(inputs, batch, seq_len, options, Outputs { loss, ..Outputs::new(stats) })
 }
 
-/// What is kept of tokens between the passes over their logits.
+/// The statistics of tokens that are kept between the passes over their logits.
 struct Kept {
     max: Vec<f32>,
     log_sum: Vec<f32>,
@@ -524,7 +524,7 @@ struct Tokens<'a> {
     advantages: Option<&'a [f32]>,
     value: Option<Value<'a>>,
     entropy: Option<&'a [f32]>,
-    /// What the KL term is against.
+    /// The log-probabilities that the KL term is against.
     against: Option<&'a [f32]>,
     weights: Option<&'a [f32]>,
     mask: Option<&'a [u8]>,
@@ -608,7 +608,7 @@ enum RowWeight {
     Given(f32),
     /// One over the number of unmasked tokens in the row, of rows of this length.
     OneOverLength(usize),
-    /// That of its row, which is known.
+    /// The ratio of its row, which is known.
     OfRows,
 }
 
@@ -762,7 +762,7 @@ impl<'a> RowsOf<'a> {
     }
 }
 
-/// What the tokens of a row share.
+/// The numbers that the tokens of a row share.
 #[derive(Clone, Copy, Default)]
 struct Row {
     /// The weight of its tokens in the aggregation, but for the denominator, where rows have one.
@@ -778,7 +778,7 @@ struct Row {
 }
 
 impl Row {
-    /// As many copies of its own advantage and weight as a block has of its tokens.
+    /// Copies of its own advantage and weight, as many as a block has of its tokens.
     fn copies(&self, tokens: usize) -> [Option<Vec<f32>>; 2] {
         [self.advantage, self.given_weight]
             .map(|number| number.map(|number| vec![number; tokens.min(BLOCK_TOKENS)]))
@@ -825,7 +825,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What the policy term's loop adds up, a lane each.
+/// The sums of the policy term's loop, a lane each.
 #[derive(Clone, Copy)]
 struct PolicyLanes {
     loss: Lanes,
@@ -841,7 +841,7 @@ struct PolicyLanes {
     /// The ratio less a number of its size.
     excess: Lanes,
     excess_squares: Lanes,
-    /// The same of rows' ratios: of one number many times sums in f32 go astray.
+    /// The sums of rows' ratios: of one number many times sums in f32 go astray.
     of_rows: [f64; 2],
     min: Lanes,
     max: Lanes,
@@ -867,7 +867,7 @@ impl PolicyLanes {
         advantages: ZERO,
     };
 
-    /// Of ratios less `centre`.
+    /// Adds them to the sums, of ratios less `centre`.
     fn add_to(self, sums: &mut Sums, centre: f32) {
         sums.policy_loss = sum(self.loss);
         sums.clipped = count_of(self.clipped);
@@ -893,7 +893,7 @@ impl PolicyLanes {
 
 /// A pass of the policy term's loop: loss, gradient and statistics of the clipped surrogate by itself.
 const PLAIN: u8 = 0;
-/// The same of any surrogate, with all options.
+/// The loop of any surrogate, with all options.
 const FULL: u8 = 1;
 /// The gradient alone, each token's own.
 const OWN_GRADIENT: u8 = 2;
@@ -929,7 +929,7 @@ struct Terms {
 }
 
 impl Terms {
-    /// Of validated options.
+    /// Takes validated options.
     fn new(options: &PpoLossOptions, divisor: f64, entropy_divisor: f64) -> Self {
         let (low, high) = options.ratio_bounds();
         Self {
@@ -957,7 +957,7 @@ impl Terms {
         }
     }
 
-    /// What the tokens of each row share.
+    /// The numbers that the tokens of each row share.
     fn rows(
         self,
         inputs: &Inputs,
@@ -976,7 +976,7 @@ impl Terms {
         rows
     }
 
-    /// What the tokens of one row share.
+    /// The numbers that the tokens of one row share.
     fn row(self, inputs: &Inputs, b: usize, tokens: Range<usize>, options: &PpoLossOptions) -> Row {
         let kept = count_kept(inputs.mask.map(|mask| &mask[tokens.clone()]), tokens.len());
         let weight = 1.0 / kept as f32;
@@ -1744,7 +1744,7 @@ fn moments(centre: f32, count: u64, sum: f64, squares: f64) -> Moments {
     }
 }
 
-/// What a run of tokens adds up to. The losses are weighted by row, the rest is plain.
+/// Sums over a run of tokens. The losses are weighted by row, the rest is plain.
 #[derive(Clone, Copy)]
 struct Sums {
     tokens: u64,

@@ -50,7 +50,7 @@ impl Aggregation {
     }
 }
 
-/// What [`PpoStats::clip_fraction`](super::PpoStats::clip_fraction) counts.
+/// The tokens that [`PpoStats::clip_fraction`](super::PpoStats::clip_fraction) counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ClipFractionKind {
     /// Tokens whose clipped branch is the larger one, so without gradient (TRL, verl); of the other
@@ -61,7 +61,7 @@ pub enum ClipFractionKind {
     RatioOutside,
 }
 
-/// What the policy term makes of the ratio r = e^l, the advantage A and logp of a token. sg stops the
+/// The policy term of the ratio r = e^l, the advantage A and logp of a token. sg stops the
 /// gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
@@ -90,7 +90,7 @@ impl Surrogate {
     }
 }
 
-/// Of how many tokens a ratio is.
+/// The tokens that a ratio is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RatioLevel {
     /// One a token: l = d.
@@ -122,12 +122,12 @@ pub enum TrustRegion {
     /// All.
     #[default]
     None,
-    /// Those with p - p_old in -low ..= high (DPPO-TV).
+    /// Tokens with p - p_old in -low ..= high (DPPO-TV).
     TotalVariation,
-    /// Those whose KL of (p_old, 1 - p_old) from (p, 1 - p) is at most high, or low on the side of
+    /// Tokens whose KL of (p_old, 1 - p_old) from (p, 1 - p) is at most high, or low on the side of
     /// p < p_old (DPPO-KL).
     BinaryKl,
-    /// Those with r of the token in 1 - low ..= 1 + high (IcePop).
+    /// Tokens with r of the token in 1 - low ..= 1 + high (IcePop).
     Ratio,
 }
 
@@ -164,7 +164,7 @@ pub enum KlGradient {
     Reverse,
 }
 
-/// What the ratio e^d of a token, without gradient, is a factor of in the KL term.
+/// The factor that the ratio e^d of a token, without gradient, is in the KL term.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum KlRatio {
@@ -217,11 +217,11 @@ pub struct PpoLossOptions {
     /// by `dp_size`). With a denominator given, a part may be fully masked: its loss and its
     /// gradients are 0.
     pub denominator: Option<f64>,
-    /// What the clip fraction counts; `ClippedBranch` by default.
+    /// The tokens that the clip fraction counts; `ClippedBranch` by default.
     pub clip_fraction: ClipFractionKind,
-    /// What the policy term is; `Clip` by default.
+    /// The policy term; `Clip` by default.
     pub surrogate: Surrogate,
-    /// Of how many tokens the ratio is; `Token` by default.
+    /// The tokens that the ratio is of; `Token` by default.
     pub ratio: RatioLevel,
     /// How the gradient of a row's ratio gets to the tokens; `Spread` by default.
     pub ratio_gradient: RatioGradient,
@@ -256,7 +256,7 @@ pub struct PpoLossOptions {
     pub kl_against: KlAgainst,
     /// The gradient of the KL term; `Own` by default.
     pub kl_gradient: KlGradient,
-    /// What the ratio is a factor of in the KL term; `None`, nothing, by default.
+    /// The part of the KL term that the ratio is a factor of; `None`, nothing, by default.
     pub kl_ratio: KlRatio,
     /// Bounds that factor from above (10 in OpenRLHF); above 0, `None` by default.
     pub kl_ratio_cap: Option<f64>,
@@ -657,7 +657,7 @@ impl PpoLossOptions {
         self.kl_gradient == KlGradient::Own && self.kl_ratio == KlRatio::None && !self.kl_weighted
     }
 
-    /// What the entropy is divided by: the number of unmasked `tokens`, or the D of the other terms.
+    /// The divisor of the entropy: the number of unmasked `tokens`, or the D of the other terms.
     pub(crate) fn entropy_divisor(&self, tokens: usize, divisor: f64) -> f64 {
         // The sum over no token is 0.
         if self.entropy_own_mean {

@@ -20,11 +20,11 @@ const K3: KlOptions =
 pub struct Output {
     /// The loss and the statistics.
     pub stats: PpoStats,
-    /// With respect to logp.
+    /// The gradient with respect to logp.
     pub grad_logp: Vec<f64>,
-    /// With respect to values; empty without them.
+    /// The gradient with respect to values; empty without them.
     pub grad_values: Vec<f64>,
-    /// With respect to entropy; empty without it.
+    /// The gradient with respect to entropy; empty without it.
     pub grad_entropy: Vec<f64>,
 }
 
@@ -208,7 +208,7 @@ pub fn ppo_loss(
     Ok(Output { stats, grad_logp, grad_values, grad_entropy })
 }
 
-/// What the statistics are of: a number for every unmasked token, in order.
+/// The numbers that statistics are made of: one for every unmasked token, in order.
 #[derive(Default)]
 struct Seen {
     log_ratio: Vec<f64>,
@@ -241,7 +241,7 @@ fn share(x: &[bool]) -> f64 {
     x.iter().filter(|&&x| x).count() as f64 / x.len() as f64
 }
 
-/// What each token's terms are multiplied by before they are added up, one a token: the aggregation is this
+/// The weight of each token's terms in their sum: the aggregation is this
 /// weighted sum, and these are its gradients. 0 where masked.
 ///
 /// # Errors
@@ -277,7 +277,7 @@ pub fn weights(
     Ok(weights)
 }
 
-/// What the unmasked tokens of a row have in common.
+/// The numbers that the unmasked tokens of a row share.
 struct Row {
     /// The logarithm of the row's ratio; `None` where each token has its own.
     log_ratio: Option<f64>,
@@ -318,7 +318,7 @@ fn log_clip(d: f64, a: f64, options: &PpoLossOptions) -> (f64, bool) {
 /// The policy term of one token, and what the statistics need of it.
 struct PolicyTerm {
     loss: f64,
-    /// With respect to the log-ratio, or to logp where that has a weight without gradient.
+    /// The derivative by the log-ratio, or by logp where that has a weight without gradient.
     slope: f64,
     ratio: f64,
     clipped: bool,
@@ -445,7 +445,7 @@ fn at_most(x: f64, bound: f64) -> f64 {
 /// The value term of one token.
 struct ValueTerm {
     loss: f64,
-    /// With respect to the value.
+    /// The derivative by the value.
     grad: f64,
     clipped: bool,
 }

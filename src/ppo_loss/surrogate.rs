@@ -18,7 +18,7 @@ pub(super) struct Token {
 #[derive(Clone, Copy)]
 pub(super) struct Term {
     pub loss: f32,
-    /// With respect to the log-ratio, or to logp where the surrogate weighs that.
+    /// The derivative by the log-ratio, or by logp where the surrogate weighs that.
     pub slope: f32,
     pub is_clipped: bool,
     /// Whether the dual clip bounds it.
@@ -34,7 +34,7 @@ impl Term {
 
 /// One of [`Surrogate`](super::Surrogate), with its options as the loops have them.
 pub(super) trait Of: Copy {
-    /// As [`weighs_logp`](super::Surrogate::weighs_logp): a clamp of the log-ratio does not stop the gradient.
+    /// Whether it [weighs logp](super::Surrogate::weighs_logp): a clamp of the log-ratio does not stop the gradient.
     const WEIGHS_LOGP: bool = false;
     /// Whether log-ratios are clipped before they are added up.
     const CLIPS_LOG: bool = false;

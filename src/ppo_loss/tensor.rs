@@ -18,7 +18,7 @@ use crate::tensor::{
 /// The inputs of [`ppo_loss`] as tensors.
 pub type PpoLossInputs<'a> = Inputs<'a, Tensors>;
 
-/// What [`ppo_loss`] returns.
+/// The results of [`ppo_loss`].
 #[derive(Debug, Clone)]
 pub struct PpoLossOutput {
     /// The loss, a scalar f32 with gradient to logp, values and entropy.

@@ -16,7 +16,7 @@ pub const PPOK_PREFERENCE_ROBUST: i32 = 1;
 pub const PPOK_PREFERENCE_HINGE: i32 = 2;
 /// (x - y - 1 / (2 beta))^2. TRL averages x and y.
 pub const PPOK_PREFERENCE_IPO: i32 = 3;
-/// As `PPOK_PREFERENCE_SIGMOID`, always averaged.
+/// `PPOK_PREFERENCE_SIGMOID`, always averaged.
 pub const PPOK_PREFERENCE_SIGMOID_NORM: i32 = 4;
 /// KL of (s(h), s(-h)) to (1 - e, e), e above 0.
 pub const PPOK_PREFERENCE_EXO_PAIR: i32 = 5;
@@ -32,17 +32,17 @@ pub const PPOK_PREFERENCE_APO_ZERO: i32 = 9;
 pub const PPOK_PREFERENCE_APO_DOWN: i32 = 10;
 /// -ls(h) (1 - g) + exp(-h) g, g = s(h / discopop_tau).
 pub const PPOK_PREFERENCE_DISCOPOP: i32 = 11;
-/// As `PPOK_PREFERENCE_SIGMOID`, of the sorted log-ratios of policy and reference.
+/// `PPOK_PREFERENCE_SIGMOID` of the sorted log-ratios of policy and reference.
 pub const PPOK_PREFERENCE_AOT: i32 = 12;
-/// As `PPOK_PREFERENCE_SIGMOID`, of the sorted x and the sorted y.
+/// `PPOK_PREFERENCE_SIGMOID` of the sorted x and the sorted y.
 pub const PPOK_PREFERENCE_AOT_UNPAIRED: i32 = 13;
-/// As `PPOK_PREFERENCE_SIGMOID`, without a reference, always averaged, with margin `gamma`.
+/// `PPOK_PREFERENCE_SIGMOID` without a reference, always averaged, with margin `gamma`.
 pub const PPOK_PREFERENCE_SIMPO: i32 = 14;
-/// As `PPOK_PREFERENCE_SIGMOID`, without a reference.
+/// `PPOK_PREFERENCE_SIGMOID` without a reference.
 pub const PPOK_PREFERENCE_CPO: i32 = 15;
 /// -beta ls(o(x) - o(y)), o(t) = t - ln(1 - exp(t)), without a reference, always averaged.
 pub const PPOK_PREFERENCE_ORPO: i32 = 16;
-/// As `PPOK_PREFERENCE_SIMPO`, of (1 - exp(-alpha t)) / alpha.
+/// `PPOK_PREFERENCE_SIMPO` of (1 - exp(-alpha t)) / alpha.
 pub const PPOK_PREFERENCE_ALPHAPO: i32 = 17;
 /// w_d (1 - s(beta (x - kl))) where desirable, w_u (1 - s(beta (kl - x))) elsewhere.
 pub const PPOK_PREFERENCE_KTO: i32 = 18;
@@ -187,7 +187,7 @@ pub struct ppok_preference_loss_args {
     pub ref_sums: *const f32,
     /// `[rows, seq_len]`; null if nothing is masked.
     pub mask: *const u8,
-    /// What averages are divided by, `[rows]`, 0 or above; null for the number of unmasked tokens.
+    /// The divisors of averages, `[rows]`, 0 or above; null for the number of unmasked tokens.
     pub lengths: *const i64,
     /// Factors of the losses, `[units]`; null for ones. A unit of weight 0 is left out altogether. Not
     /// for losses that sort.

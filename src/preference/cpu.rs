@@ -75,7 +75,7 @@ pub fn reward_model_loss(
     run(&inputs, rows, pairs, &Terms::reward_model(options), &scales, outputs)
 }
 
-/// What sums are multiplied by in the end.
+/// The factors of the sums in the end.
 #[derive(Default)]
 struct Scales {
     denominator: Option<f64>,
@@ -177,12 +177,12 @@ fn for_rows<S: Split>(
 
 // ---- sums over tokens ----
 
-/// What the tokens of a row add up to.
+/// Sums over the tokens of a row.
 #[derive(Clone, Copy, Default)]
 struct RowSums {
-    /// Of the log-probabilities.
+    /// The sum of the log-probabilities.
     plain: f64,
-    /// The same, and the reference's, with LD-DPO's weights.
+    /// The sum of the log-probabilities, and that of the reference's, with LD-DPO's weights.
     policy: f64,
     reference: f64,
     length: f64,
@@ -285,7 +285,7 @@ fn kept(x: f32, m: u8) -> f32 {
 /// Tokens that are summed at a time: as many sums hide the additions' latency.
 const WIDE: usize = 64;
 
-/// As many, where a vector of them is in one line of the cache.
+/// So many numbers, where a vector of them is in one line of the cache.
 #[repr(align(64))]
 struct Aligned([f32; WIDE]);
 
@@ -330,7 +330,7 @@ fn sum_of<M: Copy>(x: &[f32], m: &[M], f: impl Fn(f32, M) -> f32) -> f64 {
 #[derive(Clone, Copy, Default)]
 struct RowGradient {
     head: f32,
-    /// That of the tokens from `tail` on.
+    /// The weight of the tokens from `tail` on.
     rest: f32,
     /// 1 where the likelihood term is of the row.
     sft: f32,
@@ -428,7 +428,7 @@ fn matched(x: &[f64], y: &[f64]) -> [Vec<f64>; 2] {
 
 // ---- losses ----
 
-/// What stands for the log-ratio of a response in its loss, and its derivative by the sum.
+/// The score of a response, which stands for its log-ratio in the loss, and its derivative by the sum.
 struct Score {
     value: f64,
     slope: f64,
@@ -512,7 +512,7 @@ impl Terms {
         rest.mul_add(self.ld_alpha, head)
     }
 
-    /// What scores are divided by, of a response of that length.
+    /// The divisor of the scores of a response of that length.
     #[inline(always)]
     fn divisor(&self, length: f64) -> f64 {
         if self.averages != 0 {
@@ -792,7 +792,7 @@ fn set(out: &mut Option<&mut [f32]>, i: usize, x: f32) {
     }
 }
 
-/// What some units add up to.
+/// Sums over some units.
 #[derive(Clone, Copy, Default)]
 struct Found {
     units: f64,
@@ -801,7 +801,7 @@ struct Found {
     sft: f64,
     sft_tokens: f64,
     correct: f64,
-    /// Of the chosen responses and of the rejected ones: their number, rewards and log-probabilities.
+    /// The chosen responses and the rejected ones: their number, rewards and log-probabilities.
     count: [f64; 2],
     reward: [f64; 2],
     logp: [f64; 2],

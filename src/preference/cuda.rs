@@ -197,7 +197,7 @@ struct RowGradient {
     unused: f32,
 }
 
-/// What sums are divided by in the end; 0 is what is counted.
+/// The divisors of the sums in the end; 0 is for what is counted.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Scales {

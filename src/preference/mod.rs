@@ -76,7 +76,7 @@ pub enum PreferenceLoss {
     /// (x - y - 1 / (2 β))²: IPO (Azar et al. 2023). TRL averages x and y, OpenRLHF does not:
     /// `average_log_prob`.
     Ipo,
-    /// As `Sigmoid`, always averaged (TRL's `sigmoid_norm`).
+    /// `Sigmoid`, always averaged (TRL's `sigmoid_norm`).
     SigmoidNorm,
     /// KL of (s(h), s(-h)) to (1 - ε, ε): EXO (Ji et al. 2024); ε above 0.
     ExoPair,
@@ -92,21 +92,21 @@ pub enum PreferenceLoss {
     ApoDown,
     /// -ls(h) (1 - g) + e^-h g, g = s(h / τ): DiscoPOP (Lu et al. 2024), with `discopop_tau`.
     Discopop,
-    /// As `Sigmoid`, of the sorted log-ratios of policy (chosen - rejected) and reference: AOT
+    /// `Sigmoid` of the sorted log-ratios of policy (chosen - rejected) and reference: AOT
     /// (Melnyk et al. 2024). The batch is the sample, and has no weights.
     Aot,
-    /// As `Sigmoid`, of the sorted x less the sorted y.
+    /// `Sigmoid` of the sorted x less the sorted y.
     AotUnpaired,
-    /// As `Sigmoid`, without a reference and always averaged: SimPO (Meng et al. 2024), with
+    /// `Sigmoid` without a reference and always averaged: SimPO (Meng et al. 2024), with
     /// `gamma`, its target margin. TRL's margin is inside of β: γ / β there is this γ over β.
     #[cfg_attr(feature = "driver", value(name = "simpo"), serde(rename = "simpo"))]
     SimPo,
-    /// As `Sigmoid`, without a reference: CPO (Xu et al. 2024); its likelihood term is `sft_coef`.
+    /// `Sigmoid` without a reference: CPO (Xu et al. 2024); its likelihood term is `sft_coef`.
     Cpo,
     /// -β ls(o(x) - o(y)), o(t) = t - ln(1 - e^t), without a reference and always averaged: ORPO
     /// (Hong et al. 2024); its likelihood term is `sft_coef` 1.
     Orpo,
-    /// As `SimPo`, of (1 - e^(-α t)) / α in place of the average t: AlphaPO (Gupta et al. 2025),
+    /// `SimPo` of (1 - e^(-α t)) / α in place of the average t: AlphaPO (Gupta et al. 2025),
     /// with `alpha`.
     #[cfg_attr(feature = "driver", value(name = "alphapo"), serde(rename = "alphapo"))]
     AlphaPo,
@@ -116,7 +116,7 @@ pub enum PreferenceLoss {
     Kto,
 }
 
-/// What stands in place of the log-ratio x in h: f-DPO (Wang et al. 2023).
+/// The replacement of the log-ratio x in h: f-DPO (Wang et al. 2023).
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub enum FDivergence {
     /// x itself.
@@ -150,7 +150,7 @@ pub struct PreferenceOptions {
     pub alpha: f64,
     /// τ of `Discopop`, above 0; 0.05 by default.
     pub discopop_tau: f64,
-    /// What replaces the log-ratio in losses of h with a reference; `ReverseKl` by default.
+    /// The replacement of the log-ratio in losses of h with a reference; `ReverseKl` by default.
     pub f_divergence: FDivergence,
     /// Weight of tokens beyond the length of the shorter response of the pair, 0 to 1: LD-DPO (Liu et
     /// al. 2024). `None`, the default, is 1.
@@ -371,7 +371,7 @@ list! {
         ref_sums: f32 [shape.rows()],
         /// 0 where masked, `[rows, T]`; `None` keeps all.
         mask: u8 [shape.tokens()],
-        /// What averages are divided by, `[rows]`, and what counts as tokens in the likelihood term;
+        /// The divisors of averages, `[rows]`, and the numbers of tokens in the likelihood term;
         /// without it, unmasked tokens.
         lengths: i64 [shape.rows()],
         /// Factors of the losses, constants, `[units]`: WPO's, say. A unit of weight 0 is left out
@@ -468,7 +468,7 @@ list! {
     }
 }
 
-/// What is made of the scores a, b and h of a pair, or of a labelled response.
+/// The function of the scores a, b and h of a pair, or of a labelled response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Link {
@@ -485,7 +485,7 @@ pub(crate) enum Link {
     Kto,
 }
 
-/// What a log-ratio becomes before it is a score.
+/// The transform of a log-ratio into a score.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Transform {
@@ -497,7 +497,7 @@ pub(crate) enum Transform {
     AlphaPo,
 }
 
-/// What is sorted over the batch.
+/// The scores that are sorted over the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub(crate) enum Sorted {
@@ -508,7 +508,7 @@ pub(crate) enum Sorted {
     Sides,
 }
 
-/// What the options come down to, for the passes of both backends: a new loss is one of these links with
+/// The options reduced to terms, for the passes of both backends: a new loss is one of these links with
 /// other numbers, or one more.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -522,7 +522,7 @@ pub(crate) struct Terms {
     right: f64,
     wrong: f64,
     gamma: f64,
-    /// What x is multiplied by in the exponent of the transform.
+    /// The factor of x in the exponent of the transform.
     exponent: f64,
     tau: f64,
     desirable: f64,
@@ -538,7 +538,7 @@ pub(crate) struct Terms {
 }
 
 impl Terms {
-    /// Of validated options.
+    /// Takes validated options.
     fn new(options: &PreferenceOptions) -> Self {
         let PreferenceOptions { loss, beta, label_smoothing: eps, .. } = *options;
         let link = match loss {

@@ -12,11 +12,11 @@ in_space!(HostF64: Inputs, RewardModelInputs);
 pub struct PreferenceFound {
     /// The loss and the statistics.
     pub stats: PreferenceStats,
-    /// Of the units, times their weights.
+    /// The losses of the units, times their weights.
     pub losses: Vec<f64>,
     /// Implicit rewards of the rows.
     pub rewards: Vec<f64>,
-    /// With respect to logp, or the rewards of a reward model.
+    /// The gradient with respect to logp, or the rewards of a reward model.
     pub grad: Vec<f64>,
 }
 

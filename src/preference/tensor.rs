@@ -26,7 +26,7 @@ pub type RewardModelTensors<'a> = RewardModelInputs<'a, Tensors>;
 /// The statistics where they were computed, so that nobody has to wait for them.
 pub type PreferenceStatsTensor = StatsTensor<PreferenceStats>;
 
-/// What [`preference_loss`] returns.
+/// The results of [`preference_loss`].
 #[derive(Debug, Clone)]
 pub struct PreferenceOutput {
     /// The loss, a scalar f32 with gradient to logp.
@@ -108,7 +108,7 @@ pub fn preference_loss(
     })
 }
 
-/// What [`reward_model_loss`] returns.
+/// The results of [`reward_model_loss`].
 #[derive(Debug, Clone)]
 pub struct RewardModelOutput {
     /// The loss, a scalar f32 with gradient to the rewards.

@@ -37,7 +37,7 @@ impl Cuda {
         Self { op, device: device.clone(), stream: device.cuda_stream() }
     }
 
-    /// For the launches of one op.
+    /// The stream for the launches of one op.
     pub(crate) fn stream(&self) -> Result<Stream<'_>> {
         // candle's stream is one of those without a context of their own.
         self.stream.context().bind_to_thread().map_err(device_error)?;

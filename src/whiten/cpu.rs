@@ -195,7 +195,7 @@ impl Mean {
     }
 }
 
-/// What moments and options come down to.
+/// Factor and offset that moments and options come down to.
 struct Scale {
     mean: Mean,
     /// 1 / sqrt(var + eps), or 1 / (std + eps).

@@ -217,7 +217,7 @@ impl OptionsArgs {
     }
 }
 
-/// What a run leaves for the gradient.
+/// The sums of a run for the gradient.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct GradientSums {

@@ -39,7 +39,7 @@ use crate::moments::Moments;
 
 const OP: &str = "whiten";
 
-/// Where `eps` keeps the divisor from 0.
+/// The place where `eps` keeps the divisor from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EpsPlacement {
     /// Divide by `sqrt(var + eps)` (TRL, verl, NeMo, OpenRLHF, lm-human-preferences).
@@ -55,7 +55,7 @@ pub struct WhitenOptions {
     /// Keeps the divisor from 0: at least [`f32::MIN_POSITIVE`], or 0, with which equal elements come
     /// out as NaN. Default 1e-8.
     pub eps: f64,
-    /// What `eps` is added to. Default the variance.
+    /// The place where `eps` is added. Default the variance.
     pub eps_placement: EpsPlacement,
     /// Divide the sum of squares by n - 1 rather than n. Default true.
     pub unbiased: bool,
@@ -80,7 +80,7 @@ impl WhitenOptions {
         Error::check_option(OP, "eps", self.eps, valid, "0 or a finite number above 1.2e-38")
     }
 
-    /// What the sum of squares is divided by, which is at least 1; else an error that names `arg`,
+    /// The divisor of the sum of squares, which is at least 1; else an error that names `arg`,
     /// which the moments are of.
     fn divisor(&self, arg: &'static str, moments: &Moments) -> Result<f64> {
         let expected = if self.unbiased { 2 } else { 1 };
@@ -104,7 +104,7 @@ list! {
 }
 
 list! {
-    /// Where moments go, in some memory.
+    /// The moments, in some memory.
     outputs MomentsOutputs(_: ()) {
         /// Count, mean and sum of squared deviations, `[1]`.
         moments: Moments [&[1]],
@@ -126,7 +126,7 @@ list! {
 }
 
 list! {
-    /// Where whitened elements go, in some memory.
+    /// The whitened elements, in some memory.
     outputs Outputs(shape: &[usize]) {
         /// The whitened elements, `[elements]`, 0 where masked. On a device it may be the memory of `x`.
         y: f32 [shape] over ["x"],
@@ -134,7 +134,7 @@ list! {
 }
 
 list! {
-    /// What the gradient through the moments is made of, in some memory.
+    /// The inputs of the gradient through the moments, in some memory.
     inputs OwnBackwardInputs(shape: &[usize]) {
         /// The elements, `[elements]`.
         x: f32 [shape],
@@ -149,7 +149,7 @@ list! {
 }
 
 list! {
-    /// What the gradient with constant moments is made of, in some memory.
+    /// The inputs of the gradient with constant moments, in some memory.
     inputs WithBackwardInputs(shape: &[usize]) {
         /// The upstream gradient, `[elements]`.
         grad_y: f32 [shape],
@@ -163,7 +163,7 @@ list! {
 }
 
 list! {
-    /// Where the gradient goes, in some memory; of both backward passes.
+    /// The gradient, in some memory; of both backward passes.
     outputs GradOutputs(shape: &[usize]) {
         /// The gradient with respect to `x`, `[elements]`, 0 where masked. On a device it may be the
         /// memory of `grad_y`.

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use super::{Device, Kernel, Launch};
 use crate::error::{Error, Result};
 
-/// In which order threads and blocks get to run.
+/// The order in which threads and blocks get to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Order {
     /// Who could go on first, goes on first.
@@ -21,9 +21,9 @@ pub enum Order {
 /// The device to stand in for.
 #[derive(Debug, Clone, Copy)]
 pub struct Machine {
-    /// In which order threads run.
+    /// The order in which threads run.
     pub order: Order,
-    /// What the launches see.
+    /// The device that launches see.
     pub device: Device,
     /// The name of a bug of `tests/planted_bugs.txt` to run the kernels with, or nothing.
     pub planted_bug: &'static str,

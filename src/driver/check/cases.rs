@@ -656,7 +656,7 @@ fn check_correction(draw: &mut Draw, _: DType, pair: &mut Pair) -> Result<()> {
 /// The offsets of a pack, rows, and tokens of a row or of all.
 type Rows<'a> = (Option<&'a [i64]>, [usize; 2]);
 
-/// What the reference makes of f32 inputs.
+/// The reference's results for f32 inputs.
 fn correct(
     old_logp: &[f32],
     rollout_logp: &[f32],

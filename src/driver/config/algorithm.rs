@@ -29,7 +29,7 @@ pub enum Algorithm {
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum AdvantageEstimator {
-    /// Of the values of a critic, which learns beside the policy; all others have none
+    /// Generalised advantage estimation by a critic, which learns beside the policy; all others have none
     Gae,
     /// The return from each token on
     #[value(name = "reinforce++")]
@@ -58,7 +58,7 @@ pub enum AdvantageEstimator {
     /// The return from each token on, less the mean of the answers to the prompt weighted for the least
     /// variance
     OptimalTokenBaseline,
-    /// As grpo of each of several rewards by itself; their weighted sum in standard deviations of the
+    /// Each of several rewards by itself as in grpo; their weighted sum in standard deviations of the
     /// batch
     Gdpo,
 }
@@ -119,7 +119,7 @@ pub(super) fn name(value: impl ValueEnum) -> String {
     value.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned())
 }
 
-/// What the settings are where the algorithm decides.
+/// The settings that the algorithm decides where they are not given.
 impl Settings {
     /// The largest group that is made without being asked for.
     const MAX_GROUP: usize = 8;

@@ -7,7 +7,7 @@ use serde_json::{json, Map, Value};
 
 use crate::driver::model::{yarn_mscale, Architecture, DecoderConfig, LayerType, RopeScaling};
 
-/// What a model is for: how its class ends in transformers.
+/// The task of a model: how its class ends in transformers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Task {
     LanguageModel,
@@ -28,7 +28,7 @@ impl Task {
     }
 }
 
-/// What writers leave out, as it has the default of its architecture.
+/// Settings that writers leave out where they have the default of their architecture.
 struct Defaults {
     num_key_value_heads: Option<u64>,
     head_dim: Option<u64>,

@@ -67,7 +67,7 @@ struct AlignmentGuard<R> {
     before: Before,
 }
 
-/// What the next read of an [`AlignmentGuard`] follows.
+/// The kind of read before the next one of an [`AlignmentGuard`].
 enum Before {
     Other,
     Key,

@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 use super::lora::Lora;
 
-/// What a [`Decoder`](super::Decoder) can be, by the `model_type` of Hugging Face.
+/// The architectures of a [`Decoder`](super::Decoder), by the `model_type` of Hugging Face.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Architecture {
@@ -293,12 +293,12 @@ impl DecoderConfig {
         self.no_rope_layers.as_ref().is_none_or(|layers| layers.get(layer) != Some(&0))
     }
 
-    /// What is added to the weights of norms.
+    /// The number that is added to the weights of norms.
     pub(super) fn norm_offset(&self) -> f64 {
         f64::from(u8::from(self.model_type == Architecture::Gemma))
     }
 
-    /// What rotated queries and keys are multiplied by.
+    /// The factor of rotated queries and keys.
     pub(super) fn attention_factor(&self) -> f64 {
         match self.rope_scaling {
             Some(RopeScaling::Yarn { attention_factor, .. }) => attention_factor,

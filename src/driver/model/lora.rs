@@ -73,7 +73,7 @@ pub(super) struct Adapter {
 }
 
 impl Adapter {
-    /// What it adds to the projection of `x`.
+    /// The adapter's part of the projection of `x`.
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok((linear(&linear(x, &self.a)?, &self.b)? * self.scale)?)
     }

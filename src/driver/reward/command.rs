@@ -19,7 +19,7 @@ use wait_timeout::ChildExt;
 
 use super::{Reward, Sample};
 
-/// What the answer may take in bytes, in all and for each sample.
+/// The longest answer in bytes, in all and for each sample.
 const OUTPUT_LIMIT: (usize, usize) = (1 << 20, 1 << 12);
 /// How much of the command's standard error is kept and shown, in bytes.
 const STDERR_TAIL: usize = 2000;
@@ -105,7 +105,7 @@ fn quote(line: &str) -> String {
     format!("`{shown}`")
 }
 
-/// What a command that ended by itself with status 0 left.
+/// The output of a command that ended by itself with status 0.
 struct Finished {
     stdout: Vec<u8>,
     stderr: Tail,
