@@ -1,4 +1,4 @@
-# `just`: what there is. Each is one command, and all of them together are .ci/run.
+# `just`: the commands of every day.
 default:
     @just --list
 

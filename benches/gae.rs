@@ -1,7 +1,8 @@
 //! Advantages and returns. `gae` has rewards and values of whole rows; `gae_shaping` makes the
-//! rewards of KL and scores, in padded rows; `gae_packed` and `gae_padded` are the same rows of 1 to 2048
-//! tokens. `fused` is the function on slices, writing where there
-//! is memory; that of `gae_tensor` is the candle function, which allocates its three outputs.
+//! rewards of KL and scores, in padded rows; `gae_spans` and `gae_gaps` have masked tokens between others;
+//! `gae_packed` and `gae_padded` are the same rows of 1 to 2048 tokens. `fused` is the function on slices,
+//! writing where there is memory; that of `gae_tensor` is the candle function, which allocates its three
+//! outputs.
 
 mod common;
 
@@ -106,6 +107,44 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     });
 }
 
+/// Rows with masked tokens between the others: the same columns in every row, which candle's own ops are
+/// given already taken out.
+fn gaps(
+    criterion: &mut Criterion,
+    pass: &str,
+    batch: usize,
+    seq_len: usize,
+    keep: fn(usize) -> bool,
+) {
+    let tokens = batch * seq_len;
+    let walk = Walk { read: 9 * tokens, write: 8 * tokens };
+    on_cpu(criterion, pass, &format!("f32_{batch}x{seq_len}"), &[walk], || {
+        let (rewards, values) = (random(1, batch, seq_len), random(2, batch, seq_len));
+        let columns: Vec<u32> = (0..seq_len).filter(|&t| keep(t)).map(|t| t as u32).collect();
+        let kept = Tensor::new(&columns[..], device()).unwrap();
+        let mask: Vec<u8> = (0..tokens).map(|i| u8::from(keep(i % seq_len))).collect();
+        let inputs = (to_vec(&rewards), to_vec(&values));
+        let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
+            let rewards = Some(&inputs.0[..]);
+            let inputs = Inputs { rewards, mask: Some(&mask), ..Inputs::new(&inputs.1) };
+            let mut moments = [Moments::default()];
+            let moments = Some(&mut moments[..]);
+            let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
+            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
+        };
+        let [rewards, values] =
+            [rewards, values].map(|x| x.index_select(&kept, 1).unwrap().contiguous().unwrap());
+        let candle = move || compositions::gae(&rewards, &values, &options()).unwrap();
+        let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; tokens]);
+        fused(&mut advantages, &mut returns);
+        let of_kept = |x: &[f32]| -> Vec<f32> {
+            x.chunks(seq_len).flat_map(|row| columns.iter().map(|&t| row[t as usize])).collect()
+        };
+        check(&of_kept(&advantages), &of_kept(&returns), &candle());
+        (move || fused(&mut advantages, &mut returns), candle)
+    });
+}
+
 /// A pack, and the same rows with padding; candle's own ops have padding in both.
 fn packs(criterion: &mut Criterion) {
     let (rows, width) = (pack::ROWS, pack::WIDTH);
@@ -175,6 +214,9 @@ fn benches(criterion: &mut Criterion) {
     tensors(criterion, 4096, 2048);
     shaping(criterion, 64, 2048);
     shaping(criterion, 4096, 2048);
+    // Spans of 100 tokens, as of a tool's answers, and every other token by chance.
+    gaps(criterion, "gae_spans", 64, 2048, |t| t % 400 < 300);
+    gaps(criterion, "gae_gaps", 64, 2048, |t| (t * 0x9e37) >> 7 & 1 == 0);
     packs(criterion);
 }
 

@@ -25,7 +25,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = PpoLossOptions { entropy_coef: 0.01, ..PpoLossOptions::dapo() };
     let grads = ppo_loss(&inputs, &options)?.loss.backward()?;
     for (name, var) in [("hidden", &hidden), ("weight", &weight)] {
-        println!("d{name} {:?}", grads.get(var).ok_or("no gradient")?.dims());
+        let grad = grads.get(var).ok_or("no gradient")?;
+        assert_eq!(grad.dims(), var.dims());
+        println!("d{name} {:?}", grad.dims());
     }
     Ok(())
 }

@@ -29,8 +29,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let output = ppo_loss(&inputs, &PpoLossOptions::default())?;
     let grads = output.loss.backward()?;
     let of = |var: &Var| grads.get(var).ok_or("no gradient").map(Tensor::to_vec2::<f32>);
-    println!("dlogp {:?}, dvalues {:?}", of(&logp)??, of(&values)??);
+    let (dlogp, dvalues) = (of(&logp)??, of(&values)??);
     let stats = output.stats.to_host()?;
+    // Its ratio, e^0.3, is beyond 1.2; what is masked has no gradient either.
+    assert_eq!((dlogp[0][0], dlogp[0][2], stats.clip_fraction), (0.0, 0.0, 0.5));
+    println!("dlogp {dlogp:?}, dvalues {dvalues:?}");
     println!("loss {}, clipped {}, KL {}", stats.loss, stats.clip_fraction, stats.approx_kl_k3);
 
     // GSPO: the ratio is that of the whole answer. Any option can be changed.

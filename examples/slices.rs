@@ -24,6 +24,9 @@ fn main() -> ppo_kernels::Result<()> {
         moments: Some(&mut moments),
     };
     cpu::gae(inputs, batch, tokens, &GaeOptions::default(), outputs)?;
+    // The last token of a row has nothing behind it: score less value.
+    assert_eq!([advantages[1], advantages[4]], [0.8, -0.5]);
+    assert_eq!(moments[0].count, 5.0);
     println!("advantages {advantages:?}\nreturns {returns:?}\n{:?}", moments[0]);
 
     // Nothing panics on bad input, and nothing is written then.
@@ -35,6 +38,7 @@ fn main() -> ppo_kernels::Result<()> {
         moments: None,
     };
     let error = cpu::gae(inputs, batch, tokens, &GaeOptions::default(), outputs).unwrap_err();
+    assert_eq!(error.to_string(), "gae: `offsets` has shape [2], expected [4]");
     println!("refused: {error}");
     Ok(())
 }

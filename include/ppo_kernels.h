@@ -33,8 +33,8 @@
  * pool of them, as many as RAYON_NUM_THREADS says, or OMP_NUM_THREADS, or as the machine has cores, which
  * stays for the life of the process; ppok_set_team() has the program's own threads used in its place.
  * In the child of a fork(), which does not have them, and where they cannot be started, the caller's
- * thread does all the work, to the same bits. Apart from the pool with its queue, a list of a team's
- * parts of a call, the order of the rows by groups in ppok_advantages_cpu(), some numbers a row in the
+ * thread does all the work, to the same bits. Apart from the pool with its queue, the nodes of the tree
+ * by which a call's work is shared out, the order of the rows by groups in ppok_advantages_cpu(), some numbers a row in the
  * losses of pairs and from logits, kernels that are loaded, and the texts of errors, nothing is
  * allocated.
  *
@@ -137,7 +137,8 @@
 #define PPOK_TOKEN_STEP_COLUMN 0
 
 /**
- * Tokens with as many unmasked ones before them have (verl's `tir_optimal_token_baseline`, for several turns).
+ * Tokens with as many unmasked ones before them have a baseline in common (verl's
+ * `tir_optimal_token_baseline`, for several turns).
  */
 #define PPOK_TOKEN_STEP_UNMASKED 1
 

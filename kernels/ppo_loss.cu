@@ -510,15 +510,18 @@ static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool coun
     s.counts[which / COUNTS_A_WORD] += uint32_t(counts) << COUNT_BITS * (which % COUNTS_A_WORD);
 }
 
-// A number among the unmasked ones that is not the outlier, if there is one; NaN without any.
+// The second smallest of the unmasked numbers, which of three or four is not the outlier, if there is
+// one; NaN without any.
 static __device__ __forceinline__ float centre_of(const float (&x)[QUAD],
                                                   const bool (&keep)[QUAD]) {
     float first = NAN, y[QUAD];
 #pragma unroll
     for (int i = QUAD - 1; i >= 0; i--) first = keep[i] ? x[i] : first;
 #pragma unroll
-    for (int i = 0; i < QUAD; i++) y[i] = keep[i] ? x[i] : first;
-    const float centre = fmaxf(fminf(y[0], y[1]), fminf(y[2], y[3]));
+    for (int i = 0; i < QUAD; i++) y[i] = keep[i] ? x[i] : INFINITY;
+    const float low = fmaxf(fminf(y[0], y[1]), fminf(y[2], y[3]));
+    const float second = fminf(low, fminf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3])));
+    const float centre = fabsf(second) <= LARGEST ? second : first;
     // Infinity less itself would be NaN.
     return fabsf(centre) > LARGEST ? 0.0f : centre;
 }

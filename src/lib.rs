@@ -16,7 +16,7 @@
 //! Every op is one module with the same parts:
 //! - `reference`: the oracle, plain f64 loops that can be checked by eye, for inputs of the right
 //!   length (others panic);
-//! - `cpu`: the fused implementation on slices, which allocates nothing;
+//! - `cpu`: the fused implementation on slices, which allocates no buffer;
 //! - `cuda`: launches of hand-written kernels on device pointers and the caller's stream (feature
 //!   `cuda`);
 //! - the functions of the module itself: candle tensors in and out, with gradients, on the CPU and on

@@ -464,6 +464,9 @@ fn settings_that_do_not_fit_together_are_refused() {
         ("sentiment,sweetness", "reward \"sweetness\": expected sentiment"),
         ("sentiment*much", "reward \"sentiment*much\": expected NAME*WEIGHT"),
         ("sentiment*inf,length", "expected NAME*WEIGHT, the weight a finite number"),
+        ("sentiment*1e300,length", "a finite number in 32 bits"),
+        ("model:a*b", "no * or comma in the name of a folder"),
+        ("length,sentiment,length*2", "--reward length,sentiment,length*2 has length twice"),
         ("sentiment*2*3", "expected NAME*WEIGHT"),
     ] {
         refused(&["--reward", text], wrong);
@@ -475,7 +478,20 @@ fn settings_that_do_not_fit_together_are_refused() {
     let several = ["--reward", "sentiment*0.5,regex,model:a/dir*-1", "--reward-pattern", "a"];
     let settings = resolve(&several).unwrap();
     assert_eq!(settings.reward.to_string(), several[1]);
-    assert_eq!(settings.critic_dir(), None);
+    assert_eq!(settings.critic_dir(), Some(Path::new("a/dir")));
+    let two = resolve(&["--reward", "model:a,model:b"]).unwrap();
+    assert_eq!(two.critic_dir(), None);
+    // As they are written they are read.
+    for (text, written) in [
+        ("model:a*1", "model:a"),
+        ("sentiment*1", "sentiment"),
+        (" sentiment , length * 0.5", "sentiment,length*0.5"),
+        ("length*0.5", "length*0.5"),
+    ] {
+        let kind: RewardKind = text.parse().unwrap();
+        assert_eq!(kind.to_string(), written);
+        assert_eq!(written.parse::<RewardKind>().unwrap(), kind);
+    }
     let dir = tempfile::tempdir().unwrap();
     let file = write(&dir.path().join("config.toml"), settings.to_toml().unwrap());
     assert_eq!(resolve(&["--config", &file]).unwrap(), settings);

@@ -277,6 +277,10 @@ fn merged_moments_are_those_of_the_whole() {
         check_moments(&format!("cut at {cut}, swapped"), b.merge(a), whole, 1e-12);
     }
     assert_eq!(Moments::default().merge(Moments::default()), Moments::default());
+    // As many as no integer counts.
+    let of = |mean| Moments { count: u64::MAX as f64, mean, m2: 0.0 };
+    let want = Moments { count: 2f64.powi(65), mean: 2.0, m2: 2f64.powi(65) };
+    assert_eq!(of(1.0).merge(of(3.0)), want);
 }
 
 #[test]

@@ -167,7 +167,8 @@ pub unsafe extern "C" fn ppok_advantages_cpu(args: *const ppok_advantages_args) 
 
 /// Tokens of one column have a baseline in common (verl's `optimal_token_baseline`).
 pub const PPOK_TOKEN_STEP_COLUMN: i32 = 0;
-/// Tokens with as many unmasked ones before them have (verl's `tir_optimal_token_baseline`, for several turns).
+/// Tokens with as many unmasked ones before them have a baseline in common (verl's
+/// `tir_optimal_token_baseline`, for several turns).
 pub const PPOK_TOKEN_STEP_UNMASKED: i32 = 1;
 
 /// Options of ppok_optimal_token_baseline_*; the defaults are verl's.

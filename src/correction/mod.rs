@@ -75,7 +75,7 @@ use crate::pack::BatchShape;
 
 const OP: &str = "correction";
 
-/// The tokens whose ratio a weight is.
+/// The level of a weight: a token or a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum WeightLevel {
@@ -311,7 +311,7 @@ fn check_bounds(names: [&'static str; 2], bounds: [Option<f64>; 2], takes_log: b
 /// Options of the op. Default: truncated importance sampling of tokens at 2, as in verl.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct CorrectionOptions {
-    /// The tokens whose ratio a weight is; `Token` by default.
+    /// The level of a weight, a token or a row; `Token` by default.
     pub level: WeightLevel,
     /// Clamps d, its sum or its mean to ± this before e^x; above 0. `None` clamps nothing, and then w above
     /// e^88 is infinite in f32. 20 by default, as in verl. Metrics and statistics are of the clamped d as

@@ -220,9 +220,10 @@ where
     M: Fn(A, A) -> A + Sync,
 {
     fn leaf(&mut self, first: usize, len: usize) {
-        if let State::Todo(items) = std::mem::replace(&mut self.state, State::Begun) {
-            self.state = State::Done((self.leaf)(first, len, items));
-        }
+        let State::Todo(items) = std::mem::replace(&mut self.state, State::Begun) else {
+            not_done()
+        };
+        self.state = State::Done((self.leaf)(first, len, items));
     }
 
     fn split(&mut self, mid: usize) -> [&mut dyn Branch; 2] {
@@ -524,6 +525,34 @@ mod tests {
         assert_eq!(count, 5);
         assert!(failed.is_err());
         assert!(num_threads() > 0 && !IN_TEAM.get());
+    }
+
+    #[test]
+    fn a_panic_of_a_leaf_or_a_merge_arrives() {
+        let leaf = |first: usize, _, ()| assert!(first != 70, "of a leaf");
+        let sum = |at: usize| {
+            reduce(
+                100,
+                1,
+                (),
+                |first, _, ()| first,
+                |a, b| {
+                    assert!(b != at, "of a merge");
+                    a + b
+                },
+            )
+        };
+        for pool in [1, 3] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(pool).build().unwrap();
+            let of = |failed: Result<(), Box<dyn std::any::Any + Send>>| {
+                *failed.unwrap_err().downcast::<&str>().unwrap()
+            };
+            let failed = |work: &(dyn Fn() + Sync)| {
+                of(catch_unwind(AssertUnwindSafe(|| pool.install(work))))
+            };
+            assert_eq!(failed(&|| for_each(100, 1, (), leaf)), "of a leaf");
+            assert_eq!(failed(&|| assert!(sum(71) > 0)), "of a merge");
+        }
     }
 
     #[test]

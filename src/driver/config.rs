@@ -174,7 +174,9 @@ impl FromStr for RewardKind {
 
     fn from_str(text: &str) -> Result<Self, String> {
         if text.contains([',', '*']) {
-            return text.split(',').map(weighted).collect::<Result<_, _>>().map(RewardKind::Sum);
+            let mut parts = text.split(',').map(weighted).collect::<Result<Vec<_>, _>>()?;
+            let alone = parts.len() == 1 && parts[0].1 == 1.0;
+            return Ok(if alone { parts.remove(0).0 } else { RewardKind::Sum(parts) });
         }
         let named = REWARDS.into_iter().find(|(name, _)| *name == text);
         let dir = || text.strip_prefix("model:").filter(|dir| !dir.is_empty());
@@ -189,11 +191,17 @@ impl FromStr for RewardKind {
 /// Reads `NAME` or `NAME*WEIGHT`.
 fn weighted(text: &str) -> Result<(RewardKind, f64), String> {
     let Some((name, weight)) = text.rsplit_once('*') else {
-        return Ok((text.parse()?, 1.0));
+        return Ok((text.trim().parse()?, 1.0));
     };
-    match weight.parse() {
-        Ok(weight) if f64::is_finite(weight) && !name.contains('*') => Ok((name.parse()?, weight)),
-        _ => Err(format!("reward {text:?}: expected NAME*WEIGHT, the weight a finite number")),
+    match weight.trim().parse::<f32>() {
+        Ok(in_32_bits) if in_32_bits.is_finite() && !name.contains('*') => {
+            let weight = weight.trim().parse().map_err(|_| "no number")?;
+            Ok((name.trim().parse()?, weight))
+        }
+        _ => Err(format!(
+            "reward {text:?}: expected NAME*WEIGHT, the weight a finite number in 32 bits, and no * or \
+             comma in the name of a folder"
+        )),
     }
 }
 
@@ -386,8 +394,8 @@ pub struct Settings {
     /// What a response is scored by: sentiment, positive and negative English words, in [-1, 1];
     /// length, nearness to --reward-length words, in [0, 1]; regex, 1 if --reward-pattern matches,
     /// else 0; command, whatever the program --reward-command answers; model:DIR, the reward model
-    /// in that folder, such as the weights of `reward`; or the sum of several, as in
-    /// sentiment,length*0.5
+    /// in that folder, such as the weights of `reward`; or the sum of several with their weights, as
+    /// in sentiment,length*0.5
     #[arg(long, value_name = "NAME", default_value_t = RewardKind::Sentiment,
         help_heading = "Reward")]
     pub reward: RewardKind,
@@ -788,12 +796,14 @@ impl<S: RunSettings> ConfigArgs<S> {
 impl Settings {
     /// The folder of the reward model that the critic starts from, if there is a critic and it does.
     pub fn critic_dir(&self) -> Option<&Path> {
-        match (&self.reward, self.critic_from) {
-            (RewardKind::Model(dir), None | Some(CriticFrom::Reward)) => {
-                self.estimator().has_critic().then_some(dir)
-            }
+        let mut models = self.reward.parts().into_iter().filter_map(|(kind, _)| match kind {
+            RewardKind::Model(dir) => Some(dir.as_path()),
             _ => None,
-        }
+        });
+        // Of several models none is the one.
+        let only = models.next().filter(|_| models.next().is_none());
+        let wanted = matches!(self.critic_from, None | Some(CriticFrom::Reward));
+        only.filter(|_| wanted && self.estimator().has_critic())
     }
 
     adapters_of_settings!();
@@ -1026,7 +1036,13 @@ impl RunSettings for Settings {
             "--critic-from reward has no model with --reward {}; add --reward model:DIR",
             self.reward
         );
-        for (kind, _) in self.reward.parts() {
+        let parts = self.reward.parts();
+        for (i, (kind, _)) in parts.iter().enumerate() {
+            ensure!(
+                !parts[..i].iter().any(|(other, _)| other == kind),
+                "--reward {} has {kind} twice",
+                self.reward
+            );
             match kind {
                 RewardKind::Regex => needed("--reward-pattern", &self.reward_pattern, kind)?,
                 RewardKind::Command => needed("--reward-command", &self.reward_command, kind)?,

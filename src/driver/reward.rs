@@ -91,7 +91,9 @@ pub fn weighted_sum(parts: &[Scores]) -> Vec<f32> {
     let count = parts.first().map_or(0, |part| part.scores.len());
     let of_sample =
         |i| parts.iter().map(|part| part.weight * f64::from(part.scores[i])).sum::<f64>();
-    (0..count).map(|i| of_sample(i) as f32).collect()
+    let largest = f64::from(f32::MAX);
+    // What is beyond the largest number of 32 bits stays finite.
+    (0..count).map(|i| of_sample(i).clamp(-largest, largest) as f32).collect()
 }
 
 /// The reward that the settings ask for. A pattern is compiled and a command tried on a sample, so

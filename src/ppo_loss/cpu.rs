@@ -608,7 +608,7 @@ enum RowWeight {
     Given(f32),
     /// One over the number of unmasked tokens in the row, of rows of this length.
     OneOverLength(usize),
-    /// The ratio of its row, which is known.
+    /// The weight of its row, which is known.
     OfRows,
 }
 
@@ -867,7 +867,7 @@ impl PolicyLanes {
         advantages: ZERO,
     };
 
-    /// Adds them to the sums, of ratios less `centre`.
+    /// Writes the lanes' sums to those of a run of tokens, the ratios' less `centre`.
     fn add_to(self, sums: &mut Sums, centre: f32) {
         sums.policy_loss = sum(self.loss);
         sums.clipped = count_of(self.clipped);

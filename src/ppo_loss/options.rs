@@ -90,7 +90,7 @@ impl Surrogate {
     }
 }
 
-/// The tokens that a ratio is of.
+/// The level of a ratio: a token or a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum RatioLevel {
     /// One a token: l = d.
@@ -164,7 +164,7 @@ pub enum KlGradient {
     Reverse,
 }
 
-/// The factor that the ratio e^d of a token, without gradient, is in the KL term.
+/// The part of a token's KL term that its ratio e^d, without gradient, multiplies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(i32)]
 pub enum KlRatio {
@@ -221,7 +221,7 @@ pub struct PpoLossOptions {
     pub clip_fraction: ClipFractionKind,
     /// The policy term; `Clip` by default.
     pub surrogate: Surrogate,
-    /// The tokens that the ratio is of; `Token` by default.
+    /// The level of the ratio, a token or a row; `Token` by default.
     pub ratio: RatioLevel,
     /// How the gradient of a row's ratio gets to the tokens; `Spread` by default.
     pub ratio_gradient: RatioGradient,
@@ -256,7 +256,7 @@ pub struct PpoLossOptions {
     pub kl_against: KlAgainst,
     /// The gradient of the KL term; `Own` by default.
     pub kl_gradient: KlGradient,
-    /// The part of the KL term that the ratio is a factor of; `None`, nothing, by default.
+    /// The part of the KL term that the ratio multiplies; `None`, nothing, by default.
     pub kl_ratio: KlRatio,
     /// Bounds that factor from above (10 in OpenRLHF); above 0, `None` by default.
     pub kl_ratio_cap: Option<f64>,

@@ -138,24 +138,30 @@ pub fn some_weights(rng: &mut StdRng, n: usize) -> Vec<f32> {
 }
 
 /// A batch whose statistics sums in f32 lose that are not taken around a number of their own: ratios
-/// that agree but are not 1, and a return that is an outlier, the first.
-pub fn hard_to_sum(batch: usize, seq_len: usize) -> Data<f32> {
+/// that agree but are not 1, and a return that is an outlier, the first. Without and with a masked token
+/// beside it.
+pub fn hard_to_sum(batch: usize, seq_len: usize) -> [Data<f32>; 4] {
     let n = batch * seq_len;
     // Multiples of 2^-21, so that differences are exact in f32.
     let step = |i: usize| ((i * 7) % 32) as f32 * 2_f32.powi(-17);
-    let mut returns: Vec<f32> = (0..n).map(|i| 0.75 + step(i)).collect();
-    returns[0] = 1e8;
-    Data {
-        batch,
-        seq_len,
-        logp: vec![-2.0; n],
-        old_logp: (0..n).map(|i| -0.28125 + step(i)).collect(),
-        advantages: vec![1.0; n],
-        values: Some((0..n).map(|i| 0.5 + step(3 * i)).collect()),
-        old_values: Some(vec![0.5; n]),
-        returns: Some(returns),
-        ..Default::default()
-    }
+    let returns: Vec<f32> = (0..n).map(|i| 0.75 + step(i)).collect();
+    [(1e8, None), (-1e8, None), (1e8, Some(1)), (-1e8, Some(3))].map(|(outlier, masked)| {
+        let mut returns = returns.clone();
+        returns[0] = outlier;
+        let keep = |token: usize| (0..n).map(|i| u8::from(i != token)).collect();
+        Data {
+            batch,
+            seq_len,
+            logp: vec![-2.0; n],
+            old_logp: (0..n).map(|i| -0.28125 + step(i)).collect(),
+            advantages: vec![1.0; n],
+            values: Some((0..n).map(|i| 0.5 + step(3 * i)).collect()),
+            old_values: Some(vec![0.5; n]),
+            returns: Some(returns),
+            mask: masked.map(keep),
+            ..Default::default()
+        }
+    })
 }
 
 /// Asserts what the statistics of [`hard_to_sum`] can be: means to a few units in the last place of the
