@@ -46,8 +46,8 @@
 // row of logits and writes one.
 //
 // Numbers. e^x is expf, to 2 ulp. Variances are taken around a number that is among those they are
-// of, so that they keep their digits far from 0: each thread takes one of its first, and changes to
-// the block's before sums are added, as the parts do to the first part's. Masked tokens are selected
+// of, so that they keep their digits far from 0: each thread takes its first, and changes to the
+// block's before sums are added, as the parts do to the first part's. Masked tokens are selected
 // away, never multiplied: they may be NaN. D = 0 makes the loss NaN.
 
 #include "common/logprob.cuh"
@@ -73,26 +73,22 @@ enum Sum {
     LOG_RATIO,
     LOG_RATIO_SQUARES,
     LOG_RATIO_K3,
+    EXCESS,  // of the ratio over 1
+    EXCESS_SQUARES,
     ENTROPY,
     KL,
     ADVANTAGE,
-    RATIO,  // less its centre, and so are the next five
-    RATIO_SQUARES,
-    RETURN,
+    RETURN,  // less its centre, and so are the next three
     RETURN_SQUARES,
     RESIDUAL,  // return - value
     RESIDUAL_SQUARES,
     // From here on no sums.
     RATIO_MIN,
     RATIO_MAX,
-    RATIO_CENTRE,
     RETURN_CENTRE,
     RESIDUAL_CENTRE,
     PARTIAL_SUMS,
 };
-// Kinds of numbers that are added up around a centre.
-constexpr int CENTRES = PARTIAL_SUMS - RATIO_CENTRE;
-static_assert(RATIO_MIN - RATIO == 2 * CENTRES, "a sum and a sum of squares for each");
 // A warp merges each; a bit each in a mask of lanes.
 static_assert(PARTIAL_SUMS < WARP, "one warp has a lane for each");
 
@@ -501,42 +497,13 @@ static __device__ __forceinline__ ThreadSums no_thread_sums() {
     for (int i = 0; i < PARTIAL_SUMS; i++) s.sum[i] = 0.0f;
     s.sum[RATIO_MIN] = INFINITY;
     s.sum[RATIO_MAX] = -INFINITY;
-    s.sum[RATIO_CENTRE] = s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = NAN;
+    s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = NAN;
     s.counts[0] = s.counts[1] = 0;
     return s;
 }
 
 static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool counts) {
     s.counts[which / COUNTS_A_WORD] += uint32_t(counts) << COUNT_BITS * (which % COUNTS_A_WORD);
-}
-
-// The second smallest of the unmasked numbers, which of three or four is not the outlier, if there is
-// one; NaN without any.
-static __device__ __forceinline__ float centre_of(const float (&x)[QUAD],
-                                                  const bool (&keep)[QUAD]) {
-    float first = NAN, y[QUAD];
-#pragma unroll
-    for (int i = QUAD - 1; i >= 0; i--) first = keep[i] ? x[i] : first;
-#pragma unroll
-    for (int i = 0; i < QUAD; i++) y[i] = keep[i] ? x[i] : INFINITY;
-    const float low = fmaxf(fminf(y[0], y[1]), fminf(y[2], y[3]));
-    const float second = fminf(low, fminf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3])));
-    const float centre = fabsf(second) <= LARGEST ? second : first;
-    // Infinity less itself would be NaN.
-    return fabsf(centre) > LARGEST ? 0.0f : centre;
-}
-
-// Adds numbers and their squares around a centre, which is NaN until the thread has seen a token.
-static __device__ __forceinline__ void add_around(ThreadSums& s, Sum of, Sum squares, Sum centre,
-                                                  const float (&x)[QUAD],
-                                                  const bool (&keep)[QUAD]) {
-    if (s.sum[centre] != s.sum[centre]) s.sum[centre] = centre_of(x, keep);
-#pragma unroll
-    for (int i = 0; i < QUAD; i++) {
-        const float y = keep[i] ? x[i] - s.sum[centre] : 0.0f;
-        s.sum[of] += y;
-        s.sum[squares] = fmaf(y, y, s.sum[squares]);
-    }
 }
 
 // The factors of the terms' gradients.
@@ -549,8 +516,7 @@ static __device__ __forceinline__ bool counts_as_clipped(const PassArgs& args,
     return args.count_outside ? outside : term.is_clipped;
 }
 
-// The statistics of a token's policy term but for its ratio's; of a masked one only ratio 1 and
-// advantage 0 are seen.
+// The statistics of a token's policy term; of a masked one only ratio 1 and advantage 0 are seen.
 static __device__ __forceinline__ void add_policy_stats(const PassArgs& args, ThreadSums& s,
                                                         const PolicyTerm& term, bool keep, float d,
                                                         float a) {
@@ -561,6 +527,9 @@ static __device__ __forceinline__ void add_policy_stats(const PassArgs& args, Th
     count(s, LOWER_CLIPPED, term.is_lower);
     s.sum[LOG_RATIO] += d;
     s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
+    const float excess = ratio - 1.0f;
+    s.sum[EXCESS] += excess;
+    s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
     s.sum[RATIO_MIN] = keep ? fminf(s.sum[RATIO_MIN], ratio) : s.sum[RATIO_MIN];
     s.sum[RATIO_MAX] = keep ? fmaxf(s.sum[RATIO_MAX], ratio) : s.sum[RATIO_MAX];
     s.sum[ADVANTAGE] += a;
@@ -582,7 +551,6 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
     s.counts[0] += count_nonzero(g.mask) << COUNT_BITS * TOKENS;
-    float ratios[QUAD];
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
@@ -593,9 +561,7 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
         s.sum[POLICY_LOSS] = fmaf(w[i], term.loss, s.sum[POLICY_LOSS]);
         add_policy_stats(args, s, term, keep[i], term.log_ratio, a);
         s.sum[LOG_RATIO_K3] += k3_of_ratio(term.log_ratio, term.ratio);
-        ratios[i] = term.ratio;
     }
-    add_around(s, RATIO, RATIO_SQUARES, RATIO_CENTRE, ratios, keep);
 }
 
 // Any policy term, and its gradient. `rows` are of the tokens' rows.
@@ -612,7 +578,6 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
     unpack(g.advantages, advantages, float{});
     unpack(g.weights, weights, float{});
     s.counts[0] += count_nonzero(g.mask) << COUNT_BITS * TOKENS;
-    float ratios[QUAD];
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const float d = keep[i] ? logp[i] - old_logp[i] : 0.0f;
@@ -639,9 +604,7 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
         const float clamped = clamp(d, clip.log_ratio_limit);
         add_policy_stats(args, s, term, keep[i], clamped, a);
         s.sum[LOG_RATIO_K3] += k3_of_ratio(clamped, family.of_rows ? expf(clamped) : term.ratio);
-        ratios[i] = term.ratio;
     }
-    add_around(s, RATIO, RATIO_SQUARES, RATIO_CENTRE, ratios, keep);
 }
 
 // The KL term; adds its gradient to the policy term's.
@@ -688,7 +651,16 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
     unpack(g.values, values, float{});
     unpack(args.old_values ? g.old_values : g.values, old_values, float{});
     unpack(g.returns, returns, float{});
-    float residuals[QUAD];
+    // Until a thread has seen a token its centre is NaN.
+    if (s.sum[RETURN_CENTRE] != s.sum[RETURN_CENTRE]) {
+#pragma unroll
+        for (int i = QUAD - 1; i >= 0; i--) {
+            if (keep[i]) {
+                s.sum[RETURN_CENTRE] = returns[i];
+                s.sum[RESIDUAL_CENTRE] = returns[i] - values[i];
+            }
+        }
+    }
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const float error = values[i] - returns[i];
@@ -705,10 +677,13 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
 
         count(s, VALUE_CLIPPED, is_clipped);
         s.sum[VALUE_LOSS] = fmaf(w[i], keep[i] ? larger : 0.0f, s.sum[VALUE_LOSS]);
-        residuals[i] = -error;
+        const float target = keep[i] ? returns[i] - s.sum[RETURN_CENTRE] : 0.0f;
+        s.sum[RETURN] += target;
+        s.sum[RETURN_SQUARES] = fmaf(target, target, s.sum[RETURN_SQUARES]);
+        const float residual = keep[i] ? -error - s.sum[RESIDUAL_CENTRE] : 0.0f;
+        s.sum[RESIDUAL] += residual;
+        s.sum[RESIDUAL_SQUARES] = fmaf(residual, residual, s.sum[RESIDUAL_SQUARES]);
     }
-    add_around(s, RETURN, RETURN_SQUARES, RETURN_CENTRE, returns, keep);
-    add_around(s, RESIDUAL, RESIDUAL_SQUARES, RESIDUAL_CENTRE, residuals, keep);
 }
 
 // The entropy, and its gradient.
@@ -840,11 +815,7 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         const uint32_t word = s.counts[i / COUNTS_A_WORD];
         s.sum[i] = float(word >> COUNT_BITS * (i % COUNTS_A_WORD) & ((1 << COUNT_BITS) - 1));
     }
-    // What the block adds up has the centres of its first thread with tokens, values or not.
-#pragma unroll
-    for (int i = RATIO_CENTRE; i < PARTIAL_SUMS; i++) {
-        if (s.sum[TOKENS] == 0.0f || (i > RATIO_CENTRE && !args.values)) s.sum[i] = 0.0f;
-    }
+    if (s.sum[TOKENS] == 0.0f) s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = 0.0f;
     return s;
 }
 
@@ -876,25 +847,26 @@ static __device__ __forceinline__ double block_sums(ThreadSums& s, WarpSums* war
     __syncthreads();
     if (lane == (leader < 0 ? 0 : leader)) {
         warps[warp].has_tokens = has_tokens;
-#pragma unroll
-        for (int centre = RATIO_CENTRE; centre < PARTIAL_SUMS; centre++) {
-            warps[warp].sum[centre] = s.sum[centre];
-        }
+        warps[warp].sum[RETURN_CENTRE] = s.sum[RETURN_CENTRE];
+        warps[warp].sum[RESIDUAL_CENTRE] = s.sum[RESIDUAL_CENTRE];
     }
     __syncthreads();
+    float centre[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int kind = 0; kind < CENTRES; kind++) {
-        float centre = 0.0f;
-#pragma unroll
-        for (int other = WARPS - 1; other >= 0; other--) {
-            if (warps[other].has_tokens) centre = warps[other].sum[RATIO_CENTRE + kind];
+    for (int other = WARPS - 1; other >= 0; other--) {
+        if (warps[other].has_tokens) {
+            centre[0] = warps[other].sum[RETURN_CENTRE];
+            centre[1] = warps[other].sum[RESIDUAL_CENTRE];
         }
-        if (has_tokens) {
-            change_centre(s.sum[RATIO + 2 * kind], s.sum[RATIO_SQUARES + 2 * kind], s.sum[TOKENS],
-                          s.sum[RATIO_CENTRE + kind], centre);
-        }
-        s.sum[RATIO_CENTRE + kind] = centre;
     }
+    if (has_tokens) {
+        change_centre(s.sum[RETURN], s.sum[RETURN_SQUARES], s.sum[TOKENS], s.sum[RETURN_CENTRE],
+                      centre[0]);
+        change_centre(s.sum[RESIDUAL], s.sum[RESIDUAL_SQUARES], s.sum[TOKENS],
+                      s.sum[RESIDUAL_CENTRE], centre[1]);
+    }
+    s.sum[RETURN_CENTRE] = centre[0];
+    s.sum[RESIDUAL_CENTRE] = centre[1];
 
 #pragma unroll
     for (int i = TOKENS; i < RATIO_MIN; i++) s.sum[i] = warp_sum(s.sum[i]);
@@ -954,7 +926,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     const double residual = sum[RESIDUAL_CENTRE] + sum[RESIDUAL] * share;
     const double return_m2 = squares_around_mean(count, sum[RETURN], sum[RETURN_SQUARES]);
     const double residual_m2 = squares_around_mean(count, sum[RESIDUAL], sum[RESIDUAL_SQUARES]);
-    const double ratio_m2 = squares_around_mean(count, sum[RATIO], sum[RATIO_SQUARES]);
+    const double ratio_m2 = squares_around_mean(count, sum[EXCESS], sum[EXCESS_SQUARES]);
     PpoStats stats;
     stats.loss = loss;
     stats.policy_loss = policy_loss;
@@ -972,7 +944,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     // Of a log-ratio of inf the exponential is the larger one.
     const bool infinite = sum[LOG_RATIO_K3] != sum[LOG_RATIO_K3] && sum[LOG_RATIO] > LARGEST;
     stats.approx_kl_k3 = infinite ? double(INFINITY) : sum[LOG_RATIO_K3] * share;
-    stats.ratio_mean = sum[RATIO_CENTRE] + sum[RATIO] * share;
+    stats.ratio_mean = 1.0 + sum[EXCESS] * share;
     stats.ratio_var = ratio_m2 * share;
     stats.ratio_min = any ? sum[RATIO_MIN] : nan;
     stats.ratio_max = any ? sum[RATIO_MAX] : nan;
@@ -1232,26 +1204,26 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
         }
         return sign * warp_max(most);
     }
-    if (which < RATIO) {
+    if (which < RETURN) {
         double total = 0.0;
 #pragma unroll 8
         for (int part = lane; part < args.parts; part += WARP) total += mine[part];
         return warp_sum(total);
     }
     if (args.parts == 0) return 0.0;
-    const int kind = which >= RATIO_CENTRE ? which - RATIO_CENTRE : (which - RATIO) / 2;
-    const float* centres = all(RATIO_CENTRE + kind);
+    const bool of_returns = which == RETURN || which == RETURN_SQUARES || which == RETURN_CENTRE;
+    const float* centres = all(of_returns ? RETURN_CENTRE : RESIDUAL_CENTRE);
     const double centre = centres[first_part(args)];
-    if (which >= RATIO_CENTRE) return centre;
-    const float* sums = all(RATIO + 2 * kind);
-    const float* all_squares = all(RATIO_SQUARES + 2 * kind);
+    if (which >= RETURN_CENTRE) return centre;
+    const float* sums = all(of_returns ? RETURN : RESIDUAL);
+    const float* all_squares = all(of_returns ? RETURN_SQUARES : RESIDUAL_SQUARES);
     double total = 0.0;
 #pragma unroll 4
     for (int part = lane; part < args.parts; part += WARP) {
         const double count = all(TOKENS)[part];
         double sum = sums[part], squares = all_squares[part];
         if (count > 0.0) change_centre(sum, squares, count, double(centres[part]), centre);
-        total += which == RATIO + 2 * kind ? sum : squares;
+        total += which == RETURN || which == RESIDUAL ? sum : squares;
     }
     return warp_sum(total);
 }
