@@ -34,6 +34,14 @@ fn walk(batch: usize, seq_len: usize) -> Walk {
     Walk { read: 8 * batch * seq_len, write: 8 * batch * seq_len }
 }
 
+/// The function on slices, with the moments.
+fn fill(inputs: Inputs, batch: usize, seq_len: usize, advantages: &mut [f32], returns: &mut [f32]) {
+    let mut moments = [Moments::default()];
+    let moments = Some(&mut moments[..]);
+    let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
+    cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
+}
+
 fn plain(criterion: &mut Criterion, batch: usize, seq_len: usize) {
     let (shape, walk) = (format!("f32_{batch}x{seq_len}"), walk(batch, seq_len));
     on_cpu(criterion, "gae", &shape, &[walk], || {
@@ -41,10 +49,7 @@ fn plain(criterion: &mut Criterion, batch: usize, seq_len: usize) {
         let inputs = (to_vec(&rewards), to_vec(&values));
         let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
             let inputs = Inputs { rewards: Some(&inputs.0), ..Inputs::new(&inputs.1) };
-            let mut moments = [Moments::default()];
-            let moments = Some(&mut moments[..]);
-            let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
-            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
+            fill(inputs, batch, seq_len, advantages, returns);
         };
         let candle = move || compositions::gae(&rewards, &values, &options()).unwrap();
         let [mut advantages, mut returns] = [(); 2].map(|()| vec![0.0; batch * seq_len]);
@@ -92,10 +97,7 @@ fn shaping(criterion: &mut Criterion, batch: usize, seq_len: usize) {
                 mask: Some(&mask),
                 ..Inputs::new(values)
             };
-            let mut moments = [Moments::default()];
-            let moments = Some(&mut moments[..]);
-            let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
-            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
+            fill(inputs, batch, seq_len, advantages, returns);
         };
         let candle = move || {
             compositions::masked_gae(&values, &kl, &scores, &last, &factors, &options()).unwrap()
@@ -127,10 +129,7 @@ fn gaps(
         let fused = move |advantages: &mut [f32], returns: &mut [f32]| {
             let rewards = Some(&inputs.0[..]);
             let inputs = Inputs { rewards, mask: Some(&mask), ..Inputs::new(&inputs.1) };
-            let mut moments = [Moments::default()];
-            let moments = Some(&mut moments[..]);
-            let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
-            cpu::gae(inputs, batch, seq_len, &options(), outputs).unwrap();
+            fill(inputs, batch, seq_len, advantages, returns);
         };
         let [rewards, values] =
             [rewards, values].map(|x| x.index_select(&kept, 1).unwrap().contiguous().unwrap());
@@ -176,11 +175,8 @@ fn packs(criterion: &mut Criterion) {
                         offsets: packed.then_some(&offsets[..]),
                         ..Inputs::new(&given[1])
                     };
-                    let mut moments = [Moments::default()];
-                    let moments = Some(&mut moments[..]);
-                    let outputs = Outputs { advantages, returns, shaped_rewards: None, moments };
                     let seq_len = if packed { tokens } else { width };
-                    cpu::gae(inputs, rows, seq_len, &options(), outputs).unwrap();
+                    fill(inputs, rows, seq_len, advantages, returns);
                 }
             };
             let candle = move || compositions::gae(&rewards, &values, &options()).unwrap();

@@ -193,9 +193,8 @@ fn weighted(text: &str) -> Result<(RewardKind, f64), String> {
     let Some((name, weight)) = text.rsplit_once('*') else {
         return Ok((text.trim().parse()?, 1.0));
     };
-    match weight.trim().parse::<f32>() {
-        Ok(in_32_bits) if in_32_bits.is_finite() && !name.contains('*') => {
-            let weight = weight.trim().parse().map_err(|_| "no number")?;
+    match weight.trim().parse::<f64>() {
+        Ok(weight) if (weight as f32).is_finite() && !name.contains('*') => {
             Ok((name.trim().parse()?, weight))
         }
         _ => Err(format!(
