@@ -8,7 +8,7 @@ use super::{
     TokenBaselineOptions, TokenStep, OP,
 };
 use crate::cpu::math::{exp_m1, select, sum_lanes, LANES};
-use crate::cpu::{prefers_non_temporal, reduce, reduce_by, vectorise, Writer};
+use crate::cpu::{fill, map, reduce, reduce_by, vectorise, with_stores, Stores};
 use crate::error::Result;
 use crate::kl::cpu::probability_moved;
 use crate::memory::{in_space, Lengths};
@@ -86,11 +86,7 @@ pub fn outcome_advantages(
         };
     }
     if let Some(tokens) = outputs.token_advantages {
-        if prefers_non_temporal(size_of_val(tokens)) {
-            spread::<true>(outputs.advantages, inputs.mask, ranges, tokens);
-        } else {
-            spread::<false>(outputs.advantages, inputs.mask, ranges, tokens);
-        }
+        spread(outputs.advantages, inputs.mask, ranges, tokens);
     }
     Ok(())
 }
@@ -602,40 +598,27 @@ fn baseline_of_group(
 }
 
 /// Writes the advantage of each row to its unmasked tokens.
-fn spread<const NON_TEMPORAL: bool>(
-    advantages: &[f32],
-    mask: Option<&[u8]>,
-    ranges: RowRanges,
-    tokens: &mut [f32],
-) {
+fn spread(advantages: &[f32], mask: Option<&[u8]>, ranges: RowRanges, tokens: &mut [f32]) {
     // Rows of nothing need no walk.
     let rows = if tokens.is_empty() { 0 } else { advantages.len() };
+    let stores = Stores::of(size_of_val(tokens));
     let cut = move |first, count| ranges.middle(first, count, TOKENS_LEAF);
     let items = (advantages, RangesMut::new(tokens, ranges));
     let leaf = |first: usize, _, (advantages, mut tokens): (&[f32], RangesMut<f32>)| {
-        let writer = Writer::<NON_TEMPORAL>;
-        vectorise(
-            #[inline(always)]
-            || {
-                for (row, &advantage) in advantages.iter().enumerate() {
-                    let out = tokens.row(row);
-                    match mask {
-                        None => writer.fill(out, advantage),
-                        Some(mask) if NON_TEMPORAL => {
-                            let kept = |keep| if keep != 0 { advantage } else { 0.0 };
-                            writer.map(out, &mask[ranges.range(first + row)], kept);
-                        }
-                        // Without what the writer asks of each row, which would be felt in short ones.
-                        Some(mask) => {
-                            let mask = &mask[ranges.range(first + row)];
-                            for (out, &keep) in out.iter_mut().zip(mask) {
-                                *out = if keep != 0 { advantage } else { 0.0 };
-                            }
-                        }
-                    }
+        with_stores!(stores, STORES => {
+            for (row, &advantage) in advantages.iter().enumerate() {
+                let out = tokens.row(row);
+                match mask.map(|mask| &mask[ranges.range(first + row)]) {
+                    None => fill::<STORES, _>(out, advantage),
+                    Some(mask) => map::<STORES, _, _>(
+                        out,
+                        mask,
+                        #[inline(always)]
+                        |keep| if keep != 0 { advantage } else { 0.0 },
+                    ),
                 }
-            },
-        );
+            }
+        });
     };
     reduce_by(rows, cut, items, leaf, |(), ()| ());
 }

@@ -5,13 +5,13 @@ mod compact;
 mod element;
 pub(crate) mod math;
 mod parallel;
-mod store;
+pub(crate) mod store;
 
 pub(crate) use compact::{gather, nonzero, spread};
 pub use element::{Logit, TokenId};
 pub(crate) use parallel::{for_each, reduce, reduce_by, Rows, RowsMut, Split};
 pub use parallel::{num_threads, use_team, Team};
-pub(crate) use store::{prefers_non_temporal, Writer};
+pub(crate) use store::{fill, map, with_stores, Buffer, Stores, Tiles};
 
 /// Runs `body` compiled for the widest vector unit of this machine.
 ///
@@ -30,6 +30,16 @@ pub(crate) fn vectorise<R>(body: impl FnOnce() -> R) -> R {
         return unsafe { with_avx512(body) };
     }
     pulp::Arch::new().dispatch(body)
+}
+
+/// Runs `body` compiled for AVX2.
+///
+/// # Panics
+/// If the machine has none.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+pub(crate) fn with_avx2<R>(body: impl FnOnce() -> R) -> R {
+    pulp::x86::V3::try_new().expect("who asks for it has it").vectorize(body)
 }
 
 /// The vector instructions that the loops use on this machine: `avx512`, `avx2`, `neon` or `scalar`.
@@ -67,7 +77,7 @@ fn has_avx512() -> bool {
 /// The machine must have the features named here.
 #[cfg(all(target_arch = "x86_64", ppo_avx512))]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,popcnt")]
-unsafe fn with_avx512<R>(body: impl FnOnce() -> R) -> R {
+pub(crate) unsafe fn with_avx512<R>(body: impl FnOnce() -> R) -> R {
     body()
 }
 

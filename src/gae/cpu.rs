@@ -11,8 +11,9 @@ use std::ops::Range;
 
 use super::{check_missing_eos, GaeOptions, MaskMode, ScorePlacement, OP};
 use crate::cpu::math::LANES;
+use crate::cpu::store::{CACHED, LINES};
 use crate::cpu::{
-    gather, nonzero, prefers_non_temporal, prefetch, reduce_by, spread, vectorise, Writer,
+    gather, nonzero, prefetch, reduce_by, spread, vectorise, with_stores, Buffer, Stores, Tiles,
 };
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
@@ -58,17 +59,9 @@ pub fn gae(
     let rows = |data| RangesMut::new(data, ranges);
     let bytes =
         size_of_val(outputs.advantages) * if outputs.shaped_rewards.is_some() { 3 } else { 2 };
-    let non_temporal = prefers_non_temporal(bytes);
+    let stores = Stores::of(bytes);
     let items = (rows(outputs.advantages), rows(outputs.returns), outputs.shaped_rewards.map(rows));
-    let leaf = |first, count, items| {
-        vectorise(
-            #[inline(always)]
-            || match non_temporal {
-                false => job.scan_rows::<false>(first, count, items),
-                true => job.scan_rows::<true>(first, count, items),
-            },
-        )
-    };
+    let leaf = |first, count, items| with_stores!(stores, STORES => job.scan_rows::<STORES>(first, count, items));
     // Rows of nothing need no walk, however many there are.
     let batch = if seq_len == 0 { 0 } else { batch };
     let cut = move |first, count| ranges.middle(first, count, GRAIN);
@@ -107,14 +100,10 @@ type OutRows<'a> = (RangesMut<'a, f32>, RangesMut<'a, f32>, Option<RangesMut<'a,
 impl Job<'_, '_> {
     /// `count` rows from `first` on, and the moments of their advantages.
     #[inline(always)]
-    fn scan_rows<const NON_TEMPORAL: bool>(
-        &self,
-        first: usize,
-        count: usize,
-        out: OutRows,
-    ) -> Moments {
+    fn scan_rows<const STORES: u8>(&self, first: usize, count: usize, out: OutRows) -> Moments {
         let (mut advantages, mut returns, mut rewards) = out;
-        let (mut moments, writer) = (Moments::default(), Writer::<NON_TEMPORAL>);
+        let mut moments = Moments::default();
+        let mut buffers = [(); 3].map(|()| Buffer::<f32, CHUNK>::new(STORES != CACHED));
         let has_gaps = self.inputs.mask.is_some() || self.inputs.dones.is_some();
         let mut table = has_gaps.then_some(Table::EMPTY);
         // From the last row, so that all goes one way through memory.
@@ -136,7 +125,8 @@ impl Job<'_, '_> {
                 shaped_rewards: rewards.as_mut().map(|rewards| rewards.row(i)),
                 moments: None,
             };
-            moments = scan(&row, coefficients, out, &mut table, &writer).merge(moments);
+            moments =
+                scan::<STORES>(&row, coefficients, out, &mut table, &mut buffers).merge(moments);
         }
         moments
     }
@@ -312,13 +302,13 @@ impl State {
         [advantages, returns]: [&mut [f32]; 2],
         c: &Coefficients,
     ) {
-        let (writer, mut end) = (&Writer::<false>, values.len());
+        let mut end = values.len();
         for episode in (0..=firsts.len()).rev() {
             let first = if episode == 0 { 0 } else { usize::from(firsts[episode - 1]) };
             let at = first..end;
-            let (values, rewards) = (&values[at.clone()], &rewards[at.clone()]);
-            let (advantages, returns) = (&mut advantages[at.clone()], &mut returns[at]);
-            self.steps::<ONE, false, false>(values, rewards, advantages, returns, c, writer);
+            let from = [&values[at.clone()], &rewards[at.clone()]];
+            let to = [&mut advantages[at.clone()], &mut returns[at]];
+            self.steps::<ONE, CACHED, false>(from, to, c);
             if episode > 0 {
                 *self = State { next_value: 0.0, advantage: 0.0, value_advantage: 0.0 };
             }
@@ -329,34 +319,35 @@ impl State {
     /// Advantages and returns of the steps of an episode, or of a part of it, and if wanted the moments of
     /// the advantages.
     #[inline(always)]
-    fn steps<const ONE: bool, const NON_TEMPORAL: bool, const MOMENTS: bool>(
+    fn steps<const ONE: bool, const STORES: u8, const MOMENTS: bool>(
         &mut self,
-        values: &[f32],
-        rewards: &[f32],
-        advantages: &mut [f32],
-        returns: &mut [f32],
+        [values, rewards]: [&[f32]; 2],
+        [advantages, returns]: [&mut [f32]; 2],
         c: &Coefficients,
-        writer: &Writer<NON_TEMPORAL>,
     ) -> Moments {
         // Copies, which stay in registers whatever is written.
         let (mut now, c) = (*self, *c);
         // From the end, so that a token's bits depend on those after it only.
         let (first_values, values) = values.as_rchunks();
         let (first_rewards, rewards) = rewards.as_rchunks();
-        let (first_advantages, advantages) = advantages.as_rchunks_mut();
-        let (first_returns, returns) = returns.as_rchunks_mut();
-        let tiles = values.len();
-        let (rewards, advantages) = (&rewards[..tiles], &mut advantages[..tiles]);
-        let returns = &mut returns[..tiles];
+        let (tiles, rest) = (values.len(), first_values.len());
+        let (first_advantages, advantages) = advantages.split_at_mut(rest);
+        let (first_returns, returns) = returns.split_at_mut(rest);
+        let (rewards, advantages) = (&rewards[..tiles], &mut advantages[..LANES * tiles]);
+        let returns = &mut returns[..LANES * tiles];
+        let mut to_advantages = Tiles::<STORES>::new(advantages);
+        let mut to_returns = Tiles::<STORES>::new(returns);
         let mut sums = LaneMoments::around(0.0);
         for i in (0..tiles).rev() {
             prefetch(&values[i], AHEAD);
             prefetch(&rewards[i], AHEAD);
-            writer.prefetch(&advantages[i], AHEAD);
-            writer.prefetch(&returns[i], AHEAD);
+            if STORES == CACHED {
+                prefetch(&advantages[LANES * i..][..LANES], AHEAD);
+                prefetch(&returns[LANES * i..][..LANES], AHEAD);
+            }
             let (a, r) = now.tokens::<ONE>(values[i], rewards[i], LANES, &c);
-            writer.write(&mut advantages[i], a);
-            writer.write(&mut returns[i], r);
+            to_advantages.put_before(advantages, LANES * i, a);
+            to_returns.put_before(returns, LANES * i, r);
             if !MOMENTS {
                 continue;
             }
@@ -365,7 +356,9 @@ impl State {
             }
             sums.add(a);
         }
-        let (mut moments, rest) = (Moments::default(), first_values.len());
+        to_advantages.end_before(advantages, 0);
+        to_returns.end_before(returns, 0);
+        let mut moments = Moments::default();
         if rest > 0 {
             let (values, rewards) = (last_lanes(first_values), last_lanes(first_rewards));
             let (a, r) = now.tokens::<ONE>(values, rewards, rest, &c);
@@ -386,21 +379,22 @@ impl State {
 
 /// One row, and the moments of its advantages.
 #[inline(always)]
-fn scan<const NON_TEMPORAL: bool>(
+fn scan<const STORES: u8>(
     row: &Row,
     c: &Coefficients,
     mut out: Outputs,
     table: &mut Option<Table>,
-    writer: &Writer<NON_TEMPORAL>,
+    buffers: &mut [Buffer<f32, CHUNK>; 3],
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
     let after = row.score.filter(|&(place, _)| place == end);
-    // Not the score's place: what is written past the caches is not to be written again before the
-    // writer is dropped.
     let padding = out.part(end + usize::from(after.is_some())..row.values.len());
     let padding = [Some(padding.advantages), Some(padding.returns), padding.shaped_rewards];
-    for padding in padding.into_iter().flatten() {
-        writer.fill(padding, 0.0);
+    for (padding, buffer) in padding.into_iter().zip(&mut *buffers) {
+        for padding in padding.unwrap_or_default().chunks_mut(CHUNK) {
+            buffer.target(padding).fill(0.0);
+            buffer.flush(padding);
+        }
     }
     let mut state = State { next_value: row.bootstrap, advantage: 0.0, value_advantage: 0.0 };
     if let Some((place, score)) = after {
@@ -417,12 +411,28 @@ fn scan<const NON_TEMPORAL: bool>(
     while end > 0 {
         let chunk = row.chunk((end - 1) / CHUNK * CHUNK, end);
         end = chunk.at.start;
-        let out = out.part(chunk.at.clone());
-        let of_chunk = match (table.as_mut().filter(|_| !chunk.is_plain()), c.is_one()) {
-            (Some(table), _) => chunk.scan_any(table, &mut state, c, out),
-            (None, true) => chunk.scan_plain::<true, NON_TEMPORAL>(&mut state, c, out, writer),
-            (None, false) => chunk.scan_plain::<false, NON_TEMPORAL>(&mut state, c, out, writer),
+        let mut out = out.part(chunk.at.clone());
+        let has_gaps = table.is_some() && !chunk.is_plain();
+        // From the end lines are filled by whole ones only; and no loop with gaps fills them.
+        let mut unused = [(); 3].map(|()| Buffer::new(false));
+        let buffered = STORES != LINES || has_gaps;
+        let [advantages, returns, rewards] = if buffered { &mut *buffers } else { &mut unused };
+        let to = Outputs {
+            advantages: advantages.target(out.advantages),
+            returns: returns.target(out.returns),
+            shaped_rewards: out.shaped_rewards.as_deref_mut().map(|out| rewards.target(out)),
+            moments: None,
         };
+        let of_chunk = match (table.as_mut().filter(|_| has_gaps), c.is_one()) {
+            (Some(table), _) => chunk.scan_any(table, &mut state, c, to),
+            (None, true) => chunk.scan_plain::<true, STORES>(&mut state, c, to),
+            (None, false) => chunk.scan_plain::<false, STORES>(&mut state, c, to),
+        };
+        advantages.flush(out.advantages);
+        returns.flush(out.returns);
+        if let Some(out) = out.shaped_rewards {
+            rewards.flush(out);
+        }
         moments = moments.merge(of_chunk);
     }
     moments
@@ -510,26 +520,18 @@ impl Chunk<'_> {
 
     /// Returns the moments of the advantages, as does [`Self::scan_any`].
     #[inline(always)]
-    fn scan_plain<const ONE: bool, const NON_TEMPORAL: bool>(
+    fn scan_plain<const ONE: bool, const STORES: u8>(
         &self,
         state: &mut State,
         c: &Coefficients,
         out: Outputs,
-        writer: &Writer<NON_TEMPORAL>,
     ) -> Moments {
         let mut shaped = None;
         let rewards = self.rewards(c, &mut shaped);
         if let Some(out) = out.shaped_rewards {
-            writer.copy(out, rewards);
+            out.copy_from_slice(rewards);
         }
-        state.steps::<ONE, NON_TEMPORAL, true>(
-            self.values,
-            rewards,
-            out.advantages,
-            out.returns,
-            c,
-            writer,
-        )
+        state.steps::<ONE, STORES, true>([self.values, rewards], [out.advantages, out.returns], c)
     }
 
     /// Scans a chunk where tokens are masked or episodes end. Compiled once, and not into every form of the loop
@@ -667,9 +669,7 @@ impl Table {
             state.episodes::<ONE>(&self.firsts[..firsts], from, to, c);
             return leaf_moments(&advantages[..count], None);
         }
-        let ([values, rewards], [advantages, returns]) = (from, to);
-        let writer = &Writer::<false>;
-        state.steps::<ONE, false, true>(values, rewards, advantages, returns, c, writer)
+        state.steps::<ONE, CACHED, true>(from, to, c)
     }
 }
 
@@ -731,10 +731,7 @@ mod tests {
 
     /// The bits of advantages, returns and rewards of rows with padding on both sides, gaps and a
     /// score, and their moments.
-    fn bits<const NON_TEMPORAL: bool>(
-        seq_len: usize,
-        placement: ScorePlacement,
-    ) -> (Vec<u32>, Moments) {
+    fn bits(seq_len: usize, placement: ScorePlacement, stores: Stores) -> (Vec<u32>, Moments) {
         const BATCH: usize = 5;
         let tokens = BATCH * seq_len;
         let wave = |step: usize| -> Vec<f32> {
@@ -758,7 +755,8 @@ mod tests {
         let job = Job { inputs, ranges, options: &options, coefficients };
         let mut out = [(); 3].map(|()| vec![f32::NAN; tokens]);
         let [a, b, c] = out.each_mut().map(|data| RangesMut::new(data, ranges));
-        let moments = job.scan_rows::<NON_TEMPORAL>(0, BATCH, (a, b, Some(c)));
+        let moments =
+            with_stores!(stores, STORES => job.scan_rows::<STORES>(0, BATCH, (a, b, Some(c))));
         (out.into_iter().flatten().map(f32::to_bits).collect(), moments)
     }
 
@@ -766,7 +764,9 @@ mod tests {
     fn outputs_past_the_caches_have_the_same_bits() {
         for seq_len in [20, 1024, 1301] {
             for placement in [ScorePlacement::LastToken, ScorePlacement::AfterLastToken] {
-                assert_eq!(bits::<true>(seq_len, placement), bits::<false>(seq_len, placement));
+                let bits = |&stores: &_| bits(seq_len, placement, stores);
+                let cached = bits(&Stores::Cached);
+                assert!(Stores::all().iter().all(|stores| bits(stores) == cached));
             }
         }
     }

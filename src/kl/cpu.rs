@@ -10,7 +10,8 @@ use crate::cpu::math::{
     clip, exp, exp_m1, for_logits2, larger, less_ln_1p, ln_1p, max, max_lanes, select, sum_lanes,
     Exp, LOGIT_LANES,
 };
-use crate::cpu::{for_each, reduce, vectorise, Logit, Rows, RowsMut};
+use crate::cpu::store::CACHED;
+use crate::cpu::{for_each, map, reduce, vectorise, with_stores, Logit, Rows, RowsMut, Stores};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
 
@@ -49,17 +50,26 @@ pub fn token_forward(
     outputs.try_map(&[tokens], &mut Lengths(TOKEN_OP))?;
 
     let token = TokenKl::new(options);
+    let stores = Stores::of(size_of_val(outputs.kl));
     for_each(tokens, TOKEN_GRAIN, outputs.kl, |first, count, kl| {
-        let part = inputs.part(first, count);
-        vectorise(
-            #[inline(always)]
-            || {
-                for ((kl, logp), ref_logp) in kl.iter_mut().zip(part.logp).zip(part.ref_logp) {
-                    *kl = token.at(logp - ref_logp).0;
-                }
-            },
-        );
-        part.clear_masked(kl);
+        with_stores!(stores, STORES => {
+            let part = inputs.part(first, count);
+            match part.mask {
+                None => map::<STORES, _, _>(
+                    kl,
+                    (part.logp, part.ref_logp),
+                    #[inline(always)]
+                    |(logp, ref_logp)| token.at(logp - ref_logp).0,
+                ),
+                // 0 whatever NaN was computed there.
+                Some(mask) => map::<STORES, _, _>(
+                    kl,
+                    ((part.logp, part.ref_logp), mask),
+                    #[inline(always)]
+                    |((logp, ref_logp), keep)| select(keep != 0, token.at(logp - ref_logp).0, 0.0),
+                ),
+            }
+        });
     });
     Ok(())
 }
@@ -81,57 +91,44 @@ pub fn token_backward(
     let TokenBackwardInputs { forward: inputs, grad_kl } = inputs;
     let TokenBackwardOutputs { grad_logp, grad_ref_logp } = outputs;
     let token = TokenKl::new(options);
+    let bytes = |grad: &Option<&mut [f32]>| grad.as_deref().map_or(0, size_of_val);
+    let stores = Stores::of(bytes(&grad_logp) + bytes(&grad_ref_logp));
     for_each(tokens, TOKEN_GRAIN, (grad_logp, grad_ref_logp), |first, count, grads| {
         let part = inputs.part(first, count);
         let upstream = &grad_kl[first..][..count];
-        let write = |grad: &mut [f32], sign: f32| {
-            vectorise(
-                #[inline(always)]
-                || {
-                    let pairs = part.logp.iter().zip(part.ref_logp);
-                    for ((grad, g), (logp, ref_logp)) in grad.iter_mut().zip(upstream).zip(pairs) {
-                        let slope = sign * token.at(logp - ref_logp).1;
-                        *grad = if *g == 0.0 { 0.0 } else { g * slope };
+        with_stores!(stores, STORES => {
+            match grads {
+                (Some(grad_logp), Some(grad_ref_logp)) if STORES == CACHED => {
+                    token.write_gradient::<STORES>(part, upstream, grad_logp, 1.0);
+                    map::<STORES, _, _>(
+                        grad_ref_logp,
+                        &*grad_logp,
+                        #[inline(always)]
+                        |grad| -grad,
+                    );
+                }
+                // Of gradients past the caches each is made by itself: they are not to be read again.
+                (grad_logp, grad_ref_logp) => {
+                    for (grad, sign) in [(grad_logp, 1.0), (grad_ref_logp, -1.0)] {
+                        if let Some(grad) = grad {
+                            token.write_gradient::<STORES>(part, upstream, grad, sign);
+                        }
                     }
-                },
-            );
-            part.clear_masked(grad);
-        };
-        match grads {
-            (Some(grad_logp), Some(grad_ref_logp)) => {
-                write(grad_logp, 1.0);
-                for (other, grad) in grad_ref_logp.iter_mut().zip(grad_logp) {
-                    *other = -*grad;
                 }
             }
-            (Some(grad_logp), None) => write(grad_logp, 1.0),
-            (None, Some(grad_ref_logp)) => write(grad_ref_logp, -1.0),
-            (None, None) => {}
-        }
+        });
     });
     Ok(())
 }
 
 impl<'a> TokenForwardInputs<'a> {
+    #[inline(always)]
     fn part(&self, first: usize, count: usize) -> TokenForwardInputs<'a> {
         TokenForwardInputs {
             logp: &self.logp[first..][..count],
             ref_logp: &self.ref_logp[first..][..count],
             mask: self.mask.map(|mask| &mask[first..][..count]),
         }
-    }
-
-    /// Zeros where the mask is 0, whatever NaN was computed there.
-    fn clear_masked(&self, values: &mut [f32]) {
-        let Some(mask) = self.mask else { return };
-        vectorise(
-            #[inline(always)]
-            || {
-                for (value, &keep) in values.iter_mut().zip(mask) {
-                    *value = if keep == 0 { 0.0 } else { *value };
-                }
-            },
-        );
     }
 }
 
@@ -178,6 +175,41 @@ impl TokenKl {
         let (value, value_clamped) = clamp(value, self.output_limit);
         let blocked = d_clamped | value_clamped;
         (value, if blocked { 0.0 } else { derivative })
+    }
+
+    /// Writes the gradients of tokens with respect to logp, times `sign`.
+    #[inline(always)]
+    fn write_gradient<const STORES: u8>(
+        self,
+        tokens: TokenForwardInputs,
+        grad_kl: &[f32],
+        out: &mut [f32],
+        sign: f32,
+    ) {
+        let TokenForwardInputs { logp, ref_logp, mask } = tokens;
+        match mask {
+            None => map::<STORES, _, _>(
+                out,
+                ((logp, ref_logp), grad_kl),
+                #[inline(always)]
+                |((logp, ref_logp), g)| self.gradient(logp - ref_logp, sign * g),
+            ),
+            // 0 whatever NaN was computed there.
+            Some(mask) => map::<STORES, _, _>(
+                out,
+                (((logp, ref_logp), grad_kl), mask),
+                #[inline(always)]
+                |(((logp, ref_logp), g), keep)| {
+                    select(keep != 0, self.gradient(logp - ref_logp, sign * g), 0.0)
+                },
+            ),
+        }
+    }
+
+    /// The gradient of a token, of the upstream one: 0 for 0, whatever the derivative.
+    #[inline(always)]
+    fn gradient(self, d: f32, grad_kl: f32) -> f32 {
+        select(grad_kl == 0.0, 0.0, grad_kl * self.at(d).1)
     }
 }
 
@@ -316,10 +348,13 @@ pub fn full_backward<T: Logit>(
     let FullBackwardOutputs { grad_logits, grad_ref_logits } = outputs;
     let scale = (1.0 / options.temperature) as f32;
     let (z, w) = inputs.in_order(vocab, options);
+    let wanted = usize::from(grad_logits.is_some()) + usize::from(grad_ref_logits.is_some());
+    let bytes = wanted * size_of_val(inputs.logits);
     let (grad_z, grad_w) = options.order(grad_logits, grad_ref_logits);
     let in_rows = |grad: Option<_>| grad.map(|data| RowsMut { data, width: vocab });
     let grads = (in_rows(grad_z), in_rows(grad_w));
     let pairwise = Pairwise::new(options);
+    let stores = Stores::of(bytes);
     for_each(rows, GRAIN / vocab, grads, |first, count, (mut grad_z, mut grad_w)| {
         for i in 0..count {
             let row = first + i;
@@ -333,12 +368,13 @@ pub fn full_backward<T: Logit>(
             } else {
                 let (z, w, upstream) = (z.row(row), w.row(row), grad_kl[row]);
                 match pairwise {
-                    None => Slopes::new(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w),
+                    None => Slopes::new(of_row, scale, upstream)
+                        .write_rows(z, w, grad_z, grad_w, stores),
                     Some(Pairwise::Mixture(of)) => {
-                        of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w)
+                        of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w, stores)
                     }
                     Some(Pairwise::TotalVariation(of)) => {
-                        of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w)
+                        of.slopes(of_row, scale, upstream).write_rows(z, w, grad_z, grad_w, stores)
                     }
                 }
             }
@@ -571,24 +607,28 @@ trait Gradients: Copy + Sync {
         w: &[T],
         grad_z: Option<&mut [T]>,
         grad_w: Option<&mut [T]>,
+        stores: Stores,
     ) {
         // A block at a time, so that the second gradient finds the logits in the L1 cache.
         for_each(z.len(), BLOCK, ((z, w), grad_z, grad_w), |_, _, ((z, w), grad_z, grad_w)| {
-            vectorise(
-                #[inline(always)]
-                || {
-                    if let Some(grad) = grad_z {
-                        for ((grad, z), w) in grad.iter_mut().zip(z).zip(w) {
-                            *grad = T::from_f32(self.z_slope(z.to_f32(), w.to_f32()));
-                        }
-                    }
-                    if let Some(grad) = grad_w {
-                        for ((grad, z), w) in grad.iter_mut().zip(z).zip(w) {
-                            *grad = T::from_f32(self.w_slope(z.to_f32(), w.to_f32()));
-                        }
-                    }
-                },
-            );
+            with_stores!(stores, STORES => {
+                if let Some(grad) = grad_z {
+                    map::<STORES, _, _>(
+                        grad,
+                        (z, w),
+                        #[inline(always)]
+                        |(z, w): (T, T)| T::from_f32(self.z_slope(z.to_f32(), w.to_f32())),
+                    );
+                }
+                if let Some(grad) = grad_w {
+                    map::<STORES, _, _>(
+                        grad,
+                        (z, w),
+                        #[inline(always)]
+                        |(z, w): (T, T)| T::from_f32(self.w_slope(z.to_f32(), w.to_f32())),
+                    );
+                }
+            });
         });
     }
 }

@@ -7,7 +7,7 @@ use crate::cpu::math::{
     exp, exp_m1, for_logits, larger, max, max_lanes, sum_lanes, Exp, LOGIT_LANES,
 };
 use crate::cpu::{
-    for_each, prefers_non_temporal, reduce, vectorise, Logit, Rows, RowsMut, TokenId, Writer,
+    for_each, map, reduce, vectorise, with_stores, Logit, Rows, RowsMut, Stores, TokenId,
 };
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
@@ -226,8 +226,8 @@ pub fn backward_of_columns<T: Logit, I: TokenId>(
     options: &LogprobOptions,
     outputs: BackwardOutputs<T>,
 ) -> Result<()> {
-    let non_temporal = prefers_non_temporal(size_of_val(outputs.grad_logits));
-    backward_of_part(inputs, rows, columns, options, outputs, non_temporal)
+    let stores = Stores::of(size_of_val(outputs.grad_logits));
+    backward_of_part(inputs, rows, columns, options, outputs, stores)
 }
 
 /// [`backward_of_columns`] with the gradient in the place of the logits.
@@ -245,7 +245,7 @@ pub fn backward_in_place<T: Logit, I: TokenId>(
     outputs.try_map((&[rows], columns.count), &mut Lengths(OP))?;
     let grads = RowsMut { data: outputs.grad_logits, width: columns.count };
     // It is in the caches, or on its way there.
-    write_gradients(None, inputs, rows, columns, options, grads, false)
+    write_gradients(None, inputs, rows, columns, options, grads, Stores::Cached)
 }
 
 /// [`backward_of_columns`] for some of the rows of a gradient of which the whole is written past the
@@ -256,7 +256,7 @@ pub(crate) fn backward_of_part<T: Logit, I: TokenId>(
     columns: Columns,
     options: &LogprobOptions,
     mut outputs: BackwardOutputs<T>,
-    non_temporal: bool,
+    stores: Stores,
 ) -> Result<()> {
     let logits = inputs.forward.logits;
     Error::check_logits(OP, logits.len(), rows, columns.count)?;
@@ -264,7 +264,7 @@ pub(crate) fn backward_of_part<T: Logit, I: TokenId>(
     outputs.try_map((&[rows], columns.count), &mut Lengths(OP))?;
     let inputs = inputs.without_logits();
     let grads = RowsMut { data: outputs.grad_logits, width: columns.count };
-    write_gradients(Some(logits), inputs, rows, columns, options, grads, non_temporal)
+    write_gradients(Some(logits), inputs, rows, columns, options, grads, stores)
 }
 
 /// The gradients of logits, or of those that they take the place of.
@@ -275,7 +275,7 @@ fn write_gradients<T: Logit, I: TokenId>(
     columns: Columns,
     options: &LogprobOptions,
     grads: RowsMut<T>,
-    non_temporal: bool,
+    stores: Stores,
 ) -> Result<()> {
     options.validate()?;
     columns.check()?;
@@ -301,8 +301,7 @@ fn write_gradients<T: Logit, I: TokenId>(
             let place = columns.place(target);
             match logits.map(|logits| &logits[row * width..][..width]) {
                 None => slope.write_over(grad, place),
-                Some(z) if non_temporal => slope.write_row::<T, true>(z, place, grad),
-                Some(z) => slope.write_row::<T, false>(z, place, grad),
+                Some(z) => slope.write_row(z, place, grad, stores),
             }
         }
     });
@@ -638,25 +637,17 @@ impl Slope {
         }
     }
 
-    fn write_row<T: Logit, const NON_TEMPORAL: bool>(
-        self,
-        z: &[T],
-        target: Option<usize>,
-        grad: &mut [T],
-    ) {
+    fn write_row<T: Logit>(self, z: &[T], target: Option<usize>, grad: &mut [T], stores: Stores) {
         for_each(z.len(), GRAIN, (z, &mut *grad), |_, _, (z, grad)| {
-            vectorise(
-                #[inline(always)]
-                || {
-                    let slope = self;
-                    Writer::<NON_TEMPORAL>.map(
-                        grad,
-                        z,
-                        #[inline(always)]
-                        |z: T| T::from_f32(slope.at(z.to_f32())),
-                    );
-                },
-            );
+            with_stores!(stores, STORES => {
+                let slope = self;
+                map::<STORES, _, _>(
+                    grad,
+                    z,
+                    #[inline(always)]
+                    |z: T| T::from_f32(slope.at(z.to_f32())),
+                );
+            });
         });
         if let Some(target) = target {
             grad[target] = self.target_gradient(z[target]);
@@ -718,16 +709,15 @@ mod tests {
     fn gradients_past_the_caches_have_the_same_bits<T: Logit>() {
         let z: Vec<T> = (0..301).map(|i| T::from_f32((i as f32).sin())).collect();
         let slope = Slope::new([1.0, 5.0, 5.5], 0.8, 0.7, -0.1);
-        for offset in 0..3 {
-            let (mut cached, mut past) = (vec![T::ZERO; 304], vec![T::ZERO; 304]);
-            slope.write_row::<T, false>(&z, Some(300), &mut cached[offset..][..301]);
-            slope.write_row::<T, true>(&z, Some(300), &mut past[offset..][..301]);
-            let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&cached), bits(&past));
-            assert!(past[offset].to_f32() != 0.0 && past[offset + 300].to_f32() != 0.0);
-            let mut over = z.clone();
-            slope.write_over(&mut over, Some(300));
-            assert_eq!(bits(&over), bits(&past[offset..][..301]));
+        let bits = |x: &[T]| x.iter().map(|x| x.to_f32().to_bits()).collect::<Vec<_>>();
+        let mut over = z.clone();
+        slope.write_over(&mut over, Some(300));
+        for (offset, stores) in (0..3).flat_map(|i| Stores::all().into_iter().map(move |s| (i, s)))
+        {
+            let mut grad = [T::ZERO; 304];
+            slope.write_row(&z, Some(300), &mut grad[offset..][..301], stores);
+            assert!(grad[offset].to_f32() != 0.0 && grad[offset + 300].to_f32() != 0.0);
+            assert_eq!(bits(&grad[offset..][..301]), bits(&over), "{stores:?}");
         }
     }
 

@@ -10,9 +10,10 @@ use super::{
     PpoStats, RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, select, sum_lanes, LANES};
+use crate::cpu::store::CACHED;
 use crate::cpu::{
-    for_each, prefers_non_temporal, prefetch, reduce, reduce_by, vectorise, Logit, Rows, RowsMut,
-    Split, TokenId, Writer,
+    for_each, prefetch, reduce, reduce_by, vectorise, with_stores, Logit, Rows, RowsMut, Split,
+    Stores, Tiles, TokenId,
 };
 use crate::error::{Error, Result};
 use crate::kl::cpu::{binary_kl, k3_and_slope, probability_moved, TokenKl};
@@ -77,12 +78,10 @@ pub fn ppo_loss(
     };
     let gradients = [&outputs.grad_logp, &outputs.grad_values, &outputs.grad_entropy];
     let bytes = |gradient: &Option<&mut [f32]>| gradient.as_deref().map_or(0, size_of_val);
-    let non_temporal = prefers_non_temporal(gradients.map(bytes).iter().sum());
+    let stores = Stores::of(gradients.map(bytes).iter().sum());
     // The rows that a block has tokens of, by their numbers if those are needed.
-    let sum_of_tokens = |block: Tokens, weight, rows| match non_temporal {
-        false => terms.sum::<false>(block, weight, rows, options),
-        true => terms.sum::<true>(block, weight, rows, options),
-    };
+    let sum_of_tokens =
+        |block: Tokens, weight, rows| terms.sum(block, weight, rows, options, stores);
     let sum = |first: usize, block: Tokens, weight| {
         let rows = RowsOf { rows: &rows, first, ranges };
         match per_row {
@@ -208,8 +207,8 @@ pub fn logits_ppo_loss<T: Logit, I: TokenId>(
     }
     let logprob_options = LogprobOptions { ignore_index: Some(IGNORED), ..*logprob_options };
     let wants_entropy = options.entropy_coef != 0.0;
-    let non_temporal = prefers_non_temporal(size_of_val(grad_logits));
-    let of_logits = OfLogits { vocab, options: &logprob_options, wants_entropy, non_temporal };
+    let stores = Stores::of(size_of_val(grad_logits));
+    let of_logits = OfLogits { vocab, options: &logprob_options, wants_entropy, stores };
     if options.needs_rows() {
         let forward = logprob::cpu::ForwardInputs { logits, targets: &ids };
         let mut kept = Kept::new(tokens);
@@ -317,7 +316,7 @@ struct OfLogits<'a> {
     vocab: usize,
     options: &'a LogprobOptions,
     wants_entropy: bool,
-    non_temporal: bool,
+    stores: Stores,
 }
 
 impl OfLogits<'_> {
@@ -358,7 +357,7 @@ impl OfLogits<'_> {
             Columns::all(self.vocab),
             self.options,
             logprob::cpu::BackwardOutputs { grad_logits },
-            self.non_temporal,
+            self.stores,
         )
     }
 }
@@ -683,20 +682,30 @@ fn load(x: &[f32], at: usize, full: bool) -> Lanes {
 
 /// Writes the lanes to `x` from `at` on, up to its end.
 #[inline(always)]
-fn store<const NON_TEMPORAL: bool>(
+fn store<const STORES: u8>(
     x: &mut [f32],
     at: usize,
     full: bool,
     lanes: Lanes,
-    writer: &Writer<NON_TEMPORAL>,
+    tiles: &mut Tiles<STORES>,
 ) {
     if full {
-        let x = &mut x[at..][..LANES].as_chunks_mut().0[0];
-        writer.prefetch(x, AHEAD);
-        writer.write(x, lanes);
+        if STORES == CACHED {
+            prefetch(&x[at..][..LANES], AHEAD);
+        }
+        tiles.put_after(x, at, lanes);
     } else {
         let rest = x.len() - at;
         x[at..].copy_from_slice(&lanes[..rest]);
+    }
+}
+
+/// Ends what [`store`] has written to `x`, all of it.
+#[inline(always)]
+fn end<const STORES: u8>(tiles: Tiles<STORES>, x: Option<&mut [f32]>) {
+    if let Some(x) = x {
+        let full = x.len() / LANES * LANES;
+        tiles.end_after(x, full);
     }
 }
 
@@ -1045,9 +1054,8 @@ impl Terms {
                 #[inline(always)]
                 || {
                     let (lanes, grad) = (&mut { PolicyLanes::NONE }, Some(&mut *grad));
-                    let writer = &Writer::<false>;
-                    self.policy::<_, OWN_GRADIENT, false>(
-                        surrogate, weights, run, None, row, 0.0, grad, lanes, writer,
+                    self.policy::<_, OWN_GRADIENT, CACHED>(
+                        surrogate, weights, run, None, row, 0.0, grad, lanes,
                     );
                 },
             ));
@@ -1138,12 +1146,13 @@ impl Terms {
     }
 
     /// Sums and gradients of at most [`BLOCK_TOKENS`] tokens.
-    fn sum<const NON_TEMPORAL: bool>(
+    fn sum(
         self,
         mut block: Tokens,
         row_weight: RowWeight,
         rows: RowsOf,
         options: &PpoLossOptions,
+        stores: Stores,
     ) -> Sums {
         let mut weights = [0.0; BLOCK_TOKENS];
         let weights = &mut weights[..block.len()];
@@ -1151,7 +1160,6 @@ impl Terms {
         let samples = samples(weights);
         let mut sums = Sums { tokens: count_kept(block.mask, weights.len()) as u64, ..Sums::NONE };
 
-        let writer = Writer::<NON_TEMPORAL>;
         let (logp, old_logp) = block.policy;
         let advantages = block.advantages.expect("each token's by now");
         let run = Run { logp, old_logp, advantages, weights: block.weights };
@@ -1174,42 +1182,17 @@ impl Terms {
             let surrogate = Clip::<false>::new(options);
             let (row, lanes) = (Row::default(), &mut lanes);
             let grad = grad_logp.as_deref_mut();
-            if again {
-                vectorise(
-                    #[inline(always)]
-                    || {
-                        let writer = &Writer::<false>;
-                        self.policy::<_, PLAIN, false>(
-                            surrogate,
-                            weights,
-                            run,
-                            value,
-                            row,
-                            centre_of_ratio,
-                            grad,
-                            lanes,
-                            writer,
-                        );
-                    },
-                );
-            } else {
-                vectorise(
-                    #[inline(always)]
-                    || {
-                        self.policy::<_, PLAIN, NON_TEMPORAL>(
-                            surrogate,
-                            weights,
-                            run,
-                            value,
-                            row,
-                            centre_of_ratio,
-                            grad,
-                            lanes,
-                            &writer,
-                        );
-                    },
-                );
-            }
+            let stores = if again { Stores::Cached } else { stores };
+            with_stores!(stores, STORES => self.policy::<_, PLAIN, STORES>(
+                surrogate,
+                weights,
+                run,
+                value,
+                row,
+                centre_of_ratio,
+                grad,
+                lanes,
+            ));
         } else {
             for (range, row) in rows.runs(weights.len()) {
                 let (weights, run) = (&weights[range.clone()], run.part(range.clone()));
@@ -1221,32 +1204,25 @@ impl Terms {
         }
         lanes.add_to(&mut sums, centre_of_ratio);
         if let Some(against) = block.against {
-            vectorise(
-                #[inline(always)]
-                || {
-                    let grad = grad_logp.as_deref_mut();
-                    match options.is_plain_kl() {
-                        true => self.kl::<true, _>(weights, run, against, grad, &mut sums, &writer),
-                        false => {
-                            self.kl::<false, _>(weights, run, against, grad, &mut sums, &writer)
-                        }
-                    }
-                },
-            );
+            with_stores!(stores, STORES => {
+                let grad = grad_logp.as_deref_mut();
+                match options.is_plain_kl() {
+                    true => self.kl::<true, STORES>(weights, run, against, grad, &mut sums),
+                    false => self.kl::<false, STORES>(weights, run, against, grad, &mut sums),
+                }
+            });
         }
         if let Some(inputs @ [values, _, returns]) = value {
             let centres =
                 [centre(samples, |t| returns[t]), centre(samples, |t| returns[t] - values[t])];
-            vectorise(
-                #[inline(always)]
-                || self.value(weights, inputs, centres, block.grad_values, &mut sums, &writer),
-            );
+            with_stores!(stores, STORES => {
+                self.value::<STORES>(weights, inputs, centres, block.grad_values, &mut sums)
+            });
         }
         if let Some(entropy) = block.entropy {
-            vectorise(
-                #[inline(always)]
-                || self.entropy(weights, entropy, block.grad_entropy, &mut sums, &writer),
-            );
+            with_stores!(stores, STORES => {
+                self.entropy::<STORES>(weights, entropy, block.grad_entropy, &mut sums)
+            });
         }
         sums
     }
@@ -1269,9 +1245,8 @@ impl Terms {
         with_surrogate!(options, surrogate => vectorise(
             #[inline(always)]
             || {
-                let writer = &Writer::<false>;
-                self.policy::<_, FULL, false>(
-                    surrogate, weights, run, value, row, centre_of_ratio, grad, lanes, writer,
+                self.policy::<_, FULL, CACHED>(
+                    surrogate, weights, run, value, row, centre_of_ratio, grad, lanes,
                 );
             },
         ));
@@ -1283,7 +1258,7 @@ impl Terms {
     /// little, that memory would be idle now and waited for then.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
-    fn policy<S: Of, const PASS: u8, const NON_TEMPORAL: bool>(
+    fn policy<S: Of, const PASS: u8, const STORES: u8>(
         self,
         surrogate: S,
         weights: &[f32],
@@ -1293,7 +1268,6 @@ impl Terms {
         centre_of_ratio: f32,
         mut grad: Option<&mut [f32]>,
         lanes: &mut PolicyLanes,
-        writer: &Writer<NON_TEMPORAL>,
     ) {
         let full_pass = PASS != PLAIN;
         let counts = PASS != OWN_GRADIENT;
@@ -1305,6 +1279,7 @@ impl Terms {
         // at once: from log-ratio to loss one operation waits for the other.
         let (mut raws, mut ratios) = ([0.0; STRETCH], [0.0; STRETCH]);
         let mut products = [0.0; STRETCH];
+        let mut tiles = Tiles::<STORES>::new(grad.as_deref().unwrap_or_default());
         for first in (0..weights.len()).step_by(STRETCH) {
             let stretch = first..weights.len().min(first + STRETCH);
             let (weights, run) = (&weights[stretch.clone()], run.part(stretch.clone()));
@@ -1336,7 +1311,6 @@ impl Terms {
             if full_pass {
                 self.weigh(weights, run, row, &raws, &mut products, &mut sums);
             }
-            let mut grad = grad.as_mut().map(|grad| &mut grad[stretch]);
             for_lanes(
                 weights.len(),
                 #[inline(always)]
@@ -1394,11 +1368,12 @@ impl Terms {
                         sums.advantages[i] += a;
                     }
                     if let Some(grad) = &mut grad {
-                        store(grad, at, full, g, writer);
+                        store(grad, first + at, full, g, &mut tiles);
                     }
                 },
             );
         }
+        end(tiles, grad);
         if full_pass && self.of_rows {
             let (count, excess) = (count_of(kept), f64::from(row_ratio - centre_of_ratio));
             // No token, no ratio, which may be NaN then.
@@ -1537,14 +1512,13 @@ impl Terms {
     /// Adds its gradient to the policy term's. `PLAIN` is without what
     /// [`is_plain_kl`](PpoLossOptions::is_plain_kl) excludes.
     #[inline(always)]
-    fn kl<const PLAIN: bool, const NON_TEMPORAL: bool>(
+    fn kl<const PLAIN: bool, const STORES: u8>(
         self,
         weights: &[f32],
         run: Run,
         against: &[f32],
         grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<NON_TEMPORAL>,
     ) {
         // Where the coefficient is 0 the derivative, which may be infinite, is not wanted.
         let mut grad = grad.filter(|_| self.kl_scale != 0.0);
@@ -1552,6 +1526,7 @@ impl Terms {
         let kl_ratio = if PLAIN { KlRatio::None } else { self.kl_ratio };
         let has_ratio = kl_ratio != KlRatio::None;
         let (mut loss, mut total) = (ZERO, ZERO);
+        let mut tiles = Tiles::<STORES>::new(grad.as_deref().unwrap_or_default());
         for_lanes(
             weights.len(),
             #[inline(always)]
@@ -1585,10 +1560,11 @@ impl Terms {
                     g[i] += select(drops, 0.0, select(has_ratio, slope * ratio, slope));
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
+                    store(grad, at, full, g, &mut tiles);
                 }
             },
         );
+        end(tiles, grad);
         sums.kl_loss = sum(loss);
         sums.kl = sum(total);
     }
@@ -1596,20 +1572,20 @@ impl Terms {
     /// The variances of returns and residuals are taken around these centres, so that they keep their
     /// digits far from 0.
     #[inline(always)]
-    fn value<const NON_TEMPORAL: bool>(
+    fn value<const STORES: u8>(
         self,
         weights: &[f32],
         [values, old_values, returns]: [&[f32]; 3],
         centres: [f32; 2],
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<NON_TEMPORAL>,
     ) {
         // Where the coefficient is 0 the error, which may be NaN, is not wanted.
         let wanted = self.value_scale != 0.0;
         let (mut loss, mut clipped) = (ZERO, [0_u32; LANES]);
         let (mut target, mut target_squares) = (ZERO, ZERO);
         let (mut residual, mut residual_squares) = (ZERO, ZERO);
+        let mut tiles = Tiles::<STORES>::new(grad.as_deref().unwrap_or_default());
         for_lanes(
             weights.len(),
             #[inline(always)]
@@ -1642,10 +1618,11 @@ impl Terms {
                     residual_squares[i] = x.mul_add(x, residual_squares[i]);
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
+                    store(grad, at, full, g, &mut tiles);
                 }
             },
         );
+        end(tiles, grad);
         let around =
             |centre, total, squares| moments(centre, sums.tokens, sum(total), sum(squares));
         sums.returns = around(centres[0], target, target_squares);
@@ -1655,15 +1632,15 @@ impl Terms {
     }
 
     #[inline(always)]
-    fn entropy<const NON_TEMPORAL: bool>(
+    fn entropy<const STORES: u8>(
         self,
         weights: &[f32],
         entropy: &[f32],
         mut grad: Option<&mut [f32]>,
         sums: &mut Sums,
-        writer: &Writer<NON_TEMPORAL>,
     ) {
         let (mut loss, mut total) = (ZERO, ZERO);
+        let mut tiles = Tiles::<STORES>::new(grad.as_deref().unwrap_or_default());
         for_lanes(
             weights.len(),
             #[inline(always)]
@@ -1679,10 +1656,11 @@ impl Terms {
                     g[i] = select(keep, w * self.entropy_scale, 0.0);
                 }
                 if let Some(grad) = &mut grad {
-                    store(grad, at, full, g, writer);
+                    store(grad, at, full, g, &mut tiles);
                 }
             },
         );
+        end(tiles, grad);
         sums.entropy_loss = sum(loss);
         sums.entropy = sum(total);
     }
@@ -1883,7 +1861,7 @@ mod tests {
     use super::*;
 
     /// The bits of all gradients of one block, with every term.
-    fn bits<const NON_TEMPORAL: bool>(len: usize, offset: usize) -> Vec<u32> {
+    fn bits(len: usize, offset: usize, stores: Stores) -> Vec<u32> {
         let wave = |step: usize| -> Vec<f32> {
             (0..len).map(|i| ((i * step) as f32 * 0.1).sin()).collect()
         };
@@ -1909,14 +1887,15 @@ mod tests {
         let ranges = RowRanges::new(OP, len, None).unwrap();
         let (terms, rows) =
             (Terms::new(&options, 1.0, 1.0), RowsOf { rows: &[], first: 0, ranges });
-        terms.sum::<NON_TEMPORAL>(tokens, RowWeight::Given(1.0), rows, &options);
+        terms.sum(tokens, RowWeight::Given(1.0), rows, &options, stores);
         grads.into_iter().flatten().map(f32::to_bits).collect()
     }
 
     #[test]
     fn gradients_past_the_caches_have_the_same_bits() {
         for (len, offset) in [(1024, 0), (1001, 1), (7, 0)] {
-            assert_eq!(bits::<true>(len, offset), bits::<false>(len, offset));
+            let cached = bits(len, offset, Stores::Cached);
+            assert!(Stores::all().iter().all(|&stores| bits(len, offset, stores) == cached));
         }
     }
 }

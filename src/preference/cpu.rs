@@ -7,8 +7,8 @@ use super::{
     check_values, no_tokens, Link, PreferenceOptions, PreferenceStats, RewardModelOptions, Sorted,
     Terms, Transform, OP,
 };
-use crate::cpu::math::{count_nonzero, exp, ln_1p, sum_lanes, LANES};
-use crate::cpu::{prefers_non_temporal, prefetch, reduce, reduce_by, vectorise, Split, Writer};
+use crate::cpu::math::{count_nonzero, exp, ln_1p, sum_lanes};
+use crate::cpu::{fill, map, prefetch, reduce, reduce_by, vectorise, with_stores, Split, Stores};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
 use crate::pack::{BatchShape, RangesMut, RowRanges};
@@ -145,17 +145,11 @@ fn run(
     if let Some(grad) = outputs.grad_logp {
         let sft = if has_sft { scales.sft_coef / found.sft_divisor(scales) } else { 0.0 };
         let factors = [found.divisor(scales).recip() as f32, -sft as f32];
-        let non_temporal = prefers_non_temporal(size_of_val(grad));
+        let stores = Stores::of(size_of_val(grad));
         let items = (RangesMut::new(grad, ranges), gradients.as_slice());
         for_rows(rows, ranges, items, |first, _, (mut grad, gradients)| {
             let mask = |row: usize| of_row(inputs.mask, ranges.range(first + row));
-            vectorise(
-                #[inline(always)]
-                || match non_temporal {
-                    false => spread::<false>(&mut grad, mask, gradients, factors),
-                    true => spread::<true>(&mut grad, mask, gradients, factors),
-                },
-            );
+            with_stores!(stores, STORES => spread::<STORES>(&mut grad, mask, gradients, factors));
         });
     }
     Ok(())
@@ -339,13 +333,12 @@ struct RowGradient {
 
 /// Writes the gradients of rows.
 #[inline(always)]
-fn spread<'a, const NON_TEMPORAL: bool>(
+fn spread<'a, const STORES: u8>(
     grad: &mut RangesMut<f32>,
     mask_of: impl Fn(usize) -> Option<&'a [u8]>,
     gradients: &[RowGradient],
     [factor, sft_factor]: [f32; 2],
 ) {
-    let writer = Writer::<NON_TEMPORAL>;
     for (row, from) in gradients.iter().enumerate() {
         let sft = from.sft * sft_factor;
         let (head, rest) = (from.head.mul_add(factor, sft), from.rest.mul_add(factor, sft));
@@ -355,28 +348,19 @@ fn spread<'a, const NON_TEMPORAL: bool>(
             *grad = kept(if from.tail == 0 { rest } else { head }, u8::from(!masked));
             continue;
         }
-        let (first, last) = grad.split_at_mut(from.tail);
-        let Some(mask) = mask else {
-            for (grad, x) in [(first, head), (last, rest)] {
-                let (lines, end) = grad.as_chunks_mut();
-                lines.iter_mut().for_each(|line| writer.write(line, [x; LANES]));
-                end.fill(x);
+        let (head_mask, rest_mask) = mask.map(|mask| mask.split_at(from.tail)).unzip();
+        let (to_head, to_rest) = grad.split_at_mut(from.tail);
+        for (grad, x, mask) in [(to_head, head, head_mask), (to_rest, rest, rest_mask)] {
+            match mask {
+                None => fill::<STORES, _>(grad, x),
+                Some(mask) => map::<STORES, _, _>(
+                    grad,
+                    mask,
+                    #[inline(always)]
+                    |m| kept(x, m),
+                ),
             }
-            continue;
-        };
-        let (first_mask, last_mask) = mask.split_at(from.tail);
-        writer.map(
-            first,
-            first_mask,
-            #[inline(always)]
-            |m| kept(head, m),
-        );
-        writer.map(
-            last,
-            last_mask,
-            #[inline(always)]
-            |m| kept(rest, m),
-        );
+        }
     }
 }
 

@@ -1,12 +1,16 @@
 //! Whitening on slices. Sums are taken in f64, over leaves of a fixed size that a fixed tree merges.
 
 use super::{EpsPlacement, WhitenOptions, OP};
-use crate::cpu::math::{sum_lanes, LANES};
-use crate::cpu::{for_each, reduce, vectorise};
+use crate::cpu::math::{select, sum_lanes, LANES};
+use crate::cpu::store::CACHED;
+use crate::cpu::{for_each, reduce, store, vectorise, with_stores, Stores};
 use crate::error::{Error, Result};
 use crate::memory::{in_space, Lengths};
 use crate::moments::cpu::{moments, LEAF};
 use crate::moments::Moments;
+
+/// Elements that a thread maps at a time.
+const MAP_GRAIN: usize = 8 * LEAF;
 
 in_space!(
     Host:
@@ -48,12 +52,7 @@ pub fn masked_whiten(
     let (x, mask, y) = (inputs.x, inputs.mask, outputs.y);
     let inv = scale.inv as f32;
     let back = if options.shift_mean { 0.0 } else { scale.mean.high };
-    for_each(elements, LEAF, (x, mask, y), |_, _, (x, mask, y)| {
-        vectorise(
-            #[inline(always)]
-            || map(x, x, mask, y, |x, _| scale.mean.deviation(x) * inv + back),
-        );
-    });
+    map_all(x, x, mask, y, |x, _| scale.mean.deviation(x) * inv + back);
     Ok(())
 }
 
@@ -91,16 +90,9 @@ pub fn masked_whiten_backward(
     let inv = scale.inv as f32;
     let back = if options.shift_mean { 0.0 } else { mean_g.high };
     let slope = (sum_gd * scale.slope) as f32;
-    for_each(elements, LEAF, (x, grad_y, mask, grad_x), |_, _, (x, g, mask, out)| {
-        vectorise(
-            #[inline(always)]
-            || {
-                // The deviation of g first: without one in x, inv may be as large as 1 / eps.
-                map(x, g, mask, out, |x, g| {
-                    scale.mean.deviation(x) * slope + (mean_g.deviation(g) * inv + back)
-                });
-            },
-        );
+    // The deviation of g first: without one in x, inv may be as large as 1 / eps.
+    map_all(x, grad_y, mask, grad_x, |x, g| {
+        scale.mean.deviation(x) * slope + (mean_g.deviation(g) * inv + back)
     });
     Ok(())
 }
@@ -121,12 +113,7 @@ pub fn masked_whiten_with_backward(
 
     let inv = Scale::new(given(inputs.moments, "grad_y")?, options)?.inv as f32;
     let (mask, grad_y, grad_x) = (inputs.mask, inputs.grad_y, outputs.grad_x);
-    for_each(elements, LEAF, (grad_y, mask, grad_x), |_, _, (g, mask, out)| {
-        vectorise(
-            #[inline(always)]
-            || map(g, g, mask, out, |g, _| g * inv),
-        );
-    });
+    map_all(grad_y, grad_y, mask, grad_x, |g, _| g * inv);
     Ok(())
 }
 
@@ -140,8 +127,8 @@ fn given<'a>(moments: Option<&'a [Moments]>, needed_by: &'static str) -> Result<
 #[inline(always)]
 fn gradient_sums(x: &[f32], g: &[f32], mask: Option<&[u8]>, mean: &Mean) -> (f64, f64) {
     let (mut deviations, mut gradients) = ([0.0; LEAF], [0.0; LEAF]);
-    map(x, x, mask, &mut deviations[..x.len()], |x, _| mean.deviation(x));
-    map(g, g, mask, &mut gradients[..g.len()], |g, _| g);
+    map::<CACHED>(x, x, mask, &mut deviations[..x.len()], |x, _| mean.deviation(x));
+    map::<CACHED>(g, g, mask, &mut gradients[..g.len()], |g, _| g);
     // What is behind the last element is 0 in both.
     let len = x.len().next_multiple_of(LANES);
     let (deviations, _) = deviations[..len].as_chunks::<LANES>();
@@ -157,22 +144,43 @@ fn gradient_sums(x: &[f32], g: &[f32], mask: Option<&[u8]>, mean: &Mean) -> (f64
     (sum_lanes(sum_g), sum_lanes(sum_gd))
 }
 
+/// `out = f(a, b)` where unmasked, else 0, in parallel.
+#[inline(always)]
+fn map_all(
+    a: &[f32],
+    b: &[f32],
+    mask: Option<&[u8]>,
+    out: &mut [f32],
+    f: impl Fn(f32, f32) -> f32 + Copy + Sync,
+) {
+    let stores = Stores::of(size_of_val(out));
+    for_each(out.len(), MAP_GRAIN, (a, b, mask, out), |_, _, (a, b, mask, out)| {
+        with_stores!(stores, STORES => map::<STORES>(a, b, mask, out, f));
+    });
+}
+
 /// `out = f(a, b)` where unmasked, else 0.
 #[inline(always)]
-fn map(a: &[f32], b: &[f32], mask: Option<&[u8]>, out: &mut [f32], f: impl Fn(f32, f32) -> f32) {
-    let inputs = a.iter().zip(b);
+fn map<const STORES: u8>(
+    a: &[f32],
+    b: &[f32],
+    mask: Option<&[u8]>,
+    out: &mut [f32],
+    f: impl Fn(f32, f32) -> f32,
+) {
     match mask {
-        None => {
-            for (out, (&a, &b)) in out.iter_mut().zip(inputs) {
-                *out = f(a, b);
-            }
-        }
-        Some(mask) => {
-            for ((out, (&a, &b)), &keep) in out.iter_mut().zip(inputs).zip(mask) {
-                let y = f(a, b);
-                *out = if keep != 0 { y } else { 0.0 };
-            }
-        }
+        None => store::map::<STORES, _, _>(
+            out,
+            (a, b),
+            #[inline(always)]
+            |(a, b)| f(a, b),
+        ),
+        Some(mask) => store::map::<STORES, _, _>(
+            out,
+            ((a, b), mask),
+            #[inline(always)]
+            |((a, b), keep)| select(keep != 0, f(a, b), 0.0),
+        ),
     }
 }
 
