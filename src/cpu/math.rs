@@ -1,5 +1,6 @@
 //! Branch-free `f32` math that the compiler can vectorise; call it inside [`super::vectorise`].
 
+use std::hint::black_box;
 use std::ops::AddAssign;
 
 use super::{prefetch, Logit};
@@ -303,6 +304,9 @@ pub(crate) fn max_lanes<const N: usize>(mut lanes: [f32; N]) -> f32 {
 #[inline(always)]
 pub(crate) fn sum_lanes<T: Copy + AddAssign, const N: usize>(mut lanes: [T; N]) -> T {
     const { assert!(N.is_power_of_two()) };
+    // From memory: of lanes that it sees added up the compiler may take the loop before apart, into pairs and
+    // single ones.
+    lanes = black_box(lanes);
     let mut width = N / 2;
     while width > 0 {
         for i in 0..width {
