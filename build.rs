@@ -28,6 +28,17 @@ fn allow_avx512() {
     }
 }
 
+/// Tells whether what is built is only looked at, so that no kernel needs to be compiled: the documentation,
+/// which is built where there is no nvcc, and lints.
+#[cfg(any(feature = "cuda", feature = "simt"))]
+fn is_never_run() -> bool {
+    const VARIABLES: [&str; 2] = ["DOCS_RS", "PPO_KERNELS_LINT"];
+    for variable in VARIABLES {
+        println!("cargo:rerun-if-env-changed={variable}");
+    }
+    VARIABLES.iter().any(|variable| std::env::var_os(variable).is_some())
+}
+
 /// A file of the package.
 #[cfg(any(feature = "cuda", feature = "simt"))]
 fn package(path: &str) -> PathBuf {
@@ -58,7 +69,7 @@ mod cuda {
     use std::path::{Path, PathBuf};
     use std::process::Command;
 
-    use super::{fail, kernels, out_dir, package};
+    use super::{fail, is_never_run, kernels, out_dir, package};
 
     /// Every architecture the kernels are for. Code for one runs on all later minor versions of it,
     /// and the PTX of the first on whatever comes later.
@@ -68,11 +79,10 @@ mod cuda {
     const CAP: &str = "CUDA_COMPUTE_CAP";
 
     pub fn build() {
-        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", ARCHS, CAP, "DOCS_RS"] {
+        for variable in ["NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", ARCHS, CAP] {
             println!("cargo:rerun-if-env-changed={variable}");
         }
-        // The documentation is built where there is no nvcc, and is never run.
-        let compiler = (env::var_os("DOCS_RS").is_none()).then(Compiler::find);
+        let compiler = (!is_never_run()).then(Compiler::find);
         let image = |name: &str| out_dir().join(format!("{name}.fatbin"));
         let names = kernels();
         let threads = std::thread::available_parallelism().map_or(1, |threads| threads.get());
@@ -188,7 +198,7 @@ mod simt {
     use std::fs;
     use std::path::{Path, PathBuf};
 
-    use super::{fail, kernels, out_dir, package};
+    use super::{fail, is_never_run, kernels, out_dir, package};
 
     /// Sanitizers for which the kernels are compiled once more, each time into a library of their own:
     /// `address,undefined;thread` makes two. Tests run with one of them if PPO_KERNELS_SIMT is its first
@@ -202,6 +212,9 @@ mod simt {
         println!("cargo:rerun-if-env-changed={SANITIZE}");
         println!("cargo:rerun-if-changed=src/cuda/simt");
         println!("cargo:rerun-if-changed={PLANTED}");
+        if is_never_run() {
+            return;
+        }
         // Kernels are found by name at run time: the linker must keep what nobody calls.
         let mut build = kernels_for(&[]);
         build.link_lib_modifier("+whole-archive").compile("ppo_kernels_simt_kernels");

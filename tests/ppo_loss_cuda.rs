@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::device::{machine, stream, Buffer, Machine, Order, ORDERS};
+use common::device::{machine, orders, stream, Buffer, Machine, Order, ORDERS};
 use common::pack::WILD_OFFSETS;
 use common::ppo_loss_cases::*;
 use common::*;
@@ -219,7 +219,7 @@ fn agrees_for_every_shape(planted_bug: &'static str, orders: &[Order]) -> Result
 
 #[test]
 fn agrees_with_the_reference_for_every_shape_and_order() {
-    agrees_for_every_shape("", &ORDERS).unwrap();
+    agrees_for_every_shape("", orders()).unwrap();
 }
 
 /// Packs and padded batches in all orders: the reference, and the same bits where there are no sums.
@@ -253,7 +253,7 @@ fn packs_agree_with_the_reference(planted_bug: &'static str, orders: &[Order]) -
 
 #[test]
 fn packs_agree_with_the_reference_and_with_padded_batches() {
-    packs_agree_with_the_reference("", &ORDERS[..3]).unwrap();
+    packs_agree_with_the_reference("", orders()).unwrap();
 }
 
 /// The extremes of more rows than a warp has lanes, the largest share in the last of them.
@@ -274,7 +274,7 @@ fn extremes_of_many_rows(planted_bug: &'static str, orders: &[Order]) -> Result<
 
 #[test]
 fn extremes_of_many_rows_agree_with_the_reference() {
-    extremes_of_many_rows("", &ORDERS).unwrap();
+    extremes_of_many_rows("", orders()).unwrap();
 }
 
 #[test]
@@ -767,17 +767,17 @@ fn from_logits_agrees_with_the_reference<T: Logit>(
 
 #[test]
 fn from_logits_f32_agrees_with_the_references() {
-    from_logits_agrees_with_the_reference::<f32>("", &ORDERS).unwrap();
+    from_logits_agrees_with_the_reference::<f32>("", orders()).unwrap();
 }
 
 #[test]
 fn from_logits_f16_agrees_with_the_references() {
-    from_logits_agrees_with_the_reference::<f16>("", &ORDERS).unwrap();
+    from_logits_agrees_with_the_reference::<f16>("", orders()).unwrap();
 }
 
 #[test]
 fn from_logits_bf16_agrees_with_the_references() {
-    from_logits_agrees_with_the_reference::<bf16>("", &ORDERS).unwrap();
+    from_logits_agrees_with_the_reference::<bf16>("", orders()).unwrap();
 }
 
 #[test]

@@ -84,7 +84,7 @@ pub fn compare<Fused, Candle, F, C>(
     group.throughput(Throughput::Bytes(bytes as u64));
     group.warm_up_time(Duration::from_millis(300));
     // Of the short form it is the longest that a function is run, however noisy.
-    group.measurement_time(Duration::from_millis(if quick() { 500 } else { 2000 }));
+    group.measurement_time(Duration::from_millis(if quick() { 150 } else { 2000 }));
     group.sample_size(40);
     if slow {
         group.sampling_mode(SamplingMode::Flat);
@@ -170,16 +170,25 @@ struct Limit {
 struct Kind {
     /// Asks for lines before they are read.
     ahead: bool,
-    /// Writes past the caches, which otherwise read what they are about to write.
-    past: bool,
+    stores: Stores,
 }
 
-const KINDS: [Kind; 4] = [
-    Kind { ahead: false, past: false },
-    Kind { ahead: true, past: false },
-    Kind { ahead: false, past: true },
-    Kind { ahead: true, past: true },
-];
+#[derive(Clone, Copy, PartialEq)]
+enum Stores {
+    Cached,
+    /// Past the caches, which otherwise read what they are about to write; 16 bytes at a time.
+    Past,
+    /// The same, a line at a time. The machine has AVX-512.
+    PastByLines,
+}
+
+/// All kinds that this machine has.
+fn kinds() -> Vec<Kind> {
+    let mut stores = vec![Stores::Cached, Stores::Past];
+    #[cfg(all(target_arch = "x86_64", ppo_avx512))]
+    stores.extend(is_x86_feature_detected!("avx512f").then_some(Stores::PastByLines));
+    stores.iter().flat_map(|&stores| [false, true].map(|ahead| Kind { ahead, stores })).collect()
+}
 
 impl Limit {
     /// Of the fastest kind.
@@ -189,18 +198,19 @@ impl Limit {
             vec![Line([1; 8]); walks.iter().map(bytes).max().unwrap_or(0).div_ceil(64)]
         };
         let walks = walks.to_vec();
+        let kinds = kinds();
         let mut limit =
-            Self { source: room(|w| w.read), target: room(|w| w.write), walks, kind: KINDS[0] };
-        let mut fastest = [Duration::MAX; KINDS.len()];
+            Self { source: room(|w| w.read), target: room(|w| w.write), walks, kind: kinds[0] };
+        let mut fastest = vec![Duration::MAX; kinds.len()];
         for _ in 0..8 {
-            for (kind, fastest) in KINDS.into_iter().zip(&mut fastest) {
+            for (&kind, fastest) in kinds.iter().zip(&mut fastest) {
                 limit.kind = kind;
                 let start = Instant::now();
                 black_box(limit.run());
                 *fastest = start.elapsed().min(*fastest);
             }
         }
-        let best = fastest.into_iter().zip(KINDS).min_by_key(|(time, _)| *time);
+        let best = fastest.into_iter().zip(kinds).min_by_key(|(time, _)| *time);
         limit.kind = best.expect("there are some").1;
         limit
     }
@@ -223,11 +233,9 @@ fn stream(source: &[Line], target: &mut [Line], kind: Kind) -> u64 {
     if source.len().max(target.len()) <= PIECE {
         return pulp::Arch::new().dispatch(
             #[inline(always)]
-            || match (kind.ahead, kind.past) {
-                (false, false) => stream_piece::<false, false>(source, target),
-                (true, false) => stream_piece::<true, false>(source, target),
-                (false, true) => stream_piece::<false, true>(source, target),
-                (true, true) => stream_piece::<true, true>(source, target),
+            || match kind.ahead {
+                false => stream_piece::<false>(source, target, kind.stores),
+                true => stream_piece::<true>(source, target, kind.stores),
             },
         );
     }
@@ -238,7 +246,7 @@ fn stream(source: &[Line], target: &mut [Line], kind: Kind) -> u64 {
 }
 
 #[inline(always)]
-fn stream_piece<const AHEAD: bool, const PAST: bool>(source: &[Line], target: &mut [Line]) -> u64 {
+fn stream_piece<const AHEAD: bool>(source: &[Line], target: &mut [Line], stores: Stores) -> u64 {
     // 1 KiB at a time, so that reads and writes are under way together.
     let blocks = source.len().max(target.len()).div_ceil(16).max(1);
     let a_block = |len: usize| len.div_ceil(blocks).max(1);
@@ -255,15 +263,11 @@ fn stream_piece<const AHEAD: bool, const PAST: bool>(source: &[Line], target: &m
         for line in rest {
             add::<AHEAD>(&mut sums[0], line);
         }
-        for line in targets.next().unwrap_or_default() {
-            write::<PAST>(line, block as u64);
-        }
+        write(targets.next().unwrap_or_default(), block as u64, stores);
     }
-    for line in targets.flatten() {
-        write::<PAST>(line, 1);
-    }
+    targets.for_each(|lines| write(lines, 1, stores));
     #[cfg(target_arch = "x86_64")]
-    if PAST {
+    if stores != Stores::Cached {
         // SAFETY: of every x86-64. Writes past the caches are in no order until then.
         unsafe { std::arch::x86_64::_mm_sfence() };
     }
@@ -294,18 +298,40 @@ fn ask_for(line: &Line, lines_ahead: isize) {
 }
 
 #[inline(always)]
-fn write<const PAST: bool>(line: &mut Line, x: u64) {
-    #[cfg(target_arch = "x86_64")]
-    if PAST {
-        use std::arch::x86_64::{__m128i, _mm_set1_epi64x, _mm_stream_si128};
-        let quarters = std::ptr::from_mut(line).cast::<__m128i>();
-        for i in 0..4 {
-            // SAFETY: four quarters of 16 bytes are the line, which is aligned.
-            unsafe { _mm_stream_si128(quarters.add(i), _mm_set1_epi64x(x as i64)) };
-        }
-        return;
+fn write(lines: &mut [Line], x: u64, stores: Stores) {
+    #[cfg(all(target_arch = "x86_64", ppo_avx512))]
+    if stores == Stores::PastByLines {
+        // SAFETY: it is a kind only where there is AVX-512.
+        return unsafe { write_by_lines(lines, x) };
     }
-    line.0 = [x; 8];
+    for line in lines {
+        #[cfg(target_arch = "x86_64")]
+        if stores == Stores::Past {
+            use std::arch::x86_64::{__m128i, _mm_set1_epi64x, _mm_stream_si128};
+            let quarters = std::ptr::from_mut(line).cast::<__m128i>();
+            for i in 0..4 {
+                // SAFETY: four quarters of 16 bytes are the line, which is aligned.
+                unsafe { _mm_stream_si128(quarters.add(i), _mm_set1_epi64x(x as i64)) };
+            }
+            continue;
+        }
+        line.0 = [x; 8];
+    }
+}
+
+/// # Safety
+/// The machine must have AVX-512.
+#[cfg(all(target_arch = "x86_64", ppo_avx512))]
+#[allow(clippy::incompatible_msrv)] // only where Rust has it
+#[target_feature(enable = "avx512f")]
+unsafe fn write_by_lines(lines: &mut [Line], x: u64) {
+    use std::arch::x86_64::{_mm512_set1_epi64, _mm512_stream_si512};
+    for line in lines {
+        // SAFETY: a line is aligned.
+        unsafe {
+            _mm512_stream_si512(std::ptr::from_mut(line).cast(), _mm512_set1_epi64(x as i64))
+        };
+    }
 }
 
 /// A generator with a fixed seed.
