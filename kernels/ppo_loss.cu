@@ -46,8 +46,8 @@
 // row of logits and writes one.
 //
 // Numbers. e^x is expf, to 2 ulp. Variances are taken around a number that is among those they are
-// of, so that they keep their digits far from 0: each thread takes its first, and changes to the
-// block's before sums are added, as the parts do to the first part's. Masked tokens are selected
+// of, so that they keep their digits far from 0: each thread takes one of its first, and changes to
+// the block's before sums are added, as the parts do to the first part's. Masked tokens are selected
 // away, never multiplied: they may be NaN. D = 0 makes the loss NaN.
 
 #include "common/logprob.cuh"
@@ -73,22 +73,26 @@ enum Sum {
     LOG_RATIO,
     LOG_RATIO_SQUARES,
     LOG_RATIO_K3,
-    EXCESS,  // of the ratio over 1
-    EXCESS_SQUARES,
     ENTROPY,
     KL,
     ADVANTAGE,
-    RETURN,  // less its centre, and so are the next three
+    RATIO,  // less its centre, and so are the next five
+    RATIO_SQUARES,
+    RETURN,
     RETURN_SQUARES,
     RESIDUAL,  // return - value
     RESIDUAL_SQUARES,
     // From here on no sums.
     RATIO_MIN,
     RATIO_MAX,
+    RATIO_CENTRE,
     RETURN_CENTRE,
     RESIDUAL_CENTRE,
     PARTIAL_SUMS,
 };
+// Kinds of numbers that are added up around a centre.
+constexpr int CENTRES = PARTIAL_SUMS - RATIO_CENTRE;
+static_assert(RATIO_MIN - RATIO == 2 * CENTRES, "a sum and a sum of squares for each");
 // A warp merges each; a bit each in a mask of lanes.
 static_assert(PARTIAL_SUMS < WARP, "one warp has a lane for each");
 
@@ -495,15 +499,63 @@ static __device__ __forceinline__ ThreadSums no_thread_sums() {
     ThreadSums s;
 #pragma unroll
     for (int i = 0; i < PARTIAL_SUMS; i++) s.sum[i] = 0.0f;
-    s.sum[RATIO_MIN] = INFINITY;
-    s.sum[RATIO_MAX] = -INFINITY;
-    s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = NAN;
     s.counts[0] = s.counts[1] = 0;
     return s;
 }
 
 static __device__ __forceinline__ void count(ThreadSums& s, Sum which, bool counts) {
     s.counts[which / COUNTS_A_WORD] += uint32_t(counts) << COUNT_BITS * (which % COUNTS_A_WORD);
+}
+
+// The second smallest of the unmasked numbers, which of three or four is not the outlier, if there is
+// one; NaN without any.
+static __device__ __forceinline__ float centre_of(const float (&x)[QUAD],
+                                                  const bool (&keep)[QUAD]) {
+    float first = NAN, y[QUAD];
+#pragma unroll
+    for (int i = QUAD - 1; i >= 0; i--) first = keep[i] ? x[i] : first;
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) y[i] = keep[i] ? x[i] : INFINITY;
+    const float low = fmaxf(fminf(y[0], y[1]), fminf(y[2], y[3]));
+    const float second = fminf(low, fminf(fmaxf(y[0], y[1]), fmaxf(y[2], y[3])));
+    const float centre = fabsf(second) <= LARGEST ? second : first;
+    // Infinity less itself would be NaN.
+    return fabsf(centre) > LARGEST ? 0.0f : centre;
+}
+
+// What a thread keeps in shared memory, as there are no registers left for it: its centres, in the
+// order of the sums, and what is touched once for four tokens.
+enum Slot { RATIO_SLOT, ADVANTAGE_SLOT = CENTRES, MIN_SLOT, MAX_SLOT, SLOTS };
+
+// The slots of a block, THREADS of each kind; a thread has a pointer to its first.
+static __device__ __forceinline__ volatile float& slot(volatile float* slots, int which) {
+    return slots[which * THREADS];
+}
+
+// Of four tokens.
+struct QuadStats {
+    float advantage = 0.0f, min = INFINITY, max = -INFINITY;
+
+    __device__ __forceinline__ void add_to(volatile float* slots) const {
+        slot(slots, ADVANTAGE_SLOT) += advantage;
+        slot(slots, MIN_SLOT) = fminf(slot(slots, MIN_SLOT), min);
+        slot(slots, MAX_SLOT) = fmaxf(slot(slots, MAX_SLOT), max);
+    }
+};
+
+// Adds numbers and their squares around a centre, which is NaN until the thread has seen a token.
+static __device__ __forceinline__ void add_around(ThreadSums& s, Sum centre, volatile float* slots,
+                                                  const float (&x)[QUAD],
+                                                  const bool (&keep)[QUAD]) {
+    const int kind = centre - RATIO_CENTRE;
+    float c = slot(slots, kind);
+    if (c != c) slot(slots, kind) = c = centre_of(x, keep);
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) {
+        const float y = keep[i] ? x[i] - c : 0.0f;
+        s.sum[RATIO + 2 * kind] += y;
+        s.sum[RATIO_SQUARES + 2 * kind] = fmaf(y, y, s.sum[RATIO_SQUARES + 2 * kind]);
+    }
 }
 
 // The factors of the terms' gradients.
@@ -517,22 +569,29 @@ static __device__ __forceinline__ bool counts_as_clipped(const PassArgs& args,
 }
 
 // The statistics of a token's policy term; of a masked one only ratio 1 and advantage 0 are seen.
+// The first ratio, or 1 if that is an outlier, is the centre of the thread's.
 static __device__ __forceinline__ void add_policy_stats(const PassArgs& args, ThreadSums& s,
                                                         const PolicyTerm& term, bool keep, float d,
-                                                        float a) {
+                                                        float a, volatile float* slots,
+                                                        QuadStats& quad) {
     const float ratio = term.ratio;
+    float centre = slot(slots, RATIO_SLOT);
+    if (keep && centre != centre) {
+        centre = ratio <= 2.0f ? ratio : 1.0f;
+        slot(slots, RATIO_SLOT) = centre;
+    }
+    const float excess = keep ? ratio - centre : 0.0f;
+    s.sum[RATIO] += excess;
+    s.sum[RATIO_SQUARES] = fmaf(excess, excess, s.sum[RATIO_SQUARES]);
+    quad.min = keep ? fminf(quad.min, ratio) : quad.min;
+    quad.max = keep ? fmaxf(quad.max, ratio) : quad.max;
     const bool clipped = counts_as_clipped(args, term, keep);
     count(s, CLIPPED, clipped);
     count(s, CLIPPED_HIGH, clipped && a > 0.0f);
     count(s, LOWER_CLIPPED, term.is_lower);
     s.sum[LOG_RATIO] += d;
     s.sum[LOG_RATIO_SQUARES] = fmaf(d, d, s.sum[LOG_RATIO_SQUARES]);
-    const float excess = ratio - 1.0f;
-    s.sum[EXCESS] += excess;
-    s.sum[EXCESS_SQUARES] = fmaf(excess, excess, s.sum[EXCESS_SQUARES]);
-    s.sum[RATIO_MIN] = keep ? fminf(s.sum[RATIO_MIN], ratio) : s.sum[RATIO_MIN];
-    s.sum[RATIO_MAX] = keep ? fmaxf(s.sum[RATIO_MAX], ratio) : s.sum[RATIO_MAX];
-    s.sum[ADVANTAGE] += a;
+    quad.advantage += a;
 }
 
 // e^d - 1 - d, whose exponential is at hand.
@@ -545,12 +604,13 @@ static __device__ __forceinline__ float k3_of_ratio(float d, float ratio) {
 static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSums& s,
                                                   const Group& g, const bool (&keep)[QUAD],
                                                   const float (&w)[QUAD], float scale,
-                                                  float (&grad)[QUAD]) {
+                                                  volatile float* slots, float (&grad)[QUAD]) {
     float logp[QUAD], old_logp[QUAD], advantages[QUAD];
     unpack(g.logp, logp, float{});
     unpack(g.old_logp, old_logp, float{});
     unpack(g.advantages, advantages, float{});
     s.counts[0] += count_nonzero(g.mask) << COUNT_BITS * TOKENS;
+    QuadStats quad;
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         // A masked token becomes one with ratio 1 and advantage 0, which adds nothing.
@@ -559,9 +619,10 @@ static __device__ __forceinline__ void add_policy(const PassArgs& args, ThreadSu
         const PolicyTerm term = policy_of_token(args.clip, log_ratio, a);
         grad[i] = keep[i] && term.flows ? term.slope * w[i] * scale : 0.0f;
         s.sum[POLICY_LOSS] = fmaf(w[i], term.loss, s.sum[POLICY_LOSS]);
-        add_policy_stats(args, s, term, keep[i], term.log_ratio, a);
+        add_policy_stats(args, s, term, keep[i], term.log_ratio, a, slots, quad);
         s.sum[LOG_RATIO_K3] += k3_of_ratio(term.log_ratio, term.ratio);
     }
+    quad.add_to(slots);
 }
 
 // Any policy term, and its gradient. `rows` are of the tokens' rows.
@@ -569,7 +630,7 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
                                                   const Group& g, const bool (&keep)[QUAD],
                                                   const float (&w)[QUAD],
                                                   const RowTerms (&rows)[QUAD], float scale,
-                                                  float (&grad)[QUAD]) {
+                                                  volatile float* slots, float (&grad)[QUAD]) {
     const Clip& clip = args.clip;
     const Family& family = args.family;
     float logp[QUAD], old_logp[QUAD], advantages[QUAD], weights[QUAD];
@@ -578,6 +639,7 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
     unpack(g.advantages, advantages, float{});
     unpack(g.weights, weights, float{});
     s.counts[0] += count_nonzero(g.mask) << COUNT_BITS * TOKENS;
+    QuadStats quad;
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const float d = keep[i] ? logp[i] - old_logp[i] : 0.0f;
@@ -602,9 +664,10 @@ static __device__ __forceinline__ void add_family(const PassArgs& args, ThreadSu
         count(s, OUTSIDE, outside);
         count(s, OFF_POLICY, off_policy);
         const float clamped = clamp(d, clip.log_ratio_limit);
-        add_policy_stats(args, s, term, keep[i], clamped, a);
+        add_policy_stats(args, s, term, keep[i], clamped, a, slots, quad);
         s.sum[LOG_RATIO_K3] += k3_of_ratio(clamped, family.of_rows ? expf(clamped) : term.ratio);
     }
+    quad.add_to(slots);
 }
 
 // The KL term; adds its gradient to the policy term's.
@@ -646,21 +709,11 @@ static __device__ __forceinline__ void add_kl(const PassArgs& args, ThreadSums& 
 static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSums& s,
                                                  const Group& g, const bool (&keep)[QUAD],
                                                  const float (&w)[QUAD], float scale,
-                                                 float (&grad)[QUAD]) {
+                                                 volatile float* slots, float (&grad)[QUAD]) {
     float values[QUAD], old_values[QUAD], returns[QUAD];
     unpack(g.values, values, float{});
     unpack(args.old_values ? g.old_values : g.values, old_values, float{});
     unpack(g.returns, returns, float{});
-    // Until a thread has seen a token its centre is NaN.
-    if (s.sum[RETURN_CENTRE] != s.sum[RETURN_CENTRE]) {
-#pragma unroll
-        for (int i = QUAD - 1; i >= 0; i--) {
-            if (keep[i]) {
-                s.sum[RETURN_CENTRE] = returns[i];
-                s.sum[RESIDUAL_CENTRE] = returns[i] - values[i];
-            }
-        }
-    }
 #pragma unroll
     for (int i = 0; i < QUAD; i++) {
         const float error = values[i] - returns[i];
@@ -677,13 +730,12 @@ static __device__ __forceinline__ void add_value(const PassArgs& args, ThreadSum
 
         count(s, VALUE_CLIPPED, is_clipped);
         s.sum[VALUE_LOSS] = fmaf(w[i], keep[i] ? larger : 0.0f, s.sum[VALUE_LOSS]);
-        const float target = keep[i] ? returns[i] - s.sum[RETURN_CENTRE] : 0.0f;
-        s.sum[RETURN] += target;
-        s.sum[RETURN_SQUARES] = fmaf(target, target, s.sum[RETURN_SQUARES]);
-        const float residual = keep[i] ? -error - s.sum[RESIDUAL_CENTRE] : 0.0f;
-        s.sum[RESIDUAL] += residual;
-        s.sum[RESIDUAL_SQUARES] = fmaf(residual, residual, s.sum[RESIDUAL_SQUARES]);
     }
+    float residuals[QUAD];
+#pragma unroll
+    for (int i = 0; i < QUAD; i++) residuals[i] = returns[i] - values[i];
+    add_around(s, RETURN_CENTRE, slots, returns, keep);
+    add_around(s, RESIDUAL_CENTRE, slots, residuals, keep);
 }
 
 // The entropy, and its gradient.
@@ -770,8 +822,14 @@ static __device__ __forceinline__ void load_rows(const PassArgs& args, int64_t a
 // What one thread finds in `count` tokens, whose gradients it writes.
 template <Has HAS>
 static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, const Scales& scales,
-                                                        int64_t first, int count) {
+                                                        int64_t first, int count,
+                                                        volatile float* slots) {
     ThreadSums s = no_thread_sums();
+#pragma unroll
+    for (int kind = 0; kind < CENTRES; kind++) slot(slots, kind) = NAN;
+    slot(slots, ADVANTAGE_SLOT) = 0.0f;
+    slot(slots, MIN_SLOT) = INFINITY;
+    slot(slots, MAX_SLOT) = -INFINITY;
     const RowColumn step = args.offsets ? RowColumn{0, 0} : place_of<HAS>(args, TILE);
     RowColumn place = place_of<HAS>(args, first + threadIdx.x * QUAD);
     for (int i = threadIdx.x * QUAD; i < count; i += TILE) {
@@ -785,16 +843,16 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         load_rows<HAS>(args, at, place, w, rows, g);
 
         if (HAS == Has::FAMILY) {
-            add_family(args, s, g, keep, w, rows, scales.policy, grad);
+            add_family(args, s, g, keep, w, rows, scales.policy, slots, grad);
         } else {
-            add_policy(args, s, g, keep, w, scales.policy, grad);
+            add_policy(args, s, g, keep, w, scales.policy, slots, grad);
         }
         if (HAS != Has::NOTHING && args.ref_logp) {
             add_kl<HAS>(args, s, g, keep, w, scales.kl, grad);
         }
         if (args.grad_logp) store_group(args, args.grad_logp, at, grad);
         if (args.values) {
-            add_value(args, s, g, keep, w, scales.value, grad);
+            add_value(args, s, g, keep, w, scales.value, slots, grad);
             if (args.grad_values) store_group(args, args.grad_values, at, grad);
         }
         if (HAS != Has::NOTHING && args.entropy) {
@@ -815,7 +873,15 @@ static __device__ __forceinline__ ThreadSums sum_tokens(const PassArgs& args, co
         const uint32_t word = s.counts[i / COUNTS_A_WORD];
         s.sum[i] = float(word >> COUNT_BITS * (i % COUNTS_A_WORD) & ((1 << COUNT_BITS) - 1));
     }
-    if (s.sum[TOKENS] == 0.0f) s.sum[RETURN_CENTRE] = s.sum[RESIDUAL_CENTRE] = 0.0f;
+    s.sum[ADVANTAGE] = slot(slots, ADVANTAGE_SLOT);
+    s.sum[RATIO_MIN] = slot(slots, MIN_SLOT);
+    s.sum[RATIO_MAX] = slot(slots, MAX_SLOT);
+    // What the block adds up has the centres of its first thread with tokens, values or not.
+#pragma unroll
+    for (int kind = 0; kind < CENTRES; kind++) {
+        const bool any = s.sum[TOKENS] > 0.0f && (kind == 0 || args.values);
+        s.sum[RATIO_CENTRE + kind] = any ? slot(slots, kind) : 0.0f;
+    }
     return s;
 }
 
@@ -847,26 +913,25 @@ static __device__ __forceinline__ double block_sums(ThreadSums& s, WarpSums* war
     __syncthreads();
     if (lane == (leader < 0 ? 0 : leader)) {
         warps[warp].has_tokens = has_tokens;
-        warps[warp].sum[RETURN_CENTRE] = s.sum[RETURN_CENTRE];
-        warps[warp].sum[RESIDUAL_CENTRE] = s.sum[RESIDUAL_CENTRE];
-    }
-    __syncthreads();
-    float centre[2] = {0.0f, 0.0f};
 #pragma unroll
-    for (int other = WARPS - 1; other >= 0; other--) {
-        if (warps[other].has_tokens) {
-            centre[0] = warps[other].sum[RETURN_CENTRE];
-            centre[1] = warps[other].sum[RESIDUAL_CENTRE];
+        for (int centre = RATIO_CENTRE; centre < PARTIAL_SUMS; centre++) {
+            warps[warp].sum[centre] = s.sum[centre];
         }
     }
-    if (has_tokens) {
-        change_centre(s.sum[RETURN], s.sum[RETURN_SQUARES], s.sum[TOKENS], s.sum[RETURN_CENTRE],
-                      centre[0]);
-        change_centre(s.sum[RESIDUAL], s.sum[RESIDUAL_SQUARES], s.sum[TOKENS],
-                      s.sum[RESIDUAL_CENTRE], centre[1]);
+    __syncthreads();
+#pragma unroll
+    for (int kind = 0; kind < CENTRES; kind++) {
+        float centre = 0.0f;
+#pragma unroll
+        for (int other = WARPS - 1; other >= 0; other--) {
+            if (warps[other].has_tokens) centre = warps[other].sum[RATIO_CENTRE + kind];
+        }
+        if (has_tokens) {
+            change_centre(s.sum[RATIO + 2 * kind], s.sum[RATIO_SQUARES + 2 * kind], s.sum[TOKENS],
+                          s.sum[RATIO_CENTRE + kind], centre);
+        }
+        s.sum[RATIO_CENTRE + kind] = centre;
     }
-    s.sum[RETURN_CENTRE] = centre[0];
-    s.sum[RESIDUAL_CENTRE] = centre[1];
 
 #pragma unroll
     for (int i = TOKENS; i < RATIO_MIN; i++) s.sum[i] = warp_sum(s.sum[i]);
@@ -926,7 +991,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     const double residual = sum[RESIDUAL_CENTRE] + sum[RESIDUAL] * share;
     const double return_m2 = squares_around_mean(count, sum[RETURN], sum[RETURN_SQUARES]);
     const double residual_m2 = squares_around_mean(count, sum[RESIDUAL], sum[RESIDUAL_SQUARES]);
-    const double ratio_m2 = squares_around_mean(count, sum[EXCESS], sum[EXCESS_SQUARES]);
+    const double ratio_m2 = squares_around_mean(count, sum[RATIO], sum[RATIO_SQUARES]);
     PpoStats stats;
     stats.loss = loss;
     stats.policy_loss = policy_loss;
@@ -944,7 +1009,7 @@ static __device__ __forceinline__ void write_stats(const PassArgs& args, const d
     // Of a log-ratio of inf the exponential is the larger one.
     const bool infinite = sum[LOG_RATIO_K3] != sum[LOG_RATIO_K3] && sum[LOG_RATIO] > LARGEST;
     stats.approx_kl_k3 = infinite ? double(INFINITY) : sum[LOG_RATIO_K3] * share;
-    stats.ratio_mean = 1.0 + sum[EXCESS] * share;
+    stats.ratio_mean = sum[RATIO_CENTRE] + sum[RATIO] * share;
     stats.ratio_var = ratio_m2 * share;
     stats.ratio_min = any ? sum[RATIO_MIN] : nan;
     stats.ratio_max = any ? sum[RATIO_MAX] : nan;
@@ -966,6 +1031,7 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
     SHARED(WarpSums, warps, WARPS);
     SHARED(double, totals, PARTIAL_SUMS);
     SHARED(double, divisor, 1);
+    SHARED(float, slots, SLOTS* THREADS);
     const double counted = divisor_of(args.divisor, args.mask, args.tokens, counts);
     if (threadIdx.x == 0) *divisor = counted;
     const double unit = 1.0 / counted;
@@ -983,7 +1049,7 @@ static __device__ __forceinline__ void pass(const PassArgs& args) {
         const int part_tokens = args.part_tiles * TILE;
         const int64_t first = int64_t(part) * part_tokens;
         const int count = int(min(int64_t(part_tokens), args.tokens - first));
-        ThreadSums s = sum_tokens<HAS>(args, scales, first, count);
+        ThreadSums s = sum_tokens<HAS>(args, scales, first, count, slots + threadIdx.x);
         const double total = block_sums(s, warps);
         if (threadIdx.x >= PARTIAL_SUMS) continue;
         if (args.parts > 1) {
@@ -1204,26 +1270,26 @@ static __device__ __forceinline__ double merge_parts(const PassArgs& args, int w
         }
         return sign * warp_max(most);
     }
-    if (which < RETURN) {
+    if (which < RATIO) {
         double total = 0.0;
 #pragma unroll 8
         for (int part = lane; part < args.parts; part += WARP) total += mine[part];
         return warp_sum(total);
     }
     if (args.parts == 0) return 0.0;
-    const bool of_returns = which == RETURN || which == RETURN_SQUARES || which == RETURN_CENTRE;
-    const float* centres = all(of_returns ? RETURN_CENTRE : RESIDUAL_CENTRE);
+    const int kind = which >= RATIO_CENTRE ? which - RATIO_CENTRE : (which - RATIO) / 2;
+    const float* centres = all(RATIO_CENTRE + kind);
     const double centre = centres[first_part(args)];
-    if (which >= RETURN_CENTRE) return centre;
-    const float* sums = all(of_returns ? RETURN : RESIDUAL);
-    const float* all_squares = all(of_returns ? RETURN_SQUARES : RESIDUAL_SQUARES);
+    if (which >= RATIO_CENTRE) return centre;
+    const float* sums = all(RATIO + 2 * kind);
+    const float* all_squares = all(RATIO_SQUARES + 2 * kind);
     double total = 0.0;
 #pragma unroll 4
     for (int part = lane; part < args.parts; part += WARP) {
         const double count = all(TOKENS)[part];
         double sum = sums[part], squares = all_squares[part];
         if (count > 0.0) change_centre(sum, squares, count, double(centres[part]), centre);
-        total += which == RETURN || which == RESIDUAL ? sum : squares;
+        total += which == RATIO + 2 * kind ? sum : squares;
     }
     return warp_sum(total);
 }

@@ -357,6 +357,15 @@ fn statistics_keep_their_digits_far_from_zero() {
 }
 
 #[test]
+fn statistics_of_numbers_that_agree_and_of_outliers_keep_their_digits() {
+    for (batch, seq_len) in [(1, 40), (3, 1001), (16, 2048)] {
+        for data in hard_to_sum(batch, seq_len) {
+            check_hard_to_sum(&data, &run_cuda(&data, &PpoLossOptions::default()).0);
+        }
+    }
+}
+
+#[test]
 fn optional_terms_fall_away() {
     for seq_len in [30, 2000] {
         let full = rollout(&mut rng(7), 3, seq_len);
