@@ -537,7 +537,7 @@ struct QuadStats {
     float advantage = 0.0f, min = INFINITY, max = -INFINITY;
 
     __device__ __forceinline__ void add_to(volatile float* slots) const {
-        slot(slots, ADVANTAGE_SLOT) += advantage;
+        slot(slots, ADVANTAGE_SLOT) = slot(slots, ADVANTAGE_SLOT) + advantage;
         slot(slots, MIN_SLOT) = fminf(slot(slots, MIN_SLOT), min);
         slot(slots, MAX_SLOT) = fmaxf(slot(slots, MAX_SLOT), max);
     }

@@ -7,7 +7,8 @@
 //!
 //! A line must be filled at once, best by one store: one that is not whole when its buffer is wanted for another
 //! goes to memory in pieces, and a loop that writes several outputs, or from the end, is several times slower
-//! for it. Such a loop writes to a [`Buffer`] in the L1 cache, from which lines are copied.
+//! for it. With AVX-512 such a loop puts lines together ([`Tiles`]), without it writes to a [`Buffer`] in the L1
+//! cache, from which lines are copied.
 
 use std::sync::OnceLock;
 
@@ -217,7 +218,7 @@ fn before_line<T>(out: &[T]) -> usize {
 }
 
 /// Writes tiles of an output that lie side by side, by lines that are put together of two tiles where these
-/// do not begin with one. Until the end they are not to be read, or written again.
+/// do not begin with one. Until the end, and a [`fence`], they are not to be read, or written again.
 pub(crate) struct Tiles<const STORES: u8> {
     /// How many elements behind the beginning of a line a tile begins.
     shift: usize,
@@ -280,7 +281,6 @@ impl<const STORES: u8> Tiles<STORES> {
         if self.begun {
             out[end - self.shift..end].copy_from_slice(&self.last[LANES - self.shift..]);
         }
-        self.end();
     }
 
     /// Writes what is left of the last tile, which begins at `begin` and has all others behind it.
@@ -289,14 +289,6 @@ impl<const STORES: u8> Tiles<STORES> {
         if self.begun {
             let in_line = LANES - self.shift;
             out[begin..][..in_line].copy_from_slice(&self.last[..in_line]);
-        }
-        self.end();
-    }
-
-    #[inline(always)]
-    fn end(self) {
-        if STORES != CACHED {
-            fence();
         }
     }
 }
@@ -440,7 +432,7 @@ unsafe fn store_line(
 
 /// Lets no store follow before the non-temporal ones that were made: these are in no order by themselves.
 #[inline(always)]
-fn fence() {
+pub(crate) fn fence() {
     // SAFETY: every x86-64 has it.
     #[cfg(target_arch = "x86_64")]
     unsafe {
