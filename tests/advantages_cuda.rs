@@ -5,7 +5,7 @@
 mod common;
 
 use common::advantages_cases::*;
-use common::device::{machine, orders, stream, Buffer, Machine, Order, ORDERS};
+use common::device::{machine, orders, stream, Buffer, Machine, Order};
 use common::pack::WILD_OFFSETS;
 use common::*;
 use ppo_kernels::advantages::cuda::{self, Inputs, Outputs};
@@ -342,7 +342,7 @@ fn a_token_baseline_that_is_refused_writes_nothing() {
 #[cfg(feature = "simt")]
 mod planted {
     use super::*;
-    use common::device::goes_unseen;
+    use common::device::{goes_unseen, ORDERS};
 
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || agrees_with_the_reference(bug, orders);

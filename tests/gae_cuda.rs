@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::device::{machine, orders, stream, Buffer, Machine, Order, ORDERS};
+use common::device::{machine, orders, stream, Buffer, Machine, Order};
 use common::gae_cases::*;
 use common::pack::WILD_OFFSETS;
 use common::*;
@@ -546,7 +546,7 @@ fn bad_input_is_refused_by_name() {
 #[cfg(feature = "simt")]
 mod planted {
     use super::*;
-    use common::device::goes_unseen;
+    use common::device::{goes_unseen, ORDERS};
 
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || {

@@ -8,7 +8,6 @@ mod common;
 use approx::abs_diff_eq;
 use common::device::{
     blocks_and_kinds, machine, orders, stream, vocabularies, Buffer, Machine, Order, FEW, MANY,
-    ORDERS,
 };
 use common::kl_cases::{
     all_full_options, all_token_options, check_unlikely, pairs_of, special_row, ROWS, UNLIKELY,
@@ -731,7 +730,7 @@ fn bad_full_input_is_refused_by_name() {
 #[cfg(feature = "simt")]
 mod planted {
     use super::*;
-    use common::device::goes_unseen;
+    use common::device::{goes_unseen, ORDERS};
 
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || {

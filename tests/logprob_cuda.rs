@@ -6,7 +6,6 @@ mod common;
 
 use common::device::{
     blocks_and_kinds, machine, orders, stream, vocabularies, Buffer, Machine, Order, FEW, MANY,
-    ORDERS,
 };
 use common::*;
 use half::{bf16, f16};
@@ -524,7 +523,7 @@ fn bad_input_is_refused_by_name() {
 #[cfg(feature = "simt")]
 mod planted {
     use super::*;
-    use common::device::goes_unseen;
+    use common::device::{goes_unseen, ORDERS};
 
     fn unseen(bug: &'static str, orders: &[Order]) -> bool {
         let run = || agrees_with_the_reference::<bf16>(bug, orders);
