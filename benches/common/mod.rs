@@ -182,12 +182,21 @@ enum Stores {
     PastByLines,
 }
 
+impl Stores {
+    fn are_here(&self) -> bool {
+        #[cfg(all(target_arch = "x86_64", ppo_avx512))]
+        let by_lines = is_x86_feature_detected!("avx512f");
+        #[cfg(not(all(target_arch = "x86_64", ppo_avx512)))]
+        let by_lines = false;
+        by_lines || *self != Self::PastByLines
+    }
+}
+
 /// All kinds that this machine has.
 fn kinds() -> Vec<Kind> {
-    let mut stores = vec![Stores::Cached, Stores::Past];
-    #[cfg(all(target_arch = "x86_64", ppo_avx512))]
-    stores.extend(is_x86_feature_detected!("avx512f").then_some(Stores::PastByLines));
-    stores.iter().flat_map(|&stores| [false, true].map(|ahead| Kind { ahead, stores })).collect()
+    let stores = [Stores::Cached, Stores::Past, Stores::PastByLines];
+    let kinds = |stores| [false, true].map(|ahead| Kind { ahead, stores });
+    stores.into_iter().filter(Stores::are_here).flat_map(kinds).collect()
 }
 
 impl Limit {
