@@ -69,7 +69,8 @@ impl Stores {
     }
 }
 
-/// Runs `$body`, in which `$stores` is a constant, compiled for the widest vector unit of this machine.
+/// Runs `$body`, in which `$stores` is a constant, compiled for the widest vector unit of this machine. What it wrote
+/// past the caches is written before what follows; until then it is not to be read, or written again.
 macro_rules! with_stores {
     ($chosen:expr, $stores:ident => $body:expr) => {
         match $chosen {
@@ -85,6 +86,7 @@ macro_rules! with_stores {
                 #[inline(always)]
                 || {
                     const $stores: u8 = $crate::cpu::store::NON_TEMPORAL;
+                    let _fence = $crate::cpu::store::Fence;
                     $body
                 },
             ),
@@ -95,6 +97,7 @@ macro_rules! with_stores {
                     #[inline(always)]
                     || {
                         const $stores: u8 = $crate::cpu::store::LINES;
+                        let _fence = $crate::cpu::store::Fence;
                         $body
                     },
                 )
@@ -187,7 +190,6 @@ pub(crate) fn map<const STORES: u8, I: Inputs, T: Pod>(
         inputs = rest;
     }
     map_cached(last, inputs, f);
-    fence();
 }
 
 #[inline(always)]
@@ -208,7 +210,6 @@ pub(crate) fn fill<const STORES: u8, T: Pod>(out: &mut [T], x: T) {
     head.fill(x);
     tiles.iter_mut().for_each(|tile| store_lines::<STORES, _>(tile, &[x; TILE]));
     last.fill(x);
-    fence();
 }
 
 /// How many elements are before the first that begins a line.
@@ -218,7 +219,7 @@ fn before_line<T>(out: &[T]) -> usize {
 }
 
 /// Writes tiles of an output that lie side by side, by lines that are put together of two tiles where these
-/// do not begin with one. Until the end, and a [`fence`], they are not to be read, or written again.
+/// do not begin with one.
 pub(crate) struct Tiles<const STORES: u8> {
     /// How many elements behind the beginning of a line a tile begins.
     shift: usize,
@@ -294,10 +295,10 @@ impl<const STORES: u8> Tiles<STORES> {
 }
 
 /// Memory for parts of an output on their way past the caches, of at most `N` elements; none where it is
-/// written by plain stores. When dropped it lets nothing follow before what was flushed is written.
-pub(crate) struct Buffer<T, const N: usize>(Option<[T; N]>);
+/// written by plain stores.
+pub(crate) struct Buffer<const STORES: u8, T, const N: usize>(Option<[T; N]>);
 
-impl<T: Pod, const N: usize> Buffer<T, N> {
+impl<const STORES: u8, T: Pod, const N: usize> Buffer<STORES, T, N> {
     #[inline(always)]
     pub(crate) fn new(past_the_caches: bool) -> Self {
         Self(past_the_caches.then(|| [T::zeroed(); N]))
@@ -316,16 +317,7 @@ impl<T: Pod, const N: usize> Buffer<T, N> {
     #[inline(always)]
     pub(crate) fn flush(&self, out: &mut [T]) {
         if let Some(buffer) = &self.0 {
-            stream(out, &buffer[..out.len()]);
-        }
-    }
-}
-
-impl<T, const N: usize> Drop for Buffer<T, N> {
-    #[inline(always)]
-    fn drop(&mut self) {
-        if self.0.is_some() {
-            fence();
+            stream::<STORES, _>(out, &buffer[..out.len()]);
         }
     }
 }
@@ -334,15 +326,13 @@ impl<T, const N: usize> Drop for Buffer<T, N> {
 const LINE: usize = 64;
 
 /// `out = from` past the caches, but for what is before its first line and behind its last.
-#[inline(never)]
-fn stream<T: Pod>(out: &mut [T], from: &[T]) {
-    with_stores!(Stores::past_the_caches(), STORES => {
-        let (head, of_line) = (before_line(out), LINE / size_of::<T>());
-        let end = head + (out.len() - head) / of_line * of_line;
-        out[..head].copy_from_slice(&from[..head]);
-        out[end..].copy_from_slice(&from[end..]);
-        store_lines::<STORES, _>(&mut out[head..end], &from[head..end]);
-    });
+#[inline(always)]
+fn stream<const STORES: u8, T: Pod>(out: &mut [T], from: &[T]) {
+    let (head, of_line) = (before_line(out), LINE / size_of::<T>());
+    let end = head + (out.len() - head) / of_line * of_line;
+    out[..head].copy_from_slice(&from[..head]);
+    out[end..].copy_from_slice(&from[end..]);
+    store_lines::<STORES, _>(&mut out[head..end], &from[head..end]);
 }
 
 /// `out = from`; past the caches `out` is whole lines, or by 16 bytes at a time such pieces.
@@ -430,13 +420,17 @@ unsafe fn store_line(
     unsafe { _mm512_stream_si512(to.add(i), _mm512_loadu_si512(from.add(i))) };
 }
 
-/// Lets no store follow before the non-temporal ones that were made: these are in no order by themselves.
-#[inline(always)]
-pub(crate) fn fence() {
-    // SAFETY: every x86-64 has it.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::x86_64::_mm_sfence();
+/// When dropped, lets no store follow before the non-temporal ones that were made: these are in no order by
+/// themselves.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Fence;
+
+#[cfg(target_arch = "x86_64")]
+impl Drop for Fence {
+    #[inline(always)]
+    fn drop(&mut self) {
+        // SAFETY: every x86-64 has it.
+        unsafe { std::arch::x86_64::_mm_sfence() };
     }
 }
 
@@ -507,10 +501,12 @@ mod tests {
                     let is_filled = |at| filled[at] == of(0);
                     assert!((0..want.len()).all(|at| is_filled(at) == inside.contains(&at)));
 
-                    let mut buffer = Buffer::<T, 3000>::new(stores != Stores::Cached);
                     let out = &mut flushed[inside.clone()];
-                    (0..).zip(buffer.target(out)).for_each(|(i, x)| *x = of(i));
-                    buffer.flush(out);
+                    with_stores!(stores, STORES => {
+                        let mut buffer = Buffer::<STORES, T, 3000>::new(STORES != CACHED);
+                        (0..).zip(buffer.target(out)).for_each(|(i, x)| *x = of(i));
+                        buffer.flush(out);
+                    });
                     assert_eq!(flushed, want);
                 }
             }

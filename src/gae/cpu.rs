@@ -103,7 +103,7 @@ impl Job<'_, '_> {
     fn scan_rows<const STORES: u8>(&self, first: usize, count: usize, out: OutRows) -> Moments {
         let (mut advantages, mut returns, mut rewards) = out;
         let mut moments = Moments::default();
-        let mut buffers = [(); 3].map(|()| Buffer::<f32, CHUNK>::new(STORES != CACHED));
+        let mut buffers = [(); 3].map(|()| Buffer::<STORES, f32, CHUNK>::new(STORES != CACHED));
         let has_gaps = self.inputs.mask.is_some() || self.inputs.dones.is_some();
         let mut table = has_gaps.then_some(Table::EMPTY);
         // From the last row, so that all goes one way through memory.
@@ -384,7 +384,7 @@ fn scan<const STORES: u8>(
     c: &Coefficients,
     mut out: Outputs,
     table: &mut Option<Table>,
-    buffers: &mut [Buffer<f32, CHUNK>; 3],
+    buffers: &mut [Buffer<STORES, f32, CHUNK>; 3],
 ) -> Moments {
     let mut end = row.last.map_or(0, |last| last + 1);
     let after = row.score.filter(|&(place, _)| place == end);

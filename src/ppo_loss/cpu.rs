@@ -10,7 +10,7 @@ use super::{
     PpoStats, RatioLevel, Surrogate, TrustRegion, TrustRegionSides, OP,
 };
 use crate::cpu::math::{clip, count_nonzero, exp, exp_m1, select, sum_lanes, LANES};
-use crate::cpu::store::{fence, CACHED};
+use crate::cpu::store::CACHED;
 use crate::cpu::{
     for_each, prefetch, reduce, reduce_by, vectorise, with_stores, Logit, Rows, RowsMut, Split,
     Stores, Tiles, TokenId,
@@ -1223,9 +1223,6 @@ impl Terms {
             with_stores!(stores, STORES => {
                 self.entropy::<STORES>(weights, entropy, block.grad_entropy, &mut sums)
             });
-        }
-        if stores != Stores::Cached {
-            fence();
         }
         sums
     }
